@@ -1,0 +1,150 @@
+"""Audit: build everything again from the live records, somewhere else, and compare every leaf.
+
+This is the product's proof: if an erased record had left a trace in anything that is stored or served,
+a build that never saw it would differ.
+"""
+
+import contextlib
+import dataclasses
+import shutil
+import tempfile
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.digests import keyed_hash
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.inference import load_slice
+from lmeraser_jax.progress import progress
+from lmeraser_jax.reconcile import load_clustering, reconcile
+from lmeraser_jax.records.cache import RowFile
+from lmeraser_jax.records.source import Item, content_hash
+from lmeraser_jax.run import Run
+from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.layout import Layout
+from lmeraser_jax.tuning import fingerprint
+
+PIECE = 4096  # images copied at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What an audit found. `differences` names every slice or other part that differs; `other_programs`
+    counts audited slices that were made under another program fingerprint, where equal bits are not owed."""
+
+    checked: int
+    clusters: int
+    differences: tuple[str, ...]
+    other_programs: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.differences
+
+
+def state(run: Run, keys: frozenset[str] | None = None) -> dict[str, Any]:
+    """Everything that is stored or served as a function of the live records, free of row numbers and times.
+
+    Args:
+        run: an opened workdir with a published manifest.
+        keys: clusters whose parameters are read; None: all.
+    """
+    manifest = run.catalog.manifest()
+    assert manifest is not None, "state() needs a published manifest"
+    clustering = load_clustering(run.layout, manifest.clustering)
+    records = run.catalog.live("train")
+    found: dict[str, Any] = {
+        "records": dict(
+            zip(records.ids, zip(records.labels.tolist(), records.owners, records.contents, strict=True), strict=True)
+        ),
+        "clustering": manifest.clustering,
+        "sample": dict(zip(clustering.sample, clustering.labels.tolist(), strict=True)),
+        "prototypes": {key: row.tobytes() for key, row in zip(clustering.keys, clustering.prototypes, strict=True)},
+        "assignment": dict(zip(records.ids, records.clusters, strict=True)),
+        "slices": dict(manifest.entries),
+    }
+    wanted = [key for key in manifest.entries if keys is None or key in keys]
+    found["parameters"] = {key: _bytes(run, manifest.entries[key]) for key in wanted}
+    return found
+
+
+def _bytes(run: Run, name: str) -> dict[str, bytes] | str:
+    """The leaves of a slice as bytes; a message when it cannot be read, which differs from any slice."""
+    try:
+        return {leaf: np.asarray(array).tobytes() for leaf, array in load_slice(run, name)._asdict().items()}
+    except UserError as error:
+        return str(error)
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """One line for every entry of two states that is not the same, bit for bit."""
+    lines = []
+    for part in one:
+        if not isinstance(one[part], dict):
+            lines += [part] * (one[part] != other[part])
+            continue
+        for key in sorted(set(one[part]) | set(other[part])):
+            a, b = one[part].get(key), other[part].get(key)
+            if a != b:
+                detail = f": {a}" if part == "parameters" and isinstance(a, str) else ""
+                lines.append(f"{part} {key}{detail}")
+    return lines
+
+
+def audit(run: Run, sample: int = 0) -> Verdict:
+    """Rebuilds from scratch in a temporary place and compares.
+
+    Args:
+        run: a workdir with a published state and no open request.
+        sample: rebuild the slices of so many clusters only, chosen at random by keyed hash; 0: all.
+
+    Raises:
+        UserError: nothing is published yet, or an erasure is not finished.
+    """
+    manifest = run.catalog.manifest()
+    if manifest is None:
+        raise UserError(f"{run.layout.root} has nothing to audit; run: lmeraser train --workdir={run.layout.root}")
+    if run.catalog.open_requests():
+        raise UserError("an erasure is not finished; finish it with: lmeraser train --workdir=" + str(run.layout.root))
+    keys = sorted(manifest.entries, key=lambda key: keyed_hash(manifest.version, "audit", key))
+    chosen = frozenset(keys[:sample] if sample else keys)
+    run.layout.scratch.mkdir(exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="audit-", dir=run.layout.scratch)
+    try:
+        rebuilt = _rebuild(run, Layout(folder), chosen if sample else None)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    made, program = run.catalog.slices(), fingerprint(run.config.tuning, run.mesh)
+    others = sum(made[manifest.entries[key]].program != program for key in chosen)
+    return Verdict(len(chosen), len(keys), tuple(differences(state(run, chosen), rebuilt)), others)
+
+
+def _rebuild(run: Run, layout: Layout, only: frozenset[str] | None) -> dict[str, Any]:
+    """The state that the live records give when nothing but them, the config and the backbone is known."""
+    layout.root.mkdir(exist_ok=True)
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        scratch = dataclasses.replace(run, layout=layout, catalog=catalog)
+        _copy_live(run, scratch)
+        reconcile(scratch, only)
+        return state(scratch, only)
+
+
+def _copy_live(run: Run, scratch: Run) -> None:
+    """Copies live private and public records in the order of their ids: rows get new numbers."""
+    catalog = scratch.catalog
+    catalog.set("dataset", run.catalog.get("dataset"))
+    images = run.images
+    file = RowFile(scratch.layout.images, images.shape[1:], np.uint8)
+    for split in ("train", "public"):
+        records, start, contents = run.catalog.live(split), len(file), []
+        with progress("copy", len(records)) as shown:
+            for first in range(0, len(records), PIECE):
+                piece = np.asarray(images[records.rows[first : first + PIECE]])
+                contents += [content_hash(image) for image in piece]  # a rotten image row shows as a difference
+                file.append(piece)
+                shown.advance(len(piece))
+        splits = [split] * len(records)
+        items = [Item(*item) for item in zip(records.ids, splits, records.labels.tolist(), records.owners, strict=True)]
+        with catalog.transaction():
+            catalog.add_records(items, range(start, start + len(items)), contents)
+            catalog.set("rows", start + len(items))

@@ -1,0 +1,1 @@
+"""Frozen feature extractors: architectures, conversion of published weights, public pretraining."""

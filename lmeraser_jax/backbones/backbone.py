@@ -1,0 +1,123 @@
+"""A frozen backbone: architecture, parameters, normalisation and digest; one pure `features`.
+
+The NNX module is split once into a static graph and a tree of arrays. Everything downstream sees only
+the pure function, so no optimizer and no gradient ever meets the backbone's parameters.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lmeraser_jax.backbones.vit import ViT, ViTConfig
+from lmeraser_jax.digests import arrays_digest, digest
+from lmeraser_jax.errors import raise_all
+from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.layout import Layout
+
+Params = Any  # nested dict of arrays
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backbone:
+    """What the private side knows of the public one.
+
+    Attributes:
+        config: architecture, without the public classifier.
+        params: nested dict of float32 arrays on the host.
+        mean, std: normalisation of its input.
+        digest: SHA-256 over architecture, normalisation and parameters.
+    """
+
+    config: ViTConfig
+    params: Params
+    mean: float
+    std: float
+    digest: str
+
+
+@functools.lru_cache(maxsize=16)
+def graph(config: ViTConfig) -> tuple[Any, Params]:
+    """Static graph and abstract parameters (shapes only) of an architecture."""
+    model = nnx.eval_shape(lambda: ViT(config, nnx.Rngs(0)))
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def features(config: ViTConfig, params: Params, images: jax.Array) -> jax.Array:
+    """Feature of each image, pure in `params` and `images`.
+
+    Args:
+        config: architecture (static).
+        params: its parameters; their dtype is the compute dtype.
+        images: [B, H, W, C] float, normalised.
+
+    Returns:
+        [B, D] float32.
+    """
+    model = nnx.merge(graph(config)[0], params)
+    return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
+
+
+def logits(config: ViTConfig, params: Params, images: jax.Array) -> jax.Array:
+    """Logits of the public classifier: [B, H, W, C] -> [B, classes] float32."""
+    return nnx.merge(graph(config)[0], params)(images).astype(jnp.float32)
+
+
+def make(config: ViTConfig, params: Params, mean: float, std: float) -> Backbone:
+    """Freezes parameters into a backbone; a public classifier among them is dropped."""
+    config = dataclasses.replace(config, classes=0)
+    params = {name: leaf for name, leaf in params.items() if name != "head"}
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
+    identity = [dataclasses.asdict(config), mean, std, arrays_digest(checkpoints.flatten(params))]
+    return Backbone(config, params, mean, std, digest(identity))
+
+
+def misfits(config: ViTConfig, arrays: dict[str, np.ndarray]) -> list[str]:
+    """Every array that is missing, left over or of another shape than the architecture asks for."""
+    wanted = {name: leaf.shape for name, leaf in _flat_shapes(config).items()}
+    lines = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in arrays]
+    lines += [f"not used: {name} {list(arrays[name].shape)}" for name in arrays if name not in wanted]
+    return lines + [
+        f"{name}: the file has {list(arrays[name].shape)}, the model needs {list(shape)}"
+        for name, shape in wanted.items()
+        if name in arrays and arrays[name].shape != shape
+    ]
+
+
+def _flat_shapes(config: ViTConfig) -> dict[str, Any]:
+    shapes = graph(config)[1]
+    return checkpoints.flatten(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes))
+
+
+def from_flat(config: ViTConfig, arrays: dict[str, np.ndarray], name: str) -> Params:
+    """Nested parameters from flat ones. Raises `UserError` with all mismatches at once."""
+    raise_all(misfits(config, arrays), f"the weights {name} do not fit the backbone:")
+    return checkpoints.unflatten(arrays, graph(config)[1])
+
+
+def save(layout: Layout, backbone: Backbone) -> None:
+    """Writes the backbone into a workdir."""
+    metadata = {
+        "config": dataclasses.asdict(backbone.config),
+        "mean": backbone.mean,
+        "std": backbone.std,
+        "digest": backbone.digest,
+    }
+    checkpoints.save(layout.backbone, checkpoints.flatten(backbone.params), metadata)
+
+
+def load(layout: Layout) -> Backbone | None:
+    """Reads the workdir's backbone, or None if it has none yet; a damaged one is refused."""
+    if not layout.backbone.exists():
+        return None
+    arrays, metadata, _ = checkpoints.load(layout.backbone)
+    config = ViTConfig(**metadata["config"])
+    backbone = make(config, from_flat(config, arrays, str(layout.backbone)), metadata["mean"], metadata["std"])
+    damaged = backbone.digest != metadata["digest"]
+    raise_all([f"{layout.backbone} is damaged: digest {backbone.digest}, written as {metadata['digest']}"] * damaged)
+    return backbone

@@ -1,0 +1,177 @@
+"""Clustering of private data (paper Algorithms 1 and 2, Eqs. 3 and 4) with a balanced cut.
+
+Sample -> average-linkage tree -> cut -> keys and prototypes; then every other record goes to the
+nearest prototype. Nothing but the sampled records' ids and features enters the tree, so erasing an
+unsampled record moves nothing here.
+
+Shapes: S sampled records, K clusters, D feature width, N records.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.cluster import hierarchy
+from scipy.spatial import distance
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.digests import digest
+
+PIECE = 512  # records per call of the routing program
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clustering:
+    """A partition of the feature space.
+
+    Attributes:
+        digest: of the inputs: settings, backbone and the sample.
+        sample: S record ids, sorted.
+        labels: int32 [S], index of each sampled record's cluster.
+        keys: K cluster keys, sorted; a key is the digest of the cluster's sampled ids.
+        prototypes: float32 [K, D], mean feature of the sampled members (Eq. 3).
+    """
+
+    digest: str
+    sample: tuple[str, ...]
+    labels: np.ndarray
+    keys: tuple[str, ...]
+    prototypes: np.ndarray
+
+
+def tree(features: np.ndarray) -> np.ndarray:
+    """Average-linkage tree of Euclidean distances (Algorithm 2), scipy's linkage matrix [S - 1, 4].
+
+    Args:
+        features: float32 [S, D], S >= 1.
+    """
+    if len(features) < 2:
+        return np.zeros((0, 4))
+    return hierarchy.linkage(distance.pdist(features.astype(np.float64)), "average")
+
+
+def cut_tree(links: np.ndarray, how: tuple[str, float], max_members: int = 0) -> list[list[int]]:
+    """Clusters of a tree, as sorted lists of positions in the sample.
+
+    Args:
+        links: linkage matrix [S - 1, 4]; merges in the order of their height.
+        how: ("threshold", t) undoes every merge above t (Algorithm 2, line 13); ("auto", K) undoes the
+            last K - 1 merges.
+        max_members: a node with more members than this is undone too; 0: no limit.
+    """
+    leaves = len(links) + 1
+    kind, value = how
+    first_undone = leaves - int(value) if kind == "auto" else int(np.searchsorted(links[:, 2], value, side="right"))
+    clusters, stack = [], [2 * leaves - 2]
+    while stack:
+        node = stack.pop()
+        members = _members(links, node)
+        too_big = 0 < max_members < len(members)
+        if node >= leaves and (node - leaves >= first_undone or too_big):
+            stack += [int(links[node - leaves, 0]), int(links[node - leaves, 1])]
+        else:
+            clusters.append(members)
+    return sorted(clusters)
+
+
+def _members(links: np.ndarray, node: int) -> list[int]:
+    leaves, found, stack = len(links) + 1, [], [node]
+    while stack:
+        node = stack.pop()
+        if node < leaves:
+            found.append(node)
+        else:
+            stack += [int(links[node - leaves, 0]), int(links[node - leaves, 1])]
+    return sorted(found)
+
+
+def merge_small(clusters: list[list[int]], features: np.ndarray, min_members: int, max_members: int) -> list[list[int]]:
+    """Merges clusters with fewer than `min_members` into the nearest one, smallest first.
+
+    Nearest by prototype, among those that stay within `max_members` after the merge, or among all where
+    there is no such cluster. Ties go to the cluster with the smaller first member.
+    """
+    clusters = sorted(clusters)
+    while len(clusters) > 1:
+        small = min(clusters, key=lambda members: (len(members), members))
+        if len(small) >= min_members:
+            break
+        others = [members for members in clusters if members is not small]
+        fitting = [m for m in others if not max_members or len(m) + len(small) <= max_members] or others
+        gaps = [np.linalg.norm(_mean(features, members) - _mean(features, small)) for members in fitting]
+        target = fitting[int(np.argmin(gaps))]
+        clusters = sorted([m for m in others if m is not target] + [sorted(target + small)])
+    return clusters
+
+
+def _mean(features: np.ndarray, members: Sequence[int]) -> np.ndarray:
+    return features[list(members)].astype(np.float64).mean(axis=0)
+
+
+def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clustering, name: str) -> Clustering:
+    """Algorithm 1, lines 5 to 11: the partition that a sample calls for.
+
+    Args:
+        sample: S record ids, sorted.
+        features: float32 [S, D] in the order of `sample`.
+        config: cut and limits.
+        name: the clustering's digest.
+    """
+    groups = cut_tree(tree(features), _clamped(settings.cut_of(config.cut), len(sample)), config.max_members)
+    groups = merge_small(groups, features, config.min_members, config.max_members)
+    keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
+    labels = np.zeros(len(sample), np.int32)
+    for k, (_, members) in enumerate(keyed):
+        labels[members] = k
+    prototypes = np.stack([_mean(features, members) for _, members in keyed]).astype(np.float32)
+    return Clustering(name, sample, labels, tuple(key for key, _ in keyed), prototypes)
+
+
+def _clamped(how: tuple[str, float], count: int) -> tuple[str, float]:
+    return (how[0], min(how[1], count)) if how[0] == "auto" else how
+
+
+def squared_distances(features: jax.Array, prototypes: jax.Array, present: jax.Array) -> jax.Array:
+    """Squared Euclidean distances [B, K]; infinite where a prototype is padding.
+
+    Args:
+        features: float32 [B, D].
+        prototypes: float32 [K, D].
+        present: bool [K].
+    """
+    gaps = jnp.sum((features[:, None] - prototypes[None]) ** 2, axis=-1)  # [B, K]
+    return jnp.where(present[None], gaps, jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _nearest(features: jax.Array, prototypes: jax.Array, present: jax.Array, count: int) -> jax.Array:
+    return jax.lax.top_k(-squared_distances(features, prototypes, present), count)[1]
+
+
+def padded(prototypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prototypes filled up to a power of two, and which are real: a re-cluster rarely changes the shape."""
+    size = max(8, 1 << (len(prototypes) - 1).bit_length())
+    full = np.zeros((size, prototypes.shape[1]), np.float32)
+    full[: len(prototypes)] = prototypes
+    return full, np.arange(size) < len(prototypes)
+
+
+def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+    """Index of the nearest prototype of each feature (Eq. 4): float32 [N, D], [K, D] -> int32 [N]."""
+    full, present = padded(prototypes)
+    found = np.zeros(len(features), np.int32)
+    for start in range(0, len(features), PIECE):
+        piece = np.zeros((PIECE, features.shape[1]), np.float32)
+        real = features[start : start + PIECE]
+        piece[: len(real)] = real
+        found[start : start + PIECE] = np.asarray(_nearest(piece, full, present, 1))[: len(real), 0]
+    return found
+
+
+def expected_share(sizes: Sequence[int]) -> float:
+    """Expected share of the data that a uniform request re-tunes: sum(m_k^2) / N^2."""
+    total = sum(sizes)
+    return sum(size * size for size in sizes) / (total * total) if total else 0.0

@@ -1,0 +1,285 @@
+"""Every setting of a run, with its default, its legal values and one place that checks them.
+
+The schema is a tree of frozen dataclasses; an experiment file (`configs/*.py`) fills an
+`ml_collections.ConfigDict` of the same shape, which `from_dict` turns into a checked `Config`.
+The defaults are the embedded experiment: scikit-learn's digits, split into a public and a private half.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from lmeraser_jax.errors import raise_all
+
+SOURCES = ("digits", "npz", "folder")
+AUGMENTS = ("none", "crop", "flip", "paper")
+OPTIMIZERS = ("sgd", "adam")
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where the images come from and what the backbone sees of them."""
+
+    source: str = "digits"  # digits | npz | folder
+    path: str = ""  # npz file or image folder
+    labels: str = ""  # folder only: CSV with columns file,label,owner
+    store_size: int = 0  # folder only: side in pixels at which images are kept; 0: image_size
+    image_size: int = 16  # side in pixels of the backbone's input
+    resize_size: int = 0  # shorter side before the crop; 0: image_size, so that nothing is cropped
+    augment: str = "none"  # none | crop | flip | paper (crop and flip), while tuning
+    train_limit: int = 0  # use the first so many private records; 0: all
+    test_limit: int = 0  # use the first so many test images; 0: all
+    holdout: float = 0.0  # share of private records kept from tuning, to choose settings with
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """The frozen network; with `weights` the architecture is read from the file."""
+
+    weights: str = ""  # timm-named .npz; empty: pretrained in the workdir on the public records
+    patch: int = 2  # pixels
+    width: int = 64
+    depth: int = 4
+    heads: int = 0  # 0: width / 64, at least 1
+    mlp: int = 0  # 0: 4 x width
+    feature: str = "cls"  # cls | pooler
+    mean: float = 0.5  # normalisation of pixels in [0, 1]
+    std: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Supervised training on public records (paper Eq. 2): AdamW, warm-up and cosine."""
+
+    epochs: int = 40
+    batch: int = 64  # over all devices
+    rate: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1  # share of all steps
+    augment: str = "crop"  # none | crop | flip | paper
+    checkpoint_epochs: int = 10  # a checkpoint every so many epochs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """Algorithms 1 and 2 with a balanced cut."""
+
+    sample_size: int = 300  # n_s
+    sample_from: str = "private"  # private | public
+    cut: str = "auto:6"  # a distance threshold t such as 10.0, or auto:K
+    max_members: int = 60  # sampled members of a cluster at most; 0: no limit (paper)
+    min_members: int = 10  # sampled members at least; 0: no limit (paper)
+    feature_batch: int = 128  # images per device and call when features are computed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
+
+    prompt_width: int = 2  # P, pixels of the backbone's input
+    prompt_init: float = 0.0  # standard deviation of the first prompt, in normalised pixels; 0: zeros
+    head_init: float = 0.0  # standard deviation of the first head; 0: zeros
+    optimizer: str = "adam"  # sgd | adam
+    momentum: float = 0.9  # sgd only
+    prompt_rate: float = 1e-2
+    head_rate: float = 3e-2
+    prompt_decay: float = 0.0  # weight decay (decoupled for adam)
+    head_decay: float = 0.0
+    warmup: float = 0.1  # share of the cluster's own steps
+    epochs: int = 30  # times a member is seen
+    min_steps: int = 60  # a small cluster sees its members more often until it has made so many steps
+    batch: int = 16  # B, images per lane
+    lanes: int = 1  # L, clusters tuned at the same time per device
+    scan_steps: int = 64  # steps per call of the device program
+    dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU | float32 | bfloat16
+    device_bytes: int = 4_000_000_000  # images stay on the device up to this size, else they are streamed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inference:
+    """Routing and prediction; free to differ between commands on one workdir."""
+
+    nearest: int = 1  # m: average the probabilities of the m nearest clusters (1: paper)
+    batch: int = 128  # images per device and call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    seed: int = 0
+    data: Data = Data()
+    backbone: Backbone = Backbone()
+    pretraining: Pretraining = Pretraining()
+    clustering: Clustering = Clustering()
+    tuning: Tuning = Tuning()
+    inference: Inference = Inference()
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of plain values."""
+    return dataclasses.asdict(config)
+
+
+def default_config() -> Any:
+    """The defaults as an `ml_collections.ConfigDict`, for experiment files to change."""
+    from ml_collections import config_dict
+
+    return config_dict.ConfigDict(to_dict(Config()))
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """Checks a tree of settings and freezes it.
+
+    Raises:
+        UserError: names every unknown key, wrong type and illegal value at once.
+    """
+    problems: list[str] = []
+    config = _build(Config, tree, "", problems)
+    raise_all(problems, "the config cannot be used:" if len(problems) > 1 else "")
+    raise_all(_illegal(config))
+    return config
+
+
+def cut_of(cut: str) -> tuple[str, float]:
+    """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
+    if cut.startswith("auto:"):
+        count = int(cut.removeprefix("auto:"))
+        if count < 1:
+            raise ValueError(cut)
+        return "auto", float(count)
+    threshold = float(cut)
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(cut)
+    return "threshold", threshold
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf that differs between two trees of settings."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines
+
+
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """One dataclass of the schema from one level of the tree; problems are collected."""
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(hints)}"
+            problems.append(f"unknown setting {prefix}{key}; {hint}")
+    values = {}
+    for name, kind in hints.items():
+        if name not in tree:
+            continue
+        value = tree[name]
+        if dataclasses.is_dataclass(kind):
+            if isinstance(value, Mapping):
+                values[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.", problems)
+            else:
+                problems.append(f"{prefix}{name}={value!r}: must be a group of settings")
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            values[name] = float(value)
+        elif type(value) is not kind:
+            problems.append(f"{prefix}{name}={value!r}: must be {kind.__name__}, is {type(value).__name__}")
+        else:
+            values[name] = value
+    return cls(**values)
+
+
+def _illegal(c: Config) -> list[str]:
+    """One line per illegal value: the value, what is legal, the flag to change."""
+    d, b, p, k, t, i = c.data, c.backbone, c.pretraining, c.clustering, c.tuning, c.inference
+    problems = []
+
+    def need(ok: bool, flag: str, value: object, legal: str) -> None:
+        if not ok:
+            problems.append(f"--config.{flag}={value}: must be {legal}")
+
+    for flag, value, legal in (
+        ("data.source", d.source, SOURCES),
+        ("data.augment", d.augment, AUGMENTS),
+        ("backbone.feature", b.feature, ("cls", "pooler")),
+        ("pretraining.augment", p.augment, AUGMENTS),
+        ("clustering.sample_from", k.sample_from, ("private", "public")),
+        ("tuning.optimizer", t.optimizer, OPTIMIZERS),
+        ("tuning.dtype", t.dtype, DTYPES),
+    ):
+        need(value in legal, flag, repr(value), "one of " + ", ".join(legal))
+    for flag, value in (
+        ("data.image_size", d.image_size),
+        ("backbone.patch", b.patch),
+        ("backbone.width", b.width),
+        ("backbone.depth", b.depth),
+        ("pretraining.batch", p.batch),
+        ("pretraining.checkpoint_epochs", p.checkpoint_epochs),
+        ("clustering.sample_size", k.sample_size),
+        ("clustering.feature_batch", k.feature_batch),
+        ("tuning.epochs", t.epochs),
+        ("tuning.batch", t.batch),
+        ("tuning.lanes", t.lanes),
+        ("tuning.scan_steps", t.scan_steps),
+        ("inference.nearest", i.nearest),
+        ("inference.batch", i.batch),
+    ):
+        need(value >= 1, flag, value, "at least 1")
+    for flag, value in (
+        ("seed", c.seed),
+        ("data.store_size", d.store_size),
+        ("data.train_limit", d.train_limit),
+        ("data.test_limit", d.test_limit),
+        ("backbone.heads", b.heads),
+        ("backbone.mlp", b.mlp),
+        ("pretraining.epochs", p.epochs),
+        ("pretraining.rate", p.rate),
+        ("pretraining.weight_decay", p.weight_decay),
+        ("clustering.max_members", k.max_members),
+        ("clustering.min_members", k.min_members),
+        ("tuning.prompt_width", t.prompt_width),
+        ("tuning.prompt_init", t.prompt_init),
+        ("tuning.head_init", t.head_init),
+        ("tuning.prompt_rate", t.prompt_rate),
+        ("tuning.head_rate", t.head_rate),
+        ("tuning.prompt_decay", t.prompt_decay),
+        ("tuning.head_decay", t.head_decay),
+        ("tuning.min_steps", t.min_steps),
+        ("tuning.device_bytes", t.device_bytes),
+    ):
+        need(0 <= value < float("inf"), flag, value, "0 or more")
+    for flag, value in (("tuning.warmup", t.warmup), ("pretraining.warmup", p.warmup), ("tuning.momentum", t.momentum)):
+        need(0 <= value < 1, flag, value, "in [0, 1)")
+    need(0 <= d.holdout < 1, "data.holdout", d.holdout, "in [0, 1)")
+    need(b.std > 0, "backbone.std", b.std, "above 0")
+    need(
+        2 * t.prompt_width <= d.image_size,
+        "tuning.prompt_width",
+        t.prompt_width,
+        f"at most half of --config.data.image_size={d.image_size}",
+    )
+    need(
+        d.resize_size == 0 or d.resize_size >= d.image_size,
+        "data.resize_size",
+        d.resize_size,
+        f"0 or at least --config.data.image_size={d.image_size}",
+    )
+    need(
+        k.max_members == 0 or k.min_members <= k.max_members,
+        "clustering.min_members",
+        k.min_members,
+        f"at most --config.clustering.max_members={k.max_members}",
+    )
+    need(d.source == "digits" or bool(d.path), "data.path", repr(d.path), f"set for data.source={d.source}")
+    try:
+        cut_of(k.cut)
+    except ValueError:
+        need(False, "clustering.cut", repr(k.cut), "a distance of 0 or more, or auto:K with K >= 1")
+    return problems

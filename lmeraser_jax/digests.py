@@ -1,0 +1,59 @@
+"""Names for things: canonical JSON, digests, keyed hashes, and random streams derived from names.
+
+Nothing here threads a random state: every order, draw and seed is a function of a run's seed and the
+name of what it is for, so that one cluster can be made again without any other.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+
+def canonical_json(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: object) -> str:
+    """SHA-256 of the canonical JSON, as 64 hex digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of arrays, in the order of their names."""
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        sha.update(canonical_json([name, str(array.dtype), array.shape]).encode())
+        sha.update(array.tobytes())
+    return sha.hexdigest()
+
+
+def keyed_hash(seed: int | str, *names: str) -> bytes:
+    """16 bytes that depend on the seed and on every name (BLAKE2b; names are length-prefixed)."""
+    sha = hashlib.blake2b(digest_size=16)
+    for name in (str(seed), *names):
+        raw = name.encode()
+        sha.update(len(raw).to_bytes(8, "little") + raw)
+    return sha.digest()
+
+
+def smallest_hashes(seed: int, purpose: str, names: Iterable[str], count: int) -> list[str]:
+    """The `count` names with the smallest keyed hash, sorted by name.
+
+    Removing a name that is not among them changes nothing; removing one that is admits the next hash.
+    """
+    ranked = sorted(names, key=lambda name: (keyed_hash(seed, purpose, name), name))
+    return sorted(ranked[:count])
+
+
+def philox(seed: int, *names: str) -> np.random.Generator:
+    """A counter-based NumPy generator keyed by the seed and the names."""
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(keyed_hash(seed, *names), "little")))
+
+
+def words(name: str) -> np.ndarray:
+    """Two uint32 words that stand for a name on the device; `jax.random.fold_in` takes them one by one."""
+    return np.frombuffer(keyed_hash("words", name)[:8], np.uint32)

@@ -1,0 +1,57 @@
+"""Flat files of fixed-size rows, memory-mapped: the private images and their features.
+
+A row is overwritten when its record is erased; rows never move, so that a row number stays valid.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+
+class RowFile:
+    """Rows of one shape and dtype in one file.
+
+    Args:
+        path: the file; made when the first rows are appended.
+        shape: shape of one row.
+        dtype: dtype of the elements.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
+        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
+        self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.path.stat().st_size // self.row_bytes if self.path.exists() else 0
+
+    def truncate(self, rows: int) -> None:
+        """Drops rows after the first `rows`: what an interrupted import left behind."""
+        if len(self) > rows or (self.path.exists() and self.path.stat().st_size % self.row_bytes):
+            with open(self.path, "r+b") as file:
+                file.truncate(rows * self.row_bytes)
+
+    def append(self, rows: np.ndarray) -> None:
+        """Adds rows at the end: [n, *shape]."""
+        assert rows.shape[1:] == self.shape and rows.dtype == self.dtype, (rows.shape, rows.dtype)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(np.ascontiguousarray(rows).tobytes())
+
+    def sync(self) -> None:
+        """Waits until appended rows are on disk."""
+        if self.path.exists():
+            with open(self.path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def view(self, mode: str = "r") -> np.memmap:
+        """All rows as a memory map [n, *shape]; "r+" to write."""
+        assert mode in ("r", "r+"), mode
+        return np.memmap(self.path, self.dtype, mode, shape=(len(self), *self.shape))  # pyright: ignore[reportCallIssue]
+
+    def overwrite(self, rows: np.ndarray) -> None:
+        """Fills the given rows with zeros and waits until they are on disk."""
+        if len(rows) and len(self):
+            view = self.view("r+")
+            view[rows[rows < len(view)]] = 0
+            view.flush()

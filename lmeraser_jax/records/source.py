@@ -1,0 +1,88 @@
+"""What every source of images delivers: items with stable ids, and pixels read in bounded pieces."""
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lmeraser_jax.digests import keyed_hash
+from lmeraser_jax.errors import some
+
+SPLITS = ("train", "holdout", "test", "public")
+
+
+class Item(NamedTuple):
+    """One image without its pixels. Splits: train (private), holdout (private, never tuned on), test, public."""
+
+    id: str
+    split: str
+    label: int
+    owner: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set, before it is imported.
+
+    Attributes:
+        name: what messages call it.
+        class_names: index = label; fixed at import, so that erasing a whole class keeps its logit.
+        shape: (h, w, c) of a stored image.
+        items: all items, in any order.
+        read: `read(start, stop)` gives the pixels of `items[start:stop]`, uint8 [n, h, w, c].
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    items: Sequence[Item]
+    read: Callable[[int, int], np.ndarray]
+
+
+def problems(source: Source) -> list[str]:
+    """Everything about the items that makes the source unusable: one line each."""
+    found = []
+    labels = {item.label for item in source.items if item.split != "public"}
+    bad = [f"{item.id}={item.label}" for item in source.items if not 0 <= item.label < len(source.class_names)]
+    twice = [name for name, count in Counter(item.id for item in source.items).items() if count > 1]
+    if not any(item.split == "train" for item in source.items):
+        found.append("there is no training image")
+    elif len(labels) < 2:
+        found.append(f"only one class is present ({some(labels)}); a classifier needs at least 2")
+    if bad:
+        found.append(f"labels must lie in 0..{len(source.class_names) - 1} (the class names): {some(bad)}")
+    if twice:
+        found.append(f"ids must be unique; these occur more than once: {some(twice)}")
+    if min(source.shape) < 1 or source.shape[2] not in (1, 3):
+        found.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
+    return found
+
+
+def content_hash(image: np.ndarray) -> str:
+    """SHA-256 over shape and pixels of one uint8 image; equal images have equal hashes."""
+    sha = hashlib.sha256(str(image.shape).encode())
+    sha.update(np.ascontiguousarray(image).tobytes())
+    return sha.hexdigest()
+
+
+def held_out(item: Item, share: float, seed: int) -> Item:
+    """Moves a share of the training records to the holdout, chosen by a keyed hash of their ids."""
+    if item.split != "train":
+        return item
+    draw = int.from_bytes(keyed_hash(seed, "holdout", item.id)[:8], "little") / 2**64
+    return item._replace(split="holdout") if draw < share else item
+
+
+def limited(items: Sequence[Item], train: int, test: int) -> list[int]:
+    """Positions of the items that the limits keep: the first so many of each split (0: all)."""
+    left = {"train": train or len(items), "test": test or len(items)}
+    kept = []
+    for position, item in enumerate(items):
+        if left.get(item.split, 1) > 0:
+            kept.append(position)
+        if item.split in left:
+            left[item.split] -= 1
+    return kept

@@ -1,0 +1,97 @@
+"""Checkpoints. The only file that imports Orbax.
+
+A tree of arrays is saved flat, as {"blocks/0/fc1/kernel": array}, by an Orbax `CheckpointManager` in a
+hidden folder; the folder is synced and renamed into place, so it is there completely or not at all.
+"""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.store import layout
+
+logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname)
+
+Arrays = Mapping[str, np.ndarray]
+
+
+def flatten(tree: Any) -> dict[str, np.ndarray]:
+    """{"path/to/leaf": array} of a nested tree; paths are unique and sorted by JAX's key order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(_name(key) for key in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def unflatten(arrays: Arrays, like: Any) -> Any:
+    """The inverse of `flatten` for a tree of the same structure."""
+    paths, structure = jax.tree_util.tree_flatten_with_path(like)
+    return jax.tree_util.tree_unflatten(structure, [arrays["/".join(map(_name, path))] for path, _ in paths])
+
+
+def _name(key: Any) -> str:
+    return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def save(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int = 0) -> None:
+    """Writes one checkpoint, complete or not at all.
+
+    Args:
+        folder: the checkpoint's own folder; replaced if it exists.
+        arrays: flat tree.
+        metadata: JSON kept beside it.
+        step: its number among later ones in the same folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with _manager(temporary, create=True) as manager:
+        _write(manager, step, arrays, metadata)
+    layout.publish_folder(temporary, folder)
+
+
+def save_step(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int) -> None:
+    """Adds a step to a folder of checkpoints of one training; the last two are kept."""
+    with _manager(folder, create=True, keep=2) as manager:
+        _write(manager, step, arrays, metadata)
+
+
+def _write(manager: ocp.CheckpointManager, step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:
+    items = ocp.args.Composite(arrays=ocp.args.StandardSave(dict(arrays)), metadata=ocp.args.JsonSave(metadata))
+    manager.save(step, args=items, force=True)
+    manager.wait_until_finished()
+
+
+def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+    """Reads the newest step: arrays on the host, metadata, step.
+
+    Raises:
+        UserError: nothing readable is there.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist")
+    try:
+        with _manager(folder, create=False) as manager:
+            step = manager.latest_step()
+            if step is None:
+                raise UserError(f"{folder} holds no checkpoint")
+            shapes = manager.item_metadata(step)["arrays"]
+            target = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in dict(shapes).items()}
+            items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore())
+            restored = manager.restore(step, args=items)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+    return {name: np.asarray(leaf) for name, leaf in restored["arrays"].items()}, restored["metadata"], step
+
+
+def _manager(folder: Path, create: bool, keep: int | None = None) -> ocp.CheckpointManager:
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(create=create, max_to_keep=keep, enable_async_checkpointing=False)
+    return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)

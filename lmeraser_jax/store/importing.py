@@ -1,0 +1,99 @@
+"""Bringing a source's images into a workdir: ids, owners, content hashes and the image file."""
+
+import dataclasses
+
+import numpy as np
+
+from lmeraser_jax.config import Config
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.progress import progress
+from lmeraser_jax.records.cache import RowFile
+from lmeraser_jax.records.source import Source, content_hash, held_out, limited, problems
+from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.layout import Layout
+
+PIECE = 512  # images in memory at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """What an import did, in records."""
+
+    added: int
+    known: int
+    erased: int  # refused, because they were erased before
+    duplicates: int  # new records whose pixels another record of the workdir has too
+
+
+def image_file(layout: Layout, catalog: Catalog) -> RowFile:
+    """The image file of a workdir whose shape is known."""
+    return RowFile(layout.images, tuple(catalog.get("dataset")["shape"]), np.uint8)
+
+
+def import_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
+    """Adds the records that the workdir does not have yet. Erased ids stay out.
+
+    Pixels are appended and synced first; the records become live in one transaction, so an interrupted
+    import leaves nothing but bytes that the next one truncates.
+
+    Raises:
+        UserError: everything that makes the source unusable, or does not fit what was imported before.
+    """
+    kept = limited(source.items, config.data.train_limit, config.data.test_limit)
+    picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
+    dataset = {"classes": list(source.class_names), "shape": list(source.shape), "name": source.name}
+    raise_all(problems(picked) + _misfits(dataset, catalog.get("dataset")), f"{source.name} cannot be imported:")
+    file = RowFile(layout.images, source.shape, np.uint8)
+    file.truncate(catalog.rows_used())
+    start = len(file)
+    items, contents, counts, wrong = [], [], {"known": 0, "erased": 0}, []
+    contents_seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
+    duplicates = 0
+    with progress("import", len(kept)) as shown:
+        for first in range(0, len(kept), PIECE):
+            piece = kept[first : first + PIECE]
+            try:
+                pixels = source.read(piece[0], piece[-1] + 1)[np.array(piece) - piece[0]]
+            except UserError as error:
+                wrong.append(str(error))
+                continue
+            new = []
+            have = catalog.known(source.items[i].id for i in piece)
+            for position, image in zip(piece, pixels, strict=True):
+                item, content = held_out(source.items[position], config.data.holdout, config.seed), content_hash(image)
+                if catalog.is_tombstoned(item.id):
+                    counts["erased"] += 1
+                elif item.id in have:
+                    counts["known"] += 1
+                    if have[item.id][1:3] != (content, item.label):
+                        wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
+                else:
+                    duplicates += content in contents_seen
+                    contents_seen.add(content)
+                    items.append(item)
+                    contents.append(content)
+                    new.append(image)
+            if new and not wrong:
+                file.append(np.stack(new))
+            shown.advance(len(piece))
+    if wrong:
+        file.truncate(start)
+        raise_all(wrong, f"{source.name} cannot be imported:")
+    file.sync()
+    with catalog.transaction():
+        catalog.set("dataset", dataset)
+        catalog.add_records(items, range(start, start + len(items)), contents)
+        catalog.set("rows", start + len(items))
+        catalog.event("import", source=source.name, added=len(items), **counts)
+    return Imported(len(items), counts["known"], counts["erased"], duplicates)
+
+
+def _misfits(new: dict, old: dict | None) -> list[str]:
+    """Why a second import cannot join the first: shape and classes were fixed then."""
+    if old is None:
+        return []
+    return [
+        f"{key}={new[key]} but the workdir was made with {old[key]}"
+        for key in ("shape", "classes")
+        if new[key] != old[key]
+    ]

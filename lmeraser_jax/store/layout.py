@@ -1,0 +1,122 @@
+"""Where things lie in a workdir, how files are written so that a crash cannot tear them, and the lock."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmeraser_jax.errors import UserError
+
+
+class Layout:
+    """Paths below one workdir; makes nothing."""
+
+    def __init__(self, workdir: str | Path):
+        self.root = Path(workdir).expanduser().resolve()
+        self.config = self.root / "config.json"
+        self.catalog = self.root / "catalog.db"
+        self.backbone = self.root / "backbone"
+        self.pretraining = self.root / "pretraining"
+        self.records = self.root / "records"
+        self.images = self.records / "images.u8"
+        self.clusterings = self.root / "clusterings"
+        self.slices = self.root / "slices"
+        self.scratch = self.root / "scratch"
+        self.metrics = self.root / "metrics.jsonl"
+        self.lock = self.root / "lock"
+
+    def features(self, digest: str) -> Path:
+        return self.records / f"features-{digest[:16]}.f32"
+
+    def slice(self, digest: str) -> Path:
+        return self.slices / digest
+
+    def clustering(self, digest: str) -> Path:
+        return self.clusterings / digest
+
+    def prepare(self) -> None:
+        """Makes the workdir, or refuses a folder that holds something else."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"--workdir={self.root} is a file, not a folder")
+        if self.root.is_dir() and not self.catalog.exists() and any(self.root.iterdir()):
+            raise UserError(f"--workdir={self.root} holds other files and is no workdir; name a new or an empty folder")
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def require(self) -> None:
+        """Raises `UserError` unless this is a workdir."""
+        if not self.catalog.exists():
+            what = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
+            raise UserError(f"--workdir={self.root} {what}; make one with: lmeraser train --workdir={self.root}")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replaces a JSON file in one step: readers see the old or the new text."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes to a file beside it, syncs, renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Syncs everything below `temporary` and renames it to `final`; an older `final` is replaced."""
+    for folder, _, files in os.walk(temporary):
+        for name in files:
+            with open(Path(folder) / name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_use(path: Path) -> int:
+    """Bytes of all files below a path (0 where it is absent)."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+
+
+@contextlib.contextmanager
+def writer_lock(layout: Layout) -> Iterator[None]:
+    """One writer at a time; the kernel frees the lock when the process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it; the message names its pid and host.
+    """
+    layout.root.mkdir(parents=True, exist_ok=True)
+    with open(layout.lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(f"{layout.root} is being written by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

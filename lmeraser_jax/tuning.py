@@ -1,0 +1,341 @@
+"""The tuning program: one compiled SPMD step tunes a cluster in every lane of every device (Eqs. 5, 6).
+
+`vmap` over lanes inside `jax.shard_map` over devices, a device-side loop over many steps, buffers
+donated. A lane re-initialises its slice when a new cluster starts and drops the finished slice into an
+output slot, so neither the number of clusters nor of records is part of any shape: training, one
+request or a thousand run the same executable. Gradients are taken with respect to the slice only.
+
+Shapes: G lanes of all devices, L lanes per device, T steps of one call, B images per lane, W output slots.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.digests import canonical_json
+from lmeraser_jax.features import compute_dtype, on_device
+from lmeraser_jax.images import ImageSpec, augmented
+from lmeraser_jax.progress import progress
+from lmeraser_jax.schedule import Chunk, Job, chunks
+from lmeraser_jax.slices import Slice, init_slice, lay_prompt
+
+
+class LaneState(NamedTuple):
+    """A cluster under way: its slice and its optimizer state."""
+
+    slice: Slice
+    opt: Any
+
+
+class Batch(NamedTuple):
+    """What one lane gets for one step; with leading axes [T, G] for a whole call."""
+
+    rows: Any  # int32 [B], rows of the images on the device
+    valid: Any  # bool [B]
+    words: Any  # uint32 [2], the cluster's seed words
+    step: Any  # int32, the cluster's own step
+    total: Any  # int32, its number of steps
+    slot: Any  # int32, output slot when it ends with this step, else W
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Everything static about a tuning program."""
+
+    vit: ViTConfig
+    spec: ImageSpec
+    tuning: Tuning
+    classes: int
+    seed: int
+
+    @property
+    def slots(self) -> int:
+        """W: finished slices that one call can hand over per device."""
+        return max(16, 2 * self.tuning.lanes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """One finished cluster. `loss` is the mean over its last epoch; not finite means that it failed."""
+
+    job: Job
+    slice: Slice
+    loss: float
+    failed_at: int | None
+    seconds: float
+
+
+def mesh_of(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """1-D mesh over the devices (all of them by default)."""
+    return Mesh(np.array(devices or jax.devices()), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
+    """What the bits depend on beside a slice's recipe: program, library and hardware, as JSON.
+
+    The number of devices is not part of it, only whether the program is partitioned at all: XLA compiles
+    a one-device program with other fusions than one for many devices.
+    """
+    device = mesh.devices.flat[0]
+    cpus = {"cpus": os.cpu_count()} if device.platform == "cpu" else {}
+    return canonical_json(
+        {
+            "platform": device.platform,
+            "device": device.device_kind,
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.__version__,
+            "lanes": tuning.lanes,
+            "batch": tuning.batch,
+            "dtype": str(compute_dtype(tuning.dtype, mesh)),
+            "partitioned": mesh.size > 1,
+            **cpus,
+        }
+    )
+
+
+def optimizer(tuning: Tuning) -> optax.GradientTransformation:
+    """Directions, before the learning rates: SGD with momentum or Adam(W), decay per group."""
+    decay = optax.partition(
+        {group: optax.add_decayed_weights(rate) for group, rate in _by_group(tuning, "decay").items()}, _groups
+    )
+    if tuning.optimizer == "sgd":
+        return optax.chain(decay, optax.trace(tuning.momentum))
+    return optax.chain(optax.scale_by_adam(), decay)
+
+
+def _groups(tree: Slice) -> Slice:
+    """Names the group of each leaf, for optax."""
+    return Slice("prompt", "head", "head")  # pyright: ignore[reportArgumentType]
+
+
+def _by_group(tuning: Tuning, what: str) -> dict[str, float]:
+    return {"prompt": getattr(tuning, f"prompt_{what}"), "head": getattr(tuning, f"head_{what}")}
+
+
+def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Array:
+    """Factor in [0, 1] in the cluster's own progress: linear warm-up, then half a cosine to zero."""
+    warmup = jnp.ceil(tuning.warmup * total.astype(jnp.float32))
+    at, last = step.astype(jnp.float32), total.astype(jnp.float32)
+    rising = (at + 1.0) / jnp.maximum(warmup, 1.0)
+    falling = 0.5 * (1.0 + jnp.cos(math.pi * (at - warmup) / jnp.maximum(last - warmup, 1.0)))
+    return jnp.where(at < warmup, rising, falling)
+
+
+def cluster_loss(part: Slice, problem: Problem, params: Any, images: jax.Array, labels: jax.Array, valid: jax.Array):
+    """Masked mean cross-entropy of one cluster's batch (Eq. 6).
+
+    Args:
+        part: the cluster's slice, the only thing that is differentiated.
+        problem: static settings.
+        params: frozen backbone.
+        images: float32 [B, H, W, C], normalised.
+        labels: int32 [B].
+        valid: bool [B].
+    """
+    vit, width = problem.vit, problem.tuning.prompt_width
+    prompt = lay_prompt(part.prompt, vit.image_size, width, vit.channels)
+    features = frozen.features(vit, params, images + prompt[None])  # [B, D]
+    logits = features @ part.kernel + part.bias[None]  # [B, Y]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    weights = valid.astype(losses.dtype)
+    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def cluster_step(problem: Problem, params: Any, images: jax.Array, labels: jax.Array, state: LaneState, batch: Batch):
+    """One optimizer step of one cluster; starts afresh at its step 0.
+
+    Every random number comes from (seed, cluster, step), and the rate from the cluster's own progress.
+
+    Args:
+        problem: static settings.
+        params: frozen backbone.
+        images: uint8 [M, h, w, c], the images on the device.
+        labels: int32 [M].
+        state: the lane's state.
+        batch: the lane's work.
+
+    Returns:
+        (new state, loss float32 []).
+    """
+    tuning = problem.tuning
+    tx = optimizer(tuning)
+    key = jax.random.key(problem.seed)
+    for i in range(2):
+        key = jax.random.fold_in(key, batch.words[i])
+    key_init, key_augment = jax.random.split(key)
+    first = init_slice(key_init, tuning, problem.vit, problem.classes)
+    fresh = LaneState(first, tx.init(first))
+    part, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
+    pixels = augmented(images[batch.rows], problem.spec, jax.random.fold_in(key_augment, batch.step))
+    loss, grads = jax.value_and_grad(cluster_loss)(part, problem, params, pixels, labels[batch.rows], batch.valid)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+        directions, opt = tx.update(grads, opt, part)
+    factor = learning_rate(tuning, batch.step, batch.total)
+    rates = _by_group(tuning, "rate")
+    part = jax.tree.map(lambda p, group, d: p - rates[group] * factor * d, part, _groups(part), directions)
+    return LaneState(part, opt), loss
+
+
+def device_program(problem: Problem, params: Any, images: jax.Array, labels: jax.Array, steps, state, work: Batch):
+    """What one device runs: `steps` steps over its L lanes.
+
+    Args:
+        problem: static settings.
+        params, images, labels: on every device.
+        steps: int32 [], steps to run, at most T.
+        state: `LaneState` with leading axis L.
+        work: `Batch` with leading axes [T, L].
+
+    Returns:
+        (state, finished slices with leading axis W, losses float32 [T, L]).
+    """
+    tune = functools.partial(cluster_step, problem, params, images, labels)
+    finished = jax.tree.map(lambda leaf: jnp.zeros((problem.slots, *leaf.shape[1:]), leaf.dtype), state.slice)
+    losses = jnp.zeros(work.step.shape, jnp.float32)
+
+    def body(t, carry):
+        state, finished, losses = carry
+        batch = jax.tree.map(lambda leaf: leaf[t], work)
+        state, loss = jax.vmap(tune)(state, batch)
+        finished = jax.tree.map(lambda out, new: out.at[batch.slot].set(new, mode="drop"), finished, state.slice)
+        return state, finished, losses.at[t].set(loss)
+
+    return jax.lax.fori_loop(0, steps, body, (state, finished, losses))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(problem: Problem, mesh: Mesh):
+    """The jitted program over a mesh; cached, so that every request of a process shares one executable."""
+    lanes, work = P(mesh.axis_names[0]), P(None, mesh.axis_names[0])
+    mapped = jax.shard_map(
+        functools.partial(device_program, problem),
+        mesh=mesh,
+        in_specs=(P(), P(), P(), P(), lanes, work),
+        out_specs=(lanes, lanes, work),
+        check_vma=False,
+    )
+    return jax.jit(mapped, donate_argnums=4)
+
+
+def initial_state(problem: Problem, mesh: Mesh) -> LaneState:
+    """Zeros in the shape of all lanes' states, split over the mesh."""
+
+    def one() -> LaneState:
+        part = init_slice(jax.random.key(0), problem.tuning, problem.vit, problem.classes)
+        return LaneState(part, optimizer(problem.tuning).init(part))
+
+    lanes = mesh.size * problem.tuning.lanes
+    shapes = jax.eval_shape(one)
+    zeros = jax.tree.map(lambda leaf: np.zeros((lanes, *leaf.shape), leaf.dtype), shapes)
+    return jax.device_put(zeros, NamedSharding(mesh, P(mesh.axis_names[0])))
+
+
+def tune(
+    problem: Problem, backbone: Backbone, jobs: Sequence[Job], images: np.ndarray, labels: np.ndarray, mesh: Mesh
+) -> Iterator[Tuned]:
+    """Tunes clusters and yields each as it finishes.
+
+    Args:
+        problem: static settings.
+        backbone: frozen network, `problem.vit` its architecture.
+        jobs: clusters to tune; their rows point into `images`.
+        images: uint8 [N, h, w, c], on the host (may be a memory map).
+        labels: int32 [N].
+        mesh: 1-D mesh.
+    """
+    params = on_device(backbone, compute_dtype(problem.tuning.dtype, mesh), mesh)
+    program, state = compiled(problem, mesh), initial_state(problem, mesh)
+    data = _Images(problem, images, labels, mesh)
+    tracker = _Tracker(jobs)
+    with progress("tune", sum(job.steps for job in jobs)) as shown:
+        waiting = None  # results are fetched one call late, so that the device never waits for the host
+        for chunk in chunks(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
+            pixels, targets, rows = data.of(chunk)
+            work = Batch(rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
+            state, finished, losses = program(params, pixels, targets, np.int32(chunk.steps), state, work)
+            if waiting is not None:
+                yield from tracker.collect(*waiting, problem.slots)
+                shown.advance(int((waiting[0].job >= 0).sum()), f"loss {tracker.last_loss:.3f}")
+            waiting = (chunk, finished, losses)
+        if waiting is not None:
+            yield from tracker.collect(*waiting, problem.slots)
+
+
+class _Images:
+    """The images a call reads: all of them on the device when they fit, else the call's own."""
+
+    def __init__(self, problem: Problem, images: np.ndarray, labels: np.ndarray, mesh: Mesh):
+        self.images, self.labels, self.everywhere = images, labels, NamedSharding(mesh, P())
+        self.resident = None
+        if bucket(len(images)) * images[0].nbytes <= problem.tuning.device_bytes:
+            size = bucket(len(images))
+            full, targets = np.zeros((size, *images.shape[1:]), np.uint8), np.zeros(size, np.int32)
+            full[: len(images)], targets[: len(images)] = images, labels
+            self.resident = jax.device_put((full, targets), self.everywhere)
+
+    def of(self, chunk: Chunk) -> tuple[Any, Any, np.ndarray]:
+        """(images, labels, rows into them) for one call."""
+        if self.resident is not None:
+            return *self.resident, chunk.rows
+        window = chunk.rows.reshape(-1)
+        pixels, targets = jax.device_put((self.images[window], self.labels[window]), self.everywhere)
+        return pixels, targets, np.arange(len(window), dtype=np.int32).reshape(chunk.rows.shape)
+
+
+def bucket(count: int) -> int:
+    """A size of at least `count`, at most an eighth above it: data sets of nearly one size share a program."""
+    step = max(256, 1 << max(count.bit_length() - 4, 0))
+    return -(-max(count, 1) // step) * step
+
+
+class _Tracker:
+    """Follows losses and times of the jobs under way."""
+
+    def __init__(self, jobs: Sequence[Job]):
+        self.jobs = jobs
+        self.loss_sum, self.loss_count = np.zeros(len(jobs)), np.zeros(len(jobs))
+        self.seconds, self.failed_at = np.zeros(len(jobs)), [None] * len(jobs)
+        self.last_loss, self.since = math.nan, time.perf_counter()
+
+    def collect(self, chunk: Chunk, finished: Slice, losses: jax.Array, slots: int) -> Iterator[Tuned]:
+        """Waits for a call's results; yields the clusters that ended in it."""
+        values = np.asarray(losses)[: chunk.steps]
+        now = time.perf_counter()
+        busy, at, steps = chunk.job[: chunk.steps] >= 0, chunk.step[: chunk.steps], now - self.since
+        self.since = now
+        for index in np.unique(chunk.job[: chunk.steps][busy]):
+            here = chunk.job[: chunk.steps] == index
+            job = self.jobs[index]
+            self.seconds[index] += steps * here.sum() / busy.sum()
+            last_epoch = here & (at >= job.steps - -(-job.steps // job.epochs))
+            self.loss_sum[index] += values[last_epoch].sum()
+            self.loss_count[index] += last_epoch.sum()
+            broken = at[here & ~np.isfinite(values)]
+            if len(broken) and self.failed_at[index] is None:
+                self.failed_at[index] = int(broken.min())
+        self.last_loss = float(values[busy].mean())
+        if chunk.finished:
+            slices = jax.device_get(finished)
+            for index, device, slot in chunk.finished:
+                part = Slice(*(leaf[device * slots + slot].copy() for leaf in slices))
+                loss = self.loss_sum[index] / max(self.loss_count[index], 1)
+                failed = self.failed_at[index]
+                if failed is None and not all(np.isfinite(leaf).all() for leaf in part):
+                    failed = self.jobs[index].steps
+                yield Tuned(self.jobs[index], part, float(loss), failed, float(self.seconds[index]))
