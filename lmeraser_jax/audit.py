@@ -41,6 +41,21 @@ class Verdict:
     def ok(self) -> bool:
         return not self.differences
 
+    def text(self) -> str:
+        """The verdict in words."""
+        broken = {line.split()[1].rstrip(":") for line in self.differences if line.startswith(("slices", "parameters"))}
+        good = self.checked - len(broken)
+        lines = [f"bit-identical: {good} of {self.checked} slices"]
+        if self.checked < self.clusters:
+            lines[0] += f" (a sample; {self.clusters} clusters in all)"
+        lines += [f"differs: {line}" for line in self.differences]
+        if self.other_programs:
+            lines.append(
+                f"{self.other_programs} audited slices were tuned by another program version or device,"
+                " where equal bits are not promised"
+            )
+        return "\n".join(lines)
+
 
 def state(run: Run, keys: frozenset[str] | None = None) -> dict[str, Any]:
     """Everything that is stored or served as a function of the live records, free of row numbers and times.

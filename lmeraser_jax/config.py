@@ -11,7 +11,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from lmeraser_jax.errors import raise_all
+from lmeraser_jax.errors import UserError, raise_all
 
 SOURCES = ("digits", "npz", "folder")
 AUGMENTS = ("none", "crop", "flip", "paper")
@@ -131,12 +131,15 @@ def default_config() -> Any:
     return config_dict.ConfigDict(to_dict(Config()))
 
 
-def from_dict(tree: Mapping[str, Any]) -> Config:
-    """Checks a tree of settings and freezes it.
+def from_dict(tree: Any) -> Config:
+    """Checks a tree of settings, a mapping or a `ConfigDict`, and freezes it.
 
     Raises:
-        UserError: names every unknown key, wrong type and illegal value at once.
+        UserError: names every unknown key and wrong type at once; where there are none, every illegal value.
     """
+    tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
+    if not isinstance(tree, Mapping):
+        raise UserError(f"the config must be a group of settings, is {type(tree).__name__}")
     problems: list[str] = []
     config = _build(Config, tree, "", problems)
     raise_all(problems, "the config cannot be used:" if len(problems) > 1 else "")
@@ -174,7 +177,7 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str])
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            near = difflib.get_close_matches(key, hints, 1)
+            near = difflib.get_close_matches(str(key), hints, 1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(hints)}"
             problems.append(f"unknown setting {prefix}{key}; {hint}")
     values = {}
@@ -258,7 +261,8 @@ def _illegal(c: Config) -> list[str]:
     for flag, value in (("tuning.warmup", t.warmup), ("pretraining.warmup", p.warmup), ("tuning.momentum", t.momentum)):
         need(0 <= value < 1, flag, value, "in [0, 1)")
     need(0 <= d.holdout < 1, "data.holdout", d.holdout, "in [0, 1)")
-    need(b.std > 0, "backbone.std", b.std, "above 0")
+    need(-float("inf") < b.mean < float("inf"), "backbone.mean", b.mean, "a finite number")
+    need(0 < b.std < float("inf"), "backbone.std", b.std, "a finite number above 0")
     need(
         2 * t.prompt_width <= d.image_size,
         "tuning.prompt_width",

@@ -25,7 +25,7 @@ def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of arrays, in the order of their names."""
     sha = hashlib.sha256()
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.asarray(arrays[name])
         sha.update(canonical_json([name, str(array.dtype), array.shape]).encode())
         sha.update(array.tobytes())
     return sha.hexdigest()

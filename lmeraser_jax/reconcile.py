@@ -90,9 +90,7 @@ def plan(run: Run, records: RecordTable) -> Plan:
     """What state the given live private records call for. Writes nothing but the feature cache."""
     clustering, settled = _clustering(run, records)
     assignment = _assignment(run, records, clustering, settled)
-    members = {
-        key: np.flatnonzero(assignment == k) for k, key in enumerate(clustering.keys) if (assignment == k).any()
-    }
+    members = {key: np.flatnonzero(assignment == k) for k, key in enumerate(clustering.keys) if (assignment == k).any()}
     digests = {key: digest(_recipe(run, key, records, rows)) for key, rows in members.items()}
     have = run.catalog.slices()
     missing = [key for key, name in digests.items() if name not in have or not run.layout.slice(name).is_dir()]
@@ -209,7 +207,9 @@ def _tune_missing(run: Run, wanted: Plan, missing: Sequence[str]) -> None:
     raise_all(
         failed,
         "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate "
-        "or --config.tuning.head_rate:" if failed else "",
+        "or --config.tuning.head_rate:"
+        if failed
+        else "",
     )
 
 

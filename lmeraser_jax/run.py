@@ -31,7 +31,7 @@ from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, image_file, import_source
-from lmeraser_jax.store.layout import Layout, writer_lock, write_json
+from lmeraser_jax.store.layout import Layout, write_json, writer_lock
 from lmeraser_jax.tuning import Problem, mesh_of
 
 
@@ -88,7 +88,9 @@ class Run:
 def image_spec(config: Config, shape: Sequence[int], channels: int) -> ImageSpec:
     """The image pipeline for stored images [h, w, c] and a backbone with so many channels."""
     if shape[2] > channels:
-        raise UserError(f"the images have {shape[2]} channels, the backbone takes {channels}; convert the images to grey")
+        raise UserError(
+            f"the images have {shape[2]} channels, the backbone takes {channels}; convert the images to grey"
+        )
     return ImageSpec(
         *shape,
         size=config.data.image_size,
@@ -112,7 +114,9 @@ def stored_config(workdir: str | Path) -> Config | None:
 
 
 @contextlib.contextmanager
-def opened(workdir: str | Path, config: Config | None = None, devices: Sequence[jax.Device] | None = None) -> Iterator[Run]:
+def opened(
+    workdir: str | Path, config: Config | None = None, devices: Sequence[jax.Device] | None = None
+) -> Iterator[Run]:
     """Opens a finished workdir. `config` may differ from the stored one in `inference` only.
 
     Raises:
@@ -175,7 +179,10 @@ def _check_same(layout: Layout, stored: Config, config: Config, everything: bool
     free = ("inference",) if everything else ("inference", "tuning", "clustering")
     old, new = ({k: v for k, v in settings.to_dict(c).items() if k not in free} for c in (stored, config))
     lines = settings.differences(old, new)
-    raise_all(lines, f"{layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:" * bool(lines))
+    raise_all(
+        lines,
+        f"{layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:" * bool(lines),
+    )
 
 
 def _check_data(config: Config, catalog: Catalog, first: bool) -> None:

@@ -62,11 +62,15 @@ def resolve(run: Run, ids: Sequence[str], owner: str = "") -> Targets:
             raise UserError(f"--owner={owner}: no live record belongs to this owner; nothing is erased")
         names = list(dict.fromkeys([*names, *owned]))
     known = run.catalog.known(names)
-    erased = tuple(n for n in names if (n in known and known[n][3]) or (n not in known and run.catalog.is_tombstoned(n)))
+    erased = tuple(
+        n for n in names if (n in known and known[n][3]) or (n not in known and run.catalog.is_tombstoned(n))
+    )
     unknown = [name for name in names if name not in known and name not in erased]
     public = [name for name in known if known[name][0] == "public"]
     if unknown:
-        raise UserError(f"unknown records: {some(unknown, 50)}; nothing is erased (lmeraser inspect --records lists the ids)")
+        raise UserError(
+            f"unknown records: {some(unknown, 50)}; nothing is erased (lmeraser inspect --records lists the ids)"
+        )
     if public:
         raise UserError(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
     return Targets(tuple(name for name in names if name not in erased), erased)

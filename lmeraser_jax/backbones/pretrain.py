@@ -81,7 +81,9 @@ def pretrain(
     """
     p = config.pretraining
     if not len(images):
-        raise UserError("there are no public images to pretrain on; name a backbone with --config.backbone.weights=FILE")
+        raise UserError(
+            "there are no public images to pretrain on; name a backbone with --config.backbone.weights=FILE"
+        )
     vit = architecture(config, channels=images.shape[3], classes=classes)
     spec = ImageSpec(
         *images.shape[1:],

@@ -26,10 +26,10 @@ class RowFile:
         return self.path.stat().st_size // self.row_bytes if self.path.exists() else 0
 
     def truncate(self, rows: int) -> None:
-        """Drops rows after the first `rows`: what an interrupted import left behind."""
-        if len(self) > rows or (self.path.exists() and self.path.stat().st_size % self.row_bytes):
+        """Drops rows after the first `rows`, and a torn last row: what an interrupted import left behind."""
+        if self.path.exists():
             with open(self.path, "r+b") as file:
-                file.truncate(rows * self.row_bytes)
+                file.truncate(min(rows, len(self)) * self.row_bytes)
 
     def append(self, rows: np.ndarray) -> None:
         """Adds rows at the end: [n, *shape]."""

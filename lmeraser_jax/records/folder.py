@@ -6,6 +6,7 @@ side resized (bilinear), centre crop.
 """
 
 import csv
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def load(path: str, size: int, labels: str = "") -> Source:
     root = Path(path)
     if not root.is_dir():
         raise UserError(f"--config.data.path={path}: no such folder")
-    files = [p for split in SPLITS for p in sorted((root / split).rglob("*")) if p.suffix.lower() in SUFFIXES]
+    files = [p for split in SPLITS for p in sorted((root / split).rglob("*")) if _is_image(p)]
     if not files:
         raise UserError(f"{path} holds no images; expected {{train,test}}/<class>/<file> ({', '.join(SUFFIXES)})")
     table = _read_csv(labels) if labels else {}
@@ -42,9 +43,8 @@ def load(path: str, size: int, labels: str = "") -> Source:
     without = [name for name, label in label_of.items() if not label]
     raise_all([f"no class folder and no label in the CSV (--config.data.labels): {some(without)}"] if without else [])
     classes = tuple(sorted(set(label_of.values())))
-    items = [
-        Item(name, name.split("/")[0], classes.index(label_of[name]), table.get(name, ("", ""))[1]) for name in names
-    ]
+    index = {label: i for i, label in enumerate(classes)}
+    items = [Item(name, name.split("/")[0], index[label_of[name]], table.get(name, ("", ""))[1]) for name in names]
     channels = 3
 
     def read(start: int, stop: int) -> np.ndarray:
@@ -62,12 +62,19 @@ def decode(files: list[Path], height: int, width: int, channels: int) -> np.ndar
     for i, file in enumerate(files):
         try:
             with Image.open(file) as image:
-                fitted = _fit(image.convert("L" if channels == 1 else "RGB"), height, width)
+                fitted = _fit(_eight_bit(image).convert("L" if channels == 1 else "RGB"), height, width)
             images[i] = np.asarray(fitted).reshape(height, width, channels)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             problems.append(f"{file}: {error}")
     raise_all(problems, "these image files cannot be read; mend or remove them:")
     return images
+
+
+def _eight_bit(image):
+    """The image in a mode that converts to grey or RGB without loss of range; transparency is dropped later."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
+    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
 
 
 def _fit(image, height: int, width: int):
@@ -82,6 +89,10 @@ def _fit(image, height: int, width: int):
     return image.crop((left, top, left + width, top + height))
 
 
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
 def _class_folder(name: str) -> str:
     parts = name.split("/")
     return parts[1] if len(parts) > 2 else ""
@@ -91,9 +102,15 @@ def _read_csv(path: str) -> dict[str, tuple[str, str]]:
     """{file: (label, owner)} from the CSV."""
     if not Path(path).is_file():
         raise UserError(f"--config.data.labels={path}: no such file")
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        missing = {"file", "label"} - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}; needed: file,label[,owner]")
-        return {row["file"]: (row["label"] or "", row.get("owner") or "") for row in reader}
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = {"file", "label"} - set(reader.fieldnames or ())
+            if missing:
+                raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}; needed: file,label[,owner]")
+            rows = [(row["file"] or "", row["label"] or "", row.get("owner") or "") for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
+    twice = [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]
+    raise_all([f"{path} names files more than once: {some(twice)}"] if twice else [])
+    return {name: (label, owner) for name, label, owner in rows}

@@ -6,6 +6,7 @@ to "train/<index>", so give ids of your own if the file will ever lose or gain i
 """
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +29,22 @@ def load(path: str) -> Source:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; it has {some(arrays) or 'nothing'} (--config.data.path)")
     splits = [split for split in SPLITS if f"{split}_images" in arrays]
-    raise_all([line for split in splits for line in _wrong(arrays, split)], f"{path} cannot be used:")
+    names = arrays.get("class_names")
+    found = [line for split in splits for line in _wrong(arrays, split)]
+    if names is not None and names.ndim != 1:
+        found.append(f"class_names must be a list, has shape {list(names.shape)}")
+    raise_all(found, f"{path} cannot be used:")
     images = [_with_channels(arrays[f"{split}_images"]) for split in splits]
     shapes = {array.shape[1:] for array in images}
     if len(shapes) > 1:
         raise UserError(f"{path}: all images must have one shape; found {some(sorted(shapes))}")
     items = [item for split in splits for item in _items(arrays, split)]
-    names = arrays.get("class_names")
     if names is None:
         top = max((item.label for item in items), default=0)
         names = np.array([str(i) for i in range(top + 1)])
     stacked = np.concatenate(images)
     shape = tuple(int(side) for side in stacked.shape[1:])
-    class_names = tuple(str(name) for name in names)
+    class_names = tuple(_text(name) for name in names)
     return Source(path, class_names, (shape[0], shape[1], shape[2]), items, lambda start, stop: stacked[start:stop])
 
 
@@ -49,26 +53,26 @@ def _read(path: str) -> dict[str, np.ndarray]:
         raise UserError(f"--config.data.path={path}: no such file")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+            return {key: np.asarray(file[key]) for key in file.files}
+    except (ValueError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"--config.data.path={path} is not a readable .npz without pickles: {error}") from error
 
 
 def _wrong(arrays: dict[str, np.ndarray], split: str) -> list[str]:
     """What is wrong with the arrays of one split."""
     images, labels = arrays[f"{split}_images"], arrays.get(f"{split}_labels")
-    found = []
+    found, count = [], len(images) if images.ndim else 0
     if images.dtype != np.uint8:
         found.append(f"{split}_images must be uint8, are {images.dtype}")
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] not in (1, 3)):
         found.append(f"{split}_images must be [N, H, W] or [N, H, W, 1 or 3], are {list(images.shape)}")
     if labels is None:
         return [*found, f"{split}_labels is missing"]
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        found.append(f"{split}_labels must be {len(images)} integers, are {labels.dtype} {list(labels.shape)}")
+    if labels.dtype.kind not in "iu" or labels.shape != (count,):
+        found.append(f"{split}_labels must be {count} integers, are {labels.dtype} {list(labels.shape)}")
     for key in (f"{split}_ids", f"{split}_owners"):
-        if key in arrays and arrays[key].shape != images.shape[:1]:
-            found.append(f"{key} must have {len(images)} entries, has shape {list(arrays[key].shape)}")
+        if key in arrays and arrays[key].shape != (count,):
+            found.append(f"{key} must have {count} entries, has shape {list(arrays[key].shape)}")
     return found
 
 
@@ -80,4 +84,9 @@ def _items(arrays: dict[str, np.ndarray], split: str) -> list[Item]:
     labels = arrays[f"{split}_labels"]
     ids = arrays.get(f"{split}_ids", np.array([f"{split}/{i}" for i in range(len(labels))]))
     owners = arrays.get(f"{split}_owners", np.full(len(labels), ""))
-    return [Item(str(i), split, int(y), str(o)) for i, y, o in zip(ids, labels, owners, strict=True)]
+    return [Item(_text(i), split, int(y), _text(o)) for i, y, o in zip(ids, labels, owners, strict=True)]
+
+
+def _text(value: object) -> str:
+    """A name from an array of strings, bytes or numbers."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)

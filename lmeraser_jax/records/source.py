@@ -48,6 +48,8 @@ def problems(source: Source) -> list[str]:
     labels = {item.label for item in source.items if item.split != "public"}
     bad = [f"{item.id}={item.label}" for item in source.items if not 0 <= item.label < len(source.class_names)]
     twice = [name for name, count in Counter(item.id for item in source.items).items() if count > 1]
+    names = [*source.class_names, *(text for item in source.items for text in (item.id, item.owner))]
+    garbled = [ascii(text) for text in names if text.encode(errors="replace").decode() != text]
     if not any(item.split == "train" for item in source.items):
         found.append("there is no training image")
     elif len(labels) < 2:
@@ -56,6 +58,8 @@ def problems(source: Source) -> list[str]:
         found.append(f"labels must lie in 0..{len(source.class_names) - 1} (the class names): {some(bad)}")
     if twice:
         found.append(f"ids must be unique; these occur more than once: {some(twice)}")
+    if garbled:
+        found.append(f"file names, ids, owners and class names must be text in UTF-8; these are not: {some(garbled)}")
     if min(source.shape) < 1 or source.shape[2] not in (1, 3):
         found.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
     return found

@@ -39,7 +39,9 @@ CREATE TABLE manifests(version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL N
 CREATE TABLE entries(
   version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
 ) WITHOUT ROWID;
-CREATE TABLE requests(id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE requests(
+  id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
 """
 
@@ -72,20 +74,22 @@ class Catalog:
     """A connection to the catalog of one workdir. Readers are never blocked by the writer (WAL)."""
 
     def __init__(self, path: Path):
-        fresh = not path.exists()
-        try:
-            self.db = sqlite3.connect(path, timeout=30, isolation_level=None)
-            self.db.execute("PRAGMA secure_delete=ON")
-            self.db.execute("PRAGMA synchronous=FULL")
-            if fresh:
-                self.db.execute("PRAGMA journal_mode=WAL")
-                self.db.executescript(f"BEGIN;{SCHEMA}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-                self.set("salt", secrets.token_hex(16))
-            version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path} is not a readable catalog: {error}") from error
-        if version != SCHEMA_VERSION:
-            raise UserError(f"{path} has catalog version {version}; this release reads version {SCHEMA_VERSION}")
+        with contextlib.ExitStack() as undo:
+            try:
+                self.db = sqlite3.connect(path, timeout=30, isolation_level=None)
+                undo.callback(self.db.close)
+                self.db.execute("PRAGMA secure_delete=ON")
+                self.db.execute("PRAGMA synchronous=FULL")
+                if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
+                    self.db.execute("PRAGMA journal_mode=WAL")
+                    salt = f"INSERT INTO meta VALUES('salt','\"{secrets.token_hex(16)}\"');"
+                    self.db.executescript(f"BEGIN;{SCHEMA}{salt}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
+                version = self.db.execute("PRAGMA user_version").fetchone()[0]
+            except sqlite3.DatabaseError as error:
+                raise UserError(f"{path} is not a readable catalog: {error}") from error
+            if version != SCHEMA_VERSION:
+                raise UserError(f"{path} has catalog version {version}; this release reads version {SCHEMA_VERSION}")
+            undo.pop_all()
 
     def close(self) -> None:
         self.db.close()
@@ -99,10 +103,11 @@ class Catalog:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # SQLite has rolled back by itself when the disk is full
+                self.db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     # meta and events
     def get(self, key: str) -> Any:
@@ -203,7 +208,9 @@ class Catalog:
         """Makes a state the current one: manifest entries and each record's cluster, given as (id, key)."""
         cursor = self.db.execute("INSERT INTO manifests(created,clustering) VALUES(?,?)", (time.time(), clustering))
         version = int(cursor.lastrowid or 0)
-        self.db.executemany("INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())])
+        self.db.executemany(
+            "INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())]
+        )
         self.db.executemany("UPDATE records SET cluster=? WHERE id=?", [(key, name) for name, key in clusters])
         return version
 
@@ -222,7 +229,8 @@ class Catalog:
     def set_request(self, name: str, state: str, body: dict[str, Any]) -> None:
         created = time.time()
         self.db.execute(
-            "INSERT INTO requests VALUES(?,?,?,?) ON CONFLICT(id) DO UPDATE SET state=excluded.state,body=excluded.body",
+            "INSERT INTO requests VALUES(?,?,?,?)"
+            " ON CONFLICT(id) DO UPDATE SET state=excluded.state,body=excluded.body",
             (name, created, state, json.dumps(body, sort_keys=True)),
         )
 

@@ -50,9 +50,13 @@ def save(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int = 0) 
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    with _manager(temporary, create=True) as manager:
-        _write(manager, step, arrays, metadata)
-    layout.publish_folder(temporary, folder)
+    try:
+        with _manager(temporary, create=True) as manager:
+            _write(manager, step, arrays, metadata)
+        layout.publish_folder(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
+        raise
 
 
 def save_step(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int) -> None:

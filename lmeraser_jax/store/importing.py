@@ -1,6 +1,7 @@
 """Bringing a source's images into a workdir: ids, owners, content hashes and the image file."""
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -46,12 +47,16 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
+    if start < catalog.rows_used():
+        raise UserError(
+            f"{file.path} holds {start} images, the catalog has {catalog.rows_used()}: the workdir is damaged"
+        )
     items, contents, counts, wrong = [], [], {"known": 0, "erased": 0}, []
     contents_seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
     duplicates = 0
     with progress("import", len(kept)) as shown:
-        for first in range(0, len(kept), PIECE):
-            piece = kept[first : first + PIECE]
+        for _, group in itertools.groupby(kept, lambda position: position // PIECE):
+            piece = list(group)
             try:
                 pixels = source.read(piece[0], piece[-1] + 1)[np.array(piece) - piece[0]]
             except UserError as error:

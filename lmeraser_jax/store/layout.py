@@ -42,7 +42,7 @@ class Layout:
         """Makes the workdir, or refuses a folder that holds something else."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--workdir={self.root} is a file, not a folder")
-        if self.root.is_dir() and not self.catalog.exists() and any(self.root.iterdir()):
+        if self.root.is_dir() and not self.catalog.exists() and any(path != self.lock for path in self.root.iterdir()):
             raise UserError(f"--workdir={self.root} holds other files and is no workdir; name a new or an empty folder")
         self.root.mkdir(parents=True, exist_ok=True)
 
@@ -77,10 +77,13 @@ def publish_folder(temporary: Path, final: Path) -> None:
             with open(Path(folder) / name, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(folder))
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, old)
     os.replace(temporary, final)
     sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

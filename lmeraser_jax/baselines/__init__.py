@@ -1,0 +1,1 @@
+"""Simpler methods on the same frozen features, for an honest comparison."""

@@ -1,0 +1,157 @@
+"""Flags that commands share, how they are parsed, and how results are printed."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags as absl_flags
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
+from lmeraser_jax.errors import UserError
+
+Flags = absl_flags.FlagValues
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """A parsed command line: `arguments["flag"]` is a flag's value, `files` what stood without a flag."""
+
+    flags: Flags
+    files: list[str]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.flags[name].value
+
+
+def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
+    """Parses a command's flags.
+
+    Args:
+        module: the command; its `define(flags)` adds flags, its docstring is the help.
+        argv: program name and arguments.
+
+    Returns:
+        The arguments; None when help was asked for and printed.
+
+    Raises:
+        UserError: an unknown flag or setting, or a value that cannot be parsed.
+    """
+    flags = Flags()
+    absl_flags.DEFINE_string("workdir", "", "folder of the run", flag_values=flags)
+    absl_flags.DEFINE_string(
+        "json", "", "also write the result as JSON to this file; - for standard output", flag_values=flags
+    )
+    module.define(flags)
+    if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
+        print(_help(module, flags))
+        return None
+    if getattr(module, "TAKES_CONFIG", True):
+        _define_config(flags, argv)
+    try:
+        rest = flags(argv)
+    except absl_flags.Error as error:
+        raise UserError(f"{error} (see: lmeraser {_name(module)} --help)") from None
+    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        raise UserError(f"--config: {str(error).strip(chr(34))}") from None
+    if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
+        raise UserError(f"unexpected argument {rest[1]!r}; settings are given as --flag=value")
+    return Arguments(flags, rest[1:])
+
+
+def _name(module: ModuleType) -> str:
+    return module.__name__.rsplit(".", 1)[-1]
+
+
+def _define_config(flags: Flags, argv: list[str]) -> None:
+    """--config=FILE.py, or the workdir's own config, or the defaults; each open to --config.x.y=value."""
+    try:
+        from ml_collections import config_dict, config_flags
+    except ImportError as error:
+        raise UserError("the command line needs ml_collections: python -m pip install ml_collections") from error
+    files = [argument for argument in argv if argument.split("=")[0] in ("--config", "-config")]
+    if files:
+        path = files[-1].partition("=")[2].partition(":")[0]
+        if path and not Path(path).is_file():
+            raise UserError(
+                f"--config={path}: no such file; experiments are in configs/, for example configs/digits.py"
+            )
+        config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+        return
+    from lmeraser_jax.store.layout import Layout
+
+    workdir = _early(argv, "workdir")
+    stored = Layout(workdir).config if workdir else None
+    base = json.loads(stored.read_text(encoding="utf-8")) if stored and stored.exists() else settings.to_dict(Config())
+    config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(base), flag_values=flags, sys_argv=argv)
+
+
+def _early(argv: list[str], name: str) -> str:
+    """The value of a flag before the flags are parsed."""
+    found = ""
+    for i, argument in enumerate(argv):
+        if argument in (f"--{name}", f"-{name}"):
+            found = argv[i + 1] if i + 1 < len(argv) else ""
+        elif argument.startswith((f"--{name}=", f"-{name}=")):
+            found = argument.partition("=")[2]
+    return found
+
+
+def config_of(arguments: Arguments) -> Config:
+    """The checked config of a command."""
+    try:
+        return settings.from_dict(arguments["config"].to_dict())
+    except AttributeError as error:
+        raise UserError(f"--config: {error}") from None
+
+
+def workdir_of(arguments: Arguments) -> str:
+    """The workdir. Raises `UserError` when none was given."""
+    if not arguments["workdir"]:
+        raise UserError("--workdir=DIR is missing: the folder of the run")
+    return arguments["workdir"]
+
+
+def _help(module: ModuleType, flags: Flags) -> str:
+    lines = [(module.__doc__ or "").strip(), "", "flags:"]
+    for name in sorted(flags):
+        if name not in ("", "undefok", "flagfile"):
+            lines.append(f"  --{name:<16}{flags[name].help}")
+    if getattr(module, "TAKES_CONFIG", True):
+        lines += ["  --config          experiment file, for example configs/digits.py", "", "settings and defaults:"]
+        lines += [f"  --config.{key}={value}" for key, value in _leaves(settings.to_dict(Config()))]
+    return "\n".join(lines)
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def log_devices() -> None:
+    """Says on standard error what the work runs on."""
+    import jax
+
+    devices = jax.devices()
+    print(f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})", file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def show(arguments: Arguments, text: str, values: dict[str, Any]) -> None:
+    """Prints the text for people and, with --json, the values for machines."""
+    target = arguments["json"]
+    if target == "-":
+        print(json.dumps(values, indent=2))
+        return
+    print(text)
+    if target:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        Path(target).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,25 @@
+"""lmeraser evaluate: accuracy of the published state, beside a plain linear head on the same frozen features.
+
+lmeraser evaluate --workdir=runs/digits [--split=test|holdout|train] [--config.inference.nearest=3]
+"""
+
+from absl import flags as absl_flags
+
+from lmeraser_jax.cli import common
+
+
+def define(flags: common.Flags) -> None:
+    absl_flags.DEFINE_enum("split", "test", ["test", "holdout", "train"], "images to evaluate on", flag_values=flags)
+    absl_flags.DEFINE_bool("linear", True, "also fit and evaluate the plain linear head", flag_values=flags)
+
+
+def run(arguments: common.Arguments) -> int:
+    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    from lmeraser_jax import evaluation
+    from lmeraser_jax.run import opened
+
+    common.log_devices()
+    with opened(workdir, config) as run_:
+        result = evaluation.evaluate(run_, arguments["split"], linear=arguments["linear"])
+    common.show(arguments, result.table(), result.values())
+    return 0

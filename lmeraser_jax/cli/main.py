@@ -1,0 +1,84 @@
+"""`lmeraser COMMAND --flags`: finds the command, turns mistakes into one message and exit code 2.
+
+Imports stay light here, so that help and typing errors are answered at once.
+"""
+
+import difflib
+import errno
+import importlib
+import sys
+from collections.abc import Sequence
+
+from lmeraser_jax import __version__
+from lmeraser_jax.errors import UserError
+
+COMMANDS = {
+    "demo": "the whole job on scikit-learn's digits, in about two minutes",
+    "pretrain": "import the data and train the backbone on public images",
+    "train": "import, pretrain or convert the backbone, cluster, tune every cluster",
+    "evaluate": "accuracy on the test or hold-out images, beside a plain linear head",
+    "predict": "label, probability and cluster of image files",
+    "unlearn": "erase records or an owner and re-tune what they touched",
+    "audit": "rebuild from scratch and compare every bit",
+    "inspect": "clusters, sizes, slices, versions, disk use",
+}
+INTERRUPTED = 130
+MISUSED = 2
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"lmeraser {__version__}: exact unlearning for large vision models",
+            "",
+            "usage: lmeraser COMMAND [--workdir=DIR] [--config=FILE.py] [--config.GROUP.SETTING=VALUE] ...",
+            "       lmeraser COMMAND --help",
+            "",
+            *lines,
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command. Returns its exit code: 0 done, 1 an audit failed, 2 misused, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    try:
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(COMMANDS)}"
+            raise UserError(f"unknown command {name!r}; {hint}")
+        module = importlib.import_module(f"lmeraser_jax.cli.{name}")
+        from lmeraser_jax.cli import common
+
+        parsed = common.parse(module, ["lmeraser", *arguments[1:]])
+        return 0 if parsed is None else module.run(parsed)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return MISUSED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror}{where}; nothing was published, the state is the one before. "
+            "Mend it and run the same command again.",
+            file=sys.stderr,
+        )
+        return MISUSED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+"""lmeraser predict: label, probability and cluster key for image files or folders.
+
+lmeraser predict --workdir=runs/digits scan.png folder/ [--format=table|csv|json]
+"""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from lmeraser_jax.cli import common
+from lmeraser_jax.errors import UserError, raise_all
+
+TAKES_FILES = True
+
+
+def define(flags: common.Flags) -> None:
+    absl_flags.DEFINE_enum("format", "table", ["table", "csv", "json"], "how to print", flag_values=flags)
+
+
+def run(arguments: common.Arguments) -> int:
+    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    from lmeraser_jax.inference import load_model, predict
+    from lmeraser_jax.records import folder
+    from lmeraser_jax.run import opened
+
+    files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
+    with opened(workdir, config) as run_:
+        model = load_model(run_)
+        spec = run_.spec
+        found = predict(model, folder.decode(files, spec.height, spec.width, spec.channels))
+        rows = [
+            {
+                "file": str(file),
+                "label": run_.classes[label],
+                "probability": round(float(probability), 6),
+                "cluster": model.keys[cluster],
+            }
+            for file, label, probability, cluster in zip(
+                files, found.labels, found.probabilities.max(axis=1), found.clusters[:, 0], strict=True
+            )
+        ]
+    common.show(arguments, _text(rows, arguments["format"]), {"predictions": rows})
+    return 0
+
+
+def _files(paths: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """The image files that the arguments name."""
+    if not paths:
+        raise UserError("name image files or a folder: lmeraser predict --workdir=DIR FILE ...")
+    raise_all([f"{path}: no such file or folder" for path in paths if not path.exists()])
+    files = []
+    for path in paths:
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes) if path.is_dir() else [path]
+        raise_all([f"{path} holds no images ({', '.join(suffixes)})"] if not inside else [])
+        files += inside
+    return files
+
+
+def _text(rows: list[dict], form: str) -> str:
+    if form == "json":
+        return json.dumps(rows, indent=2)
+    if form == "csv":
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return buffer.getvalue().rstrip("\n")
+    width = max(len(row["file"]) for row in rows)
+    lines = [f"{'file':<{width}}  {'label':<16}{'probability':>11}  cluster"]
+    lines += [f"{r['file']:<{width}}  {r['label']:<16}{r['probability']:>11.3f}  {r['cluster'][:12]}" for r in rows]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""lmeraser pretrain: import the data and train the backbone on public images (paper Eq. 2).
+
+  lmeraser pretrain --config=configs/digits.py --workdir=runs/digits
+
+With --config.backbone.weights=FILE the backbone is converted instead. Interrupted runs go on from their
+last checkpoint.
+"""
+
+from lmeraser_jax.cli import common
+
+
+def define(flags: common.Flags) -> None:
+    """No flags of its own."""
+
+
+def run(arguments: common.Arguments) -> int:
+    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    from lmeraser_jax.run import prepared
+
+    common.log_devices()
+    with prepared(workdir, config) as (opened, imported):
+        vit, name = opened.backbone.config, opened.backbone.digest
+    lines = [f"backbone {name[:12]}: ViT width {vit.width}, depth {vit.depth}, patch {vit.patch}, {vit.image_size} px"]
+    if imported:
+        lines.append(f"imported {imported.added} records")
+    lines.append(f"next: lmeraser train --workdir={workdir}")
+    common.show(arguments, "\n".join(lines), {"backbone": name, "imported": imported.added if imported else 0})
+    return 0

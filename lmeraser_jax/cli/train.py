@@ -1,0 +1,47 @@
+"""lmeraser train: from images to a tuned prompt and head for every cluster.
+
+  lmeraser train --config=configs/digits.py --config.tuning.epochs=3 --workdir=runs/digits
+
+Run again on the same workdir it resumes, or says that nothing is to do.
+"""
+
+import dataclasses
+
+from absl import flags as absl_flags
+
+from lmeraser_jax.cli import common
+
+
+def define(flags: common.Flags) -> None:
+    text = "read the source again: new records join, erased ones stay out"
+    absl_flags.DEFINE_bool("reimport", False, text, flag_values=flags)
+
+
+def run(arguments: common.Arguments) -> int:
+    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    from lmeraser_jax import report
+    from lmeraser_jax.reconcile import reconcile
+    from lmeraser_jax.run import prepared
+
+    common.log_devices()
+    with prepared(workdir, config, reimport=arguments["reimport"]) as (opened, imported):
+        lines = []
+        if imported:
+            erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
+            same = f", {imported.duplicates} with the pixels of another" if imported.duplicates else ""
+            lines.append(f"imported {imported.added} records{erased}{same}")
+        outcome = reconcile(opened)
+        overview = report.overview(opened)
+    for message in overview.warnings:
+        common.warn(message)
+    if outcome.retuned or outcome.published:
+        lines.append(
+            f"tuned {outcome.retuned} clusters, reused {outcome.reused}:"
+            f" {outcome.images} images in {outcome.seconds:.1f} s"
+        )
+    else:
+        lines.append(f"nothing to do: all {outcome.clusters} clusters are tuned and published")
+    lines.append(f"expected share of the data to re-tune per request: {overview.expected_share:.1%}")
+    values = {**dataclasses.asdict(outcome), "expected_share": overview.expected_share}
+    common.show(arguments, "\n".join(lines), values)
+    return 0

@@ -1,0 +1,170 @@
+"""What people look at: an overview of a workdir as a table, and a picture of clusters and prompts."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.clustering import expected_share
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.inference import load_slice
+from lmeraser_jax.reconcile import load_clustering
+from lmeraser_jax.run import Run
+from lmeraser_jax.slices import lay_prompt
+from lmeraser_jax.store.layout import disk_use
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterRow:
+    """One published cluster."""
+
+    key: str
+    slice: str
+    members: int
+    sampled: int
+    versions: int
+    steps: int
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Overview:
+    """A workdir at a glance; sizes in bytes."""
+
+    workdir: str
+    version: int
+    records: dict[str, int]
+    backbone: str
+    clusters: tuple[ClusterRow, ...]
+    expected_share: float
+    open_requests: int
+    disk: dict[str, int]
+    warnings: tuple[str, ...]
+
+    def values(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        lines = [
+            f"{self.workdir}: state {self.version}, backbone {self.backbone[:12]}",
+            "records: " + ", ".join(f"{split} {count}" for split, count in self.records.items()),
+            f"{'cluster':<14}{'slice':<14}{'members':>8}{'sampled':>9}{'versions':>10}{'steps':>8}{'loss':>9}",
+        ]
+        lines += [
+            f"{c.key[:12]:<14}{c.slice[:12]:<14}{c.members:>8}{c.sampled:>9}{c.versions:>10}{c.steps:>8}{c.loss:>9.4f}"
+            for c in self.clusters
+        ]
+        lines.append(f"expected share of the data to re-tune per request: {self.expected_share:.1%}")
+        lines.append("disk: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.disk.items()))
+        if self.open_requests:
+            lines.append(f"{self.open_requests} erasures are not finished; finish them with: lmeraser train")
+        return "\n".join(lines + [f"warning: {message}" for message in self.warnings])
+
+
+def overview(run: Run) -> Overview:
+    """Reads a workdir's catalog and disk use. Raises `UserError` when nothing is published yet."""
+    manifest = run.catalog.manifest()
+    if manifest is None:
+        raise UserError(f"{run.layout.root} has no published state; run: lmeraser train --workdir={run.layout.root}")
+    clustering, made = load_clustering(run.layout, manifest.clustering), run.catalog.slices()
+    sampled = Counter(clustering.keys[k] for k in clustering.labels)
+    versions = Counter(row.cluster for row in made.values())
+    rows = [
+        ClusterRow(key, name, made[name].size, sampled[key], versions[key], made[name].steps, made[name].loss or 0.0)
+        for key, name in manifest.entries.items()
+    ]
+    splits = {split: len(run.catalog.live(split)) for split in ("train", "holdout", "test", "public")}
+    parts = ("backbone", "records", "clusterings", "slices")
+    return Overview(
+        workdir=str(run.layout.root),
+        version=manifest.version,
+        records=splits,
+        backbone=run.backbone.digest,
+        clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
+        expected_share=expected_share([row.members for row in rows]),
+        open_requests=len(run.catalog.open_requests()),
+        disk={part: disk_use(getattr(run.layout, part)) for part in parts} | {"catalog": disk_use(run.layout.catalog)},
+        warnings=tuple(_warnings(run, len(clustering.keys), len(clustering.sample))),
+    )
+
+
+def _warnings(run: Run, clusters: int, sample: int) -> list[str]:
+    """Cuts that make unlearning pointless."""
+    cut = f"--config.clustering.cut={run.config.clustering.cut}"
+    if clusters == 1 and sample > 1:
+        return [f"{cut} gives one cluster: every request re-tunes everything; lower the threshold or raise K"]
+    if clusters == sample > 1:
+        return [f"{cut} gives a cluster for every sampled record ({sample}); raise the threshold or lower K"]
+    return []
+
+
+def record_list(run: Run) -> tuple[str, dict[str, Any]]:
+    """The live private records as text and as values: id, class, owner, cluster."""
+    records = run.catalog.live("train", "holdout")
+    rows = [
+        {"id": name, "class": run.classes[label], "owner": owner, "cluster": cluster}
+        for name, label, owner, cluster in zip(
+            records.ids, records.labels, records.owners, records.clusters, strict=True
+        )
+    ]
+    text = "\n".join(f"{r['id']}\t{r['class']}\t{r['owner']}\t{r['cluster'][:12]}" for r in rows)
+    return text, {"records": rows}
+
+
+def picture(run: Run, path: Path, clusters: int = 8, members: int = 10, side: int = 64) -> None:
+    """Draws the largest clusters, a row each: some members, the prompt, and a member with the prompt on it.
+
+    Args:
+        run: a workdir with a published state.
+        path: PNG to write.
+        clusters, members: rows and images per row at most.
+        side: pixels of a tile.
+    """
+    from PIL import Image, ImageDraw
+
+    manifest = run.catalog.manifest()
+    assert manifest is not None
+    records, images = run.catalog.live("train"), run.images
+    biggest = [key for key, _ in Counter(records.clusters).most_common(clusters)]
+    label, gap = 128, 4
+    canvas = Image.new("RGB", (label + (members + 2) * (side + gap) + gap, len(biggest) * (side + gap) + 24), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, 6), "cluster", fill="black")
+    draw.text((label, 6), "members", fill="black")
+    draw.text((label + members * (side + gap), 6), "prompt", fill="black")
+    draw.text((label + (members + 1) * (side + gap), 6), "on image", fill="black")
+    for row, key in enumerate(biggest):
+        chosen = [i for i, cluster in enumerate(records.clusters) if cluster == key]
+        top = 24 + row * (side + gap)
+        draw.text((gap, top + 16), f"{key[:12]}\n{len(chosen)} members", fill="black")
+        spread = [chosen[i] for i in np.linspace(0, len(chosen) - 1, min(members, len(chosen))).astype(int)]
+        tiles = [images[records.rows[i]] / 255.0 for i in spread]
+        prompt = _prompt(run, manifest.entries[key])
+        shown = prompt / (2 * max(np.abs(prompt).max(), 1e-6)) + 0.5
+        on_image = _resized(tiles[0], prompt.shape[0]) + prompt * run.spec.std
+        for column, tile in [*enumerate(tiles), (members, shown), (members + 1, on_image)]:
+            canvas.paste(_tile(tile, side), (label + column * (side + gap), top))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def _prompt(run: Run, name: str) -> np.ndarray:
+    """A slice's prompt as an image [S, S, C], in normalised pixels."""
+    vit = run.backbone.config
+    border = load_slice(run, name).prompt
+    return np.asarray(lay_prompt(border, vit.image_size, run.config.tuning.prompt_width, vit.channels))
+
+
+def _resized(image: np.ndarray, side: int) -> np.ndarray:
+    """Nearest-neighbour copy of an image [h, w, c] at side x side, with as many channels."""
+    rows, columns = (np.arange(side) * old // side for old in image.shape[:2])
+    return image[rows][:, columns]
+
+
+def _tile(image: np.ndarray, side: int) -> Any:
+    from PIL import Image
+
+    pixels = np.round(np.clip(_resized(image, side), 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels)
