@@ -40,10 +40,10 @@ class Backbone:
     """The frozen network; with `weights` the architecture is read from the file."""
 
     weights: str = ""  # timm-named .npz; empty: pretrained in the workdir on the public records
-    patch: int = 2  # pixels
+    patch: int = 4  # pixels
     width: int = 64
     depth: int = 4
-    heads: int = 0  # 0: width / 64, at least 1
+    heads: int = 4  # 0: width / 64, at least 1
     mlp: int = 0  # 0: 4 x width
     feature: str = "cls"  # cls | pooler
     mean: float = 0.5  # normalisation of pixels in [0, 1]
@@ -54,24 +54,24 @@ class Backbone:
 class Pretraining:
     """Supervised training on public records (paper Eq. 2): AdamW, warm-up and cosine."""
 
-    epochs: int = 40
+    epochs: int = 80
     batch: int = 64  # over all devices
-    rate: float = 1e-3
+    rate: float = 2e-3
     weight_decay: float = 0.05
     warmup: float = 0.1  # share of all steps
     augment: str = "crop"  # none | crop | flip | paper
-    checkpoint_epochs: int = 10  # a checkpoint every so many epochs
+    checkpoint_epochs: int = 20  # a checkpoint every so many epochs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clustering:
     """Algorithms 1 and 2 with a balanced cut."""
 
-    sample_size: int = 300  # n_s
+    sample_size: int = 200  # n_s
     sample_from: str = "private"  # private | public
-    cut: str = "auto:6"  # a distance threshold t such as 10.0, or auto:K
-    max_members: int = 60  # sampled members of a cluster at most; 0: no limit (paper)
-    min_members: int = 10  # sampled members at least; 0: no limit (paper)
+    cut: str = "auto:10"  # a distance threshold t such as 10.0, or auto:K
+    max_members: int = 30  # sampled members of a cluster at most; 0: no limit (paper)
+    min_members: int = 8  # sampled members at least; 0: no limit (paper)
     feature_batch: int = 128  # images per device and call when features are computed
 
 
@@ -84,8 +84,8 @@ class Tuning:
     head_init: float = 0.0  # standard deviation of the first head; 0: zeros
     optimizer: str = "adam"  # sgd | adam
     momentum: float = 0.9  # sgd only
-    prompt_rate: float = 1e-2
-    head_rate: float = 3e-2
+    prompt_rate: float = 3e-2
+    head_rate: float = 1e-2
     prompt_decay: float = 0.0  # weight decay (decoupled for adam)
     head_decay: float = 0.0
     warmup: float = 0.1  # share of the cluster's own steps

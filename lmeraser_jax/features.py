@@ -98,7 +98,7 @@ def cached(
     if len(file) < len(images):
         file.append(np.full((len(images) - len(file), *file.shape), np.nan, np.float32))
     view = file.view("r+")
-    missing = rows[np.isnan(view[rows, 0])]
+    missing = rows[np.isnan(view[rows]).any(axis=1)]
     pieces = max(batch * mesh.size, 4096)
     for start in range(0, len(missing), pieces):
         chosen = missing[start : start + pieces]

@@ -30,7 +30,7 @@ from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store.catalog import Catalog
-from lmeraser_jax.store.importing import Imported, image_file, import_source
+from lmeraser_jax.store.importing import Imported, image_file, import_settings, import_source
 from lmeraser_jax.store.layout import Layout, write_json, writer_lock
 from lmeraser_jax.tuning import Problem, mesh_of
 
@@ -163,8 +163,14 @@ def prepared(
         stored = stored_config(workdir)
         if stored is not None:
             _check_same(layout, stored, config, everything=catalog.manifest() is not None)
-        imported = None
-        if catalog.get("dataset") is None or reimport:
+        imported, dataset = None, catalog.get("dataset")
+        if dataset is not None:
+            lines = settings.differences(dataset["settings"], import_settings(config), "data.")
+            raise_all(
+                lines,
+                f"the images in {layout.root} were imported with other settings (workdir -> flags):" * bool(lines),
+            )
+        if dataset is None or reimport:
             imported = import_source(layout, catalog, source or sources.load(config.data), config)
         _check_data(config, catalog, catalog.manifest() is None)
         mesh = mesh_of(devices)

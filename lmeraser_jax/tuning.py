@@ -223,14 +223,13 @@ def device_program(problem: Problem, params: Any, images: jax.Array, labels: jax
 def compiled(problem: Problem, mesh: Mesh):
     """The jitted program over a mesh; cached, so that every request of a process shares one executable."""
     lanes, work = P(mesh.axis_names[0]), P(None, mesh.axis_names[0])
-    mapped = jax.shard_map(
-        functools.partial(device_program, problem),
-        mesh=mesh,
-        in_specs=(P(), P(), P(), P(), lanes, work),
-        out_specs=(lanes, lanes, work),
-        check_vma=False,
-    )
-    return jax.jit(mapped, donate_argnums=4)
+    inputs, outputs = (P(), P(), P(), P(), lanes, work), (lanes, lanes, work)
+    program = functools.partial(device_program, problem)
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+    # Shardings are said outright: on one device XLA would return the state under another name for the same
+    # layout, and the second call would compile again.
+    named = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
+    return jax.jit(mapped, donate_argnums=4, in_shardings=named(inputs), out_shardings=named(outputs))
 
 
 def initial_state(problem: Problem, mesh: Mesh) -> LaneState:

@@ -4,7 +4,10 @@ Known layout: timm's names in an .npz ("blocks.0.attn.qkv.weight" and so on; lin
 patch embedding OIHW).
 """
 
+import math
 import re
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,7 @@ RENAMES = (  # timm name -> ours
     (r"\.", "/"),
 )
 NEEDED = ("patch_embed.proj.weight", "pos_embed", "cls_token", "blocks.0.mlp.fc1.weight")
+RANKS = {"patch_embed.proj.weight": 4, "pos_embed": 3, "blocks.0.mlp.fc1.weight": 2, "head.weight": 2}
 
 
 def read_npz(path: str) -> dict[str, np.ndarray]:
@@ -35,13 +39,30 @@ def read_npz(path: str) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"--config.backbone.weights={path}: no such file; expected a timm-named .npz of a ViT")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw:  # np.load of a path leaves a damaged file open
+            file = np.load(raw, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds a single array")
             arrays = {name: file[name] for name in file.files}
-    except (ValueError, OSError, AttributeError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"--config.backbone.weights={path} is not a readable .npz: {error}") from error
     missing = [name for name in NEEDED if name not in arrays]
     raise_all([f"{path} is no timm-named ViT; it lacks {', '.join(missing)}"] if missing else [])
+    raise_all(_misshapen(arrays), f"{path} is no timm-named ViT:")
     return arrays
+
+
+def _misshapen(arrays: dict[str, np.ndarray]) -> list[str]:
+    """Arrays whose shape tells no architecture."""
+    found = [
+        f"{name} {list(arrays[name].shape)}: must have {rank} dimensions"
+        for name, rank in RANKS.items()
+        if name in arrays and arrays[name].ndim != rank
+    ]
+    positions = arrays["pos_embed"].shape
+    if len(positions) == 3 and (positions[1] < 2 or math.isqrt(positions[1] - 1) ** 2 != positions[1] - 1):
+        found.append(f"pos_embed {list(positions)}: must hold one class token and a square of patches")
+    return found
 
 
 def architecture(arrays: dict[str, np.ndarray], heads: int, feature: str) -> ViTConfig:
@@ -54,7 +75,7 @@ def architecture(arrays: dict[str, np.ndarray], heads: int, feature: str) -> ViT
     """
     width, channels, patch, _ = arrays["patch_embed.proj.weight"].shape
     blocks = [int(m.group(1)) for name in arrays if (m := re.match(r"blocks\.(\d+)\.", name))]
-    grid = round((arrays["pos_embed"].shape[1] - 1) ** 0.5)
+    grid = math.isqrt(arrays["pos_embed"].shape[1] - 1)
     return ViTConfig(
         image_size=grid * patch,
         patch=patch,

@@ -22,7 +22,7 @@ from lmeraser_jax.backbones.backbone import Backbone
 from lmeraser_jax.backbones.convert import misfits
 from lmeraser_jax.backbones.vit import ViT, ViTConfig
 from lmeraser_jax.config import Config
-from lmeraser_jax.digests import digest, philox
+from lmeraser_jax.digests import arrays_digest, digest, philox
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.images import ImageSpec, augmented
 from lmeraser_jax.progress import progress
@@ -98,7 +98,8 @@ def pretrain(
     steps = -(-len(images) // batch)
     tx = optimizer(config, p.epochs * steps)
     epoch_fn = _epoch_function(vit, spec, tx, mesh)
-    identity = digest([str(vit), str(spec), str(p), config.seed, len(images)])
+    public = arrays_digest({"images": images, "labels": labels})
+    identity = digest([str(vit), str(spec), str(p), config.seed, batch, public])
     state, first = _start(layout, vit, tx, config.seed, identity)
     replicated = NamedSharding(mesh, P())
     state, data, targets = jax.device_put((state, images, np.asarray(labels, np.int32)), replicated)
@@ -123,13 +124,16 @@ def pretrain(
 def _start(layout: Layout, vit: ViTConfig, tx: optax.GradientTransformation, seed: int, identity: str):
     """(params, optimizer state) and the epoch to go on with.
 
-    1. A checkpoint of the same training in the workdir. 2. Otherwise from scratch.
+    1. A readable checkpoint of the same training in the workdir. 2. Otherwise from scratch.
     """
     params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(seed)), nnx.Param)[1])
     state = (params, tx.init(params))
     if not layout.pretraining.exists():
         return state, 0
-    arrays, metadata, epoch = checkpoints.load(layout.pretraining)
+    try:
+        arrays, metadata, epoch = checkpoints.load(layout.pretraining)
+    except UserError:  # the first save was cut short
+        metadata = {"identity": None}
     if metadata["identity"] != identity:
         shutil.rmtree(layout.pretraining)
         return state, 0

@@ -50,6 +50,17 @@ class ViTConfig:
         return self.image_size // self.patch
 
 
+class LayerNorm(nnx.LayerNorm):
+    """Statistics in float32 whatever the compute dtype."""
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        super().__init__(config.width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        with jax.numpy_dtype_promotion("standard"):  # Flax mixes bfloat16 input with float32 statistics
+            return super().__call__(x)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention; softmax in float32 whatever the compute dtype."""
 
@@ -71,9 +82,9 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
-        self.norm1 = nnx.LayerNorm(config.width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
+        self.norm1 = LayerNorm(config, rngs)
         self.attention = Attention(config, rngs)
-        self.norm2 = nnx.LayerNorm(config.width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
+        self.norm2 = LayerNorm(config, rngs)
         self.fc1 = nnx.Linear(config.width, config.mlp, rngs=rngs)
         self.fc2 = nnx.Linear(config.mlp, config.width, rngs=rngs)
 
@@ -93,7 +104,7 @@ class ViT(nnx.Module):
         self.cls = nnx.Param(jnp.zeros((1, 1, config.width)))
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width)))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
+        self.norm = LayerNorm(config, rngs)
         if config.feature == "pooler":
             self.pooler = nnx.Linear(config.width, config.width, rngs=rngs)
         if config.classes:

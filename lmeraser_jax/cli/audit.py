@@ -2,7 +2,9 @@
 
   lmeraser audit --workdir=DIR [--sample=N]
 
-Exit code 0 and "bit-identical: K of K slices", or 1 and the names of what differs.
+Exit code 0 and "bit-identical: K of K slices", or 1 and the names of what differs. Slices that another
+program made (library version, device kind, one device instead of many) are compared within a tolerance
+and counted apart.
 """
 
 import dataclasses

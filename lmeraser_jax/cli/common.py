@@ -54,7 +54,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     try:
         rest = flags(argv)
     except absl_flags.Error as error:
-        raise UserError(f"{error} (see: lmeraser {_name(module)} --help)") from None
+        last = str(error).strip().splitlines()[-1]  # ml_collections quotes a whole traceback
+        raise UserError(f"{last} (see: lmeraser {_name(module)} --help)") from None
     except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
         raise UserError(f"--config: {str(error).strip(chr(34))}") from None
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):

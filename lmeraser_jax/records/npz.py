@@ -52,7 +52,7 @@ def _read(path: str) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"--config.data.path={path}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {key: np.asarray(file[key]) for key in file.files}
     except (ValueError, TypeError, OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"--config.data.path={path} is not a readable .npz without pickles: {error}") from error

@@ -66,7 +66,10 @@ def save_step(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int)
 
 
 def _write(manager: ocp.CheckpointManager, step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:
-    items = ocp.args.Composite(arrays=ocp.args.StandardSave(dict(arrays)), metadata=ocp.args.JsonSave(metadata))
+    empty = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in arrays.items() if not leaf.size}
+    filled = {name: leaf for name, leaf in arrays.items() if leaf.size}  # Orbax refuses arrays without elements
+    notes = {"metadata": metadata, "empty": empty}
+    items = ocp.args.Composite(arrays=ocp.args.StandardSave(filled), metadata=ocp.args.JsonSave(notes))
     manager.save(step, args=items, force=True)
     manager.wait_until_finished()
 
@@ -88,11 +91,14 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
             target = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in dict(shapes).items()}
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore())
             restored = manager.restore(step, args=items)
+        notes = restored["metadata"]
+        found = {name: np.asarray(leaf) for name, leaf in restored["arrays"].items()}
+        found |= {name: np.zeros(shape, dtype) for name, (dtype, shape) in notes["empty"].items()}
+        return found, notes["metadata"], step
     except (ValueError, OSError, KeyError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
-    return {name: np.asarray(leaf) for name, leaf in restored["arrays"].items()}, restored["metadata"], step
 
 
 def _manager(folder: Path, create: bool, keep: int | None = None) -> ocp.CheckpointManager:

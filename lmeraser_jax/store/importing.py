@@ -26,6 +26,12 @@ class Imported:
     duplicates: int  # new records whose pixels another record of the workdir has too
 
 
+def import_settings(config: Config) -> dict[str, Any]:
+    """The settings that decide which records a workdir holds."""
+    names = ("source", "path", "labels", "store_size", "train_limit", "test_limit", "holdout")
+    return {name: getattr(config.data, name) for name in names}
+
+
 def image_file(layout: Layout, catalog: Catalog) -> RowFile:
     """The image file of a workdir whose shape is known."""
     return RowFile(layout.images, tuple(catalog.get("dataset")["shape"]), np.uint8)
@@ -42,7 +48,12 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     """
     kept = limited(source.items, config.data.train_limit, config.data.test_limit)
     picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
-    dataset = {"classes": list(source.class_names), "shape": list(source.shape), "name": source.name}
+    dataset = {
+        "settings": import_settings(config),
+        "classes": list(source.class_names),
+        "shape": list(source.shape),
+        "name": source.name,
+    }
     raise_all(problems(picked) + _misfits(dataset, catalog.get("dataset")), f"{source.name} cannot be imported:")
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())

@@ -1,0 +1,255 @@
+"""Import: the source's images become records completely or not at all, and what was erased never comes back."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmeraser_jax.config import Config, Data
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.records import digits, folder
+from lmeraser_jax.records.source import Item, Source, content_hash
+from lmeraser_jax.store import importing
+from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.importing import Imported, image_file, import_source
+from lmeraser_jax.store.layout import Layout
+
+SHAPE = (3, 4, 1)
+
+
+def made(count=30, **changes) -> Source:
+    """Records 0, 1, ...: every fifth public, the one after it a test image. Pixels depend on the position."""
+    splits = ("public", "test", "train", "train", "train")
+    items = [Item(f"id-{i:05d}", splits[i % 5], i % 3, f"owner-{i // 4}") for i in range(count)]
+    return with_items(items, **changes)
+
+
+def with_items(items, **changes) -> Source:
+    def read(start, stop):
+        return np.stack([pixels(item) for item in items[start:stop]])
+
+    return dataclasses.replace(Source("made", ("a", "b", "c"), SHAPE, items, read), **changes)
+
+
+def pixels(item) -> np.ndarray:
+    seed = int(item.id.removeprefix("id-"))
+    return np.random.default_rng(seed).integers(0, 256, SHAPE, np.uint8)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    layout = Layout(tmp_path / "run")
+    layout.prepare()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        yield layout, catalog
+
+
+def snapshot(layout, catalog) -> tuple:
+    tables = [
+        catalog.db.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in ("records", "meta", "events")
+    ]
+    return tables, layout.images.read_bytes() if layout.images.exists() else b""
+
+
+def check_pixels(layout, catalog):
+    """Every live record's row holds its own pixels."""
+    table = catalog.live("train", "holdout", "test", "public")
+    view = image_file(layout, catalog).view()
+    for name, row, content in zip(table.ids, table.rows, table.contents, strict=True):
+        np.testing.assert_array_equal(view[row], pixels(Item(name, "", 0)))
+        assert content == content_hash(view[row])
+
+
+def refusal(workdir, source, config=Config()) -> str:  # noqa: B008
+    """The message of an import that must fail and leave everything as it was."""
+    before = snapshot(*workdir)
+    with pytest.raises(UserError) as caught:
+        import_source(*workdir, source, config)
+    assert snapshot(*workdir) == before
+    return str(caught.value)
+
+
+def test_counts_and_pixels(workdir):
+    assert import_source(*workdir, made(), Config()) == Imported(30, 0, 0, 0)
+    layout, catalog = workdir
+    assert [len(catalog.live(split)) for split in ("train", "test", "public", "holdout")] == [18, 6, 6, 0]
+    assert catalog.rows_used() == 30 == len(image_file(layout, catalog))
+    assert catalog.get("dataset") == {"classes": ["a", "b", "c"], "shape": [3, 4, 1], "name": "made"}
+    table = catalog.live("train")
+    assert table.owners[0] == "owner-0" and table.labels[0] == 2
+    check_pixels(*workdir)
+
+
+def test_digits(workdir):
+    source = digits.load()
+    assert import_source(*workdir, source, Config()).added == 1797
+    layout, catalog = workdir
+    np.testing.assert_array_equal(image_file(layout, catalog).view(), source.read(0, 1797))
+
+
+def test_reimport_changes_nothing(workdir):
+    import_source(*workdir, made(), Config())
+    tables, images = snapshot(*workdir)
+    assert import_source(*workdir, made(), Config()) == Imported(0, 30, 0, 0)
+    again, images_again = snapshot(*workdir)
+    assert again[:2] == tables[:2] and images_again == images
+
+
+def test_new_records_join(workdir):
+    import_source(*workdir, made(30), Config())
+    assert import_source(*workdir, made(40), Config()) == Imported(10, 30, 0, 0)
+    check_pixels(*workdir)
+
+
+def test_order_of_the_source_does_not_matter(tmp_path):
+    tables = []
+    for name, items in (("one", made().items), ("other", made().items[::-1])):
+        layout = Layout(tmp_path / name)
+        layout.prepare()
+        with contextlib.closing(Catalog(layout.catalog)) as catalog:
+            import_source(layout, catalog, with_items(items), Config(data=Data(holdout=0.3)))
+            table = catalog.live("train")
+            tables.append((table.ids, table.labels.tolist(), table.owners, table.contents))
+    assert tables[0] == tables[1] and len(tables[0][0]) > 5
+
+
+@pytest.mark.parametrize("purged", [False, True])
+def test_erased_stays_out(workdir, purged):
+    layout, catalog = workdir
+    import_source(layout, catalog, made(), Config())
+    catalog.erase(["id-00002", "id-00003"])
+    if purged:
+        catalog.forget(["id-00002", "id-00003"])
+    assert import_source(layout, catalog, made(), Config()) == Imported(0, 28, 2, 0)
+    assert not {"id-00002", "id-00003"} & set(catalog.live("train").ids)
+    assert import_source(layout, catalog, made(35), Config()) == Imported(5, 28, 2, 0)
+    check_pixels(layout, catalog)
+
+
+def test_changed_pixels_refused(workdir):
+    import_source(*workdir, made(), Config())
+
+    def read(start, stop):
+        images = made(40).read(start, stop)
+        images[[3, 7], 0, 0] ^= 1
+        return images
+
+    message = refusal(workdir, made(40, read=read))
+    assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
+
+
+def test_changed_label_refused(workdir):
+    import_source(*workdir, made(), Config())
+    items = list(made().items)
+    items[4] = items[4]._replace(label=2)
+    assert "id-00004 has other pixels or another label" in refusal(workdir, with_items(items))
+
+
+def test_twice_the_same_id_refused(workdir):
+    items = [*made().items, Item("id-00007", "train", 1)]
+    message = refusal(workdir, with_items(items))
+    assert (
+        "made cannot be imported" in message and "ids must be unique; these occur more than once: id-00007" in message
+    )
+
+
+def test_other_shape_and_classes_refused(workdir):
+    import_source(*workdir, made(), Config())
+    message = refusal(workdir, made(shape=(4, 3, 1), class_names=("a", "b", "d")))
+    assert "shape=[4, 3, 1] but the workdir was made with [3, 4, 1]" in message
+    assert "classes=['a', 'b', 'd'] but the workdir was made with ['a', 'b', 'c']" in message
+
+
+def test_duplicates_counted(workdir):
+    items = list(made(10).items)
+
+    def read(start, stop):
+        return np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)])
+
+    assert import_source(*workdir, made(10, read=read), Config()) == Imported(10, 0, 0, 2)
+
+
+def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
+    monkeypatch.setattr(importing, "PIECE", 8)
+    layout, catalog = workdir
+
+    def read(start, stop):
+        if start >= 16:
+            raise KeyboardInterrupt
+        return 255 - made(40).read(start, stop)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            import_source(layout, catalog, made(40, read=read), Config())
+        assert len(catalog.live("train", "test", "public")) == 0 and catalog.get("dataset") is None
+        assert layout.images.stat().st_size == 16 * 12  # bytes that nothing points at
+    assert import_source(layout, catalog, made(30), Config()) == Imported(30, 0, 0, 0)
+    with pytest.raises(KeyboardInterrupt):
+        import_source(layout, catalog, made(40, read=lambda start, stop: read(16, 17)), Config())
+    assert import_source(layout, catalog, made(40), Config()) == Imported(10, 30, 0, 0)
+    assert layout.images.stat().st_size == 40 * 12
+    check_pixels(layout, catalog)
+
+
+def test_damaged_image_file_refused(workdir):
+    layout, _ = workdir
+    import_source(*workdir, made(), Config())
+    layout.images.write_bytes(layout.images.read_bytes()[: 20 * 12])
+    assert "holds 20 images, the catalog has 30: the workdir is damaged" in refusal(workdir, made(40))
+
+
+def test_limits(workdir):
+    config = Config(data=Data(train_limit=4, test_limit=2))
+    layout, catalog = workdir
+    assert import_source(layout, catalog, made(), config) == Imported(12, 0, 0, 0)
+    assert catalog.live("train").ids == ("id-00002", "id-00003", "id-00004", "id-00007")
+    assert catalog.live("test").ids == ("id-00001", "id-00006") and len(catalog.live("public")) == 6
+    check_pixels(layout, catalog)
+    assert import_source(layout, catalog, made(), Config()) == Imported(18, 12, 0, 0)
+    check_pixels(layout, catalog)
+
+
+def test_holdout(workdir):
+    layout, catalog = workdir
+    import_source(layout, catalog, made(200), Config(data=Data(holdout=0.5)))
+    held, kept = set(catalog.live("holdout").ids), set(catalog.live("train").ids)
+    assert len(held | kept) == 120 and not held & kept and 40 < len(held) < 80
+    assert len(catalog.live("test")) == len(catalog.live("public")) == 40
+    check_pixels(layout, catalog)
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_pieces_are_bounded(workdir, limit):
+    """More than one piece, none longer than PIECE, also when the limits leave wide gaps; every pixel in its row."""
+    count, asked = importing.PIECE * 2 + 30, []
+    items = [Item(f"id-{i:05d}", "train" if i < count - 9 else "test", i % 3) for i in range(count)]
+    source = with_items(items)
+
+    def read(start, stop):
+        asked.append(stop - start)
+        return source.read(start, stop)
+
+    config = Config(data=Data(train_limit=limit))
+    imported = import_source(*workdir, dataclasses.replace(source, read=read), config)
+    assert imported.added == (12 if limit else count) and max(asked) <= importing.PIECE
+    check_pixels(*workdir)
+
+
+def test_corrupt_images_of_all_pieces_listed(workdir, tmp_path, monkeypatch, rng):
+    monkeypatch.setattr(importing, "PIECE", 4)
+    bad = ("train/b/0.png", "train/b/2.png", "test/b/3.png")  # the first piece is good: it is taken back
+    for split in ("train", "test"):
+        for i in range(8):
+            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i // 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).save(path)
+    for name in bad:
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    source = folder.load(str(tmp_path / "images"), 6)
+    message = refusal(workdir, source)
+    assert all(str(tmp_path / "images" / name) in message for name in bad) and message.count(".png: ") == 3
+    for name in bad:
+        (tmp_path / "images" / name).unlink()
+    assert import_source(*workdir, folder.load(str(tmp_path / "images"), 6), Config()).added == 13

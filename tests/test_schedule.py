@@ -1,0 +1,94 @@
+"""The host's schedule: every member is seen exactly so often, every job runs once, lanes are well packed."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.schedule import batches, chunks, efficiency, make_job, pack
+
+
+def jobs_of(sizes, tuning):
+    starts = np.cumsum([0, *sizes])
+    return [make_job(f"cluster-{i}", np.arange(starts[i], starts[i] + n), tuning) for i, n in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("members", [1, 3, 4, 5, 17])
+def test_every_member_is_seen_exactly_epochs_times(members):
+    tuning = Tuning(batch=4, epochs=3, min_steps=5)
+    job = make_job("k", np.arange(100, 100 + members), tuning)
+    rows, valid = batches(job, seed=0, batch=4)
+    assert rows.shape == valid.shape == (job.steps, 4)
+    assert Counter(rows[valid].tolist()) == {row: job.epochs for row in range(100, 100 + members)}
+    assert job.epochs >= 3 and job.steps >= 5
+    assert valid[:-1].all(), "only the last batch may be short"
+
+
+def test_each_epoch_is_a_new_permutation_that_depends_on_seed_and_key():
+    tuning = Tuning(batch=8, epochs=4, min_steps=0)
+    orders = {}
+    for seed, key in ((0, "a"), (0, "b"), (1, "a"), (0, "a")):
+        rows, _ = batches(make_job(key, np.arange(8), tuning), seed, 8)
+        orders.setdefault((seed, key), []).append(rows)
+        assert len({tuple(row) for row in rows}) == 4
+        assert all(sorted(row) == list(range(8)) for row in rows)
+    again = orders[0, "a"]
+    assert (again[0] == again[1]).all()
+    assert (orders[0, "b"][0] != again[0]).any() and (orders[1, "a"][0] != again[0]).any()
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 8])
+def test_packing_runs_every_job_once_and_is_near_the_lower_bound(lanes, rng):
+    steps = rng.integers(1, 60, 40).tolist()
+    plan = pack(steps, lanes)
+    assert sorted(index for lane in plan for index in lane) == list(range(40))
+    longest = max(sum(steps[i] for i in lane) for lane in plan)
+    bound = max(max(steps), sum(steps) / lanes)
+    assert longest <= (4 / 3) * bound + 1, "longest-first is within 4/3 of the best schedule"
+
+
+@pytest.mark.parametrize(("devices", "lanes"), [(1, 1), (2, 2), (8, 1)])
+def test_chunks_carry_every_batch_of_every_job_in_order(devices, lanes, rng):
+    tuning = Tuning(batch=4, epochs=2, min_steps=3, lanes=lanes, scan_steps=7)
+    jobs = jobs_of(rng.integers(1, 25, 30).tolist(), tuning)
+    seen: dict[int, list] = {i: [] for i in range(len(jobs))}
+    place: dict[int, int] = {}
+    finished = []
+    slots = 5
+    for chunk in chunks(jobs, devices, tuning, slots, seed=0):
+        assert 0 < chunk.steps <= 7 and (chunk.job[chunk.steps :] == -1).all()
+        taken = Counter(device for _, device, _ in chunk.finished)
+        assert all(count <= slots for count in taken.values())
+        assert len({(device, slot) for _, device, slot in chunk.finished}) == len(chunk.finished)
+        for t in range(chunk.steps):
+            for g in np.flatnonzero(chunk.job[t] >= 0):
+                index = int(chunk.job[t, g])
+                assert place.setdefault(index, g) == g, "a job stays in its lane"
+                assert chunk.step[t, g] == len(seen[index]) and chunk.total[t, g] == jobs[index].steps
+                seen[index].append((chunk.rows[t, g].copy(), chunk.valid[t, g].copy()))
+                ends = chunk.step[t, g] == jobs[index].steps - 1
+                assert (chunk.slot[t, g] < slots) == ends
+                if ends:
+                    assert (index, g // lanes, chunk.slot[t, g]) in chunk.finished
+            idle = chunk.job[t] < 0
+            assert not chunk.valid[t, idle].any() and (chunk.slot[t, idle] == slots).all()
+            assert (chunk.step[t, idle] != 0).all(), "an idle lane must not look like a fresh cluster"
+        finished += [index for index, _, _ in chunk.finished]
+    assert sorted(finished) == list(range(len(jobs)))
+    for index, job in enumerate(jobs):
+        rows, valid = batches(job, 0, 4)
+        assert (np.stack([r for r, _ in seen[index]]) == rows).all()
+        assert (np.stack([v for _, v in seen[index]]) == valid).all()
+
+
+def test_efficiency_counts_padding_and_idle_lanes():
+    tuning = Tuning(batch=4, epochs=1, min_steps=0)
+    assert efficiency(jobs_of([8, 8], tuning), lanes=2, batch=4) == 1.0
+    assert efficiency(jobs_of([8], tuning), lanes=2, batch=4) == 0.5
+    assert efficiency(jobs_of([6], tuning), lanes=1, batch=4) == 6 / 8
+    assert efficiency([], lanes=4, batch=4) == 1.0
+
+
+def test_no_jobs_no_chunks():
+    assert list(chunks([], 2, Tuning(), 4, 0)) == []

@@ -1,0 +1,218 @@
+"""The catalog: it changes in whole transactions, forgets what was erased, and refuses files that are not its own."""
+
+import sqlite3
+
+import numpy as np
+import pytest
+
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.records.source import Item
+from lmeraser_jax.store.catalog import SCHEMA_VERSION, Catalog, SliceRow
+
+ITEMS = [
+    Item("b", "train", 1, "ann"),
+    Item("a", "train", 0, "ann"),
+    Item("é", "train", 0),
+    Item("Z", "holdout", 1, "ann"),
+    Item("t", "test", 1, "ann"),
+    Item("p", "public", 0, "ann"),
+]
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    """A catalog with six records in rows 10, 11, ..."""
+    found = Catalog(tmp_path / "catalog.db")
+    found.add_records(ITEMS, range(10, 16), [f"hash-{item.id}" for item in ITEMS])
+    yield found
+    found.close()
+
+
+def slice_row(digest, cluster="k", loss=0.5) -> SliceRow:
+    return SliceRow(digest, cluster, "params", 2, 20, 5, loss, 0.1, "cpu", 1.0)
+
+
+# transactions and meta
+def test_rollback_on_exception(catalog):
+    with pytest.raises(KeyboardInterrupt), catalog.transaction():
+        catalog.set("x", 1)
+        catalog.erase(["a"])
+        raise KeyboardInterrupt
+    assert catalog.get("x") is None and catalog.erased() == {} and not catalog.is_tombstoned("a")
+    with catalog.transaction():
+        catalog.set("x", {"deep": [1, None]})
+    assert catalog.get("x") == {"deep": [1, None]}
+
+
+def test_nested_transactions_commit_together(catalog):
+    with pytest.raises(RuntimeError), catalog.transaction():
+        with catalog.transaction():
+            catalog.set("x", 1)
+        assert catalog.get("x") == 1
+        raise RuntimeError
+    assert catalog.get("x") is None
+
+
+def test_failed_commit_leaves_nothing_open(catalog):
+    """A transaction that SQLite itself gave up is not rolled back twice and does not swallow the next one."""
+    with pytest.raises(sqlite3.OperationalError, match="full"), catalog.transaction():
+        catalog.set("x", 1)
+        catalog.db.execute("ROLLBACK")
+        raise sqlite3.OperationalError("database or disk is full")
+    with catalog.transaction():
+        catalog.set("y", 2)
+    assert (catalog.get("x"), catalog.get("y"), catalog.db.in_transaction) == (None, 2, False)
+
+
+def test_readers_see_whole_states(catalog, tmp_path):
+    reader = Catalog(tmp_path / "catalog.db")
+    with catalog.transaction():
+        catalog.erase(["a"])
+        assert reader.live("train").ids == ("a", "b", "é")
+    assert reader.live("train").ids == ("b", "é")
+    reader.close()
+
+
+def test_reopened(catalog, tmp_path):
+    catalog.set("rows", 16)
+    catalog.erase(["a"])
+    catalog.close()
+    again = Catalog(tmp_path / "catalog.db")
+    assert again.rows_used() == 16 and again.is_tombstoned("a") and again.erased() == {"a": 11}
+    again.close()
+
+
+# records
+def test_live_sorted_by_id(catalog):
+    table = catalog.live("train")
+    assert table.ids == ("a", "b", "é") and table.rows.tolist() == [11, 10, 12] and table.labels.tolist() == [0, 1, 0]
+    assert table.owners == ("ann", "ann", "") and table.contents == ("hash-a", "hash-b", "hash-é")
+    assert table.clusters == ("", "", "") and (table.rows.dtype, table.labels.dtype) == (np.int64, np.int32)
+
+
+def test_live_filters_splits(catalog):
+    assert catalog.live("public").ids == ("p",)
+    assert catalog.live("train", "holdout").ids == tuple(sorted(["a", "b", "é", "Z"]))
+    empty = catalog.live("nothing")
+    assert len(empty) == len(catalog.live()) == 0 and empty.rows.shape == (0,) and empty.labels.dtype == np.int32
+
+
+def test_known_and_owned(catalog):
+    assert catalog.owned("ann") == ["Z", "a", "b"] and catalog.owned("bob") == []
+    catalog.erase(["b"])
+    assert catalog.owned("ann") == ["Z", "a"]
+    assert catalog.known(["b", "p", "unknown"]) == {
+        "b": ("train", "hash-b", 1, True),
+        "p": ("public", "hash-p", 0, False),
+    }
+
+
+@pytest.mark.parametrize("items", [[Item("a", "train", 0)], [Item("new", "train", 0)]])
+def test_ids_and_rows_are_unique(catalog, items):
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.add_records(items, [10], ["x"])
+
+
+def test_erase_forget_tombstone(catalog):
+    catalog.erase(["a", "é"])
+    assert catalog.erased() == {"a": 11, "é": 12} and catalog.live("train").ids == ("b",)
+    catalog.forget(["a", "b"])  # b is live: it stays
+    assert catalog.erased() == {"é": 12} and catalog.known(["a", "b"]).keys() == {"b"}
+    assert [catalog.is_tombstoned(name) for name in ("a", "é", "b")] == [True, True, False]
+    catalog.erase(["a"])
+    assert catalog.db.execute("SELECT count(*) FROM tombstones").fetchone()[0] == 2
+
+
+def test_forgotten_id_is_nowhere(tmp_path):
+    """No file of the catalog holds a forgotten id in the clear, and its tombstone is salted per workdir."""
+    secret, hashes = "patient-4711-unmistakable", []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        catalog = Catalog(tmp_path / name / "catalog.db")
+        catalog.add_records([Item(secret, "train", 0, secret)], [0], ["x"])
+        assert any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
+        catalog.erase([secret])
+        catalog.forget([secret])
+        hashes.append(catalog.tombstone(secret))
+        catalog.close()
+        assert not any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
+    assert hashes[0] != hashes[1]
+
+
+# slices, manifests, requests
+def test_tainted_slices(catalog):
+    catalog.add_slice(slice_row("s1"), [10, 11])
+    catalog.add_slice(slice_row("s2"), np.array([12]))
+    catalog.add_slice(slice_row("s3", loss=None), [11, 12])
+    assert catalog.tainted_slices() == []
+    catalog.erase(["a"])  # row 11
+    assert catalog.tainted_slices() == ["s1", "s3"]
+    catalog.drop_slice("s1")
+    assert catalog.tainted_slices() == ["s3"]
+    assert catalog.slices() == {"s2": slice_row("s2"), "s3": slice_row("s3", loss=None)}
+
+
+def test_publish_and_manifest(catalog):
+    assert catalog.manifest() is None and catalog.manifest_count() == 0
+    first = catalog.publish("tree1", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
+    second = catalog.publish("tree2", {"k1": "s3"}, [("b", "k1")])
+    head = catalog.manifest()
+    assert (head.version, head.clustering, head.entries) == (second, "tree2", {"k1": "s3"}) and second > first
+    assert catalog.live("train").clusters == ("k1", "k1", "") and catalog.manifest_count() == 2
+
+
+def test_drop_manifests_with(catalog):
+    for entries in ({"k1": "s1", "k2": "s2"}, {"k1": "s1", "k2": "s3"}, {"k1": "s4", "k2": "s3"}):
+        last = catalog.publish("tree", entries, [])
+    catalog.drop_manifests_with(["s1", "unknown"])
+    assert catalog.manifest_count() == 1 and catalog.manifest().version == last
+    assert catalog.db.execute("SELECT DISTINCT version FROM entries").fetchall() == [(last,)]
+    catalog.drop_manifests_with(["s3"])
+    assert catalog.manifest() is None
+    assert catalog.publish("tree", {}, []) > last  # versions are never used twice
+
+
+def test_requests(catalog):
+    catalog.set_request("r2", "accepted", {"records": 2})
+    catalog.set_request("r1", "accepted", {"records": 1})
+    catalog.set_request("r2", "published", {"records": 2, "more": 1})
+    assert list(catalog.open_requests().items()) == [("r2", {"more": 1, "records": 2}), ("r1", {"records": 1})]
+    catalog.set_request("r2", "purged", {})
+    assert list(catalog.open_requests()) == ["r1"]
+
+
+# files that are no catalog
+@pytest.mark.parametrize("content", [b"x", b"hello" * 100, b"hello" * 500, b"SQLite format 3\x00" + b"\xff" * 2000])
+def test_foreign_file_refused(tmp_path, content):
+    path = tmp_path / "catalog.db"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a readable catalog"):
+        Catalog(path)
+    assert path.read_bytes() == content
+
+
+def test_folder_as_catalog_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a readable catalog"):
+        Catalog(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+def test_other_version_refused(tmp_path, version):
+    db = sqlite3.connect(tmp_path / "catalog.db")
+    db.execute("CREATE TABLE theirs(x)")
+    db.execute(f"PRAGMA user_version={version}")
+    db.close()
+    with pytest.raises(UserError, match=f"has catalog version {version}; this release reads version {SCHEMA_VERSION}"):
+        Catalog(tmp_path / "catalog.db")
+
+
+def test_catalog_killed_while_made(tmp_path):
+    """An empty file, or one that only has its journal mode, is what a kill leaves; the next command goes on."""
+    for name, statement in (("empty.db", "SELECT 1"), ("wal.db", "PRAGMA journal_mode=WAL")):
+        (tmp_path / name).touch()
+        db = sqlite3.connect(tmp_path / name)
+        db.execute(statement)
+        db.close()
+        catalog = Catalog(tmp_path / name)
+        assert catalog.get("salt") and len(catalog.live("train")) == 0
+        catalog.close()
