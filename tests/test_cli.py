@@ -173,7 +173,7 @@ def test_unknown_records_are_all_listed_and_nothing_is_erased(capsys, workdir):
         ("backbone.heads=3", "must divide the width"),
         ("data.image_size=10", "multiple of the patch size"),
         ("data.source=npz", "--config.data.path"),
-        ("data.train_limit=1", "only one class"),
+        ("data.train_limit=1", "only one class is present"),
         ("backbone.weights=none.npz", "no such file"),
         ("tuning.optimizer=lion", "one of sgd, adam"),
     ],

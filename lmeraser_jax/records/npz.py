@@ -16,6 +16,7 @@ from lmeraser_jax.records.source import Item, Source
 
 REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
 SPLITS = ("train", "test", "public")
+MOST_UNNAMED = 100_000  # classes that need no names
 
 
 def load(path: str) -> Source:
@@ -41,6 +42,8 @@ def load(path: str) -> Source:
     items = [item for split in splits for item in _items(arrays, split)]
     if names is None:
         top = max((item.label for item in items), default=0)
+        if top >= MOST_UNNAMED:
+            raise UserError(f"{path}: a label of {top} without class_names; name the classes or number them from 0")
         names = np.array([str(i) for i in range(top + 1)])
     stacked = np.concatenate(images)
     shape = tuple(int(side) for side in stacked.shape[1:])
