@@ -9,7 +9,7 @@ import dataclasses
 import io
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -141,7 +141,7 @@ def _recipe(run: Run, key: str, records: RecordTable, rows: np.ndarray) -> dict:
     )
 
 
-def reconcile(run: Run, only: Sequence[str] | None = None) -> Outcome:
+def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     """Brings the workdir to the state that its live records call for.
 
     Order: tune what is missing, each slice on disk before it is registered; publish in one transaction;

@@ -11,8 +11,8 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -114,9 +114,7 @@ def stored_config(workdir: str | Path) -> Config | None:
 
 
 @contextlib.contextmanager
-def opened(
-    workdir: str | Path, config: Config | None = None, devices: Sequence[jax.Device] | None = None
-) -> Iterator[Run]:
+def opened(workdir: str | Path, config: Config | None = None, devices: Sequence[Any] | None = None) -> Iterator[Run]:
     """Opens a finished workdir. `config` may differ from the stored one in `inference` only.
 
     Raises:
@@ -138,7 +136,7 @@ def opened(
 def prepared(
     workdir: str | Path,
     config: Config,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
     source: Source | None = None,
     reimport: bool = False,
 ) -> Iterator[tuple[Run, Imported | None]]:

@@ -20,11 +20,11 @@ NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the 
 
 
 class Slice(NamedTuple):
-    """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]."""
+    """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host."""
 
-    prompt: jax.Array
-    kernel: jax.Array
-    bias: jax.Array
+    prompt: Any
+    kernel: Any
+    bias: Any
 
 
 def border_size(size: int, width: int, channels: int) -> int:

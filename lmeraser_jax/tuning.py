@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
+import jaxlib.version
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -81,7 +81,7 @@ class Tuned:
     seconds: float
 
 
-def mesh_of(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:
     """1-D mesh over the devices (all of them by default)."""
     return Mesh(np.array(devices or jax.devices()), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
@@ -99,7 +99,7 @@ def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
             "platform": device.platform,
             "device": device.device_kind,
             "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": jaxlib.version.__version__,
             "lanes": tuning.lanes,
             "batch": tuning.batch,
             "dtype": str(compute_dtype(tuning.dtype, mesh)),
@@ -309,19 +309,20 @@ class _Tracker:
     def __init__(self, jobs: Sequence[Job]):
         self.jobs = jobs
         self.loss_sum, self.loss_count = np.zeros(len(jobs)), np.zeros(len(jobs))
-        self.seconds, self.failed_at = np.zeros(len(jobs)), [None] * len(jobs)
+        self.seconds = np.zeros(len(jobs))
+        self.failed_at: list[int | None] = [None] * len(jobs)
         self.last_loss, self.since = math.nan, time.perf_counter()
 
     def collect(self, chunk: Chunk, finished: Slice, losses: jax.Array, slots: int) -> Iterator[Tuned]:
         """Waits for a call's results; yields the clusters that ended in it."""
         values = np.asarray(losses)[: chunk.steps]
         now = time.perf_counter()
-        busy, at, steps = chunk.job[: chunk.steps] >= 0, chunk.step[: chunk.steps], now - self.since
+        busy, at, elapsed = chunk.job[: chunk.steps] >= 0, chunk.step[: chunk.steps], now - self.since
         self.since = now
         for index in np.unique(chunk.job[: chunk.steps][busy]):
             here = chunk.job[: chunk.steps] == index
             job = self.jobs[index]
-            self.seconds[index] += steps * here.sum() / busy.sum()
+            self.seconds[index] += elapsed * here.sum() / busy.sum()
             last_epoch = here & (at >= job.steps - -(-job.steps // job.epochs))
             self.loss_sum[index] += values[last_epoch].sum()
             self.loss_count[index] += last_epoch.sum()

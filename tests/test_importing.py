@@ -76,7 +76,8 @@ def test_counts_and_pixels(workdir):
     layout, catalog = workdir
     assert [len(catalog.live(split)) for split in ("train", "test", "public", "holdout")] == [18, 6, 6, 0]
     assert catalog.rows_used() == 30 == len(image_file(layout, catalog))
-    assert catalog.get("dataset") == {"classes": ["a", "b", "c"], "shape": [3, 4, 1], "name": "made"}
+    dataset = catalog.get("dataset")
+    assert (dataset["classes"], dataset["shape"], dataset["name"]) == (["a", "b", "c"], [3, 4, 1], "made")
     table = catalog.live("train")
     assert table.owners[0] == "owner-0" and table.labels[0] == 2
     check_pixels(*workdir)

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from lmeraser_jax.backbones import backbone as frozen
@@ -108,7 +109,7 @@ def convert(arrays: dict[str, np.ndarray], config: ViTConfig, name: str) -> Para
         elif new.endswith("/kernel") and array.ndim == 2:
             array = array.T
         elif new == "positions" and array.ndim == 3:
-            array = np.asarray(interpolate_positions(array, config.grid))
+            array = np.asarray(interpolate_positions(jnp.asarray(array), config.grid))
         flat[new] = array
     return frozen.from_flat(config, flat, name)
 

@@ -132,12 +132,12 @@ def _start(layout: Layout, vit: ViTConfig, tx: optax.GradientTransformation, see
         return state, 0
     try:
         arrays, metadata, epoch = checkpoints.load(layout.pretraining)
-    except UserError:  # the first save was cut short
-        metadata = {"identity": None}
-    if metadata["identity"] != identity:
-        shutil.rmtree(layout.pretraining)
-        return state, 0
-    return checkpoints.unflatten(arrays, state), epoch
+        if metadata["identity"] == identity:
+            return checkpoints.unflatten(arrays, state), epoch
+    except UserError:
+        pass  # the first save was cut short
+    shutil.rmtree(layout.pretraining)
+    return state, 0
 
 
 def _epoch_rows(seed: int, epoch: int, count: int, batch: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,9 +56,9 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         super().__init__(config.width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:  # [..., D] -> [..., D]
         with jax.numpy_dtype_promotion("standard"):  # Flax mixes bfloat16 input with float32 statistics
-            return super().__call__(x)
+            return super().__call__(x, mask=mask)
 
 
 class Attention(nnx.Module):

@@ -5,6 +5,8 @@ consecutive scans stands for one owner ("hand-000", ...). Even runs are public, 
 private scans every third is a test image.
 """
 
+from typing import Any
+
 import numpy as np
 
 from lmeraser_jax.records.source import Item, Source
@@ -16,7 +18,7 @@ def load() -> Source:
     """1,797 items of shape (8, 8, 1); ids are "digit-0000" and so on, the position in the data set."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]  # grey levels 0..16
     items = []
     for i, label in enumerate(digits.target):

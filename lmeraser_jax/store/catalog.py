@@ -204,7 +204,7 @@ class Catalog:
         if head is None:
             return None
         entries = dict(self.db.execute("SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster", head[:1]))
-        return Manifest(*head, entries)
+        return Manifest(head[0], head[1], head[2], entries)
 
     def publish(self, clustering: str, entries: dict[str, str], clusters: Iterable[tuple[str, str]]) -> int:
         """Makes a state the current one: manifest entries and each record's cluster, given as (id, key)."""
