@@ -198,7 +198,7 @@ def test_damaged_image_file_refused(workdir):
     layout, _ = workdir
     import_source(*workdir, made(), Config())
     layout.images.write_bytes(layout.images.read_bytes()[: 20 * 12])
-    assert "holds 20 images, the catalog has 30: the workdir is damaged" in refusal(workdir, made(40))
+    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, made(40))
 
 
 def test_limits(workdir):

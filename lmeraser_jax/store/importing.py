@@ -10,7 +10,7 @@ from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.progress import progress
 from lmeraser_jax.records.cache import RowFile
-from lmeraser_jax.records.source import Source, content_hash, held_out, limited, problems
+from lmeraser_jax.records.source import Item, Source, content_hash, held_out, limited, problems
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout
 
@@ -48,61 +48,74 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         UserError: everything that makes the source unusable, or does not fit what was imported before.
     """
     kept = limited(source.items, config.data.train_limit, config.data.test_limit)
-    picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
     dataset = {
         "settings": import_settings(config),
         "classes": list(source.class_names),
         "shape": list(source.shape),
         "name": source.name,
     }
+    picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
     raise_all(problems(picked) + _misfits(dataset, catalog.get("dataset")), f"{source.name} cannot be imported:")
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
     if start < catalog.rows_used():
-        raise UserError(
-            f"{file.path} holds {start} images, the catalog has {catalog.rows_used()}: the workdir is damaged"
-        )
-    items, contents, counts, wrong = [], [], {"known": 0, "erased": 0}, []
-    contents_seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
-    duplicates = 0
+        raise UserError(f"{file.path} holds {start} images, the catalog {catalog.rows_used()}: the workdir is damaged")
+    intake = _Intake(catalog)
     with progress("import", len(kept)) as shown:
         for _, group in itertools.groupby(kept, lambda position: position // PIECE):
             piece = list(group)
+            items = [held_out(source.items[i], config.data.holdout, config.seed) for i in piece]
             try:
-                pixels = source.read(piece[0], piece[-1] + 1)[np.array(piece) - piece[0]]
+                new = intake.take(items, source.read(piece[0], piece[-1] + 1)[np.array(piece) - piece[0]])
             except UserError as error:
-                wrong.append(str(error))
+                intake.wrong.append(str(error))
                 continue
-            new = []
-            have = catalog.known(source.items[i].id for i in piece)
-            for position, image in zip(piece, pixels, strict=True):
-                item, content = held_out(source.items[position], config.data.holdout, config.seed), content_hash(image)
-                if catalog.is_tombstoned(item.id):
-                    counts["erased"] += 1
-                elif item.id in have:
-                    counts["known"] += 1
-                    if have[item.id][1:3] != (content, item.label):
-                        wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
-                else:
-                    duplicates += content in contents_seen
-                    contents_seen.add(content)
-                    items.append(item)
-                    contents.append(content)
-                    new.append(image)
-            if new and not wrong:
-                file.append(np.stack(new))
+            if len(new) and not intake.wrong:
+                file.append(new)
             shown.advance(len(piece))
-    if wrong:
+    if intake.wrong:
         file.truncate(start)
-        raise_all(wrong, f"{source.name} cannot be imported:")
+        raise_all(intake.wrong, f"{source.name} cannot be imported:")
     file.sync()
+    rows = range(start, start + len(intake.items))
     with catalog.transaction():
         catalog.set("dataset", dataset)
-        catalog.add_records(items, range(start, start + len(items)), contents)
-        catalog.set("rows", start + len(items))
-        catalog.event("import", source=source.name, added=len(items), **counts)
-    return Imported(len(items), counts["known"], counts["erased"], duplicates)
+        catalog.add_records(intake.items, rows, intake.contents)
+        catalog.set("rows", rows.stop)
+        catalog.event("import", source=source.name, added=len(rows), known=intake.known, erased=intake.erased)
+    return Imported(len(rows), intake.known, intake.erased, intake.duplicates)
+
+
+class _Intake:
+    """Sorts arriving records into new, known and erased ones, piece by piece."""
+
+    def __init__(self, catalog: Catalog):
+        self.catalog = catalog
+        self.seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
+        self.items: list[Item] = []
+        self.contents: list[str] = []
+        self.wrong: list[str] = []
+        self.known = self.erased = self.duplicates = 0
+
+    def take(self, items: list[Item], pixels: np.ndarray) -> np.ndarray:
+        """Notes the records of a piece; returns the images of those that are new."""
+        have, new = self.catalog.known(item.id for item in items), []
+        for position, (item, image) in enumerate(zip(items, pixels, strict=True)):
+            content = content_hash(image)
+            if self.catalog.is_tombstoned(item.id):
+                self.erased += 1
+            elif item.id in have:
+                self.known += 1
+                if have[item.id][1:3] != (content, item.label):
+                    self.wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
+            else:
+                self.duplicates += content in self.seen
+                self.seen.add(content)
+                self.items.append(item)
+                self.contents.append(content)
+                new.append(position)
+        return pixels[new]
 
 
 def _misfits(new: dict, old: dict | None) -> list[str]:
