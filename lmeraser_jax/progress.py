@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere, nothing when quiet."""
+"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere or without tqdm."""
 
 import sys
 import time
@@ -46,10 +46,19 @@ class _Lines:
         pass
 
 
+def _best(title: str, total: int) -> _Bar | _Lines:
+    if sys.stderr.isatty():
+        try:
+            return _Bar(title, total)
+        except ImportError:  # a machine without tqdm
+            pass
+    return _Lines(title, total)
+
+
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Progress]:
     """Shows the progress of `total` units of work on standard error."""
-    shown = _Bar(title, total) if sys.stderr.isatty() else _Lines(title, total)
+    shown = _best(title, total)
     try:
         yield shown
     finally:

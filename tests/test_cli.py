@@ -11,6 +11,8 @@ from helpers import SMALL
 
 from lmeraser_jax.cli.main import COMMANDS, main
 
+pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
+
 TINY = ["--config=configs/digits.py:smoke"] + [
     f"--config.{group}.{name}={value}" for group, values in SMALL.items() for name, value in values.items()
 ]

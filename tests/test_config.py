@@ -72,7 +72,7 @@ def test_json_round_trip():
 
 
 def test_config_dict_round_trip():
-    pytest.importorskip("ml_collections")
+    pytest.importorskip("ml_collections", reason="default_config needs ml_collections")
     tree = config.default_config()
     assert from_dict(tree) == Config() == from_dict(tree.to_dict())
     tree.tuning.lanes = 4

@@ -1,0 +1,91 @@
+"""Erases random records one by one and reports what each request cost, sampled and unsampled records apart.
+
+  python benchmarks/bench_requests.py --workdir=DIR [--count=20] [--json=FILE]
+
+Works on a copy of the workdir, so the run itself keeps its records. Ratios are images processed against the
+images of a full re-tune.
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from lmeraser_jax import unlearning
+from lmeraser_jax.audit import audit
+from lmeraser_jax.digests import philox
+from lmeraser_jax.reconcile import load_clustering
+from lmeraser_jax.run import Run, opened
+from lmeraser_jax.store.layout import writer_lock
+
+
+def one_by_one(run: Run, count: int) -> list[dict]:
+    """Erases `count` records drawn uniformly; one entry per request."""
+    ids = run.catalog.live("train").ids
+    requests = []
+    for i in philox(run.config.seed, "bench").choice(len(ids), count, replace=False):
+        manifest = run.catalog.manifest()
+        assert manifest is not None
+        sampled = ids[i] in load_clustering(run.layout, manifest.clustering).sample
+        start = time.perf_counter()
+        o = unlearning.erase(run, unlearning.resolve(run, [ids[i]])).outcome
+        entry = {"sampled": sampled, "retuned": o.retuned, "reused": o.reused, "images": o.images, "ratio": o.ratio}
+        requests.append(entry | {"seconds": time.perf_counter() - start})
+        print(json.dumps(requests[-1]), file=sys.stderr, flush=True)
+    return requests
+
+
+def summary(requests: list[dict]) -> dict:
+    """Mean and worst of each kind of request."""
+    found = {}
+    for name, kind in (("unsampled", [False]), ("sampled", [True]), ("all", [False, True])):
+        chosen = [r for r in requests if r["sampled"] in kind]
+        if chosen:
+            ratios, slices = [r["ratio"] for r in chosen], [r["retuned"] for r in chosen]
+            found[name] = {
+                "requests": len(chosen),
+                "ratio_mean": statistics.mean(ratios),
+                "ratio_worst": max(ratios),
+                "retuned_mean": statistics.mean(slices),
+                "retuned_worst": max(slices),
+                "seconds_median": statistics.median(r["seconds"] for r in chosen),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="a trained workdir")
+    parser.add_argument("--count", type=int, default=20, help="requests")
+    parser.add_argument("--audit", type=int, default=2, help="clusters to rebuild from scratch at the end")
+    parser.add_argument("--json", default="", help="file for the numbers")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "run"
+        shutil.copytree(arguments.workdir, copy)
+        with opened(copy) as run, writer_lock(run.layout):
+            requests = one_by_one(run, arguments.count)
+            verdict = audit(run, arguments.audit)
+    result = {
+        "command": "python benchmarks/bench_requests.py " + " ".join(sys.argv[1:]),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.processor() or platform.machine(),
+        "jax": jax.__version__,
+        "summary": summary(requests),
+        "audit": verdict.text(),
+        "requests": requests,
+    }
+    print(json.dumps({"summary": result["summary"], "audit": result["audit"]}, indent=2))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
