@@ -23,7 +23,6 @@ from lmeraser_jax.audit import audit
 from lmeraser_jax.digests import philox
 from lmeraser_jax.reconcile import load_clustering
 from lmeraser_jax.run import Run, opened
-from lmeraser_jax.store.layout import writer_lock
 
 
 def one_by_one(run: Run, count: int) -> list[dict]:
@@ -70,7 +69,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "run"
         shutil.copytree(arguments.workdir, copy)
-        with opened(copy) as run, writer_lock(run.layout):
+        with opened(copy, write=True) as run:
             requests = one_by_one(run, arguments.count)
             verdict = audit(run, arguments.audit)
     result = {

@@ -1,26 +1,26 @@
 """Audit: build everything again from the live records, somewhere else, and compare every leaf.
 
-This is the product's proof: if an erased record had left a trace in anything that is stored or served,
-a build that never saw it would differ.
+This is the product's proof: if an erased record had left a trace in what is served, a build that never saw
+it would differ. What is merely stored is searched for leftovers: anything that no kept manifest needs.
 """
 
 import contextlib
 import dataclasses
+import random
 import shutil
 import tempfile
 from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.digests import keyed_hash
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.inference import load_slice
 from lmeraser_jax.progress import progress
-from lmeraser_jax.reconcile import load_clustering, reconcile
+from lmeraser_jax.reconcile import load_clustering, load_slice, reconcile
 from lmeraser_jax.records.cache import RowFile
-from lmeraser_jax.records.source import Item, content_hash
+from lmeraser_jax.records.source import SPLITS, Item, content_hash
 from lmeraser_jax.run import Run
 from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import Layout
 from lmeraser_jax.tuning import fingerprint
 
@@ -35,15 +35,17 @@ class Verdict:
     Attributes:
         checked: clusters that were rebuilt.
         clusters: clusters in all.
-        differences: a line for every slice or other part that differs.
-        near: slices that another program made (library, device kind, lanes): their bits cannot be rebuilt
-            here, but all numbers agree within `TOLERANCE` of the slice's largest.
+        identical: rebuilt slices with the same bits.
+        near: rebuilt slices that another program made (library, device kind, lanes): their bits cannot be
+            made here, but all numbers agree within `TOLERANCE` of the slice's largest.
+        differences: a line for everything that differs or should not be there.
     """
 
     checked: int
     clusters: int
+    identical: int
+    near: int
     differences: tuple[str, ...]
-    near: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
@@ -51,15 +53,12 @@ class Verdict:
 
     def text(self) -> str:
         """The verdict in words."""
-        broken = {line.split()[1].rstrip(":") for line in self.differences if line.startswith(("slices", "parameters"))}
-        good = self.checked - len(broken) - len(self.near)
-        lines = [f"bit-identical: {good} of {self.checked} slices"]
+        lines = [f"bit-identical: {self.identical} of {self.checked} slices"]
         if self.checked < self.clusters:
             lines[0] += f" (a sample; {self.clusters} clusters in all)"
-        lines += [f"differs: {line}" for line in self.differences]
         if self.near:
-            lines.append(f"made by another program, and equal within {TOLERANCE:g}: {len(self.near)} slices")
-        return "\n".join(lines)
+            lines.append(f"made by another program, and equal within {TOLERANCE:g}: {self.near} slices")
+        return "\n".join(lines + [f"differs: {line}" for line in self.differences])
 
 
 def state(run: Run, keys: frozenset[str] | None = None) -> dict[str, Any]:
@@ -111,12 +110,35 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return lines
 
 
+def leftovers(run: Run) -> list[str]:
+    """What lies in a workdir although no kept manifest needs it: one line each."""
+    manifests = run.catalog.manifests()
+    slices = {name for manifest in manifests for name in manifest.entries.values()}
+    clusterings = {manifest.clustering for manifest in manifests}
+    lines = []
+    for folder, wanted in ((run.layout.slices, slices), (run.layout.clusterings, clusterings)):
+        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        lines += [f"leftover {folder.name}/{name}" for name in sorted(there - wanted)]
+        lines += [f"missing {folder.name}/{name}" for name in sorted(wanted - there)]
+    lines += [f"leftover slice in the catalog {name}" for name in sorted(set(run.catalog.slices()) - slices)]
+    empty = np.ones(run.catalog.rows_used(), bool)
+    empty[run.catalog.live(*SPLITS).rows] = False
+    files = [image_file(run.layout, run.catalog)]
+    files += [RowFile(p, (run.backbone.config.width,), np.float32) for p in run.layout.records.glob("features-*.f32")]
+    for file in files:
+        view = file.view()
+        rows = np.flatnonzero(empty[: len(view)])
+        stale = [row for row in rows if np.nan_to_num(view[row].astype(np.float32)).any()]
+        lines += [f"leftover row {row} of {file.path.name}" for row in stale]
+    return lines
+
+
 def audit(run: Run, sample: int = 0) -> Verdict:
-    """Rebuilds from scratch in a temporary place and compares.
+    """Rebuilds from scratch in a temporary place and compares; also looks for leftovers of erased records.
 
     Args:
-        run: a workdir with a published state and no open request.
-        sample: rebuild the slices of so many clusters only, chosen at random by keyed hash; 0: all.
+        run: a workdir opened for writing, with a published state and no open request.
+        sample: rebuild the slices of so many clusters only, drawn anew each time; 0: all.
 
     Raises:
         UserError: nothing is published yet, or an erasure is not finished.
@@ -126,8 +148,8 @@ def audit(run: Run, sample: int = 0) -> Verdict:
         raise UserError(f"{run.layout.root} has nothing to audit; run: lmeraser train --workdir={run.layout.root}")
     if run.catalog.open_requests():
         raise UserError("an erasure is not finished; finish it with: lmeraser train --workdir=" + str(run.layout.root))
-    keys = sorted(manifest.entries, key=lambda key: keyed_hash(manifest.version, "audit", key))
-    chosen = frozenset(keys[:sample] if sample else keys)
+    keys = sorted(manifest.entries)
+    chosen = frozenset(random.sample(keys, min(sample, len(keys))) if sample else keys)
     run.layout.scratch.mkdir(exist_ok=True)
     folder = tempfile.mkdtemp(prefix="audit-", dir=run.layout.scratch)
     try:
@@ -135,34 +157,41 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = state(run, chosen)
-    lines, near = differences(found, rebuilt), _made_elsewhere(run, found, rebuilt)
-    lines = [line for line in lines if line.removeprefix("parameters ") not in near]
-    return Verdict(len(chosen), len(keys), tuple(lines), tuple(sorted(near)))
+    near = _made_elsewhere(run, found, rebuilt)
+    lines = [line for line in differences(found, rebuilt) if line not in near]
+    same = [key for key in chosen if found["parameters"][key] == rebuilt["parameters"].get(key)]
+    near_slices = sum(line.startswith("parameters") for line in near)
+    return Verdict(len(chosen), len(keys), len(same), near_slices, tuple(lines + leftovers(run)))
 
 
 def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) -> set[str]:
-    """Keys of slices with other bits that another program made and that agree within the tolerance."""
-    made, program = run.catalog.slices(), fingerprint(run.config.tuning, run.mesh)
+    """Difference lines of numbers that another program made and that agree within the tolerance."""
+    program, manifest = fingerprint(run.config.tuning, run.mesh), run.catalog.manifest()
+    assert manifest is not None
     near = set()
+    if manifest.program != program:
+        for key, one in found["prototypes"].items():
+            if _close({"": one}, {"": rebuilt["prototypes"].get(key, b"")}):
+                near.add(f"prototypes {key}")
     for key, one in found["parameters"].items():
-        other = rebuilt["parameters"].get(key)
-        if one == other or not isinstance(one, dict) or not isinstance(other, dict):
-            continue
-        if made[found["slices"][key]].program == program or len(b"".join(one.values())) != len(
-            b"".join(other.values())
-        ):
-            continue
-        a, b = (np.frombuffer(b"".join(leaves.values()), np.float32) for leaves in (one, other))
-        if np.abs(a - b).max() <= TOLERANCE * np.abs(b).max():
-            near.add(key)
-    return near
+        row, other = run.catalog.slice(found["slices"][key]), rebuilt["parameters"].get(key)
+        if row is not None and row.program != program and isinstance(one, dict) and isinstance(other, dict):
+            if _close(one, other):
+                near.add(f"parameters {key}")
+    return near & set(differences(found, rebuilt))
+
+
+def _close(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
+    """Whether float32 numbers agree within the tolerance, relative to the largest of them."""
+    a, b = (np.frombuffer(b"".join(leaves.values()), np.float32) for leaves in (one, other))
+    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= TOLERANCE * np.abs(b).max(initial=0))
 
 
 def _rebuild(run: Run, layout: Layout, only: frozenset[str] | None) -> dict[str, Any]:
     """The state that the live records give when nothing but them, the config and the backbone is known."""
     layout.root.mkdir(exist_ok=True)
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        scratch = dataclasses.replace(run, layout=layout, catalog=catalog)
+        scratch = dataclasses.replace(run, layout=layout, catalog=catalog, writable=True)
         _copy_live(run, scratch)
         reconcile(scratch, only)
         return state(scratch, only)

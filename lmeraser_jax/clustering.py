@@ -94,17 +94,19 @@ def merge_small(clusters: list[list[int]], features: np.ndarray, min_members: in
     Nearest by prototype, among those that stay within `max_members` after the merge, or among all where
     there is no such cluster. Ties go to the cluster with the smaller first member.
     """
-    clusters = sorted(clusters)
-    while len(clusters) > 1:
-        small = min(clusters, key=lambda members: (len(members), members))
+    means = {tuple(members): _mean(features, members) for members in clusters}
+    while len(means) > 1:
+        small = min(means, key=lambda members: (len(members), members))
         if len(small) >= min_members:
             break
-        others = [members for members in clusters if members is not small]
+        others = sorted(members for members in means if members != small)
         fitting = [m for m in others if not max_members or len(m) + len(small) <= max_members] or others
-        gaps = [np.linalg.norm(_mean(features, members) - _mean(features, small)) for members in fitting]
+        gaps = np.linalg.norm(np.stack([means[members] for members in fitting]) - means[small][None], axis=1)
         target = fitting[int(np.argmin(gaps))]
-        clusters = sorted([m for m in others if m is not target] + [sorted(target + small)])
-    return clusters
+        merged = tuple(sorted(target + small))
+        del means[target], means[small]
+        means[merged] = _mean(features, merged)
+    return sorted(list(members) for members in means)
 
 
 def _mean(features: np.ndarray, members: Sequence[int]) -> np.ndarray:

@@ -282,6 +282,10 @@ def _illegal(c: Config) -> list[str]:
         f"at most --config.clustering.max_members={k.max_members}",
     )
     need(d.source == "digits" or bool(d.path), "data.path", repr(d.path), f"set for data.source={d.source}")
+    if not b.weights and min(b.patch, b.width) > 0:  # else the weights decide
+        size, heads = d.image_size, b.heads or max(1, b.width // 64)
+        need(size % b.patch == 0, "data.image_size", size, f"a multiple of the patch size {b.patch}")
+        need(b.width % heads == 0, "backbone.heads", heads, f"a divisor of the width {b.width}")
     try:
         cut_of(k.cut)
     except ValueError:

@@ -84,7 +84,7 @@ def demo(workdir: str, config: Config) -> Demo:
         audit_start = time.perf_counter()
         verdict = audit(run)
         audit_seconds = time.perf_counter() - audit_start
-        picture = run.layout.root / "clusters.png"
+        picture = run.layout.picture
         report.picture(run, picture)
     seconds = time.perf_counter() - start
     return Demo(

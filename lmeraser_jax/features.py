@@ -5,6 +5,7 @@ whatever stands beside it. Features are cached in a row file beside the images.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from lmeraser_jax.backbones.vit import ViTConfig
 from lmeraser_jax.images import ImageSpec, centred
 from lmeraser_jax.progress import progress
 from lmeraser_jax.records.cache import RowFile
+
+PIECE = 16_384  # images in memory at a time
 
 
 def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
@@ -44,64 +47,68 @@ def feature_function(vit: ViTConfig, spec: ImageSpec, mesh: Mesh):
     return jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
 
 
-def extract(
-    backbone: Backbone, spec: ImageSpec, images: np.ndarray, batch: int, mesh: Mesh, dtype: np.dtype
-) -> np.ndarray:
+class Extractor:
     """Features of images at one fixed batch shape.
 
     Args:
         backbone: the frozen network.
         spec: how images become input.
-        images: uint8 [N, h, w, c].
         batch: images per device and call.
         mesh: 1-D mesh.
         dtype: compute dtype.
-
-    Returns:
-        float32 [N, D].
     """
-    function, params = feature_function(backbone.config, spec, mesh), on_device(backbone, dtype, mesh)
-    size = batch * mesh.size
-    found = np.zeros((len(images), backbone.config.width), np.float32)
-    with progress("features", len(images)) as shown:
-        for start in range(0, len(images), size):
-            piece = images[start : start + size]
-            padded = np.zeros((size, *images.shape[1:]), np.uint8)
-            padded[: len(piece)] = piece
-            found[start : start + size] = np.asarray(function(params, padded))[: len(piece)]
-            shown.advance(len(piece))
-    return found
+
+    def __init__(self, backbone: Backbone, spec: ImageSpec, batch: int, mesh: Mesh, dtype: np.dtype):
+        self.function = feature_function(backbone.config, spec, mesh)
+        self.params, self.width = on_device(backbone, dtype, mesh), backbone.config.width
+        self.size = batch * mesh.size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, h, w, c] -> float32 [N, D]."""
+        found = np.zeros((len(images), self.width), np.float32)
+        with progress("features", len(images)) as shown:
+            for start in range(0, len(images), self.size):
+                piece = images[start : start + self.size]
+                padded = np.zeros((self.size, *images.shape[1:]), np.uint8)
+                padded[: len(piece)] = piece
+                found[start : start + self.size] = np.asarray(self.function(self.params, padded))[: len(piece)]
+                shown.advance(len(piece))
+        return found
 
 
 def cached(
-    file: RowFile,
-    rows: np.ndarray,
-    backbone: Backbone,
-    spec: ImageSpec,
-    images: np.ndarray,
-    batch: int,
-    mesh: Mesh,
-    dtype: np.dtype,
+    file: RowFile, rows: np.ndarray, images: np.ndarray, make: Callable[[], Extractor], write: bool
 ) -> np.ndarray:
     """Features of the given rows, computed where the cache does not hold them yet (NaN).
 
     Args:
-        file: the cache, as many rows as `images`; made and grown here.
+        file: the cache, a row for each row of `images`.
         rows: int64 [n], rows wanted.
-        backbone, spec, batch, mesh, dtype: as for `extract`.
         images: uint8 [N, h, w, c], all rows of the image file.
+        make: gives the extractor; called only if something is missing.
+        write: grow and fill the cache. Only the holder of the writer lock may: a reader could put back the
+            feature of a record that is being erased.
 
     Returns:
         float32 [n, D], in the order of `rows`.
     """
-    file.truncate(min(len(file), len(images)))
-    if len(file) < len(images):
-        file.append(np.full((len(images) - len(file), *file.shape), np.nan, np.float32))
-    view = file.view("r+")
-    missing = rows[np.isnan(view[rows]).any(axis=1)]
-    pieces = max(batch * mesh.size, 4096)
-    for start in range(0, len(missing), pieces):
-        chosen = missing[start : start + pieces]
-        view[chosen] = extract(backbone, spec, images[chosen], batch, mesh, dtype)
-        view.flush()
-    return np.array(view[rows])
+    if write:
+        file.truncate(min(len(file), len(images)))
+        if len(file) < len(images):
+            file.append(np.full((len(images) - len(file), *file.shape), np.nan, np.float32))
+    found = np.full((len(rows), *file.shape), np.nan, np.float32)
+    there = np.flatnonzero(rows < len(file))
+    if len(there):
+        found[there] = file.view()[rows[there]]
+    missing = np.flatnonzero(np.isnan(found).any(axis=1))
+    if not len(missing):
+        return found
+    extract = make()
+    for start in range(0, len(missing), PIECE):
+        chosen = missing[start : start + PIECE]
+        found[chosen] = extract(images[rows[chosen]])
+        if write:
+            view = file.view("r+")
+            view[rows[chosen]] = found[chosen]
+            view.flush()
+    return found

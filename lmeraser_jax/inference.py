@@ -13,19 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.clustering import padded, squared_distances
-from lmeraser_jax.digests import arrays_digest
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.features import compute_dtype, on_device
 from lmeraser_jax.images import centred
-from lmeraser_jax.reconcile import load_clustering
+from lmeraser_jax.reconcile import load_clustering, load_slice
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, lay_prompt
-from lmeraser_jax.store import checkpoints
 from lmeraser_jax.tuning import Problem
 
 
@@ -36,16 +34,16 @@ class Model:
     Attributes:
         run: the workdir it came from.
         keys: K cluster keys that have a slice.
-        prototypes: float32 [K padded, D].
-        present: bool [K padded].
-        stack: `Slice` with leading axis K padded.
+        prototypes: float32 [K padded, D], on the devices.
+        present: bool [K padded], on the devices.
+        stack: `Slice` with leading axis K padded, on the devices.
         params: the backbone on the devices.
     """
 
     run: Run
     keys: tuple[str, ...]
-    prototypes: np.ndarray
-    present: np.ndarray
+    prototypes: jax.Array
+    present: jax.Array
     stack: Slice
     params: Any
 
@@ -62,19 +60,6 @@ class Predictions:
         return self.probabilities.argmax(axis=1)
 
 
-def load_slice(run: Run, name: str) -> Slice:
-    """One slice from its checkpoint, checked against the digest in the catalog.
-
-    Raises:
-        UserError: the checkpoint is missing or damaged.
-    """
-    arrays, _, _ = checkpoints.load(run.layout.slice(name))
-    row = run.catalog.slices()[name]
-    if arrays_digest(arrays) != row.params:
-        raise UserError(f"slice {name[:12]} of cluster {row.cluster[:12]} is damaged: its bytes have another digest")
-    return Slice(**arrays)
-
-
 def load_model(run: Run) -> Model:
     """The published state of a workdir.
 
@@ -82,8 +67,10 @@ def load_model(run: Run) -> Model:
         UserError: nothing is published, or a slice cannot be read.
     """
     manifest = run.catalog.manifest()
-    if manifest is None or not manifest.entries:
+    if manifest is None:
         raise UserError(f"{run.layout.root} has no tuned cluster yet; run: lmeraser train --workdir={run.layout.root}")
+    if not manifest.entries:
+        raise UserError(f"{run.layout.root}: every private record was erased, so there is nothing to predict with")
     clustering = load_clustering(run.layout, manifest.clustering)
     keys = tuple(key for key in clustering.keys if key in manifest.entries)
     chosen = np.isin(clustering.keys, keys)
@@ -92,6 +79,8 @@ def load_model(run: Run) -> Model:
     parts += [jax.tree.map(np.zeros_like, parts[0])] * (len(present) - len(parts))
     stack = Slice(*(np.stack(leaves) for leaves in zip(*parts, strict=True)))
     params = on_device(run.backbone, compute_dtype(run.config.tuning.dtype, run.mesh), run.mesh)
+    everywhere = NamedSharding(run.mesh, P())
+    prototypes, present, stack = jax.device_put((prototypes, present, stack), everywhere)
     return Model(run, keys, prototypes, present, stack, params)
 
 

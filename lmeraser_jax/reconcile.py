@@ -5,11 +5,12 @@ somewhere else and compare. A slice is addressed by the digest of its recipe, so
 not touch is found again instead of made again.
 """
 
+import contextlib
 import dataclasses
 import io
-import shutil
 import time
-from collections.abc import Collection, Sequence
+import zipfile
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -21,11 +22,12 @@ from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import Job, make_job
+from lmeraser_jax.schedule import Job, efficiency, make_job
+from lmeraser_jax.slices import Slice
 from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.catalog import SliceRow
 from lmeraser_jax.store.importing import image_file
-from lmeraser_jax.store.layout import Layout, write_bytes
+from lmeraser_jax.store.layout import Layout, remove_others, write_bytes
 from lmeraser_jax.tuning import Tuned, fingerprint, tune
 
 
@@ -41,6 +43,7 @@ class Plan:
         missing: keys whose slice does not exist yet.
         jobs: {cluster key: job} of all clusters that have members.
         members: {cluster key: int64 positions in `records`}.
+        settled: the clustering is the published one and lies on disk.
     """
 
     clustering: Clustering
@@ -50,6 +53,7 @@ class Plan:
     missing: list[str]
     jobs: dict[str, Job]
     members: dict[str, np.ndarray]
+    settled: bool
 
     @property
     def sizes(self) -> list[int]:
@@ -76,6 +80,7 @@ class Outcome:
     images: int
     images_full: int
     seconds: float
+    efficiency: float  # real images / images processed, padding and idle lanes counted
     published: bool
     version: int
     reclustered: bool
@@ -95,7 +100,7 @@ def plan(run: Run, records: RecordTable) -> Plan:
     have = run.catalog.slices()
     missing = [key for key, name in digests.items() if name not in have or not run.layout.slice(name).is_dir()]
     jobs = {key: make_job(key, records.rows[rows], run.config.tuning) for key, rows in members.items()}
-    return Plan(clustering, records, assignment, digests, missing, jobs, members)
+    return Plan(clustering, records, assignment, digests, missing, jobs, members, settled)
 
 
 def _clustering(run: Run, records: RecordTable) -> tuple[Clustering, bool]:
@@ -108,9 +113,9 @@ def _clustering(run: Run, records: RecordTable) -> tuple[Clustering, bool]:
     inputs = [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, sample, chosen.contents]
     name = digest(inputs)
     manifest = run.catalog.manifest()
-    settled = manifest is not None and manifest.clustering == name
-    if settled and (run.layout.clustering(name) / "clustering.npz").exists():
-        return load_clustering(run.layout, name), True
+    if manifest is not None and manifest.clustering == name:
+        with contextlib.suppress(UserError):  # missing or damaged: made again
+            return load_clustering(run.layout, name), True
     if not sample:
         width = run.backbone.config.width
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
@@ -162,11 +167,11 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     _tune_missing(run, wanted, missing)
     before = run.catalog.manifest()
     changed = before is None or (before.clustering, before.entries) != (wanted.clustering.digest, wanted.digests)
-    if changed:
+    if not wanted.settled:
         save_clustering(run.layout, wanted.clustering)
     _publish(run, wanted, changed)
     purge(run)
-    after = run.catalog.manifest()
+    after, lanes = run.catalog.manifest(), run.mesh.size * run.config.tuning.lanes
     outcome = Outcome(
         clusters=len(wanted.digests),
         retuned=len(missing),
@@ -174,6 +179,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         images=sum(wanted.jobs[key].images for key in missing),
         images_full=wanted.images_full,
         seconds=time.perf_counter() - start,
+        efficiency=efficiency([wanted.jobs[key] for key in missing], lanes, run.config.tuning.batch),
         published=changed,
         version=after.version if after else 0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
@@ -183,12 +189,10 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
 
 
 def _sweep(run: Run) -> None:
-    """Removes what a killed writer left: hidden temporary folders and unregistered slices."""
-    known = run.catalog.slices()
-    for folder in run.layout.slices.glob("*") if run.layout.slices.exists() else ():
-        if folder.name not in known:
-            shutil.rmtree(folder)
-    shutil.rmtree(run.layout.scratch, ignore_errors=True)
+    """Removes what a killed writer left: unregistered slices, scratch, image rows without a record."""
+    remove_others(run.layout.slices, set(run.catalog.slices()))
+    remove_others(run.layout.scratch, set())
+    image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
 
 
 def _tune_missing(run: Run, wanted: Plan, missing: Sequence[str]) -> None:
@@ -232,7 +236,6 @@ def _keep(run: Run, wanted: Plan, done: Tuned) -> None:
     checkpoints.save(run.layout.slice(name), arrays, {"cluster": key, "params": row.params}, step=done.job.steps)
     with run.catalog.transaction():
         run.catalog.add_slice(row, done.job.rows)
-    run.log("slice", cluster=key, size=row.size, images=row.images, loss=row.loss, seconds=row.seconds)
 
 
 def _publish(run: Run, wanted: Plan, changed: bool) -> None:
@@ -241,7 +244,8 @@ def _publish(run: Run, wanted: Plan, changed: bool) -> None:
     with run.catalog.transaction():
         if changed:
             pairs = ((name, keys[k]) for name, k in zip(wanted.records.ids, wanted.assignment, strict=True))
-            version = run.catalog.publish(wanted.clustering.digest, wanted.digests, pairs)
+            program = fingerprint(run.config.tuning, run.mesh)
+            version = run.catalog.publish(wanted.clustering.digest, program, wanted.digests, pairs)
             run.catalog.event("publish", version=version, clusters=len(wanted.digests))
         for name, body in run.catalog.open_requests().items():
             run.catalog.set_request(name, "published", body)
@@ -250,29 +254,74 @@ def _publish(run: Run, wanted: Plan, changed: bool) -> None:
 def purge(run: Run) -> None:
     """Removes everything that was made with an erased record, then the record itself.
 
-    Files go first and the catalog last, so that a purge that was cut short is found again and repeated.
+    What stays is what the surviving manifests point at: the current one, and older ones that no erased
+    record was a member or a sampled record of. Files go first and the catalog last, so that a purge that was
+    cut short is found again and repeated.
     """
-    erased = run.catalog.erased()
-    tainted = run.catalog.tainted_slices()
-    for name in tainted:
-        shutil.rmtree(run.layout.slice(name), ignore_errors=True)
-    for folder in run.layout.clusterings.glob("*"):
-        if erased and set(load_clustering(run.layout, folder.name).sample) & set(erased):
-            shutil.rmtree(folder)
-    rows = np.array(sorted(erased.values()), np.int64)
-    if len(rows):
+    erased, tainted = run.catalog.erased(), set(run.catalog.tainted_slices())
+    kept, dropped = [], []
+    for manifest in run.catalog.manifests():
+        clean = not tainted & set(manifest.entries.values()) and _readable_without(run, manifest.clustering, erased)
+        (kept if clean or not kept else dropped).append(manifest)
+    slices_kept = {name for manifest in kept for name in manifest.entries.values()}
+    remove_others(run.layout.slices, slices_kept)
+    remove_others(run.layout.clusterings, {manifest.clustering for manifest in kept})
+    if erased:
+        rows = np.array(sorted(erased.values()), np.int64)
         image_file(run.layout, run.catalog).overwrite(rows)
         for path in run.layout.records.glob("features-*.f32"):
             RowFile(path, (run.backbone.config.width,), np.float32).overwrite(rows)
+        run.layout.picture.unlink(missing_ok=True)
     with run.catalog.transaction():
-        run.catalog.drop_manifests_with(tainted)
-        for name in tainted:
+        for manifest in dropped:
+            run.catalog.drop_manifest(manifest.version)
+        for name in set(run.catalog.slices()) - slices_kept:
             run.catalog.drop_slice(name)
         run.catalog.forget(erased)
         for name, body in run.catalog.open_requests().items():
             run.catalog.set_request(name, "purged", body)
-    if len(rows):
+    if erased:
         run.catalog.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def _readable_without(run: Run, clustering: str, erased: Mapping[str, int]) -> bool:
+    """Whether an older clustering is whole and none of the erased records was sampled for it."""
+    try:
+        return not set(load_clustering(run.layout, clustering).sample) & set(erased)
+    except UserError:
+        return False
+
+
+def repair(run: Run) -> list[str]:
+    """Drops published slices that are missing or damaged, so that the next reconcile tunes them again.
+
+    Returns:
+        Messages, one per dropped slice.
+    """
+    manifest, messages = run.catalog.manifest(), []
+    for name in manifest.entries.values() if manifest else ():
+        try:
+            load_slice(run, name)
+        except UserError as error:
+            messages.append(f"{error}; it is tuned again")
+            with run.catalog.transaction():
+                run.catalog.drop_slice(name)
+    return messages
+
+
+def load_slice(run: Run, name: str) -> Slice:
+    """One slice from its checkpoint, checked against the digest in the catalog.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged.
+    """
+    row = run.catalog.slice(name)
+    if row is None:
+        raise UserError(f"slice {name[:12]} is not in the catalog; lmeraser train on the same workdir makes it again")
+    arrays, _, _ = checkpoints.load(run.layout.slice(name))
+    if arrays_digest(arrays) != row.params:
+        raise UserError(f"slice {name[:12]} of cluster {row.cluster[:12]} is damaged: its bytes have another digest")
+    return Slice(**arrays)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:
@@ -294,5 +343,5 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
         with np.load(path, allow_pickle=False) as file:
             sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
             return Clustering(name, sample, file["labels"], keys, file["prototypes"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read: {error}; lmeraser train on the same workdir makes it again") from error

@@ -9,8 +9,7 @@ import numpy as np
 
 from lmeraser_jax.clustering import expected_share
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.inference import load_slice
-from lmeraser_jax.reconcile import load_clustering
+from lmeraser_jax.reconcile import load_clustering, load_slice
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import lay_prompt
 from lmeraser_jax.store.layout import disk_use

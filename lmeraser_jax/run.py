@@ -8,8 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import json
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmeraser_jax import config as settings
-from lmeraser_jax import features as feature_module
-from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones import convert, pretrain
 from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.backbones.backbone import load as load_backbone
+from lmeraser_jax.backbones.backbone import save as save_backbone
 from lmeraser_jax.config import Config
 from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.features import Extractor, cached, compute_dtype
 from lmeraser_jax.images import ImageSpec
 from lmeraser_jax.records import sources
 from lmeraser_jax.records.cache import RowFile
@@ -32,18 +34,19 @@ from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, image_file, import_settings, import_source
 from lmeraser_jax.store.layout import Layout, write_json, writer_lock
-from lmeraser_jax.tuning import Problem, mesh_of
+from lmeraser_jax.tuning import Problem, fingerprint, mesh_of
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """An opened workdir with its frozen backbone."""
+    """An opened workdir with its frozen backbone; `writable` if this process holds the writer lock."""
 
     layout: Layout
     config: Config
     catalog: Catalog
     backbone: Backbone
     mesh: Mesh
+    writable: bool
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -61,23 +64,20 @@ class Run:
 
     @property
     def images(self) -> np.ndarray:
-        """uint8 [N, h, w, c]: all rows of the image file."""
-        return image_file(self.layout, self.catalog).view()
+        """uint8 [N, h, w, c]: the rows of the image file that the catalog knows."""
+        return image_file(self.layout, self.catalog).view()[: self.catalog.rows_used()]
 
     def features(self, records: RecordTable) -> np.ndarray:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
-        identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), self.config.clustering.feature_batch])
+        batch, program = self.config.clustering.feature_batch, fingerprint(self.config.tuning, self.mesh)
+        identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), batch, program])
         file = RowFile(self.layout.features(identity), (self.backbone.config.width,), np.float32)
-        return feature_module.cached(
-            file,
-            records.rows,
-            self.backbone,
-            self.spec,
-            self.images,
-            self.config.clustering.feature_batch,
-            self.mesh,
-            feature_module.compute_dtype(self.config.tuning.dtype, self.mesh),
-        )
+        dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
+
+        def make() -> Extractor:
+            return Extractor(self.backbone, self.spec, batch, self.mesh, dtype)
+
+        return cached(file, records.rows, self.images, make, write=self.writable)
 
     def log(self, kind: str, **values: object) -> None:
         """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""
@@ -109,27 +109,36 @@ def stored_config(workdir: str | Path) -> Config | None:
         return None
     try:
         return settings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
-def opened(workdir: str | Path, config: Config | None = None, devices: Sequence[Any] | None = None) -> Iterator[Run]:
-    """Opens a finished workdir. `config` may differ from the stored one in `inference` only.
+def opened(
+    workdir: str | Path, config: Config | None = None, devices: Sequence[Any] | None = None, write: bool = False
+) -> Iterator[Run]:
+    """Opens a finished workdir.
+
+    Args:
+        workdir: an existing workdir.
+        config: may differ from the stored one in `inference` only.
+        devices: all by default.
+        write: take the writer lock.
 
     Raises:
-        UserError: no workdir, no backbone yet, or another config.
+        UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
     """
     layout = Layout(workdir)
     layout.require()
     stored = stored_config(workdir)
-    backbone = frozen.load(layout)
-    if stored is None or backbone is None:
+    if stored is None or not layout.backbone.exists():
         raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
     if config is not None:
-        _check_same(layout, stored, config, everything=True)
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices))
+        _check_same(layout, stored, config, free=("inference",))
+    lock = writer_lock(layout) if write else contextlib.nullcontext()
+    with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
+        backbone, _ = load_backbone(layout)
+        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write)
 
 
 @contextlib.contextmanager
@@ -142,9 +151,13 @@ def prepared(
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
+    A config binds a workdir as far as the workdir has come: what the images and the backbone were made with
+    from the moment they exist, everything but `inference` from the first published state on. While an erasure
+    is open `tuning` may change, so that one whose loss was not finite can be finished.
+
     Args:
         workdir: new, empty or an existing workdir.
-        config: the run's config; must agree with the stored one.
+        config: the run's config.
         devices: all by default.
         source: the data; by default what `config.data` names.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
@@ -158,35 +171,41 @@ def prepared(
     layout = Layout(workdir)
     layout.prepare()
     with writer_lock(layout), contextlib.closing(Catalog(layout.catalog)) as catalog:
-        stored = stored_config(workdir)
-        if stored is not None:
-            _check_same(layout, stored, config, everything=catalog.manifest() is not None)
-        imported, dataset = None, catalog.get("dataset")
-        if dataset is not None:
-            lines = settings.differences(dataset["settings"], import_settings(config), "data.")
-            raise_all(
-                lines,
-                f"the images in {layout.root} were imported with other settings (workdir -> flags):" * bool(lines),
-            )
-        if dataset is None or reimport:
-            imported = import_source(layout, catalog, source or sources.load(config.data), config)
-        _check_data(config, catalog, catalog.manifest() is None)
-        mesh = mesh_of(devices)
-        backbone = frozen.load(layout) or _make_backbone(layout, config, catalog, mesh)
+        stored, manifest = stored_config(workdir), catalog.manifest()
+        if stored is not None and manifest is not None:
+            _check_same(layout, stored, config, ("inference", "tuning") if catalog.open_requests() else ("inference",))
+        _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
+        mesh, imported = mesh_of(devices), None
+        converted = None
+        if layout.backbone.exists():
+            backbone, inputs = load_backbone(layout)
+            _check_made(layout, "backbone", inputs, _backbone_inputs(config), "")
+        elif config.backbone.weights:
+            converted = convert.load(config)
         if stored != config:
             write_json(layout.config, settings.to_dict(config))
-        yield Run(layout, config, catalog, backbone, mesh), imported
+        if catalog.get("dataset") is None or reimport:
+            imported = import_source(layout, catalog, source or sources.load(config.data), config)
+        _check_data(config, catalog, first=manifest is None)
+        if not layout.backbone.exists():
+            _make_backbone(layout, config, catalog, mesh, converted)
+        backbone, _ = load_backbone(layout)
+        yield Run(layout, config, catalog, backbone, mesh, True), imported
 
 
-def _check_same(layout: Layout, stored: Config, config: Config, everything: bool) -> None:
-    """Refuses a config that would contradict what the workdir holds; `inference` is always free."""
-    free = ("inference",) if everything else ("inference", "tuning", "clustering")
+def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:
+    """Refuses a config that differs from the stored one in any group that is not free."""
     old, new = ({k: v for k, v in settings.to_dict(c).items() if k not in free} for c in (stored, config))
-    lines = settings.differences(old, new)
-    raise_all(
-        lines,
-        f"{layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:" * bool(lines),
+    _check_made(layout, "state", old, new, "")
+
+
+def _check_made(layout: Layout, what: str, old: dict | None, new: dict, prefix: str) -> None:
+    """Refuses settings that contradict those that a part of the workdir was made with."""
+    lines = settings.differences(old, new, prefix) if old is not None else []
+    heading = (
+        f"the {what} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
     )
+    raise_all(lines, heading if lines else "")
 
 
 def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
@@ -195,7 +214,7 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     split = "train" if k.sample_from == "private" else "public"
     count = len(catalog.live(split))
     problems = []
-    if first and k.sample_size > count:
+    if first and k.sample_size > count and not catalog.open_requests():
         what = f"at most the number of {k.sample_from} records, {count}"
         problems.append(f"--config.clustering.sample_size={k.sample_size}: must be {what}")
     kind, value = settings.cut_of(k.cut)
@@ -204,15 +223,24 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     raise_all(problems)
 
 
-def _make_backbone(layout: Layout, config: Config, catalog: Catalog, mesh: Mesh) -> Backbone:
-    """Converts the weights that the config names, or pretrains on the public records."""
-    if config.backbone.weights:
-        backbone = convert.load(config)
-        image_spec(config, catalog.get("dataset")["shape"], backbone.config.channels)
-        frozen.save(layout, backbone)
-        return backbone
+def _backbone_inputs(config: Config) -> dict[str, Any]:
+    """The settings that a backbone depends on."""
+    inputs = {"backbone": dataclasses.asdict(config.backbone), "data": {"image_size": config.data.image_size}}
+    if not config.backbone.weights:
+        inputs |= {"pretraining": dataclasses.asdict(config.pretraining), "seed": config.seed}
+        inputs["data"]["resize_size"] = config.data.resize_size
+    return inputs
+
+
+def _make_backbone(layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: Backbone | None) -> None:
+    """Saves the converted backbone, or pretrains one on the public records."""
+    if converted is not None:
+        image_spec(config, catalog.get("dataset")["shape"], converted.config.channels)
+        save_backbone(layout, converted, _backbone_inputs(config))
+        return
     public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
     images = image_file(layout, catalog).view()[public.rows]
     backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
+    save_backbone(layout, backbone, _backbone_inputs(config))
+    shutil.rmtree(layout.pretraining, ignore_errors=True)
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)
-    return backbone

@@ -12,8 +12,10 @@ import dataclasses
 import functools
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +30,7 @@ from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Backbone
 from lmeraser_jax.backbones.vit import ViTConfig
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.digests import canonical_json
+from lmeraser_jax.digests import canonical_json, digest
 from lmeraser_jax.features import compute_dtype, on_device
 from lmeraser_jax.images import ImageSpec, augmented
 from lmeraser_jax.progress import progress
@@ -93,7 +95,7 @@ def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
     a one-device program with other fusions than one for many devices.
     """
     device = mesh.devices.flat[0]
-    cpus = {"cpus": os.cpu_count()} if device.platform == "cpu" else {}
+    host = {"cpu": _processor(), "cpus": os.cpu_count()} if device.platform == "cpu" else {}
     return canonical_json(
         {
             "platform": device.platform,
@@ -104,9 +106,19 @@ def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
             "batch": tuning.batch,
             "dtype": str(compute_dtype(tuning.dtype, mesh)),
             "partitioned": mesh.size > 1,
-            **cpus,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            **host,
         }
     )
+
+
+def _processor() -> str:
+    """Model and instruction sets of the CPU, shortened to a digest: XLA compiles for them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return digest(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))[:16]
 
 
 def optimizer(tuning: Tuning) -> optax.GradientTransformation:

@@ -50,7 +50,7 @@ def resolve(run: Run, ids: Sequence[str], owner: str = "") -> Targets:
     Args:
         run: an opened workdir.
         ids: record ids.
-        owner: also all live private records of this owner.
+        owner: also all records of this owner, hold-out and test images included.
 
     Raises:
         UserError: lists every unknown id; nothing is erased then.
@@ -59,7 +59,7 @@ def resolve(run: Run, ids: Sequence[str], owner: str = "") -> Targets:
     if owner:
         owned = run.catalog.owned(owner)
         if not owned:
-            raise UserError(f"--owner={owner}: no live record belongs to this owner; nothing is erased")
+            raise UserError(f"--owner={owner}: owns no live record (unknown, or erased before); nothing is erased now")
         names = list(dict.fromkeys([*names, *owned]))
     known = run.catalog.known(names)
     erased = tuple(

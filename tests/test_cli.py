@@ -172,7 +172,7 @@ def test_unknown_records_are_all_listed_and_nothing_is_erased(capsys, workdir):
         ("clustering.sample_size=5000", "at most the number of private records"),
         ("clustering.cut=far", "a distance of 0 or more, or auto:K"),
         ("clustering.cut=auto:31", "at most clustering.sample_size=30"),
-        ("backbone.heads=3", "must divide the width"),
+        ("backbone.heads=3", "a divisor of the width 16"),
         ("data.image_size=10", "multiple of the patch size"),
         ("data.source=npz", "--config.data.path"),
         ("data.train_limit=1", "only one class is present"),
@@ -254,9 +254,57 @@ def test_a_full_disk_is_a_message(capsys, tmp_path, monkeypatch, workdir):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", full)
         message = refused(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}")
-    assert "No space left on device (slices)" in message and "nothing was published" in message
+    assert "No space left on device (slices)" in message and "the old or the new state" in message
+    code, _, err = call(capsys, "evaluate", f"--workdir={workdir}", "--nolinear")
+    assert code == 0 and "an accepted erasure is not finished" in err
     assert call(capsys, "train", f"--workdir={workdir}")[0] == 0
     assert call(capsys, "audit", f"--workdir={workdir}", "--sample=1")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["train", "unlearn", "audit"])
+def test_a_second_writer_is_refused_and_readers_go_on(capsys, workdir, command):
+    from lmeraser_jax.store.layout import Layout, writer_lock
+
+    flags = ["--records=digit-0017"] if command == "unlearn" else []
+    with writer_lock(Layout(workdir)):
+        assert "is being written by process" in refused(capsys, command, f"--workdir={workdir}", *flags)
+        assert call(capsys, "inspect", f"--workdir={workdir}")[0] == 0
+
+
+def test_results_go_where_they_can(capsys, workdir, tmp_path):
+    """A file that cannot be written is refused before the work, not after it."""
+    records = call(capsys, "inspect", f"--workdir={workdir}", "--records")[1]
+    name = records.split()[0]
+    for target in (tmp_path, "/proc/nowhere/x.json"):
+        message = refused(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", f"--json={target}")
+        assert "cannot be written" in message
+    assert call(capsys, "inspect", f"--workdir={workdir}", "--records")[1] == records
+
+
+def test_damaged_files_are_messages(capsys, workdir, tmp_path):
+    import shutil
+
+    shutil.copytree(workdir, tmp_path / "run")
+    (tmp_path / "ids").write_bytes(b"\xff\xfe")
+    assert "not UTF-8" in refused(capsys, "unlearn", f"--workdir={tmp_path}/run", f"--records_file={tmp_path}/ids")
+    (tmp_path / "bad.py").write_text("def get_config(:\n")
+    assert "SyntaxError" in refused(capsys, "train", f"--config={tmp_path}/bad.py", f"--workdir={tmp_path}/new")
+    assert "no such file" in refused(capsys, "train", "--config", "none.py", f"--workdir={tmp_path}/new")
+    (tmp_path / "run" / "config.json").write_text("{")
+    for command in ("train", "evaluate", "audit", "inspect"):
+        assert "config.json" in refused(capsys, command, f"--workdir={tmp_path}/run")
+    (tmp_path / "run" / "catalog.db").write_bytes(b"x" * 4096)
+    assert "catalog" in refused(capsys, "inspect", "--config=configs/digits.py:smoke", f"--workdir={tmp_path}/run")
+
+
+def test_a_corrected_first_try_is_as_good_as_new(capsys, tmp_path):
+    """What failed before something was made does not bind the next try; what was made does."""
+    assert refused(capsys, "train", *TINY, "--config.clustering.sample_size=5000", f"--workdir={tmp_path}/run")
+    assert call(capsys, "train", *TINY, f"--workdir={tmp_path}/run")[0] == 0
+    assert call(capsys, "pretrain", *TINY, f"--workdir={tmp_path}/two")[0] == 0
+    message = refused(capsys, "train", *TINY, "--config.backbone.width=32", f"--workdir={tmp_path}/two")
+    assert "backbone.width: 16 -> 32" in message
+    assert call(capsys, "train", *TINY, "--config.tuning.epochs=1", f"--workdir={tmp_path}/two")[0] == 0
 
 
 def test_the_demo_in_small(capsys, tmp_path):

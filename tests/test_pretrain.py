@@ -100,6 +100,7 @@ def whole(tmp_path_factory, public) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     with recorded() as epochs:
         backbone, accuracy = train(folder, public, config_with())
+    frozen.save(Layout(folder), backbone, {"seed": 0})
     return Whole(folder, backbone, accuracy, epochs)
 
 
@@ -158,13 +159,12 @@ def trained_epochs(monkeypatch) -> list[int]:
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, public, whole, stopped, trained_epochs):
     layout = Layout(shutil.copytree(stopped, tmp_path / "run"))
-    assert frozen.load(layout) is None
+    assert not layout.backbone.exists()
     assert checkpoints.load(layout.pretraining)[2] == 1
     backbone, accuracy = train(layout.root, public, config_with())
     assert trained_epochs == list(range(1, EPOCHS))  # the first epoch was not trained again
     assert_same(backbone, whole.backbone)
     assert accuracy == whole.accuracy
-    assert not layout.pretraining.exists()
 
 
 @pytest.mark.parametrize("what", ["seed", "images", "labels"])
@@ -204,12 +204,13 @@ def test_each_epoch_shows_every_image_once():
 
 
 def test_a_saved_backbone_is_the_same_backbone(whole):
-    backbone, layout = whole.backbone, Layout(whole.folder)
-    read = frozen.load(layout)
-    assert read is not None and read.config == backbone.config
+    backbone = whole.backbone
+    read, inputs = frozen.load(Layout(whole.folder))
+    assert read.config == backbone.config and inputs == {"seed": 0}
     assert (read.mean, read.std) == (backbone.mean, backbone.std)
     assert_same(read, backbone)
-    assert frozen.load(Layout(whole.folder / "elsewhere")) is None
+    with pytest.raises(UserError, match="does not exist"):
+        frozen.load(Layout(whole.folder / "elsewhere"))
 
 
 # After a failed read Orbax leaves coroutines of a closed event loop to the garbage collector.
@@ -226,12 +227,12 @@ def test_a_damaged_backbone_is_refused(tmp_path, whole):
         content[len(content) // 2] ^= 0x55
         target.write_bytes(content)
         try:
-            read = frozen.load(Layout(tmp_path))
+            read, _ = frozen.load(Layout(tmp_path))
         except UserError as error:
             assert "backbone" in str(error)
             noticed += source.stat().st_size
         else:  # this byte says nothing about the parameters
-            assert read is not None and read.digest == digest
+            assert read.digest == digest
             assert_same(read, whole.backbone)
     assert noticed > sum(array.nbytes for array in flatten(whole.backbone.params).values()) / 2
     gc.collect()
@@ -241,7 +242,7 @@ def test_a_backbone_with_other_parameters_under_its_digest_is_refused(tmp_path, 
     backbone = whole.backbone
     changed = jax.tree.map(np.copy, backbone.params)
     changed["norm"]["bias"][3] += 1e-3
-    metadata = {"config": vars(backbone.config), "mean": 0.5, "std": 0.5, "digest": backbone.digest}
+    metadata = {"config": vars(backbone.config), "mean": 0.5, "std": 0.5, "digest": backbone.digest, "inputs": {}}
     layout = Layout(tmp_path)
     checkpoints.save(layout.backbone, flatten(changed), metadata)
     with pytest.raises(UserError, match="damaged"):
@@ -250,7 +251,10 @@ def test_a_backbone_with_other_parameters_under_its_digest_is_refused(tmp_path, 
     with pytest.raises(UserError, match="damaged"):
         frozen.load(layout)
     checkpoints.save(layout.backbone, flatten(backbone.params), json.loads(json.dumps(metadata)))
-    assert_same(frozen.load(layout), backbone)
+    assert_same(frozen.load(layout)[0], backbone)
+    checkpoints.save(layout.backbone, flatten(backbone.params), {"digest": backbone.digest})
+    with pytest.raises(UserError, match="damaged"):
+        frozen.load(layout)
 
 
 def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):
@@ -260,7 +264,6 @@ def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):
     with recorded() as epochs, pytest.raises(UserError, match="the loss is (nan|inf)") as caught:
         train(tmp_path, (images, labels), config)
     assert "--config.pretraining.rate" in str(caught.value)
-    assert frozen.load(Layout(tmp_path)) is None
     vit = pretrain.architecture(config, channels=1, classes=CLASSES)
     params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(config.seed)), nnx.Param)[1])
     logits = np.asarray(answers(vit)(params, images), np.float64)

@@ -1,19 +1,25 @@
 """Reconcile as a build: resume, nothing to do, failures that lose nothing, what a purge leaves."""
 
+import contextlib
 import errno
+import shutil
 import sqlite3
+from collections import Counter
 
 import jax
+import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax import reconcile as build
 from lmeraser_jax import unlearning
-from lmeraser_jax.audit import differences, state
+from lmeraser_jax.audit import differences, leftovers, state
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.reconcile import load_clustering, plan, reconcile
+from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import opened, prepared
 from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.catalog import Catalog
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +116,7 @@ def test_a_deleted_slice_is_made_again(tmp_path, wanted):
     with small_run(tmp_path / "run") as run:
         reconcile(run)
         name = next(iter(run.catalog.manifest().entries.values()))
-        build.shutil.rmtree(run.layout.slice(name))
+        shutil.rmtree(run.layout.slice(name))
         assert reconcile(run).retuned == 1
         assert differences(state(run), wanted) == []
 
@@ -124,26 +130,158 @@ def test_unregistered_leftovers_are_swept(tmp_path):
         assert {p.name for p in run.layout.slices.iterdir()} == set(run.catalog.slices())
 
 
-def test_a_purge_leaves_no_row_pixel_feature_or_tainted_slice(tmp_path):
+def test_a_purge_leaves_no_row_pixel_feature_tainted_slice_or_clustering(tmp_path):
     with small_run(tmp_path / "run") as run:
         reconcile(run)
-        sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
-        name, before = sample[0], run.catalog.manifest()
-        records = run.catalog.live("train")
+        before = run.catalog.manifest()
+        sample = load_clustering(run.layout, before.clustering).sample
+        name, records = sample[0], run.catalog.live("train")
         place = records.ids.index(name)
-        row, pixels, key = int(records.rows[place]), bytes(run.images[records.rows[place]]), records.clusters[place]
-        tainted = before.entries[key]
+        row, key = int(records.rows[place]), records.clusters[place]
+        pixels, feature = bytes(run.images[row]), run.features(records.take([place])).tobytes()
+        spellings = [name.encode(), name.encode("utf-32-le"), key.encode(), key.encode("utf-32-le"), pixels, feature]
+        run.layout.picture.write_bytes(pixels)
         unlearning.erase(run, unlearning.resolve(run, [name]))
-        assert not run.images[row].any() and not run.layout.slice(tainted).exists()
-        assert tainted not in run.catalog.slices() and run.catalog.manifest_count() == 1
+        after = run.catalog.manifest()
+        assert not run.images[row].any() and not run.layout.slice(before.entries[key]).exists()
+        assert {p.name for p in run.layout.clusterings.iterdir()} == {after.clustering}
+        assert {p.name for p in run.layout.slices.iterdir()} == set(after.entries.values()) == set(run.catalog.slices())
+        assert len(run.catalog.manifests()) == 1 and leftovers(run) == []
         for file in run.layout.root.rglob("*"):
             if file.is_file() and file.name != "catalog.db-shm":
                 content = file.read_bytes()
-                assert pixels not in content and name.encode() not in content, file
+                assert not [s for s in spellings if s in content], file
         assert run.catalog.is_tombstoned(name)
-    with sqlite3.connect(run.layout.catalog) as db:
+    with contextlib.closing(sqlite3.connect(run.layout.catalog)) as db:
         assert name not in "\n".join(db.iterdump())
-    db.close()
+
+
+class Killed(BaseException):
+    """A process that is killed: nothing catches it."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained workdir, a sampled and an unsampled record of it, and the state without them."""
+    folder = tmp_path_factory.mktemp("trained")
+    with small_run(folder / "run") as run:
+        reconcile(run)
+        sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
+        ids = [sample[0], next(i for i in run.catalog.live("train").ids if i not in sample)]
+    with small_run(folder / "scratch", without(small_source(), set(ids))) as run:
+        reconcile(run)
+        return folder / "run", ids, state(run)
+
+
+STEPS = [(checkpoints, "save"), (build, "write_bytes"), (build, "remove_others"), (RowFile, "overwrite")]
+STEPS += [(Catalog, "transaction")]
+
+
+def dying_at(patch, step):
+    """Every write, removal and transaction counts; the process dies before the step-th. Returns the counter."""
+    calls = []
+
+    def counted(function):
+        def wrapper(*args, **kwargs):
+            calls.append(function.__name__)
+            if len(calls) == step + 1:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    for owner, name in STEPS:
+        patch.setattr(owner, name, counted(getattr(owner, name)))
+    return calls
+
+
+@pytest.mark.parametrize("step", range(18))
+def test_an_erasure_killed_before_any_step_is_finished_by_the_next_command(tmp_path, monkeypatch, trained, step):
+    workdir, ids, wanted = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
+        before = run.catalog.manifest()
+        calls = dying_at(patch, step)
+        with contextlib.suppress(Killed):
+            unlearning.erase(run, unlearning.resolve(run, ids))
+            assert len(calls) <= step, "died, and went on"
+        current = run.catalog.manifest()
+        assert current.entries == before.entries or set(current.entries.values()) == set(wanted["slices"].values())
+    with small_run(tmp_path / "run") as run:
+        unlearning.erase(run, unlearning.resolve(run, ids))
+        assert differences(state(run), wanted) == [] and leftovers(run) == []
+        assert run.catalog.open_requests() == {} and run.catalog.erased() == {}
+
+
+def test_the_steps_of_an_erasure_are_all_covered(tmp_path, monkeypatch, trained):
+    workdir, ids, _ = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
+        calls = dying_at(patch, 10**6)
+        unlearning.erase(run, unlearning.resolve(run, ids))
+    assert {name for _, name in STEPS} == set(calls) and len(calls) <= 18
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 torn", b"no zip at all"])
+def test_a_missing_or_damaged_clustering_is_made_again(tmp_path, wanted, trained, content):
+    shutil.copytree(trained[0], tmp_path / "run")
+    with small_run(tmp_path / "run") as run:
+        path = run.layout.clustering(run.catalog.manifest().clustering) / "clustering.npz"
+        path.unlink() if content is None else path.write_bytes(content)
+        (run.layout.clusterings / "half-removed").mkdir()
+        assert reconcile(run).retuned == 0
+        assert differences(state(run), wanted) == [] and leftovers(run) == []
+
+
+def test_a_damaged_slice_is_tuned_again_by_repair(tmp_path, wanted, trained):
+    shutil.copytree(trained[0], tmp_path / "run")
+    with small_run(tmp_path / "run") as run:
+        name = next(iter(run.catalog.manifest().entries.values()))
+        arrays, metadata, step = checkpoints.load(run.layout.slice(name))
+        checkpoints.save(run.layout.slice(name), dict(arrays) | {"bias": arrays["bias"] + 1}, metadata, step)
+        (message,) = build.repair(run)
+        assert name[:12] in message and reconcile(run).retuned == 1
+        assert differences(state(run), wanted) == [] and build.repair(run) == []
+
+
+def test_rows_of_an_interrupted_reimport_do_no_harm(tmp_path, trained):
+    workdir, ids, wanted = trained
+    shutil.copytree(workdir, tmp_path / "run")
+    with open(tmp_path / "run" / "records" / "images.u8", "ab") as file:
+        file.write(b"x" * 64 * 700)  # appended, and killed before the catalog knew
+    with small_run(tmp_path / "run") as run:
+        unlearning.erase(run, unlearning.resolve(run, ids))
+        assert differences(state(run), wanted) == [] and leftovers(run) == []
+
+
+def test_a_reader_never_writes_the_feature_cache(tmp_path, trained):
+    shutil.copytree(trained[0], tmp_path / "run")
+    with opened(tmp_path / "run", devices=jax.devices()[:1]) as run:
+        (file,) = run.layout.records.glob("features-*.f32")
+        before = file.read_bytes()
+        test = run.catalog.live("test")
+        assert run.features(test).shape == (len(test), 16) and not np.isnan(run.features(test)).any()
+        assert file.read_bytes() == before
+        np.testing.assert_array_equal(run.features(test), run.features(test))
+
+
+def test_leftovers_are_found(tmp_path, trained):
+    """The audit's search for what should not be there finds each kind of it."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    with small_run(tmp_path / "run") as run:
+        assert leftovers(run) == []
+        (run.layout.slices / "f00d").mkdir()
+        (run.layout.clusterings / "f00d").mkdir()
+        row = run.catalog.live("train").rows[0]
+        run.catalog.db.execute("DELETE FROM records WHERE row=?", (int(row),))
+        found = "\n".join(leftovers(run))
+    for kind in (
+        "leftover slices/f00d",
+        "leftover clusterings/f00d",
+        f"row {row} of images.u8",
+        f"row {row} of features",
+    ):
+        assert kind in found
 
 
 def reimported(workdir):
@@ -182,15 +320,14 @@ def test_resolve_lists_everything_unknown_and_knows_owners(tmp_path):
     with small_run(tmp_path / "run") as run:
         with pytest.raises(UserError, match="unknown records: nobody, nothing; nothing is erased"):
             unlearning.resolve(run, ["nobody", run.catalog.live("train").ids[0], "nothing"])
-        with pytest.raises(UserError, match="--owner=stranger: no live record"):
+        with pytest.raises(UserError, match="--owner=stranger: owns no live record"):
             unlearning.resolve(run, [], "stranger")
         with pytest.raises(UserError, match="public records"):
             unlearning.resolve(run, [run.catalog.live("public").ids[0]])
-        records = run.catalog.live("train")
-        owner = records.owners[0]
-        assert set(unlearning.resolve(run, [], owner).live) == {
-            i for i, o in zip(records.ids, records.owners, strict=True) if o == owner
-        }
+        records = run.catalog.live("train", "test")
+        owner = Counter(records.owners).most_common(1)[0][0]
+        wanted = {i for i, o in zip(records.ids, records.owners, strict=True) if o == owner}
+        assert set(unlearning.resolve(run, [], owner).live) == wanted, "test images of the owner too"
         assert unlearning.resolve(run, [records.ids[0]] * 2).live == (records.ids[0],)
 
 

@@ -242,12 +242,32 @@ def test_a_rate_of_zero_leaves_the_prompt_alone(backbone, data):
     assert (found.slice.prompt == 0).all() and (found.slice.kernel != 0).any()
 
 
-def test_a_loss_that_is_not_finite_stops_its_cluster_only(backbone, data):
-    """A huge rate breaks the clusters with two classes; the one with a single image has a zero gradient soon."""
-    found = run(problem_of(backbone, optimizer="sgd", head_rate=1e38, prompt_rate=1e38), backbone, data, GROUPS)
-    assert all(done.failed_at is not None for done in found.values())
+def test_a_loss_that_is_not_finite_stops_its_cluster_only(backbone, data, monkeypatch):
+    """A poisoned label makes the loss NaN; clusters without it, in the next lane too, keep their bits."""
+    loss, poisoned = tuning.cluster_loss, 9
+
+    def poison(part, problem, params, images, labels, valid):
+        bad = jnp.any((labels == poisoned) & valid)
+        return loss(part, problem, params, images, labels, valid) * jnp.where(bad, jnp.nan, 1.0)
+
     fine = run(problem_of(backbone), backbone, data, GROUPS)
     assert all(done.failed_at is None and math.isfinite(done.loss) for done in fine.values())
+    tuning.compiled.cache_clear()
+    monkeypatch.setattr(tuning, "cluster_loss", poison)
+    try:
+        found = run(problem_of(backbone), backbone, data, GROUPS)
+    finally:
+        tuning.compiled.cache_clear()
+    hit = {key for key, rows in GROUPS.items() if (data[1][rows] == poisoned).any()}
+    assert 0 < len(hit) < len(GROUPS)
+    for key, done in found.items():
+        assert (done.failed_at is not None) == (key in hit)
+        assert key in hit or same_bits(done, fine[key])
+
+
+def test_a_huge_rate_fails_and_says_at_which_step(backbone, data):
+    found = run(problem_of(backbone, optimizer="sgd", head_rate=1e38, prompt_rate=1e38), backbone, data, GROUPS)
+    assert all(done.failed_at is not None and done.failed_at <= done.job.steps for done in found.values())
 
 
 def test_bfloat16_stays_near_float32(backbone, data):

@@ -10,7 +10,7 @@ from scipy import special
 
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.vit import ViTConfig, interpolate_positions, patches
-from lmeraser_jax.features import extract
+from lmeraser_jax.features import Extractor
 from lmeraser_jax.images import ImageSpec
 from lmeraser_jax.store.checkpoints import flatten
 from lmeraser_jax.tuning import mesh_of
@@ -193,7 +193,7 @@ def test_a_records_feature_has_the_same_bits_wherever_it_stands(tiny, devices, b
     rng = np.random.default_rng(2)
     images = rng.integers(0, 256, (37, 8, 8, 3)).astype(np.uint8)
     mesh = mesh_of(jax.devices()[:devices])
-    get = functools.partial(extract, tiny, SPEC, batch=batch, mesh=mesh, dtype=jnp.dtype("float32"))
+    get = Extractor(tiny, SPEC, batch, mesh, jnp.dtype("float32"))
     found = get(images)
     want = reference(tiny.config, tiny.params, (images / 255.0 - 0.5) / 0.5)
     np.testing.assert_allclose(found, want, atol=1e-4)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from lmeraser_jax.backbones.vit import ViT, ViTConfig
 from lmeraser_jax.digests import arrays_digest, digest
-from lmeraser_jax.errors import raise_all
+from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.layout import Layout
 
@@ -100,24 +100,26 @@ def from_flat(config: ViTConfig, arrays: dict[str, np.ndarray], name: str) -> Pa
     return checkpoints.unflatten(arrays, graph(config)[1])
 
 
-def save(layout: Layout, backbone: Backbone) -> None:
-    """Writes the backbone into a workdir."""
+def save(layout: Layout, backbone: Backbone, inputs: dict[str, Any]) -> None:
+    """Writes the backbone into a workdir, with the settings it was made with."""
     metadata = {
         "config": dataclasses.asdict(backbone.config),
         "mean": backbone.mean,
         "std": backbone.std,
         "digest": backbone.digest,
+        "inputs": inputs,
     }
     checkpoints.save(layout.backbone, checkpoints.flatten(backbone.params), metadata)
 
 
-def load(layout: Layout) -> Backbone | None:
-    """Reads the workdir's backbone, or None if it has none yet; a damaged one is refused."""
-    if not layout.backbone.exists():
-        return None
+def load(layout: Layout) -> tuple[Backbone, dict[str, Any]]:
+    """Reads the workdir's backbone and the settings it was made with. A damaged one is refused."""
     arrays, metadata, _ = checkpoints.load(layout.backbone)
-    config = ViTConfig(**metadata["config"])
-    backbone = make(config, from_flat(config, arrays, str(layout.backbone)), metadata["mean"], metadata["std"])
-    damaged = backbone.digest != metadata["digest"]
-    raise_all([f"{layout.backbone} is damaged: digest {backbone.digest}, written as {metadata['digest']}"] * damaged)
-    return backbone
+    try:
+        config = ViTConfig(**metadata["config"])
+        backbone = make(config, from_flat(config, arrays, str(layout.backbone)), metadata["mean"], metadata["std"])
+        if backbone.digest == metadata["digest"]:
+            return backbone, metadata["inputs"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{layout.backbone} is damaged: {error}") from error
+    raise UserError(f"{layout.backbone} is damaged: digest {backbone.digest}, written as {metadata['digest']}")

@@ -63,7 +63,7 @@ def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 def pretrain(
     layout: Layout, images: np.ndarray, labels: np.ndarray, classes: int, config: Config, mesh: Mesh
 ) -> tuple[Backbone, float]:
-    """Trains, saves and returns the backbone, and the training accuracy of the last epoch.
+    """Trains the backbone; also returns the training accuracy of the last epoch.
 
     Args:
         layout: the workdir.
@@ -116,8 +116,6 @@ def pretrain(
             if (epoch + 1) % p.checkpoint_epochs == 0 and epoch + 1 < p.epochs:
                 checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, epoch + 1)
     backbone = frozen.make(vit, jax.device_get(state[0]), config.backbone.mean, config.backbone.std)
-    frozen.save(layout, backbone)
-    shutil.rmtree(layout.pretraining, ignore_errors=True)
     return backbone, float(accuracy)
 
 

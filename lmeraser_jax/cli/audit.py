@@ -24,10 +24,9 @@ def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.audit import audit
     from lmeraser_jax.run import opened
-    from lmeraser_jax.store.layout import Layout, writer_lock
 
     common.log_devices()
-    with opened(workdir, config) as run_, writer_lock(Layout(workdir)):
+    with opened(workdir, config, write=True) as run_:
         verdict = audit(run_, arguments["sample"])
     common.show(arguments, verdict.text(), {**dataclasses.asdict(verdict), "ok": verdict.ok})
     return 0 if verdict.ok else 1

@@ -56,11 +56,24 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     except absl_flags.Error as error:
         last = str(error).strip().splitlines()[-1]  # ml_collections quotes a whole traceback
         raise UserError(f"{last} (see: lmeraser {_name(module)} --help)") from None
-    except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
-        raise UserError(f"--config: {str(error).strip(chr(34))}") from None
+    except Exception as error:  # an experiment file may raise anything
+        raise UserError(f"--config: {type(error).__name__}: {str(error).strip(chr(34))}") from None
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         raise UserError(f"unexpected argument {rest[1]!r}; settings are given as --flag=value")
+    _check_json_target(flags["json"].value or "")
     return Arguments(flags, rest[1:])
+
+
+def _check_json_target(target: str) -> None:
+    """Refuses a file that cannot be written before the work is done, not after."""
+    if target in ("", "-"):
+        return
+    try:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UserError(f"--json={target} cannot be written: {error.strerror}") from error
 
 
 def _name(module: ModuleType) -> str:
@@ -73,10 +86,10 @@ def _define_config(flags: Flags, argv: list[str]) -> None:
         from ml_collections import config_dict, config_flags
     except ImportError as error:
         raise UserError("the command line needs ml_collections: python -m pip install ml_collections") from error
-    files = [argument for argument in argv if argument.split("=")[0] in ("--config", "-config")]
-    if files:
-        path = files[-1].partition("=")[2].partition(":")[0]
-        if path and not Path(path).is_file():
+    file = _early(argv, "config")
+    if file:
+        path = file.partition(":")[0]
+        if not Path(path).is_file():
             raise UserError(
                 f"--config={path}: no such file; experiments are in configs/, for example configs/digits.py"
             )
@@ -86,7 +99,12 @@ def _define_config(flags: Flags, argv: list[str]) -> None:
 
     workdir = _early(argv, "workdir")
     stored = Layout(workdir).config if workdir else None
-    base = json.loads(stored.read_text(encoding="utf-8")) if stored and stored.exists() else settings.to_dict(Config())
+    base = settings.to_dict(Config())
+    if stored and stored.is_file():
+        try:
+            base = json.loads(stored.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{stored} is damaged: {error}; give the experiment with --config=FILE.py") from error
     config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(base), flag_values=flags, sys_argv=argv)
 
 
@@ -146,6 +164,12 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
+def warn_if_unfinished(run: Any) -> None:
+    """Says that the published state still holds what an accepted erasure will remove."""
+    if run.catalog.open_requests():
+        warn(f"an accepted erasure is not finished; finish it with: lmeraser train --workdir={run.layout.root}")
+
+
 def show(arguments: Arguments, text: str, values: dict[str, Any]) -> None:
     """Prints the text for people and, with --json, the values for machines."""
     target = arguments["json"]
@@ -154,5 +178,4 @@ def show(arguments: Arguments, text: str, values: dict[str, Any]) -> None:
         return
     print(text)
     if target:
-        Path(target).parent.mkdir(parents=True, exist_ok=True)
         Path(target).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -20,6 +20,7 @@ def run(arguments: common.Arguments) -> int:
 
     common.log_devices()
     with opened(workdir, config) as run_:
+        common.warn_if_unfinished(run_)
         result = evaluation.evaluate(run_, arguments["split"], linear=arguments["linear"])
     common.show(arguments, result.table(), result.values())
     return 0

@@ -6,6 +6,7 @@ Imports stay light here, so that help and typing errors are answered at once.
 import difflib
 import errno
 import importlib
+import sqlite3
 import sys
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ COMMANDS = {
 }
 INTERRUPTED = 130
 MISUSED = 2
+WHOLE = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
 
 
 def usage() -> str:
@@ -80,11 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror}{where}; nothing was published, the state is the one before. "
-            "Mend it and run the same command again.",
-            file=sys.stderr,
-        )
+        print(f"error: {error.strerror}{where}; {WHOLE}", file=sys.stderr)
+        return MISUSED
+    except sqlite3.OperationalError as error:
+        print(f"error: the catalog cannot be written or read: {error}; {WHOLE}", file=sys.stderr)
         return MISUSED
 
 

@@ -28,6 +28,7 @@ def run(arguments: common.Arguments) -> int:
 
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
     with opened(workdir, config) as run_:
+        common.warn_if_unfinished(run_)
         model = load_model(run_)
         spec = run_.spec
         found = predict(model, folder.decode(files, spec.height, spec.width, spec.channels))

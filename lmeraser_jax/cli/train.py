@@ -20,7 +20,7 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax import report
-    from lmeraser_jax.reconcile import reconcile
+    from lmeraser_jax.reconcile import reconcile, repair
     from lmeraser_jax.run import prepared
 
     common.log_devices()
@@ -30,6 +30,8 @@ def run(arguments: common.Arguments) -> int:
             erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
             same = f", {imported.duplicates} with the pixels of another" if imported.duplicates else ""
             lines.append(f"imported {imported.added} records{erased}{same}")
+        for message in repair(opened):
+            common.warn(message)
         outcome = reconcile(opened)
         overview = report.overview(opened)
     for message in overview.warnings:
@@ -37,7 +39,7 @@ def run(arguments: common.Arguments) -> int:
     if outcome.retuned or outcome.published:
         lines.append(
             f"tuned {outcome.retuned} clusters, reused {outcome.reused}:"
-            f" {outcome.images} images in {outcome.seconds:.1f} s"
+            f" {outcome.images} images in {outcome.seconds:.1f} s, {outcome.efficiency:.0%} of the places filled"
         )
     else:
         lines.append(f"nothing to do: all {outcome.clusters} clusters are tuned and published")

@@ -29,9 +29,8 @@ def run(arguments: common.Arguments) -> int:
         raise UserError("say what to erase: --records=ID,ID, --records_file=FILE or --owner=NAME")
     from lmeraser_jax import unlearning
     from lmeraser_jax.run import opened
-    from lmeraser_jax.store.layout import Layout, writer_lock
 
-    with opened(workdir, config) as run_, writer_lock(Layout(workdir)):
+    with opened(workdir, config, write=True) as run_:
         targets = unlearning.resolve(run_, ids, arguments["owner"])
         if arguments["dry_run"]:
             estimate = unlearning.estimate(run_, targets)
@@ -48,7 +47,11 @@ def _lines(path: str) -> list[str]:
         return []
     if not Path(path).is_file():
         raise UserError(f"--records_file={path}: no such file")
-    return [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--records_file={path} is not UTF-8 text: {error}") from error
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _estimate_text(estimate) -> str:

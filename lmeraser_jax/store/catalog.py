@@ -35,7 +35,9 @@ CREATE TABLE slices(
 ) WITHOUT ROWID;
 CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
 CREATE INDEX members_row ON members(row);
-CREATE TABLE manifests(version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL);
+CREATE TABLE manifests(
+  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL
+);
 CREATE TABLE entries(
   version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
 ) WITHOUT ROWID;
@@ -62,11 +64,12 @@ class SliceRow(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """A published state: clustering digest and {cluster key: slice digest}."""
+    """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}."""
 
     version: int
     created: float
     clustering: str
+    program: str
     entries: dict[str, str]
 
 
@@ -87,6 +90,8 @@ class Catalog:
                     salt = f"INSERT INTO meta VALUES('salt','\"{secrets.token_hex(16)}\"');"
                     self.db.executescript(f"BEGIN;{SCHEMA}{salt}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
                 version = self.db.execute("PRAGMA user_version").fetchone()[0]
+            except sqlite3.OperationalError:  # full disk, locked, not readable: the command line says it
+                raise
             except sqlite3.DatabaseError as error:
                 raise UserError(f"{path} is not a readable catalog: {error}") from error
             if version != SCHEMA_VERSION:
@@ -155,8 +160,8 @@ class Catalog:
         return found
 
     def owned(self, owner: str) -> list[str]:
-        """Ids of the live private records of one owner, sorted."""
-        query = "SELECT id FROM records WHERE owner=? AND erased=0 AND split IN ('train','holdout') ORDER BY id"
+        """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
+        query = "SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id"
         return [row[0] for row in self.db.execute(query, (owner,))]
 
     def erase(self, ids: Iterable[str]) -> None:
@@ -186,6 +191,10 @@ class Catalog:
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
 
+    def slice(self, digest: str) -> SliceRow | None:
+        row = self.db.execute("SELECT * FROM slices WHERE digest=?", (digest,)).fetchone()
+        return SliceRow(*row) if row else None
+
     def slices(self) -> dict[str, SliceRow]:
         return {row[0]: SliceRow(*row) for row in self.db.execute("SELECT * FROM slices")}
 
@@ -200,15 +209,20 @@ class Catalog:
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""
-        head = self.db.execute("SELECT version,created,clustering FROM manifests ORDER BY version DESC").fetchone()
-        if head is None:
-            return None
-        entries = dict(self.db.execute("SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster", head[:1]))
-        return Manifest(head[0], head[1], head[2], entries)
+        return next(iter(self.manifests()), None)
 
-    def publish(self, clustering: str, entries: dict[str, str], clusters: Iterable[tuple[str, str]]) -> int:
+    def manifests(self) -> list[Manifest]:
+        """All states that are still kept, newest first."""
+        heads = self.db.execute("SELECT version,created,clustering,program FROM manifests ORDER BY version DESC")
+        query = "SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster"
+        return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads.fetchall()]
+
+    def publish(
+        self, clustering: str, program: str, entries: dict[str, str], clusters: Iterable[tuple[str, str]]
+    ) -> int:
         """Makes a state the current one: manifest entries and each record's cluster, given as (id, key)."""
-        cursor = self.db.execute("INSERT INTO manifests(created,clustering) VALUES(?,?)", (time.time(), clustering))
+        head = (time.time(), clustering, program)
+        cursor = self.db.execute("INSERT INTO manifests(created,clustering,program) VALUES(?,?,?)", head)
         version = int(cursor.lastrowid or 0)
         self.db.executemany(
             "INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())]
@@ -216,16 +230,9 @@ class Catalog:
         self.db.executemany("UPDATE records SET cluster=? WHERE id=?", [(key, name) for name, key in clusters])
         return version
 
-    def drop_manifests_with(self, slices: Iterable[str]) -> None:
-        """Removes every manifest that points at one of the slices."""
-        for name in slices:
-            versions = [row[0] for row in self.db.execute("SELECT version FROM entries WHERE slice=?", (name,))]
-            for version in versions:
-                self.db.execute("DELETE FROM entries WHERE version=?", (version,))
-                self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
-
-    def manifest_count(self) -> int:
-        return self.db.execute("SELECT count(*) FROM manifests").fetchone()[0]
+    def drop_manifest(self, version: int) -> None:
+        self.db.execute("DELETE FROM entries WHERE version=?", (version,))
+        self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
 
     # requests
     def set_request(self, name: str, state: str, body: dict[str, Any]) -> None:

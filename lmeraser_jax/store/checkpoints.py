@@ -4,7 +4,9 @@ A tree of arrays is saved flat, as {"blocks/0/fc1/kernel": array}, by an Orbax `
 hidden folder; the folder is synced and renamed into place, so it is there completely or not at all.
 """
 
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,8 +72,13 @@ def _write(manager: ocp.CheckpointManager, step: int, arrays: Arrays, metadata: 
     filled = {name: leaf for name, leaf in arrays.items() if leaf.size}  # Orbax refuses arrays without elements
     notes = {"metadata": metadata, "empty": empty}
     items = ocp.args.Composite(arrays=ocp.args.StandardSave(filled), metadata=ocp.args.JsonSave(notes))
-    manager.save(step, args=items, force=True)
-    manager.wait_until_finished()
+    try:
+        manager.save(step, args=items, force=True)
+        manager.wait_until_finished()
+    except ValueError as error:  # how TensorStore reports a full disk
+        if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory)) from error
+        raise
 
 
 def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.progress import progress
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Item, Source, content_hash, held_out, limited, problems
@@ -29,8 +29,13 @@ class Imported:
 
 def import_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which records a workdir holds."""
-    names = ("source", "path", "labels", "store_size", "train_limit", "test_limit", "holdout")
-    return {name: getattr(config.data, name) for name in names}
+    names = ("source", "path", "labels", "train_limit", "test_limit", "holdout")
+    found: dict[str, Any] = {name: getattr(config.data, name) for name in names}
+    if config.data.source == "folder":
+        found["store_size"] = config.data.store_size or config.data.image_size
+    if config.data.holdout:
+        found["seed"] = config.seed
+    return found
 
 
 def image_file(layout: Layout, catalog: Catalog) -> RowFile:
@@ -55,7 +60,9 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         "name": source.name,
     }
     picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
-    raise_all(problems(picked) + _misfits(dataset, catalog.get("dataset")), f"{source.name} cannot be imported:")
+    before = catalog.get("dataset")
+    raise_all(problems(picked) + _misfits(dataset, before), f"{source.name} cannot be imported:")
+    label_of = {name: label for label, name in enumerate((before or dataset)["classes"])}
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
@@ -66,6 +73,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         for _, group in itertools.groupby(kept, lambda position: position // PIECE):
             piece = list(group)
             items = [held_out(source.items[i], config.data.holdout, config.seed) for i in piece]
+            items = [item._replace(label=label_of[source.class_names[item.label]]) for item in items]
             try:
                 new = intake.take(items, source.read(piece[0], piece[-1] + 1)[np.array(piece) - piece[0]])
             except UserError as error:
@@ -80,7 +88,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     file.sync()
     rows = range(start, start + len(intake.items))
     with catalog.transaction():
-        catalog.set("dataset", dataset)
+        catalog.set("dataset", before or dataset)
         catalog.add_records(intake.items, rows, intake.contents)
         catalog.set("rows", rows.stop)
         catalog.event("import", source=source.name, added=len(rows), known=intake.known, erased=intake.erased)
@@ -119,11 +127,14 @@ class _Intake:
 
 
 def _misfits(new: dict, old: dict | None) -> list[str]:
-    """Why a second import cannot join the first: shape and classes were fixed then."""
+    """Why an import cannot be made or joined: shape and classes were fixed by the first one."""
+    names = new["classes"]
+    found = [f"class names must be unique: {some(names)}"] if len(set(names)) < len(names) else []
     if old is None:
-        return []
-    return [
-        f"{key}={new[key]} but the workdir was made with {old[key]}"
-        for key in ("shape", "classes")
-        if new[key] != old[key]
-    ]
+        return found
+    if new["shape"] != old["shape"]:
+        found.append(f"images are {new['shape']}, those of the workdir {old['shape']}")
+    unknown = [name for name in names if name not in old["classes"]]
+    if unknown:
+        found.append(f"classes that the workdir does not have: {some(unknown)}; it has {some(old['classes'])}")
+    return found

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from lmeraser_jax.errors import UserError
@@ -27,6 +27,7 @@ class Layout:
         self.slices = self.root / "slices"
         self.scratch = self.root / "scratch"
         self.metrics = self.root / "metrics.jsonl"
+        self.picture = self.root / "clusters.png"
         self.lock = self.root / "lock"
 
     def features(self, digest: str) -> Path:
@@ -84,6 +85,16 @@ def publish_folder(temporary: Path, final: Path) -> None:
     os.replace(temporary, final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_others(folder: Path, kept: Collection[str]) -> None:
+    """Removes every folder and file in `folder` whose name is not among `kept`, and makes that durable."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sync_folder(folder)
 
 
 def sync_folder(folder: Path) -> None:
