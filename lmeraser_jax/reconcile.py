@@ -340,7 +340,7 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
     """A saved clustering. Raises `UserError` when it is missing or damaged."""
     path = layout.clustering(name) / "clustering.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
             return Clustering(name, sample, file["labels"], keys, file["prototypes"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:

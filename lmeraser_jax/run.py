@@ -33,7 +33,7 @@ from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, image_file, import_settings, import_source
-from lmeraser_jax.store.layout import Layout, write_json, writer_lock
+from lmeraser_jax.store.layout import Layout, read_config, write_json, writer_lock
 from lmeraser_jax.tuning import Problem, fingerprint, mesh_of
 
 
@@ -102,15 +102,10 @@ def image_spec(config: Config, shape: Sequence[int], channels: int) -> ImageSpec
     )
 
 
-def stored_config(workdir: str | Path) -> Config | None:
+def stored_config(layout: Layout) -> Config | None:
     """The config a workdir was made with, or None."""
-    path = Layout(workdir).config
-    if not path.exists():
-        return None
-    try:
-        return settings.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    tree = read_config(layout)
+    return settings.from_dict(tree) if tree is not None else None
 
 
 @contextlib.contextmanager
@@ -130,7 +125,7 @@ def opened(
     """
     layout = Layout(workdir)
     layout.require()
-    stored = stored_config(workdir)
+    stored = stored_config(layout)
     if stored is None or not layout.backbone.exists():
         raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
     if config is not None:
@@ -171,7 +166,7 @@ def prepared(
     layout = Layout(workdir)
     layout.prepare()
     with writer_lock(layout), contextlib.closing(Catalog(layout.catalog)) as catalog:
-        stored, manifest = stored_config(workdir), catalog.manifest()
+        stored, manifest = stored_config(layout), catalog.manifest()
         if stored is not None and manifest is not None:
             _check_same(layout, stored, config, ("inference", "tuning") if catalog.open_requests() else ("inference",))
         _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")

@@ -239,7 +239,7 @@ def test_a_users_npz_works(capsys, tmp_path):
 def test_bad_data_is_refused_and_leaves_the_workdir_usable(capsys, tmp_path, changes, message):
     bad = npz(tmp_path / "bad.npz", **changes)
     assert message in refused(capsys, "train", *TINY, *bad, f"--workdir={tmp_path}/run")
-    assert not (tmp_path / "run" / "config.json").exists()
+    assert not (tmp_path / "run" / "records").exists() and not (tmp_path / "run" / "backbone").exists()
 
 
 def test_a_full_disk_is_a_message(capsys, tmp_path, monkeypatch, workdir):
@@ -290,11 +290,15 @@ def test_damaged_files_are_messages(capsys, workdir, tmp_path):
     (tmp_path / "bad.py").write_text("def get_config(:\n")
     assert "SyntaxError" in refused(capsys, "train", f"--config={tmp_path}/bad.py", f"--workdir={tmp_path}/new")
     assert "no such file" in refused(capsys, "train", "--config", "none.py", f"--workdir={tmp_path}/new")
+    good = (tmp_path / "run" / "config.json").read_text()
     (tmp_path / "run" / "config.json").write_text("{")
     for command in ("train", "evaluate", "audit", "inspect"):
-        assert "config.json" in refused(capsys, command, f"--workdir={tmp_path}/run")
+        assert "config.json is damaged" in refused(capsys, command, f"--workdir={tmp_path}/run")
+    (tmp_path / "run" / "config.json").unlink()
+    assert call(capsys, "train", *TINY, f"--workdir={tmp_path}/run")[0] == 0, "as the message says"
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(good)
     (tmp_path / "run" / "catalog.db").write_bytes(b"x" * 4096)
-    assert "catalog" in refused(capsys, "inspect", "--config=configs/digits.py:smoke", f"--workdir={tmp_path}/run")
+    assert "not a readable catalog" in refused(capsys, "inspect", f"--workdir={tmp_path}/run")
 
 
 def test_a_corrected_first_try_is_as_good_as_new(capsys, tmp_path):

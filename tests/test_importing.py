@@ -159,8 +159,21 @@ def test_twice_the_same_id_refused(workdir):
 def test_other_shape_and_classes_refused(workdir):
     import_source(*workdir, made(), Config())
     message = refusal(workdir, made(shape=(4, 3, 1), class_names=("a", "b", "d")))
-    assert "shape=[4, 3, 1] but the workdir was made with [3, 4, 1]" in message
-    assert "classes=['a', 'b', 'd'] but the workdir was made with ['a', 'b', 'c']" in message
+    assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
+    assert "classes that the workdir does not have: d; it has a, b, c" in message
+
+
+def test_a_source_without_an_erased_class_still_joins(workdir):
+    """Labels are matched by class name: the files of a class may be gone."""
+    import_source(*workdir, made(), Config())
+    items = [Item("id-00100", "train", 0), Item("id-00101", "train", 1)]
+    assert import_source(*workdir, with_items(items, class_names=("b", "c")), Config()).added == 2
+    table = workdir[1].live("train")
+    assert [table.labels[table.ids.index(item.id)] for item in items] == [1, 2]
+
+
+def test_class_names_must_be_unique(workdir):
+    assert "class names must be unique: a, b, a" in refusal(workdir, made(class_names=("a", "b", "a")))
 
 
 def test_duplicates_counted(workdir):

@@ -13,8 +13,9 @@ from lmeraser_jax import inference
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.images import centred
-from lmeraser_jax.reconcile import load_clustering, reconcile
+from lmeraser_jax.reconcile import load_clustering, load_slice, reconcile
 from lmeraser_jax.slices import lay_prompt
+from lmeraser_jax.store import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def reference(run, images, nearest):
     manifest, vit = run.catalog.manifest(), run.backbone.config
     clustering = load_clustering(run.layout, manifest.clustering)
     features = jax.jit(lambda x: frozen.features(vit, run.backbone.params, x))
-    parts = {key: inference.load_slice(run, name) for key, name in manifest.entries.items()}
+    parts = {key: load_slice(run, name) for key, name in manifest.entries.items()}
     probabilities, clusters = [], []
     for image in images:
         pixels = centred(jnp.asarray(image[None]), run.spec)
@@ -101,12 +102,12 @@ def test_eight_devices_agree(run):
 
 def test_a_damaged_slice_is_refused_by_name(run):
     name = next(iter(run.catalog.manifest().entries.values()))
-    arrays, metadata, step = inference.checkpoints.load(run.layout.slice(name))
+    arrays, metadata, step = checkpoints.load(run.layout.slice(name))
     broken = dict(arrays) | {"bias": arrays["bias"] + 1}
-    inference.checkpoints.save(run.layout.slice(name), broken, metadata, step)
+    checkpoints.save(run.layout.slice(name), broken, metadata, step)
     try:
         with pytest.raises(UserError, match=f"slice {name[:12]} .* is damaged"):
             inference.load_model(run)
     finally:
-        inference.checkpoints.save(run.layout.slice(name), arrays, metadata, step)
+        checkpoints.save(run.layout.slice(name), arrays, metadata, step)
     assert inference.load_model(run).keys

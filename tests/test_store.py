@@ -98,9 +98,13 @@ def test_live_filters_splits(catalog):
 
 
 def test_known_and_owned(catalog):
-    assert catalog.owned("ann") == ["Z", "a", "b"] and catalog.owned("bob") == []
+    assert catalog.owned("ann") == ["Z", "a", "b", "t"] and catalog.owned("bob") == [], "all but public ones"
     catalog.erase(["b"])
-    assert catalog.owned("ann") == ["Z", "a"]
+    assert catalog.owned("ann") == ["Z", "a", "b", "t"], "an erasure that is not purged can be asked for again"
+    catalog.forget(["b"])
+    assert catalog.owned("ann") == ["Z", "a", "t"]
+    catalog.add_records([Item("b", "train", 1, "ann")], [99], ["hash-b"])
+    catalog.erase(["b"])
     assert catalog.known(["b", "p", "unknown"]) == {
         "b": ("train", "hash-b", 1, True),
         "p": ("public", "hash-p", 0, False),
@@ -153,23 +157,22 @@ def test_tainted_slices(catalog):
 
 
 def test_publish_and_manifest(catalog):
-    assert catalog.manifest() is None and catalog.manifest_count() == 0
-    first = catalog.publish("tree1", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
-    second = catalog.publish("tree2", {"k1": "s3"}, [("b", "k1")])
+    assert catalog.manifest() is None and catalog.manifests() == []
+    first = catalog.publish("tree1", "program", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
+    second = catalog.publish("tree2", "other", {"k1": "s3"}, [("b", "k1")])
     head = catalog.manifest()
-    assert (head.version, head.clustering, head.entries) == (second, "tree2", {"k1": "s3"}) and second > first
-    assert catalog.live("train").clusters == ("k1", "k1", "") and catalog.manifest_count() == 2
+    assert (head.version, head.clustering, head.program, head.entries) == (second, "tree2", "other", {"k1": "s3"})
+    assert [manifest.version for manifest in catalog.manifests()] == [second, first] and second > first
+    assert catalog.live("train").clusters == ("k1", "k1", "")
 
 
-def test_drop_manifests_with(catalog):
-    for entries in ({"k1": "s1", "k2": "s2"}, {"k1": "s1", "k2": "s3"}, {"k1": "s4", "k2": "s3"}):
-        last = catalog.publish("tree", entries, [])
-    catalog.drop_manifests_with(["s1", "unknown"])
-    assert catalog.manifest_count() == 1 and catalog.manifest().version == last
-    assert catalog.db.execute("SELECT DISTINCT version FROM entries").fetchall() == [(last,)]
-    catalog.drop_manifests_with(["s3"])
-    assert catalog.manifest() is None
-    assert catalog.publish("tree", {}, []) > last  # versions are never used twice
+def test_drop_manifest(catalog):
+    versions = [catalog.publish("tree", "p", {"k1": f"s{i}", "k2": "s"}, []) for i in range(3)]
+    catalog.drop_manifest(versions[1])
+    assert [manifest.version for manifest in catalog.manifests()] == [versions[2], versions[0]]
+    assert {row[0] for row in catalog.db.execute("SELECT version FROM entries")} == {versions[0], versions[2]}
+    catalog.drop_manifest(versions[2])
+    assert catalog.publish("tree", "p", {}, []) > versions[2], "versions are never used twice"
 
 
 def test_requests(catalog):

@@ -95,16 +95,11 @@ def _define_config(flags: Flags, argv: list[str]) -> None:
             )
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
         return
-    from lmeraser_jax.store.layout import Layout
+    from lmeraser_jax.store.layout import Layout, read_config
 
     workdir = _early(argv, "workdir")
-    stored = Layout(workdir).config if workdir else None
-    base = settings.to_dict(Config())
-    if stored and stored.is_file():
-        try:
-            base = json.loads(stored.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{stored} is damaged: {error}; give the experiment with --config=FILE.py") from error
+    stored = read_config(Layout(workdir)) if workdir else None
+    base = stored if stored is not None else settings.to_dict(Config())
     config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(base), flag_values=flags, sys_argv=argv)
 
 

@@ -77,8 +77,8 @@ class Catalog:
     """A connection to the catalog of one workdir. Readers are never blocked by the writer (WAL)."""
 
     def __init__(self, path: Path):
-        if path.is_file() and 0 < path.stat().st_size < 512:  # SQLite would take it for an empty one
-            raise UserError(f"{path} is not a readable catalog: it is too short")
+        if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < 512):  # SQLite takes that for an empty one
+            raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
         with contextlib.ExitStack() as undo:
             try:
                 self.db = sqlite3.connect(path, timeout=30, isolation_level=None)

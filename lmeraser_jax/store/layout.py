@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from lmeraser_jax.errors import UserError
 
@@ -52,6 +53,19 @@ class Layout:
         if not self.catalog.exists():
             what = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
             raise UserError(f"--workdir={self.root} {what}; make one with: lmeraser train --workdir={self.root}")
+
+
+def read_config(layout: Layout) -> dict[str, Any] | None:
+    """The settings that a workdir was made with; None before it has any. Raises `UserError` when damaged."""
+    if not layout.config.is_file():
+        return None
+    try:
+        return json.loads(layout.config.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"{layout.config} is damaged ({error}); delete it and run lmeraser train --workdir={layout.root}"
+            " with the experiment's --config=FILE.py"
+        ) from error
 
 
 def write_json(path: Path, value: object) -> None:
