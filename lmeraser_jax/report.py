@@ -30,7 +30,11 @@ class ClusterRow:
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """A workdir at a glance; sizes in bytes."""
+    """A workdir at a glance; sizes in bytes, shares in [0, 1].
+
+    `expected_share`: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2.
+    `sampled_share`: of the private records, whose erasure also re-clusters.
+    """
 
     workdir: str
     version: int
@@ -38,12 +42,19 @@ class Overview:
     backbone: str
     clusters: tuple[ClusterRow, ...]
     expected_share: float
+    sampled_share: float
     open_requests: int
     disk: dict[str, int]
     warnings: tuple[str, ...]
 
     def values(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def cost(self) -> str:
+        """What a request costs, in words."""
+        text = f"expected share of the data to re-tune per request: {self.expected_share:.1%}"
+        sampled = f" (a sampled record, {self.sampled_share:.1%} of all, also re-clusters and costs more)"
+        return text + (sampled if self.sampled_share else "")
 
     def table(self) -> str:
         lines = [
@@ -55,7 +66,7 @@ class Overview:
             f"{c.key[:12]:<14}{c.slice[:12]:<14}{c.members:>8}{c.sampled:>9}{c.versions:>10}{c.steps:>8}{c.loss:>9.4f}"
             for c in self.clusters
         ]
-        lines.append(f"expected share of the data to re-tune per request: {self.expected_share:.1%}")
+        lines.append(self.cost())
         lines.append("disk: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.disk.items()))
         if self.open_requests:
             lines.append(f"{self.open_requests} erasures are not finished; finish them with: lmeraser train")
@@ -74,6 +85,7 @@ def overview(run: Run) -> Overview:
         ClusterRow(key, name, made[name].size, sampled[key], versions[key], made[name].steps, made[name].loss or 0.0)
         for key, name in manifest.entries.items()
     ]
+    private = run.catalog.live("train").ids
     splits = {split: len(run.catalog.live(split)) for split in ("train", "holdout", "test", "public")}
     parts = ("backbone", "records", "clusterings", "slices")
     return Overview(
@@ -83,6 +95,7 @@ def overview(run: Run) -> Overview:
         backbone=run.backbone.digest,
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows]),
+        sampled_share=len(set(clustering.sample) & set(private)) / max(len(private), 1),
         open_requests=len(run.catalog.open_requests()),
         disk={part: disk_use(getattr(run.layout, part)) for part in parts} | {"catalog": disk_use(run.layout.catalog)},
         warnings=tuple(_warnings(run, len(clustering.keys), len(clustering.sample))),

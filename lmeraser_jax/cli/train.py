@@ -43,7 +43,8 @@ def run(arguments: common.Arguments) -> int:
         )
     else:
         lines.append(f"nothing to do: all {outcome.clusters} clusters are tuned and published")
-    lines.append(f"expected share of the data to re-tune per request: {overview.expected_share:.1%}")
-    values = {**dataclasses.asdict(outcome), "expected_share": overview.expected_share}
+    lines.append(overview.cost())
+    shares = {"expected_share": overview.expected_share, "sampled_share": overview.sampled_share}
+    values = {**dataclasses.asdict(outcome), **shares}
     common.show(arguments, "\n".join(lines), values)
     return 0
