@@ -8,7 +8,7 @@ The defaults are the embedded experiment: scikit-learn's digits, split into a pu
 import dataclasses
 import difflib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lmeraser_jax.errors import UserError, raise_all
@@ -147,6 +147,27 @@ def from_dict(tree: Any) -> Config:
     return config
 
 
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """A message for every dotted name, such as tuning.epochs, that is no setting."""
+    tree, problems = to_dict(Config()), []
+    for name in names:
+        level: Any = tree
+        for depth, part in enumerate(name.split(".")):
+            if not isinstance(level, dict) or part not in level:
+                legal = list(level) if isinstance(level, dict) else []
+                prefix = "".join(f"{group}." for group in name.split(".")[:depth])
+                problems.append(_unknown(prefix, part, legal))
+                break
+            level = level[part]
+    return problems
+
+
+def _unknown(prefix: str, name: str, legal: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, legal, 1)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(legal)}"
+    return f"unknown setting {prefix}{name}; {hint}"
+
+
 def cut_of(cut: str) -> tuple[str, float]:
     """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
     if cut.startswith("auto:"):
@@ -175,11 +196,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """One dataclass of the schema from one level of the tree; problems are collected."""
     hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(hints)}"
-            problems.append(f"unknown setting {prefix}{key}; {hint}")
+    problems += [_unknown(prefix, str(key), hints) for key in tree if key not in hints]
     values = {}
     for name, kind in hints.items():
         if name not in tree:

@@ -10,7 +10,8 @@ class UserError(ValueError):
 def raise_all(problems: Sequence[str], heading: str = "") -> None:
     """Raises one `UserError` that lists every problem; does nothing when there is none."""
     if problems:
-        lines = [f"- {problem}" for problem in problems] if len(problems) > 1 or heading else list(problems)
+        heading = heading or ("several things are wrong:" if len(problems) > 1 else "")
+        lines = [f"- {problem}" for problem in problems] if heading else list(problems)
         raise UserError("\n".join([heading, *lines] if heading else lines))
 
 

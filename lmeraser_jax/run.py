@@ -32,7 +32,7 @@ from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store.catalog import Catalog
-from lmeraser_jax.store.importing import Imported, image_file, import_settings, import_source
+from lmeraser_jax.store.importing import Imported, check_images, image_file, import_settings, import_source
 from lmeraser_jax.store.layout import Layout, read_config, write_json, writer_lock
 from lmeraser_jax.tuning import Problem, fingerprint, mesh_of
 
@@ -132,6 +132,7 @@ def opened(
         _check_same(layout, stored, config, free=("inference",))
     lock = writer_lock(layout) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
+        check_images(layout, catalog)
         backbone, _ = load_backbone(layout)
         yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write)
 
@@ -167,6 +168,7 @@ def prepared(
     layout.prepare()
     with writer_lock(layout), contextlib.closing(Catalog(layout.catalog)) as catalog:
         stored, manifest = stored_config(layout), catalog.manifest()
+        check_images(layout, catalog)
         if stored is not None and manifest is not None:
             _check_same(layout, stored, config, ("inference", "tuning") if catalog.open_requests() else ("inference",))
         _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")

@@ -19,6 +19,7 @@ class Targets:
 
     live: tuple[str, ...]
     erased: tuple[str, ...]  # erased before: nothing to do for them
+    pending: tuple[str, ...]  # accepted before, not finished: done with the next reconcile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +63,8 @@ def resolve(run: Run, ids: Sequence[str], owner: str = "") -> Targets:
             raise UserError(f"--owner={owner}: owns no live record (unknown, or erased before); nothing is erased now")
         names = list(dict.fromkeys([*names, *owned]))
     known = run.catalog.known(names)
-    erased = tuple(
-        n for n in names if (n in known and known[n][3]) or (n not in known and run.catalog.is_tombstoned(n))
-    )
+    pending = tuple(name for name in names if name in known and known[name][3])
+    erased = tuple(name for name in names if name not in known and run.catalog.is_tombstoned(name))
     unknown = [name for name in names if name not in known and name not in erased]
     public = [name for name in known if known[name][0] == "public"]
     if unknown:
@@ -73,7 +73,7 @@ def resolve(run: Run, ids: Sequence[str], owner: str = "") -> Targets:
         )
     if public:
         raise UserError(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
-    return Targets(tuple(name for name in names if name not in erased), erased)
+    return Targets(tuple(name for name in names if name not in (*erased, *pending)), erased, pending)
 
 
 def estimate(run: Run, targets: Targets) -> Estimate:

@@ -125,7 +125,11 @@ def test_misuse_of_commands_and_flags(capsys, tmp_path, workdir):
     assert "workdri" in refused(capsys, "train", "--workdri=x")
     assert "--workdir=DIR is missing" in refused(capsys, "evaluate")
     assert "unexpected argument 'stray'" in refused(capsys, "evaluate", f"--workdir={workdir}", "stray")
-    assert "epoch" in refused(capsys, "train", "--config=configs/digits.py", "--config.tuning.epoch=3", "--workdir=x")
+    for config in (["--config=configs/digits.py"], []):
+        message = refused(capsys, "train", *config, "--config.tuning.epoch=3", "--config.tunning.x=1", "--workdir=x")
+        assert "unknown setting tuning.epoch; did you mean tuning.epochs?" in message
+        assert "unknown setting tunning; did you mean tuning?" in message
+    assert "ids are given as --records=" in refused(capsys, "unlearn", f"--workdir={workdir}", "digit-0017")
     assert "--config" in refused(capsys, "train", "--config.tuning.epochs=many", "--workdir=x")
     assert "no such file" in refused(capsys, "train", "--config=configs/nothing.py", "--workdir=x")
     assert "smoke" in refused(capsys, "train", "--config=configs/digits.py:huge", f"--workdir={tmp_path}/x")
@@ -297,8 +301,18 @@ def test_damaged_files_are_messages(capsys, workdir, tmp_path):
     (tmp_path / "run" / "config.json").unlink()
     assert call(capsys, "train", *TINY, f"--workdir={tmp_path}/run")[0] == 0, "as the message says"
     assert json.loads((tmp_path / "run" / "config.json").read_text()) == json.loads(good)
+    images = tmp_path / "run" / "records" / "images.u8"
+    whole = images.read_bytes()
+    images.write_bytes(whole[:1000])
+    for command, *flags in (["train"], ["unlearn", "--records=digit-0017"], ["audit"]):
+        assert "the workdir is damaged" in refused(capsys, command, f"--workdir={tmp_path}/run", *flags)
+    images.write_bytes(whole)
+    assert call(capsys, "audit", f"--workdir={tmp_path}/run", "--sample=1")[0] == 0, "nothing was accepted meanwhile"
     (tmp_path / "run" / "catalog.db").write_bytes(b"x" * 4096)
     assert "not a readable catalog" in refused(capsys, "inspect", f"--workdir={tmp_path}/run")
+    (tmp_path / "run" / "catalog.db").unlink()
+    for command in ("train", "inspect"):
+        assert "catalog.db is missing: restore it" in refused(capsys, command, f"--workdir={tmp_path}/run")
 
 
 def test_a_corrected_first_try_is_as_good_as_new(capsys, tmp_path):

@@ -75,6 +75,7 @@ def test_an_interrupted_erasure_is_finished_by_the_next_command(tmp_path, monkey
             with pytest.raises(KeyboardInterrupt):
                 unlearning.erase(run, unlearning.resolve(run, ids))
         assert run.catalog.manifest() == before and len(run.catalog.open_requests()) == 1
+        assert unlearning.resolve(run, ids).pending == tuple(ids)
         assert set(run.catalog.live("train").ids).isdisjoint(ids)
     with small_run(tmp_path / "run") as run:
         reconcile(run)
@@ -300,7 +301,7 @@ def test_an_erased_record_cannot_come_back(tmp_path):
         reconcile(run)
         assert differences(state(run), after) == []
         again = unlearning.resolve(run, ids)
-        assert again.live == () and set(again.erased) == set(ids)
+        assert again.live == again.pending == () and set(again.erased) == set(ids)
 
 
 def test_new_records_join_by_a_reimport(tmp_path):

@@ -1,5 +1,6 @@
 """The catalog: it changes in whole transactions, forgets what was erased, and refuses files that are not its own."""
 
+import contextlib
 import sqlite3
 
 import numpy as np
@@ -192,6 +193,18 @@ def test_foreign_file_refused(tmp_path, content):
     with pytest.raises(UserError, match="is not a readable catalog"):
         Catalog(path)
     assert path.read_bytes() == content
+
+
+def test_a_read_only_file_system_can_be_read(tmp_path, monkeypatch):
+    """Where nobody can write, the catalog opens without its helper files and refuses changes."""
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as catalog:
+        catalog.set("dataset", 1)
+    monkeypatch.setattr("lmeraser_jax.store.catalog.os.access", lambda path, mode: False)
+    files = {file.name for file in tmp_path.iterdir()}
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as catalog:
+        assert catalog.get("dataset") == 1 and {file.name for file in tmp_path.iterdir()} == files
+        with pytest.raises(sqlite3.OperationalError, match="readonly"):
+            catalog.set("dataset", 2)
 
 
 def test_folder_as_catalog_refused(tmp_path):

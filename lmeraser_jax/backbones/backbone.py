@@ -122,4 +122,7 @@ def load(layout: Layout) -> tuple[Backbone, dict[str, Any]]:
             return backbone, metadata["inputs"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{layout.backbone} is damaged: {error}") from error
-    raise UserError(f"{layout.backbone} is damaged: digest {backbone.digest}, written as {metadata['digest']}")
+    raise UserError(
+        f"{layout.backbone} is damaged: digest {backbone.digest[:12]}, written as {metadata['digest'][:12]};"
+        " restore the folder, or delete it and let lmeraser train make it again"
+    )

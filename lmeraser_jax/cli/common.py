@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import UserError, raise_all
 
 Flags = absl_flags.FlagValues
 
@@ -49,17 +49,21 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
         print(_help(module, flags))
         return None
-    if getattr(module, "TAKES_CONFIG", True):
-        _define_config(flags, argv)
+    overrides = [argument[9:].partition("=")[0] for argument in argv if argument.startswith("--config.")]
+    raise_all(settings.unknown_names(overrides))
     try:
+        _define_config(flags, argv)
         rest = flags(argv)
+    except UserError:
+        raise
     except absl_flags.Error as error:
         last = str(error).strip().splitlines()[-1]  # ml_collections quotes a whole traceback
         raise UserError(f"{last} (see: lmeraser {_name(module)} --help)") from None
     except Exception as error:  # an experiment file may raise anything
         raise UserError(f"--config: {type(error).__name__}: {str(error).strip(chr(34))}") from None
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
-        raise UserError(f"unexpected argument {rest[1]!r}; settings are given as --flag=value")
+        hint = getattr(module, "STRAY", "values are given as --flag=value")
+        raise UserError(f"unexpected argument {rest[1]!r}; {hint}")
     _check_json_target(flags["json"].value or "")
     return Arguments(flags, rest[1:])
 
@@ -134,9 +138,8 @@ def _help(module: ModuleType, flags: Flags) -> str:
     for name in sorted(flags):
         if name not in ("", "undefok", "flagfile"):
             lines.append(f"  --{name:<16}{flags[name].help}")
-    if getattr(module, "TAKES_CONFIG", True):
-        lines += ["  --config          experiment file, for example configs/digits.py", "", "settings and defaults:"]
-        lines += [f"  --config.{key}={value}" for key, value in _leaves(settings.to_dict(Config()))]
+    lines += ["  --config          experiment file, for example configs/digits.py", "", "settings and defaults:"]
+    lines += [f"  --config.{key}={value}" for key, value in _leaves(settings.to_dict(Config()))]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""lmeraser demo: the whole job on scikit-learn's digits, in about two minutes on two cores.
+"""lmeraser demo: the whole job on scikit-learn's digits, in about 70 seconds on two cores.
 
   lmeraser demo [--workdir=NEW_DIR] [--json=FILE]
 

@@ -14,7 +14,7 @@ from lmeraser_jax import __version__
 from lmeraser_jax.errors import UserError
 
 COMMANDS = {
-    "demo": "the whole job on scikit-learn's digits, in about two minutes",
+    "demo": "the whole job on scikit-learn's digits, in about a minute",
     "pretrain": "import the data and train the backbone on public images",
     "train": "import, pretrain or convert the backbone, cluster, tune every cluster",
     "evaluate": "accuracy on the test or hold-out images, beside a plain linear head",

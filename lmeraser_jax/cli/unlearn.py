@@ -14,6 +14,8 @@ from absl import flags as absl_flags
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
 
+STRAY = "ids are given as --records=ID,ID"
+
 
 def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_list("records", [], "ids, separated by commas", flag_values=flags)
@@ -37,6 +39,9 @@ def run(arguments: common.Arguments) -> int:
             common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
             return 0
         common.log_devices()
+        unfinished = len(run_.catalog.erased())
+        if unfinished:
+            common.warn(f"an erasure of {unfinished} records was interrupted; it is finished with this one")
         done = unlearning.erase(run_, targets)
     common.show(arguments, _text(done), dataclasses.asdict(done))
     return 0

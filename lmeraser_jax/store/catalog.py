@@ -5,6 +5,7 @@ It is the only source of truth. Files are written first; a change becomes true i
 
 import contextlib
 import json
+import os
 import secrets
 import sqlite3
 import time
@@ -81,7 +82,9 @@ class Catalog:
             raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
         with contextlib.ExitStack() as undo:
             try:
-                self.db = sqlite3.connect(path, timeout=30, isolation_level=None)
+                read_only = path.exists() and not os.access(path.parent, os.W_OK)
+                how = "?mode=ro&immutable=1" if read_only else ""  # a file system that nobody can write to
+                self.db = sqlite3.connect(path.absolute().as_uri() + how, uri=True, timeout=30, isolation_level=None)
                 undo.callback(self.db.close)
                 self.db.execute("PRAGMA secure_delete=ON")
                 self.db.execute("PRAGMA synchronous=FULL")

@@ -43,6 +43,17 @@ def image_file(layout: Layout, catalog: Catalog) -> RowFile:
     return RowFile(layout.images, tuple(catalog.get("dataset")["shape"]), np.uint8)
 
 
+def check_images(layout: Layout, catalog: Catalog) -> None:
+    """Refuses a workdir whose image file is shorter than its catalog says."""
+    rows = catalog.rows_used()
+    there = len(image_file(layout, catalog)) if rows else 0
+    if there < rows:
+        raise UserError(
+            f"{layout.images} holds {there} images, the catalog {rows}: the workdir is damaged; restore the file, or"
+            " start again in a new workdir"
+        )
+
+
 def import_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
     """Adds the records that the workdir does not have yet. Erased ids stay out.
 
@@ -66,8 +77,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
-    if start < catalog.rows_used():
-        raise UserError(f"{file.path} holds {start} images, the catalog {catalog.rows_used()}: the workdir is damaged")
+    check_images(layout, catalog)
     intake = _Intake(catalog)
     with progress("import", len(kept)) as shown:
         for _, group in itertools.groupby(kept, lambda position: position // PIECE):

@@ -44,12 +44,19 @@ class Layout:
         """Makes the workdir, or refuses a folder that holds something else."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--workdir={self.root} is a file, not a folder")
+        self._refuse_without_catalog()
         if self.root.is_dir() and not self.catalog.exists() and any(path != self.lock for path in self.root.iterdir()):
             raise UserError(f"--workdir={self.root} holds other files and is no workdir; name a new or an empty folder")
         self.root.mkdir(parents=True, exist_ok=True)
 
+    def _refuse_without_catalog(self) -> None:
+        """A workdir that lost its catalog says so, instead of looking like a foreign folder."""
+        if not self.catalog.exists() and self.config.exists() and self.backbone.exists():
+            raise UserError(f"{self.catalog} is missing: restore it, or start again in a new workdir")
+
     def require(self) -> None:
         """Raises `UserError` unless this is a workdir."""
+        self._refuse_without_catalog()
         if not self.catalog.exists():
             what = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
             raise UserError(f"--workdir={self.root} {what}; make one with: lmeraser train --workdir={self.root}")
