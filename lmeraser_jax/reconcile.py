@@ -160,6 +160,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     Raises:
         UserError: a cluster's loss was not finite; the other clusters are kept, nothing is published.
     """
+    assert run.writable, "reconcile needs a run that holds the writer lock"
     start = time.perf_counter()
     _sweep(run)
     wanted = plan(run, run.catalog.live("train"))

@@ -276,16 +276,19 @@ def tune(
     tracker = _Tracker(jobs)
     with progress("tune", sum(job.steps for job in jobs)) as shown:
         waiting = None  # results are fetched one call late, so that the device never waits for the host
+
+        def fetch() -> Iterator[Tuned]:
+            if waiting is not None:
+                yield from tracker.collect(*waiting, problem.slots)
+                shown.advance(int((waiting[0].job >= 0).sum()), f"loss {tracker.last_loss:.3f}")
+
         for chunk in chunks(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
             pixels, targets, rows = data.of(chunk)
             work = Batch(rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
             state, finished, losses = program(params, pixels, targets, np.int32(chunk.steps), state, work)
-            if waiting is not None:
-                yield from tracker.collect(*waiting, problem.slots)
-                shown.advance(int((waiting[0].job >= 0).sum()), f"loss {tracker.last_loss:.3f}")
+            yield from fetch()
             waiting = (chunk, finished, losses)
-        if waiting is not None:
-            yield from tracker.collect(*waiting, problem.slots)
+        yield from fetch()
 
 
 class _Images:

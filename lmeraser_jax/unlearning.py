@@ -100,6 +100,7 @@ def erase(run: Run, targets: Targets) -> Erasure:
         run: opened for writing.
         targets: from `resolve`.
     """
+    assert run.writable, "erase needs a run that holds the writer lock"
     request = uuid.uuid4().hex
     body = {"records": len(targets.live), "erased_before": len(targets.erased)}
     if targets.live:

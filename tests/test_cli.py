@@ -69,7 +69,10 @@ def test_the_job_as_separate_commands(workdir, capsys, tmp_path):
     code, out, _ = call(capsys, "inspect", f"--workdir={workdir}", "--json=-")
     before = json.loads(out)
     assert code == 0 and before["records"]["train"] > 500
-    assert sum(c["members"] for c in before["clusters"]) == before["records"]["train"]
+    sizes = [c["members"] for c in before["clusters"]]
+    assert sum(sizes) == before["records"]["train"]
+    assert before["expected_share"] == pytest.approx(sum(m * m for m in sizes) / sum(sizes) ** 2)
+    assert before["sampled_share"] == pytest.approx(30 / sum(sizes))
     code, out, _ = call(capsys, "inspect", f"--workdir={workdir}", "--records")
     name = out.split()[0]
     code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", "--dry_run")

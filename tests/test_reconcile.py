@@ -1,6 +1,7 @@
 """Reconcile as a build: resume, nothing to do, failures that lose nothing, what a purge leaves."""
 
 import contextlib
+import dataclasses
 import errno
 import shutil
 import sqlite3
@@ -111,6 +112,37 @@ def test_a_loss_that_is_not_finite_publishes_nothing_and_names_the_clusters(tmp_
         with pytest.raises(UserError, match=r"(?s)--config.tuning.prompt_rate.*cluster \w{12} \(\d+ members\) at step"):
             reconcile(run)
         assert run.catalog.manifest() is None and run.catalog.slices() == {}
+
+
+def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_path, monkeypatch, trained):
+    """The way out that the message names: while an erasure is open, tuning may change; afterwards it may not."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    gentler = small_config(tuning__head_rate=0.001)
+    with pytest.raises(UserError, match="tuning.head_rate"), small_run(tmp_path / "run", config=gentler):
+        pass
+    tune = build.tune
+    with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
+        patch.setattr(build, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
+        before = run.catalog.manifest()
+        with pytest.raises(UserError, match="at step 3"):
+            unlearning.erase(run, unlearning.resolve(run, trained[1]))
+        assert run.catalog.manifest() == before
+    with small_run(tmp_path / "run", config=gentler) as run:
+        reconcile(run)
+        found = state(run)
+        assert run.catalog.open_requests() == {} and leftovers(run) == []
+    with small_run(tmp_path / "scratch2", without(small_source(), set(trained[1])), gentler) as run:
+        reconcile(run)
+        assert differences(found, state(run)) == []
+
+
+def test_a_reader_cannot_reconcile_or_erase(tmp_path, trained):
+    with opened(trained[0]) as run:
+        targets = unlearning.resolve(run, trained[1])
+        for attempt in (lambda: reconcile(run), lambda: unlearning.erase(run, targets)):
+            with pytest.raises(AssertionError, match="writer lock"):
+                attempt()
+        assert run.catalog.open_requests() == {}
 
 
 def test_a_deleted_slice_is_made_again(tmp_path, wanted):
