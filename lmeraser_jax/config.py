@@ -7,13 +7,15 @@ The defaults are the embedded experiment: scikit-learn's digits, split into a pu
 
 import dataclasses
 import difflib
+import math
+import re
 import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lmeraser_jax.errors import UserError, raise_all
 
-SOURCES = ("digits", "npz", "folder")
+SOURCES = ("digits", "npz", "folder", "tfds")
 AUGMENTS = ("none", "crop", "flip", "paper")
 OPTIMIZERS = ("sgd", "adam")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -23,31 +25,43 @@ DTYPES = ("auto", "float32", "bfloat16")
 class Data:
     """Where the images come from and what the backbone sees of them."""
 
-    source: str = "digits"  # digits | npz | folder
-    path: str = ""  # npz file or image folder
-    labels: str = ""  # folder only: CSV with columns file,label,owner
-    store_size: int = 0  # folder only: side in pixels at which images are kept; 0: image_size
+    source: str = "digits"  # digits | npz | folder | tfds
+    path: str = ""  # npz file or image folder; tfds: its data folder (empty: TFDS's own)
+    dataset: str = ""  # tfds only: name such as cifar10 or visual_domain_decathlon/gtsrb
+    train_split: str = ""  # folder: subfolder, tfds: split such as train[:40000]; empty: train
+    holdout_split: str = ""  # as train_split; empty: none
+    test_split: str = ""  # as train_split; empty: test, where there is one
+    public_split: str = ""  # as train_split; folder: empty means public, where there is one
+    test_share: float = 0.0  # share of the training images that become test images
+    holdout: float = 0.0  # share of private records kept from tuning, to choose settings with
+    split_by: str = "record"  # record | owner: what the two shares draw; an owner never falls on both sides
+    owner_pattern: str = ""  # regular expression; its first group in an id is the owner
+    labels: str = ""  # folder only: CSV that names files, labels and owners
+    csv_columns: str = "file,label,owner"  # names of these three columns in the CSV; the owner may be left out
+    skip_unreadable: bool = False  # leave out images that cannot be read, and name them, instead of refusing all
+    store_size: int = 0  # folder, tfds: height in pixels at which images are kept; 0: image_size
+    store_width: int = 0  # folder, tfds: width; 0: store_size
     image_size: int = 16  # side in pixels of the backbone's input
     resize_size: int = 0  # shorter side before the crop; 0: image_size, so that nothing is cropped
     augment: str = "none"  # none | crop | flip | paper (crop and flip), while tuning
     train_limit: int = 0  # use the first so many private records; 0: all
     test_limit: int = 0  # use the first so many test images; 0: all
-    holdout: float = 0.0  # share of private records kept from tuning, to choose settings with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """The frozen network; with `weights` the architecture is read from the file."""
+    """The frozen network. With `weights` the architecture is read from them, else it is trained as set here."""
 
-    weights: str = ""  # timm-named .npz; empty: pretrained in the workdir on the public records
-    patch: int = 4  # pixels
+    name: str = ""  # a published backbone such as vit-b-22k (see lmeraser backbone); empty: whatever the weights are
+    weights: str = ""  # a file or folder, hub:OWNER/NAME[@REVISION], or hub; empty: pretrained on the public records
+    feature: str = "auto"  # auto | cls | pooler; auto: what the name or the weights have; Swin has its mean token
+    mean: str = ""  # normalisation of pixels in [0, 1]: one number or 0.485,0.456,0.406; empty: as the weights had it
+    std: str = ""
+    patch: int = 4  # pixels; this, width, depth and mlp only where there are no weights
     width: int = 64
     depth: int = 4
-    heads: int = 4  # 0: width / 64, at least 1
+    heads: int = 0  # 0: as the weights say, or width / 64 where they do not; width / 16 where there are none
     mlp: int = 0  # 0: 4 x width
-    feature: str = "cls"  # cls | pooler
-    mean: float = 0.5  # normalisation of pixels in [0, 1]
-    std: float = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +195,26 @@ def cut_of(cut: str) -> tuple[str, float]:
     return "threshold", threshold
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a list such as "0.5" or "0.485,0.456,0.406"; what is no number becomes nan."""
+
+    def number(part: str) -> float:
+        try:
+            return float(part)
+        except ValueError:
+            return math.nan
+
+    return tuple(number(part) for part in text.split(",")) if text else ()
+
+
+def _has_group(pattern: str) -> bool:
+    """Whether a non-empty pattern is a regular expression with at least one group."""
+    try:
+        return not pattern or re.compile(pattern).groups > 0
+    except re.error:
+        return False
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Lines "key: old -> new" for every leaf that differs between two trees of settings."""
     lines = []
@@ -227,8 +261,9 @@ def _illegal(c: Config) -> list[str]:
 
     for flag, value, legal in (
         ("data.source", d.source, SOURCES),
+        ("data.split_by", d.split_by, ("record", "owner")),
         ("data.augment", d.augment, AUGMENTS),
-        ("backbone.feature", b.feature, ("cls", "pooler")),
+        ("backbone.feature", b.feature, ("auto", "cls", "pooler")),
         ("pretraining.augment", p.augment, AUGMENTS),
         ("clustering.sample_from", k.sample_from, ("private", "public")),
         ("tuning.optimizer", t.optimizer, OPTIMIZERS),
@@ -255,6 +290,7 @@ def _illegal(c: Config) -> list[str]:
     for flag, value in (
         ("seed", c.seed),
         ("data.store_size", d.store_size),
+        ("data.store_width", d.store_width),
         ("data.train_limit", d.train_limit),
         ("data.test_limit", d.test_limit),
         ("backbone.heads", b.heads),
@@ -277,9 +313,14 @@ def _illegal(c: Config) -> list[str]:
         need(0 <= value < float("inf"), flag, value, "0 or more")
     for flag, value in (("tuning.warmup", t.warmup), ("pretraining.warmup", p.warmup), ("tuning.momentum", t.momentum)):
         need(0 <= value < 1, flag, value, "in [0, 1)")
-    need(0 <= d.holdout < 1, "data.holdout", d.holdout, "in [0, 1)")
-    need(-float("inf") < b.mean < float("inf"), "backbone.mean", b.mean, "a finite number")
-    need(0 < b.std < float("inf"), "backbone.std", b.std, "a finite number above 0")
+    for flag, value in (("data.holdout", d.holdout), ("data.test_share", d.test_share)):
+        need(0 <= value < 1, flag, value, "in [0, 1)")
+    for flag, text, low in (("backbone.mean", b.mean, -math.inf), ("backbone.std", b.std, 0.0)):
+        values = numbers(text)
+        legal = all(low < value < math.inf for value in values) and len(values) in (0, 1, 3)
+        need(legal, flag, repr(text), f"empty, or one number or three, finite{' and above 0' if low == 0 else ''}")
+    what = f"a folder or file with the weights of --config.backbone.name={b.name}, or hub to download them"
+    need(bool(b.weights) or not b.name, "backbone.weights", repr(b.weights), what)
     need(
         2 * t.prompt_width <= d.image_size,
         "tuning.prompt_width",
@@ -298,9 +339,15 @@ def _illegal(c: Config) -> list[str]:
         k.min_members,
         f"at most --config.clustering.max_members={k.max_members}",
     )
-    need(d.source == "digits" or bool(d.path), "data.path", repr(d.path), f"set for data.source={d.source}")
+    if d.source in ("npz", "folder"):
+        need(bool(d.path), "data.path", repr(d.path), f"set for data.source={d.source}")
+    if d.source == "tfds":
+        need(bool(d.dataset), "data.dataset", repr(d.dataset), "the name of a TFDS data set, such as cifar10")
+    need(_has_group(d.owner_pattern), "data.owner_pattern", repr(d.owner_pattern), "a regular expression with a group")
+    columns = len(d.csv_columns.split(","))
+    need(columns in (2, 3), "data.csv_columns", repr(d.csv_columns), "two or three column names: file,label[,owner]")
     if not b.weights and min(b.patch, b.width) > 0:  # else the weights decide
-        size, heads = d.image_size, b.heads or max(1, b.width // 64)
+        size, heads = d.image_size, b.heads or max(1, b.width // 16)
         need(size % b.patch == 0, "data.image_size", size, f"a multiple of the patch size {b.patch}")
         need(b.width % heads == 0, "backbone.heads", heads, f"a divisor of the width {b.width}")
     try:

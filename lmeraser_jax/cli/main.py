@@ -15,6 +15,8 @@ from lmeraser_jax.errors import UserError
 
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
+    "backbone": "list published backbones, convert weights once",
+    "prepare": "download a data set of TensorFlow Datasets, to be read without TensorFlow",
     "pretrain": "import the data and train the backbone on public images",
     "train": "import, pretrain or convert the backbone, cluster, tune every cluster",
     "evaluate": "accuracy on the test or hold-out images, beside a plain linear head",

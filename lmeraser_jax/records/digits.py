@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.records.source import Item, Source
+from lmeraser_jax.records.source import Item, Pixels, Source
 
 RUN = 16
 
@@ -26,4 +26,4 @@ def load() -> Source:
         split = "public" if run % 2 == 0 else "test" if i % 3 == 0 else "train"
         items.append(Item(f"digit-{i:04d}", split, int(label), f"hand-{run:03d}"))
     names = tuple(str(name) for name in digits.target_names)
-    return Source("digits", names, (8, 8, 1), items, lambda start, stop: images[start:stop])
+    return Source("digits", names, (8, 8, 1), items, lambda start, stop: Pixels(images[start:stop]))

@@ -1,116 +1,144 @@
-"""Images in folders, `split/class/file` with the splits train, test and public.
+"""Images in folders: a subfolder for each role, `<role>/<class>/.../<file>`, and a CSV of labels and owners if wanted.
 
-Ids are the paths below the folder. A CSV with the columns file,label,owner (owner may be left out) gives
-owners, and labels where the folders do not. Images of any size are brought to one stored size: shorter
-side resized (bilinear), centre crop.
+Ids are the paths below `data.path`. Names that start with a dot are passed over. Pixels are decoded when they are
+read and brought to one stored size (`records.decode`).
 """
 
-import csv
-from collections import Counter
-from pathlib import Path
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path, PurePosixPath
 
-import numpy as np
-
+from lmeraser_jax.config import Data
 from lmeraser_jax.errors import UserError, raise_all, some
-from lmeraser_jax.records.source import Item, Source
+from lmeraser_jax.records import labels
+from lmeraser_jax.records.source import Item, Pixels, Source
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-SPLITS = ("train", "test", "public")
+DEFAULTS = {"train": "train", "test": "test", "holdout": "", "public": "public"}
+CHANNELS = 3
 
 
-def load(path: str, size: int, labels: str = "") -> Source:
-    """Lists the folder; pixels are decoded when they are read.
+def load(data: Data) -> Source:
+    """Lists the folder and reads the CSV.
 
     Args:
-        path: the folder.
-        size: side in pixels of the stored images.
-        labels: optional CSV file with the columns file,label,owner.
+        data: `path`, the four `*_split` folders, `labels`, `csv_columns` and the stored size.
 
     Raises:
-        UserError: no such folder or CSV, no images, or files that the CSV names are missing.
+        UserError: no such folder, no images or no labels, roles that overlap, or a CSV that does not fit.
     """
-    root = Path(path)
+    root = Path(data.path)
     if not root.is_dir():
-        raise UserError(f"--config.data.path={path}: no such folder")
-    files = [p for split in SPLITS for p in sorted((root / split).rglob("*")) if _is_image(p)]
-    if not files:
-        raise UserError(f"{path} holds no images; expected {{train,test}}/<class>/<file> ({', '.join(SUFFIXES)})")
-    table = _read_csv(labels) if labels else {}
-    names = [p.relative_to(root).as_posix() for p in files]
-    unknown = sorted(set(table) - set(names))
-    raise_all([f"{labels} names files that are not in {path}: {some(unknown)}"] if unknown else [])
-    label_of = {name: table.get(name, ("", ""))[0] or _class_folder(name) for name in names}
-    without = [name for name, label in label_of.items() if not label]
-    raise_all([f"no class folder and no label in the CSV (--config.data.labels): {some(without)}"] if without else [])
-    classes = tuple(sorted(set(label_of.values())))
-    index = {label: i for i, label in enumerate(classes)}
-    items = [Item(name, name.split("/")[0], index[label_of[name]], table.get(name, ("", ""))[1]) for name in names]
-    channels = 3
+        raise UserError(f"--config.data.path={data.path}: no such folder")
+    roles = _roles(root, data)
+    names, splits = [], []
+    for split, folder in roles.items():
+        found = _images(root, folder)
+        if not found and (split == "train" or getattr(data, f"{split}_split")):
+            raise UserError(
+                f"--config.data.{split}_split={folder} holds no images in {data.path}; expected"
+                f" {folder}/<class>/<file> ({', '.join(SUFFIXES)})"
+            )
+        names += found
+        splits += [split] * len(found)
+    rows = labels.read(data.labels, data.csv_columns, names, [roles[split] for split in splits]) if data.labels else {}
+    texts = [
+        (name in rows and rows[name].label) or _class_folder(_below(name, roles[split]))
+        for name, split in zip(names, splits, strict=True)
+    ]
+    _refuse_unlabelled(names, texts, data, roles["train"])
+    classes, index = _numbered(texts)
+    items = [
+        Item(name, split, index[text], rows[name].owner if name in rows else "")
+        for name, split, text in zip(names, splits, texts, strict=True)
+    ]
+    height = data.store_size or data.image_size
+    width = data.store_width or height
 
-    def read(start: int, stop: int) -> np.ndarray:
-        return decode(files[start:stop], size, size, channels)
+    def read(start: int, stop: int) -> Pixels:
+        from lmeraser_jax.records.decode import decode  # needs Pillow
 
-    return Source(path, classes, (size, size, channels), items, read)
+        return decode([root / name for name in names[start:stop]], height, width, CHANNELS)
 
-
-def decode(files: list[Path], height: int, width: int, channels: int) -> np.ndarray:
-    """Decodes image files to uint8 [n, height, width, channels]; all unreadable files are named at once."""
-    from PIL import Image
-
-    images = np.zeros((len(files), height, width, channels), np.uint8)
-    problems = []
-    for i, file in enumerate(files):
-        try:
-            with Image.open(file) as image:
-                fitted = _fit(_eight_bit(image).convert("L" if channels == 1 else "RGB"), height, width)
-            images[i] = np.asarray(fitted).reshape(height, width, channels)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problems.append(f"{file}: {error}")
-    raise_all(problems, "these image files cannot be read; mend or remove them:")
-    return images
+    return Source(data.path, classes, (height, width, CHANNELS), items, read)
 
 
-def _eight_bit(image):
-    """The image in a mode that converts to grey or RGB without loss of range; transparency is dropped later."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+def _roles(root: Path, data: Data) -> dict[str, str]:
+    """{split: folder below the root}; "." is the root. Raises `UserError` for folders that are missing or overlap."""
+    roles, found = {}, []
+    for split, default in DEFAULTS.items():
+        given = getattr(data, f"{split}_split")
+        if not given and (not default or (split != "train" and not (root / default).is_dir())):
+            continue
+        folder = PurePosixPath((given or default).replace("\\", "/"))
+        flag = f"--config.data.{split}_split={given or default}"
+        if folder.is_absolute() or ".." in folder.parts:
+            found.append(f'{flag}: must be a folder below --config.data.path, or "." for the whole of it')
+        elif not (root / folder).is_dir():
+            inside = some(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
+            found.append(f'{flag}: no such folder in {data.path}; it holds {inside} ("." takes the whole folder)')
+        else:
+            roles[split] = str(folder)
+    raise_all(found)
+    real = {split: (root / folder).resolve() for split, folder in roles.items()}
+    overlaps = [
+        f"--config.data.{inner}_split={roles[inner]} lies in --config.data.{outer}_split={roles[outer]}"
+        + ("" if getattr(data, f"{inner}_split") else f" (a folder named {roles[inner]} is taken for it)")
+        for position, one in enumerate(roles)
+        for other in list(roles)[position + 1 :]
+        for inner, outer in [(other, one) if real[other].is_relative_to(real[one]) else (one, other)]
+        if real[inner].is_relative_to(real[outer])
+    ]
+    raise_all(overlaps, "images can have one role only; name folders that do not overlap:" if overlaps else "")
+    return roles
 
 
-def _fit(image, height: int, width: int):
-    """Resizes so that the image just covers height x width, and crops the centre."""
-    from PIL import Image
+def _images(root: Path, folder: str) -> list[str]:
+    """Paths below the root of the images in a folder, sorted by their parts; links are followed, loops are not."""
+    found = []
+    for here, folders, files in os.walk(root / folder, followlinks=True):
+        real = Path(here).resolve()
+        folders[:] = [name for name in folders if name[0] != "." and not real.is_relative_to(_target(here, name, real))]
+        prefix = Path(here).relative_to(root).as_posix()
+        prefix = "" if prefix == "." else prefix + "/"
+        found += [prefix + name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
+    return sorted(found, key=lambda name: name.split("/"))
 
-    scale = max(height / image.height, width / image.width)
-    if (image.height, image.width) != (height, width):
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
+
+def _target(here: str, name: str, real: Path) -> Path:
+    """Where a folder really is; only links cost a look at the disk."""
+    path = os.path.join(here, name)
+    return Path(path).resolve() if os.path.islink(path) else real / name
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+def _below(name: str, folder: str) -> str:
+    """A path below the root as a path below a role's folder."""
+    return name if folder == "." else name.removeprefix(folder + "/")
 
 
 def _class_folder(name: str) -> str:
-    parts = name.split("/")
-    return parts[1] if len(parts) > 2 else ""
+    folder, slash, _ = name.partition("/")
+    return folder if slash else ""
 
 
-def _read_csv(path: str) -> dict[str, tuple[str, str]]:
-    """{file: (label, owner)} from the CSV."""
-    if not Path(path).is_file():
-        raise UserError(f"--config.data.labels={path}: no such file")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            missing = {"file", "label"} - set(reader.fieldnames or ())
-            if missing:
-                raise UserError(f"{path} lacks the columns {', '.join(sorted(missing))}; needed: file,label[,owner]")
-            rows = [(row["file"] or "", row["label"] or "", row.get("owner") or "") for row in reader]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
-    twice = [name for name, count in Counter(name for name, _, _ in rows).items() if count > 1]
-    raise_all([f"{path} names files more than once: {some(twice)}"] if twice else [])
-    return {name: (label, owner) for name, label, owner in rows}
+def _refuse_unlabelled(names: list[str], texts: list[str], data: Data, train: str) -> None:
+    """Every image needs a class."""
+    without = [name for name, text in zip(names, texts, strict=True) if not text]
+    if without and len(without) == len(names):
+        raise UserError(
+            f"{data.path} has no labels: there are no class folders ({train}/<class>/<file>)"
+            f" and {'none in the CSV' if data.labels else 'no CSV'} (--config.data.labels)"
+        )
+    raise_all([f"no class folder and no label in the CSV (--config.data.labels): {some(without)}"] if without else [])
+
+
+def _numbered(texts: list[str]) -> tuple[tuple[str, ...], Mapping[str, int]]:
+    """Class names in order, and {text: label}; where all are whole numbers, 00014 and 14 are one class."""
+    distinct = set(texts)
+    key: Callable[[str], int | str] = str
+    if all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in distinct):
+        key = int
+    ranked = sorted({key(text) for text in distinct})  # pyright: ignore[reportArgumentType]
+    place = {value: label for label, value in enumerate(ranked)}
+    return tuple(str(value) for value in ranked), {text: place[key(text)] for text in distinct}

@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
+from lmeraser_jax.config import Data
 from lmeraser_jax.digests import keyed_hash
 from lmeraser_jax.errors import some
 
@@ -23,6 +25,20 @@ class Item(NamedTuple):
     owner: str = ""
 
 
+class Pixels(NamedTuple):
+    """A piece of a source's images.
+
+    Attributes:
+        images: uint8 [n, h, w, c]; zeros where an image could not be read.
+        unreadable: {position in the piece: what is wrong with it}.
+        converted: images that had another colour mode and were converted.
+    """
+
+    images: np.ndarray
+    unreadable: Mapping[int, str] = MappingProxyType({})
+    converted: int = 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set, before it is imported.
@@ -32,14 +48,14 @@ class Source:
         class_names: index = label; fixed at import, so that erasing a whole class keeps its logit.
         shape: (h, w, c) of a stored image.
         items: all items, in any order.
-        read: `read(start, stop)` gives the pixels of `items[start:stop]`, uint8 [n, h, w, c].
+        read: `read(start, stop)` gives the pixels of `items[start:stop]`; imports ask for rising positions.
     """
 
     name: str
     class_names: tuple[str, ...]
     shape: tuple[int, int, int]
     items: Sequence[Item]
-    read: Callable[[int, int], np.ndarray]
+    read: Callable[[int, int], Pixels]
 
 
 def problems(source: Source) -> list[str]:
@@ -72,12 +88,16 @@ def content_hash(image: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def held_out(item: Item, share: float, seed: int) -> Item:
-    """Moves a share of the training records to the holdout, chosen by a keyed hash of their ids."""
+def placed(item: Item, data: Data, seed: int) -> Item:
+    """Moves shares of the training items to test and holdout, chosen by a keyed hash of the id or the owner."""
     if item.split != "train":
         return item
-    draw = int.from_bytes(keyed_hash(seed, "holdout", item.id)[:8], "little") / 2**64
-    return item._replace(split="holdout") if draw < share else item
+    group = item.owner if data.split_by == "owner" and item.owner else item.id
+    for split, share in (("test", data.test_share), ("holdout", data.holdout)):
+        draw = int.from_bytes(keyed_hash(seed, split, group)[:8], "little") / 2**64
+        if draw < share:
+            return item._replace(split=split)
+    return item
 
 
 def limited(items: Sequence[Item], train: int, test: int) -> list[int]:

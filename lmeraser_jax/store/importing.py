@@ -2,19 +2,24 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, Data
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.progress import progress
 from lmeraser_jax.records.cache import RowFile
-from lmeraser_jax.records.source import Item, Source, content_hash, held_out, limited, problems
+from lmeraser_jax.records.source import Item, Pixels, Source, content_hash, limited, placed, problems
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout
 
 PIECE = 512  # images in memory at a time
+BINDING = (
+    *("source", "path", "dataset", "train_split", "holdout_split", "test_split", "public_split"),
+    *("test_share", "holdout", "split_by", "owner_pattern", "labels", "csv_columns", "train_limit", "test_limit"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,15 +30,18 @@ class Imported:
     known: int
     erased: int  # refused, because they were erased before
     duplicates: int  # new records whose pixels another record of the workdir has too
+    unreadable: tuple[str, ...] = ()  # ids of images that were left out; the next import tries them again
+    converted: int = 0  # images of the source that had another colour mode
 
 
 def import_settings(config: Config) -> dict[str, Any]:
-    """The settings that decide which records a workdir holds."""
-    names = ("source", "path", "labels", "train_limit", "test_limit", "holdout")
-    found: dict[str, Any] = {name: getattr(config.data, name) for name in names}
-    if config.data.source == "folder":
-        found["store_size"] = config.data.store_size or config.data.image_size
-    if config.data.holdout:
+    """The settings that decide which records a workdir holds, and with which pixels."""
+    data = config.data
+    found = {name: getattr(data, name) for name in BINDING}
+    if data.source in ("folder", "tfds"):
+        found["store_size"] = data.store_size or data.image_size
+        found["store_width"] = data.store_width or found["store_size"]
+    if data.holdout or data.test_share:
         found["seed"] = config.seed
     return found
 
@@ -63,7 +71,8 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     Raises:
         UserError: everything that makes the source unusable, or does not fit what was imported before.
     """
-    kept = limited(source.items, config.data.train_limit, config.data.test_limit)
+    data = config.data
+    kept = limited(source.items, data.train_limit, data.test_limit)
     dataset = {
         "settings": import_settings(config),
         "classes": list(source.class_names),
@@ -72,68 +81,129 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     }
     picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
     before = catalog.get("dataset")
-    raise_all(problems(picked) + _misfits(dataset, before), f"{source.name} cannot be imported:")
+    heading = f"{source.name} cannot be imported:"
+    raise_all(problems(picked) + _unfit_shares(picked, data) + _misfits(dataset, before), heading)
     label_of = {name: label for label, name in enumerate((before or dataset)["classes"])}
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
     check_images(layout, catalog)
-    intake = _Intake(catalog)
-    with progress("import", len(kept)) as shown:
-        for _, group in itertools.groupby(kept, lambda position: position // PIECE):
-            piece = list(group)
-            items = [held_out(source.items[i], config.data.holdout, config.seed) for i in piece]
-            items = [item._replace(label=label_of[source.class_names[item.label]]) for item in items]
-            try:
-                new = intake.take(items, source.read(piece[0], piece[-1] + 1)[np.array(piece) - piece[0]])
-            except UserError as error:
-                intake.wrong.append(str(error))
-                continue
-            if len(new) and not intake.wrong:
-                file.append(new)
-            shown.advance(len(piece))
-    if intake.wrong:
+    intake = _Intake(catalog, data.skip_unreadable)
+    try:
+        with progress("import", len(kept)) as shown:
+            for first, stop in _pieces(kept):
+                items = [placed(item, data, config.seed) for item in source.items[first:stop]]
+                labels = [label_of[source.class_names[item.label]] for item in items]
+                items = [
+                    item if item.label == label else item._replace(label=label)  # a new item costs memory
+                    for item, label in zip(items, labels, strict=True)
+                ]
+                new = intake.take(items, source.read(first, stop))
+                if len(new) and not intake.wrong:
+                    file.append(new)
+                shown.advance(stop - first)
+        if before is None:
+            intake.wrong += _too_few(intake, data, len(source.class_names))
+        if intake.unreadable and not data.skip_unreadable:
+            heading = f"{heading[:-1]}; images that cannot be read are left out with --config.data.skip_unreadable:"
+        raise_all(intake.wrong, heading)
+    except UserError:
         file.truncate(start)
-        raise_all(intake.wrong, f"{source.name} cannot be imported:")
+        raise
     file.sync()
     rows = range(start, start + len(intake.items))
+    counts = {"known": intake.known, "erased": intake.erased, "converted": intake.converted}
     with catalog.transaction():
         catalog.set("dataset", before or dataset)
         catalog.add_records(intake.items, rows, intake.contents)
         catalog.set("rows", rows.stop)
-        catalog.event("import", source=source.name, added=len(rows), known=intake.known, erased=intake.erased)
-    return Imported(len(rows), intake.known, intake.erased, intake.duplicates)
+        skipped = len(intake.unreadable)  # only their number: events outlive erasures
+        catalog.event("import", source=source.name, added=len(rows), unreadable=skipped, **counts)
+    return Imported(len(rows), duplicates=intake.duplicates, unreadable=tuple(intake.unreadable), **counts)
+
+
+def _pieces(kept: list[int]) -> Iterator[tuple[int, int]]:
+    """Cuts rising positions into ranges [first, stop) without gaps, of `PIECE` images at most."""
+    runs = itertools.groupby(enumerate(kept), lambda pair: (pair[1] // PIECE, pair[1] - pair[0]))
+    for _, run in runs:
+        positions = [position for _, position in run]
+        yield positions[0], positions[-1] + 1
 
 
 class _Intake:
-    """Sorts arriving records into new, known and erased ones, piece by piece."""
+    """Sorts arriving records into new, known, erased and unreadable ones, piece by piece."""
 
-    def __init__(self, catalog: Catalog):
-        self.catalog = catalog
+    def __init__(self, catalog: Catalog, skip_unreadable: bool):
+        self.catalog, self.skip = catalog, skip_unreadable
         self.seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
         self.items: list[Item] = []
         self.contents: list[str] = []
         self.wrong: list[str] = []
-        self.known = self.erased = self.duplicates = 0
+        self.unreadable: list[str] = []  # ids
+        self.known = self.erased = self.duplicates = self.converted = 0
 
-    def take(self, items: list[Item], pixels: np.ndarray) -> np.ndarray:
+    def take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
         """Notes the records of a piece; returns the images of those that are new."""
         have, new = self.catalog.known(item.id for item in items), []
-        for position, (item, image) in enumerate(zip(items, pixels, strict=True)):
-            content = content_hash(image)
+        self.converted += pixels.converted
+        for position, (item, image) in enumerate(zip(items, pixels.images, strict=True)):
             if self.catalog.is_tombstoned(item.id):
                 self.erased += 1
+            elif position in pixels.unreadable:
+                self._miss(item, pixels.unreadable[position], item.id in have)
             elif item.id in have:
                 self.known += 1
-                if have[item.id][1:3] != (content, item.label):
+                if have[item.id][1:3] != (content_hash(image), item.label):
                     self.wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
             else:
+                content = content_hash(image)
                 self.duplicates += content in self.seen
                 self.seen.add(content)
                 self.items.append(item)
                 self.contents.append(content)
                 new.append(position)
-        return pixels[new]
+        return pixels.images[new]
+
+    def _miss(self, item: Item, why: str, known: bool) -> None:
+        """An image that cannot be read; a record that the workdir has keeps the pixels it has."""
+        if known and self.skip:
+            self.known += 1
+            return
+        self.unreadable.append(item.id)
+        if not self.skip:
+            self.wrong.append(f"{item.id}: {why}")
+
+
+def _unfit_shares(source: Source, data: Data) -> list[str]:
+    """Shares to draw that the source's own images or owners do not allow."""
+    found = []
+    for split, share in (("test", "test_share"), ("holdout", "holdout")):
+        own = sum(item.split == split for item in source.items)
+        if own and getattr(data, share):
+            given = getattr(data, f"{split}_split") or split
+            where = f" (--config.data.{split}_split={given})" if data.source in ("folder", "tfds") else ""
+            found.append(
+                f"--config.data.{share}={getattr(data, share)} would mix drawn images with the {own} {split} images"
+                f" that the source has{where}; use one of them"
+            )
+    if data.split_by == "owner" and not any(item.owner for item in source.items if item.split == "train"):
+        found.append(
+            "--config.data.split_by=owner: no training image has an owner; name owners with"
+            " --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
+        )
+    return found
+
+
+def _too_few(intake: _Intake, data: Data, classes: int) -> list[str]:
+    """What shares and unreadable images may have left over: a classifier needs two classes."""
+    labels = {item.label for item in intake.items if item.split == "train"}
+    if intake.wrong or len(labels) > 1:
+        return []
+    causes = [
+        f"--config.data.{name}={getattr(data, name)}" for name in ("test_share", "holdout") if getattr(data, name)
+    ]
+    causes += [f"{len(intake.unreadable)} images that cannot be read"] if intake.unreadable else []
+    return [f"{' and '.join(causes)} leave {len(labels)} of {classes} classes to train on; at least 2 are needed"]
 
 
 def _misfits(new: dict, old: dict | None) -> list[str]:
