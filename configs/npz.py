@@ -19,7 +19,6 @@ def get_config(arg: str = ""):
     config = default_config()
     config.data.source = "npz"
     config.data.image_size = 224
-    config.backbone.heads = 0  # width / 64
     config.clustering.sample_size = 200
     config.clustering.cut = "auto:12"
     config.clustering.max_members = 25

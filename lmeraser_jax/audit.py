@@ -124,7 +124,9 @@ def leftovers(run: Run) -> list[str]:
     empty = np.ones(run.catalog.rows_used(), bool)
     empty[run.catalog.live(*SPLITS).rows] = False
     files = [image_file(run.layout, run.catalog)]
-    files += [RowFile(p, (run.backbone.config.width,), np.float32) for p in run.layout.records.glob("features-*.f32")]
+    files += [
+        RowFile(p, (run.backbone.config.feature_size,), np.float32) for p in run.layout.records.glob("features-*.f32")
+    ]
     for file in files:
         view = file.view()
         rows = np.flatnonzero(empty[: len(view)])

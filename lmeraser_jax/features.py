@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.backbones.backbone import Architecture, Backbone
 from lmeraser_jax.images import ImageSpec, centred
 from lmeraser_jax.progress import progress
 from lmeraser_jax.records.cache import RowFile
@@ -37,12 +36,12 @@ def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def feature_function(vit: ViTConfig, spec: ImageSpec, mesh: Mesh):
+def feature_function(architecture: Architecture, spec: ImageSpec, mesh: Mesh):
     """Compiled `(params, uint8 [devices * batch, h, w, c]) -> float32 [devices * batch, D]`."""
     axis = mesh.axis_names[0]
 
     def one_device(params, images):
-        return frozen.features(vit, params, centred(images, spec))
+        return frozen.features(architecture, params, centred(images, spec))
 
     return jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
 
@@ -60,7 +59,7 @@ class Extractor:
 
     def __init__(self, backbone: Backbone, spec: ImageSpec, batch: int, mesh: Mesh, dtype: np.dtype):
         self.function = feature_function(backbone.config, spec, mesh)
-        self.params, self.width = on_device(backbone, dtype, mesh), backbone.config.width
+        self.params, self.width = on_device(backbone, dtype, mesh), backbone.config.feature_size
         self.size = batch * mesh.size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ class ImageSpec:
         size: side S of the input, pixels.
         resize: length of the shorter side after resizing, at least `size`.
         out_channels: C; a grey image is repeated to fill 3 channels.
-        mean, std: normalisation of pixels scaled to [0, 1].
+        mean, std: normalisation of pixels scaled to [0, 1]; one number, or one for each of the C channels.
         augment: none | crop | flip | paper, used by `augmented` only.
     """
 
@@ -33,8 +33,8 @@ class ImageSpec:
     size: int
     resize: int
     out_channels: int
-    mean: float = 0.5
-    std: float = 0.5
+    mean: tuple[float, ...] = (0.5,)
+    std: tuple[float, ...] = (0.5,)
     augment: str = "none"
 
     @property
@@ -115,5 +115,6 @@ def _windows(matrix: jax.Array, spec: ImageSpec, key: jax.Array, count: int) -> 
 
 
 def _normalise(x: jax.Array, spec: ImageSpec) -> jax.Array:
-    x = (x / 255.0 - spec.mean) / spec.std
-    return jnp.repeat(x, spec.out_channels, axis=-1) if spec.channels < spec.out_channels else x
+    x = jnp.repeat(x, spec.out_channels, axis=-1) if spec.channels < spec.out_channels else x
+    mean, std = (np.asarray(values, np.float32).reshape(1, 1, 1, -1) for values in (spec.mean, spec.std))
+    return (x / 255.0 - mean) / std

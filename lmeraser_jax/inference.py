@@ -99,14 +99,14 @@ def routed_probabilities(problem: Problem, nearest: int, params: Any, stack: Sli
     Returns:
         (float32 [B, Y], int32 [B, m]).
     """
-    vit, width = problem.vit, problem.tuning.prompt_width
+    architecture, width = problem.architecture, problem.tuning.prompt_width
     pixels = centred(images, problem.spec)  # [B, H, W, C]
-    gaps = squared_distances(frozen.features(vit, params, pixels), prototypes, present)
+    gaps = squared_distances(frozen.features(architecture, params, pixels), prototypes, present)
     index = jax.lax.top_k(-gaps, nearest)[1]  # [B, m]
-    lay = functools.partial(lay_prompt, size=vit.image_size, width=width, channels=vit.channels)
+    lay = functools.partial(lay_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
     prompts = jax.vmap(jax.vmap(lay))(stack.prompt[index])  # [B, m, H, W, C]
     prompted = (pixels[:, None] + prompts).reshape(-1, *pixels.shape[1:])  # [B * m, H, W, C]
-    features = frozen.features(vit, params, prompted).reshape(*index.shape, -1)  # [B, m, D]
+    features = frozen.features(architecture, params, prompted).reshape(*index.shape, -1)  # [B, m, D]
     logits = jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
     return jnp.mean(jax.nn.softmax(logits, axis=-1), axis=1), index
 

@@ -117,7 +117,7 @@ def _clustering(run: Run, records: RecordTable) -> tuple[Clustering, bool]:
         with contextlib.suppress(UserError):  # missing or damaged: made again
             return load_clustering(run.layout, name), True
     if not sample:
-        width = run.backbone.config.width
+        width = run.backbone.config.feature_size
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
     return clusters.cluster(sample, run.features(chosen), k, name), False
 
@@ -271,7 +271,7 @@ def purge(run: Run) -> None:
         rows = np.array(sorted(erased.values()), np.int64)
         image_file(run.layout, run.catalog).overwrite(rows)
         for path in run.layout.records.glob("features-*.f32"):
-            RowFile(path, (run.backbone.config.width,), np.float32).overwrite(rows)
+            RowFile(path, (run.backbone.config.feature_size,), np.float32).overwrite(rows)
         run.layout.picture.unlink(missing_ok=True)
     with run.catalog.transaction():
         for manifest in dropped:

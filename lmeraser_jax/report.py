@@ -14,6 +14,8 @@ from lmeraser_jax.run import Run
 from lmeraser_jax.slices import lay_prompt
 from lmeraser_jax.store.layout import disk_use
 
+MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows so many of either end
+
 
 @dataclasses.dataclass(frozen=True)
 class ClusterRow:
@@ -29,17 +31,30 @@ class ClusterRow:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassRow:
+    """The live training records of one class; share in [0, 1]."""
+
+    name: str
+    records: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Overview:
     """A workdir at a glance; sizes in bytes, shares in [0, 1].
 
     `expected_share`: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2.
     `sampled_share`: of the private records, whose erasure also re-clusters.
+    `classes`: of the live training records, largest first.
+    `imbalance`: records of the largest class over those of the smallest that has any; 0 where nothing is left.
     """
 
     workdir: str
     version: int
     records: dict[str, int]
     backbone: str
+    classes: tuple[ClassRow, ...]
+    imbalance: float
     clusters: tuple[ClusterRow, ...]
     expected_share: float
     sampled_share: float
@@ -49,6 +64,21 @@ class Overview:
 
     def values(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    def class_table(self) -> str:
+        """Classes with records and shares: all of a dozen, else the ends."""
+        shown, between = list(self.classes), 0
+        if len(shown) > MOST_CLASSES:
+            between = len(shown) - 2 * END_CLASSES
+            shown = shown[:END_CLASSES] + shown[-END_CLASSES:]
+        width = max(len(row.name) for row in shown)
+        lines = [f"  {row.name:<{width}}{row.records:>9}{row.share:>8.1%}" for row in shown]
+        if between:
+            lines.insert(END_CLASSES, f"  ... {between} classes between ...")
+        ratio = f", the largest has {self.imbalance:.1f} times the records of the smallest" if self.imbalance else ""
+        empty = sum(not row.records for row in self.classes)
+        gone = f" ({empty} without records)" if empty else ""
+        return "\n".join([f"training records by class: {len(self.classes)} classes{gone}{ratio}", *lines])
 
     def cost(self) -> str:
         """What a request costs, in words."""
@@ -60,6 +90,7 @@ class Overview:
         lines = [
             f"{self.workdir}: state {self.version}, backbone {self.backbone[:12]}",
             "records: " + ", ".join(f"{split} {count}" for split, count in self.records.items()),
+            self.class_table(),
             f"{'cluster':<14}{'slice':<14}{'members':>8}{'sampled':>9}{'versions':>10}{'steps':>8}{'loss':>9}",
         ]
         lines += [
@@ -85,7 +116,9 @@ def overview(run: Run) -> Overview:
         ClusterRow(key, name, made[name].size, sampled[key], versions[key], made[name].steps, made[name].loss or 0.0)
         for key, name in manifest.entries.items()
     ]
-    private = run.catalog.live("train").ids
+    private = run.catalog.live("train")
+    classes = _classes(run, private.labels)
+    filled = [row.records for row in classes if row.records]
     splits = {split: len(run.catalog.live(split)) for split in ("train", "holdout", "test", "public")}
     parts = ("backbone", "records", "clusterings", "slices")
     return Overview(
@@ -93,13 +126,21 @@ def overview(run: Run) -> Overview:
         version=manifest.version,
         records=splits,
         backbone=run.backbone.digest,
+        classes=classes,
+        imbalance=max(filled) / min(filled) if filled else 0.0,
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows]),
-        sampled_share=len(set(clustering.sample) & set(private)) / max(len(private), 1),
+        sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),
         open_requests=len(run.catalog.open_requests()),
         disk={part: disk_use(getattr(run.layout, part)) for part in parts} | {"catalog": disk_use(run.layout.catalog)},
         warnings=tuple(_warnings(run, len(clustering.keys), len(clustering.sample))),
     )
+
+
+def _classes(run: Run, labels: np.ndarray) -> tuple[ClassRow, ...]:
+    counts = np.bincount(labels, minlength=len(run.classes))
+    rows = [ClassRow(name, int(n), float(n / max(len(labels), 1))) for name, n in zip(run.classes, counts, strict=True)]
+    return tuple(sorted(rows, key=lambda row: -row.records))  # ties stay in the order of the classes
 
 
 def _warnings(run: Run, clusters: int, sample: int) -> list[str]:
@@ -164,9 +205,11 @@ def picture(run: Run, path: Path, clusters: int = 8, members: int = 10, side: in
 
 def _prompt(run: Run, name: str) -> np.ndarray:
     """A slice's prompt as an image [S, S, C], in normalised pixels."""
-    vit = run.backbone.config
+    architecture = run.backbone.config
     border = load_slice(run, name).prompt
-    return np.asarray(lay_prompt(border, vit.image_size, run.config.tuning.prompt_width, vit.channels))
+    return np.asarray(
+        lay_prompt(border, architecture.image_size, run.config.tuning.prompt_width, architecture.channels)
+    )
 
 
 def _resized(image: np.ndarray, side: int) -> np.ndarray:

@@ -18,10 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmeraser_jax import config as settings
+from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones import convert, pretrain
 from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.backbone import load as load_backbone
-from lmeraser_jax.backbones.backbone import save as save_backbone
 from lmeraser_jax.config import Config
 from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError, raise_all
@@ -55,7 +54,7 @@ class Run:
     @functools.cached_property
     def spec(self) -> ImageSpec:
         """The image pipeline of tuning, features and inference."""
-        return image_spec(self.config, self.catalog.get("dataset")["shape"], self.backbone.config.channels)
+        return image_spec(self.config, self.catalog.get("dataset")["shape"], self.backbone)
 
     @functools.cached_property
     def problem(self) -> Problem:
@@ -71,7 +70,7 @@ class Run:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
         batch, program = self.config.clustering.feature_batch, fingerprint(self.config.tuning, self.mesh)
         identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), batch, program])
-        file = RowFile(self.layout.features(identity), (self.backbone.config.width,), np.float32)
+        file = RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
         dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
 
         def make() -> Extractor:
@@ -85,8 +84,9 @@ class Run:
             file.write(json.dumps({"at": time.time(), "kind": kind, **values}) + "\n")
 
 
-def image_spec(config: Config, shape: Sequence[int], channels: int) -> ImageSpec:
-    """The image pipeline for stored images [h, w, c] and a backbone with so many channels."""
+def image_spec(config: Config, shape: Sequence[int], backbone: Backbone) -> ImageSpec:
+    """The image pipeline for stored images [h, w, c] and a backbone."""
+    channels = backbone.config.channels
     if shape[2] > channels:
         raise UserError(
             f"the images have {shape[2]} channels, the backbone takes {channels}; convert the images to grey"
@@ -96,8 +96,8 @@ def image_spec(config: Config, shape: Sequence[int], channels: int) -> ImageSpec
         size=config.data.image_size,
         resize=config.data.resize_size or config.data.image_size,
         out_channels=channels,
-        mean=config.backbone.mean,
-        std=config.backbone.std,
+        mean=backbone.mean,
+        std=backbone.std,
         augment=config.data.augment,
     )
 
@@ -133,7 +133,7 @@ def opened(
     lock = writer_lock(layout) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
-        backbone, _ = load_backbone(layout)
+        backbone, _ = frozen.load(layout.backbone)
         yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write)
 
 
@@ -175,10 +175,10 @@ def prepared(
         mesh, imported = mesh_of(devices), None
         converted = None
         if layout.backbone.exists():
-            backbone, inputs = load_backbone(layout)
+            backbone, inputs = frozen.load(layout.backbone)
             _check_made(layout, "backbone", inputs, _backbone_inputs(config), "")
         elif config.backbone.weights:
-            converted = convert.load(config)
+            converted = convert.load(config.backbone, config.data.image_size)
         if stored != config:
             write_json(layout.config, settings.to_dict(config))
         if catalog.get("dataset") is None or reimport:
@@ -186,7 +186,7 @@ def prepared(
         _check_data(config, catalog, first=manifest is None)
         if not layout.backbone.exists():
             _make_backbone(layout, config, catalog, mesh, converted)
-        backbone, _ = load_backbone(layout)
+        backbone, _ = frozen.load(layout.backbone)
         yield Run(layout, config, catalog, backbone, mesh, True), imported
 
 
@@ -229,15 +229,18 @@ def _backbone_inputs(config: Config) -> dict[str, Any]:
     return inputs
 
 
-def _make_backbone(layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: Backbone | None) -> None:
+def _make_backbone(
+    layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: tuple[Backbone, convert.Provenance] | None
+) -> None:
     """Saves the converted backbone, or pretrains one on the public records."""
     if converted is not None:
-        image_spec(config, catalog.get("dataset")["shape"], converted.config.channels)
-        save_backbone(layout, converted, _backbone_inputs(config))
+        backbone, provenance = converted
+        image_spec(config, catalog.get("dataset")["shape"], backbone)
+        frozen.save(layout.backbone, backbone, _backbone_inputs(config), dataclasses.asdict(provenance))
         return
     public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
     images = image_file(layout, catalog).view()[public.rows]
     backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
-    save_backbone(layout, backbone, _backbone_inputs(config))
+    frozen.save(layout.backbone, backbone, _backbone_inputs(config), {"origin": "pretrained in the workdir"})
     shutil.rmtree(layout.pretraining, ignore_errors=True)
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.backbones.backbone import Architecture
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.digests import digest
 from lmeraser_jax.images import ImageSpec
@@ -47,11 +47,11 @@ def lay_prompt(border: jax.Array, size: int, width: int, channels: int) -> jax.A
     return jnp.concatenate(rows, axis=0)
 
 
-def init_slice(key: jax.Array, tuning: Tuning, vit: ViTConfig, classes: int) -> Slice:
+def init_slice(key: jax.Array, tuning: Tuning, architecture: Architecture, classes: int) -> Slice:
     """First values of a slice; a function of its key alone, never of its members."""
     key_prompt, key_head = jax.random.split(key)
-    n = border_size(vit.image_size, tuning.prompt_width, vit.channels)
-    prompt, kernel = jnp.zeros((n,)), jnp.zeros((vit.width, classes))
+    n = border_size(architecture.image_size, tuning.prompt_width, architecture.channels)
+    prompt, kernel = jnp.zeros((n,)), jnp.zeros((architecture.feature_size, classes))
     if tuning.prompt_init:
         prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape)
     if tuning.head_init:

@@ -27,8 +27,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.backbones.backbone import Architecture, Backbone
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.digests import canonical_json, digest
 from lmeraser_jax.features import compute_dtype, on_device
@@ -60,7 +59,7 @@ class Batch(NamedTuple):
 class Problem:
     """Everything static about a tuning program."""
 
-    vit: ViTConfig
+    architecture: Architecture
     spec: ImageSpec
     tuning: Tuning
     classes: int
@@ -160,9 +159,9 @@ def cluster_loss(part: Slice, problem: Problem, params: Any, images: jax.Array, 
         labels: int32 [B].
         valid: bool [B].
     """
-    vit, width = problem.vit, problem.tuning.prompt_width
-    prompt = lay_prompt(part.prompt, vit.image_size, width, vit.channels)
-    features = frozen.features(vit, params, images + prompt[None])  # [B, D]
+    architecture, width = problem.architecture, problem.tuning.prompt_width
+    prompt = lay_prompt(part.prompt, architecture.image_size, width, architecture.channels)
+    features = frozen.features(architecture, params, images + prompt[None])  # [B, D]
     logits = features @ part.kernel + part.bias[None]  # [B, Y]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     weights = valid.astype(losses.dtype)
@@ -191,7 +190,7 @@ def cluster_step(problem: Problem, params: Any, images: jax.Array, labels: jax.A
     for i in range(2):
         key = jax.random.fold_in(key, batch.words[i])
     key_init, key_augment = jax.random.split(key)
-    first = init_slice(key_init, tuning, problem.vit, problem.classes)
+    first = init_slice(key_init, tuning, problem.architecture, problem.classes)
     fresh = LaneState(first, tx.init(first))
     part, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
     pixels = augmented(images[batch.rows], problem.spec, jax.random.fold_in(key_augment, batch.step))
@@ -248,7 +247,7 @@ def initial_state(problem: Problem, mesh: Mesh) -> LaneState:
     """Zeros in the shape of all lanes' states, split over the mesh."""
 
     def one() -> LaneState:
-        part = init_slice(jax.random.key(0), problem.tuning, problem.vit, problem.classes)
+        part = init_slice(jax.random.key(0), problem.tuning, problem.architecture, problem.classes)
         return LaneState(part, optimizer(problem.tuning).init(part))
 
     lanes = mesh.size * problem.tuning.lanes
@@ -264,7 +263,7 @@ def tune(
 
     Args:
         problem: static settings.
-        backbone: frozen network, `problem.vit` its architecture.
+        backbone: frozen network, `problem.architecture` its architecture.
         jobs: clusters to tune; their rows point into `images`.
         images: uint8 [N, h, w, c], on the host (may be a memory map).
         labels: int32 [N].

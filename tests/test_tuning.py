@@ -59,18 +59,18 @@ def same_bits(a, b):
 
 def reference(problem, backbone, data, key, rows):
     """One cluster in a plain loop, float64 where NumPy computes: prompt by slicing, optimizers by hand."""
-    t, size, width = problem.tuning, problem.vit.image_size, problem.tuning.prompt_width
+    t, size, width = problem.tuning, problem.architecture.image_size, problem.tuning.prompt_width
     mask = np.ones((size, size, 1), np.float32)
     mask[width : size - width, width : size - width] = 0
     images, labels = data
     job = make_job(key, rows, t)
     orders, valid = batches(job, problem.seed, t.batch)
-    prompt, kernel = np.zeros((size, size, 1)), np.zeros((problem.vit.width, CLASSES))
+    prompt, kernel = np.zeros((size, size, 1)), np.zeros((problem.architecture.feature_size, CLASSES))
     bias = np.zeros(CLASSES)
     state = [[np.zeros_like(p), np.zeros_like(p)] for p in (prompt, kernel, bias)]
 
     def loss(parts, pixels, targets):
-        features = frozen.features(problem.vit, backbone.params, pixels + (parts[0] * mask)[None])
+        features = frozen.features(problem.architecture, backbone.params, pixels + (parts[0] * mask)[None])
         logits = features @ parts[1] + parts[2][None]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(len(targets)), targets])
 
@@ -124,10 +124,10 @@ def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
     problem = problem_of(backbone)
     images, labels = centred(jnp.asarray(data[0][:4]), problem.spec), data[1][:4]
     part = tuning.init_slice(
-        jax.random.key(1), dataclasses.replace(problem.tuning, prompt_init=1.0, head_init=1.0), problem.vit, CLASSES
+        jax.random.key(1), dataclasses.replace(problem.tuning, prompt_init=1.0, head_init=1.0), problem.architecture, CLASSES
     )
     prompt = tuning.lay_prompt(part.prompt, 8, 1, 1)
-    logits = np.asarray(frozen.features(problem.vit, backbone.params, images + prompt[None]) @ part.kernel, np.float64)
+    logits = np.asarray(frozen.features(problem.architecture, backbone.params, images + prompt[None]) @ part.kernel, np.float64)
     losses = logsumexp(logits, axis=1) - logits[np.arange(4), labels]
     for valid in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]):
         found = tuning.cluster_loss(part, problem, backbone.params, images, labels, jnp.asarray(valid, bool))
@@ -207,7 +207,7 @@ def test_no_backbone_gradient_exists_in_the_program(backbone, data):
             images = jnp.zeros((4, 8, 8, 1))
             return tuning.cluster_loss(part, problem, params, images, jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
 
-        part = tuning.init_slice(jax.random.key(0), problem.tuning, problem.vit, CLASSES)
+        part = tuning.init_slice(jax.random.key(0), problem.tuning, problem.architecture, CLASSES)
         return shapes_of_products(jax.make_jaxpr(jax.grad(loss, argnums=argument))(part, backbone.params).jaxpr)
 
     assert shapes & products(1), "control: with a backbone gradient the finder finds it"

@@ -6,6 +6,7 @@ the pure function, so no optimizer and no gradient ever meets the backbone's par
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,13 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.backbones.vit import ViT, ViTConfig
+from lmeraser_jax.backbones.swin import SwinConfig
+from lmeraser_jax.backbones.vit import ViTConfig
 from lmeraser_jax.digests import arrays_digest, digest
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.layout import Layout
 
 Params = Any  # nested dict of arrays
+Architecture = ViTConfig | SwinConfig
+FAMILIES: dict[str, type[Architecture]] = {"vit": ViTConfig, "swin": SwinConfig}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,26 +32,26 @@ class Backbone:
     Attributes:
         config: architecture, without the public classifier.
         params: nested dict of float32 arrays on the host.
-        mean, std: normalisation of its input.
+        mean, std: normalisation of pixels in [0, 1]; one number, or one for each channel.
         digest: SHA-256 over architecture, normalisation and parameters.
     """
 
-    config: ViTConfig
+    config: Architecture
     params: Params
-    mean: float
-    std: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     digest: str
 
 
 @functools.lru_cache(maxsize=16)
-def graph(config: ViTConfig) -> tuple[Any, Params]:
+def graph(config: Architecture) -> tuple[Any, Params]:
     """Static graph and abstract parameters (shapes only) of an architecture."""
-    model = nnx.eval_shape(lambda: ViT(config, nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 
 
-def features(config: ViTConfig, params: Params, images: jax.Array) -> jax.Array:
+def features(config: Architecture, params: Params, images: jax.Array) -> jax.Array:
     """Feature of each image, pure in `params` and `images`.
 
     Args:
@@ -63,21 +66,21 @@ def features(config: ViTConfig, params: Params, images: jax.Array) -> jax.Array:
     return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
 
 
-def logits(config: ViTConfig, params: Params, images: jax.Array) -> jax.Array:
+def logits(config: Architecture, params: Params, images: jax.Array) -> jax.Array:
     """Logits of the public classifier: [B, H, W, C] -> [B, classes] float32."""
     return nnx.merge(graph(config)[0], params)(images).astype(jnp.float32)
 
 
-def make(config: ViTConfig, params: Params, mean: float, std: float) -> Backbone:
+def make(config: Architecture, params: Params, mean: tuple[float, ...], std: tuple[float, ...]) -> Backbone:
     """Freezes parameters into a backbone; a public classifier among them is dropped."""
     config = dataclasses.replace(config, classes=0)
     params = {name: leaf for name, leaf in params.items() if name != "head"}
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
-    identity = [dataclasses.asdict(config), mean, std, arrays_digest(checkpoints.flatten(params))]
+    identity = [described(config), mean, std, arrays_digest(checkpoints.flatten(params))]
     return Backbone(config, params, mean, std, digest(identity))
 
 
-def misfits(config: ViTConfig, arrays: dict[str, np.ndarray]) -> list[str]:
+def misfits(config: Architecture, arrays: dict[str, np.ndarray]) -> list[str]:
     """Every array that is missing, left over or of another shape than the architecture asks for."""
     wanted = {name: leaf.shape for name, leaf in _flat_shapes(config).items()}
     lines = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in arrays]
@@ -89,40 +92,61 @@ def misfits(config: ViTConfig, arrays: dict[str, np.ndarray]) -> list[str]:
     ]
 
 
-def _flat_shapes(config: ViTConfig) -> dict[str, Any]:
+def _flat_shapes(config: Architecture) -> dict[str, Any]:
     shapes = graph(config)[1]
     return checkpoints.flatten(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes))
 
 
-def from_flat(config: ViTConfig, arrays: dict[str, np.ndarray], name: str) -> Params:
+def from_flat(config: Architecture, arrays: dict[str, np.ndarray], name: str) -> Params:
     """Nested parameters from flat ones. Raises `UserError` with all mismatches at once."""
     raise_all(misfits(config, arrays), f"the weights {name} do not fit the backbone:")
     return checkpoints.unflatten(arrays, graph(config)[1])
 
 
-def save(layout: Layout, backbone: Backbone, inputs: dict[str, Any]) -> None:
-    """Writes the backbone into a workdir, with the settings it was made with."""
+def described(config: Architecture) -> dict[str, Any]:
+    """An architecture as plain values."""
+    family = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
+    return {"family": family, **dataclasses.asdict(config)}
+
+
+def architecture(values: dict[str, Any]) -> Architecture:
+    """The inverse of `described`, also from JSON. Raises KeyError or TypeError if it is none."""
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return FAMILIES[values.pop("family")](**values)
+
+
+def save(folder: Path, backbone: Backbone, inputs: dict[str, Any], provenance: dict[str, Any]) -> None:
+    """Writes a backbone into a folder of its own, with the settings and the files it was made from."""
     metadata = {
-        "config": dataclasses.asdict(backbone.config),
+        "config": described(backbone.config),
         "mean": backbone.mean,
         "std": backbone.std,
         "digest": backbone.digest,
         "inputs": inputs,
+        "provenance": provenance,
     }
-    checkpoints.save(layout.backbone, checkpoints.flatten(backbone.params), metadata)
+    checkpoints.save(folder, checkpoints.flatten(backbone.params), metadata)
 
 
-def load(layout: Layout) -> tuple[Backbone, dict[str, Any]]:
-    """Reads the workdir's backbone and the settings it was made with. A damaged one is refused."""
-    arrays, metadata, _ = checkpoints.load(layout.backbone)
+def load(folder: Path) -> tuple[Backbone, dict[str, Any]]:
+    """Reads a saved backbone and the settings it was made with. A damaged one is refused."""
+    arrays, metadata, _ = checkpoints.load(folder)
+    backbone = restored(folder, arrays, metadata)
+    return backbone, metadata["inputs"]
+
+
+def restored(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> Backbone:
+    """The backbone of a folder's arrays and metadata. Raises `UserError` where its digest is not the recorded one."""
     try:
-        config = ViTConfig(**metadata["config"])
-        backbone = make(config, from_flat(config, arrays, str(layout.backbone)), metadata["mean"], metadata["std"])
-        if backbone.digest == metadata["digest"]:
-            return backbone, metadata["inputs"]
+        config = architecture(metadata["config"])
+        normalisation = tuple(metadata["mean"]), tuple(metadata["std"])
+        backbone = make(config, from_flat(config, arrays, str(folder)), *normalisation)
+        digest_then, _ = metadata["digest"], metadata["inputs"]
+        if backbone.digest == digest_then:
+            return backbone
     except (KeyError, TypeError) as error:
-        raise UserError(f"{layout.backbone} is damaged: {error}") from error
+        raise UserError(f"{folder} is damaged: {error}") from error
     raise UserError(
-        f"{layout.backbone} is damaged: digest {backbone.digest[:12]}, written as {metadata['digest'][:12]};"
-        " restore the folder, or delete it and let lmeraser train make it again"
+        f"{folder} is damaged: digest {backbone.digest[:12]}, written as {metadata['digest'][:12]};"
+        " restore the folder, or delete it and make it again"
     )

@@ -19,9 +19,9 @@ from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.convert import misfits
+from lmeraser_jax.backbones.convert import misfits, per_channel
 from lmeraser_jax.backbones.vit import ViT, ViTConfig
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, numbers
 from lmeraser_jax.digests import arrays_digest, digest, philox
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.images import ImageSpec, augmented
@@ -39,9 +39,9 @@ def architecture(config: Config, channels: int, classes: int) -> ViTConfig:
         channels=channels,
         width=b.width,
         depth=b.depth,
-        heads=b.heads or max(1, b.width // 64),
+        heads=b.heads or max(1, b.width // 16),
         mlp=b.mlp or 4 * b.width,
-        feature=b.feature,
+        feature="cls" if b.feature == "auto" else b.feature,
         classes=classes,
     )
     raise_all(misfits(vit, config.data.image_size))
@@ -85,13 +85,15 @@ def pretrain(
             "there are no public images to pretrain on; name a backbone with --config.backbone.weights=FILE"
         )
     vit = architecture(config, channels=images.shape[3], classes=classes)
+    mean, std = (numbers(text) or (0.5,) for text in (config.backbone.mean, config.backbone.std))
+    mean, std = per_channel(mean, std, images.shape[3])
     spec = ImageSpec(
         *images.shape[1:],
         size=config.data.image_size,
         resize=config.data.resize_size or config.data.image_size,
         out_channels=images.shape[3],
-        mean=config.backbone.mean,
-        std=config.backbone.std,
+        mean=mean,
+        std=std,
         augment=p.augment,
     )
     batch = -(-p.batch // mesh.size) * mesh.size
@@ -115,7 +117,7 @@ def pretrain(
             shown.advance(1, f"loss {float(loss):.3f} accuracy {float(accuracy):.3f}")
             if (epoch + 1) % p.checkpoint_epochs == 0 and epoch + 1 < p.epochs:
                 checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, epoch + 1)
-    backbone = frozen.make(vit, jax.device_get(state[0]), config.backbone.mean, config.backbone.std)
+    backbone = frozen.make(vit, jax.device_get(state[0]), mean, std)
     return backbone, float(accuracy)
 
 

@@ -1,7 +1,6 @@
 """Vision Transformer (Dosovitskiy et al., 2020) as a Flax NNX module.
 
-Pre-norm blocks, class token, learned position embedding, exact GELU, LayerNorm epsilon 1e-6: the
-numerics of the public timm / google checkpoints. The patch embedding is a reshape and one matrix
+Pre-norm blocks, class token, learned position embedding. The patch embedding is a reshape and one matrix
 product, so that a `vmap` over lanes leaves a single large product for the whole device.
 
 Shapes: B batch, H W C image, N tokens (1 + number of patches), D width, A heads.
@@ -12,9 +11,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-LAYER_NORM_EPSILON = 1e-6
+from lmeraser_jax.backbones.layers import MLP, Gelu, LayerNorm, attend, patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class ViTConfig:
         feature: "cls" (class token after the final LayerNorm) or "pooler" (tanh of a dense layer on it,
             the feature that ViT-B trained on ImageNet-22K has).
         classes: outputs of the public classifier; 0 leaves it out.
+        epsilon: of every LayerNorm, as the checkpoint's origin has it.
+        gelu: "erf" (exact) or "tanh", as the checkpoint's origin has it.
     """
 
     image_size: int
@@ -43,26 +45,26 @@ class ViTConfig:
     channels: int = 3
     feature: str = "cls"
     classes: int = 0
+    epsilon: float = 1e-6
+    gelu: Gelu = "erf"
 
     @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch
 
+    @property
+    def feature_size(self) -> int:
+        """D of the feature."""
+        return self.width
 
-class LayerNorm(nnx.LayerNorm):
-    """Statistics in float32 whatever the compute dtype."""
-
-    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
-        super().__init__(config.width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
-
-    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:  # [..., D] -> [..., D]
-        with jax.numpy_dtype_promotion("standard"):  # Flax mixes bfloat16 input with float32 statistics
-            return super().__call__(x, mask=mask)
+    def build(self, rngs: nnx.Rngs) -> "ViT":
+        """The module with random parameters."""
+        return ViT(self, rngs)
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention; softmax in float32 whatever the compute dtype."""
+    """Multi-head self-attention over all tokens."""
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         self.heads = config.heads
@@ -70,27 +72,21 @@ class Attention(nnx.Module):
         self.out = nnx.Linear(config.width, config.width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
-        b, n, d = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads), 2, 0)
-        scores = jnp.einsum("bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(scores * (d // self.heads) ** -0.5, axis=-1).astype(x.dtype)
-        mixed = jnp.einsum("baqk,bkad->bqad", weights, v)
-        return self.out(mixed.reshape(b, n, d))
+        return self.out(attend(self.qkv(x), self.heads))
 
 
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
-        self.norm1 = LayerNorm(config, rngs)
+        self.norm1 = LayerNorm(config.width, config.epsilon, rngs)
         self.attention = Attention(config, rngs)
-        self.norm2 = LayerNorm(config, rngs)
-        self.fc1 = nnx.Linear(config.width, config.mlp, rngs=rngs)
-        self.fc2 = nnx.Linear(config.mlp, config.width, rngs=rngs)
+        self.norm2 = LayerNorm(config.width, config.epsilon, rngs)
+        self.mlp = MLP(config.width, config.mlp, config.gelu, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
         x = x + self.attention(self.norm1(x))
-        return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
+        return x + self.mlp(self.norm2(x))
 
 
 class ViT(nnx.Module):
@@ -104,11 +100,21 @@ class ViT(nnx.Module):
         self.cls = nnx.Param(jnp.zeros((1, 1, config.width)))
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width)))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
-        self.norm = LayerNorm(config, rngs)
+        self.norm = LayerNorm(config.width, config.epsilon, rngs)
         if config.feature == "pooler":
             self.pooler = nnx.Linear(config.width, config.width, rngs=rngs)
         if config.classes:
             self.head = nnx.Linear(config.width, config.classes, rngs=rngs)
+
+    def states(self, images: jax.Array) -> list[jax.Array]:
+        """Tokens [B, N, D] before the first block and after each one; images as in `features`."""
+        x = self.embed(patches(images, self.config.patch))
+        x = x.reshape(len(x), -1, x.shape[-1])  # [B, N-1, D]
+        cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        found = [jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)]  # [B, N, D]
+        for block in self.blocks:
+            found.append(block(found[-1]))
+        return found
 
     def features(self, images: jax.Array) -> jax.Array:
         """Feature of each image.
@@ -119,12 +125,7 @@ class ViT(nnx.Module):
         Returns:
             [B, D] in the dtype of the images.
         """
-        x = self.embed(patches(images, self.config.patch))  # [B, N-1, D]
-        cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        x = jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)  # [B, N, D]
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)[:, 0]  # [B, D]
+        x = self.norm(self.states(images)[-1])[:, 0]  # [B, D]
         return jnp.tanh(self.pooler(x)) if self.config.feature == "pooler" else x
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -132,27 +133,41 @@ class ViT(nnx.Module):
         return self.head(self.features(images))
 
 
-def patches(images: jax.Array, patch: int) -> jax.Array:
-    """Cuts images into flat patches, row by row: [B, H, W, C] -> [B, H/p * W/p, p * p * C]."""
-    b, h, w, c = images.shape
-    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (h // patch) * (w // patch), patch * patch * c)
-
-
-def interpolate_positions(positions: jax.Array, grid: int) -> jax.Array:
-    """Resizes a position embedding to another number of patches (bicubic, antialiased; class token kept).
+def interpolate_positions(positions: np.ndarray, grid: int, antialias: bool = True) -> np.ndarray:
+    """Resizes a position embedding to another number of patches (bicubic; class token kept).
 
     Args:
         positions: [1, 1 + g * g, D] float.
         grid: wanted patches along a side.
+        antialias: as timm and Pillow do it (kernel a = -0.5, widened when it shrinks), else as PyTorch's
+            interpolate and with it transformers (a = -0.75, four neighbours).
 
     Returns:
         [1, 1 + grid * grid, D] float32.
     """
     old = math.isqrt(positions.shape[1] - 1)
     assert old * old == positions.shape[1] - 1, positions.shape
+    positions = np.asarray(positions, np.float32)
     if old == grid:
-        return jnp.asarray(positions, jnp.float32)
-    cls, patch = positions[:, :1], positions[:, 1:].reshape(old, old, -1)
-    patch = jax.image.resize(patch, (grid, grid, patch.shape[-1]), "cubic", antialias=True)
-    return jnp.concatenate([cls, patch.reshape(1, grid * grid, -1)], axis=1)
+        return positions
+    weights = cubic_matrix(old, grid, antialias)
+    cls, patch = positions[:, :1], positions[0, 1:].reshape(old, old, -1)
+    patch = np.einsum("yh,xw,hwd->yxd", weights, weights, patch, optimize=True)
+    return np.concatenate([cls, patch.reshape(1, grid * grid, -1).astype(np.float32)], axis=1)
+
+
+def cubic_matrix(old: int, new: int, antialias: bool) -> np.ndarray:
+    """Weights [new, old] float64 of a bicubic resize; rows sum to 1."""
+    a, scale = (-0.5, max(old / new, 1.0)) if antialias else (-0.75, 1.0)
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(centres)[:, None] + np.arange(-2 * math.ceil(scale), 2 * math.ceil(scale) + 2)  # [new, taps]
+    x = np.abs(taps - centres[:, None]) / scale
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    values = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:  # what lies outside counts nothing; PyTorch's plain kernel repeats the edge
+        values = np.where((taps >= 0) & (taps < old), values, 0.0)
+    columns = np.clip(taps, 0, old - 1).astype(int)
+    weights = np.zeros((new, old))
+    np.add.at(weights, (np.arange(new)[:, None], columns), values)
+    return weights / weights.sum(axis=1, keepdims=True)

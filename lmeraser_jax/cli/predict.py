@@ -24,6 +24,7 @@ def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.inference import load_model, predict
     from lmeraser_jax.records import folder
+    from lmeraser_jax.records.decode import decoded
     from lmeraser_jax.run import opened
 
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
@@ -31,7 +32,7 @@ def run(arguments: common.Arguments) -> int:
         common.warn_if_unfinished(run_)
         model = load_model(run_)
         spec = run_.spec
-        found = predict(model, folder.decode(files, spec.height, spec.width, spec.channels))
+        found = predict(model, decoded(files, spec.height, spec.width, spec.channels))
         rows = [
             {
                 "file": str(file),

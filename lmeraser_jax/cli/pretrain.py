@@ -19,8 +19,9 @@ def run(arguments: common.Arguments) -> int:
 
     common.log_devices()
     with prepared(workdir, config) as (opened, imported):
-        vit, name = opened.backbone.config, opened.backbone.digest
-    lines = [f"backbone {name[:12]}: ViT width {vit.width}, depth {vit.depth}, patch {vit.patch}, {vit.image_size} px"]
+        architecture, name = opened.backbone.config, opened.backbone.digest
+    kind, size = type(architecture).__name__.removesuffix("Config"), architecture.image_size
+    lines = [f"backbone {name[:12]}: {kind}, {size} px, feature of {architecture.feature_size} numbers"]
     if imported:
         lines.append(f"imported {imported.added} records")
     lines.append(f"next: lmeraser train --workdir={workdir}")

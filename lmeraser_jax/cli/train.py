@@ -10,6 +10,7 @@ import dataclasses
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.errors import some
 
 
 def define(flags: common.Flags) -> None:
@@ -30,6 +31,14 @@ def run(arguments: common.Arguments) -> int:
             erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
             same = f", {imported.duplicates} with the pixels of another" if imported.duplicates else ""
             lines.append(f"imported {imported.added} records{erased}{same}")
+            if imported.converted:
+                mode = "grey" if opened.spec.channels == 1 else "RGB"
+                lines.append(f"{imported.converted} images were not {mode} and were converted")
+            if imported.unreadable:
+                common.warn(
+                    f"{len(imported.unreadable)} images could not be read and were left out"
+                    f" ({some(imported.unreadable)}); mended ones join with lmeraser train --reimport"
+                )
         for message in repair(opened):
             common.warn(message)
         outcome = reconcile(opened)
@@ -43,8 +52,14 @@ def run(arguments: common.Arguments) -> int:
         )
     else:
         lines.append(f"nothing to do: all {outcome.clusters} clusters are tuned and published")
-    lines.append(overview.cost())
+    lines += [overview.class_table(), overview.cost()]
     shares = {"expected_share": overview.expected_share, "sampled_share": overview.sampled_share}
-    values = {**dataclasses.asdict(outcome), **shares}
+    classes = {"classes": overview.values()["classes"], "imbalance": overview.imbalance}
+    values = {
+        **dataclasses.asdict(outcome),
+        **shares,
+        **classes,
+        "imported": dataclasses.asdict(imported) if imported else None,
+    }
     common.show(arguments, "\n".join(lines), values)
     return 0

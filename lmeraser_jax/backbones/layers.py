@@ -1,0 +1,59 @@
+"""What ViT and Swin share: float32 LayerNorm, the two GELUs, the MLP, cutting images into patches."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+Gelu = Literal["erf", "tanh"]
+
+
+class LayerNorm(nnx.LayerNorm):
+    """Statistics in float32 whatever the compute dtype."""
+
+    def __init__(self, width: int, epsilon: float, rngs: nnx.Rngs):
+        super().__init__(width, epsilon=epsilon, rngs=rngs)
+
+    def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:  # [..., D] -> [..., D]
+        with jax.numpy_dtype_promotion("standard"):  # Flax mixes bfloat16 input with float32 statistics
+            return super().__call__(x, mask=mask)
+
+
+class MLP(nnx.Module):
+    """Dense, GELU, dense. The exact GELU, or the tanh approximation that some checkpoints were trained with."""
+
+    def __init__(self, width: int, hidden: int, gelu: Gelu, rngs: nnx.Rngs):
+        self.approximate = gelu == "tanh"
+        self.fc1 = nnx.Linear(width, hidden, rngs=rngs)
+        self.fc2 = nnx.Linear(hidden, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+
+
+def attend(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
+    """Multi-head attention from stacked queries, keys and values; softmax in float32 whatever the dtype.
+
+    Args:
+        qkv: [B, N, 3 * D].
+        heads: A, a divisor of D.
+        bias: float32, added to the scores; [A, N, N] or [B, A, N, N].
+
+    Returns:
+        [B, N, D], before the output projection.
+    """
+    b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, d // heads), 2, 0)
+    scores = jnp.einsum("bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
+    if bias is not None:
+        scores = scores + jnp.broadcast_to(bias, scores.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)
+    return jnp.einsum("baqk,bkad->bqad", weights, v).reshape(b, n, d)
+
+
+def patches(images: jax.Array, patch: int) -> jax.Array:
+    """Cuts images into flat patches, row by row: [B, H, W, C] -> [B, H/p, W/p, p * p * C]."""
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // patch, w // patch, patch * patch * c)

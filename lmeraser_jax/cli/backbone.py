@@ -1,0 +1,119 @@
+"""lmeraser backbone: convert published weights once, into a folder that --config.backbone.weights takes.
+
+  lmeraser backbone --list
+  lmeraser backbone --weights=FILE_OR_FOLDER --out=DIR
+  lmeraser backbone --name=vit-b-22k --weights=FOLDER --out=DIR [--image_size=224]
+
+With a name the weights must be of that backbone, and its feature and normalisation are used. Read are
+.safetensors, .npz, Flax .msgpack and folders of the hub's form; hub:OWNER/NAME (or hub, with a name)
+downloads, nothing else touches a network.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.cli import common
+from lmeraser_jax.errors import UserError, some
+
+STRAY = "name them as --weights=FILE_OR_FOLDER"
+
+
+def define(flags: common.Flags) -> None:
+    absl_flags.DEFINE_bool("list", False, "list the backbones that have a name", flag_values=flags)
+    absl_flags.DEFINE_string("name", "", "name of a published backbone", flag_values=flags)
+    absl_flags.DEFINE_string("weights", "", "file, folder, hub:OWNER/NAME, or hub", flag_values=flags)
+    absl_flags.DEFINE_string("out", "", "new folder for the converted backbone", flag_values=flags)
+    absl_flags.DEFINE_integer(
+        "image_size", 0, "side of the input in pixels; 0: as published", lower_bound=0, flag_values=flags
+    )
+
+
+def run(arguments: common.Arguments) -> int:
+    if arguments["list"]:
+        return _list(arguments)
+    config = _merged(arguments)
+    from lmeraser_jax.backbones import backbone as frozen
+    from lmeraser_jax.backbones import convert, zoo
+    from lmeraser_jax.store import checkpoints
+
+    out = _out(arguments["out"])
+    if not config.weights:
+        raise UserError(f"--weights is missing: {zoo.how_to_get(config.name) or 'a file, a folder, or hub:OWNER/NAME'}")
+    made, provenance = convert.load(config, arguments["image_size"])
+    inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
+    frozen.save(out, made, inputs, dataclasses.asdict(provenance))
+    count = sum(leaf.size for leaf in checkpoints.flatten(made.params).values())
+    values = {
+        "folder": str(out),
+        "architecture": frozen.described(made.config),
+        "parameters": count,
+        "digest": made.digest,
+        "feature": made.config.feature,
+        "feature_size": made.config.feature_size,
+        "mean": made.mean,
+        "std": made.std,
+        **{f"source_{name}": value for name, value in dataclasses.asdict(provenance).items()},
+    }
+    common.show(arguments, _text(values), values)
+    return 0
+
+
+def _merged(arguments: common.Arguments) -> settings.Backbone:
+    """The flags over the config's backbone settings."""
+    chosen = settings.from_dict(arguments["config"].to_dict() | {"backbone": {}}).backbone
+    given = dict(arguments["config"].backbone.to_dict())
+    given |= {name: arguments[name] for name in ("name", "weights") if arguments[name]}
+    return dataclasses.replace(chosen, **given)
+
+
+def _out(out: str) -> Path:
+    """The folder to write. Raises `UserError` when it is missing or already holds something."""
+    if not out:
+        raise UserError("--out=DIR is missing: a new folder for the converted backbone")
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise UserError(f"--out={out} exists already; name a new folder")
+    return Path(out)
+
+
+def _text(values: dict[str, Any]) -> str:
+    sizes = ", ".join(
+        f"{k} {v}" for k, v in values["architecture"].items() if k not in ("family", "classes", "feature")
+    )
+    left_out = values["source_left_out"]
+    lines = [
+        f"{values['source_name']}: {values['source_origin']}, sha256 {values['source_sha256'][:12]}",
+        f"  {values['architecture']['family']}: {sizes}",
+        f"  parameters     {values['parameters']:,}",
+        f"  feature        {values['feature']}, {values['feature_size']} numbers",
+        f"  normalisation  mean {values['mean']}, std {values['std']}",
+        f"  left out       {some(left_out) if left_out else 'nothing'}",
+        f"  digest         {values['digest']}",
+        f"use it with: --config.backbone.weights={values['folder']}",
+    ]
+    return "\n".join(lines)
+
+
+def _list(arguments: common.Arguments) -> int:
+    from lmeraser_jax.backbones import backbone as frozen
+    from lmeraser_jax.backbones import zoo
+
+    rows = {
+        name: {
+            "about": entry.about,
+            "hub": entry.hub,
+            "revision": entry.revision,
+            "licence": entry.licence,
+            "architecture": frozen.described(entry.architecture),
+            "feature": entry.architecture.feature,
+            "normalisation": entry.normalisation,
+        }
+        for name, entry in zoo.ZOO.items()
+    }
+    lines = [f"{'name':<12}{'feature':<9}{'hub':<50}{'about'}"]
+    lines += [f"{name:<12}{row['feature']:<9}{row['hub']:<50}{row['about']}" for name, row in rows.items()]
+    common.show(arguments, "\n".join(lines), rows)
+    return 0
