@@ -5,7 +5,6 @@ from lmeraser_jax.presets import vit_tiny_config
 
 def get_config(arg: str = ""):
     config = vit_tiny_config("mnist_20k_10k.npz", arg, "configs/mnist_vit_tiny.py")
-    config.data.augment = "crop"
     config.data.train_limit = 6000
     config.data.test_limit = 2000
     return config
