@@ -193,6 +193,8 @@ def prepared(
 def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:
     """Refuses a config that differs from the stored one in any group that is not free."""
     old, new = ({k: v for k, v in settings.to_dict(c).items() if k not in free} for c in (stored, config))
+    for tree in (old, new):
+        tree["data"].pop("skip_unreadable")  # says what to do with broken files, not what the records are
     _check_made(layout, "state", old, new, "")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.records import digits
-from lmeraser_jax.records.source import Item, Source
+from lmeraser_jax.records.source import Item, Pixels, Source
 from lmeraser_jax.run import Run, prepared
 
 SMALL = {
@@ -45,23 +45,23 @@ def small_source(train: int = 100, test: int = 20, public: int = 40) -> Source:
         if left[item.split] > 0:
             left[item.split] -= 1
             kept.append(position)
-    images = whole.read(0, len(whole.items))[kept]
+    images = whole.read(0, len(whole.items)).images[kept]
     return with_items(whole, [whole.items[i] for i in kept], images)
 
 
 def with_items(source: Source, items: Sequence[Item], images: np.ndarray) -> Source:
-    return dataclasses.replace(source, items=list(items), read=lambda start, stop: images[start:stop])
+    return dataclasses.replace(source, items=list(items), read=lambda start, stop: Pixels(images[start:stop]))
 
 
 def without(source: Source, ids: set[str]) -> Source:
     """The source as if the records had never been there."""
     keep = [i for i, item in enumerate(source.items) if item.id not in ids]
-    return with_items(source, [source.items[i] for i in keep], source.read(0, len(source.items))[keep])
+    return with_items(source, [source.items[i] for i in keep], source.read(0, len(source.items)).images[keep])
 
 
 def changed(source: Source, ids: set[str], label: Callable[[int], int]) -> Source:
     """The source with other pixels and labels for some records."""
-    images = source.read(0, len(source.items)).copy()
+    images = source.read(0, len(source.items)).images.copy()
     items = []
     for i, item in enumerate(source.items):
         if item.id in ids:

@@ -124,7 +124,7 @@ def test_an_audit_that_finds_a_difference_exits_with_1(workdir, capsys):
 
 def test_misuse_of_commands_and_flags(capsys, tmp_path, workdir):
     assert "did you mean train?" in refused(capsys, "trian")
-    assert "legal: demo, pretrain" in refused(capsys, "xyz")
+    assert "legal: demo, backbone" in refused(capsys, "xyz")
     assert "workdri" in refused(capsys, "train", "--workdri=x")
     assert "--workdir=DIR is missing" in refused(capsys, "evaluate")
     assert "unexpected argument 'stray'" in refused(capsys, "evaluate", f"--workdir={workdir}", "stray")

@@ -17,6 +17,7 @@ from lmeraser_jax import reconcile as build
 from lmeraser_jax import schedule, tuning, unlearning
 from lmeraser_jax.audit import audit, differences, state
 from lmeraser_jax.reconcile import load_clustering, reconcile
+from lmeraser_jax.records.source import Pixels
 
 DEVICES = [1, 8]
 
@@ -170,9 +171,9 @@ def state_of(workdir, devices):
 def test_rows_and_order_of_import_do_not_reach_the_numbers(trained, tmp_path):
     source = small_source()
     order = np.random.default_rng(1).permutation(len(source.items))
-    images = source.read(0, len(source.items))[order]
+    images = source.read(0, len(source.items)).images[order]
     shuffled = dataclasses.replace(
-        source, items=[source.items[i] for i in order], read=lambda start, stop: images[start:stop]
+        source, items=[source.items[i] for i in order], read=lambda start, stop: Pixels(images[start:stop])
     )
     assert differences(trained_state(tmp_path / "s", shuffled, trained[1]), state_of(*trained)) == []
 

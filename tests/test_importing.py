@@ -5,37 +5,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from imports import check_pixels, made, pixels, refusal, snapshot, with_items
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.errors import UserError
 from lmeraser_jax.records import digits, folder
-from lmeraser_jax.records.source import Item, Source, content_hash
+from lmeraser_jax.records.source import Item, Pixels
 from lmeraser_jax.store import importing
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, image_file, import_source
 from lmeraser_jax.store.layout import Layout
-
-SHAPE = (3, 4, 1)
-
-
-def made(count=30, **changes) -> Source:
-    """Records 0, 1, ...: every fifth public, the one after it a test image. Pixels depend on the position."""
-    splits = ("public", "test", "train", "train", "train")
-    items = [Item(f"id-{i:05d}", splits[i % 5], i % 3, f"owner-{i // 4}") for i in range(count)]
-    return with_items(items, **changes)
-
-
-def with_items(items, **changes) -> Source:
-    def read(start, stop):
-        return np.stack([pixels(item) for item in items[start:stop]])
-
-    return dataclasses.replace(Source("made", ("a", "b", "c"), SHAPE, items, read), **changes)
-
-
-def pixels(item) -> np.ndarray:
-    seed = int(item.id.removeprefix("id-"))
-    return np.random.default_rng(seed).integers(0, 256, SHAPE, np.uint8)
 
 
 @pytest.fixture
@@ -44,31 +23,6 @@ def workdir(tmp_path):
     layout.prepare()
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         yield layout, catalog
-
-
-def snapshot(layout, catalog) -> tuple:
-    tables = [
-        catalog.db.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in ("records", "meta", "events")
-    ]
-    return tables, layout.images.read_bytes() if layout.images.exists() else b""
-
-
-def check_pixels(layout, catalog):
-    """Every live record's row holds its own pixels."""
-    table = catalog.live("train", "holdout", "test", "public")
-    view = image_file(layout, catalog).view()
-    for name, row, content in zip(table.ids, table.rows, table.contents, strict=True):
-        np.testing.assert_array_equal(view[row], pixels(Item(name, "", 0)))
-        assert content == content_hash(view[row])
-
-
-def refusal(workdir, source, config=Config()) -> str:  # noqa: B008
-    """The message of an import that must fail and leave everything as it was."""
-    before = snapshot(*workdir)
-    with pytest.raises(UserError) as caught:
-        import_source(*workdir, source, config)
-    assert snapshot(*workdir) == before
-    return str(caught.value)
 
 
 def test_counts_and_pixels(workdir):
@@ -87,7 +41,7 @@ def test_digits(workdir):
     source = digits.load()
     assert import_source(*workdir, source, Config()).added == 1797
     layout, catalog = workdir
-    np.testing.assert_array_equal(image_file(layout, catalog).view(), source.read(0, 1797))
+    np.testing.assert_array_equal(image_file(layout, catalog).view(), source.read(0, 1797).images)
 
 
 def test_reimport_changes_nothing(workdir):
@@ -133,9 +87,9 @@ def test_changed_pixels_refused(workdir):
     import_source(*workdir, made(), Config())
 
     def read(start, stop):
-        images = made(40).read(start, stop)
+        images = made(40).read(start, stop).images
         images[[3, 7], 0, 0] ^= 1
-        return images
+        return Pixels(images)
 
     message = refusal(workdir, made(40, read=read))
     assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
@@ -180,7 +134,7 @@ def test_duplicates_counted(workdir):
     items = list(made(10).items)
 
     def read(start, stop):
-        return np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)])
+        return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)]))
 
     assert import_source(*workdir, made(10, read=read), Config()) == Imported(10, 0, 0, 2)
 
@@ -192,7 +146,7 @@ def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
     def read(start, stop):
         if start >= 16:
             raise KeyboardInterrupt
-        return 255 - made(40).read(start, stop)
+        return Pixels(255 - made(40).read(start, stop).images)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -261,9 +215,10 @@ def test_corrupt_images_of_all_pieces_listed(workdir, tmp_path, monkeypatch, rng
             Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).save(path)
     for name in bad:
         (tmp_path / "images" / name).write_bytes(b"no image")
-    source = folder.load(str(tmp_path / "images"), 6)
-    message = refusal(workdir, source)
-    assert all(str(tmp_path / "images" / name) in message for name in bad) and message.count(".png: ") == 3
+    data = Data(source="folder", path=str(tmp_path / "images"), store_size=6)
+    message = refusal(workdir, folder.load(data))
+    assert all(f"- {name}: " in message for name in bad) and message.count(".png: ") == 3
+    assert "images that cannot be read are left out with --config.data.skip_unreadable:" in message
     for name in bad:
         (tmp_path / "images" / name).unlink()
-    assert import_source(*workdir, folder.load(str(tmp_path / "images"), 6), Config()).added == 13
+    assert import_source(*workdir, folder.load(data), Config()).added == 13

@@ -6,7 +6,7 @@ import pytest
 from lmeraser_jax.config import Data
 from lmeraser_jax.records import digits, sources
 from lmeraser_jax.records.cache import RowFile
-from lmeraser_jax.records.source import Item, Source, content_hash, held_out, limited, problems
+from lmeraser_jax.records.source import Item, Pixels, Source, content_hash, limited, placed, problems
 from lmeraser_jax.records.table import RecordTable
 
 
@@ -30,10 +30,10 @@ def test_digits_owners_never_straddle(scans):
 
 
 def test_digits_pixels(scans):
-    pixels = scans.read(0, 1797)
+    pixels = scans.read(0, 1797).images
     assert pixels.shape == (1797, 8, 8, 1) and pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255) and len(np.unique(pixels)) == 17
-    np.testing.assert_array_equal(scans.read(100, 103), pixels[100:103])
+    np.testing.assert_array_equal(scans.read(100, 103).images, pixels[100:103])
 
 
 def test_digits_repeat(scans):
@@ -42,7 +42,9 @@ def test_digits_repeat(scans):
 
 # items
 def source_of(items, classes=("a", "b"), shape=(2, 2, 1)) -> Source:
-    return Source("x", tuple(classes), shape, items, lambda start, stop: np.zeros((stop - start, *shape), np.uint8))
+    return Source(
+        "x", tuple(classes), shape, items, lambda start, stop: Pixels(np.zeros((stop - start, *shape), np.uint8))
+    )
 
 
 GOOD = [Item("1", "train", 0), Item("2", "train", 1), Item("3", "test", 0), Item("4", "public", 1)]
@@ -76,19 +78,19 @@ def test_problems_all_at_once():
 
 def test_holdout_share_and_stability():
     items = [Item(f"id-{i}", "train", 0) for i in range(4000)]
-    chosen = {item.id for item in items if held_out(item, 0.2, 3).split == "holdout"}
+    chosen = {item.id for item in items if placed(item, Data(holdout=0.2), 3).split == "holdout"}
     assert abs(len(chosen) / 4000 - 0.2) < 0.03
-    assert chosen == {item.id for item in reversed(items) if held_out(item, 0.2, 3).split == "holdout"}
-    more = {item.id for item in items if held_out(item, 0.4, 3).split == "holdout"}
-    other = {item.id for item in items if held_out(item, 0.2, 4).split == "holdout"}
+    assert chosen == {item.id for item in reversed(items) if placed(item, Data(holdout=0.2), 3).split == "holdout"}
+    more = {item.id for item in items if placed(item, Data(holdout=0.4), 3).split == "holdout"}
+    other = {item.id for item in items if placed(item, Data(holdout=0.2), 4).split == "holdout"}
     assert chosen < more and chosen != other
 
 
 def test_holdout_takes_training_records_only():
     for split in ("test", "public", "holdout"):
-        assert held_out(Item("a", split, 0), 1.0, 0).split == split
+        assert placed(Item("a", split, 0), Data(holdout=1.0, test_share=1.0), 0).split == split
     item = Item("a", "train", 1, "ann")
-    assert held_out(item, 0.0, 0) == item and held_out(item, 1.0, 0) == item._replace(split="holdout")
+    assert placed(item, Data(), 0) == item and placed(item, Data(holdout=1.0), 0) == item._replace(split="holdout")
 
 
 def test_limited():

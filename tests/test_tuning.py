@@ -124,10 +124,15 @@ def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
     problem = problem_of(backbone)
     images, labels = centred(jnp.asarray(data[0][:4]), problem.spec), data[1][:4]
     part = tuning.init_slice(
-        jax.random.key(1), dataclasses.replace(problem.tuning, prompt_init=1.0, head_init=1.0), problem.architecture, CLASSES
+        jax.random.key(1),
+        dataclasses.replace(problem.tuning, prompt_init=1.0, head_init=1.0),
+        problem.architecture,
+        CLASSES,
     )
     prompt = tuning.lay_prompt(part.prompt, 8, 1, 1)
-    logits = np.asarray(frozen.features(problem.architecture, backbone.params, images + prompt[None]) @ part.kernel, np.float64)
+    logits = np.asarray(
+        frozen.features(problem.architecture, backbone.params, images + prompt[None]) @ part.kernel, np.float64
+    )
     losses = logsumexp(logits, axis=1) - logits[np.arange(4), labels]
     for valid in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]):
         found = tuning.cluster_loss(part, problem, backbone.params, images, labels, jnp.asarray(valid, bool))

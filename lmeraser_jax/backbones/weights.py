@@ -136,7 +136,7 @@ def _read_folder(folder: Path) -> Weights:
     found = [folder / name for name in IN_A_FOLDER if (folder / name).is_file()]
     files = found[:1] or sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        others = [path.name for path in sorted(folder.iterdir()) if path.suffix in PICKLES]
+        others = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES]
         if others and not files:
             read_file(folder / others[0])  # says why a pickle is not read
         there = some(sorted(path.name for path in folder.iterdir())) or "nothing"
@@ -211,8 +211,9 @@ def _fetched(weights: str, hub_id: str, revision: str) -> Path:
         if not any(Path(folder).glob("*.safetensors")):
             folder = snapshot_download(hub_id, revision=revision or "main", allow_patterns=["*.json", "*.msgpack"])
     except Exception as error:  # the hub's client raises many kinds: no network, no such name, no access
+        first = "".join(str(error).splitlines()[:1])
         raise UserError(
-            f"{hub_id} could not be fetched from the hub ({type(error).__name__}: {str(error).splitlines()[0]});"
+            f"{hub_id} could not be fetched from the hub ({type(error).__name__}: {first});"
             " fetch model.safetensors, config.json and preprocessor_config.json elsewhere into a folder and give it as"
             " --config.backbone.weights=FOLDER"
         ) from error

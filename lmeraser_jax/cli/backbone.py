@@ -35,14 +35,12 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     if arguments["list"]:
         return _list(arguments)
+    out = _out(arguments["out"])
     config = _merged(arguments)
     from lmeraser_jax.backbones import backbone as frozen
-    from lmeraser_jax.backbones import convert, zoo
+    from lmeraser_jax.backbones import convert
     from lmeraser_jax.store import checkpoints
 
-    out = _out(arguments["out"])
-    if not config.weights:
-        raise UserError(f"--weights is missing: {zoo.how_to_get(config.name) or 'a file, a folder, or hub:OWNER/NAME'}")
     made, provenance = convert.load(config, arguments["image_size"])
     inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
     frozen.save(out, made, inputs, dataclasses.asdict(provenance))
@@ -63,11 +61,15 @@ def run(arguments: common.Arguments) -> int:
 
 
 def _merged(arguments: common.Arguments) -> settings.Backbone:
-    """The flags over the config's backbone settings."""
-    chosen = settings.from_dict(arguments["config"].to_dict() | {"backbone": {}}).backbone
-    given = dict(arguments["config"].backbone.to_dict())
-    given |= {name: arguments[name] for name in ("name", "weights") if arguments[name]}
-    return dataclasses.replace(chosen, **given)
+    """The flags over the config's backbone settings. Raises `UserError` for illegal ones and missing weights."""
+    tree = arguments["config"].to_dict()
+    given = {**tree.get("backbone", {}), **{name: arguments[name] for name in ("name", "weights") if arguments[name]}}
+    if not given.get("weights"):
+        from lmeraser_jax.backbones import zoo
+
+        how = zoo.how_to_get(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
+        raise UserError(f"--weights is missing: {how}")
+    return settings.from_dict({**tree, "backbone": given}).backbone
 
 
 def _out(out: str) -> Path:

@@ -47,6 +47,8 @@ def load(data: Data) -> Source:
         (name in rows and rows[name].label) or _class_folder(_below(name, roles[split]))
         for name, split in zip(names, splits, strict=True)
     ]
+    if any(row.label for row in rows.values()):
+        _refuse_loose([n for n, split in zip(names, splits) if roles[split] == "." and n not in rows], data.labels)
     _refuse_unlabelled(names, texts, data, roles["train"])
     classes, index = _numbered(texts)
     items = [
@@ -120,6 +122,12 @@ def _below(name: str, folder: str) -> str:
 def _class_folder(name: str) -> str:
     folder, slash, _ = name.partition("/")
     return folder if slash else ""
+
+
+def _refuse_loose(loose: list[str], table: str) -> None:
+    """Beside a CSV the subfolders of the whole folder may be parts of an archive, so they are not taken for classes."""
+    if loose:
+        raise UserError(f"{table} (--config.data.labels) has labels, but none for these images: {some(loose)}")
 
 
 def _refuse_unlabelled(names: list[str], texts: list[str], data: Data, train: str) -> None:

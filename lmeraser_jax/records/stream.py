@@ -59,7 +59,7 @@ class Rows:
         self.next = 0  # row that the stream stands before
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop: [stop - start, *shape[1:]]. At the last one the checksum of the member is checked.
+        """Rows start..stop: [stop - start, *shape[1:]]. With the last one zipfile compares checksums.
 
         Raises:
             UserError: the file is damaged or has changed.
@@ -70,8 +70,6 @@ class Rows:
             self._fill(stream, rows.data.cast("B"))
             self.next = stop
             if stop == self.shape[0]:
-                while stream.read(self.piece):  # the end is where zipfile compares checksums
-                    pass
                 self.close()
         except DAMAGE as error:
             self.close()
