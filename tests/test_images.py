@@ -70,9 +70,29 @@ def test_centred_is_pillows_resize_and_centre_crop(shape):
 
 
 def test_equal_sizes_change_nothing_but_the_scale():
-    spec = spec_of(12, 12, 3, 12, 12, mean=0.4, std=0.25)
+    spec = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
     images = pixels_of(spec, 4)
     np.testing.assert_allclose(np.asarray(centred(images, spec)), (images / 255.0 - 0.4) / 0.25, atol=1e-6)
+
+
+def test_each_channel_has_its_own_normalisation():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    spec = spec_of(21, 30, 3, 12, 14, mean=mean, std=std, augment="paper")
+    plain = dataclasses.replace(spec, mean=(0.0,), std=(1.0,))
+    images, key = pixels_of(spec, 4), jax.random.key(2)
+    for run in (lambda spec: centred(images, spec), lambda spec: augmented(images, spec, key)):
+        got, scaled = np.asarray(run(spec)), np.asarray(run(plain))
+        assert np.ptp(scaled) <= 1.0
+        for channel in range(3):
+            want = (scaled[..., channel] - mean[channel]) / std[channel]
+            np.testing.assert_allclose(got[..., channel], want, atol=1e-5)
+
+
+def test_one_number_normalises_every_channel():
+    one = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
+    three = dataclasses.replace(one, mean=(0.4,) * 3, std=(0.25,) * 3)
+    images = pixels_of(one, 2)
+    np.testing.assert_array_equal(np.asarray(centred(images, one)), np.asarray(centred(images, three)))
 
 
 def test_resize_matrix_rows_are_averages():

@@ -1,6 +1,7 @@
 """Public pretraining on a few digits: it learns, resumes bit for bit, agrees across devices, and is stored safely."""
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -50,7 +51,7 @@ def public() -> tuple[np.ndarray, np.ndarray]:
     source = digits.load()
     rows = [i for i, item in enumerate(source.items) if item.split == "public"][:390]
     labels = np.array([source.items[i].label for i in rows], np.int32)
-    return source.read(0, len(source.items))[rows], labels
+    return source.read(0, len(source.items)).images[rows], labels
 
 
 def config_with(seed: int = 0, **more) -> settings.Config:
@@ -100,7 +101,7 @@ def whole(tmp_path_factory, public) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     with recorded() as epochs:
         backbone, accuracy = train(folder, public, config_with())
-    frozen.save(Layout(folder), backbone, {"seed": 0})
+    frozen.save(Layout(folder).backbone, backbone, {"seed": 0}, {"origin": "the test"})
     return Whole(folder, backbone, accuracy, epochs)
 
 
@@ -205,12 +206,12 @@ def test_each_epoch_shows_every_image_once():
 
 def test_a_saved_backbone_is_the_same_backbone(whole):
     backbone = whole.backbone
-    read, inputs = frozen.load(Layout(whole.folder))
+    read, inputs = frozen.load(Layout(whole.folder).backbone)
     assert read.config == backbone.config and inputs == {"seed": 0}
     assert (read.mean, read.std) == (backbone.mean, backbone.std)
     assert_same(read, backbone)
     with pytest.raises(UserError, match="does not exist"):
-        frozen.load(Layout(whole.folder / "elsewhere"))
+        frozen.load(Layout(whole.folder / "elsewhere").backbone)
 
 
 # After a failed read Orbax leaves coroutines of a closed event loop to the garbage collector.
@@ -227,7 +228,7 @@ def test_a_damaged_backbone_is_refused(tmp_path, whole):
         content[len(content) // 2] ^= 0x55
         target.write_bytes(content)
         try:
-            read, _ = frozen.load(Layout(tmp_path))
+            read, _ = frozen.load(Layout(tmp_path).backbone)
         except UserError as error:
             assert "backbone" in str(error)
             noticed += source.stat().st_size
@@ -242,19 +243,20 @@ def test_a_backbone_with_other_parameters_under_its_digest_is_refused(tmp_path, 
     backbone = whole.backbone
     changed = jax.tree.map(np.copy, backbone.params)
     changed["norm"]["bias"][3] += 1e-3
-    metadata = {"config": vars(backbone.config), "mean": 0.5, "std": 0.5, "digest": backbone.digest, "inputs": {}}
+    described = frozen.described(backbone.config)
+    metadata = {"config": described, "mean": [0.5], "std": [0.5], "digest": backbone.digest, "inputs": {}}
     layout = Layout(tmp_path)
     checkpoints.save(layout.backbone, flatten(changed), metadata)
     with pytest.raises(UserError, match="damaged"):
-        frozen.load(layout)
-    checkpoints.save(layout.backbone, flatten(backbone.params), {**metadata, "mean": 0.4})
+        frozen.load(layout.backbone)
+    checkpoints.save(layout.backbone, flatten(backbone.params), {**metadata, "mean": [0.4]})
     with pytest.raises(UserError, match="damaged"):
-        frozen.load(layout)
+        frozen.load(layout.backbone)
     checkpoints.save(layout.backbone, flatten(backbone.params), json.loads(json.dumps(metadata)))
-    assert_same(frozen.load(layout)[0], backbone)
+    assert_same(frozen.load(layout.backbone)[0], backbone)
     checkpoints.save(layout.backbone, flatten(backbone.params), {"digest": backbone.digest})
     with pytest.raises(UserError, match="damaged"):
-        frozen.load(layout)
+        frozen.load(layout.backbone)
 
 
 def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):
@@ -270,6 +272,30 @@ def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):
     losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(10), labels]
     assert epochs[0][0] == pytest.approx(losses.mean(), abs=1e-4)
     assert epochs[0][1] == pytest.approx(np.mean(logits.argmax(axis=1) == labels), abs=1e-6)
+
+
+def test_the_architecture_that_the_settings_describe():
+    b = settings.Backbone(width=32, depth=3, patch=4)
+    made = pretrain.architecture(settings.Config(backbone=b, data=settings.Data(image_size=12)), 3, 7)
+    assert made == ViTConfig(
+        image_size=12, patch=4, width=32, depth=3, heads=2, mlp=128, channels=3, feature="cls", classes=7
+    )
+    b = settings.Backbone(width=32, heads=4, mlp=48, feature="pooler")
+    made = pretrain.architecture(settings.Config(backbone=b), 1, 7)
+    assert (made.heads, made.mlp, made.feature) == (4, 48, "pooler")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "found"),
+    [("", "", ((0.5,), (0.5,))), ("0.2", "0.3", ((0.2,), (0.3,))), ("0.2,0.3,0.7", "1", ((0.4,), (1.0,)))],
+    ids=["default", "one number", "colours for grey images"],
+)
+def test_the_normalisation_of_the_settings_is_kept(tmp_path, public, mean, std, found):
+    config = config_with(epochs=0)
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, mean=mean, std=std))
+    backbone, _ = train(tmp_path, public, config)
+    for got, want in zip((backbone.mean, backbone.std), found, strict=True):
+        assert got == pytest.approx(want)
 
 
 def test_no_public_images(tmp_path):

@@ -1,11 +1,13 @@
 """The ViT against a plain NumPy transcription in float64; purity and bit stability of its features."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import special
 
 from lmeraser_jax.backbones import backbone as frozen
@@ -17,6 +19,9 @@ from lmeraser_jax.tuning import mesh_of
 
 CLS = ViTConfig(image_size=8, patch=4, width=16, depth=2, heads=2, mlp=24, channels=3, feature="cls", classes=5)
 POOLER = ViTConfig(image_size=8, patch=2, width=16, depth=1, heads=4, mlp=32, channels=1, feature="pooler")
+TANH = dataclasses.replace(CLS, gelu="tanh", epsilon=0.3, classes=0)
+NUMERICS = dataclasses.replace(CLS, gelu="tanh"), dataclasses.replace(CLS, epsilon=1e-12)
+HALF, OTHER = (0.5,), (0.4,)
 SPEC = ImageSpec(8, 8, 3, size=8, resize=8, out_channels=3)
 
 
@@ -41,7 +46,12 @@ def reference(config: ViTConfig, params, images: np.ndarray) -> np.ndarray:
     def norm(x, name):
         centred = x - x.mean(axis=-1, keepdims=True)
         variance = (centred**2).mean(axis=-1, keepdims=True)
-        return centred / np.sqrt(variance + 1e-6) * p[f"{name}/scale"] + p[f"{name}/bias"]
+        return centred / np.sqrt(variance + config.epsilon) * p[f"{name}/scale"] + p[f"{name}/bias"]
+
+    def gelu(x):
+        if config.gelu == "tanh":
+            return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + special.erf(x / np.sqrt(2)))
 
     def attention(x, name):
         q, k, v = np.split(dense(x, f"{name}/qkv"), 3, axis=-1)
@@ -59,8 +69,8 @@ def reference(config: ViTConfig, params, images: np.ndarray) -> np.ndarray:
         x = np.concatenate([p["cls"][0], dense(loop_patches(image, config.patch), "embed")]) + p["positions"][0]
         for i in range(config.depth):
             x = x + attention(norm(x, f"blocks/{i}/norm1"), f"blocks/{i}/attention")
-            h = dense(norm(x, f"blocks/{i}/norm2"), f"blocks/{i}/fc1")
-            x = x + dense(0.5 * h * (1 + special.erf(h / np.sqrt(2))), f"blocks/{i}/fc2")
+            h = dense(norm(x, f"blocks/{i}/norm2"), f"blocks/{i}/mlp/fc1")
+            x = x + dense(gelu(h), f"blocks/{i}/mlp/fc2")
         x = norm(x, "norm")[0]
         found.append(np.tanh(dense(x, "pooler")) if config.feature == "pooler" else x)
     return np.stack(found)
@@ -84,7 +94,7 @@ def compiled(config: ViTConfig):
     return jax.jit(functools.partial(frozen.features, config))
 
 
-@pytest.mark.parametrize("config", [CLS, POOLER], ids=["cls", "pooler"])
+@pytest.mark.parametrize("config", [CLS, POOLER, TANH], ids=["cls", "pooler", "tanh GELU"])
 def test_features_match_the_transcription(config):
     params, images = random_params(config), inputs(config)
     got = compiled(config)(params, images)
@@ -122,7 +132,8 @@ def test_the_number_of_heads_matters():
 def test_patches_are_cut_row_by_row():
     images = np.arange(2 * 6 * 9 * 2, dtype=np.float32).reshape(2, 6, 9, 2)
     got = np.asarray(patches(jnp.asarray(images), 3))
-    np.testing.assert_array_equal(got, np.stack([loop_patches(image, 3) for image in images]))
+    assert got.shape == (2, 2, 3, 18)
+    np.testing.assert_array_equal(got.reshape(2, 6, 18), np.stack([loop_patches(image, 3) for image in images]))
 
 
 def test_bfloat16_parameters_give_float32_features_close_by():
@@ -146,46 +157,62 @@ def test_gradient_with_respect_to_the_image():
         np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), slope, rtol=1e-3, atol=1e-3)
 
 
-def test_interpolated_positions():
+KERNELS = pytest.mark.parametrize("antialias", [True, False], ids=["antialiased", "plain"])
+
+
+@KERNELS
+def test_interpolated_positions(antialias):
     rng = np.random.default_rng(0)
     positions = rng.normal(size=(1, 17, 6)).astype(np.float32)
-    np.testing.assert_array_equal(np.asarray(interpolate_positions(positions, 4)), positions)
+    np.testing.assert_array_equal(np.asarray(interpolate_positions(positions, 4, antialias)), positions)
     for grid in (2, 3, 7):
-        got = np.asarray(interpolate_positions(positions, grid))
+        got = np.asarray(interpolate_positions(positions, grid, antialias))
         assert got.shape == (1, 1 + grid * grid, 6) and got.dtype == np.float32
         np.testing.assert_array_equal(got[:, 0], positions[:, 0])
         constant = np.broadcast_to(positions[:, :1], positions.shape)
-        np.testing.assert_allclose(
-            np.asarray(interpolate_positions(constant, grid)), np.broadcast_to(positions[:, :1], got.shape), atol=1e-6
-        )
+        resized = np.asarray(interpolate_positions(constant, grid, antialias))
+        np.testing.assert_allclose(resized, np.broadcast_to(positions[:, :1], got.shape), atol=1e-6)
 
 
-def test_interpolation_keeps_rows_and_columns_apart():
+@KERNELS
+def test_interpolation_keeps_rows_and_columns_apart(antialias):
     """A row coordinate stays one: it grows down the new grid, symmetrically, and is equal along each row."""
     row = np.repeat(np.linspace(-1, 1, 4), 4)
     positions = np.concatenate([[9.0], row]).reshape(1, 17, 1).astype(np.float32)
-    got = np.asarray(interpolate_positions(positions, 8))[0, 1:, 0].reshape(8, 8)
+    got = np.asarray(interpolate_positions(positions, 8, antialias))[0, 1:, 0].reshape(8, 8)
     np.testing.assert_allclose(got, np.broadcast_to(got[:, :1], (8, 8)), atol=1e-6)
     assert (np.diff(got[:, 0]) > 0).all()
     np.testing.assert_allclose(got[:, 0], -got[::-1, 0], atol=1e-6)
     mirrored = positions.copy()
     mirrored[0, 1:, 0] = row.reshape(4, 4).T.ravel()
-    transposed = np.asarray(interpolate_positions(mirrored, 8))[0, 1:, 0].reshape(8, 8)
+    transposed = np.asarray(interpolate_positions(mirrored, 8, antialias))[0, 1:, 0].reshape(8, 8)
     np.testing.assert_allclose(transposed, got.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [3, 5, 9])
+def test_the_antialiased_kernel_is_pillows(grid):
+    """Each feature of the position embedding, resized as an image of its own."""
+    positions = np.random.default_rng(0).normal(size=(1, 37, 4)).astype(np.float32)
+    got = interpolate_positions(positions, grid)[0, 1:].reshape(grid, grid, 4)
+    for i in range(4):
+        image = Image.fromarray(np.ascontiguousarray(positions[0, 1:, i].reshape(6, 6)))
+        want = np.asarray(image.resize((grid, grid), Image.Resampling.BICUBIC))
+        np.testing.assert_allclose(got[..., i], want, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> frozen.Backbone:
-    return frozen.make(CLS, random_params(CLS), 0.5, 0.5)
+    return frozen.make(CLS, random_params(CLS), HALF, HALF)
 
 
 def test_making_a_backbone_drops_the_classifier_and_names_all_the_rest(tiny):
     assert tiny.config.classes == 0 and "head" not in tiny.params
-    assert tiny.digest == frozen.make(CLS, random_params(CLS), 0.5, 0.5).digest
+    assert tiny.digest == frozen.make(CLS, random_params(CLS), HALF, HALF).digest
     heads = ViTConfig(**{**vars(CLS), "heads": 4})
-    others = [frozen.make(CLS, random_params(CLS, 1), 0.5, 0.5), frozen.make(heads, random_params(CLS), 0.5, 0.5)]
-    others += [frozen.make(CLS, random_params(CLS), 0.4, 0.5), frozen.make(CLS, random_params(CLS), 0.5, 0.4)]
-    assert len({tiny.digest, *(other.digest for other in others)}) == 5
+    others = [frozen.make(CLS, random_params(CLS, 1), HALF, HALF), frozen.make(heads, random_params(CLS), HALF, HALF)]
+    others += [frozen.make(CLS, random_params(CLS), *other) for other in ((OTHER, HALF), (HALF, OTHER))]
+    others += [frozen.make(numerics, random_params(CLS), HALF, HALF) for numerics in NUMERICS]
+    assert len({tiny.digest, *(other.digest for other in others)}) == 7
 
 
 @pytest.mark.parametrize(("devices", "batch"), [(1, 8), (8, 2)])
