@@ -25,6 +25,7 @@ from lmeraser_jax.backbones import convert, zoo
 from lmeraser_jax.backbones.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.backbones.weights import Weights
 from lmeraser_jax.config import Backbone
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.store.checkpoints import flatten
 
 GOOGLE = dataclasses.replace(VIT, epsilon=1e-6, gelu="tanh")  # its own numerics, which no file says
@@ -204,6 +205,17 @@ def test_without_biases_of_queries_keys_and_values_they_are_zero(family):
 
 
 # -- what config.json says --
+
+
+def test_the_file_of_a_hub_folder_is_read_with_its_config_json(tmp_path, folder):
+    file = convert.load(Backbone(weights=str(folder / "model.safetensors")))[0]
+    assert file.digest == convert.load(Backbone(weights=str(folder)))[0].digest
+
+
+def test_heads_that_contradict_config_json_are_refused(folder):
+    with pytest.raises(UserError, match=r"--config.backbone.heads=4: .* has 2"):
+        convert.load(Backbone(weights=str(folder), heads=4))
+    assert convert.load(Backbone(weights=str(folder), heads=2))[0].config.heads == 2
 
 
 def test_epsilon_gelu_and_heads_come_from_config_json(arrays):

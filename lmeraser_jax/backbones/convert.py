@@ -45,12 +45,14 @@ class Provenance:
         origin: whose names it had.
         sha256: of what was read.
         left_out: arrays of the file that the backbone does not use.
+        published_size: the image size that it was published for, in pixels.
     """
 
     name: str
     origin: str
     sha256: str
     left_out: tuple[str, ...]
+    published_size: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +92,7 @@ def parameters(
     """Architecture and parameters, the public classifier among them; arguments and errors as in `load`."""
     if weights.own is not None:
         published, flat, origin, left_out = weights.own, dict(weights.arrays), weights.origin, ()
+        _refuse_second_resize(weights, image_size)
     else:
         found = translate(weights)
         published, flat = native(found, weights, chosen.heads), found.flat
@@ -106,7 +109,22 @@ def parameters(
     antialias = all(known.antialias for known in ORIGINS if known.name == origin)
     params, dropped = fit(flat, wanted, weights.name, antialias)
     unused = (*left_out, *dropped, *(name for name in flat if name.startswith("head/")))
-    return wanted, params, Provenance(weights.name, origin, weights.sha256, unused)
+    size = weights.published_size or published.image_size
+    return wanted, params, Provenance(weights.name, origin, weights.sha256, unused, size)
+
+
+def _refuse_second_resize(weights: Weights, image_size: int) -> None:
+    """Positions that were resized once are not resized again: that would give other numbers than the original."""
+    own = weights.own
+    if (
+        isinstance(own, ViTConfig)
+        and image_size not in (0, own.image_size)
+        and own.image_size != weights.published_size
+    ):
+        raise UserError(
+            f"{weights.name} was converted for {own.image_size} px from weights for {weights.published_size} px;"
+            f" convert the original for {image_size} px, or without --image_size, which serves every size"
+        )
 
 
 def translate(weights: Weights) -> Translated:
@@ -230,12 +248,14 @@ def native(found: Translated, weights: Weights, heads: int) -> Architecture:
     shared: dict[str, Any] = {"patch": patch, "channels": channels, "width": width, "gelu": gelu, "epsilon": epsilon}
     shared["classes"] = flat["head/kernel"].shape[-1] if "head/kernel" in flat else 0
     if found.origin.family == "vit":
-        given = _heads_of_flax(weights) or getattr(told, "num_attention_heads", 0) or heads
+        known = _heads_of_flax(weights) or getattr(told, "num_attention_heads", 0)
+        if known and heads not in (0, known):
+            raise UserError(f"--config.backbone.heads={heads}: {weights.name} has {known}; leave the flag out, or 0")
         grid = math.isqrt(flat["positions"].shape[1] - 1)
         vit = ViTConfig(
             image_size=grid * patch,
             depth=1 + max(int(m.group(1)) for name in flat if (m := re.match(r"blocks/(\d+)/", name))),
-            heads=given or max(1, width // 64),
+            heads=known or heads or max(1, width // 64),
             mlp=flat["blocks/0/mlp/fc1/kernel"].shape[1],
             **shared,
         )

@@ -1,7 +1,7 @@
 """Files of published weights -> arrays by name. Nothing here unpickles, and only a hub id touches a network.
 
-Read are .npz, .safetensors (also in shards), Flax .msgpack, folders that hold one of them beside a
-config.json, and folders that `lmeraser backbone` wrote.
+Read are .npz, .safetensors (also in shards), Flax .msgpack, the hub's folders, which hold one of the latter
+two beside a config.json, and folders that `lmeraser backbone` wrote.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Weights:
         sha256: over the files that were read.
         settings: config.json beside them, {} where there is none.
         own: the architecture, where `lmeraser backbone` wrote the folder.
-        origin: whose names the file had from which it wrote it.
+        origin, published_size: whose names the file had from which it wrote it, and that file's image size.
         normalisation: (mean, std) that the folder records, None where it does not.
     """
 
@@ -46,6 +46,7 @@ class Weights:
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     own: Architecture | None = None
     origin: str = ""
+    published_size: int = 0
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
@@ -73,6 +74,8 @@ def _read(weights: str, hub_id: str, revision: str, help_: str) -> Weights:
         path = Path(weights)
     if path.is_dir():
         return _read_folder(path)
+    if path.name in IN_A_FOLDER and path.is_file():
+        return _read_folder(path.parent, path)
     if not path.exists():
         hint = help_ or f"expected a file ({', '.join(READ)}), a folder, or hub:OWNER/NAME for one of the hub's"
         raise UserError(f"no such file or folder; {hint}")
@@ -127,14 +130,14 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} is not a readable Flax .msgpack, perhaps cut short: {error}") from error
 
 
-def _read_folder(folder: Path) -> Weights:
-    """A folder of the hub's form, or one that `lmeraser backbone` wrote."""
-    if (folder / "0").is_dir():
+def _read_folder(folder: Path, file: Path | None = None) -> Weights:
+    """A folder of the hub's form (one of its files can be chosen), or one that `lmeraser backbone` wrote."""
+    if file is None and (folder / "0").is_dir():
         return _read_own(folder)
     settings = _read_json(folder / "config.json")
     normalisation = _normalisation(settings, _read_json(folder / "preprocessor_config.json"))
     found = [folder / name for name in IN_A_FOLDER if (folder / name).is_file()]
-    files = found[:1] or sorted(folder.glob("*.safetensors"))
+    files = [file] if file else found[:1] or sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         others = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES]
         if others and not files:
@@ -157,9 +160,16 @@ def _read_own(folder: Path) -> Weights:
     arrays, metadata, _ = checkpoints.load(folder)
     if "config" not in metadata or "provenance" not in metadata:
         raise UserError(f"{folder} is no backbone that lmeraser backbone wrote")
-    made, origin = frozen.restored(folder, arrays, metadata), metadata["provenance"]["origin"]
-    normalisation = made.mean, made.std
-    return Weights(str(folder), arrays, made.digest, own=made.config, origin=origin, normalisation=normalisation)
+    made, told = frozen.restored(folder, arrays, metadata), metadata["provenance"]
+    return Weights(
+        str(folder),
+        arrays,
+        made.digest,
+        own=made.config,
+        origin=told["origin"],
+        published_size=told.get("published_size", made.config.image_size),
+        normalisation=(made.mean, made.std),
+    )
 
 
 def _normalisation(
