@@ -1,4 +1,30 @@
-"""HAM10000 skin lesions at 64 px on a real ImageNet ViT-Tiny/16, small enough for two CPU cores."""
+"""HAM10000 skin lesions at 64 px on a real ImageNet ViT-Tiny/16, small enough for two CPU cores.
+
+The data (5,984 training images, one of each lesion, and the 1,512 test images of ISIC 2018, in an .npz) and the weights are
+not part of the project; by default they are looked for beside it.
+
+Command:
+  lmeraser train --config=configs/ham10000_vit_tiny.py --workdir=runs/ham10000
+  lmeraser evaluate --workdir=runs/ham10000
+  python benchmarks/bench_requests.py --workdir=runs/ham10000 --count=10
+
+Result (one run, seed 0, CPU, 9 minutes; 19 clusters; test images):
+                                        accuracy   balanced
+  LMEraser, nearest 1                     0.667      0.323
+  LMEraser, nearest 3                     0.680      0.326
+  LMEraser, nearest 5 (set here)          0.677      0.296
+  plain linear head, same features        0.692      0.414
+  always nv, the largest class            0.601      0.143
+The linear head is better here, most of all on the rare classes: a cluster of some 300 images has seen a handful of them, or
+none. Expected share re-tuned by an unsampled request: 6.3 % (8.4 % of the records are sampled).
+HAMREQUESTS
+Settings are those of configs/cifar10_vit_tiny.py. On a fifth of the training images held out, the other tries:
+                                       nearest 1        nearest 5      (accuracy / balanced)
+  as here                              0.769 / 0.392    0.787 / 0.336
+  head rate 0.001                      0.775 / 0.341    0.770 / 0.263
+  linear head                          0.782 / 0.395
+The hold-out has the training images' share of nv (72 %), the test images have 60 %: that is most of the gap between them.
+"""
 
 from lmeraser_jax.presets import vit_tiny_config
 

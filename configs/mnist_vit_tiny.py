@@ -1,4 +1,28 @@
-"""MNIST digits on a real ImageNet ViT-Tiny/16, small enough for two CPU cores."""
+"""MNIST digits on a real ImageNet ViT-Tiny/16, small enough for two CPU cores.
+
+The data (an .npz, of which 6,000 training and 2,000 test images are used) and the weights are not part of the
+project; by default they are looked for beside it.
+
+Command (--config.data.train_limit=0 --config.data.test_limit=0 takes all 20,000 and 10,000):
+  lmeraser train --config=configs/mnist_vit_tiny.py --workdir=runs/mnist
+  lmeraser evaluate --workdir=runs/mnist
+  python benchmarks/bench_requests.py --workdir=runs/mnist --count=10
+
+Result (one run, seed 0, CPU, 12 minutes; 17 clusters; test images):
+                                        accuracy   balanced
+  LMEraser, nearest 1                     0.822      0.820
+  LMEraser, nearest 3                     0.854      0.852
+  LMEraser, nearest 5 (set here)          0.868      0.866
+  plain linear head, same features        0.792      0.790
+Here prompts pay: digits are far from the photographs the backbone has seen. Expected share re-tuned by an unsampled
+request: 7.1 % (8.3 % of the records are sampled).
+MNISTREQUESTS
+How the settings were chosen: on a fifth of the training images held out (linear head there 0.831), nearest 1 / 5.
+  shifts,    prompt 8 wide,  prompt rate 0.01    0.769 / 0.811
+  none,      prompt 8 wide,  prompt rate 0.01    0.797 / 0.846
+  shifts,    prompt 16 wide, prompt rate 0.03    0.785 / 0.857
+  none,      prompt 16 wide, prompt rate 0.03    0.810 / 0.876   (chosen)
+"""
 
 from lmeraser_jax.presets import vit_tiny_config
 
