@@ -2,10 +2,10 @@
 
 Command:
   lmeraser train --config=configs/npz.py --workdir=runs/mine \\
-    --config.data.path=FILE.npz --config.backbone.weights=WEIGHTS.npz --config.data.image_size=64
+    --config.data.path=FILE.npz --config.backbone.weights=PATH --config.data.image_size=64
 
 Keys of FILE.npz: train_images, train_labels, test_images, test_labels (uint8 [N, H, W, 1 or 3], int [N]),
-class_names; optional train_ids, train_owners, test_ids. WEIGHTS.npz: a ViT with timm's names.
+class_names; optional train_ids, train_owners, test_ids. Weights: anything that docs/backbones.md lists.
 
 The sample of 200 suits a few hundred to a few thousand images; for more, raise clustering.sample_size (the
 paper: 1000), cut and max_members with it. Choose settings on a private hold-out, never on the test images:

@@ -319,7 +319,8 @@ def _illegal(c: Config) -> list[str]:
         values = numbers(text)
         legal = all(low < value < math.inf for value in values) and len(values) in (0, 1, 3)
         need(legal, flag, repr(text), f"empty, or one number or three, finite{' and above 0' if low == 0 else ''}")
-    what = f"a folder or file with the weights of --config.backbone.name={b.name}, or hub to download them"
+    what = f"the weights of --config.backbone.name={b.name}: a folder or file, or hub to download"
+    what += f" (lmeraser backbone --name={b.name} says what and from where)"
     need(bool(b.weights) or not b.name, "backbone.weights", repr(b.weights), what)
     need(
         2 * t.prompt_width <= d.image_size,

@@ -177,10 +177,10 @@ def prepared(
         if layout.backbone.exists():
             backbone, inputs = frozen.load(layout.backbone)
             _check_made(layout, "backbone", inputs, _backbone_inputs(config), "")
-        elif config.backbone.weights:
-            converted = convert.load(config.backbone, config.data.image_size)
-        if stored != config:
+        if stored != config:  # before anything can fail: the same command without --config must not mean another run
             write_json(layout.config, settings.to_dict(config))
+        if not layout.backbone.exists() and config.backbone.weights:
+            converted = convert.load(config.backbone, config.data.image_size)
         if catalog.get("dataset") is None or reimport:
             imported = import_source(layout, catalog, source or sources.load(config.data), config)
         _check_data(config, catalog, first=manifest is None)

@@ -1,6 +1,7 @@
 """lmeraser backbone: what it writes is the backbone that the original weights give, at every image size."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -87,6 +88,31 @@ def test_a_folder_written_for_another_size(capsys, tmp_path, original):
     assert call(capsys, f"--weights={out}", f"--out={again}")[0] == 0
     with pytest.raises(UserError, match="from weights for 16 px"):
         made(again, 40)
+
+
+def test_folders_below_the_current_one(capsys, tmp_path, original, monkeypatch):
+    """As the README names them."""
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, f"--weights={original}", "--out=backbones/mine")[0] == 0
+    assert_same(made("backbones/mine"), made(original))
+
+
+def test_a_normalisation_chosen_at_conversion_stays(capsys, tmp_path, original, monkeypatch):
+    """A name gives way to it, and flags still win."""
+    out = tmp_path / "out"
+    flags = ("--config.backbone.mean=0.3", "--config.backbone.std=0.2,0.3,0.4")
+    assert call(capsys, f"--weights={original}", f"--out={out}", *flags)[0] == 0
+    entry = dataclasses.replace(zoo.ZOO["vit-b-22k"], architecture=made(original).config)
+    monkeypatch.setitem(zoo.ZOO, "vit-b-22k", entry)
+    named = Backbone(name="vit-b-22k", weights=str(out))
+    assert convert.load(named)[0].mean == (0.3,) and convert.load(named)[0].std == (0.2, 0.3, 0.4)
+    assert convert.load(dataclasses.replace(named, mean="0.7"))[0].mean == (0.7,)
+    assert convert.load(dataclasses.replace(named, weights=str(original)))[0].mean == zoo.HALF[0]
+
+
+def test_the_recorded_sha256_is_that_of_the_file(original):
+    wanted = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
+    assert convert.load(Backbone(weights=str(original)))[1].sha256 == wanted
 
 
 def test_swin_is_the_same_at_every_size(capsys, tmp_path):

@@ -135,3 +135,23 @@ def test_damage_is_reported_not_raised(rng, form):
         bad.append(bytes(torn))
     found = decode.decode(bad, 8, 8, 3)
     assert len(found.unreadable) > 5 and all(found.unreadable.values())
+
+
+@pytest.mark.parametrize("side", range(1, 9))
+def test_cameras_note_which_side_was_up(side):
+    """EXIF orientation: all eight give the picture that a viewer shows."""
+    upright = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
+    turned = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright),
+        7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[side]
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = side
+    Image.fromarray(np.ascontiguousarray(turned)).save(file, "PNG", exif=exif)
+    np.testing.assert_array_equal(decode.decode([file.getvalue()], 6, 4, 3).images[0], upright)

@@ -357,9 +357,12 @@ def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> 
 def normalisation(
     weights: Weights, chosen: settings.Backbone, config: Architecture
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std): from the config, else the named backbone's, the file's, or what its family usually has."""
+    """(mean, std): from the config, else as a folder of ours was made, the named backbone's, the file's, the usual."""
     usual = zoo.IMAGENET if isinstance(config, SwinConfig) else zoo.HALF
-    mean, std = zoo.entry(chosen.name).normalisation if chosen.name else weights.normalisation or usual
+    if chosen.name and weights.own is None:
+        mean, std = zoo.entry(chosen.name).normalisation
+    else:
+        mean, std = weights.normalisation or usual
     return per_channel(settings.numbers(chosen.mean) or mean, settings.numbers(chosen.std) or std, config.channels)
 
 

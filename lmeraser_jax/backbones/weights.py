@@ -7,6 +7,7 @@ two beside a config.json, and folders that `lmeraser backbone` wrote.
 import dataclasses
 import hashlib
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -198,10 +199,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _sha256(paths: list[Path]) -> str:
+    """Over the bytes of the files one after the other; of one file, what sha256sum prints."""
     sha = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            sha.update(hashlib.file_digest(file, "sha256").digest())
+            hashlib.file_digest(file, lambda: sha)
     return sha.hexdigest()
 
 
@@ -216,6 +218,7 @@ def _fetched(weights: str, hub_id: str, revision: str) -> Path:
         )
     from huggingface_hub import snapshot_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every attempt
     try:
         folder = snapshot_download(hub_id, revision=revision or "main", allow_patterns=list(WANTED_FROM_HUB))
         if not any(Path(folder).glob("*.safetensors")):

@@ -60,7 +60,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
         last = str(error).strip().splitlines()[-1]  # ml_collections quotes a whole traceback
         raise UserError(f"{last} (see: lmeraser {_name(module)} --help)") from None
     except Exception as error:  # an experiment file may raise anything
-        raise UserError(f"--config: {type(error).__name__}: {str(error).strip(chr(34))}") from None
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"--config: {kind}{str(error).strip(chr(34))}") from None
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")

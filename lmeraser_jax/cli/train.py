@@ -12,6 +12,8 @@ from absl import flags as absl_flags
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import some
 
+MOST_NAMED = 1000  # images in a warning; --json has all
+
 
 def define(flags: common.Flags) -> None:
     text = "read the source again: new records join, erased ones stay out"
@@ -37,7 +39,7 @@ def run(arguments: common.Arguments) -> int:
             if imported.unreadable:
                 common.warn(
                     f"{len(imported.unreadable)} images could not be read and were left out"
-                    f" ({some(imported.unreadable)}); mended ones join with lmeraser train --reimport"
+                    f" ({some(imported.unreadable, MOST_NAMED)}); mended ones join with lmeraser train --reimport"
                 )
         for message in repair(opened):
             common.warn(message)

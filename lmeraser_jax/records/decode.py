@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lmeraser_jax.errors import raise_all
 from lmeraser_jax.records.source import Pixels
@@ -47,7 +47,8 @@ def decode(files: Sequence[Path | bytes], height: int, width: int, channels: int
         file = files[position]
         try:
             with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-                fitted = _fit(_eight_bit(image).convert(mode), height, width)
+                upright = ImageOps.exif_transpose(image)  # cameras note which side was up
+                fitted = _fit(_eight_bit(upright).convert(mode), height, width)
                 images[position] = np.asarray(fitted).reshape(height, width, channels)
                 return "", image.mode != mode
         except UnidentifiedImageError:  # its own text names the file again, or an address in memory

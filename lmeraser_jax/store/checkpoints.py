@@ -109,6 +109,7 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
 
 
 def _manager(folder: Path, create: bool, keep: int | None = None) -> ocp.CheckpointManager:
+    folder = folder.resolve()  # Orbax refuses relative paths
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=create, max_to_keep=keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)

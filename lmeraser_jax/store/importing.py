@@ -186,10 +186,30 @@ def _unfit_shares(source: Source, data: Data) -> list[str]:
                 f"--config.data.{share}={getattr(data, share)} would mix drawn images with the {own} {split} images"
                 f" that the source has{where}; use one of them"
             )
-    if data.split_by == "owner" and not any(item.owner for item in source.items if item.split == "train"):
+    return found + (_unfit_owners(source) if data.split_by == "owner" else [])
+
+
+def _unfit_owners(source: Source) -> list[str]:
+    """What keeps owners from being on one side each: training images without one, owners in two splits."""
+    train = [item for item in source.items if item.split == "train"]
+    without = [item.id for item in train if not item.owner]
+    remedy = (
+        "name owners with --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
+    )
+    if len(without) == len(train):
+        return [f"--config.data.split_by=owner: no training image has an owner; {remedy}"]
+    found = []
+    if without:
+        found.append(f"--config.data.split_by=owner: training images without an owner: {some(without)}; {remedy}")
+    sides: dict[str, set[str]] = {}
+    for item in source.items:
+        if item.owner and item.split != "public":
+            sides.setdefault(item.owner, set()).add(item.split)
+    both = [f"{owner} ({' and '.join(sorted(splits))})" for owner, splits in sides.items() if len(splits) > 1]
+    if both:
         found.append(
-            "--config.data.split_by=owner: no training image has an owner; name owners with"
-            " --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
+            f"--config.data.split_by=owner: owners in two splits of the source: {some(both)}; let"
+            " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
         )
     return found
 
