@@ -18,7 +18,8 @@ Expected: no figure in the paper's text. This file has not been run in full by u
 GPU. 90 clusters is what the paper states. Signs are not flipped; the paper's code flips them:
 --config.data.augment=paper.
 
-Images are kept as squares of 256 px, the centre of a sign that is no square; the reference crops anywhere from the whole.
+Images are kept as squares of 256 px, the centre of a sign that is no square; the reference crops anywhere from the
+whole.
 
 Without the archives, from TFDS (images already resized, its tracks are not recorded, so the hold-out is drawn by
 image, and its test labels are hidden, so its validation images are the test):
