@@ -145,8 +145,8 @@ def test_share_refused(flag):
     [
         (
             tree(backbone__name="vit-b-22k"),
-            "--config.backbone.weights='': must be a folder or file with the weights of"
-            " --config.backbone.name=vit-b-22k, or hub to download them",
+            "--config.backbone.weights='': must be the weights of --config.backbone.name=vit-b-22k: a folder or file,"
+            " or hub to download (lmeraser backbone --name=vit-b-22k says what and from where)",
         ),
         (
             tree(backbone__patch=3, data__image_size=16),
