@@ -38,6 +38,7 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
     source = dataclasses.replace(with_items(whole, whole.items, images), shape=(224, 224, 1))
     config = small_config(
         backbone__name=name,
+        backbone__heads=0,
         backbone__weights=saved(name, tmp_path / "weights"),
         data__image_size=224,
         clustering__sample_size=4,
