@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import progress
-from lmeraser_jax.reconcile import load_clustering, load_slice, reconcile
+from lmeraser_jax.purge import leftovers
+from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records.cache import RowFile
-from lmeraser_jax.records.source import SPLITS, Item, content_hash
+from lmeraser_jax.records.source import Item, content_hash
 from lmeraser_jax.run import Run
+from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog
-from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import Layout
 from lmeraser_jax.tuning import fingerprint
 
@@ -110,31 +112,6 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return lines
 
 
-def leftovers(run: Run) -> list[str]:
-    """What lies in a workdir although no kept manifest needs it: one line each."""
-    manifests = run.catalog.manifests()
-    slices = {name for manifest in manifests for name in manifest.entries.values()}
-    clusterings = {manifest.clustering for manifest in manifests}
-    lines = []
-    for folder, wanted in ((run.layout.slices, slices), (run.layout.clusterings, clusterings)):
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        lines += [f"leftover {folder.name}/{name}" for name in sorted(there - wanted)]
-        lines += [f"missing {folder.name}/{name}" for name in sorted(wanted - there)]
-    lines += [f"leftover slice in the catalog {name}" for name in sorted(set(run.catalog.slices()) - slices)]
-    empty = np.ones(run.catalog.rows_used(), bool)
-    empty[run.catalog.live(*SPLITS).rows] = False
-    files = [image_file(run.layout, run.catalog)]
-    files += [
-        RowFile(p, (run.backbone.config.feature_size,), np.float32) for p in run.layout.records.glob("features-*.f32")
-    ]
-    for file in files:
-        view = file.view()
-        rows = np.flatnonzero(empty[: len(view)])
-        stale = [row for row in rows if np.nan_to_num(view[row].astype(np.float32)).any()]
-        lines += [f"leftover row {row} of {file.path.name}" for row in stale]
-    return lines
-
-
 def audit(run: Run, sample: int = 0) -> Verdict:
     """Rebuilds from scratch in a temporary place and compares; also looks for leftovers of erased records.
 
@@ -148,7 +125,7 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     manifest = run.catalog.manifest()
     if manifest is None:
         raise UserError(f"{run.layout.root} has nothing to audit; run: lmeraser train --workdir={run.layout.root}")
-    if run.catalog.open_requests():
+    if requests.any_open(run.catalog):
         raise UserError("an erasure is not finished; finish it with: lmeraser train --workdir=" + str(run.layout.root))
     keys = sorted(manifest.entries)
     chosen = frozenset(random.sample(keys, min(sample, len(keys))) if sample else keys)
@@ -176,7 +153,7 @@ def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) ->
             if _close({"": one}, {"": rebuilt["prototypes"].get(key, b"")}):
                 near.add(f"prototypes {key}")
     for key, one in found["parameters"].items():
-        row, other = run.catalog.slice(found["slices"][key]), rebuilt["parameters"].get(key)
+        row, other = run.catalog.slice(parts_of(found["slices"][key])[0]), rebuilt["parameters"].get(key)
         if row is not None and row.program != program and isinstance(one, dict) and isinstance(other, dict):
             if _close(one, other):
                 near.add(f"parameters {key}")

@@ -6,11 +6,12 @@ from collections import Counter
 from typing import Any
 
 from lmeraser_jax import report, unlearning
+from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import Verdict, audit
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import Evaluation, evaluate
-from lmeraser_jax.reconcile import Outcome, load_clustering, reconcile
+from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run, prepared
 from lmeraser_jax.store.layout import Layout
 
@@ -112,5 +113,6 @@ def _choose(run: Run) -> list[tuple[str, list[str]]]:
 
 
 def _request(run: Run, name: str, ids: list[str]) -> Request:
-    done = unlearning.erase(run, unlearning.resolve(run, ids))
+    done = unlearning.request_erasure(run, ids)
+    assert done.outcome is not None
     return Request(name, done.records, done.outcome)

@@ -6,7 +6,7 @@ name of what it is for, so that one cluster can be made again without any other.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -38,15 +38,6 @@ def keyed_hash(seed: int | str, *names: str) -> bytes:
         raw = name.encode()
         sha.update(len(raw).to_bytes(8, "little") + raw)
     return sha.digest()
-
-
-def smallest_hashes(seed: int, purpose: str, names: Iterable[str], count: int) -> list[str]:
-    """The `count` names with the smallest keyed hash, sorted by name.
-
-    Removing a name that is not among them changes nothing; removing one that is admits the next hash.
-    """
-    ranked = sorted(names, key=lambda name: (keyed_hash(seed, purpose, name), name))
-    return sorted(ranked[:count])
 
 
 def philox(seed: int, *names: str) -> np.random.Generator:

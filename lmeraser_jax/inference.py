@@ -16,12 +16,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeraser_jax.artifacts import load_clustering, load_slice
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.clustering import padded, squared_distances
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.features import compute_dtype, on_device
 from lmeraser_jax.images import centred
-from lmeraser_jax.reconcile import load_clustering, load_slice
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, lay_prompt
 from lmeraser_jax.tuning import Problem

@@ -1,73 +1,30 @@
-"""The build: given the live records, make what is missing, publish it, purge what may not exist.
+"""The build: bring a workdir to the state that its live records call for.
 
-Train is reconcile from empty, resume is reconcile, unlearn is "mark erased, reconcile", audit is reconcile
-somewhere else and compare. A slice is addressed by the digest of its recipe, so whatever an erasure does
-not touch is found again instead of made again.
+Train is reconcile from empty, resume is reconcile, unlearn is "mark erased, reconcile", audit is
+reconcile somewhere else and compare. A slice is addressed by the digest of its recipe, so whatever an
+erasure does not touch is found again instead of made again.
 """
 
-import contextlib
 import dataclasses
-import io
 import time
-import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
-from lmeraser_jax import clustering as clusters
-from lmeraser_jax import slices
-from lmeraser_jax.clustering import Clustering
-from lmeraser_jax.digests import arrays_digest, digest, smallest_hashes
+from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of, save_clustering
+from lmeraser_jax.digests import arrays_digest, canonical_json
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.records.cache import RowFile
-from lmeraser_jax.records.table import RecordTable
+from lmeraser_jax.planning import Plan, Target, plan
+from lmeraser_jax.purge import kept, purge
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import Job, efficiency, make_job
-from lmeraser_jax.slices import Slice
-from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.catalog import SliceRow
+from lmeraser_jax.schedule import Job, efficiency
+from lmeraser_jax.store import checkpoints, requests
+from lmeraser_jax.store.catalog import Manifest, SliceRow
 from lmeraser_jax.store.importing import image_file
-from lmeraser_jax.store.layout import Layout, remove_others, write_bytes
+from lmeraser_jax.store.layout import remove_others
+from lmeraser_jax.store.requests import Request
 from lmeraser_jax.tuning import Tuned, fingerprint, tune
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """The state that some live records call for.
-
-    Attributes:
-        clustering: prototypes and keys.
-        records: the private records, sorted by id.
-        assignment: int32 [N], index of each record's cluster.
-        digests: {cluster key: slice digest} of clusters that have members.
-        missing: keys whose slice does not exist yet.
-        jobs: {cluster key: job} of all clusters that have members.
-        members: {cluster key: int64 positions in `records`}.
-        settled: the clustering is the published one and lies on disk.
-    """
-
-    clustering: Clustering
-    records: RecordTable
-    assignment: np.ndarray
-    digests: dict[str, str]
-    missing: list[str]
-    jobs: dict[str, Job]
-    members: dict[str, np.ndarray]
-    settled: bool
-
-    @property
-    def sizes(self) -> list[int]:
-        return [len(rows) for rows in self.members.values()]
-
-    @property
-    def images_missing(self) -> int:
-        """Images to pass forward and backward to make what is missing."""
-        return sum(self.jobs[key].images for key in self.missing)
-
-    @property
-    def images_full(self) -> int:
-        """The same for a full re-tune of every cluster."""
-        return sum(job.images for job in self.jobs.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,66 +48,12 @@ class Outcome:
         return self.images / self.images_full if self.images_full else 0.0
 
 
-def plan(run: Run, records: RecordTable) -> Plan:
-    """What state the given live private records call for. Writes nothing but the feature cache."""
-    clustering, settled = _clustering(run, records)
-    assignment = _assignment(run, records, clustering, settled)
-    members = {key: np.flatnonzero(assignment == k) for k, key in enumerate(clustering.keys) if (assignment == k).any()}
-    digests = {key: digest(_recipe(run, key, records, rows)) for key, rows in members.items()}
-    have = run.catalog.slices()
-    missing = [key for key, name in digests.items() if name not in have or not run.layout.slice(name).is_dir()]
-    jobs = {key: make_job(key, records.rows[rows], run.config.tuning) for key, rows in members.items()}
-    return Plan(clustering, records, assignment, digests, missing, jobs, members, settled)
-
-
-def _clustering(run: Run, records: RecordTable) -> tuple[Clustering, bool]:
-    """The clustering of these records, and whether it is the published one."""
-    k = run.config.clustering
-    pool = records if k.sample_from == "private" else run.catalog.live("public")
-    sample = tuple(smallest_hashes(run.config.seed, "sample", pool.ids, k.sample_size))
-    place = {name: i for i, name in enumerate(pool.ids)}
-    chosen = pool.take(np.array([place[name] for name in sample], np.int64))
-    inputs = [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, sample, chosen.contents]
-    name = digest(inputs)
-    manifest = run.catalog.manifest()
-    if manifest is not None and manifest.clustering == name:
-        with contextlib.suppress(UserError):  # missing or damaged: made again
-            return load_clustering(run.layout, name), True
-    if not sample:
-        width = run.backbone.config.feature_size
-        return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
-    return clusters.cluster(sample, run.features(chosen), k, name), False
-
-
-def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled: bool) -> np.ndarray:
-    """Cluster index of each record: sampled ones by the tree, the others by the nearest prototype.
-
-    Under the published clustering a record keeps its published cluster, which is what it would get again.
-    """
-    index = {key: k for k, key in enumerate(clustering.keys)}
-    sampled = dict(zip(clustering.sample, clustering.labels, strict=True))
-    found = np.array([sampled.get(name, -1) for name in records.ids], np.int32)
-    if settled:
-        kept = np.array([index.get(key, -1) for key in records.clusters], np.int32)
-        found = np.where(found < 0, kept, found)
-    open_ = np.flatnonzero(found < 0)
-    if len(open_):
-        found[open_] = clusters.assign(run.features(records.take(open_)), clustering.prototypes)
-    return found
-
-
-def _recipe(run: Run, key: str, records: RecordTable, rows: np.ndarray) -> dict:
-    members = [(records.ids[i], records.contents[i], int(records.labels[i])) for i in rows]
-    return slices.recipe(
-        key, members, run.config.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed
-    )
-
-
 def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     """Brings the workdir to the state that its live records call for.
 
     Order: tune what is missing, each slice on disk before it is registered; publish in one transaction;
-    purge. A kill at any point leaves the old or the new state, and the next reconcile finishes.
+    purge. A kill at any point leaves the old or the new state, and the next reconcile finishes. It serves the
+    requests that were accepted when it planned; later ones wait for the next.
 
     Args:
         run: opened for writing.
@@ -162,53 +65,63 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     """
     assert run.writable, "reconcile needs a run that holds the writer lock"
     start = time.perf_counter()
-    _sweep(run)
-    wanted = plan(run, run.catalog.live("train"))
-    missing = [key for key in wanted.missing if only is None or key in only]
-    _tune_missing(run, wanted, missing)
+    sweep(run)
     before = run.catalog.manifest()
-    changed = before is None or (before.clustering, before.entries) != (wanted.clustering.digest, wanted.digests)
+    wanted = plan(run)
+    served = wanted.requests
+    requests.advance(run.catalog, served, "planned")
+    missing = {key: chain for key, chain in wanted.missing.items() if only is None or key in only}
+    jobs = [target.job for chain in missing.values() for target in chain]
+    if jobs:
+        requests.advance(run.catalog, served, "re-tuning")
+    _tune_missing(run, wanted, missing)
     if not wanted.settled:
         save_clustering(run.layout, wanted.clustering)
-    _publish(run, wanted, changed)
-    purge(run)
-    after, lanes = run.catalog.manifest(), run.mesh.size * run.config.tuning.lanes
+    changed = before is None or (before.clustering, before.inputs, before.entries) != (
+        wanted.clustering.digest,
+        wanted.inputs,
+        wanted.entries,
+    )
+    lanes = run.mesh.size * run.config.tuning.lanes
     outcome = Outcome(
-        clusters=len(wanted.digests),
+        clusters=len(wanted.entries),
         retuned=len(missing),
-        reused=len(wanted.digests) - len(missing),
-        images=sum(wanted.jobs[key].images for key in missing),
+        reused=len(wanted.entries) - len(missing),
+        images=sum(job.images for job in jobs),
         images_full=wanted.images_full,
         seconds=time.perf_counter() - start,
-        efficiency=efficiency([wanted.jobs[key] for key in missing], lanes, run.config.tuning.batch),
+        efficiency=efficiency(jobs, lanes, run.config.tuning.batch),
         published=changed,
-        version=after.version if after else 0,
+        version=before.version if before else 0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
     )
+    version = _publish(run, wanted, before, outcome, served, sum(job.steps for job in jobs))
+    purge(run)
+    outcome = dataclasses.replace(outcome, version=version, seconds=time.perf_counter() - start)
     run.log("reconcile", **dataclasses.asdict(outcome))
     return outcome
 
 
-def _sweep(run: Run) -> None:
-    """Removes what a killed writer left: unregistered slices, scratch, image rows without a record."""
+def sweep(run: Run) -> None:
+    """Removes what a killed writer left: unregistered slices, receipts, scratch, image rows without a record."""
     remove_others(run.layout.slices, set(run.catalog.slices()))
     remove_others(run.layout.scratch, set())
     image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
 
 
-def _tune_missing(run: Run, wanted: Plan, missing: Sequence[str]) -> None:
+def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
     """Tunes clusters; each finished slice is saved and registered at once, so that a kill loses little."""
     if not missing:
         return
     labels = np.zeros(run.catalog.rows_used(), np.int32)
-    labels[wanted.records.rows] = wanted.records.labels
+    for key, chain in missing.items():
+        labels[chain[-1].job.rows] = wanted.labels[key]
     failed = []
-    jobs = [wanted.jobs[key] for key in missing]
-    for done in tune(run.problem, run.backbone, jobs, run.images, labels, run.mesh):
+    for target, done in _tuned(run, missing, labels):
         if done.failed_at is not None:
             failed.append(f"cluster {done.job.key[:12]} ({len(done.job.rows)} members) at step {done.failed_at}")
         else:
-            _keep(run, wanted, done)
+            _keep(run, target, done)
     raise_all(
         failed,
         "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate "
@@ -218,13 +131,19 @@ def _tune_missing(run: Run, wanted: Plan, missing: Sequence[str]) -> None:
     )
 
 
-def _keep(run: Run, wanted: Plan, done: Tuned) -> None:
+def _tuned(run: Run, missing: Mapping[str, tuple[Target, ...]], labels: np.ndarray) -> Iterator[tuple[Target, Tuned]]:
+    targets = {chain[0].job.key: chain[0] for chain in missing.values()}
+    jobs: list[Job] = [target.job for target in targets.values()]
+    for done in tune(run.problem, run.backbone, jobs, run.images, labels, run.mesh):
+        yield targets[done.job.key], done
+
+
+def _keep(run: Run, target: Target, done: Tuned) -> None:
     """Writes a slice to disk, then registers it."""
-    key, name = done.job.key, wanted.digests[done.job.key]
     arrays = checkpoints.flatten(done.slice)
     row = SliceRow(
-        digest=name,
-        cluster=key,
+        digest=target.digest,
+        cluster=done.job.key,
         params=arrays_digest(arrays),
         size=len(done.job.rows),
         images=done.job.images,
@@ -233,64 +152,94 @@ def _keep(run: Run, wanted: Plan, done: Tuned) -> None:
         seconds=done.seconds,
         program=fingerprint(run.config.tuning, run.mesh),
         created=time.time(),
+        parent=target.parent,
+        tuning=canonical_json(dataclasses.asdict(run.config.tuning)),
     )
-    checkpoints.save(run.layout.slice(name), arrays, {"cluster": key, "params": row.params}, step=done.job.steps)
+    metadata = {"cluster": row.cluster, "params": row.params}
+    checkpoints.save(run.layout.slice(target.digest), arrays, metadata, step=done.job.steps)
     with run.catalog.transaction():
         run.catalog.add_slice(row, done.job.rows)
 
 
-def _publish(run: Run, wanted: Plan, changed: bool) -> None:
-    """One transaction: the manifest, every record's cluster, and the open requests."""
-    keys = wanted.clustering.keys
-    with run.catalog.transaction():
-        if changed:
-            pairs = ((name, keys[k]) for name, k in zip(wanted.records.ids, wanted.assignment, strict=True))
-            program = fingerprint(run.config.tuning, run.mesh)
-            version = run.catalog.publish(wanted.clustering.digest, program, wanted.digests, pairs)
-            run.catalog.event("publish", version=version, clusters=len(wanted.digests))
-        for name, body in run.catalog.open_requests().items():
-            run.catalog.set_request(name, "published", body)
+def _publish(
+    run: Run, wanted: Plan, before: Manifest | None, outcome: Outcome, served: Collection[str], steps: int
+) -> int:
+    """One transaction: the manifest, every moved record's cluster, the served requests, their quarantine."""
+    catalog, program = run.catalog, fingerprint(run.config.tuning, run.mesh)
+    version = outcome.version
+    with catalog.transaction():
+        if outcome.published:
+            version = catalog.publish(wanted.clustering.digest, program, wanted.inputs, wanted.entries, wanted.moved)
+            catalog.event("publish", version=version, clusters=len(wanted.entries))
+        waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
+        waiting = [request for request in waiting if request.state != "published"]
+        work = {
+            "images": outcome.images,
+            "images_full": outcome.images_full,
+            "steps": steps,
+            "seconds": round(outcome.seconds, 3),
+            "clusters_tuned": outcome.retuned,
+            "program": program,
+            "batch": [request.id for request in waiting],
+        }
+        purged = _condemned(run, [request.id for request in waiting])
+        for request in waiting:
+            facts = {"work": work, "clusters": _changes(run, request, wanted, before), "purged": purged}
+            facts["manifest"] = {"before": before.version if before else 0, "after": version}
+            facts["members"] = {}  # names clusters, and a cluster's name is a digest of its sampled ids
+            requests.advance(catalog, [request.id], "published", list(facts.items()))
+        requests.lift_quarantine(catalog, served)
+    return version
 
 
-def purge(run: Run) -> None:
-    """Removes everything that was made with an erased record, then the record itself.
-
-    What stays is what the surviving manifests point at: the current one, and older ones that no erased
-    record was a member or a sampled record of. Files go first and the catalog last, so that a purge that was
-    cut short is found again and repeated.
-    """
-    erased, tainted = run.catalog.erased(), set(run.catalog.tainted_slices())
-    kept, dropped = [], []
-    for manifest in run.catalog.manifests():
-        clean = not tainted & set(manifest.entries.values()) and _readable_without(run, manifest.clustering, erased)
-        (kept if clean or not kept else dropped).append(manifest)
-    slices_kept = {name for manifest in kept for name in manifest.entries.values()}
-    remove_others(run.layout.slices, slices_kept)
-    remove_others(run.layout.clusterings, {manifest.clustering for manifest in kept})
-    if erased:
-        rows = np.array(sorted(erased.values()), np.int64)
-        image_file(run.layout, run.catalog).overwrite(rows)
-        for path in run.layout.records.glob("features-*.f32"):
-            RowFile(path, (run.backbone.config.feature_size,), np.float32).overwrite(rows)
-        run.layout.picture.unlink(missing_ok=True)
-    with run.catalog.transaction():
-        for manifest in dropped:
-            run.catalog.drop_manifest(manifest.version)
-        for name in set(run.catalog.slices()) - slices_kept:
-            run.catalog.drop_slice(name)
-        run.catalog.forget(erased)
-        for name, body in run.catalog.open_requests().items():
-            run.catalog.set_request(name, "purged", body)
-    if erased:
-        run.catalog.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+def _condemned(run: Run, served: list[str]) -> dict[str, Any]:
+    """What the purge is about to remove, as receipts say it: salted hashes and counts."""
+    catalog, stays = run.catalog, kept(run, served)
+    versions = {manifest.version for manifest in stays.manifests}
+    dropped = [manifest for manifest in catalog.manifests() if manifest.version not in versions]
+    clusterings = {manifest.clustering for manifest in dropped} - stays.clusterings
+    return {
+        "slices": sorted(catalog.salted("slice", name) for name in set(catalog.slices()) - stays.slices),
+        "clusterings": sorted(catalog.salted("clustering", name) for name in clusterings),
+        "manifests": sorted(manifest.version for manifest in dropped),
+        "rows": len(catalog.erased(served)),
+    }
 
 
-def _readable_without(run: Run, clustering: str, erased: Mapping[str, int]) -> bool:
-    """Whether an older clustering is whole and none of the erased records was sampled for it."""
+def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) -> list[dict[str, Any]]:
+    """The clusters that a request's records reached, why, and their slices before (salted) and after."""
+    old, members = (before.entries if before else {}), request.body["members"]
+    sampled = before is not None and _was_sampled(run, request, before)
+    found = []
+    for key in sorted(set(old) | set(wanted.entries)):
+        unchanged = old.get(key) == wanted.entries.get(key)
+        if unchanged or not (sampled or key in members):
+            continue
+        found.append(
+            {
+                "cluster": key if key in wanted.entries else run.catalog.salted("cluster", key),
+                "why": "member" if key in members else "re-cluster",
+                "records": members.get(key, 0),
+                "before": run.catalog.salted("slice", old[key]) if key in old else "",
+                "after": wanted.entries.get(key, ""),
+                "params": _params(run, wanted.entries.get(key, "")),
+            }
+        )
+    return found
+
+
+def _was_sampled(run: Run, request: Request, before: Manifest) -> bool:
+    """Whether the published clustering was made with one of the request's records."""
     try:
-        return not set(load_clustering(run.layout, clustering).sample) & set(erased)
+        sample = load_clustering(run.layout, before.clustering).sample
     except UserError:
-        return False
+        return True  # damaged: nobody can say any more
+    return not set(sample).isdisjoint(run.catalog.erased([request.id]))
+
+
+def _params(run: Run, name: str) -> str:
+    row = run.catalog.slice(name)
+    return row.params if row else ""
 
 
 def repair(run: Run) -> list[str]:
@@ -300,49 +249,11 @@ def repair(run: Run) -> list[str]:
         Messages, one per dropped slice.
     """
     manifest, messages = run.catalog.manifest(), []
-    for name in manifest.entries.values() if manifest else ():
+    for ref in manifest.entries.values() if manifest else ():
         try:
-            load_slice(run, name)
+            load_slice(run, ref)
         except UserError as error:
             messages.append(f"{error}; it is tuned again")
             with run.catalog.transaction():
-                run.catalog.drop_slice(name)
+                run.catalog.drop_slice(parts_of(ref)[0])
     return messages
-
-
-def load_slice(run: Run, name: str) -> Slice:
-    """One slice from its checkpoint, checked against the digest in the catalog.
-
-    Raises:
-        UserError: the checkpoint is missing or damaged.
-    """
-    row = run.catalog.slice(name)
-    if row is None:
-        raise UserError(f"slice {name[:12]} is not in the catalog; lmeraser train on the same workdir makes it again")
-    arrays, _, _ = checkpoints.load(run.layout.slice(name))
-    if arrays_digest(arrays) != row.params:
-        raise UserError(f"slice {name[:12]} of cluster {row.cluster[:12]} is damaged: its bytes have another digest")
-    return Slice(**arrays)
-
-
-def save_clustering(layout: Layout, clustering: Clustering) -> None:
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        sample=np.array(clustering.sample, np.str_),
-        labels=clustering.labels,
-        keys=np.array(clustering.keys, np.str_),
-        prototypes=clustering.prototypes,
-    )
-    write_bytes(layout.clustering(clustering.digest) / "clustering.npz", buffer.getvalue())
-
-
-def load_clustering(layout: Layout, name: str) -> Clustering:
-    """A saved clustering. Raises `UserError` when it is missing or damaged."""
-    path = layout.clustering(name) / "clustering.npz"
-    try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
-            return Clustering(name, sample, file["labels"], keys, file["prototypes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read: {error}; lmeraser train on the same workdir makes it again") from error

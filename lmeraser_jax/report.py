@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
 from lmeraser_jax.clustering import expected_share
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.reconcile import load_clustering, load_slice
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import lay_prompt
+from lmeraser_jax.store import requests
+from lmeraser_jax.store.catalog import SliceRow
 from lmeraser_jax.store.layout import disk_use
 
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows so many of either end
@@ -113,13 +115,13 @@ def overview(run: Run) -> Overview:
     sampled = Counter(clustering.keys[k] for k in clustering.labels)
     versions = Counter(row.cluster for row in made.values())
     rows = [
-        ClusterRow(key, name, made[name].size, sampled[key], versions[key], made[name].steps, made[name].loss or 0.0)
-        for key, name in manifest.entries.items()
+        _cluster_row(made[parts_of(ref)[0]], ref, sampled[key], versions[key]) for key, ref in manifest.entries.items()
     ]
     private = run.catalog.live("train")
     classes = _classes(run, private.labels)
     filled = [row.records for row in classes if row.records]
-    splits = {split: len(run.catalog.live(split)) for split in ("train", "holdout", "test", "public")}
+    counts = run.catalog.counts()
+    splits = {split: counts.get(split, 0) for split in ("train", "holdout", "test", "public")}
     parts = ("backbone", "records", "clusterings", "slices")
     return Overview(
         workdir=str(run.layout.root),
@@ -131,10 +133,14 @@ def overview(run: Run) -> Overview:
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows]),
         sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),
-        open_requests=len(run.catalog.open_requests()),
+        open_requests=len(requests.listed(run.catalog, only_open=True)),
         disk={part: disk_use(getattr(run.layout, part)) for part in parts} | {"catalog": disk_use(run.layout.catalog)},
         warnings=tuple(_warnings(run, len(clustering.keys), len(clustering.sample))),
     )
+
+
+def _cluster_row(row: SliceRow, ref: str, sampled: int, versions: int) -> ClusterRow:
+    return ClusterRow(row.cluster, ref, row.size, sampled, versions, parts_of(ref)[1] or row.steps, row.loss or 0.0)
 
 
 def _classes(run: Run, labels: np.ndarray) -> tuple[ClassRow, ...]:

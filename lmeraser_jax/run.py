@@ -30,6 +30,7 @@ from lmeraser_jax.records import sources
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
+from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, check_images, image_file, import_settings, import_source
 from lmeraser_jax.store.layout import Layout, read_config, write_json, writer_lock
@@ -170,7 +171,8 @@ def prepared(
         stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
         if stored is not None and manifest is not None:
-            _check_same(layout, stored, config, ("inference", "tuning") if catalog.open_requests() else ("inference",))
+            free = ("inference", "tuning") if requests.any_open(catalog) else ("inference",)
+            _check_same(layout, stored, config, free)
         _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
         mesh, imported = mesh_of(devices), None
         converted = None
@@ -211,9 +213,9 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     """What the config asks of the data; the sample may only outgrow it later, by erasures."""
     k = config.clustering
     split = "train" if k.sample_from == "private" else "public"
-    count = len(catalog.live(split))
+    count = catalog.counts().get(split, 0)
     problems = []
-    if first and k.sample_size > count and not catalog.open_requests():
+    if first and k.sample_size > count and not requests.any_open(catalog):
         what = f"at most the number of {k.sample_from} records, {count}"
         problems.append(f"--config.clustering.sample_size={k.sample_size}: must be {what}")
     kind, value = settings.cut_of(k.cut)

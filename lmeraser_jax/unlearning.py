@@ -1,25 +1,18 @@
-"""Erasure requests: who is meant, what it would cost, and doing it (paper 4.3).
+"""Erasure requests: what one would cost, and serving those that were accepted (paper 4.3 and 5.3).
 
-Erasing is two things: records are marked erased in one transaction, and the workdir is reconciled with
-the records that are left.
+Erasing is two things: records are marked erased in one transaction (`store.requests.accept`), and the workdir
+is reconciled with the records that are left. Requests that wait are served together, in one reconcile.
 """
 
 import dataclasses
-import uuid
+import time
 from collections.abc import Sequence
 
-from lmeraser_jax.errors import UserError, some
-from lmeraser_jax.reconcile import Outcome, plan, reconcile
+from lmeraser_jax.planning import plan
+from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run
-
-
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """The records that a request names."""
-
-    live: tuple[str, ...]
-    erased: tuple[str, ...]  # erased before: nothing to do for them
-    pending: tuple[str, ...]  # accepted before, not finished: done with the next reconcile
+from lmeraser_jax.store import requests
+from lmeraser_jax.store.requests import Request, Targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,55 +30,40 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Erasure:
-    """What a request did."""
+    """A request and what serving it did; `outcome` is None while it waits, or if it was served before."""
 
-    request: str
-    records: int
-    erased_before: int
-    outcome: Outcome
+    request: Request
+    outcome: Outcome | None
+
+    @property
+    def records(self) -> int:
+        """Records that this request erased."""
+        return len(self.request.body["records"])
+
+    @property
+    def erased_before(self) -> int:
+        return len(self.request.body["erased_before"])
 
 
-def resolve(run: Run, ids: Sequence[str], owner: str = "") -> Targets:
-    """Looks up what a request names.
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """Whether waiting requests are to be served now. `age` is the oldest one's, in seconds."""
 
-    Args:
-        run: an opened workdir.
-        ids: record ids.
-        owner: also all records of this owner, hold-out and test images included.
-
-    Raises:
-        UserError: lists every unknown id; nothing is erased then.
-    """
-    names = list(dict.fromkeys(ids))
-    if owner:
-        owned = run.catalog.owned(owner)
-        if not owned:
-            raise UserError(f"--owner={owner}: owns no live record (unknown, or erased before); nothing is erased now")
-        names = list(dict.fromkeys([*names, *owned]))
-    known = run.catalog.known(names)
-    pending = tuple(name for name in names if name in known and known[name][3])
-    erased = tuple(name for name in names if name not in known and run.catalog.is_tombstoned(name))
-    unknown = [name for name in names if name not in known and name not in erased]
-    public = [name for name in known if known[name][0] == "public"]
-    if unknown:
-        raise UserError(
-            f"unknown records: {some(unknown, 50)}; nothing is erased (lmeraser inspect --records lists the ids)"
-        )
-    if public:
-        raise UserError(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
-    return Targets(tuple(name for name in names if name not in (*erased, *pending)), erased, pending)
+    waiting: int
+    age: float
+    now: bool
 
 
 def estimate(run: Run, targets: Targets) -> Estimate:
     """What erasing the targets would cost. Changes nothing but the feature cache."""
-    wanted = plan(run, run.catalog.live("train").without(frozenset(targets.live)))
+    wanted = plan(run, targets.live)
     rows = run.catalog.slices().values()
     images, seconds = sum(row.images for row in rows), sum(row.seconds for row in rows)
     before = run.catalog.manifest()
     return Estimate(
         records=len(targets.live),
-        clusters=tuple(wanted.missing),
-        vanishing=tuple(sorted(set(before.entries) - set(wanted.digests))) if before else (),
+        clusters=tuple(sorted(wanted.missing)),
+        vanishing=tuple(sorted(set(before.entries) - set(wanted.entries))) if before else (),
         images=wanted.images_missing,
         images_full=wanted.images_full,
         seconds=wanted.images_missing * seconds / images if images else 0.0,
@@ -93,18 +71,53 @@ def estimate(run: Run, targets: Targets) -> Estimate:
     )
 
 
-def erase(run: Run, targets: Targets) -> Erasure:
+def request_erasure(
+    run: Run,
+    ids: Sequence[str] = (),
+    owner: str = "",
+    request: str = "",
+    requester: str = "",
+    reason: str = "",
+    quarantine: bool = False,
+    defer: bool = False,
+) -> Erasure:
     """Erases records and brings the workdir to the state of never having had them.
 
     Args:
-        run: opened for writing.
-        targets: from `resolve`.
+        run: opened; for writing unless `defer`.
+        ids, owner, request, requester, reason, quarantine: see `store.requests.accept`.
+        defer: only accept; `process` serves all that wait.
+
+    Raises:
+        UserError: the request cannot be accepted, or a cluster's loss was not finite (the request stays open).
     """
-    assert run.writable, "erase needs a run that holds the writer lock"
-    request = uuid.uuid4().hex
-    body = {"records": len(targets.live), "erased_before": len(targets.erased)}
-    if targets.live:
-        with run.catalog.transaction():
-            run.catalog.set_request(request, "accepted", body)
-            run.catalog.erase(targets.live)
-    return Erasure(request, len(targets.live), len(targets.erased), reconcile(run))
+    assert run.writable or defer, "serving a request needs a run that holds the writer lock"
+    accepted = requests.accept(run.catalog, ids, owner, request, requester, reason, quarantine)
+    if defer or not accepted.open:
+        return Erasure(accepted, None)
+    outcome = reconcile(run)
+    return Erasure(requests.get(run.catalog, accepted.id) or accepted, outcome)
+
+
+def due(run: Run, max_wait: float = 0.0, max_batch: int = 1) -> Due:
+    """Whether it is time to serve what waits.
+
+    Args:
+        run: opened.
+        max_wait: seconds that the oldest request may wait.
+        max_batch: serve at once when so many wait.
+    """
+    waiting = requests.listed(run.catalog, only_open=True)
+    age = time.time() - waiting[0].created if waiting else 0.0
+    return Due(len(waiting), age, bool(waiting) and (age >= max_wait or len(waiting) >= max_batch))
+
+
+def process(run: Run) -> tuple[Outcome, list[Request]]:
+    """Serves every request that waits, in one reconcile (paper 5.3, batch unlearning).
+
+    Returns:
+        What was done, and the requests that it finished.
+    """
+    names = [request.id for request in requests.listed(run.catalog, only_open=True)]
+    outcome = reconcile(run)
+    return outcome, [request for name in names if (request := requests.get(run.catalog, name))]

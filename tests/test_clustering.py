@@ -21,7 +21,7 @@ from lmeraser_jax.clustering import (
     padded,
     tree,
 )
-from lmeraser_jax.digests import smallest_hashes
+from lmeraser_jax.store.catalog import sample_rank
 
 
 def points(count: int, width: int = 5, seed: int = 0) -> np.ndarray:
@@ -240,7 +240,7 @@ def test_erasing_an_unsampled_record_moves_nothing():
     row = {name: i for i, name in enumerate(ids)}
 
     def build(live) -> Clustering:
-        sample = tuple(smallest_hashes(7, "sample", live, 40))
+        sample = tuple(sorted(sorted(live, key=lambda name: sample_rank(7, name))[:40]))
         return cluster(sample, table[[row[name] for name in sample]], options("auto:5", 12, 3), "x")
 
     before = build(ids)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lmeraser_jax.digests import arrays_digest, canonical_json, digest, keyed_hash, philox, smallest_hashes, words
+from lmeraser_jax.digests import arrays_digest, canonical_json, digest, keyed_hash, philox, words
 
 NAMES = [f"record-{i}" for i in range(200)]
 
@@ -60,43 +60,6 @@ def test_words_are_two_uint32():
     found = words("a")
     assert found.shape == (2,) and found.dtype == np.uint32
     assert len({words(name).tobytes() for name in NAMES}) == len(NAMES)
-
-
-# the sample
-def test_smallest_ignores_input_order(rng):
-    shuffled = [NAMES[i] for i in rng.permutation(len(NAMES))]
-    chosen = smallest_hashes(3, "sample", NAMES, 40)
-    assert smallest_hashes(3, "sample", iter(shuffled), 40) == chosen == sorted(chosen)
-    assert len(set(chosen)) == 40 and set(chosen) < set(NAMES)
-
-
-def test_smallest_depends_on_seed_and_purpose():
-    draws = [smallest_hashes(seed, purpose, NAMES, 40) for seed in (0, 1) for purpose in ("sample", "audit")]
-    assert len({tuple(draw) for draw in draws}) == 4
-
-
-@pytest.mark.parametrize("count", [1, 40, 199])
-def test_removing_unsampled_changes_nothing(count):
-    chosen = smallest_hashes(0, "sample", NAMES, count)
-    for gone in set(NAMES) - set(chosen):
-        assert smallest_hashes(0, "sample", [name for name in NAMES if name != gone], count) == chosen
-    assert smallest_hashes(0, "sample", chosen, count) == chosen  # all unsampled ones at once
-
-
-@pytest.mark.parametrize("count", [1, 40, 199])
-def test_removing_sampled_admits_one(count):
-    chosen = set(smallest_hashes(0, "sample", NAMES, count))
-    admitted = set()
-    for gone in chosen:
-        after = set(smallest_hashes(0, "sample", [name for name in NAMES if name != gone], count))
-        assert chosen - after == {gone}
-        admitted |= after - chosen
-    assert len(admitted) == 1  # whichever goes, the next hash comes in
-
-
-def test_smallest_with_too_few_names():
-    assert smallest_hashes(0, "sample", ["b", "a"], 5) == ["a", "b"]
-    assert smallest_hashes(0, "sample", [], 5) == []
 
 
 # random streams

@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 from helpers import changed, files_of, small_config, small_run, small_source, without
 
-from lmeraser_jax import reconcile as build
 from lmeraser_jax import schedule, tuning, unlearning
+from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import audit, differences, state
-from lmeraser_jax.reconcile import load_clustering, reconcile
+from lmeraser_jax.digests import arrays_digest
+from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records.source import Pixels
+from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.requests import any_open
 
 DEVICES = [1, 8]
 
@@ -104,7 +107,7 @@ def trained_state(workdir, source, devices, config=None):
 def erased_state(workdir, requests, devices, config=None, source=None):
     """Erases request by request; returns the state and the number of slices tuned and reused."""
     with small_run(workdir, source, config, devices) as run:
-        outcomes = [unlearning.erase(run, unlearning.resolve(run, ids)).outcome for ids in requests]
+        outcomes = [unlearning.request_erasure(run, ids).outcome for ids in requests]
         return state(run), outcomes
 
 
@@ -123,7 +126,7 @@ def test_unlearning_equals_never_having_had_the_records(copy, tmp_path, kind):
         for key, name in run.catalog.manifest().entries.items():
             if before.entries.get(key) == name:
                 assert files_of(run, name) == files[name], "an untouched slice was written again"
-        assert run.catalog.erased() == {} and run.catalog.open_requests() == {}
+        assert run.catalog.erased() == {} and not any_open(run.catalog)
 
 
 def test_an_unsampled_record_moves_one_slice_and_nothing_upstream(copy):
@@ -201,20 +204,20 @@ def test_erasing_everything_leaves_an_empty_state(copy, tmp_path):
 def test_the_audit_agrees_and_sees_a_changed_bit(copy, monkeypatch):
     workdir, devices = copy
     with small_run(workdir, devices=devices) as run:
-        unlearning.erase(run, unlearning.resolve(run, sampled_record(run)[0]))
+        unlearning.request_erasure(run, sampled_record(run)[0])
         good = audit(run)
         assert good.ok and good.checked == good.clusters
         key, name = sorted(run.catalog.manifest().entries.items())[1]
         slice_, row = tuning_slice(run, name)
         slice_["bias"] = np.nextafter(slice_["bias"], 1).astype(np.float32)
-        build.checkpoints.save(run.layout.slice(name), slice_, {})
-        run.catalog.add_slice(row._replace(params=build.arrays_digest(slice_)), [])
+        checkpoints.save(run.layout.slice(name), slice_, {})
+        run.catalog.add_slice(row._replace(params=arrays_digest(slice_)), [])
         bad = audit(run)
     assert bad.differences == (f"parameters {key}",)
 
 
 def tuning_slice(run, name):
-    arrays, _, _ = build.checkpoints.load(run.layout.slice(name))
+    arrays, _, _ = checkpoints.load(run.layout.slice(name))
     return dict(arrays), run.catalog.slices()[name]
 
 
@@ -226,7 +229,7 @@ def test_unlearning_compiles_nothing_new(tmp_path, monkeypatch):
     with small_run(tmp_path / "run", config=config) as run:
         reconcile(run)
         for kind in (unsampled_record, sampled_record, owner):
-            assert unlearning.erase(run, unlearning.resolve(run, kind(run)[0])).outcome.retuned > 0
+            assert unlearning.request_erasure(run, kind(run)[0]).outcome.retuned > 0
         program = tuning.compiled(run.problem, run.mesh)
         assert program._cache_size() == 1
 
@@ -286,6 +289,6 @@ def test_slices_of_another_program_are_compared_within_a_tolerance(copy):
         key, name = sorted(run.catalog.manifest().entries.items())[0]
         slice_, row = tuning_slice(run, name)
         slice_["kernel"] = slice_["kernel"] * np.float32(1.5)
-        build.checkpoints.save(run.layout.slice(name), slice_, {})
-        run.catalog.add_slice(row._replace(params=build.arrays_digest(slice_)), [])
+        checkpoints.save(run.layout.slice(name), slice_, {})
+        run.catalog.add_slice(row._replace(params=arrays_digest(slice_)), [])
         assert f"parameters {key}" in audit(run).differences

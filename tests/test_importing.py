@@ -74,9 +74,9 @@ def test_order_of_the_source_does_not_matter(tmp_path):
 def test_erased_stays_out(workdir, purged):
     layout, catalog = workdir
     import_source(layout, catalog, made(), Config())
-    catalog.erase(["id-00002", "id-00003"])
+    catalog.erase(["id-00002", "id-00003"], "r")
     if purged:
-        catalog.forget(["id-00002", "id-00003"])
+        catalog.forget(["r"])
     assert import_source(layout, catalog, made(), Config()) == Imported(0, 28, 2, 0)
     assert not {"id-00002", "id-00003"} & set(catalog.live("train").ids)
     assert import_source(layout, catalog, made(35), Config()) == Imported(5, 28, 2, 0)

@@ -10,10 +10,11 @@ from helpers import small_run
 from scipy.special import softmax
 
 from lmeraser_jax import inference
+from lmeraser_jax.artifacts import load_clustering, load_slice
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.images import centred
-from lmeraser_jax.reconcile import load_clustering, load_slice, reconcile
+from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.slices import lay_prompt
 from lmeraser_jax.store import checkpoints
 
@@ -106,7 +107,7 @@ def test_a_damaged_slice_is_refused_by_name(run):
     broken = dict(arrays) | {"bias": arrays["bias"] + 1}
     checkpoints.save(run.layout.slice(name), broken, metadata, step)
     try:
-        with pytest.raises(UserError, match=f"slice {name[:12]} .* is damaged"):
+        with pytest.raises(UserError, match=f"slice {name[:12]} is damaged"):
             inference.load_model(run)
     finally:
         checkpoints.save(run.layout.slice(name), arrays, metadata, step)

@@ -12,15 +12,18 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
+from lmeraser_jax import artifacts, purge, receipts, unlearning
 from lmeraser_jax import reconcile as build
-from lmeraser_jax import unlearning
-from lmeraser_jax.audit import differences, leftovers, state
+from lmeraser_jax.artifacts import load_clustering
+from lmeraser_jax.audit import differences, state
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.reconcile import load_clustering, plan, reconcile
+from lmeraser_jax.planning import plan
+from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import opened, prepared
 from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.requests import any_open, listed, resolve
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +77,14 @@ def test_an_interrupted_erasure_is_finished_by_the_next_command(tmp_path, monkey
         with monkeypatch.context() as patch:
             stop_after(patch, 0, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                unlearning.erase(run, unlearning.resolve(run, ids))
-        assert run.catalog.manifest() == before and len(run.catalog.open_requests()) == 1
-        assert unlearning.resolve(run, ids).pending == tuple(ids)
+                unlearning.request_erasure(run, ids)
+        assert run.catalog.manifest() == before and len(listed(run.catalog, only_open=True)) == 1
+        assert resolve(run.catalog, ids).pending == tuple(ids)
         assert set(run.catalog.live("train").ids).isdisjoint(ids)
     with small_run(tmp_path / "run") as run:
         reconcile(run)
         found = state(run)
-        assert run.catalog.open_requests() == {} and run.catalog.erased() == {}
+        assert not any_open(run.catalog) and run.catalog.erased() == {}
     with small_run(tmp_path / "scratch", without(small_source(), set(ids))) as run:
         reconcile(run)
         assert differences(found, state(run)) == []
@@ -125,12 +128,12 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
         patch.setattr(build, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
         before = run.catalog.manifest()
         with pytest.raises(UserError, match="at step 3"):
-            unlearning.erase(run, unlearning.resolve(run, trained[1]))
+            unlearning.request_erasure(run, trained[1])
         assert run.catalog.manifest() == before
     with small_run(tmp_path / "run", config=gentler) as run:
         reconcile(run)
         found = state(run)
-        assert run.catalog.open_requests() == {} and leftovers(run) == []
+        assert not any_open(run.catalog) and purge.leftovers(run) == []
     with small_run(tmp_path / "scratch2", without(small_source(), set(trained[1])), gentler) as run:
         reconcile(run)
         assert differences(found, state(run)) == []
@@ -138,11 +141,10 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
 
 def test_a_reader_cannot_reconcile_or_erase(tmp_path, trained):
     with opened(trained[0]) as run:
-        targets = unlearning.resolve(run, trained[1])
-        for attempt in (lambda: reconcile(run), lambda: unlearning.erase(run, targets)):
+        for attempt in (lambda: reconcile(run), lambda: unlearning.request_erasure(run, trained[1])):
             with pytest.raises(AssertionError, match="writer lock"):
                 attempt()
-        assert run.catalog.open_requests() == {}
+        assert not any_open(run.catalog)
 
 
 def test_a_deleted_slice_is_made_again(tmp_path, wanted):
@@ -174,12 +176,12 @@ def test_a_purge_leaves_no_row_pixel_feature_tainted_slice_or_clustering(tmp_pat
         pixels, feature = bytes(run.images[row]), run.features(records.take([place])).tobytes()
         spellings = [name.encode(), name.encode("utf-32-le"), key.encode(), key.encode("utf-32-le"), pixels, feature]
         run.layout.picture.write_bytes(pixels)
-        unlearning.erase(run, unlearning.resolve(run, [name]))
+        unlearning.request_erasure(run, [name])
         after = run.catalog.manifest()
         assert not run.images[row].any() and not run.layout.slice(before.entries[key]).exists()
         assert {p.name for p in run.layout.clusterings.iterdir()} == {after.clustering}
         assert {p.name for p in run.layout.slices.iterdir()} == set(after.entries.values()) == set(run.catalog.slices())
-        assert len(run.catalog.manifests()) == 1 and leftovers(run) == []
+        assert len(run.catalog.manifests()) == 1 and purge.leftovers(run) == []
         for file in run.layout.root.rglob("*"):
             if file.is_file() and file.name != "catalog.db-shm":
                 content = file.read_bytes()
@@ -206,8 +208,8 @@ def trained(tmp_path_factory):
         return folder / "run", ids, state(run)
 
 
-STEPS = [(checkpoints, "save"), (build, "write_bytes"), (build, "remove_others"), (RowFile, "overwrite")]
-STEPS += [(Catalog, "transaction")]
+STEPS = [(checkpoints, "save"), (artifacts, "write_bytes"), (purge, "remove_others"), (RowFile, "overwrite")]
+STEPS += [(Catalog, "transaction"), (Catalog, "flush"), (receipts, "write_json")]
 
 
 def dying_at(patch, step):
@@ -228,7 +230,7 @@ def dying_at(patch, step):
     return calls
 
 
-@pytest.mark.parametrize("step", range(18))
+@pytest.mark.parametrize("step", range(27))
 def test_an_erasure_killed_before_any_step_is_finished_by_the_next_command(tmp_path, monkeypatch, trained, step):
     workdir, ids, wanted = trained
     shutil.copytree(workdir, tmp_path / "run")
@@ -236,14 +238,14 @@ def test_an_erasure_killed_before_any_step_is_finished_by_the_next_command(tmp_p
         before = run.catalog.manifest()
         calls = dying_at(patch, step)
         with contextlib.suppress(Killed):
-            unlearning.erase(run, unlearning.resolve(run, ids))
+            unlearning.request_erasure(run, ids)
             assert len(calls) <= step, "died, and went on"
         current = run.catalog.manifest()
         assert current.entries == before.entries or set(current.entries.values()) == set(wanted["slices"].values())
     with small_run(tmp_path / "run") as run:
-        unlearning.erase(run, unlearning.resolve(run, ids))
-        assert differences(state(run), wanted) == [] and leftovers(run) == []
-        assert run.catalog.open_requests() == {} and run.catalog.erased() == {}
+        unlearning.request_erasure(run, ids)
+        assert differences(state(run), wanted) == [] and purge.leftovers(run) == []
+        assert not any_open(run.catalog) and run.catalog.erased() == {}
 
 
 def test_the_steps_of_an_erasure_are_all_covered(tmp_path, monkeypatch, trained):
@@ -251,8 +253,8 @@ def test_the_steps_of_an_erasure_are_all_covered(tmp_path, monkeypatch, trained)
     shutil.copytree(workdir, tmp_path / "run")
     with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
         calls = dying_at(patch, 10**6)
-        unlearning.erase(run, unlearning.resolve(run, ids))
-    assert {name for _, name in STEPS} == set(calls) and len(calls) <= 18
+        unlearning.request_erasure(run, ids)
+    assert {name for _, name in STEPS} == set(calls) and len(calls) <= 27
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 torn", b"no zip at all"])
@@ -263,7 +265,7 @@ def test_a_missing_or_damaged_clustering_is_made_again(tmp_path, wanted, trained
         path.unlink() if content is None else path.write_bytes(content)
         (run.layout.clusterings / "half-removed").mkdir()
         assert reconcile(run).retuned == 0
-        assert differences(state(run), wanted) == [] and leftovers(run) == []
+        assert differences(state(run), wanted) == [] and purge.leftovers(run) == []
 
 
 def test_a_damaged_slice_is_tuned_again_by_repair(tmp_path, wanted, trained):
@@ -283,8 +285,8 @@ def test_rows_of_an_interrupted_reimport_do_no_harm(tmp_path, trained):
     with open(tmp_path / "run" / "records" / "images.u8", "ab") as file:
         file.write(b"x" * 64 * 700)  # appended, and killed before the catalog knew
     with small_run(tmp_path / "run") as run:
-        unlearning.erase(run, unlearning.resolve(run, ids))
-        assert differences(state(run), wanted) == [] and leftovers(run) == []
+        unlearning.request_erasure(run, ids)
+        assert differences(state(run), wanted) == [] and purge.leftovers(run) == []
 
 
 def test_a_reader_never_writes_the_feature_cache(tmp_path, trained):
@@ -302,12 +304,12 @@ def test_leftovers_are_found(tmp_path, trained):
     """The audit's search for what should not be there finds each kind of it."""
     shutil.copytree(trained[0], tmp_path / "run")
     with small_run(tmp_path / "run") as run:
-        assert leftovers(run) == []
+        assert purge.leftovers(run) == []
         (run.layout.slices / "f00d").mkdir()
         (run.layout.clusterings / "f00d").mkdir()
         row = run.catalog.live("train").rows[0]
         run.catalog.db.execute("DELETE FROM records WHERE row=?", (int(row),))
-        found = "\n".join(leftovers(run))
+        found = "\n".join(purge.leftovers(run))
     for kind in (
         "leftover slices/f00d",
         "leftover clusterings/f00d",
@@ -326,13 +328,13 @@ def test_an_erased_record_cannot_come_back(tmp_path):
     with small_run(tmp_path / "run") as run:
         reconcile(run)
         ids = list(run.catalog.live("train").ids[:2])
-        unlearning.erase(run, unlearning.resolve(run, ids))
+        unlearning.request_erasure(run, ids)
         after = state(run)
     with reimported(tmp_path / "run") as (run, imported):
         assert (imported.added, imported.erased) == (0, 2)
         reconcile(run)
         assert differences(state(run), after) == []
-        again = unlearning.resolve(run, ids)
+        again = resolve(run.catalog, ids)
         assert again.live == again.pending == () and set(again.erased) == set(ids)
 
 
@@ -352,26 +354,26 @@ def test_new_records_join_by_a_reimport(tmp_path):
 def test_resolve_lists_everything_unknown_and_knows_owners(tmp_path):
     with small_run(tmp_path / "run") as run:
         with pytest.raises(UserError, match="unknown records: nobody, nothing; nothing is erased"):
-            unlearning.resolve(run, ["nobody", run.catalog.live("train").ids[0], "nothing"])
+            resolve(run.catalog, ["nobody", run.catalog.live("train").ids[0], "nothing"])
         with pytest.raises(UserError, match="--owner=stranger: owns no live record"):
-            unlearning.resolve(run, [], "stranger")
+            resolve(run.catalog, [], "stranger")
         with pytest.raises(UserError, match="public records"):
-            unlearning.resolve(run, [run.catalog.live("public").ids[0]])
+            resolve(run.catalog, [run.catalog.live("public").ids[0]])
         records = run.catalog.live("train", "test")
         owner = Counter(records.owners).most_common(1)[0][0]
         wanted = {i for i, o in zip(records.ids, records.owners, strict=True) if o == owner}
-        assert set(unlearning.resolve(run, [], owner).live) == wanted, "test images of the owner too"
-        assert unlearning.resolve(run, [records.ids[0]] * 2).live == (records.ids[0],)
+        assert set(resolve(run.catalog, [], owner).live) == wanted, "test images of the owner too"
+        assert resolve(run.catalog, [records.ids[0]] * 2).live == (records.ids[0],)
 
 
 def test_an_estimate_changes_nothing_and_says_what_erase_then_does(tmp_path):
     with small_run(tmp_path / "run") as run:
         reconcile(run)
         before = state(run)
-        targets = unlearning.resolve(run, run.catalog.live("train").ids[:3])
+        targets = resolve(run.catalog, run.catalog.live("train").ids[:3])
         estimate = unlearning.estimate(run, targets)
-        assert differences(state(run), before) == [] and run.catalog.open_requests() == {}
-        done = unlearning.erase(run, targets).outcome
+        assert differences(state(run), before) == [] and not any_open(run.catalog)
+        done = unlearning.request_erasure(run, targets.live).outcome
         assert (estimate.images, len(estimate.clusters)) == (done.images, done.retuned)
         assert estimate.reclustered == done.reclustered and estimate.seconds > 0
 
@@ -380,8 +382,9 @@ def test_holdout_records_are_never_tuned_on(tmp_path):
     config = small_config(data__holdout=0.3)
     with small_run(tmp_path / "run", config=config) as run:
         held = set(run.catalog.live("holdout").ids)
-        wanted = plan(run, run.catalog.live("train"))
-        assert 15 < len(held) < 45 and held.isdisjoint(wanted.records.ids)
+        looked_at = {row for chain in plan(run).chains.values() for row in chain[-1].job.rows.tolist()}
+        assert 15 < len(held) < 45 and looked_at == set(run.catalog.live("train").rows.tolist())
+        assert looked_at.isdisjoint(run.catalog.live("holdout").rows.tolist())
 
 
 def test_another_config_on_the_same_workdir_is_refused(tmp_path):

@@ -6,9 +6,11 @@ import sqlite3
 import numpy as np
 import pytest
 
+from lmeraser_jax.digests import keyed_hash
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.source import Item
-from lmeraser_jax.store.catalog import SCHEMA_VERSION, Catalog, SliceRow
+from lmeraser_jax.store import requests, schema
+from lmeraser_jax.store.catalog import Catalog, SliceRow, sample_rank
 
 ITEMS = [
     Item("b", "train", 1, "ann"),
@@ -18,6 +20,42 @@ ITEMS = [
     Item("t", "test", 1, "ann"),
     Item("p", "public", 0, "ann"),
 ]
+
+VERSION_1 = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE records(
+  id TEXT PRIMARY KEY, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
+  owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '', erased INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX records_owner ON records(owner);
+CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE slices(
+  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
+  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
+  created REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
+CREATE INDEX members_row ON members(row);
+CREATE TABLE manifests(
+  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL
+);
+CREATE TABLE entries(
+  version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
+) WITHOUT ROWID;
+CREATE TABLE requests(
+  id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
+INSERT INTO meta VALUES('salt','"pepper"');
+INSERT INTO records VALUES('a', 0, 'train', 1, 'ann', 'h', 'k1', 0), ('b', 1, 'train', 0, 'ann', 'h', 'k1', 1);
+INSERT INTO requests VALUES('done', 1.0, 'purged', '{}'), ('open', 2.0, 'accepted', '{"records": 1}');
+INSERT INTO slices VALUES('s1', 'k1', 'p', 2, 20, 5, 0.5, 0.1, 'cpu', 1.0);
+INSERT INTO members VALUES('s1', 0), ('s1', 1);
+INSERT INTO manifests VALUES(4, 1.0, 'tree', 'cpu');
+INSERT INTO entries VALUES(4, 'k1', 's1');
+INSERT INTO tombstones VALUES('HASH');
+PRAGMA user_version=1;
+""".replace("HASH", keyed_hash("pepper", "tombstone", "b").hex())
 
 
 @pytest.fixture
@@ -37,7 +75,7 @@ def slice_row(digest, cluster="k", loss=0.5) -> SliceRow:
 def test_rollback_on_exception(catalog):
     with pytest.raises(KeyboardInterrupt), catalog.transaction():
         catalog.set("x", 1)
-        catalog.erase(["a"])
+        catalog.erase(["a"], "r")
         raise KeyboardInterrupt
     assert catalog.get("x") is None and catalog.erased() == {} and not catalog.is_tombstoned("a")
     with catalog.transaction():
@@ -68,7 +106,7 @@ def test_failed_commit_leaves_nothing_open(catalog):
 def test_readers_see_whole_states(catalog, tmp_path):
     reader = Catalog(tmp_path / "catalog.db")
     with catalog.transaction():
-        catalog.erase(["a"])
+        catalog.erase(["a"], "r")
         assert reader.live("train").ids == ("a", "b", "é")
     assert reader.live("train").ids == ("b", "é")
     reader.close()
@@ -76,7 +114,7 @@ def test_readers_see_whole_states(catalog, tmp_path):
 
 def test_reopened(catalog, tmp_path):
     catalog.set("rows", 16)
-    catalog.erase(["a"])
+    catalog.erase(["a"], "r")
     catalog.close()
     again = Catalog(tmp_path / "catalog.db")
     assert again.rows_used() == 16 and again.is_tombstoned("a") and again.erased() == {"a": 11}
@@ -100,12 +138,12 @@ def test_live_filters_splits(catalog):
 
 def test_known_and_owned(catalog):
     assert catalog.owned("ann") == ["Z", "a", "b", "t"] and catalog.owned("bob") == [], "all but public ones"
-    catalog.erase(["b"])
+    catalog.erase(["b"], "r")
     assert catalog.owned("ann") == ["Z", "a", "b", "t"], "an erasure that is not purged can be asked for again"
-    catalog.forget(["b"])
+    catalog.forget(["r"])
     assert catalog.owned("ann") == ["Z", "a", "t"]
     catalog.add_records([Item("b", "train", 1, "ann")], [99], ["hash-b"])
-    catalog.erase(["b"])
+    catalog.erase(["b"], "r")
     assert catalog.known(["b", "p", "unknown"]) == {
         "b": ("train", "hash-b", 1, True),
         "p": ("public", "hash-p", 0, False),
@@ -119,12 +157,14 @@ def test_ids_and_rows_are_unique(catalog, items):
 
 
 def test_erase_forget_tombstone(catalog):
-    catalog.erase(["a", "é"])
+    catalog.erase(["a"], "first")
+    catalog.erase(["é"], "second")
     assert catalog.erased() == {"a": 11, "é": 12} and catalog.live("train").ids == ("b",)
-    catalog.forget(["a", "b"])  # b is live: it stays
+    assert catalog.erased(["second", "other"]) == {"é": 12} and catalog.erased([]) == {}
+    catalog.forget(["first", ""])  # no request is named "": live records stay
     assert catalog.erased() == {"é": 12} and catalog.known(["a", "b"]).keys() == {"b"}
     assert [catalog.is_tombstoned(name) for name in ("a", "é", "b")] == [True, True, False]
-    catalog.erase(["a"])
+    catalog.erase(["a"], "r")
     assert catalog.db.execute("SELECT count(*) FROM tombstones").fetchone()[0] == 2
 
 
@@ -136,9 +176,9 @@ def test_forgotten_id_is_nowhere(tmp_path):
         catalog = Catalog(tmp_path / name / "catalog.db")
         catalog.add_records([Item(secret, "train", 0, secret)], [0], ["x"])
         assert any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
-        catalog.erase([secret])
-        catalog.forget([secret])
-        hashes.append(catalog.tombstone(secret))
+        catalog.erase([secret], "r")
+        catalog.forget(["r"])
+        hashes.append(catalog.salted("tombstone", secret))
         catalog.close()
         assert not any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
     assert hashes[0] != hashes[1]
@@ -149,18 +189,18 @@ def test_tainted_slices(catalog):
     catalog.add_slice(slice_row("s1"), [10, 11])
     catalog.add_slice(slice_row("s2"), np.array([12]))
     catalog.add_slice(slice_row("s3", loss=None), [11, 12])
-    assert catalog.tainted_slices() == []
-    catalog.erase(["a"])  # row 11
-    assert catalog.tainted_slices() == ["s1", "s3"]
+    assert catalog.tainted_slices(["r"]) == set()
+    catalog.erase(["a"], "r")  # row 11
+    assert catalog.tainted_slices(["r"]) == {"s1", "s3"} and catalog.tainted_slices(["other", ""]) == set()
     catalog.drop_slice("s1")
-    assert catalog.tainted_slices() == ["s3"]
+    assert catalog.tainted_slices(["r"]) == {"s3"}
     assert catalog.slices() == {"s2": slice_row("s2"), "s3": slice_row("s3", loss=None)}
 
 
 def test_publish_and_manifest(catalog):
     assert catalog.manifest() is None and catalog.manifests() == []
-    first = catalog.publish("tree1", "program", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
-    second = catalog.publish("tree2", "other", {"k1": "s3"}, [("b", "k1")])
+    first = catalog.publish("tree1", "program", "i", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
+    second = catalog.publish("tree2", "other", "i", {"k1": "s3"}, [("b", "k1")])
     head = catalog.manifest()
     assert (head.version, head.clustering, head.program, head.entries) == (second, "tree2", "other", {"k1": "s3"})
     assert [manifest.version for manifest in catalog.manifests()] == [second, first] and second > first
@@ -168,21 +208,64 @@ def test_publish_and_manifest(catalog):
 
 
 def test_drop_manifest(catalog):
-    versions = [catalog.publish("tree", "p", {"k1": f"s{i}", "k2": "s"}, []) for i in range(3)]
+    versions = [catalog.publish("tree", "p", "i", {"k1": f"s{i}", "k2": "s"}, []) for i in range(3)]
     catalog.drop_manifest(versions[1])
     assert [manifest.version for manifest in catalog.manifests()] == [versions[2], versions[0]]
     assert {row[0] for row in catalog.db.execute("SELECT version FROM entries")} == {versions[0], versions[2]}
     catalog.drop_manifest(versions[2])
-    assert catalog.publish("tree", "p", {}, []) > versions[2], "versions are never used twice"
+    assert catalog.publish("tree", "p", "i", {}, []) > versions[2], "versions are never used twice"
 
 
-def test_requests(catalog):
-    catalog.set_request("r2", "accepted", {"records": 2})
-    catalog.set_request("r1", "accepted", {"records": 1})
-    catalog.set_request("r2", "published", {"records": 2, "more": 1})
-    assert list(catalog.open_requests().items()) == [("r2", {"more": 1, "records": 2}), ("r1", {"records": 1})]
-    catalog.set_request("r2", "purged", {})
-    assert list(catalog.open_requests()) == ["r1"]
+def test_the_sample_is_the_smallest_keyed_hashes(catalog):
+    """As a literal sort has it; the unsampled do not matter, a sampled one admits the next; ranks follow the seed."""
+    items = [Item(f"r{i:03d}", "train", 0) for i in range(200)]
+    catalog.add_records(items, range(100, 300), ["x"] * 200)
+    for seed in (3, 4):
+        catalog.rank(seed)
+        live = list(catalog.live("train").ids)
+        order = sorted(live, key=lambda name: (sample_rank(seed, name), name))
+        assert catalog.sample("train", 40).ids == tuple(sorted(order[:40]))
+        assert catalog.sample("train", 40, order[40:90]).ids == tuple(sorted(order[:40]))
+        assert catalog.sample("train", 40, order[:1]).ids == tuple(sorted(order[1:41]))
+    catalog.erase(order[:2], "r")
+    assert catalog.sample("train", 40).ids == tuple(sorted(order[2:42])) and catalog.sample("train", 999).ids[0] == "a"
+    late = Item("late", "train", 0)
+    catalog.add_records([late], [999], ["x"])
+    assert catalog.db.execute("SELECT rank FROM records WHERE id='late'").fetchone()[0] == sample_rank(4, "late")
+
+
+def test_version_1_is_migrated_after_a_copy(tmp_path):
+    path = tmp_path / "catalog.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    with contextlib.closing(Catalog(path)) as found:
+        assert found.live("train").ids == ("a",) and found.live("train").clusters == ("k1",)
+        assert found.erased() == {"b": 1} and found.erased(["open"]) == {"b": 1}
+        assert [request.id for request in requests.listed(found, only_open=True)] == ["open"]
+        assert found.manifest().entries == {"k1": "s1"} and found.slice("s1").parent == "" and found.is_tombstoned("b")
+        found.rank(0)
+        assert found.sample("train", 9).ids == ("a",)
+    with contextlib.closing(sqlite3.connect(schema.backup_of(path))) as copy:
+        assert copy.execute("PRAGMA user_version").fetchone() == (1,)
+        assert copy.execute("SELECT id,erased FROM records ORDER BY id").fetchall() == [("a", 0), ("b", 1)]
+    fresh = Catalog(tmp_path / "fresh.db")
+    shapes = []
+    for db in (fresh.db, sqlite3.connect(path)):
+        shapes.append(set(db.execute("SELECT type,name,tbl_name FROM sqlite_master")))
+        db.close()
+    assert shapes[0] == shapes[1], "a migrated catalog has the tables and indexes of a new one"
+
+
+def test_a_migration_that_fails_leaves_the_old_catalog(tmp_path, monkeypatch):
+    path = tmp_path / "catalog.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    monkeypatch.setattr(schema, "FROM_1", schema.FROM_1 + "SELECT * FROM nothing;")
+    with pytest.raises(sqlite3.OperationalError, match="nothing"):
+        Catalog(path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM records").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 # files that are no catalog
@@ -212,13 +295,13 @@ def test_folder_as_catalog_refused(tmp_path):
         Catalog(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1])
+@pytest.mark.parametrize("version", [0, schema.VERSION + 1])
 def test_other_version_refused(tmp_path, version):
     db = sqlite3.connect(tmp_path / "catalog.db")
     db.execute("CREATE TABLE theirs(x)")
     db.execute(f"PRAGMA user_version={version}")
     db.close()
-    with pytest.raises(UserError, match=f"has catalog version {version}; this release reads version {SCHEMA_VERSION}"):
+    with pytest.raises(UserError, match=f"has catalog version {version}; this release reads versions 1 to 2"):
         Catalog(tmp_path / "catalog.db")
 
 

@@ -71,8 +71,8 @@ def test_unreadable_copies_of_records(workdir):
     """A record keeps its pixels; an erased one needs no file; without the flag a known one is refused."""
     layout, catalog = workdir
     import_source(layout, catalog, made(), Config())
-    catalog.erase(["id-00003"])
-    catalog.forget(["id-00003"])
+    catalog.erase(["id-00003"], "r")
+    catalog.forget(["r"])
     source = unreadable(made(32), ("id-00003", "id-00004", "id-00031"))
     message = refusal(workdir, source)
     assert "id-00003" not in message and "- id-00004: torn" in message and "- id-00031: torn" in message

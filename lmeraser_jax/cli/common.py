@@ -165,7 +165,9 @@ def warn(message: str) -> None:
 
 def warn_if_unfinished(run: Any) -> None:
     """Says that the published state still holds what an accepted erasure will remove."""
-    if run.catalog.open_requests():
+    from lmeraser_jax.store import requests
+
+    if requests.any_open(run.catalog):
         warn(f"an accepted erasure is not finished; finish it with: lmeraser train --workdir={run.layout.root}")
 
 

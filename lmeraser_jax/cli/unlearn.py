@@ -31,18 +31,18 @@ def run(arguments: common.Arguments) -> int:
         raise UserError("say what to erase: --records=ID,ID, --records_file=FILE or --owner=NAME")
     from lmeraser_jax import unlearning
     from lmeraser_jax.run import opened
+    from lmeraser_jax.store import requests
 
     with opened(workdir, config, write=True) as run_:
-        targets = unlearning.resolve(run_, ids, arguments["owner"])
         if arguments["dry_run"]:
-            estimate = unlearning.estimate(run_, targets)
+            estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, ids, arguments["owner"]))
             common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
             return 0
         common.log_devices()
         unfinished = len(run_.catalog.erased())
         if unfinished:
             common.warn(f"an erasure of {unfinished} records was interrupted; it is finished with this one")
-        done = unlearning.erase(run_, targets)
+        done = unlearning.request_erasure(run_, ids, arguments["owner"])
     common.show(arguments, _text(done), dataclasses.asdict(done))
     return 0
 
@@ -78,7 +78,7 @@ def _text(done) -> str:
     if done.erased_before:
         lines.append(f"{done.erased_before} records were erased before: nothing to do for them")
     if done.records:
-        lines.append(f"erased {done.records} records (request {done.request})")
+        lines.append(f"erased {done.records} records (request {done.request.id})")
     lines.append(
         f"clusters re-tuned {o.retuned}, reused {o.reused}; {o.images} images ({o.ratio:.1%} of a full re-tune)"
         f" in {o.seconds:.1f} s"

@@ -25,6 +25,10 @@ class RecordTable:
     contents: tuple[str, ...]
     clusters: tuple[str, ...]
 
+    @staticmethod
+    def empty() -> "RecordTable":
+        return RecordTable((), np.zeros(0, np.int64), np.zeros(0, np.int32), (), (), ())
+
     def __len__(self) -> int:
         return len(self.ids)
 
@@ -43,6 +47,22 @@ class RecordTable:
             pick(self.clusters),
         )
 
+    def plus(self, other: "RecordTable") -> "RecordTable":
+        """The records of both, sorted by id."""
+        if not len(other):
+            return self
+        both = RecordTable(
+            self.ids + other.ids,
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.labels, other.labels]),
+            self.owners + other.owners,
+            self.contents + other.contents,
+            self.clusters + other.clusters,
+        )
+        return both.take(np.array(sorted(range(len(both)), key=both.ids.__getitem__), np.int64))
+
     def without(self, ids: frozenset[str]) -> "RecordTable":
         """The records whose id is not among `ids`."""
+        if not ids:
+            return self
         return self.take(np.array([i for i, name in enumerate(self.ids) if name not in ids], np.int64))

@@ -6,10 +6,9 @@ It is the only source of truth. Files are written first; a change becomes true i
 import contextlib
 import json
 import os
-import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,34 +18,10 @@ from lmeraser_jax.digests import keyed_hash
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.source import Item
 from lmeraser_jax.records.table import RecordTable
+from lmeraser_jax.store import schema
 
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE records(
-  id TEXT PRIMARY KEY, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
-  owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '', erased INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX records_owner ON records(owner);
-CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE slices(
-  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
-  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
-  created REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
-CREATE INDEX members_row ON members(row);
-CREATE TABLE manifests(
-  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL
-);
-CREATE TABLE entries(
-  version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
-) WITHOUT ROWID;
-CREATE TABLE requests(
-  id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
-"""
+COLUMNS = "id,row,label,owner,content,cluster"
+LONGEST_WAIT = 30.0  # seconds for another process's transaction
 
 
 class SliceRow(NamedTuple):
@@ -62,15 +37,21 @@ class SliceRow(NamedTuple):
     seconds: float  # its share of the device time
     program: str  # fingerprint of the program that made it
     created: float
+    parent: str = ""  # digest of the slice that it was tuned on from
+    tuning: str = ""  # the settings, as canonical JSON
 
 
 class Manifest(NamedTuple):
-    """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}."""
+    """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}.
+
+    `inputs` is the digest of everything but the members that a recipe depends on.
+    """
 
     version: int
     created: float
     clustering: str
     program: str
+    inputs: str
     entries: dict[str, str]
 
 
@@ -80,25 +61,19 @@ class Catalog:
     def __init__(self, path: Path):
         if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < 512):  # SQLite takes that for an empty one
             raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
-        with contextlib.ExitStack() as undo:
-            try:
-                read_only = path.exists() and not os.access(path.parent, os.W_OK)
-                how = "?mode=ro&immutable=1" if read_only else ""  # a file system that nobody can write to
-                self.db = sqlite3.connect(path.absolute().as_uri() + how, uri=True, timeout=30, isolation_level=None)
-                undo.callback(self.db.close)
-                self.db.execute("PRAGMA secure_delete=ON")
-                self.db.execute("PRAGMA synchronous=FULL")
-                if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
-                    self.db.execute("PRAGMA journal_mode=WAL")
-                    salt = f"INSERT INTO meta VALUES('salt','\"{secrets.token_hex(16)}\"');"
-                    self.db.executescript(f"BEGIN;{SCHEMA}{salt}PRAGMA user_version={SCHEMA_VERSION};COMMIT;")
-                version = self.db.execute("PRAGMA user_version").fetchone()[0]
-            except sqlite3.OperationalError:  # full disk, locked, not readable: the command line says it
-                raise
-            except sqlite3.DatabaseError as error:
-                raise UserError(f"{path} is not a readable catalog: {error}") from error
-            if version != SCHEMA_VERSION:
-                raise UserError(f"{path} has catalog version {version}; this release reads version {SCHEMA_VERSION}")
+        with contextlib.ExitStack() as undo, schema.readable(path):
+            read_only = path.exists() and not os.access(path.parent, os.W_OK)
+            how = "?mode=ro&immutable=1" if read_only else ""  # a file system that nobody can write to
+            address = path.absolute().as_uri() + how
+            self.db = sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT, isolation_level=None)
+            undo.callback(self.db.close)
+            self.db.execute("PRAGMA secure_delete=ON")
+            self.db.execute("PRAGMA synchronous=FULL")
+            if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
+                schema.create(self.db)
+            schema.migrate(self.db, path)
+            self.salt: str = self.get("salt")
+            self.reading = False
             undo.pop_all()
 
     def close(self) -> None:
@@ -107,6 +82,7 @@ class Catalog:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All or nothing; nests into an outer transaction."""
+        assert not self.reading, "a snapshot is undone at its end, and what is written in it with it"
         if self.db.in_transaction:
             yield
             return
@@ -118,6 +94,35 @@ class Catalog:
             if self.db.in_transaction:  # SQLite has rolled back by itself when the disk is full
                 self.db.execute("ROLLBACK")
             raise
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything read inside is of one moment, whatever other processes commit meanwhile. No writes."""
+        assert not self.db.in_transaction
+        self.db.execute("BEGIN")
+        self.reading = True
+        try:
+            yield
+        finally:
+            self.reading = False
+            self.db.execute("ROLLBACK")
+
+    def stamp(self) -> int:
+        """A number that changes whenever another connection has committed something. Costs microseconds."""
+        return self.db.execute("PRAGMA data_version").fetchone()[0]
+
+    def flush(self) -> None:
+        """Moves everything committed into the file itself and empties the log, where old pages would linger.
+
+        Raises:
+            UserError: another process has been reading for so long that the log could not be emptied.
+        """
+        busy, _, _ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise UserError(
+                "another process has been reading the catalog for too long, so that old pages could not be removed yet;"
+                " the erasure is published but not purged: run lmeraser process on the workdir again"
+            )
 
     # meta and events
     def get(self, key: str) -> Any:
@@ -131,23 +136,75 @@ class Catalog:
     def event(self, kind: str, **body: object) -> None:
         self.db.execute("INSERT INTO events VALUES(?,?,?)", (time.time(), kind, json.dumps(body, sort_keys=True)))
 
+    def salted(self, purpose: str, name: str) -> str:
+        """A keyed hash that recognises a name without saying it: the salt never leaves the catalog."""
+        return keyed_hash(self.salt, purpose, name).hex()
+
     # records
     def add_records(self, items: Sequence[Item], rows: Sequence[int], contents: Sequence[str]) -> None:
+        """New live records; whoever adds some outside an import ranks them before the next plan."""
+        seed = self.get("rank_seed")
         self.db.executemany(
-            "INSERT INTO records(id,split,label,owner,row,content) VALUES(?,?,?,?,?,?)",
-            [(*item, row, content) for item, row, content in zip(items, rows, contents, strict=True)],
+            "INSERT INTO records(id,split,label,owner,row,content,rank) VALUES(?,?,?,?,?,?,?)",
+            (
+                (*item, row, content, b"" if seed is None else sample_rank(seed, item.id))
+                for item, row, content in zip(items, rows, contents, strict=True)
+            ),
         )
+
+    def rank(self, seed: int) -> None:
+        """Makes sure that every record has the rank in sampling that the seed gives it."""
+        if self.get("rank_seed") == seed:
+            return
+        with self.transaction():
+            names = [row[0] for row in self.db.execute("SELECT id FROM records")]
+            self.db.executemany(
+                "UPDATE records SET rank=? WHERE id=?", ((sample_rank(seed, name), name) for name in names)
+            )
+            self.set("rank_seed", seed)
+
+    def sample(self, split: str, count: int, leaving: Collection[str] = ()) -> RecordTable:
+        """The `count` live records of a split with the smallest ranks, sorted by id.
+
+        Removing a record that is not among them changes nothing; removing one that is admits the next.
+
+        Args:
+            split: train or public.
+            count: n_s.
+            leaving: ids that count as erased already.
+        """
+        query = f"SELECT {COLUMNS} FROM records WHERE split=? AND erased='' ORDER BY rank,id LIMIT ?"
+        found = [row for row in self.db.execute(query, (split, count + len(leaving))) if row[0] not in leaving]
+        return _table(sorted(found[:count]))
 
     def live(self, *splits: str) -> RecordTable:
         """The live records of the given splits, sorted by id."""
         marks = ",".join("?" * len(splits))
-        found = self.db.execute(
-            "SELECT id,row,label,owner,content,cluster FROM records"
-            f" WHERE erased=0 AND split IN ({marks}) ORDER BY id COLLATE BINARY",
-            splits,
-        ).fetchall()
-        ids, rows, labels, owners, contents, clusters = zip(*found, strict=True) if found else ((),) * 6
-        return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)
+        query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND split IN ({marks}) ORDER BY id"
+        return _table(self.db.execute(query, splits).fetchall())
+
+    def members(self, cluster: str) -> RecordTable:
+        """The live private records of one published cluster, sorted by id; with "" those of none yet."""
+        query = f"SELECT {COLUMNS} FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
+        return _table(self.db.execute(query, (cluster,)).fetchall())
+
+    def sizes(self) -> dict[str, int]:
+        """{published cluster: live members}; "" counts records that are in none yet."""
+        query = "SELECT cluster,count(*) FROM records WHERE split='train' AND erased='' GROUP BY cluster"
+        return dict(self.db.execute(query))
+
+    def counts(self) -> dict[str, int]:
+        """{split: live records}."""
+        return dict(self.db.execute("SELECT split,count(*) FROM records WHERE erased='' GROUP BY split"))
+
+    def clusters_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """{id: published cluster} of those ids that are in one, erased or not."""
+        found = {}
+        for name in ids:
+            row = self.db.execute("SELECT cluster FROM records WHERE id=? AND split='train'", (name,)).fetchone()
+            if row and row[0]:
+                found[name] = row[0]
+        return found
 
     def rows_used(self) -> int:
         """Rows of the image file that belong to a record or to an erased one's place."""
@@ -167,26 +224,36 @@ class Catalog:
         query = "SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id"
         return [row[0] for row in self.db.execute(query, (owner,))]
 
-    def erase(self, ids: Iterable[str]) -> None:
-        """Marks records erased and leaves tombstones: from here on no build may see them."""
+    def same_pixels(self, content: str) -> list[str]:
+        """Ids of live private records with this content hash, sorted."""
+        query = "SELECT id FROM records WHERE content=? AND split!='public' AND erased='' ORDER BY id"
+        return [row[0] for row in self.db.execute(query, (content,))]
+
+    def erase(self, ids: Iterable[str], request: str) -> None:
+        """Marks records erased by a request and leaves tombstones: from here on no build may see them."""
         for name in ids:
-            self.db.execute("UPDATE records SET erased=1 WHERE id=?", (name,))
-            self.db.execute("INSERT OR IGNORE INTO tombstones VALUES(?)", (self.tombstone(name),))
+            self.db.execute("UPDATE records SET erased=? WHERE id=?", (request, name))
+            self.bury("tombstone", name)
 
-    def erased(self) -> dict[str, int]:
-        """{id: row} of records that are erased but not yet purged."""
-        return dict(self.db.execute("SELECT id,row FROM records WHERE erased=1"))
+    def erased(self, requests: Iterable[str] | None = None) -> dict[str, int]:
+        """{id: row} of records that are erased but not yet purged; of the given requests only."""
+        if requests is None:
+            return dict(self.db.execute("SELECT id,row FROM records WHERE erased!=''"))
+        query = "SELECT id,row FROM records WHERE erased=? AND erased!=''"
+        return {name: row for request in requests for name, row in self.db.execute(query, (request,))}
 
-    def forget(self, ids: Iterable[str]) -> None:
-        """Removes the rows of erased records; their tombstones stay."""
-        self.db.executemany("DELETE FROM records WHERE id=? AND erased=1", [(name,) for name in ids])
+    def forget(self, requests: Iterable[str]) -> None:
+        """Removes the rows of the records that these requests erased; their tombstones stay."""
+        self.db.executemany("DELETE FROM records WHERE erased=? AND erased!=''", [(name,) for name in requests])
 
-    def tombstone(self, name: str) -> str:
-        """Salted hash of an id: says "erased before" without saying what."""
-        return keyed_hash(self.get("salt"), "tombstone", name).hex()
+    def bury(self, purpose: str, name: str) -> None:
+        """Leaves a salted hash that says "erased before" of an id (tombstone) or an owner without saying which."""
+        self.db.execute("INSERT OR IGNORE INTO tombstones VALUES(?)", (self.salted(purpose, name),))
 
-    def is_tombstoned(self, name: str) -> bool:
-        return bool(self.db.execute("SELECT 1 FROM tombstones WHERE hash=?", (self.tombstone(name),)).fetchone())
+    def is_tombstoned(self, name: str, purpose: str = "tombstone") -> bool:
+        """Whether an id, or with purpose "owner" an owner, was erased before."""
+        query = "SELECT 1 FROM tombstones WHERE hash=?"
+        return bool(self.db.execute(query, (self.salted(purpose, name),)).fetchone())
 
     # slices and manifests
     def add_slice(self, row: SliceRow, rows: Iterable[int]) -> None:
@@ -204,49 +271,66 @@ class Catalog:
     def drop_slice(self, digest: str) -> None:
         self.db.execute("DELETE FROM slices WHERE digest=?", (digest,))
         self.db.execute("DELETE FROM members WHERE slice=?", (digest,))
+        self.db.execute("DELETE FROM epochs WHERE slice=?", (digest,))
 
-    def tainted_slices(self) -> list[str]:
-        """Digests of slices that an erased record was a member of."""
-        query = "SELECT DISTINCT slice FROM members JOIN records USING(row) WHERE erased=1 ORDER BY slice"
-        return [row[0] for row in self.db.execute(query)]
+    def rows_of(self, digest: str) -> np.ndarray:
+        """int64 [m]: image rows of a slice's members, ascending."""
+        query = "SELECT row FROM members WHERE slice=? ORDER BY row"
+        return np.array([row[0] for row in self.db.execute(query, (digest,))], np.int64)
+
+    def tainted_slices(self, requests: Iterable[str]) -> frozenset[str]:
+        """Digests of slices that a record erased by one of the requests was a member of."""
+        query = "SELECT DISTINCT slice FROM members JOIN records USING(row) WHERE erased=? AND erased!=''"
+        return frozenset(row[0] for request in requests for row in self.db.execute(query, (request,)))
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""
-        return next(iter(self.manifests()), None)
+        found = self._manifests("LIMIT 1")
+        return found[0] if found else None
 
     def manifests(self) -> list[Manifest]:
         """All states that are still kept, newest first."""
-        heads = self.db.execute("SELECT version,created,clustering,program FROM manifests ORDER BY version DESC")
+        return self._manifests("")
+
+    def _manifests(self, limit: str) -> list[Manifest]:
+        heads = self.db.execute(
+            f"SELECT version,created,clustering,program,inputs FROM manifests ORDER BY version DESC {limit}"
+        )
         query = "SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster"
         return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads.fetchall()]
 
     def publish(
-        self, clustering: str, program: str, entries: dict[str, str], clusters: Iterable[tuple[str, str]]
+        self,
+        clustering: str,
+        program: str,
+        inputs: str,
+        entries: dict[str, str],
+        moved: Iterable[tuple[str, str]],
     ) -> int:
-        """Makes a state the current one: manifest entries and each record's cluster, given as (id, key)."""
-        head = (time.time(), clustering, program)
-        cursor = self.db.execute("INSERT INTO manifests(created,clustering,program) VALUES(?,?,?)", head)
+        """Makes a state the current one: its entries, and the cluster of each record that moved, as (id, key)."""
+        head = (time.time(), clustering, program, inputs)
+        cursor = self.db.execute("INSERT INTO manifests(created,clustering,program,inputs) VALUES(?,?,?,?)", head)
         version = int(cursor.lastrowid or 0)
         self.db.executemany(
             "INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())]
         )
-        self.db.executemany("UPDATE records SET cluster=? WHERE id=?", [(key, name) for name, key in clusters])
+        self.db.executemany("UPDATE records SET cluster=? WHERE id=?", ((key, name) for name, key in moved))
         return version
 
     def drop_manifest(self, version: int) -> None:
         self.db.execute("DELETE FROM entries WHERE version=?", (version,))
         self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
 
-    # requests
-    def set_request(self, name: str, state: str, body: dict[str, Any]) -> None:
-        created = time.time()
-        self.db.execute(
-            "INSERT INTO requests VALUES(?,?,?,?)"
-            " ON CONFLICT(id) DO UPDATE SET state=excluded.state,body=excluded.body",
-            (name, created, state, json.dumps(body, sort_keys=True)),
-        )
+    def quarantined(self) -> frozenset[str]:
+        """Clusters that no prediction may use until the requests that touch them are published."""
+        return frozenset(row[0] for row in self.db.execute("SELECT DISTINCT cluster FROM quarantine"))
 
-    def open_requests(self) -> dict[str, dict[str, Any]]:
-        """Requests that are not purged yet, oldest first."""
-        query = "SELECT id,body FROM requests WHERE state!='purged' ORDER BY created,id"
-        return {row[0]: json.loads(row[1]) for row in self.db.execute(query)}
+
+def sample_rank(seed: int, name: str) -> bytes:
+    """Where an id stands in the order of sampling (paper Algorithm 1, line 3): a keyed hash, smallest first."""
+    return keyed_hash(seed, "sample", name)
+
+
+def _table(found: Sequence[tuple[Any, ...]]) -> RecordTable:
+    ids, rows, labels, owners, contents, clusters = zip(*found, strict=True) if found else ((),) * 6
+    return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

@@ -81,8 +81,8 @@ def _write(manager: ocp.CheckpointManager, step: int, arrays: Arrays, metadata: 
         raise
 
 
-def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
-    """Reads the newest step: arrays on the host, metadata, step.
+def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
+    """Reads a step, the newest by default: arrays on the host, metadata, step.
 
     Raises:
         UserError: nothing readable is there.
@@ -91,7 +91,7 @@ def load(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
         raise UserError(f"{folder} does not exist")
     try:
         with _manager(folder, create=False) as manager:
-            step = manager.latest_step()
+            step = manager.latest_step() if step is None else step
             if step is None:
                 raise UserError(f"{folder} holds no checkpoint")
             shapes = manager.item_metadata(step)["arrays"]

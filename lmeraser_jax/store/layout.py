@@ -29,6 +29,7 @@ class Layout:
         self.scratch = self.root / "scratch"
         self.metrics = self.root / "metrics.jsonl"
         self.picture = self.root / "clusters.png"
+        self.receipts = self.root / "receipts"
         self.lock = self.root / "lock"
 
     def features(self, digest: str) -> Path:
@@ -39,6 +40,9 @@ class Layout:
 
     def clustering(self, digest: str) -> Path:
         return self.clusterings / digest
+
+    def receipt(self, request: str) -> Path:
+        return self.receipts / f"{request}.json"
 
     def prepare(self) -> None:
         """Makes the workdir, or refuses a folder that holds something else."""

@@ -1,0 +1,78 @@
+"""What a run keeps in files and what a reader loads: slices, their earlier epochs, and clusterings.
+
+A manifest names a slice by a reference: its digest, or "digest@step" for an earlier epoch of it.
+"""
+
+import io
+import zipfile
+
+import numpy as np
+
+from lmeraser_jax.clustering import Clustering
+from lmeraser_jax.digests import arrays_digest
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.run import Run
+from lmeraser_jax.slices import Slice
+from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.layout import Layout, write_bytes
+
+
+def reference(digest: str, step: int = 0) -> str:
+    """How a manifest names a slice; step 0 is the finished one."""
+    return f"{digest}@{step}" if step else digest
+
+
+def parts_of(ref: str) -> tuple[str, int]:
+    """The digest and the step of a reference."""
+    digest, _, step = ref.partition("@")
+    return digest, int(step or 0)
+
+
+def expected_params(catalog: Catalog, ref: str) -> str | None:
+    """The digest that the parameters of a slice must have; None where the catalog does not know it."""
+    name, step = parts_of(ref)
+    if not step:
+        row = catalog.slice(name)
+        return row.params if row else None
+    found = catalog.db.execute("SELECT params FROM epochs WHERE slice=? AND step=?", (name, step)).fetchone()
+    return found[0] if found else None
+
+
+def load_slice(run: Run, ref: str) -> Slice:
+    """One slice from its checkpoint, checked against the digest in the catalog.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged.
+    """
+    name, step = parts_of(ref)
+    params = expected_params(run.catalog, ref)
+    if params is None:
+        raise UserError(f"slice {name[:12]} is not in the catalog; lmeraser train on the same workdir makes it again")
+    arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
+    if arrays_digest(arrays) != params:
+        raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says")
+    return Slice(**arrays)
+
+
+def save_clustering(layout: Layout, clustering: Clustering) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        sample=np.array(clustering.sample, np.str_),
+        labels=clustering.labels,
+        keys=np.array(clustering.keys, np.str_),
+        prototypes=clustering.prototypes,
+    )
+    write_bytes(layout.clustering(clustering.digest) / "clustering.npz", buffer.getvalue())
+
+
+def load_clustering(layout: Layout, name: str) -> Clustering:
+    """A saved clustering. Raises `UserError` when it is missing or damaged."""
+    path = layout.clustering(name) / "clustering.npz"
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
+            return Clustering(name, sample, file["labels"], keys, file["prototypes"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read: {error}; lmeraser train on the same workdir makes it again") from error

@@ -1,0 +1,130 @@
+"""The catalog's tables, and how a catalog of an older release becomes one of this release."""
+
+import contextlib
+import json
+import secrets
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from lmeraser_jax.errors import UserError
+
+VERSION = 2
+TABLES = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE records(
+  id TEXT PRIMARY KEY, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
+  owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '',
+  erased TEXT NOT NULL DEFAULT '', -- the request that erased it; empty: live
+  rank BLOB NOT NULL DEFAULT x'' -- keyed hash that decides who is sampled
+) WITHOUT ROWID;
+CREATE INDEX records_owner ON records(owner);
+CREATE INDEX records_content ON records(content);
+CREATE INDEX records_cluster ON records(split, cluster, erased);
+CREATE INDEX records_rank ON records(split, rank);
+CREATE INDEX records_erased ON records(erased) WHERE erased!='';
+CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE slices(
+  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
+  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
+  created REAL NOT NULL, parent TEXT NOT NULL DEFAULT '', tuning TEXT NOT NULL DEFAULT ''
+) WITHOUT ROWID;
+CREATE TABLE epochs(
+  slice TEXT NOT NULL, step INTEGER NOT NULL, params TEXT NOT NULL, PRIMARY KEY(slice, step)
+) WITHOUT ROWID;
+CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
+CREATE INDEX members_row ON members(row);
+CREATE TABLE manifests(
+  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL,
+  inputs TEXT NOT NULL DEFAULT ''
+);
+CREATE TABLE entries(
+  version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
+) WITHOUT ROWID;
+CREATE INDEX entries_slice ON entries(slice);
+CREATE TABLE pins(
+  cluster TEXT PRIMARY KEY, slice TEXT NOT NULL, step INTEGER NOT NULL, created REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE quarantine(cluster TEXT NOT NULL, request TEXT NOT NULL, PRIMARY KEY(cluster, request)) WITHOUT ROWID;
+CREATE TABLE requests(
+  id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX requests_open ON requests(created) WHERE state!='purged';
+CREATE TABLE receipts(sequence INTEGER PRIMARY KEY, request TEXT NOT NULL, digest TEXT NOT NULL);
+CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
+"""
+FROM_1 = """
+ALTER TABLE records RENAME TO records_1;
+ALTER TABLE slices RENAME TO slices_1;
+ALTER TABLE manifests RENAME TO manifests_1;
+ALTER TABLE requests RENAME TO requests_1;
+DROP INDEX records_owner;
+{new}
+INSERT INTO records(id, row, split, label, owner, content, cluster, erased)
+  SELECT id, row, split, label, owner, content, cluster, CASE erased WHEN 0 THEN '' ELSE
+    coalesce((SELECT id FROM requests_1 WHERE state!='purged' ORDER BY created DESC LIMIT 1), 'before-version-2') END
+  FROM records_1;
+INSERT INTO slices(digest, cluster, params, size, images, steps, loss, seconds, program, created)
+  SELECT * FROM slices_1;
+INSERT INTO manifests(version, created, clustering, program) SELECT * FROM manifests_1;
+INSERT INTO requests SELECT * FROM requests_1;
+DROP TABLE records_1;
+DROP TABLE slices_1;
+DROP TABLE manifests_1;
+DROP TABLE requests_1;
+"""
+UNCHANGED_SINCE_1 = ("meta", "tombstones", "members", "entries", "events", "members_row")
+
+
+def create(db: sqlite3.Connection) -> None:
+    """Makes all tables in one transaction, with a fresh salt for the hashes of erased ids."""
+    db.execute("PRAGMA journal_mode=WAL")
+    salt = f"INSERT INTO meta VALUES('salt','{json.dumps(secrets.token_hex(16))}');"
+    db.executescript(f"BEGIN;{TABLES}{salt}PRAGMA user_version={VERSION};COMMIT;")
+
+
+def backup_of(path: Path) -> Path:
+    """Where the copy made before a migration lies; the next purge removes it."""
+    return path.with_name(f"{path.name}.backup")
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Brings an older catalog to this release's tables in one transaction, after a copy of it was made.
+
+    Raises:
+        UserError: the catalog is of a release that is not known here.
+    """
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version == VERSION:
+        return
+    if version != 1:
+        raise UserError(f"{path} has catalog version {version}; this release reads versions 1 to {VERSION}")
+    with contextlib.closing(sqlite3.connect(backup_of(path))) as copy:
+        db.backup(copy)
+    statements = [text.strip() for text in TABLES.split(";\n") if text.strip()]
+    new = ";\n".join(text for text in statements if not _made_by_1(text)) + ";"
+    try:
+        db.executescript(f"BEGIN IMMEDIATE;{FROM_1.format(new=new)}PRAGMA user_version={VERSION};COMMIT;")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _made_by_1(statement: str) -> bool:
+    name = statement.split("(")[0].split()[2]
+    return name in UNCHANGED_SINCE_1
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Says which file is damaged, and what can be done, instead of SQLite's own words."""
+    try:
+        yield
+    except sqlite3.OperationalError:  # full disk, locked, not readable: the command line says it
+        raise
+    except sqlite3.DatabaseError as error:
+        raise UserError(
+            f"{path} is not a readable catalog: {error}; restore it from a copy of the workdir, or try"
+            f" lmeraser doctor --workdir={path.parent}"
+        ) from error
