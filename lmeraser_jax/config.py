@@ -105,11 +105,20 @@ class Tuning:
     warmup: float = 0.1  # share of the cluster's own steps
     epochs: int = 30  # times a member is seen
     min_steps: int = 60  # a small cluster sees its members more often until it has made so many steps
+    slices: int = 1  # R, stages of a cluster (SISA): an erasure repeats only those that saw the record; 1: paper
     batch: int = 16  # B, images per lane
     lanes: int = 1  # L, clusters tuned at the same time per device
     scan_steps: int = 64  # steps per call of the device program
     dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU | float32 | bfloat16
     device_bytes: int = 4_000_000_000  # images stay on the device up to this size, else they are streamed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Earlier epochs of a cluster that are kept beside its last; never part of a slice's numbers."""
+
+    every_epochs: int = 0  # keep the cluster as it was after every so many of its epochs; 0: the last step only
+    keep: int = 3  # so many of these at most, the latest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -130,6 +139,7 @@ class Config:
     pretraining: Pretraining = Pretraining()
     clustering: Clustering = Clustering()
     tuning: Tuning = Tuning()
+    checkpoints: Checkpoints = Checkpoints()
     inference: Inference = Inference()
 
 
@@ -280,9 +290,11 @@ def _illegal(c: Config) -> list[str]:
         ("clustering.sample_size", k.sample_size),
         ("clustering.feature_batch", k.feature_batch),
         ("tuning.epochs", t.epochs),
+        ("tuning.slices", t.slices),
         ("tuning.batch", t.batch),
         ("tuning.lanes", t.lanes),
         ("tuning.scan_steps", t.scan_steps),
+        ("checkpoints.keep", c.checkpoints.keep),
         ("inference.nearest", i.nearest),
         ("inference.batch", i.batch),
     ):
@@ -309,6 +321,7 @@ def _illegal(c: Config) -> list[str]:
         ("tuning.head_decay", t.head_decay),
         ("tuning.min_steps", t.min_steps),
         ("tuning.device_bytes", t.device_bytes),
+        ("checkpoints.every_epochs", c.checkpoints.every_epochs),
     ):
         need(0 <= value < float("inf"), flag, value, "0 or more")
     for flag, value in (("tuning.warmup", t.warmup), ("pretraining.warmup", p.warmup), ("tuning.momentum", t.momentum)):

@@ -67,22 +67,28 @@ def recipe(
     spec: ImageSpec,
     classes: int,
     seed: int,
+    stage: int = 1,
+    parent: str = "",
 ) -> dict[str, Any]:
     """Everything that a slice's bits depend on, given the program.
 
     Args:
         key: cluster key.
-        members: (id, content hash, label) of each member, sorted by id.
+        members: (id, content hash, label) of each member in the parts up to `stage`, sorted by id.
         tuning: settings; those that never reach the numbers are left out.
         backbone: digest of the frozen backbone.
         spec: image pipeline.
         classes: Y.
         seed: the run's seed.
+        stage: the latest part that the members are from.
+        parent: digest of the recipe of the cluster's stage before, whose slice is the start; empty: none.
     """
     numbers = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in NOT_IN_RECIPE}
     return {
         "version": RECIPE_VERSION,
         "cluster": key,
+        "stage": stage,
+        "parent": parent,
         "members": digest([list(member) for member in members]),
         "tuning": numbers,
         "backbone": backbone,

@@ -5,6 +5,9 @@ donated. A lane re-initialises its slice when a new cluster starts and drops the
 output slot, so neither the number of clusters nor of records is part of any shape: training, one
 request or a thousand run the same executable. Gradients are taken with respect to the slice only.
 
+Where clusters are tuned in stages (`tuning.slices` > 1) each call also gets the slices to carry on from.
+Elsewhere that input is None, which JAX leaves out of the program.
+
 Shapes: G lanes of all devices, L lanes per device, T steps of one call, B images per lane, W output slots.
 """
 
@@ -13,7 +16,6 @@ import functools
 import math
 import os
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,7 @@ from lmeraser_jax.images import ImageSpec, augmented
 from lmeraser_jax.progress import progress
 from lmeraser_jax.schedule import Chunk, Job, chunks
 from lmeraser_jax.slices import Slice, init_slice, lay_prompt
+from lmeraser_jax.tracking import Tracker, Tuned
 
 
 class LaneState(NamedTuple):
@@ -49,10 +52,11 @@ class Batch(NamedTuple):
 
     rows: Any  # int32 [B], rows of the images on the device
     valid: Any  # bool [B]
-    words: Any  # uint32 [2], the cluster's seed words
-    step: Any  # int32, the cluster's own step
+    words: Any  # uint32 [2], the job's seed words
+    step: Any  # int32, the job's own step
     total: Any  # int32, its number of steps
-    slot: Any  # int32, output slot when it ends with this step, else W
+    slot: Any  # int32, output slot when the slice is handed over after this step, else W
+    start: Any = None  # int32, place of the slice that step 0 starts from, -1 for a fresh one; None: always fresh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +71,15 @@ class Problem:
 
     @property
     def slots(self) -> int:
-        """W: finished slices that one call can hand over per device."""
+        """W: slices that one call can hand over per device."""
         return max(16, 2 * self.tuning.lanes)
 
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """One finished cluster. `loss` is the mean over its last epoch; not finite means that it failed."""
-
-    job: Job
-    slice: Slice
-    loss: float
-    failed_at: int | None
-    seconds: float
+    @property
+    def starts(self) -> int:
+        """Slices to carry on from that one call can get per device: a job can begin in every lane and after
+        every output. 0: none, and the program lacks the input.
+        """
+        return self.slots + self.tuning.lanes if self.tuning.slices > 1 else 0
 
 
 def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:
@@ -168,8 +168,16 @@ def cluster_loss(part: Slice, problem: Problem, params: Any, images: jax.Array, 
     return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-def cluster_step(problem: Problem, params: Any, images: jax.Array, labels: jax.Array, state: LaneState, batch: Batch):
-    """One optimizer step of one cluster; starts afresh at its step 0.
+def cluster_step(
+    problem: Problem,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    starts: Slice | None,
+    state: LaneState,
+    batch: Batch,
+):
+    """One optimizer step of one cluster; starts afresh, or from a given slice, at its step 0.
 
     Every random number comes from (seed, cluster, step), and the rate from the cluster's own progress.
 
@@ -178,6 +186,7 @@ def cluster_step(problem: Problem, params: Any, images: jax.Array, labels: jax.A
         params: frozen backbone.
         images: uint8 [M, h, w, c], the images on the device.
         labels: int32 [M].
+        starts: slices with a leading axis, for `batch.start`; None where that is.
         state: the lane's state.
         batch: the lane's work.
 
@@ -191,6 +200,8 @@ def cluster_step(problem: Problem, params: Any, images: jax.Array, labels: jax.A
         key = jax.random.fold_in(key, batch.words[i])
     key_init, key_augment = jax.random.split(key)
     first = init_slice(key_init, tuning, problem.architecture, problem.classes)
+    if starts is not None:
+        first = jax.tree.map(lambda given, new: jnp.where(batch.start < 0, new, given[batch.start]), starts, first)
     fresh = LaneState(first, tx.init(first))
     part, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
     pixels = augmented(images[batch.rows], problem.spec, jax.random.fold_in(key_augment, batch.step))
@@ -203,7 +214,16 @@ def cluster_step(problem: Problem, params: Any, images: jax.Array, labels: jax.A
     return LaneState(part, opt), loss
 
 
-def device_program(problem: Problem, params: Any, images: jax.Array, labels: jax.Array, steps, state, work: Batch):
+def device_program(
+    problem: Problem,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    steps: jax.Array,
+    state: LaneState,
+    work: Batch,
+    starts: Slice | None = None,
+):
     """What one device runs: `steps` steps over its L lanes.
 
     Args:
@@ -212,11 +232,12 @@ def device_program(problem: Problem, params: Any, images: jax.Array, labels: jax
         steps: int32 [], steps to run, at most T.
         state: `LaneState` with leading axis L.
         work: `Batch` with leading axes [T, L].
+        starts: slices to carry on from with leading axis `problem.starts`; None where that is 0.
 
     Returns:
-        (state, finished slices with leading axis W, losses float32 [T, L]).
+        (state, slices handed over with leading axis W, losses float32 [T, L]).
     """
-    tune = functools.partial(cluster_step, problem, params, images, labels)
+    tune = functools.partial(cluster_step, problem, params, images, labels, starts)
     finished = jax.tree.map(lambda leaf: jnp.zeros((problem.slots, *leaf.shape[1:]), leaf.dtype), state.slice)
     losses = jnp.zeros(work.step.shape, jnp.float32)
 
@@ -234,7 +255,7 @@ def device_program(problem: Problem, params: Any, images: jax.Array, labels: jax
 def compiled(problem: Problem, mesh: Mesh):
     """The jitted program over a mesh; cached, so that every request of a process shares one executable."""
     lanes, work = P(mesh.axis_names[0]), P(None, mesh.axis_names[0])
-    inputs, outputs = (P(), P(), P(), P(), lanes, work), (lanes, lanes, work)
+    inputs, outputs = (P(), P(), P(), P(), lanes, work, lanes), (lanes, lanes, work)
     program = functools.partial(device_program, problem)
     mapped = jax.shard_map(program, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
     # Shardings are said outright: on one device XLA would return the state under another name for the same
@@ -259,12 +280,12 @@ def initial_state(problem: Problem, mesh: Mesh) -> LaneState:
 def tune(
     problem: Problem, backbone: Backbone, jobs: Sequence[Job], images: np.ndarray, labels: np.ndarray, mesh: Mesh
 ) -> Iterator[Tuned]:
-    """Tunes clusters and yields each as it finishes.
+    """Tunes clusters and yields each as it finishes, and its snapshots as they are made.
 
     Args:
         problem: static settings.
         backbone: frozen network, `problem.architecture` its architecture.
-        jobs: clusters to tune; their rows point into `images`.
+        jobs: clusters to tune; their rows point into `images`. Only with `tuning.slices` > 1 may they have a start.
         images: uint8 [N, h, w, c], on the host (may be a memory map).
         labels: int32 [N].
         mesh: 1-D mesh.
@@ -272,7 +293,7 @@ def tune(
     params = on_device(backbone, compute_dtype(problem.tuning.dtype, mesh), mesh)
     program, state = compiled(problem, mesh), initial_state(problem, mesh)
     data = _Images(problem, images, labels, mesh)
-    tracker = _Tracker(jobs)
+    tracker = Tracker(jobs)
     with progress("tune", sum(job.steps for job in jobs)) as shown:
         waiting = None  # results are fetched one call late, so that the device never waits for the host
 
@@ -283,11 +304,29 @@ def tune(
 
         for chunk in chunks(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
             pixels, targets, rows = data.of(chunk)
-            work = Batch(rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
-            state, finished, losses = program(params, pixels, targets, np.int32(chunk.steps), state, work)
+            starts = _starts(problem, jobs, chunk, state.slice)
+            places = None if starts is None else chunk.start
+            work = Batch(rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot, places)
+            state, handed, losses = program(params, pixels, targets, np.int32(chunk.steps), state, work, starts)
             yield from fetch()
-            waiting = (chunk, finished, losses)
+            waiting = (chunk, handed, losses)
         yield from fetch()
+
+
+def _starts(problem: Problem, jobs: Sequence[Job], chunk: Chunk, like: Slice) -> Slice | None:
+    """The slices that a call's jobs carry on from, `problem.starts` for each device; None where that is 0."""
+    if not problem.starts:
+        assert not any(chunk.starts), "a start needs tuning.slices > 1"
+        return None
+    size = problem.starts
+    stacks = Slice(*(np.zeros((len(chunk.starts) * size, *leaf.shape[1:]), leaf.dtype) for leaf in like))
+    for device, begun in enumerate(chunk.starts):
+        assert len(begun) <= size, (len(begun), size)
+        for place, index in enumerate(begun, device * size):
+            for stack, leaf in zip(stacks, jobs[index].start or (), strict=True):
+                assert (leaf.shape, leaf.dtype) == (stack.shape[1:], stack.dtype), "a start of another problem"
+                stack[place] = leaf
+    return stacks
 
 
 class _Images:
@@ -315,41 +354,3 @@ def bucket(count: int) -> int:
     """A size of at least `count`, at most an eighth above it: data sets of nearly one size share a program."""
     step = max(256, 1 << max(count.bit_length() - 4, 0))
     return -(-max(count, 1) // step) * step
-
-
-class _Tracker:
-    """Follows losses and times of the jobs under way."""
-
-    def __init__(self, jobs: Sequence[Job]):
-        self.jobs = jobs
-        self.loss_sum, self.loss_count = np.zeros(len(jobs)), np.zeros(len(jobs))
-        self.seconds = np.zeros(len(jobs))
-        self.failed_at: list[int | None] = [None] * len(jobs)
-        self.last_loss, self.since = math.nan, time.perf_counter()
-
-    def collect(self, chunk: Chunk, finished: Slice, losses: jax.Array, slots: int) -> Iterator[Tuned]:
-        """Waits for a call's results; yields the clusters that ended in it."""
-        values = np.asarray(losses)[: chunk.steps]
-        now = time.perf_counter()
-        busy, at, elapsed = chunk.job[: chunk.steps] >= 0, chunk.step[: chunk.steps], now - self.since
-        self.since = now
-        for index in np.unique(chunk.job[: chunk.steps][busy]):
-            here = chunk.job[: chunk.steps] == index
-            job = self.jobs[index]
-            self.seconds[index] += elapsed * here.sum() / busy.sum()
-            last_epoch = here & (at >= job.steps - -(-job.steps // job.epochs))
-            self.loss_sum[index] += values[last_epoch].sum()
-            self.loss_count[index] += last_epoch.sum()
-            broken = at[here & ~np.isfinite(values)]
-            if len(broken) and self.failed_at[index] is None:
-                self.failed_at[index] = int(broken.min())
-        self.last_loss = float(values[busy].mean())
-        if chunk.finished:
-            slices = jax.device_get(finished)
-            for index, device, slot in chunk.finished:
-                part = Slice(*(leaf[device * slots + slot].copy() for leaf in slices))
-                loss = self.loss_sum[index] / max(self.loss_count[index], 1)
-                failed = self.failed_at[index]
-                if failed is None and not all(np.isfinite(leaf).all() for leaf in part):
-                    failed = self.jobs[index].steps
-                yield Tuned(self.jobs[index], part, float(loss), failed, float(self.seconds[index]))

@@ -12,13 +12,13 @@ from lmeraser_jax.errors import UserError
 INF, NAN = float("inf"), float("nan")
 AT_LEAST_1 = (
     "data.image_size backbone.patch backbone.width backbone.depth pretraining.batch pretraining.checkpoint_epochs "
-    "clustering.sample_size clustering.feature_batch tuning.epochs tuning.batch tuning.lanes tuning.scan_steps "
-    "inference.nearest inference.batch"
+    "clustering.sample_size clustering.feature_batch tuning.epochs tuning.slices tuning.batch tuning.lanes "
+    "tuning.scan_steps checkpoints.keep inference.nearest inference.batch"
 ).split()
 COUNTS_FROM_0 = (
     "seed data.store_size data.store_width data.train_limit data.test_limit backbone.heads backbone.mlp "
     "pretraining.epochs clustering.max_members clustering.min_members tuning.prompt_width tuning.min_steps "
-    "tuning.device_bytes"
+    "tuning.device_bytes checkpoints.every_epochs"
 ).split()
 REALS_FROM_0 = (
     "pretraining.rate pretraining.weight_decay tuning.prompt_init tuning.head_init tuning.prompt_rate "

@@ -251,9 +251,9 @@ def test_a_loss_mean_over_all_lanes_fails_the_contract(tmp_path, monkeypatch):
     """Negative control: the gradient is divided by the valid images of all lanes, as one mixed batch would."""
     step = tuning.cluster_step
 
-    def coupled(problem, params, images, labels, state, batch):
+    def coupled(problem, params, images, labels, starts, state, batch):
         share = jax.lax.pmean(batch.valid.sum() / batch.valid.size, "lane")
-        new, loss = step(problem, params, images, labels, state, batch)
+        new, loss = step(problem, params, images, labels, starts, state, batch)
         mixed = jax.tree.map(lambda a, b: a + (b - a) * share, state.slice, new.slice)
         return new._replace(slice=mixed), loss
 

@@ -1,12 +1,14 @@
 """The host's schedule: every member is seen exactly so often, every job runs once, lanes are well packed."""
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.schedule import batches, chunks, efficiency, make_job, pack
+from lmeraser_jax.schedule import Output, batches, chunks, efficiency, make_job, pack, snapshot_steps
+from lmeraser_jax.slices import Slice
 
 
 def jobs_of(sizes, tuning):
@@ -18,7 +20,7 @@ def jobs_of(sizes, tuning):
 def test_every_member_is_seen_exactly_epochs_times(members):
     tuning = Tuning(batch=4, epochs=3, min_steps=5)
     job = make_job("k", np.arange(100, 100 + members), tuning)
-    rows, valid = batches(job, seed=0, batch=4)
+    rows, valid = batches(job, seed=0)
     assert rows.shape == valid.shape == (job.steps, 4)
     assert Counter(rows[valid].tolist()) == {row: job.epochs for row in range(100, 100 + members)}
     assert job.epochs >= 3 and job.steps >= 5
@@ -29,7 +31,7 @@ def test_each_epoch_is_a_new_permutation_that_depends_on_seed_and_key():
     tuning = Tuning(batch=8, epochs=4, min_steps=0)
     orders = {}
     for seed, key in ((0, "a"), (0, "b"), (1, "a"), (0, "a")):
-        rows, _ = batches(make_job(key, np.arange(8), tuning), seed, 8)
+        rows, _ = batches(make_job(key, np.arange(8), tuning), seed)
         orders.setdefault((seed, key), []).append(rows)
         assert len({tuple(row) for row in rows}) == 4
         assert all(sorted(row) == list(range(8)) for row in rows)
@@ -48,36 +50,65 @@ def test_packing_runs_every_job_once_and_is_near_the_lower_bound(lanes, rng):
     assert longest <= (4 / 3) * bound + 1, "longest-first is within 4/3 of the best schedule"
 
 
+@pytest.mark.parametrize("every", [1, 2, 3, 7])
+@pytest.mark.parametrize(("members", "batch"), [(11, 4), (4, 4), (3, 4), (1, 16), (50, 8)])
+def test_a_snapshot_is_the_first_step_at_which_all_were_seen_so_often(members, batch, every):
+    job = make_job("k", np.arange(members), Tuning(batch=batch, epochs=9, min_steps=6))
+    rows, valid = batches(job, seed=0)
+    least = []  # how often the least seen member was seen after each step
+    for step in range(1, job.steps + 1):
+        seen = Counter(rows[:step][valid[:step]].tolist())
+        least.append(min(seen[row] for row in range(members)))
+    wanted = [1 + next(i for i, n in enumerate(least) if n >= e) for e in range(1, job.epochs) if e % every == 0]
+    for keep in (1, 2, 3, 99):
+        assert snapshot_steps(job, every, keep) == tuple(sorted(set(wanted[-keep:]) - {job.steps}))
+    assert snapshot_steps(job, 0, 3) == () == snapshot_steps(job, job.epochs, 3)
+
+
 @pytest.mark.parametrize(("devices", "lanes"), [(1, 1), (2, 2), (8, 1)])
-def test_chunks_carry_every_batch_of_every_job_in_order(devices, lanes, rng):
+@pytest.mark.parametrize("every", [0, 1], ids=["ends", "snapshots"])
+def test_chunks_carry_every_batch_of_every_job_in_order(devices, lanes, every, rng):
     tuning = Tuning(batch=4, epochs=2, min_steps=3, lanes=lanes, scan_steps=7)
     jobs = jobs_of(rng.integers(1, 25, 30).tolist(), tuning)
+    given = Slice(*(np.zeros(1, np.float32) for _ in range(3)))
+    jobs = [
+        dataclasses.replace(job, snapshots=snapshot_steps(job, every, 9), start=given if i % 3 else None)
+        for i, job in enumerate(jobs)
+    ]
     seen: dict[int, list] = {i: [] for i in range(len(jobs))}
     place: dict[int, int] = {}
-    finished = []
+    handed, begun = [], []
     slots = 5
     for chunk in chunks(jobs, devices, tuning, slots, seed=0):
         assert 0 < chunk.steps <= 7 and (chunk.job[chunk.steps :] == -1).all()
-        taken = Counter(device for _, device, _ in chunk.finished)
+        taken = Counter(output.device for output in chunk.outputs)
         assert all(count <= slots for count in taken.values())
-        assert len({(device, slot) for _, device, slot in chunk.finished}) == len(chunk.finished)
+        assert len({(output.device, output.slot) for output in chunk.outputs}) == len(chunk.outputs)
+        assert len(chunk.starts) == devices and all(len(loaded) <= slots + lanes for loaded in chunk.starts)
         for t in range(chunk.steps):
             for g in np.flatnonzero(chunk.job[t] >= 0):
-                index = int(chunk.job[t, g])
+                index, device = int(chunk.job[t, g]), int(g) // lanes
+                job, at = jobs[index], int(chunk.step[t, g])
                 assert place.setdefault(index, g) == g, "a job stays in its lane"
-                assert chunk.step[t, g] == len(seen[index]) and chunk.total[t, g] == jobs[index].steps
+                assert at == len(seen[index]) and chunk.total[t, g] == job.steps
                 seen[index].append((chunk.rows[t, g].copy(), chunk.valid[t, g].copy()))
-                ends = chunk.step[t, g] == jobs[index].steps - 1
-                assert (chunk.slot[t, g] < slots) == ends
-                if ends:
-                    assert (index, g // lanes, chunk.slot[t, g]) in chunk.finished
+                hands_over = at + 1 in (*job.snapshots, job.steps)
+                assert (chunk.slot[t, g] < slots) == hands_over
+                if hands_over:
+                    assert Output(index, at + 1, device, int(chunk.slot[t, g])) in chunk.outputs
+                if at == 0 and job.start is not None:
+                    assert chunk.starts[device][chunk.start[t, g]] == index
+                else:
+                    assert chunk.start[t, g] == -1
             idle = chunk.job[t] < 0
             assert not chunk.valid[t, idle].any() and (chunk.slot[t, idle] == slots).all()
             assert (chunk.step[t, idle] != 0).all(), "an idle lane must not look like a fresh cluster"
-        finished += [index for index, _, _ in chunk.finished]
-    assert sorted(finished) == list(range(len(jobs)))
+        handed += [(output.job, output.step) for output in chunk.outputs]
+        begun += [index for loaded in chunk.starts for index in loaded]
+    assert sorted(handed) == [(i, step) for i, job in enumerate(jobs) for step in (*job.snapshots, job.steps)]
+    assert sorted(begun) == [i for i, job in enumerate(jobs) if job.start is not None]
     for index, job in enumerate(jobs):
-        rows, valid = batches(job, 0, 4)
+        rows, valid = batches(job, 0)
         assert (np.stack([r for r, _ in seen[index]]) == rows).all()
         assert (np.stack([v for _, v in seen[index]]) == valid).all()
 

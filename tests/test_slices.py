@@ -69,6 +69,9 @@ def recipe_digest(**changes):
         {"spec": dataclasses.replace(SPEC, augment="flip")},
         {"classes": 3},
         {"seed": 1},
+        {"stage": 2},
+        {"parent": "before"},
+        {"tuning": Tuning(slices=2)},
     ],
     ids=lambda change: next(iter(change)),
 )

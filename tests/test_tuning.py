@@ -1,103 +1,44 @@
 """The tuning program: against a literal loop, no backbone gradient, bits free of lanes and neighbours."""
 
 import dataclasses
+import itertools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import small_config
 from scipy.special import logsumexp
+from tuning_problem import (
+    CLASSES,
+    GROUPS,
+    assert_near,
+    problem_of,
+    reference,
+    run,
+    run_jobs,
+    same_bits,
+    small_backbone,
+    small_data,
+)
 
 from lmeraser_jax import tuning
 from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.backbones import pretrain
-from lmeraser_jax.images import ImageSpec, centred
-from lmeraser_jax.schedule import batches, make_job
-from lmeraser_jax.tuning import Problem, mesh_of, tune
-
-CLASSES = 10
+from lmeraser_jax.images import centred
+from lmeraser_jax.schedule import chunks, make_job, snapshot_steps
+from lmeraser_jax.tuning import mesh_of
 
 
 @pytest.fixture(scope="module")
 def backbone():
-    from flax import nnx
-
-    from lmeraser_jax.backbones.vit import ViT
-
-    vit = pretrain.architecture(small_config(), channels=1, classes=0)
-    params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(0)), nnx.Param)[1])
-    return frozen.make(vit, params, 0.5, 0.5)
-
-
-def problem_of(backbone, **changes):
-    spec = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1, augment=changes.pop("augment", "none"))
-    settings = dataclasses.replace(small_config().tuning, **changes)
-    return Problem(backbone.config, spec, settings, CLASSES, seed=0)
+    return small_backbone()
 
 
 @pytest.fixture(scope="module")
 def data():
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return images[:200], digits.target[:200].astype(np.int32)
-
-
-def run(problem, backbone, data, groups, devices=1):
-    """{key: Tuned} of the clusters given as {key: rows}."""
-    jobs = [make_job(key, np.asarray(rows), problem.tuning) for key, rows in groups.items()]
-    mesh = mesh_of(jax.devices()[:devices])
-    return {done.job.key: done for done in tune(problem, backbone, jobs, *data, mesh)}
-
-
-def same_bits(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(a.slice, b.slice, strict=True))
-
-
-def reference(problem, backbone, data, key, rows):
-    """One cluster in a plain loop, float64 where NumPy computes: prompt by slicing, optimizers by hand."""
-    t, size, width = problem.tuning, problem.architecture.image_size, problem.tuning.prompt_width
-    mask = np.ones((size, size, 1), np.float32)
-    mask[width : size - width, width : size - width] = 0
-    images, labels = data
-    job = make_job(key, rows, t)
-    orders, valid = batches(job, problem.seed, t.batch)
-    prompt, kernel = np.zeros((size, size, 1)), np.zeros((problem.architecture.feature_size, CLASSES))
-    bias = np.zeros(CLASSES)
-    state = [[np.zeros_like(p), np.zeros_like(p)] for p in (prompt, kernel, bias)]
-
-    def loss(parts, pixels, targets):
-        features = frozen.features(problem.architecture, backbone.params, pixels + (parts[0] * mask)[None])
-        logits = features @ parts[1] + parts[2][None]
-        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(len(targets)), targets])
-
-    gradient = jax.jit(jax.grad(loss))
-    warmup = math.ceil(t.warmup * job.steps)
-    for step in range(job.steps):
-        chosen = orders[step][valid[step]]
-        pixels = centred(jnp.asarray(images[chosen]), problem.spec)
-        parts = tuple(np.asarray(p, np.float32) for p in (prompt, kernel, bias))
-        grads = [np.asarray(g, np.float64) for g in gradient(parts, pixels, labels[chosen])]
-        if step < warmup:
-            factor = (step + 1) / warmup
-        else:
-            factor = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(job.steps - warmup, 1)))
-        new = []
-        for p, g, s, group in zip((prompt, kernel, bias), grads, state, ("prompt", "head", "head"), strict=True):
-            rate, decay = getattr(t, f"{group}_rate"), getattr(t, f"{group}_decay")
-            if t.optimizer == "sgd":
-                s[0] = t.momentum * s[0] + (g + decay * p)
-                direction = s[0]
-            else:
-                s[0], s[1] = 0.9 * s[0] + 0.1 * g, 0.999 * s[1] + 0.001 * g * g
-                scale = math.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
-                direction = scale * s[0] / (np.sqrt(s[1]) + 1e-8 * math.sqrt(1 - 0.999 ** (step + 1))) + decay * p
-            new.append(p - rate * factor * direction)
-        prompt, kernel, bias = new
-    return prompt * mask, kernel, bias
+    return small_data()
 
 
 @pytest.mark.parametrize(
@@ -112,12 +53,9 @@ def test_equals_a_literal_loop(backbone, data, changes):
     problem = problem_of(backbone, **changes)
     rows = np.arange(30, 41)  # 11 members, batches of 4: the last batch is short
     found = run(problem, backbone, data, {"a": np.arange(9), "b": rows})["b"]
-    prompt, kernel, bias = reference(problem, backbone, data, "b", rows)
-    laid = tuning.lay_prompt(jnp.asarray(found.slice.prompt), 8, problem.tuning.prompt_width, 1)
-    np.testing.assert_allclose(laid, prompt, atol=2e-4)
-    np.testing.assert_allclose(found.slice.kernel, kernel, atol=2e-4)
-    np.testing.assert_allclose(found.slice.bias, bias, atol=2e-4)
-    assert np.abs(prompt).max() > 1e-3, "the prompt did learn"
+    wanted = reference(problem, backbone, data, make_job("b", rows, problem.tuning))
+    assert_near(found.slice, wanted)
+    assert np.abs(wanted[0]).max() > 1e-3, "the prompt did learn"
 
 
 def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
@@ -138,9 +76,6 @@ def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
         found = tuning.cluster_loss(part, problem, backbone.params, images, labels, jnp.asarray(valid, bool))
         wanted = (losses * valid).sum() / max(sum(valid), 1)
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
-
-
-GROUPS = {f"c{i}": np.arange(i * 12, i * 12 + 5 + 3 * i) for i in range(6)}
 
 
 def test_bits_do_not_depend_on_lane_neighbours_or_their_number(backbone, data):
@@ -231,6 +166,56 @@ def test_no_backbone_gradient_exists_in_the_program(backbone, data):
     assert ending and not shapes & ending
 
 
+def snapped(problem):
+    """The jobs of GROUPS with a snapshot after each epoch."""
+    jobs = [make_job(key, rows, problem.tuning) for key, rows in GROUPS.items()]
+    return [dataclasses.replace(job, snapshots=snapshot_steps(job, 1, 99)) for job in jobs]
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_snapshots_change_neither_the_end_nor_the_program(backbone, data, devices, monkeypatch):
+    if len(jax.devices()) < devices:
+        pytest.skip(f"needs {devices} devices")
+    chex.clear_trace_counter()
+    monkeypatch.setattr(tuning, "device_program", chex.assert_max_traces(tuning.device_program, n=1))
+    problem = dataclasses.replace(problem_of(backbone, augment="paper"), seed=101)  # new to this process
+    plain = run(problem, backbone, data, GROUPS, devices)
+    found = run_jobs(problem, snapped(problem), devices)
+    for job in snapped(problem):
+        mine = [done for done in found if done.job.key == job.key]
+        assert [done.step for done in mine] == [*job.snapshots, job.steps] and len(mine) > 1
+        assert [done.final for done in mine] == [False] * len(job.snapshots) + [True]
+        assert same_bits(mine[-1], plain[job.key]) and mine[-1].loss == plain[job.key].loss
+        assert not any(same_bits(a, b) for a, b in itertools.pairwise(mine))
+
+
+def stopped(problem, backbone, data, job, steps):
+    """(slice, losses) of a job whose program was told to stop after so many steps."""
+    mesh, size = mesh_of(jax.devices()[:1]), tuning.bucket(len(data[0]))
+    padded = [np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in data]
+    chunk = next(chunks([job], 1, problem.tuning, problem.slots, problem.seed))
+    work = tuning.Batch(chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
+    state = tuning.initial_state(problem, mesh)
+    program = tuning.compiled(problem, mesh)
+    state, _, losses = program(backbone.params, *padded, np.int32(steps), state, work, None)
+    return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.slice), np.asarray(losses)[:steps, 0]
+
+
+def test_a_snapshot_is_the_run_stopped_there(backbone, data):
+    """Bit for bit where the program stops, and near where the literal loop does."""
+    problem = problem_of(backbone)
+    found = {(done.job.key, done.step): done for done in run_jobs(problem, snapped(problem))}
+    for job in snapped(problem)[:3]:
+        whole = dataclasses.replace(job, snapshots=())
+        for epoch, step in enumerate(job.snapshots, 1):
+            done, (part, losses) = found[job.key, step], stopped(problem, backbone, data, whole, step)
+            assert all(np.array_equal(a, b) for a, b in zip(done.slice, part, strict=True))
+            assert_near(done.slice, reference(problem, backbone, data, whole, step))
+            seen = -(-len(job.rows) // 4)
+            assert step == math.ceil(epoch * len(job.rows) / 4) and not done.final and done.failed_at is None
+            assert done.loss == pytest.approx(losses[step - seen :].mean(), rel=1e-6)
+
+
 @pytest.mark.parametrize("total", [1, 2, 7, 100])
 @pytest.mark.parametrize("warmup", [0.0, 0.2])
 def test_learning_rate_rises_then_falls_to_zero(total, warmup):
@@ -270,9 +255,15 @@ def test_a_loss_that_is_not_finite_stops_its_cluster_only(backbone, data, monkey
         assert key in hit or same_bits(done, fine[key])
 
 
-def test_a_huge_rate_fails_and_says_at_which_step(backbone, data):
-    found = run(problem_of(backbone, optimizer="sgd", head_rate=1e38, prompt_rate=1e38), backbone, data, GROUPS)
-    assert all(done.failed_at is not None and done.failed_at <= done.job.steps for done in found.values())
+def test_a_huge_rate_fails_and_says_at_which_step(backbone):
+    problem = problem_of(backbone, optimizer="sgd", head_rate=1e38, prompt_rate=1e38)
+    found = run_jobs(problem, snapped(problem))
+    failed = {done.job.key: done.failed_at for done in found if done.final}
+    assert len(failed) == len(GROUPS) and None not in failed.values()
+    for done in found:
+        first = failed[done.job.key]
+        assert first <= done.job.steps
+        assert done.failed_at in ((None, first) if done.step <= first else (first,)), "snapshots before it are whole"
 
 
 def test_bfloat16_stays_near_float32(backbone, data):
