@@ -165,7 +165,7 @@ class Chunk:
         start: int32 [T, G], place in the device's `starts` of what step 0 starts from; -1 for a fresh slice.
         job: int32 [T, G], index of the job, -1 where the lane idles.
         outputs: the slices handed over.
-        starts: for each device, the jobs that begin here with a `start`: at most W and one for each lane.
+        starts: for each device, the jobs that begin here with a `start`: at most as many as slots.
     """
 
     steps: int

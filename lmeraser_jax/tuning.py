@@ -76,10 +76,10 @@ class Problem:
 
     @property
     def starts(self) -> int:
-        """Slices to carry on from that one call can get per device: a job can begin in every lane and after
-        every output. 0: none, and the program lacks the input.
+        """Slices to carry on from that one call can get per device: W, for a job begins in one of the first
+        lanes or after an output, while every lane has a slot left. 0: none, and the program lacks the input.
         """
-        return self.slots + self.tuning.lanes if self.tuning.slices > 1 else 0
+        return self.slots if self.tuning.slices > 1 else 0
 
 
 def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:

@@ -19,10 +19,10 @@ from tuning_problem import (
 
 from lmeraser_jax import tuning as program
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.digests import digest
+from lmeraser_jax.digests import digest, words
 from lmeraser_jax.images import ImageSpec
 from lmeraser_jax.schedule import make_job, parts, stage_jobs
-from lmeraser_jax.slices import Slice, recipe
+from lmeraser_jax.slices import Slice, init_slice, recipe
 from lmeraser_jax.store import checkpoints
 
 SEED = 0
@@ -240,7 +240,8 @@ def test_every_job_gets_its_own_start(devices, monkeypatch):
         pytest.skip(f"needs {devices} devices")
     chex.clear_trace_counter()
     monkeypatch.setattr(program, "device_program", chex.assert_max_traces(program.device_program, n=1))
-    problem = problem_of(small_backbone(), slices=2, prompt_rate=0.0, head_rate=0.0, min_steps=0, epochs=1)
+    still = {"prompt_rate": 0.0, "head_rate": 0.0, "min_steps": 0, "epochs": 1, "head_init": 1.0, "prompt_init": 1.0}
+    problem = problem_of(small_backbone(), slices=2, **still)
     like = program.initial_state(problem, program.mesh_of(jax.devices()[:1])).slice
     jobs = []
     for i in range(devices * 3 * problem.starts):
@@ -248,8 +249,14 @@ def test_every_job_gets_its_own_start(devices, monkeypatch):
         jobs.append(dataclasses.replace(make_job(f"k{i}", np.arange(i % 7 + 1), problem.tuning), start=start))
     found = {done.job.key: done.slice for done in run_jobs(problem, jobs, devices)}
     assert len(found) == len(jobs)
-    for i in range(len(jobs)):
-        assert all((leaf == (i if i % 5 else 0)).all() for leaf in found[f"k{i}"])
+    assert all((leaf == i).all() for i in range(len(jobs)) if i % 5 for leaf in found[f"k{i}"])
+    for job in jobs[:30:5]:
+        key = jax.random.key(problem.seed)
+        for word in words(job.key):
+            key = jax.random.fold_in(key, word)
+        fresh = init_slice(jax.random.split(key)[0], problem.tuning, problem.architecture, problem.classes)
+        for leaf, wanted in zip(found[job.key], fresh, strict=True):
+            np.testing.assert_allclose(leaf, wanted, atol=1e-5)
 
 
 def test_without_stages_a_start_is_refused():
