@@ -35,8 +35,7 @@ def expected_params(catalog: Catalog, ref: str) -> str | None:
     if not step:
         row = catalog.slice(name)
         return row.params if row else None
-    found = catalog.db.execute("SELECT params FROM epochs WHERE slice=? AND step=?", (name, step)).fetchone()
-    return found[0] if found else None
+    return catalog.epochs(name).get(step)
 
 
 def load_slice(run: Run, ref: str) -> Slice:

@@ -6,6 +6,7 @@ it would differ. What is merely stored is searched for leftovers: anything that 
 
 import contextlib
 import dataclasses
+import json
 import random
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
+from lmeraser_jax.config import Tuning
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import progress
 from lmeraser_jax.purge import leftovers
@@ -21,10 +23,12 @@ from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Item, content_hash
 from lmeraser_jax.run import Run
+from lmeraser_jax.schedule import stage_jobs
+from lmeraser_jax.slices import Slice
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout
-from lmeraser_jax.tuning import fingerprint
+from lmeraser_jax.tuning import fingerprint, tune
 
 PIECE = 4096  # images copied at a time
 TOLERANCE = 1e-2  # of a slice's largest number, where another program made it
@@ -136,11 +140,50 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     found = state(run, chosen)
+    _put_pins(run, rebuilt, chosen)
     near = _made_elsewhere(run, found, rebuilt)
     lines = [line for line in differences(found, rebuilt) if line not in near]
     same = [key for key in chosen if found["parameters"][key] == rebuilt["parameters"].get(key)]
     near_slices = sum(line.startswith("parameters") for line in near)
     return Verdict(len(chosen), len(keys), len(same), near_slices, tuple(lines + leftovers(run)))
+
+
+def _put_pins(run: Run, rebuilt: dict[str, Any], chosen: frozenset[str]) -> None:
+    """Puts what a rollback chose in the place of what the recipes call for, made again from its own settings."""
+    for key, ref in run.catalog.pins().items():
+        if key in rebuilt["slices"]:
+            rebuilt["slices"][key] = ref
+        if key in chosen:
+            part = remade(run, ref)
+            leaves = part._asdict().items() if part is not None else ()
+            rebuilt["parameters"][key] = {leaf: np.asarray(array).tobytes() for leaf, array in leaves}
+
+
+def remade(run: Run, ref: str) -> Slice | None:
+    """Tunes one slice again, on its own members and with its own settings; None where a member is no longer live.
+
+    Args:
+        run: a workdir that holds the slice.
+        ref: its reference; with a step, the earlier epoch.
+    """
+    name, step = parts_of(ref)
+    row, records = run.catalog.slice(name), run.catalog.at(run.catalog.rows_of(name))
+    if row is None or len(records) != row.size:
+        return None
+    problem = dataclasses.replace(run.problem, tuning=Tuning(**json.loads(row.tuning)))
+    labels = np.zeros(run.catalog.rows_used(), np.int32)
+    labels[records.rows] = records.labels
+    start = None
+    jobs = stage_jobs(row.cluster, records.ids, records.rows, problem.tuning, problem.seed)
+    jobs[-1] = dataclasses.replace(jobs[-1], snapshots=(step,) if step else ())
+    for job in jobs:
+        started = dataclasses.replace(job, start=start)
+        for done in tune(problem, run.backbone, [started], run.images, labels, run.mesh):
+            if done.final or done.step == step:
+                start = done.slice
+            if done.step == step and job is jobs[-1]:
+                return start
+    return start
 
 
 def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) -> set[str]:

@@ -18,7 +18,7 @@ from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import Job, make_job
+from lmeraser_jax.schedule import Job, snapshot_steps, stage_jobs
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Manifest, SliceRow
 
@@ -46,6 +46,7 @@ class Plan:
         missing: {cluster key: the end of its chain that does not exist yet}.
         labels: {cluster key: int32 [m], labels of the rows of the chain's last job}.
         moved: (record id, cluster key) of records that are in another cluster than published.
+        unpinned: clusters that can no longer stay at the slice they were pinned to.
         requests: ids of the open erasure requests that it takes into account.
         images_full: images to pass forward and backward for a full re-tune of every cluster.
     """
@@ -59,6 +60,7 @@ class Plan:
     missing: dict[str, tuple[Target, ...]]
     labels: dict[str, np.ndarray]
     moved: list[tuple[str, str]]
+    unpinned: tuple[str, ...]
     requests: tuple[str, ...]
     images_full: int
 
@@ -119,7 +121,7 @@ def _whole(run: Run, clustering: Clustering, settled: bool, inputs: str, leaving
         for name, k, old in zip(records.ids, assignment, records.clusters, strict=True)
         if clustering.keys[k] != old
     ]
-    return _planned(run, clustering, settled, inputs, tables, {}, moved)
+    return _planned(run, clustering, settled, inputs, tables, {}, moved, leaving)
 
 
 def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, leaving: frozenset[str]) -> Plan:
@@ -139,7 +141,8 @@ def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, 
         table = catalog.members(key).without(leaving).plus(arrived)
         if len(table):
             tables[key] = table
-    return _planned(run, clustering, True, inputs, tables, untouched, list(zip(fresh.ids, homes, strict=True)))
+    moved = list(zip(fresh.ids, homes, strict=True))
+    return _planned(run, clustering, True, inputs, tables, untouched, moved, leaving)
 
 
 def _planned(
@@ -150,23 +153,26 @@ def _planned(
     tables: Mapping[str, RecordTable],
     untouched: Mapping[str, int],
     moved: list[tuple[str, str]],
+    leaving: frozenset[str],
 ) -> Plan:
     """The plan for clusters with the given members, and untouched ones of the given sizes."""
     made, manifest = run.catalog.slices(), run.catalog.manifest()
     entries = {key: manifest.entries[key] for key in untouched} if manifest is not None else {}
     chains = {key: _chain(run, key, table) for key, table in tables.items()}
     entries |= {key: chain[-1].digest for key, chain in chains.items()}
+    pins, unpinned = _pins(run, made, entries, leaving)
+    entries |= pins
     missing = {}
     for key, chain in chains.items():
         rest = _missing(run, made, chain)
-        if rest:
+        if rest and key not in pins:
             missing[key] = rest
     images = sum(target.job.images for chain in chains.values() for target in chain)
     images += sum(_images_of(made, entries[key]) for key in untouched)
     sizes = {key: len(table) for key, table in tables.items()} | dict(untouched)
     labels = {key: tables[key].labels for key in missing}
     served = tuple(request.id for request in requests.listed(run.catalog, only_open=True))
-    return Plan(clustering, settled, inputs, entries, sizes, chains, missing, labels, moved, served, images)
+    return Plan(clustering, settled, inputs, entries, sizes, chains, missing, labels, moved, unpinned, served, images)
 
 
 def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled: bool) -> np.ndarray:
@@ -187,16 +193,38 @@ def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled:
 
 
 def _chain(run: Run, key: str, table: RecordTable) -> tuple[Target, ...]:
-    """The slices of one cluster in the order of tuning; the last is the one that predicts."""
-    job = make_job(key, table.rows, run.config.tuning)
-    return (Target(digest(_recipe(run, key, table)), "", job),)
+    """The slices of one cluster in the order of tuning, one for each stage; the last is the one that predicts."""
+    tuning, kept = run.config.tuning, run.config.checkpoints
+    chain: list[Target] = []
+    for job in stage_jobs(key, table.ids, table.rows, tuning, run.config.seed):
+        parent = chain[-1].digest if chain else ""
+        members = table.take(np.flatnonzero(np.isin(table.rows, job.rows)))
+        chain.append(Target(digest(_recipe(run, key, members, job.stage, parent)), parent, job))
+    snapshots = snapshot_steps(chain[-1].job, kept.every_epochs, kept.keep)
+    chain[-1] = dataclasses.replace(chain[-1], job=dataclasses.replace(chain[-1].job, snapshots=snapshots))
+    return tuple(chain)
 
 
-def _recipe(run: Run, key: str, table: RecordTable) -> dict:
+def _recipe(run: Run, key: str, table: RecordTable, stage: int = 1, parent: str = "") -> dict:
     members = list(zip(table.ids, table.contents, table.labels.tolist(), strict=True))
-    return slices.recipe(
-        key, members, run.config.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed
-    )
+    constants = (run.config.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed)
+    return slices.recipe(key, members, *constants, stage, parent)
+
+
+def _pins(
+    run: Run, made: Mapping[str, SliceRow], keys: Collection[str], leaving: frozenset[str]
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Pins that hold, {cluster: slice reference}, and the clusters whose pin an erasure, or a loss, has ended."""
+    pins = run.catalog.pins()
+    if not pins:
+        return {}, ()
+    gone = {*run.catalog.erased().values(), *run.catalog.rows(leaving)}
+    hold = {}
+    for key, ref in pins.items():
+        name, _ = parts_of(ref)
+        if key in keys and _exists(run, made, name) and gone.isdisjoint(run.catalog.rows_of(name).tolist()):
+            hold[key] = ref
+    return hold, tuple(key for key in pins if key not in hold)
 
 
 def _exists(run: Run, made: Mapping[str, SliceRow], name: str) -> bool:

@@ -7,7 +7,7 @@ erasure does not touch is found again instead of made again.
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of, save_c
 from lmeraser_jax.digests import arrays_digest, canonical_json
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.planning import Plan, Target, plan
-from lmeraser_jax.purge import kept, purge
+from lmeraser_jax.purge import kept, purge, with_parents
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import Job, efficiency
+from lmeraser_jax.schedule import efficiency
 from lmeraser_jax.store import checkpoints, requests
 from lmeraser_jax.store.catalog import Manifest, SliceRow
 from lmeraser_jax.store.importing import image_file
@@ -116,12 +116,16 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     for key, chain in missing.items():
         labels[chain[-1].job.rows] = wanted.labels[key]
-    failed = []
-    for target, done in _tuned(run, missing, labels):
-        if done.failed_at is not None:
-            failed.append(f"cluster {done.job.key[:12]} ({len(done.job.rows)} members) at step {done.failed_at}")
-        else:
-            _keep(run, target, done)
+    failed: list[str] = []
+    waiting: dict[str, tuple[Target, ...]] = dict(missing)
+    while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
+        for target, done, earlier in _finished(run, [chain[0] for chain in waiting.values()], labels):
+            if done.failed_at is None:
+                _keep(run, target, done, earlier)
+            else:
+                failed.append(f"cluster {done.job.key[:12]} ({len(done.job.rows)} members) at step {done.failed_at}")
+                waiting[done.job.key] = ()  # its later stages have nothing to start from
+        waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
     raise_all(
         failed,
         "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate "
@@ -131,16 +135,23 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
     )
 
 
-def _tuned(run: Run, missing: Mapping[str, tuple[Target, ...]], labels: np.ndarray) -> Iterator[tuple[Target, Tuned]]:
-    targets = {chain[0].job.key: chain[0] for chain in missing.values()}
-    jobs: list[Job] = [target.job for target in targets.values()]
+def _finished(run: Run, targets: Sequence[Target], labels: np.ndarray) -> Iterator[tuple[Target, Tuned, list[Tuned]]]:
+    """Tunes one slice of each cluster; yields each that ended, with its snapshots."""
+    by_key = {target.job.key: target for target in targets}
+    starts = {key: load_slice(run, target.parent) for key, target in by_key.items() if target.parent}
+    jobs = [dataclasses.replace(target.job, start=starts.get(key)) for key, target in by_key.items()]
+    earlier: dict[str, list[Tuned]] = {key: [] for key in by_key}
     for done in tune(run.problem, run.backbone, jobs, run.images, labels, run.mesh):
-        yield targets[done.job.key], done
+        if done.final:
+            yield by_key[done.job.key], done, earlier.pop(done.job.key)
+        else:
+            earlier[done.job.key].append(done)
 
 
-def _keep(run: Run, target: Target, done: Tuned) -> None:
-    """Writes a slice to disk, then registers it."""
+def _keep(run: Run, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> None:
+    """Writes a slice and its snapshots to disk, then registers them."""
     arrays = checkpoints.flatten(done.slice)
+    snapshots = {part.step: checkpoints.flatten(part.slice) for part in earlier}
     row = SliceRow(
         digest=target.digest,
         cluster=done.job.key,
@@ -156,9 +167,10 @@ def _keep(run: Run, target: Target, done: Tuned) -> None:
         tuning=canonical_json(dataclasses.asdict(run.config.tuning)),
     )
     metadata = {"cluster": row.cluster, "params": row.params}
-    checkpoints.save(run.layout.slice(target.digest), arrays, metadata, step=done.job.steps)
+    checkpoints.save(run.layout.slice(target.digest), arrays, metadata, done.step, snapshots)
     with run.catalog.transaction():
         run.catalog.add_slice(row, done.job.rows)
+        run.catalog.add_epochs(target.digest, {step: arrays_digest(tree) for step, tree in snapshots.items()})
 
 
 def _publish(
@@ -189,6 +201,7 @@ def _publish(
             facts["members"] = {}  # names clusters, and a cluster's name is a digest of its sampled ids
             requests.advance(catalog, [request.id], "published", list(facts.items()))
         requests.lift_quarantine(catalog, served)
+        catalog.unpin(wanted.unpinned)
     return version
 
 
@@ -249,7 +262,8 @@ def repair(run: Run) -> list[str]:
         Messages, one per dropped slice.
     """
     manifest, messages = run.catalog.manifest(), []
-    for ref in manifest.entries.values() if manifest else ():
+    published = set(manifest.entries.values()) if manifest else set()
+    for ref in sorted(published | with_parents(run.catalog, {parts_of(ref)[0] for ref in published})):
         try:
             load_slice(run, ref)
         except UserError as error:

@@ -36,6 +36,8 @@ from lmeraser_jax.store.importing import Imported, check_images, image_file, imp
 from lmeraser_jax.store.layout import Layout, read_config, write_json, writer_lock
 from lmeraser_jax.tuning import Problem, fingerprint, mesh_of
 
+FREE = ("inference", "checkpoints")  # settings that no published number depends on
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -117,7 +119,7 @@ def opened(
 
     Args:
         workdir: an existing workdir.
-        config: may differ from the stored one in `inference` only.
+        config: may differ from the stored one in `FREE` only.
         devices: all by default.
         write: take the writer lock.
 
@@ -130,7 +132,7 @@ def opened(
     if stored is None or not layout.backbone.exists():
         raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
     if config is not None:
-        _check_same(layout, stored, config, free=("inference",))
+        _check_same(layout, stored, config, FREE)
     lock = writer_lock(layout) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
@@ -145,11 +147,12 @@ def prepared(
     devices: Sequence[Any] | None = None,
     source: Source | None = None,
     reimport: bool = False,
+    retune: bool = False,
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
     A config binds a workdir as far as the workdir has come: what the images and the backbone were made with
-    from the moment they exist, everything but `inference` from the first published state on. While an erasure
+    from the moment they exist, everything but `FREE` from the first published state on. While an erasure
     is open `tuning` may change, so that one whose loss was not finite can be finished.
 
     Args:
@@ -157,6 +160,7 @@ def prepared(
         config: the run's config.
         devices: all by default.
         source: the data; by default what `config.data` names.
+        retune: let `tuning` differ from the published state's; the old slices stay for rollback.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
 
     Yields:
@@ -171,8 +175,7 @@ def prepared(
         stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
         if stored is not None and manifest is not None:
-            free = ("inference", "tuning") if requests.any_open(catalog) else ("inference",)
-            _check_same(layout, stored, config, free)
+            _check_same(layout, stored, config, FREE + ("tuning",) * (retune or requests.any_open(catalog)))
         _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
         mesh, imported = mesh_of(devices), None
         converted = None

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": "accuracy on the test or hold-out images, beside a plain linear head",
     "predict": "label, probability and cluster of image files",
     "unlearn": "erase records or an owner and re-tune what they touched",
+    "rollback": "give one cluster an earlier slice, keep it there, list what there is",
     "audit": "rebuild from scratch and compare every bit",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }

@@ -183,6 +183,12 @@ class Catalog:
         query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND split IN ({marks}) ORDER BY id"
         return _table(self.db.execute(query, splits).fetchall())
 
+    def at(self, rows: Iterable[int]) -> RecordTable:
+        """The live private records in the given image rows, sorted by id."""
+        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND split='train' AND erased=''"
+        found = (self.db.execute(query, (int(row),)).fetchone() for row in rows)
+        return _table(sorted(row for row in found if row))
+
     def members(self, cluster: str) -> RecordTable:
         """The live private records of one published cluster, sorted by id; with "" those of none yet."""
         query = f"SELECT {COLUMNS} FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
@@ -218,6 +224,11 @@ class Catalog:
             if row:
                 found[name] = (row[0], row[1], row[2], bool(row[3]))
         return found
+
+    def rows(self, ids: Iterable[str]) -> list[int]:
+        """Image rows of those ids that the catalog holds."""
+        found = (self.db.execute("SELECT row FROM records WHERE id=?", (name,)).fetchone() for name in ids)
+        return [row[0] for row in found if row]
 
     def owned(self, owner: str) -> list[str]:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
@@ -260,6 +271,16 @@ class Catalog:
         """Registers a slice whose checkpoint is on disk, with the image rows of its members."""
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
+
+    def add_epochs(self, digest: str, params: dict[int, str]) -> None:
+        """Registers earlier epochs of a slice: {step: digest of the parameters' bytes}."""
+        self.db.executemany(
+            "INSERT OR REPLACE INTO epochs VALUES(?,?,?)", [(digest, step, params[step]) for step in sorted(params)]
+        )
+
+    def epochs(self, digest: str) -> dict[int, str]:
+        """{step: digest of the parameters' bytes} of a slice's earlier epochs."""
+        return dict(self.db.execute("SELECT step,params FROM epochs WHERE slice=? ORDER BY step", (digest,)))
 
     def slice(self, digest: str) -> SliceRow | None:
         row = self.db.execute("SELECT * FROM slices WHERE digest=?", (digest,)).fetchone()
@@ -320,6 +341,22 @@ class Catalog:
     def drop_manifest(self, version: int) -> None:
         self.db.execute("DELETE FROM entries WHERE version=?", (version,))
         self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
+
+    # pins and quarantine
+    def pin(self, cluster: str, ref: str) -> None:
+        """Keeps a cluster at a slice, or an earlier epoch of it, whatever its recipe calls for."""
+        self.db.execute("INSERT OR REPLACE INTO pins VALUES(?,?,?)", (cluster, ref, time.time()))
+
+    def unpin(self, clusters: Iterable[str]) -> None:
+        self.db.executemany("DELETE FROM pins WHERE cluster=?", [(cluster,) for cluster in clusters])
+
+    def pins(self) -> dict[str, str]:
+        """{cluster: slice reference} of pinned clusters."""
+        return dict(self.db.execute("SELECT cluster,slice FROM pins ORDER BY cluster"))
+
+    def doubt(self) -> None:
+        """Makes the next plan look at every cluster."""
+        self.db.execute("UPDATE manifests SET inputs=''")
 
     def quarantined(self) -> frozenset[str]:
         """Clusters that no prediction may use until the requests that touch them are published."""

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,21 +41,29 @@ def _name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
 
 
-def save(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int = 0) -> None:
-    """Writes one checkpoint, complete or not at all.
+def save(
+    folder: Path,
+    arrays: Arrays,
+    metadata: dict[str, Any],
+    step: int = 0,
+    earlier: Mapping[int, Arrays] = MappingProxyType({}),
+) -> None:
+    """Writes a checkpoint, and earlier ones of the same training, completely or not at all.
 
     Args:
-        folder: the checkpoint's own folder; replaced if it exists.
+        folder: their own folder; replaced if it exists.
         arrays: flat tree.
         metadata: JSON kept beside it.
-        step: its number among later ones in the same folder.
+        step: its number in the folder.
+        earlier: {smaller step: flat tree}.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with _manager(temporary, create=True) as manager:
-            _write(manager, step, arrays, metadata)
+            for number, tree in sorted([*earlier.items(), (step, arrays)], key=lambda pair: pair[0]):
+                _write(manager, number, tree, metadata)
         layout.publish_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back

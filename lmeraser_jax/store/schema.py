@@ -42,9 +42,7 @@ CREATE TABLE entries(
   version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
 ) WITHOUT ROWID;
 CREATE INDEX entries_slice ON entries(slice);
-CREATE TABLE pins(
-  cluster TEXT PRIMARY KEY, slice TEXT NOT NULL, step INTEGER NOT NULL, created REAL NOT NULL
-) WITHOUT ROWID;
+CREATE TABLE pins(cluster TEXT PRIMARY KEY, slice TEXT NOT NULL, created REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE quarantine(cluster TEXT NOT NULL, request TEXT NOT NULL, PRIMARY KEY(cluster, request)) WITHOUT ROWID;
 CREATE TABLE requests(
   id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
