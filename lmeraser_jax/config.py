@@ -39,6 +39,7 @@ class Data:
     labels: str = ""  # folder only: CSV that names files, labels and owners
     csv_columns: str = "file,label,owner"  # names of these three columns in the CSV; the owner may be left out
     skip_unreadable: bool = False  # leave out images that cannot be read, and name them, instead of refusing all
+    max_pixels: int = 50_000_000  # an image file of more pixels counts as unreadable
     store_size: int = 0  # folder, tfds: height in pixels at which images are kept; 0: image_size
     store_width: int = 0  # folder, tfds: width; 0: store_size
     image_size: int = 16  # side in pixels of the backbone's input
@@ -271,6 +272,7 @@ def _illegal(c: Config) -> list[str]:
     ):
         need(value in legal, flag, repr(value), "one of " + ", ".join(legal))
     for flag, value in (
+        ("data.max_pixels", d.max_pixels),
         ("data.image_size", d.image_size),
         ("backbone.patch", b.patch),
         ("backbone.width", b.width),
