@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.backbones import weights
 from lmeraser_jax.backbones.vit import ViTConfig
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.slices import Slice, as_slice
@@ -215,7 +216,8 @@ CONFIG = [
 @pytest.mark.parametrize(("field", "bad"), CONFIG)
 def test_backbone_metadata_of_any_kind(tiny, tmp_path, field, bad):
     arrays, metadata = tiny
-    for changed in (metadata | {field: bad}, {name: value for name, value in metadata.items() if name != field}):
+    without = {name: value for name, value in metadata.items() if name != field}
+    for changed in (metadata | {field: bad}, *([without] if field != "provenance" else [])):
         with pytest.raises(UserError, match="is damaged") as caught:
             frozen.restored(tmp_path, arrays, changed)
         assert len(str(caught.value)) < 2000
@@ -262,4 +264,6 @@ def test_backbone_in_a_folder(tiny, tmp_path):
     checkpoints.save(tmp_path / "bad", arrays, {"config": 3})
     with pytest.raises(UserError, match="bad is damaged"):
         frozen.load(tmp_path / "bad")
+    with pytest.raises(UserError, match="provenance names no origin"):
+        weights.read(str(tmp_path / "good"))
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

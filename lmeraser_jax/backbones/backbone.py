@@ -158,7 +158,7 @@ def restored(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, An
 
 def _refuse_other_kinds(config: Architecture, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
     """Raises ValueError or TypeError for what no backbone has, before a model of these sizes is outlined."""
-    if not isinstance(metadata["inputs"], dict) or not isinstance(metadata["provenance"], dict):
+    if not isinstance(metadata["inputs"], dict) or not isinstance(metadata.get("provenance", {}), dict):
         raise TypeError("inputs and provenance must be JSON objects")
     values = dataclasses.asdict(config)
     numbers = [one for value in values.values() for one in (value if isinstance(value, tuple) else (value,))]
