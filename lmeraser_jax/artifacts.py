@@ -12,7 +12,7 @@ from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.digests import arrays_digest
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.run import Run
-from lmeraser_jax.slices import Slice
+from lmeraser_jax.slices import Slice, as_slice
 from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout, write_bytes
@@ -51,7 +51,7 @@ def load_slice(run: Run, ref: str) -> Slice:
     arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
     if arrays_digest(arrays) != params:
         raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says")
-    return Slice(**arrays)
+    return as_slice(arrays, name[:12])
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

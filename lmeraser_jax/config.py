@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import typing
+import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +21,10 @@ SOURCES = ("digits", "npz", "folder", "tfds")
 AUGMENTS = ("none", "crop", "flip", "paper")
 OPTIMIZERS = ("sgd", "adam")
 DTYPES = ("auto", "float32", "bfloat16")
+WHOLE = 2**63  # whole numbers lie below it
+SHOWN = 400  # characters of a value in a message
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = SHOWN
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +45,7 @@ class Data:
     labels: str = ""  # folder only: CSV that names files, labels and owners
     csv_columns: str = "file,label,owner"  # names of these three columns in the CSV; the owner may be left out
     skip_unreadable: bool = False  # leave out images that cannot be read, and name them, instead of refusing all
+    max_pixels: int = 50_000_000  # an image file of more pixels counts as unreadable
     store_size: int = 0  # folder, tfds: height in pixels at which images are kept; 0: image_size
     store_width: int = 0  # folder, tfds: width; 0: store_size
     image_size: int = 16  # side in pixels of the backbone's input
@@ -196,7 +203,7 @@ def cut_of(cut: str) -> tuple[str, float]:
     """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
     if cut.startswith("auto:"):
         count = int(cut.removeprefix("auto:"))
-        if count < 1:
+        if not 1 <= count < WHOLE:
             raise ValueError(cut)
         return "auto", float(count)
     threshold = float(cut)
@@ -220,8 +227,10 @@ def numbers(text: str) -> tuple[float, ...]:
 def _has_group(pattern: str) -> bool:
     """Whether a non-empty pattern is a regular expression with at least one group."""
     try:
-        return not pattern or re.compile(pattern).groups > 0
-    except re.error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python will read differently
+            return not pattern or re.compile(pattern).groups > 0
+    except (re.error, RecursionError, OverflowError):
         return False
 
 
@@ -237,10 +246,22 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
+def _shown(value: object) -> str:
+    """A value of any kind for a message: short, however large or deep it is."""
+    try:
+        return SHORT.repr(value)
+    except (ValueError, RecursionError):  # Python does not print whole numbers of many thousand digits
+        return f"a large {type(value).__name__}"
+
+
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """One dataclass of the schema from one level of the tree; problems are collected."""
     hints = typing.get_type_hints(cls)
-    problems += [_unknown(prefix, str(key), hints) for key in tree if key not in hints]
+    problems += [
+        _unknown(prefix, key if isinstance(key, str) and len(key) <= SHOWN else _shown(key), hints)
+        for key in tree
+        if key not in hints
+    ]
     values = {}
     for name, kind in hints.items():
         if name not in tree:
@@ -250,11 +271,13 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str])
             if isinstance(value, Mapping):
                 values[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.", problems)
             else:
-                problems.append(f"{prefix}{name}={value!r}: must be a group of settings")
+                problems.append(f"{prefix}{name}={_shown(value)}: must be a group of settings")
+        elif isinstance(value, int) and not -WHOLE < value < WHOLE:
+            problems.append(f"{prefix}{name}={_shown(value)}: must lie between -2^63 and 2^63")
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
             values[name] = float(value)
         elif type(value) is not kind:
-            problems.append(f"{prefix}{name}={value!r}: must be {kind.__name__}, is {type(value).__name__}")
+            problems.append(f"{prefix}{name}={_shown(value)}: must be {kind.__name__}, is {type(value).__name__}")
         else:
             values[name] = value
     return cls(**values)
@@ -267,7 +290,9 @@ def _illegal(c: Config) -> list[str]:
 
     def need(ok: bool, flag: str, value: object, legal: str) -> None:
         if not ok:
-            problems.append(f"--config.{flag}={value}: must be {legal}")
+            text = str(value)
+            cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+            problems.append(f"--config.{flag}={cut}: must be {legal}")
 
     for flag, value, legal in (
         ("data.source", d.source, SOURCES),
@@ -281,6 +306,7 @@ def _illegal(c: Config) -> list[str]:
     ):
         need(value in legal, flag, repr(value), "one of " + ", ".join(legal))
     for flag, value in (
+        ("data.max_pixels", d.max_pixels),
         ("data.image_size", d.image_size),
         ("backbone.patch", b.patch),
         ("backbone.width", b.width),

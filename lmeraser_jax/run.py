@@ -199,7 +199,8 @@ def _check_same(layout: Layout, stored: Config, config: Config, free: Collection
     """Refuses a config that differs from the stored one in any group that is not free."""
     old, new = ({k: v for k, v in settings.to_dict(c).items() if k not in free} for c in (stored, config))
     for tree in (old, new):
-        tree["data"].pop("skip_unreadable")  # says what to do with broken files, not what the records are
+        for name in ("skip_unreadable", "max_pixels"):  # which files are read, not what the records are
+            tree["data"].pop(name)
     _check_made(layout, "state", old, new, "")
 
 

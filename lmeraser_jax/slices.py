@@ -4,15 +4,17 @@ Shapes: P prompt width, H W C input image, D feature, Y classes, n = 2P(H + W - 
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lmeraser_jax.backbones.backbone import Architecture
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.digests import digest
+from lmeraser_jax.errors import raise_all
 from lmeraser_jax.images import ImageSpec
 
 RECIPE_VERSION = 1  # raise it when the same recipe starts to give other bits
@@ -25,6 +27,31 @@ class Slice(NamedTuple):
     prompt: Any
     kernel: Any
     bias: Any
+
+
+def as_slice(arrays: Mapping[str, np.ndarray], name: str) -> Slice:
+    """The slice of a checkpoint's arrays, on the host.
+
+    Args:
+        arrays: whatever a checkpoint holds, by name.
+        name: what a message calls the slice.
+
+    Raises:
+        UserError: names every array that is missing, left over or of another dtype or shape.
+    """
+    wanted = {"prompt": 1, "kernel": 2, "bias": 1}
+    problems = [f"{field} is missing" for field in wanted if field not in arrays]
+    problems += [f"{ascii(field)[:80]} is no part of a slice" for field in arrays if field not in wanted]
+    for field in wanted.keys() & arrays.keys():
+        leaf = arrays[field]
+        if leaf.dtype != np.float32 or leaf.ndim != wanted[field]:
+            what = f"float32 of {wanted[field]} dimensions"
+            problems.append(f"{field} must be {what}, is {leaf.dtype} {list(leaf.shape)}")
+    if not problems and arrays["kernel"].shape[1:] != arrays["bias"].shape:
+        shapes = [list(arrays[field].shape) for field in ("kernel", "bias")]
+        problems.append(f"kernel {shapes[0]} and bias {shapes[1]} have different numbers of classes")
+    raise_all(sorted(problems), f"slice {name} is damaged:" if problems else "")
+    return Slice(**arrays)
 
 
 def border_size(size: int, width: int, channels: int) -> int:

@@ -31,7 +31,7 @@ CHANGES = {
     "train_limit": 5,
     "test_limit": 5,
 }
-FREE = {"skip_unreadable", "image_size", "resize_size", "augment"}  # change no record and no stored pixel
+FREE = {"skip_unreadable", "max_pixels", "image_size", "resize_size", "augment"}  # change no record and no stored pixel
 
 
 def test_every_setting_that_makes_the_records_binds(tmp_path, rng):
@@ -51,7 +51,7 @@ def test_every_setting_that_makes_the_records_binds(tmp_path, rng):
         with pytest.raises(UserError, match=f"data\\.{name}: ") as caught, prepared(tmp_path / "run", changed):
             pass
         assert "the images in" in str(caught.value) and "was made with another config" in str(caught.value)
-    free = dataclasses.replace(config.data, skip_unreadable=True, augment="flip")
+    free = dataclasses.replace(config.data, skip_unreadable=True, max_pixels=10_000, augment="flip")
     with prepared(tmp_path / "run", dataclasses.replace(config, data=free), reimport=True) as (_, imported):
         assert imported == Imported(0, 4, 0, 0)
 

@@ -63,7 +63,7 @@ def test_problems_none():
         ([GOOD[0], GOOD[2], GOOD[3]], "only one class is present (0); a classifier needs at least 2"),
         (GOOD[2:], "there is no training image"),
         ([], "there is no training image"),
-        ([*GOOD, Item("a\udcff", "train", 0)], "must be text in UTF-8; these are not: 'a\\udcff'"),
+        ([*GOOD, Item("a\udcff", "train", 0)], "must be plain text; these are not: 'a\\udcff' (not text in UTF-8)"),
     ],
 )
 def test_problem_found(items, message):

@@ -6,6 +6,7 @@ the pure function, so no optimizer and no gradient ever meets the backbone's par
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from flax import nnx
 from lmeraser_jax.backbones.swin import SwinConfig
 from lmeraser_jax.backbones.vit import ViTConfig
 from lmeraser_jax.digests import arrays_digest, digest
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.store import checkpoints
 
 Params = Any  # nested dict of arrays
@@ -139,14 +140,34 @@ def restored(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, An
     """The backbone of a folder's arrays and metadata. Raises `UserError` where its digest is not the recorded one."""
     try:
         config = architecture(metadata["config"])
+        _refuse_other_kinds(config, arrays, metadata)
         normalisation = tuple(metadata["mean"]), tuple(metadata["std"])
         backbone = make(config, from_flat(config, arrays, str(folder)), *normalisation)
-        digest_then, _ = metadata["digest"], metadata["inputs"]
-        if backbone.digest == digest_then:
-            return backbone
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
+        digest_then = str(metadata["digest"])
+    except UserError:
+        raise
+    except Exception as error:  # an architecture of any values raises whatever its modules do
+        raise UserError(f"{folder} is damaged: {type(error).__name__}: {str(error)[:500]}") from error
+    if backbone.digest == digest_then:
+        return backbone
     raise UserError(
-        f"{folder} is damaged: digest {backbone.digest[:12]}, written as {metadata['digest'][:12]};"
+        f"{folder} is damaged: digest {backbone.digest[:12]}, written as {digest_then[:12]};"
         " restore the folder, or delete it and make it again"
     )
+
+
+def _refuse_other_kinds(config: Architecture, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
+    """Raises ValueError or TypeError for what no backbone has, before a model of these sizes is outlined."""
+    if not isinstance(metadata["inputs"], dict) or not isinstance(metadata.get("provenance", {}), dict):
+        raise TypeError("inputs and provenance must be JSON objects")
+    values = dataclasses.asdict(config)
+    numbers = [one for value in values.values() for one in (value if isinstance(value, tuple) else (value,))]
+    blocks = sum(config.depths) if isinstance(config, SwinConfig) else config.depth
+    if not all(isinstance(one, int | float | str) for one in numbers) or not 0 <= blocks <= len(arrays):
+        raise ValueError(f"{len(arrays)} arrays are not those of the architecture {str(values)[:300]}")
+    for name in ("mean", "std"):
+        if not all(isinstance(one, int | float) and math.isfinite(one) for one in metadata[name]):
+            raise ValueError(f"{name} must be finite numbers")
+    other = [name for name, leaf in arrays.items() if leaf.dtype != np.float32]
+    if other:
+        raise ValueError(f"arrays must be float32; these are not: {some(other)}")

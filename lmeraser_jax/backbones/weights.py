@@ -162,6 +162,8 @@ def _read_own(folder: Path) -> Weights:
     if "config" not in metadata or "provenance" not in metadata:
         raise UserError(f"{folder} is no backbone that lmeraser backbone wrote")
     made, told = frozen.restored(folder, arrays, metadata), metadata["provenance"]
+    if not isinstance(told.get("origin"), str) or type(told.get("published_size", 0)) is not int:
+        raise UserError(f"{folder} is damaged: its provenance names no origin and published size")
     return Weights(
         str(folder),
         arrays,

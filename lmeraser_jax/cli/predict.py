@@ -32,7 +32,8 @@ def run(arguments: common.Arguments) -> int:
         common.warn_if_unfinished(run_)
         model = load_model(run_)
         spec = run_.spec
-        found = predict(model, decoded(files, spec.height, spec.width, spec.channels))
+        images = decoded(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
+        found = predict(model, images)
         rows = [
             {
                 "file": str(file),

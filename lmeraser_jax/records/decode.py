@@ -1,40 +1,33 @@
 """Image files or their bytes -> uint8 pixels of one size, in parallel (Pillow releases the interpreter's lock)."""
 
+import contextlib
 import io
 import os
-import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lmeraser_jax.config import Data
 from lmeraser_jax.errors import raise_all
 from lmeraser_jax.records.source import Pixels
 
 THREADS = min(16, os.cpu_count() or 1)
-DAMAGE = (  # what Pillow's decoders raise for damaged files
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    ArithmeticError,
-    SyntaxError,
-    EOFError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # whatever a file's name says; others run programs
+MOST_PIXELS = Data().max_pixels
 
 
-def decode(files: Sequence[Path | bytes], height: int, width: int, channels: int) -> Pixels:
+def decode(files: Sequence[Path | bytes], height: int, width: int, channels: int, most: int = MOST_PIXELS) -> Pixels:
     """Decodes images; each is resized (bilinear, antialiased) to just cover height x width, then centre-cropped.
 
     Args:
         files: image files, or what is in them.
         height, width: wanted size in pixels.
         channels: 1 (grey) or 3 (RGB); images of other colour modes are converted and counted.
+        most: pixels of an image at most (`data.max_pixels`), compared before anything is decoded.
 
     Returns:
         Pixels of shape [len(files), height, width, channels]; those that cannot be read are named in it.
@@ -46,29 +39,51 @@ def decode(files: Sequence[Path | bytes], height: int, width: int, channels: int
         """(what is wrong or "", whether the colour mode was converted)."""
         file = files[position]
         try:
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if isinstance(file, Path) and file.exists() and not file.is_file():
+                return "not a regular file", False  # a pipe would be waited for
+            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+                _refuse_large(image.size, most)
                 upright = ImageOps.exif_transpose(image)  # cameras note which side was up
-                fitted = _fit(_eight_bit(upright).convert(mode), height, width)
+                fitted = _fit(_eight_bit(upright).convert(mode), height, width, most)
                 images[position] = np.asarray(fitted).reshape(height, width, channels)
                 return "", image.mode != mode
         except UnidentifiedImageError:  # its own text names the file again, or an address in memory
-            return "not an image, or its first bytes are damaged", False
-        except DAMAGE as error:
+            return f"not an image ({', '.join(FORMATS)}), or its first bytes are damaged", False
+        except Exception as error:  # Pillow's decoders raise nearly every kind over damaged files
             return str(error) or type(error).__name__, False
 
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+    with _own_limit(), warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, of metadata that nobody reads here
         found = list(pool.map(one, range(len(files))))
     unreadable = {position: wrong for position, (wrong, _) in enumerate(found) if wrong}
     return Pixels(images, unreadable, sum(converted for _, converted in found))
 
 
-def decoded(files: Sequence[Path], height: int, width: int, channels: int) -> np.ndarray:
+def decoded(files: Sequence[Path], height: int, width: int, channels: int, most: int = MOST_PIXELS) -> np.ndarray:
     """As `decode`, the images alone. Raises `UserError` naming every file that cannot be read."""
-    pixels = decode(files, height, width, channels)
+    pixels = decode(files, height, width, channels, most)
     problems = [f"{files[position]}: {wrong}" for position, wrong in pixels.unreadable.items()]
     raise_all(problems, "these image files cannot be read; mend or remove them:")
     return pixels.images
+
+
+@contextlib.contextmanager
+def _own_limit() -> Iterator[None]:
+    """Without Pillow's limit of pixels, which is another one than `data.max_pixels`."""
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _refuse_large(size: tuple[int, int], most: int, when: str = "") -> None:
+    """Raises ValueError for an image of no pixels or of too many."""
+    width, height = size
+    if min(size) < 1:
+        raise ValueError("it has no pixels")
+    if width * height > most:
+        raise ValueError(f"it has {width} x {height} pixels{when}, more than --config.data.max_pixels={most}")
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -78,11 +93,12 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
 
 
-def _fit(image: Image.Image, height: int, width: int) -> Image.Image:
+def _fit(image: Image.Image, height: int, width: int, most: int) -> Image.Image:
     """Resizes so that the image just covers height x width, and crops the centre."""
     scale = max(height / image.height, width / image.width)
     if (image.height, image.width) != (height, width):
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        _refuse_large(size, max(most, MOST_PIXELS), f" once it covers {width} x {height}")  # a very long, thin one
         image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

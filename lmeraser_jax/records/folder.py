@@ -61,7 +61,7 @@ def load(data: Data) -> Source:
     def read(start: int, stop: int) -> Pixels:
         from lmeraser_jax.records.decode import decode  # needs Pillow
 
-        return decode([root / name for name in names[start:stop]], height, width, CHANNELS)
+        return decode([root / name for name in names[start:stop]], height, width, CHANNELS, data.max_pixels)
 
     return Source(data.path, classes, (height, width, CHANNELS), items, read)
 

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TextIO
 
 from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.records.ids import shown
 
 DELIMITERS = ",;\t"
 LISTED = 100  # names in a message
@@ -47,17 +48,21 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     rows = [row for row in rows if row.file]
     twice = [file for file, count in Counter(row.file for row in rows).items() if count > 1]
     if twice:
-        found.append(f"{path} names files more than once: {some(twice, LISTED)}")
+        found.append(f"{path} names files more than once: {some(map(shown, twice), LISTED)}")
     places, ambiguous, unknown = _places({row.file for row in rows}, names, folders)
     if ambiguous:
-        lines = [f"{file} ({' or '.join(several[:2])})" for file, several in sorted(ambiguous.items())]
+        lines = [f"{shown(file)} ({' or '.join(several[:2])})" for file, several in sorted(ambiguous.items())]
         found.append(f"{path} names files that could be several images; give their paths: {some(lines, LISTED)}")
     if unknown:
-        found.append(f"{path} names files that are not there: {some(sorted(unknown), LISTED)}")
+        found.append(f"{path} names files that are not there: {some(map(shown, sorted(unknown)), LISTED)}")
     spellings = defaultdict(list)
     for file, name in places.items():
         spellings[name].append(file)
-    same = [f"{name} ({', '.join(sorted(files))})" for name, files in sorted(spellings.items()) if len(files) > 1]
+    same = [
+        f"{name} ({', '.join(map(shown, sorted(files)))})"
+        for name, files in sorted(spellings.items())
+        if len(files) > 1
+    ]
     if same:
         found.append(f"{path} names one image in several ways: {some(same, LISTED)}")
     raise_all(found, "the labels do not fit the images (--config.data.labels):" if found else "")
@@ -116,9 +121,12 @@ def _rows(path: str, columns: str) -> list[Row]:
             missing = [name for name in needed if name not in header]
             if missing:
                 raise UserError(
-                    f"{path} lacks the columns {', '.join(missing)}; it has {some(header) or 'none'};"
+                    f"{path} lacks the columns {', '.join(missing)}; it has {some(map(shown, header)) or 'none'};"
                     f" name its columns for file,label[,owner] with --config.data.csv_columns (now {columns})"
                 )
+            twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
+            if twice:
+                raise UserError(f"{path} has several columns named {', '.join(twice)} (--config.data.csv_columns)")
             places = [header.index(name) if name in header else -1 for name in wanted] + [-1]
             cells = [[_cell(row, place) for place in places[:3]] for row in reader if any(map(str.strip, row))]
             return [Row(_normal(file), label, owner) for file, label, owner in cells]
@@ -131,7 +139,7 @@ def _opened(file: TextIO, wanted: list[str]) -> tuple[list[str], Iterator[list[s
     first = file.readline()
     headers = {mark: [name.strip() for name in next(csv.reader([first], delimiter=mark), [])] for mark in DELIMITERS}
     mark = max(DELIMITERS, key=lambda mark: len(set(wanted) & set(headers[mark])))
-    return headers[mark], csv.reader(file, delimiter=mark)
+    return headers[mark], csv.reader(file, delimiter=mark, strict=True)  # an open quote would swallow rows
 
 
 def _cell(row: list[str], place: int) -> str:

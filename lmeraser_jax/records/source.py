@@ -12,6 +12,7 @@ import numpy as np
 from lmeraser_jax.config import Data
 from lmeraser_jax.digests import keyed_hash
 from lmeraser_jax.errors import some
+from lmeraser_jax.records.ids import VISIBLE, faults, shown
 
 SPLITS = ("train", "holdout", "test", "public")
 
@@ -62,10 +63,11 @@ def problems(source: Source) -> list[str]:
     """Everything about the items that makes the source unusable: one line each."""
     found = []
     labels = {item.label for item in source.items if item.split == "train"}
-    bad = [f"{item.id}={item.label}" for item in source.items if not 0 <= item.label < len(source.class_names)]
-    twice = [name for name, count in Counter(item.id for item in source.items).items() if count > 1]
-    names = [*source.class_names, *(text for item in source.items for text in (item.id, item.owner))]
-    garbled = [ascii(text) for text in names if text.encode(errors="replace").decode() != text]
+    bad = [f"{shown(item.id)}={item.label}" for item in source.items if not 0 <= item.label < len(source.class_names)]
+    twice = [shown(name) for name, count in Counter(item.id for item in source.items).items() if count > 1]
+    nameless = [f"{position} of {item.split}" for position, item in enumerate(source.items) if not item.id]
+    garbled = faults(text for item in source.items for text in (item.id, item.owner))
+    garbled += [f"class {line}" for line in faults(source.class_names, VISIBLE)]
     if not any(item.split == "train" for item in source.items):
         found.append("there is no training image")
     elif len(labels) < 2:
@@ -75,7 +77,9 @@ def problems(source: Source) -> list[str]:
     if twice:
         found.append(f"ids must be unique; these occur more than once: {some(twice)}")
     if garbled:
-        found.append(f"file names, ids, owners and class names must be text in UTF-8; these are not: {some(garbled)}")
+        found.append(f"ids (file names), owners and class names must be plain text; these are not: {some(garbled)}")
+    if nameless:
+        found.append(f"ids must not be empty; these items (counted from 0) have none: {some(nameless)}")
     if min(source.shape) < 1 or source.shape[2] not in (1, 3):
         found.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
     return found

@@ -26,7 +26,7 @@ def _opened(data: Data) -> Source:
     if data.source == "npz":
         from lmeraser_jax.records import npz
 
-        return npz.load(data.path, own_test=not data.test_share)
+        return npz.load(data.path, own_test=not data.test_share, most=data.max_pixels)
     if data.source == "folder":
         from lmeraser_jax.records import folder
 

@@ -1,9 +1,12 @@
 """Rows of one array in an .npz file, read in order without ever holding the array."""
 
+import io
 import lzma
 import math
+import os
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from typing import IO, Any
@@ -22,12 +25,18 @@ DAMAGE = (  # what NumPy and the standard library raise for a damaged file
     RuntimeError,
     SyntaxError,
     OverflowError,
+    LookupError,
+    AttributeError,
+    MemoryError,
+    SystemError,  # a text of numbers that are no characters
     struct.error,
     tokenize.TokenError,
     lzma.LZMAError,
     zlib.error,
     zipfile.BadZipFile,
 )
+RATIO = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for
+OTHER_RATIO = 10_000  # more than photographs, labels or names ever give
 
 
 class Rows:
@@ -42,15 +51,19 @@ class Rows:
         shape, dtype, fortran: as the header says.
 
     Raises:
-        One of `DAMAGE`: the header cannot be read, or does not fit the size of the member.
+        One of `DAMAGE`: the header cannot be read, does not fit the size of the member, or calls for more than
+            the bytes in the file can hold.
     """
 
     def __init__(self, path: str, member: str, file: zipfile.ZipFile):
         self.path, self.member = path, member
+        info = file.getinfo(member)
+        packed = min(info.compress_size, os.path.getsize(path))
+        if info.file_size > packed * RATIO.get(info.compress_type, OTHER_RATIO):
+            raise ValueError(f"{member} calls for {info.file_size} bytes, more than its {packed} bytes can hold")
         with file.open(member) as stream:
             self.shape, self.fortran, self.dtype, header = _header(stream)
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        info = file.getinfo(member)
         self.piece = PIECE if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else SMALL_PIECE
         wanted = header + math.prod(self.shape) * self.dtype.itemsize
         if info.file_size != wanted and not self.dtype.hasobject:
@@ -77,6 +90,12 @@ class Rows:
                 f"--config.data.path={self.path} is damaged: rows {start} to {stop} of {self.member}: {error}"
             ) from error
         return rows
+
+    def whole(self) -> np.ndarray:
+        """All of a small array. Raises one of `DAMAGE`; nothing is unpickled."""
+        with zipfile.ZipFile(self.path) as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return np.lib.format.read_array(io.BytesIO(file.read(self.member)), allow_pickle=False)
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -116,5 +135,9 @@ def _header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
         raise ValueError(f".npy version {version} is not known here")
-    shape, fortran, dtype = readers[version](stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # NumPy's, of headers that it reads all the same
+        shape, fortran, dtype = readers[version](stream)
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its shape is {shape}")
     return shape, fortran, dtype, stream.tell()

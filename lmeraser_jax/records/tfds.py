@@ -106,7 +106,7 @@ def load(data: Data) -> Source:
             if first < last:
                 records = _records(prepared, readers, span.split, first, last)
                 files += [(parser(record) or {}).get(fields.image, b"") for record in records]
-        return decode(files, height, width, channels)
+        return decode(files, height, width, channels, data.max_pixels)
 
     return Source(prepared.name, fields.class_names, (height, width, channels), items, read)
 

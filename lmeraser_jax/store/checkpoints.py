@@ -6,6 +6,7 @@ hidden folder; the folder is synced and renamed into place, so it is there compl
 
 import errno
 import logging
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from lmeraser_jax.store import layout
 logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname)
 
 Arrays = Mapping[str, np.ndarray]
+RATIO = 40_000  # bytes of arrays that one byte of the files can stand for: Zstandard gives at most 32,768
+SHOWN = 2000  # characters of an error in a message
 
 
 def flatten(tree: Any) -> dict[str, np.ndarray]:
@@ -91,10 +94,10 @@ def _write(manager: ocp.CheckpointManager, step: int, arrays: Arrays, metadata: 
 
 
 def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
-    """Reads a step, the newest by default: arrays on the host, metadata, step.
+    """Reads a step, the newest by default: arrays on the host, metadata, step. Nothing is unpickled.
 
     Raises:
-        UserError: nothing readable is there.
+        UserError: nothing readable is there, or its description calls for more than the files can hold.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist")
@@ -104,17 +107,30 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
             if step is None:
                 raise UserError(f"{folder} holds no checkpoint")
             shapes = manager.item_metadata(step)["arrays"]
+            sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in dict(shapes).values()]
+            if sum(sizes) > RATIO * layout.disk_use(folder):  # never allocate for a promise
+                raise ValueError(f"it calls for {sum(sizes)} bytes, more than its files can hold")
             target = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in dict(shapes).items()}
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore())
             restored = manager.restore(step, args=items)
         notes = restored["metadata"]
         found = {name: np.asarray(leaf) for name, leaf in restored["arrays"].items()}
-        found |= {name: np.zeros(shape, dtype) for name, (dtype, shape) in notes["empty"].items()}
+        found |= {name: _empty(dtype, shape) for name, (dtype, shape) in notes["empty"].items()}
+        if not isinstance(notes["metadata"], dict):
+            raise ValueError("its metadata is no JSON object")
         return found, notes["metadata"], step
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"the checkpoint {folder} cannot be read: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise nearly every kind over damaged files
+        why = str(error)[:SHOWN] or type(error).__name__
+        raise UserError(f"the checkpoint {folder} cannot be read: {why}") from error
+
+
+def _empty(dtype: str, shape: list[int]) -> np.ndarray:
+    """An array without elements, as `save` noted it."""
+    if 0 not in shape:
+        raise ValueError(f"an array of shape {shape} is noted as empty")
+    return np.zeros(shape, dtype)
 
 
 def _manager(folder: Path, create: bool, keep: int | None = None) -> ocp.CheckpointManager:

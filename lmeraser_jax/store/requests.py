@@ -96,7 +96,9 @@ def resolve(catalog: Catalog, ids: Sequence[str], owner: str = "") -> Targets:
 
 def _unknown(catalog: Catalog, unknown: Sequence[str]) -> str:
     everyone = (row[0] for row in catalog.db.execute("SELECT id FROM records WHERE split!='public'"))
-    near = [f"did you mean {known} (another Unicode form)?" for known in lookalikes(unknown, everyone).values()]
+    near = [
+        f"did you mean {some(known, 3)} (another Unicode form)?" for known in lookalikes(unknown, everyone).values()
+    ]
     hint = " ".join([*near[:5], "(lmeraser inspect --records lists the ids)"])
     return f"unknown records: {some(unknown, 50)}; nothing is erased {hint}"
 
