@@ -133,7 +133,7 @@ def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, 
     homes = [clustering.keys[k] for k in _assignment(run, fresh, clustering, True)]
     erased = catalog.db.execute("SELECT DISTINCT cluster FROM records WHERE erased!='' AND split='train'")
     touched = {row[0] for row in erased} | set(homes) | set(catalog.clusters_of(leaving).values())
-    touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, parts_of(ref)[0])}
+    touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, parts_of(ref)[0], parents=True)}
     tables = {}
     for key in sorted(touched - {""}):
         untouched.pop(key, None)
@@ -227,14 +227,16 @@ def _pins(
     return hold, tuple(key for key in pins if key not in hold)
 
 
-def _exists(run: Run, made: Mapping[str, SliceRow], name: str) -> bool:
-    return name in made and run.layout.slice(name).is_dir()
+def _exists(run: Run, made: Mapping[str, SliceRow], name: str, parents: bool = False) -> bool:
+    """Whether a slice is known and on disk, with `parents` also those that it was tuned on from."""
+    there = name in made and run.layout.slice(name).is_dir()
+    return there and (not parents or not made[name].parent or _exists(run, made, made[name].parent, True))
 
 
 def _missing(run: Run, made: Mapping[str, SliceRow], chain: tuple[Target, ...]) -> tuple[Target, ...]:
-    """The end of a chain after its last slice that exists."""
-    there = [index for index, target in enumerate(chain) if _exists(run, made, target.digest)]
-    return chain[there[-1] + 1 :] if there else chain
+    """The end of a chain, from its first slice that does not exist."""
+    gone = [index for index, target in enumerate(chain) if not _exists(run, made, target.digest)]
+    return chain[gone[0] :] if gone else ()
 
 
 def _images_of(made: Mapping[str, SliceRow], ref: str) -> int:
