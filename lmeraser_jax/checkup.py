@@ -1,8 +1,10 @@
 """The doctor's look at what was built: backbone, features, clusterings, slices, and the published state as a whole."""
 
 import contextlib
+import gc
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -35,6 +37,28 @@ def examine(patient: Patient, features: int, devices: Sequence[Any] | None) -> l
         features: rows of the feature cache to compute again and compare.
         devices: all by default.
     """
+    with _without_noise():
+        return _examined(patient, features, devices)
+
+
+@contextlib.contextmanager
+def _without_noise() -> Iterator[None]:
+    """An array that cannot be read leaves the reads of its neighbours to a loop that Orbax has closed by then."""
+    shown = sys.unraisablehook
+
+    def hook(problem: Any) -> None:
+        if "Event loop is closed" not in str(problem.exc_value):
+            shown(problem)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+        gc.collect()
+    finally:
+        sys.unraisablehook = shown
+
+
+def _examined(patient: Patient, features: int, devices: Sequence[Any] | None) -> list[Finding]:
     run, found = _opened(patient, devices)
     if run is None:
         return found

@@ -21,7 +21,7 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.planning import plan
 from lmeraser_jax.purge import leftovers
-from lmeraser_jax.reconcile import reconcile
+from lmeraser_jax.reconcile import reconcile, repair
 from lmeraser_jax.records.source import content_hash
 from lmeraser_jax.run import opened, prepared
 from lmeraser_jax.store import schema
@@ -30,6 +30,7 @@ from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import Layout, writer_lock
 
 FLIPS = 8
+NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, over torn arrays
 HELPERS = ("lock", "catalog.db-shm", "catalog.db-wal")
 
 
@@ -67,10 +68,8 @@ def contents(layout):
 
 def state_after_training(layout, reimport=False):
     """What the next `lmeraser train` makes of the workdir."""
-    from lmeraser_jax.reconcile import repair
-
     with prepared(layout.root, small_config(), jax.devices()[:1], small_source(), reimport) as (run, _):
-        assert repair(run) == [] or reimport
+        repair(run)  # as the command does
         reconcile(run)
         assert leftovers(run) == []
         return state(run)
@@ -82,6 +81,7 @@ def test_a_healthy_workdir_stays_as_it_is(copy, fix):
     assert examined(copy, fix) == doctor.Diagnosis(()) and contents(copy) == before
 
 
+@NOISE
 def test_looking_does_not_write(copy):
     for damage in (torn_slice, torn_clustering, rotten_feature, temporary_files, unknown_slice, longer_images):
         damage(copy)
@@ -111,7 +111,8 @@ def flip(path, position=None):
 
 
 def torn_slice(layout):
-    flip(largest(layout.slice(entry(layout))))
+    for path in layout.slice(entry(layout)).rglob("d/*"):  # some of them are copies that nothing reads
+        flip(path)
 
 
 def missing_slice(layout):
@@ -286,6 +287,7 @@ MENDABLE = {
 }
 
 
+@NOISE
 @pytest.mark.parametrize("kind", MENDABLE)
 def test_what_can_be_made_again_is_repaired_bit_for_bit(copy, trained, kind):
     damage, part, words = MENDABLE[kind]
@@ -548,6 +550,7 @@ def harmed(layout, wanted, features) -> bool:
         return True
 
 
+@NOISE
 @pytest.mark.parametrize("part", ["slices", "clusterings", "features", "images", "config.json", "catalog.db"])
 def test_a_flipped_bit_that_matters_is_never_called_healthy(copy, trained, part):
     with opened(copy.root, devices=jax.devices()[:1]) as run:
