@@ -4,13 +4,13 @@ A manifest names a slice by a reference: its digest, or "digest@step" for an ear
 """
 
 import io
-import zipfile
 
 import numpy as np
 
 from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.digests import arrays_digest
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.records.stream import DAMAGE
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, as_slice
 from lmeraser_jax.store import checkpoints
@@ -73,5 +73,5 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
         with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
             return Clustering(name, sample, file["labels"], keys, file["prototypes"])
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}; lmeraser train on the same workdir makes it again") from error

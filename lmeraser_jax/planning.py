@@ -91,10 +91,7 @@ def plan(run: Run, leaving: Collection[str] = ()) -> Plan:
 def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
     """The clustering of the live records, and whether it is the published one."""
     k = run.config.clustering
-    private = k.sample_from == "private"
-    chosen = run.catalog.sample("train" if private else "public", k.sample_size, leaving if private else ())
-    inputs = [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, chosen.ids, chosen.contents]
-    name = digest(inputs)
+    chosen, name = sampled(run, leaving)
     manifest = run.catalog.manifest()
     if manifest is not None and manifest.clustering == name:
         with contextlib.suppress(UserError):  # missing or damaged: made again
@@ -103,6 +100,35 @@ def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
         width = run.backbone.config.feature_size
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
     return clusters.cluster(chosen.ids, run.features(chosen), k, name), False
+
+
+def sampled(run: Run, leaving: Collection[str] = ()) -> tuple[RecordTable, str]:
+    """The sampled live records, and the digest of the clustering that they call for."""
+    k = run.config.clustering
+    private = k.sample_from == "private"
+    chosen = run.catalog.sample("train" if private else "public", k.sample_size, leaving if private else ())
+    inputs = [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, chosen.ids, chosen.contents]
+    return chosen, digest(inputs)
+
+
+def contradictions(run: Run) -> list[str]:
+    """Where the published state is not what the live records and the config call for, as far as that can be told
+    without computing anything: one line each. Records and requests that wait are no contradiction. Reads only."""
+    catalog, manifest = run.catalog, run.catalog.manifest()
+    if manifest is None or catalog.erased() or len(catalog.members("")):
+        return []
+    found = []
+    if sampled(run)[1] != manifest.clustering:
+        found.append("the clustering was made with another sample, backbone or --config.clustering")
+    if digest(_recipe(run, "", RecordTable.empty())) != manifest.inputs:
+        return [*found, "the slices were tuned with another backbone, seed, --config.tuning or --config.data"]
+    pinned = {row[0] for row in catalog.db.execute("SELECT cluster FROM pins")}
+    for key in sorted({*manifest.entries, *catalog.sizes()} - pinned):
+        members = catalog.members(key)
+        wanted = _chain(run, key, members)[-1].digest if len(members) else None
+        if wanted != manifest.entries.get(key):
+            found.append(f"cluster {key[:12]}: its slice was tuned with other ids, pixels or labels than its members'")
+    return found
 
 
 def _whole(run: Run, clustering: Clustering, settled: bool, inputs: str, leaving: frozenset[str]) -> Plan:

@@ -80,7 +80,8 @@ def purge(run: Run) -> None:
     if erased:
         _overwrite(run, np.array(sorted(erased.values()), np.int64))
         run.layout.picture.unlink(missing_ok=True)
-        schema.backup_of(run.layout.catalog).unlink(missing_ok=True)
+        for copy in schema.old_copies(run.layout.catalog):
+            copy.unlink(missing_ok=True)
     versions = {manifest.version for manifest in stays.manifests}
     with catalog.transaction():
         for manifest in catalog.manifests():

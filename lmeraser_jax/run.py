@@ -69,17 +69,21 @@ class Run:
         """uint8 [N, h, w, c]: the rows of the image file that the catalog knows."""
         return image_file(self.layout, self.catalog).view()[: self.catalog.rows_used()]
 
+    def feature_file(self, program: str) -> RowFile:
+        """The cache of the features that a program, named by its fingerprint, computes with this backbone."""
+        batch = self.config.clustering.feature_batch
+        identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), batch, program])
+        return RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
+
+    def extractor(self) -> Extractor:
+        """Un-prompted features of images, computed."""
+        dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
+        return Extractor(self.backbone, self.spec, self.config.clustering.feature_batch, self.mesh, dtype)
+
     def features(self, records: RecordTable) -> np.ndarray:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
-        batch, program = self.config.clustering.feature_batch, fingerprint(self.config.tuning, self.mesh)
-        identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), batch, program])
-        file = RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
-        dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
-
-        def make() -> Extractor:
-            return Extractor(self.backbone, self.spec, batch, self.mesh, dtype)
-
-        return cached(file, records.rows, self.images, make, write=self.writable)
+        file = self.feature_file(fingerprint(self.config.tuning, self.mesh))
+        return cached(file, records.rows, self.images, self.extractor, write=self.writable)
 
     def log(self, kind: str, **values: object) -> None:
         """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""
@@ -113,7 +117,11 @@ def stored_config(layout: Layout) -> Config | None:
 
 @contextlib.contextmanager
 def opened(
-    workdir: str | Path, config: Config | None = None, devices: Sequence[Any] | None = None, write: bool = False
+    workdir: str | Path,
+    config: Config | None = None,
+    devices: Sequence[Any] | None = None,
+    write: bool = False,
+    wait: float = 0,
 ) -> Iterator[Run]:
     """Opens a finished workdir.
 
@@ -122,6 +130,7 @@ def opened(
         config: may differ from the stored one in `FREE` only.
         devices: all by default.
         write: take the writer lock.
+        wait: seconds to wait for another writer.
 
     Raises:
         UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
@@ -133,7 +142,7 @@ def opened(
         raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
     if config is not None:
         _check_same(layout, stored, config, FREE)
-    lock = writer_lock(layout) if write else contextlib.nullcontext()
+    lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = frozen.load(layout.backbone)
@@ -181,7 +190,7 @@ def prepared(
         converted = None
         if layout.backbone.exists():
             backbone, inputs = frozen.load(layout.backbone)
-            _check_made(layout, "backbone", inputs, _backbone_inputs(config), "")
+            _check_made(layout, "backbone", inputs, backbone_inputs(config), "")
         if stored != config:  # before anything can fail: the same command without --config must not mean another run
             write_json(layout.config, settings.to_dict(config))
         if not layout.backbone.exists() and config.backbone.weights:
@@ -228,7 +237,7 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     raise_all(problems)
 
 
-def _backbone_inputs(config: Config) -> dict[str, Any]:
+def backbone_inputs(config: Config) -> dict[str, Any]:
     """The settings that a backbone depends on."""
     inputs = {"backbone": dataclasses.asdict(config.backbone), "data": {"image_size": config.data.image_size}}
     if not config.backbone.weights:
@@ -244,11 +253,11 @@ def _make_backbone(
     if converted is not None:
         backbone, provenance = converted
         image_spec(config, catalog.get("dataset")["shape"], backbone)
-        frozen.save(layout.backbone, backbone, _backbone_inputs(config), dataclasses.asdict(provenance))
+        frozen.save(layout.backbone, backbone, backbone_inputs(config), dataclasses.asdict(provenance))
         return
     public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
     images = image_file(layout, catalog).view()[public.rows]
     backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
-    frozen.save(layout.backbone, backbone, _backbone_inputs(config), {"origin": "pretrained in the workdir"})
+    frozen.save(layout.backbone, backbone, backbone_inputs(config), {"origin": "pretrained in the workdir"})
     shutil.rmtree(layout.pretraining, ignore_errors=True)
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)

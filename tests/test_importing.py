@@ -9,11 +9,12 @@ from imports import check_pixels, made, pixels, refusal, snapshot, with_items
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.records import digits, folder
 from lmeraser_jax.records.source import Item, Pixels
-from lmeraser_jax.store import importing
+from lmeraser_jax.store import importing, requests
 from lmeraser_jax.store.catalog import Catalog
-from lmeraser_jax.store.importing import Imported, image_file, import_source
+from lmeraser_jax.store.importing import Imported, add_source, image_file, import_source
 from lmeraser_jax.store.layout import Layout
 
 
@@ -159,6 +160,51 @@ def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
     assert import_source(layout, catalog, made(40), Config()) == Imported(10, 30, 0, 0)
     assert layout.images.stat().st_size == 40 * 12
     check_pixels(layout, catalog)
+
+
+def test_a_rotten_row_is_mended(workdir):
+    layout, catalog = workdir
+    import_source(layout, catalog, made(), Config())
+    view = image_file(layout, catalog).view("r+")
+    view[7] ^= 1
+    view[9] = 0
+    del view
+    imported = import_source(layout, catalog, made(), Config())
+    assert (imported.added, imported.known, imported.mended) == (0, 30, 2)
+    check_pixels(layout, catalog)
+
+
+def test_later_images_of_an_erased_owner_stay_out(workdir):
+    """Private ones, purged or not; what the workdir has of them, public images, stays."""
+    layout, catalog = workdir
+    import_source(layout, catalog, made(22), Config())
+    requests.accept(catalog, owner="owner-5", request="r")  # 20 is public, 21 test, 22 and 23 train
+    for _ in range(2):
+        assert import_source(layout, catalog, made(24), Config()) == Imported(0, 21, 3, 0)
+        catalog.forget(["r"])
+    assert catalog.live("public").ids[-1] == "id-00020" and "id-00022" not in catalog.live("train").ids
+
+
+def test_owners_keep_their_side(workdir):
+    layout, catalog = workdir
+    config = Config(data=Data(split_by="owner", holdout=0.2))
+    items = [Item(f"id-{i:05d}", "train", i % 3, f"owner-{i // 4}") for i in range(40)]
+    import_source(layout, catalog, with_items(items[:30]), config)
+    assert add_source(layout, catalog, with_items(items), config).added == 10
+    held = set(catalog.live("holdout").owners)
+    assert held and not held & set(catalog.live("train").owners)
+    catalog.db.execute("UPDATE records SET split='test' WHERE owner='owner-2'")
+    late = [*items, Item("id-00040", "train", 0, "owner-2")]
+    with pytest.raises(UserError, match=r"on both sides: owner-2 \(test in the workdir, train here\)"):
+        add_source(layout, catalog, with_items(late), config)
+
+
+def test_many_changed_records_are_counted(workdir, monkeypatch):
+    monkeypatch.setattr(importing, "LISTED", 3)
+    import_source(*workdir, made(), Config())
+    items = [item._replace(label=(item.label + 1) % 3) for item in made().items]
+    message = refusal(workdir, with_items(items))
+    assert message.count("has other pixels or another label") == 3 and "and more than 3 records in all" in message
 
 
 def test_damaged_image_file_refused(workdir):

@@ -52,7 +52,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     overrides = [argument[9:].partition("=")[0] for argument in argv if argument.startswith("--config.")]
     raise_all(settings.unknown_names(overrides))
     try:
-        _define_config(flags, argv)
+        if getattr(module, "TAKES_CONFIG", True):
+            _define_config(flags, argv)
         rest = flags(argv)
     except UserError:
         raise
@@ -139,6 +140,8 @@ def _help(module: ModuleType, flags: Flags) -> str:
     for name in sorted(flags):
         if name not in ("", "undefok", "flagfile"):
             lines.append(f"  --{name:<16}{flags[name].help}")
+    if not getattr(module, "TAKES_CONFIG", True):
+        return "\n".join(lines)
     lines += ["  --config          experiment file, for example configs/digits.py", "", "settings and defaults:"]
     lines += [f"  --config.{key}={value}" for key, value in _leaves(settings.to_dict(Config()))]
     return "\n".join(lines)

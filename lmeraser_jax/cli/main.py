@@ -21,9 +21,11 @@ COMMANDS = {
     "train": "import, pretrain or convert the backbone, cluster, tune every cluster",
     "evaluate": "accuracy on the test or hold-out images, beside a plain linear head",
     "predict": "label, probability and cluster of image files",
+    "add": "new private records join; only the clusters they touch are tuned",
     "unlearn": "erase records or an owner and re-tune what they touched",
     "rollback": "give one cluster an earlier slice, keep it there, list what there is",
     "audit": "rebuild from scratch and compare every bit",
+    "doctor": "say what is wrong with a workdir, and repair what can be made again",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
 INTERRUPTED = 130

@@ -59,8 +59,13 @@ class Source:
     read: Callable[[int, int], Pixels]
 
 
-def problems(source: Source) -> list[str]:
-    """Everything about the items that makes the source unusable: one line each."""
+def problems(source: Source, first: bool = True) -> list[str]:
+    """Everything about the items that makes the source unusable: one line each.
+
+    Args:
+        source: opened.
+        first: nothing was imported before, so that it has to bring two classes itself.
+    """
     found = []
     labels = {item.label for item in source.items if item.split == "train"}
     bad = [f"{shown(item.id)}={item.label}" for item in source.items if not 0 <= item.label < len(source.class_names)]
@@ -70,7 +75,7 @@ def problems(source: Source) -> list[str]:
     garbled += [f"class {line}" for line in faults(source.class_names, VISIBLE)]
     if not any(item.split == "train" for item in source.items):
         found.append("there is no training image")
-    elif len(labels) < 2:
+    elif first and len(labels) < 2:
         found.append(f"only one class is present ({some(labels)}); a classifier needs at least 2")
     if bad:
         found.append(f"labels must lie in 0..{len(source.class_names) - 1} (the class names): {some(bad)}")

@@ -11,22 +11,26 @@ FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "store_
 ONLY = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(FOLDERS, ("folder", "tfds"))
 
 
-def load(data: Data) -> Source:
+def load(data: Data, own_test: bool = True) -> Source:
     """Opens the source that `data.source` names, with the owners that `data.owner_pattern` finds.
+
+    Args:
+        data: settings.
+        own_test: an .npz must have test images unless `data.test_share` draws some.
 
     Raises:
         UserError: a source that cannot be used, a setting that it does not take, a pattern without a match.
     """
     _refuse_foreign(data)
-    source = _opened(data)
+    source = _opened(data, own_test and not data.test_share)
     return _with_owners(source, data.owner_pattern) if data.owner_pattern else source
 
 
-def _opened(data: Data) -> Source:
+def _opened(data: Data, own_test: bool) -> Source:
     if data.source == "npz":
         from lmeraser_jax.records import npz
 
-        return npz.load(data.path, own_test=not data.test_share, most=data.max_pixels)
+        return npz.load(data.path, own_test=own_test, most=data.max_pixels)
     if data.source == "folder":
         from lmeraser_jax.records import folder
 

@@ -21,7 +21,6 @@ from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store import schema
 
 COLUMNS = "id,row,label,owner,content,cluster"
-LONGEST_WAIT = 30.0  # seconds for another process's transaction
 
 
 class SliceRow(NamedTuple):
@@ -61,11 +60,12 @@ class Catalog:
     def __init__(self, path: Path):
         if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < 512):  # SQLite takes that for an empty one
             raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
+        self.path = path
         with contextlib.ExitStack() as undo, schema.readable(path):
             read_only = path.exists() and not os.access(path.parent, os.W_OK)
             how = "?mode=ro&immutable=1" if read_only else ""  # a file system that nobody can write to
             address = path.absolute().as_uri() + how
-            self.db = sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT, isolation_level=None)
+            self.db = sqlite3.connect(address, uri=True, timeout=schema.LONGEST_WAIT, isolation_level=None)
             undo.callback(self.db.close)
             self.db.execute("PRAGMA secure_delete=ON")
             self.db.execute("PRAGMA synchronous=FULL")
@@ -86,7 +86,8 @@ class Catalog:
         if self.db.in_transaction:
             yield
             return
-        self.db.execute("BEGIN IMMEDIATE")
+        with schema.readable(self.path):
+            self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self.db.execute("COMMIT")

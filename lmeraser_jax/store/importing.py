@@ -16,6 +16,7 @@ from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout
 
 PIECE = 512  # images in memory at a time
+LISTED = 100  # records in a message
 BINDING = (
     *("source", "path", "dataset", "train_split", "holdout_split", "test_split", "public_split"),
     *("test_share", "holdout", "split_by", "owner_pattern", "labels", "csv_columns", "train_limit", "test_limit"),
@@ -28,10 +29,12 @@ class Imported:
 
     added: int
     known: int
-    erased: int  # refused, because they were erased before
+    erased: int  # refused, because they or their owner were erased before
     duplicates: int  # new records whose pixels another record of the workdir has too
     unreadable: tuple[str, ...] = ()  # ids of images that were left out; the next import tries them again
     converted: int = 0  # images of the source that had another colour mode
+    mended: int = 0  # known records whose stored pixels had rotted and were written again
+    left_out: int = 0  # test, hold-out and public images of an added source
 
 
 def import_settings(config: Config) -> dict[str, Any]:
@@ -63,16 +66,35 @@ def check_images(layout: Layout, catalog: Catalog) -> None:
 
 
 def import_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
-    """Adds the records that the workdir does not have yet. Erased ids stay out.
+    """Adds the records of the configured source that the workdir does not have yet. Erased ids stay out.
 
     Pixels are appended and synced first; the records become live in one transaction, so an interrupted
-    import leaves nothing but bytes that the next one truncates.
+    import leaves nothing but bytes that the next one truncates. Rotten pixels of known records are written again.
 
     Raises:
         UserError: everything that makes the source unusable, or does not fit what was imported before.
     """
+    kept = limited(source.items, config.data.train_limit, config.data.test_limit)
+    return _import(layout, catalog, source, kept, config)
+
+
+def add_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
+    """Adds the training images of another source to a workdir that has data, as `import_source` adds its own.
+
+    The source may be small, one image of one class; limits do not apply. Shares draw hold-out and test images.
+
+    Raises:
+        UserError: as `import_source`; also an owner who would fall on both sides.
+    """
+    assert catalog.get("dataset") is not None, "adding joins what an import has made"
+    kept = [position for position, item in enumerate(source.items) if item.split == "train"]
+    imported = _import(layout, catalog, source, kept, config)
+    return dataclasses.replace(imported, left_out=len(source.items) - len(kept))
+
+
+def _import(layout: Layout, catalog: Catalog, source: Source, kept: list[int], config: Config) -> Imported:
+    """Adds the records at the given rising positions of a source."""
     data = config.data
-    kept = limited(source.items, data.train_limit, data.test_limit)
     dataset = {
         "settings": import_settings(config),
         "classes": list(source.class_names),
@@ -82,13 +104,14 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
     before = catalog.get("dataset")
     heading = f"{source.name} cannot be imported:"
-    raise_all(problems(picked) + _unfit_shares(picked, data) + _misfits(dataset, before), heading)
+    wrong = problems(picked, first=before is None) + _unfit_shares(picked, data)
+    raise_all(wrong + _misfits(picked, before) + _unfit_sides(catalog, picked, config), heading)
     label_of = {name: label for label, name in enumerate((before or dataset)["classes"])}
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
     check_images(layout, catalog)
-    intake = _Intake(catalog, data.skip_unreadable)
+    intake = _Intake(catalog, file, data.skip_unreadable)
     try:
         with progress("import", len(kept)) as shown:
             for first, stop in _pieces(kept):
@@ -112,7 +135,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         raise
     file.sync()
     rows = range(start, start + len(intake.items))
-    counts = {"known": intake.known, "erased": intake.erased, "converted": intake.converted}
+    counts = {"known": intake.known, "erased": intake.erased, "converted": intake.converted, "mended": intake.mended}
     with catalog.transaction():
         catalog.set("dataset", before or dataset)
         catalog.add_records(intake.items, rows, intake.contents)
@@ -133,28 +156,28 @@ def _pieces(kept: list[int]) -> Iterator[tuple[int, int]]:
 class _Intake:
     """Sorts arriving records into new, known, erased and unreadable ones, piece by piece."""
 
-    def __init__(self, catalog: Catalog, skip_unreadable: bool):
-        self.catalog, self.skip = catalog, skip_unreadable
+    def __init__(self, catalog: Catalog, file: RowFile, skip_unreadable: bool):
+        self.catalog, self.file, self.skip = catalog, file, skip_unreadable
         self.seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
         self.items: list[Item] = []
         self.contents: list[str] = []
         self.wrong: list[str] = []
         self.unreadable: list[str] = []  # ids
-        self.known = self.erased = self.duplicates = self.converted = 0
+        self.owners: dict[str, bool] = {"": False}  # whether an owner was erased
+        self.known = self.erased = self.duplicates = self.converted = self.mended = self.changed = 0
 
     def take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
         """Notes the records of a piece; returns the images of those that are new."""
         have, new = self.catalog.known(item.id for item in items), []
         self.converted += pixels.converted
         for position, (item, image) in enumerate(zip(items, pixels.images, strict=True)):
-            if self.catalog.is_tombstoned(item.id):
+            known = item.id in have
+            if self.catalog.is_tombstoned(item.id) or (not known and self._of_erased_owner(item)):
                 self.erased += 1
             elif position in pixels.unreadable:
-                self._miss(item, pixels.unreadable[position], item.id in have)
-            elif item.id in have:
-                self.known += 1
-                if have[item.id][1:3] != (content_hash(image), item.label):
-                    self.wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
+                self._miss(item, pixels.unreadable[position], known)
+            elif known:
+                self._recognise(item, image, *have[item.id][1:3])
             else:
                 content = content_hash(image)
                 self.duplicates += content in self.seen
@@ -163,6 +186,29 @@ class _Intake:
                 self.contents.append(content)
                 new.append(position)
         return pixels.images[new]
+
+    def _of_erased_owner(self, item: Item) -> bool:
+        """Whether everything of the item's owner was erased, and with it whatever may come later."""
+        if item.owner not in self.owners:
+            self.owners[item.owner] = self.catalog.is_tombstoned(item.owner, "owner")
+        return self.owners[item.owner]
+
+    def _recognise(self, item: Item, image: np.ndarray, content: str, label: int) -> None:
+        """A record that the workdir has: it must be the same; where its stored pixels have rotted they are mended."""
+        self.known += 1
+        if (content, label) != (content_hash(image), item.label):
+            self.changed += 1
+            if self.changed <= LISTED:
+                self.wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
+            elif self.changed == LISTED + 1:
+                self.wrong.append(f"and more than {LISTED} records in all; an id may stand for one image only")
+            return
+        row = self.catalog.db.execute("SELECT row FROM records WHERE id=?", (item.id,)).fetchone()[0]
+        view = self.file.view("r+")
+        if content_hash(view[row]) != content:
+            view[row] = image
+            view.flush()
+            self.mended += 1
 
     def _miss(self, item: Item, why: str, known: bool) -> None:
         """An image that cannot be read; a record that the workdir has keeps the pixels it has."""
@@ -226,15 +272,31 @@ def _too_few(intake: _Intake, data: Data, classes: int) -> list[str]:
     return [f"{' and '.join(causes)} leave {len(labels)} of {classes} classes to train on; at least 2 are needed"]
 
 
-def _misfits(new: dict, old: dict | None) -> list[str]:
+def _unfit_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
+    """Owners whose records in the workdir lie on another side than those that arrive (`data.split_by`)."""
+    if config.data.split_by != "owner":
+        return []
+    sides = dict(
+        catalog.db.execute(
+            "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"
+        )
+    )
+    arriving = (placed(item, config.data, config.seed) for item in source.items if item.split != "public")
+    both = {item.owner: item.split for item in arriving if sides.get(item.owner, item.split) != item.split}
+    lines = [f"{owner} ({sides[owner]} in the workdir, {split} here)" for owner, split in sorted(both.items())]
+    return [f"--config.data.split_by=owner: owners who would be on both sides: {some(lines)}"] if lines else []
+
+
+def _misfits(source: Source, old: dict | None) -> list[str]:
     """Why an import cannot be made or joined: shape and classes were fixed by the first one."""
-    names = new["classes"]
+    names = source.class_names
     found = [f"class names must be unique: {some(names)}"] if len(set(names)) < len(names) else []
     if old is None:
         return found
-    if new["shape"] != old["shape"]:
-        found.append(f"images are {new['shape']}, those of the workdir {old['shape']}")
-    unknown = [name for name in names if name not in old["classes"]]
+    if list(source.shape) != old["shape"]:
+        found.append(f"images are {list(source.shape)}, those of the workdir {old['shape']}")
+    used = sorted({item.label for item in source.items if 0 <= item.label < len(names)})
+    unknown = [names[label] for label in used if names[label] not in old["classes"]]
     if unknown:
         found.append(f"classes that the workdir does not have: {some(unknown)}; it has {some(old['classes'])}")
     return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from lmeraser_jax.errors import UserError
 
 VERSION = 2
+LONGEST_WAIT = 30.0  # seconds for another process's transaction
 TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE records(
@@ -86,6 +87,17 @@ def backup_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.backup")
 
 
+def damaged_of(path: Path) -> Path:
+    """Where a damaged catalog lies after its records were recovered; the next purge removes it."""
+    return path.with_name(f"{path.name}.damaged")
+
+
+def old_copies(path: Path) -> list[Path]:
+    """Files beside the catalog that hold records as they once were."""
+    damaged = damaged_of(path)
+    return [backup_of(path), damaged, damaged.with_name(f"{damaged.name}-wal")]
+
+
 def migrate(db: sqlite3.Connection, path: Path) -> None:
     """Brings an older catalog to this release's tables in one transaction, after a copy of it was made.
 
@@ -114,13 +126,24 @@ def _made_by_1(statement: str) -> bool:
     return name in UNCHANGED_SINCE_1
 
 
+def is_locked(error: sqlite3.Error) -> bool:
+    """Whether SQLite gave up waiting for another process."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Says which file is damaged, and what can be done, instead of SQLite's own words."""
+    """Says which file is damaged or locked, and what can be done, instead of SQLite's own words."""
     try:
         yield
-    except sqlite3.OperationalError:  # full disk, locked, not readable: the command line says it
-        raise
+    except sqlite3.OperationalError as error:
+        if not is_locked(error):  # full disk, not readable: the command line says it
+            raise
+        raise UserError(
+            f"{path} is locked by another process, which has been writing to it for too long; let it finish or end it"
+            " (lmeraser doctor names a writer of the workdir, and fuser any process that has the file open), then run"
+            " the same command again: nothing was changed"
+        ) from error
     except sqlite3.DatabaseError as error:
         raise UserError(
             f"{path} is not a readable catalog: {error}; restore it from a copy of the workdir, or try"

@@ -1,0 +1,574 @@
+"""The doctor names every kind of damage, repairs bit for bit what can be made again, and harms nothing else."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from helpers import small_config, small_run, small_source
+
+from lmeraser_jax import doctor, unlearning
+from lmeraser_jax.artifacts import load_clustering
+from lmeraser_jax.audit import differences, state
+from lmeraser_jax.cli.main import main
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.planning import plan
+from lmeraser_jax.purge import leftovers
+from lmeraser_jax.reconcile import reconcile, repair
+from lmeraser_jax.records.source import content_hash
+from lmeraser_jax.run import opened, prepared
+from lmeraser_jax.store import schema
+from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.importing import image_file
+from lmeraser_jax.store.layout import Layout, writer_lock
+
+FLIPS = 8
+NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, over torn arrays
+HELPERS = ("lock", "catalog.db-shm", "catalog.db-wal")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A trained workdir from which one record was erased, closed to others, and its state."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with small_run(folder) as run:
+        reconcile(run)
+        unlearning.request_erasure(run, [load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]])
+        run.features(run.catalog.live("train", "test"))
+        found = state(run)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    return folder, found
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run", copy_function=shutil.copy2)
+    return Layout(tmp_path / "run")
+
+
+def examined(layout, fix=False, features=10**6):
+    return doctor.examine(layout.root, fix, features, jax.devices()[:1])
+
+
+def contents(layout):
+    return {
+        str(path.relative_to(layout.root)): (path.read_bytes() if path.is_file() else b"", path.stat().st_mode)
+        for path in layout.root.rglob("*")
+        if path.name not in HELPERS
+    }
+
+
+def state_after_training(layout, reimport=False):
+    """What the next `lmeraser train` makes of the workdir."""
+    with prepared(layout.root, small_config(), jax.devices()[:1], small_source(), reimport) as (run, _):
+        repair(run)  # as the command does
+        reconcile(run)
+        assert leftovers(run) == []
+        return state(run)
+
+
+@pytest.mark.parametrize("fix", [False, True])
+def test_a_healthy_workdir_stays_as_it_is(copy, fix):
+    before = contents(copy)
+    assert examined(copy, fix) == doctor.Diagnosis(()) and contents(copy) == before
+
+
+@NOISE
+def test_looking_does_not_write(copy):
+    for damage in (torn_slice, torn_clustering, rotten_feature, temporary_files, unknown_slice, longer_images):
+        damage(copy)
+    before = contents(copy)
+    assert not examined(copy).healthy and contents(copy) == before
+
+
+# damages: each changes a workdir, and is known by a part and words of its finding
+def entry(layout) -> str:
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        return sorted(catalog.manifest().entries.values())[1]
+
+
+def published_clustering(layout):
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        return layout.clustering(catalog.manifest().clustering) / "clustering.npz"
+
+
+def largest(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip(path, position=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if position is None else position] ^= 0x10
+    path.write_bytes(data)
+
+
+def torn_slice(layout):
+    for path in layout.slice(entry(layout)).rglob("d/*"):  # some of them are copies that nothing reads
+        flip(path)
+
+
+def missing_slice(layout):
+    shutil.rmtree(layout.slice(entry(layout)))
+
+
+def unregistered_entry(layout):
+    with sql(layout) as db:
+        db.execute("DELETE FROM slices WHERE digest=?", (entry(layout),))
+
+
+def other_slice(layout):
+    """A whole checkpoint, but another cluster's."""
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        one, other = sorted(catalog.manifest().entries.values())[:2]
+    shutil.rmtree(layout.slice(one))
+    shutil.copytree(layout.slice(other), layout.slice(one))
+
+
+def torn_clustering(layout):
+    flip(published_clustering(layout))
+
+
+def missing_clustering(layout):
+    shutil.rmtree(published_clustering(layout).parent)
+
+
+def changed_clustering(change):
+    """A whole file that says something else."""
+
+    def damage(layout):
+        path = published_clustering(layout)
+        with np.load(path) as file:
+            arrays = {name: file[name].copy() for name in file.files}
+        change(arrays)
+        np.savez(path, **arrays)
+
+    return damage
+
+
+def one_bit_of_a_prototype(arrays):
+    arrays["prototypes"][1, 2] = np.nextafter(arrays["prototypes"][1, 2], np.float32(9))
+
+
+def another_label(arrays):
+    arrays["labels"][0] = (arrays["labels"][0] + 1) % len(arrays["keys"])
+
+
+def feature_file(layout):
+    (path,) = layout.records.glob("features-*.f32")
+    return path
+
+
+def rotten_feature(layout):
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        row = int(catalog.live("train").rows[5])
+    flip(feature_file(layout), row * 64 + 9)
+
+
+def torn_features(layout):
+    feature_file(layout).write_bytes(feature_file(layout).read_bytes()[:-5])
+
+
+def foreign_features(layout):
+    (layout.records / "features-0123456789abcdef.f32").write_bytes(b"x" * 640)
+
+
+def erased_feature(layout):
+    view = np.memmap(feature_file(layout), np.float32, "r+").reshape(-1, 16)
+    view[free_row(layout)] = 1
+    view.flush()
+
+
+def free_row(layout):
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        used = {row[0] for row in catalog.db.execute("SELECT row FROM records")}
+        return next(row for row in range(catalog.rows_used()) if row not in used)
+
+
+def erased_image(layout):
+    flip(layout.images, free_row(layout) * 64 + 3)
+
+
+def longer_images(layout):
+    with open(layout.images, "ab") as file:
+        file.write(b"x" * 150)
+
+
+def temporary_files(layout):
+    (layout.root / ".config.json.tmp").write_text("{")
+    (layout.slices / ".f00d.tmp").mkdir()
+    (layout.clusterings / ".f00d.old").mkdir()
+    (layout.clusterings / "f00d").mkdir()
+    (layout.scratch / "audit-1").mkdir(parents=True)
+    layout.pretraining.mkdir()
+
+
+def replaced_slice(layout):
+    """Killed between the two renames of a replacement."""
+    folder = layout.slice(entry(layout))
+    os.replace(folder, folder.with_name(f".{folder.name}.old"))
+
+
+def unknown_slice(layout):
+    shutil.copytree(layout.slice(entry(layout)), layout.slices / "f00d")
+
+
+def stale_lock(layout):
+    layout.lock.write_text("process 1234567 on elsewhere")
+
+
+def open_modes(layout):
+    layout.catalog.chmod(0o644)
+    layout.slices.chmod(0o755)
+
+
+def torn_backbone(layout):
+    flip(largest(layout.backbone))
+
+
+def rank_seed(layout):
+    with sql(layout) as db:
+        db.execute("UPDATE meta SET value='8' WHERE key='rank_seed'")
+
+
+def torn_table(*names):
+    """Writes over the first page of tables that can be built again."""
+
+    def damage(layout):
+        with sql(layout) as db:
+            size = db.execute("PRAGMA page_size").fetchone()[0]
+            pages = [db.execute("SELECT rootpage FROM sqlite_master WHERE name=?", (n,)).fetchone()[0] for n in names]
+        with open(layout.catalog, "r+b") as file:
+            for page in pages:
+                file.seek((page - 1) * size)
+                file.write(b"\xa5" * size)
+
+    return damage
+
+
+@contextlib.contextmanager
+def sql(layout):
+    with contextlib.closing(sqlite3.connect(layout.catalog)) as db, db:
+        yield db
+
+
+MENDABLE = {
+    "torn slice": (torn_slice, "slices", "missing or damaged"),
+    "missing slice": (missing_slice, "slices", "missing or damaged"),
+    "unregistered entry": (unregistered_entry, "slices", "not in the catalog"),
+    "other slice": (other_slice, "slices", "another digest"),
+    "torn clustering": (torn_clustering, "clusterings", "missing or damaged"),
+    "missing clustering": (missing_clustering, "clusterings", "missing or damaged"),
+    "a bit of a prototype": (changed_clustering(one_bit_of_a_prototype), "clusterings", "other prototypes"),
+    "another label": (changed_clustering(another_label), "clusterings", "keys are not the digests"),
+    "rotten feature": (rotten_feature, "features", "other numbers than the backbone gives"),
+    "torn features": (torn_features, "features", "no whole rows"),
+    "foreign features": (foreign_features, "features", "another backbone"),
+    "erased feature": (erased_feature, "features", "rows of no record"),
+    "erased image": (erased_image, "images", "rows of no record hold pixels"),
+    "longer images": (longer_images, "images", "interrupted import"),
+    "temporary files": (temporary_files, "folder", "left by a killed"),
+    "replaced slice": (replaced_slice, "folder", "is all that is left of"),
+    "unknown slice": (unknown_slice, "slices", "the catalog does not know: f00d"),
+    "stale lock": (stale_lock, "lock", "has ended without closing the lock"),
+    "open modes": (open_modes, "folder", "open to other users: catalog.db, slices"),
+    "torn backbone": (torn_backbone, "backbone", "backbone"),
+    "rank seed": (rank_seed, "records", "ranked for sampling with seed 8, not 0"),
+    "torn members": (torn_table("members", "members_row"), "catalog", "the catalog is damaged"),
+    "torn slices and manifests": (torn_table("slices", "manifests"), "catalog", "the catalog is damaged"),
+    "torn events": (torn_table("events"), "catalog", "the catalog is damaged"),
+}
+
+
+@NOISE
+@pytest.mark.parametrize("kind", MENDABLE)
+def test_what_can_be_made_again_is_repaired_bit_for_bit(copy, trained, kind):
+    damage, part, words = MENDABLE[kind]
+    damage(copy)
+    before = contents(copy)
+    seen = examined(copy)
+    assert contents(copy) == before, "looking writes nothing"
+    assert any(f.part == part and words in f.what for f in seen.findings), seen.table()
+    assert seen.healthy == (kind in ("stale lock", "open modes")), seen.table()
+    mended = examined(copy, fix=True)
+    assert any(f.part == part and f.state in ("fixed", "dropped") for f in mended.findings), mended.table()
+    assert not any(f.state == "wrong" for f in mended.findings), mended.table()
+    assert mended.healthy == all(f.state != "dropped" for f in mended.findings)
+    assert differences(state_after_training(copy), trained[1]) == []
+    after = examined(copy)
+    assert after.healthy and all(f.part == "folder" and f.state == "note" for f in after.findings), after.table()
+
+
+def test_rotten_and_lost_images_are_named_and_read_from_the_source_again(copy, trained):
+    with contextlib.closing(Catalog(copy.catalog)) as catalog:
+        records, rows = catalog.live("train", "test", "public"), catalog.rows_used()
+    order = np.argsort(records.rows)
+    first, last = (records.ids[i] for i in (order[3], order[-1]))
+    flip(copy.images, int(records.rows[order[3]]) * 64 + 5)
+    copy.images.write_bytes(copy.images.read_bytes()[: (rows - 2) * 64 + 7])
+    seen = examined(copy)
+    text = seen.table()
+    assert first in text and last in text and f"images.u8 holds {rows - 2} of {rows} rows" in text
+    assert "lmeraser train --reimport" in text and "lmeraser unlearn" in text
+    mended = examined(copy, fix=True)
+    assert not mended.healthy and copy.images.stat().st_size == rows * 64, "pixels cannot be computed again"
+    assert differences(state_after_training(copy, reimport=True), trained[1]) == []
+    assert examined(copy, fix=True).healthy
+
+
+def test_rotten_records_can_be_erased_instead(copy):
+    with contextlib.closing(Catalog(copy.catalog)) as catalog:
+        table = catalog.live("train")
+    flip(copy.images, int(table.rows[4]) * 64)
+    assert table.ids[4] in examined(copy).table()
+    with opened(copy.root, devices=jax.devices()[:1], write=True) as run:
+        unlearning.request_erasure(run, [table.ids[4]])
+    assert not [f for f in examined(copy).findings if f.part == "images"]
+
+
+# what cannot be computed again: it is named, nothing is made worse
+def lost_records(layout):
+    torn_table("records")(layout)
+
+
+def short_catalog(layout):
+    layout.catalog.write_bytes(b"SQLite format 3\0" + b"x" * 40)
+
+
+def foreign_catalog(layout):
+    layout.catalog.write_bytes(b"no catalog" * 400)
+
+
+def no_catalog(layout):
+    layout.catalog.unlink()
+
+
+def other_label(layout):
+    with sql(layout) as db:
+        db.execute("UPDATE records SET label=(label+1)%10 WHERE id=(SELECT max(id) FROM records WHERE split='train')")
+
+
+def illegal_label(layout):
+    with sql(layout) as db:
+        db.execute("UPDATE records SET label=77 WHERE id=(SELECT max(id) FROM records WHERE split='test')")
+
+
+def other_rows(layout):
+    with sql(layout) as db:
+        db.execute("UPDATE meta SET value='100' WHERE key='rows'")
+
+
+def torn_salt(layout):
+    with sql(layout) as db:
+        db.execute("UPDATE meta SET value='\"pepper\"' WHERE key='salt'")
+
+
+def lost_tombstone(layout):
+    with sql(layout) as db:
+        db.execute("DELETE FROM tombstones")
+
+
+def no_config(layout):
+    layout.config.unlink()
+
+
+def torn_config(layout):
+    layout.config.write_text('{"seed": ')
+
+
+def illegal_config(layout):
+    changed_config(layout, "tuning", "epochs", -1)
+
+
+def other_tuning(layout):
+    changed_config(layout, "tuning", "epochs", 3)
+
+
+def other_sample(layout):
+    changed_config(layout, "clustering", "sample_size", 31)
+
+
+def other_split(layout):
+    changed_config(layout, "data", "holdout", 0.5)
+
+
+def other_backbone(layout):
+    changed_config(layout, "backbone", "depth", 2)
+
+
+def changed_config(layout, group, name, value):
+    tree = json.loads(layout.config.read_text())
+    tree[group][name] = value
+    layout.config.write_text(json.dumps(tree))
+
+
+def link(layout):
+    os.replace(layout.images, layout.root.parent / "elsewhere.u8")
+    layout.images.symlink_to(layout.root.parent / "elsewhere.u8")
+
+
+HOPELESS = {
+    "records": (lost_records, "records"),
+    "short catalog": (short_catalog, "no SQLite file"),
+    "foreign catalog": (foreign_catalog, "no SQLite file"),
+    "no catalog": (no_catalog, "catalog.db is missing"),
+    "other label": (other_label, "its slice was tuned with other ids, pixels or labels"),
+    "illegal label": (illegal_label, "labels that are none of the 10 classes"),
+    "other rows": (other_rows, "rows behind the last one that is in use"),
+    "salt": (torn_salt, "the salt of the erased ids' hashes"),
+    "tombstone": (lost_tombstone, "its erased ids are not remembered"),
+    "no config": (no_config, "config.json is missing"),
+    "torn config": (torn_config, "config.json cannot be used"),
+    "illegal config": (illegal_config, "--config.tuning.epochs=-1"),
+    "other tuning": (other_tuning, "the slices were tuned with another"),
+    "other sample": (other_sample, "the clustering was made with another sample"),
+    "other split": (other_split, "what the images were imported with: data.holdout: 0.0 -> 0.5"),
+    "other backbone": (other_backbone, "what the backbone was made with: backbone.depth: 1 -> 2"),
+    "link": (link, "is a symbolic link"),
+}
+
+
+@pytest.mark.parametrize("kind", HOPELESS)
+def test_what_cannot_be_made_again_is_named_and_left_alone(copy, kind):
+    damage, words = HOPELESS[kind]
+    damage(copy)
+    before = contents(copy)
+    for fix in (False, True):
+        seen = examined(copy, fix)
+        assert not seen.healthy and words in seen.table(), seen.table()
+        assert all(f.remedy for f in seen.findings), seen.table()
+    assert contents(copy) == before
+
+
+def test_the_images_of_rows_that_the_catalog_lost_count_of_survive(copy):
+    """The number of rows is too small: nothing may be cut off the image file."""
+    other_rows(copy)
+    size = copy.images.stat().st_size
+    assert not examined(copy, fix=True).healthy and copy.images.stat().st_size == size
+
+
+def test_the_recovered_catalog_holds_everything_but_what_is_built_again(copy, trained):
+    tables = ("meta", "records", "tombstones", "requests", "receipts")
+    with sql(copy) as db:
+        before = {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in tables}
+        version = db.execute("SELECT max(version) FROM manifests").fetchone()[0]
+    torn_table("manifests")(copy)
+    damaged = copy.catalog.read_bytes()
+    assert not examined(copy, fix=True).healthy and schema.damaged_of(copy.catalog).read_bytes() == damaged
+    with sql(copy) as db:
+        assert {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in tables} == before
+    assert differences(state_after_training(copy), trained[1]) == []
+    assert "holds the records as they once were" in examined(copy).table()
+    with opened(copy.root, devices=jax.devices()[:1], write=True) as run:
+        assert run.catalog.manifest().version > version, "no version is given twice"
+        unlearning.request_erasure(run, [run.catalog.live("train").ids[0]])
+    assert not schema.damaged_of(copy.catalog).exists(), "the purge removes the copy"
+
+
+def test_waiting_requests_and_old_copies_are_told(copy):
+    with contextlib.closing(Catalog(copy.catalog)) as catalog:
+        from lmeraser_jax.store import requests
+
+        requests.accept(catalog, [catalog.live("train").ids[0]], request="later")
+    schema.backup_of(copy.catalog).write_bytes(b"old")
+    seen = examined(copy)
+    assert seen.healthy and {f.state for f in seen.findings} == {"note"}
+    assert "waiting erasures: later" in seen.table() and "lmeraser process" in seen.table()
+    assert "catalog.db.backup holds the records as they once were" in seen.table()
+
+
+def test_a_running_writer_is_named(copy):
+    with writer_lock(copy):
+        for fix in (False, True):
+            (finding,) = examined(copy, fix).findings
+            assert finding.part == "lock" and f"process {os.getpid()} on {socket.gethostname()}" in finding.what
+
+
+def test_a_catalog_that_another_process_keeps_locked_gives_one_message(copy, monkeypatch):
+    monkeypatch.setattr(schema, "LONGEST_WAIT", 0.1)
+    other = sqlite3.connect(copy.catalog, isolation_level=None)
+    with contextlib.closing(other), contextlib.closing(Catalog(copy.catalog)) as catalog:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="locked by another process.*run the same command again"):
+            with catalog.transaction():
+                pass
+        other.execute("COMMIT")
+    with contextlib.closing(sqlite3.connect(copy.catalog, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="locked by another process"):
+            Catalog(copy.catalog)
+        (finding,) = (f for f in examined(copy).findings if f.part == "catalog")
+        assert "locked by another process" in finding.what
+
+
+def test_no_workdir_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no workdir|does not exist"):
+            doctor.examine(path)
+
+
+def test_the_command(copy, capsys):
+    assert main(["doctor", f"--workdir={copy.root}", "--features=0", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"healthy": True, "findings": []}
+    copy.config.write_text("{")
+    assert main(["doctor", f"--workdir={copy.root}", "--fix"]) == 1
+    assert "config.json cannot be used" in capsys.readouterr().out
+    assert main(["doctor", "--workdir=/nowhere"]) == 2
+
+
+def test_a_broken_catalog_is_examined_without_jax(copy):
+    foreign_catalog(copy)
+    code = "import sys\nfrom lmeraser_jax import doctor\nassert not doctor.examine(sys.argv[1]).healthy\n"
+    code += "assert 'jax' not in sys.modules and 'orbax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(copy.root)], check=True)
+
+
+def rotten(layout):
+    """Whether a live record's pixels are no longer those of its content hash."""
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        table, view = catalog.live("train", "test", "public"), image_file(layout, catalog).view()
+        return any(content_hash(view[row]) != content for row, content in zip(table.rows, table.contents, strict=True))
+
+
+def harmed(layout, wanted, features) -> bool:
+    """Whether a flipped byte matters: state or features differ, a record's pixels have rotted, or a reader fails."""
+    try:
+        with opened(layout.root, devices=jax.devices()[:1]) as run:
+            if differences(state(run), wanted) or run.features(run.catalog.live("train")).tobytes() != features:
+                return True
+            reconcilable = plan(run)
+        return rotten(layout) or bool(reconcilable.missing)
+    except Exception:
+        return True
+
+
+@NOISE
+@pytest.mark.parametrize("part", ["slices", "clusterings", "features", "images", "config.json", "catalog.db"])
+def test_a_flipped_bit_that_matters_is_never_called_healthy(copy, trained, part):
+    with opened(copy.root, devices=jax.devices()[:1]) as run:
+        features = run.features(run.catalog.live("train")).tobytes()
+    rng = np.random.default_rng(sum(part.encode()))
+    below = {"features": "records/features-*", "images": "records/images.u8"}.get(part, f"{part}/**/*")
+    files = sorted(path for path in copy.root.glob(part if "." in part else below) if path.is_file())
+    mattered = 0
+    for _ in range(FLIPS):
+        path = files[rng.integers(len(files))]
+        good = path.read_bytes()
+        data = bytearray(good)
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+        path.write_bytes(data)
+        seen, matters = examined(copy), harmed(copy, trained[1], features)
+        assert not (matters and seen.healthy), (path, [i for i in range(len(good)) if good[i] != data[i]])
+        mattered += matters
+        path.write_bytes(good)
+        for name in HELPERS[1:]:
+            (copy.root / name).unlink(missing_ok=True)
+    assert examined(copy).healthy and mattered > 0, "some of them must matter, or nothing was tested"
