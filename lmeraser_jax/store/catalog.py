@@ -107,9 +107,9 @@ class Catalog:
             self.reading = False
             self.db.execute("ROLLBACK")
 
-    def stamp(self) -> int:
-        """A number that changes whenever another connection has committed something. Costs microseconds."""
-        return self.db.execute("PRAGMA data_version").fetchone()[0]
+    def stamp(self) -> tuple[int, int]:
+        """Changes whenever something was committed, here or by another connection. Costs microseconds."""
+        return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
 
     def flush(self) -> None:
         """Moves everything committed into the file itself and empties the log, where old pages would linger.
