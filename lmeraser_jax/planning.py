@@ -7,6 +7,7 @@ or without a readable slice. So its cost follows the request, not the number of 
 import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -91,8 +92,7 @@ def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
     k = run.config.clustering
     private = k.sample_from == "private"
     chosen = run.catalog.sample("train" if private else "public", k.sample_size, leaving if private else ())
-    inputs = [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, chosen.ids, chosen.contents]
-    name = digest(inputs)
+    name = digest(clustering_inputs(run, chosen))
     manifest = run.catalog.manifest()
     if manifest is not None and manifest.clustering == name:
         with contextlib.suppress(UserError):  # missing or damaged: made again
@@ -101,6 +101,12 @@ def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
         width = run.backbone.config.feature_size
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
     return clusters.cluster(chosen.ids, run.features(chosen), k, name), False
+
+
+def clustering_inputs(run: Run, sample: RecordTable) -> list[Any]:
+    """Everything that the clustering of a sample depends on; its digest is the clustering's name."""
+    k = run.config.clustering
+    return [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, sample.ids, sample.contents]
 
 
 def _whole(run: Run, clustering: Clustering, settled: bool, inputs: str, leaving: frozenset[str]) -> Plan:
@@ -127,16 +133,15 @@ def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, 
     catalog, made = run.catalog, run.catalog.slices()
     untouched = catalog.sizes()
     untouched.pop("", None)
-    fresh = catalog.members("").without(leaving)
+    fresh = catalog.members("", leaving)
     homes = [clustering.keys[k] for k in _assignment(run, fresh, clustering, True)]
-    erased = catalog.db.execute("SELECT DISTINCT cluster FROM records WHERE erased!='' AND split='train'")
-    touched = {row[0] for row in erased} | set(homes) | set(catalog.clusters_of(leaving).values())
+    touched = catalog.touched() | set(homes) | set(catalog.clusters_of(leaving).values())
     touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, parts_of(ref)[0])}
     tables = {}
     for key in sorted(touched - {""}):
         untouched.pop(key, None)
         arrived = fresh.take(np.flatnonzero(np.array([home == key for home in homes], bool)))
-        table = catalog.members(key).without(leaving).plus(arrived)
+        table = catalog.members(key, leaving).plus(arrived)
         if len(table):
             tables[key] = table
     return _planned(run, clustering, True, inputs, tables, untouched, list(zip(fresh.ids, homes, strict=True)))

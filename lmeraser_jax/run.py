@@ -67,17 +67,22 @@ class Run:
         """uint8 [N, h, w, c]: the rows of the image file that the catalog knows."""
         return image_file(self.layout, self.catalog).view()[: self.catalog.rows_used()]
 
-    def features(self, records: RecordTable) -> np.ndarray:
-        """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
+    @property
+    def feature_file(self) -> RowFile:
+        """Cached features, float32 [D] a row; one file per backbone, pipeline and program."""
         batch, program = self.config.clustering.feature_batch, fingerprint(self.config.tuning, self.mesh)
         identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), batch, program])
-        file = RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
+        return RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
+
+    def features(self, records: RecordTable) -> np.ndarray:
+        """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
+        batch = self.config.clustering.feature_batch
         dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
 
         def make() -> Extractor:
             return Extractor(self.backbone, self.spec, batch, self.mesh, dtype)
 
-        return cached(file, records.rows, self.images, make, write=self.writable)
+        return cached(self.feature_file, records.rows, self.images, make, write=self.writable)
 
     def log(self, kind: str, **values: object) -> None:
         """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""

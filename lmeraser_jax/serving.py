@@ -19,6 +19,9 @@ class Predictor:
     Args:
         run: an opened workdir; used by one thread, the one that opened it.
 
+    Attributes:
+        state: the model that gave the last answer; used up by the next one that it is replaced by.
+
     Raises:
         UserError: see `load_model`; also from a call, after which a later call may succeed.
     """
@@ -26,7 +29,7 @@ class Predictor:
     def __init__(self, run: Run):
         self.run = run
         self._stamp = run.catalog.stamp()  # before the state is read: what is committed meanwhile is noticed
-        self._model = load_model(run)
+        self.state = load_model(run)
 
     def __call__(self, images: np.ndarray) -> Predictions:
         """Predicts images of the stored shape: uint8 [N, h, w, c]."""
@@ -47,8 +50,8 @@ class Predictor:
         """The state of this moment. Microseconds unless another one was committed since the last call."""
         stamp = self.run.catalog.stamp()
         if stamp != self._stamp:
-            self._model, self._stamp = load_model(self.run, self._model), stamp
-        return self._model
+            self.state, self._stamp = load_model(self.run, self.state), stamp
+        return self.state
 
 
 def _unanswered(model: Model, count: int) -> Predictions:

@@ -83,7 +83,7 @@ def recipe(
     return {
         "version": RECIPE_VERSION,
         "cluster": key,
-        "members": digest([list(member) for member in members]),
+        "members": digest(list(members)),
         "tuning": numbers,
         "backbone": backbone,
         "images": dataclasses.asdict(spec),

@@ -137,6 +137,26 @@ def test_a_batch_that_a_quarantine_overtook_is_computed_again(run, monkeypatch):
     assert sum(sizes) == len(images) + touched and touched > 0
 
 
+def test_a_cluster_that_joins_during_a_call_may_take_any_image(run, monkeypatch):
+    """The quarantine is lifted, with another slice, after the first of many batches."""
+    images, name = images_of(run), unsampled(run)[0]
+    key, real, sizes = cluster_of(run, name), serving.predict, []
+    requests.accept(run.catalog, [name], quarantine=True)
+
+    def overtaken(model, batch):
+        found = real(model, batch)
+        sizes.append(len(batch))
+        if len(sizes) == len(images) // 16:
+            unlearning.process(run)
+        return found
+
+    with reader(run) as other:
+        predictor = Predictor(other)
+        monkeypatch.setattr(serving, "predict", overtaken)
+        found = predictor(images)
+    assert bits(found) == bits(fresh(run, images)) and key in {found.keys[k] for k in found.clusters[:, 0]}
+
+
 def test_publishing_lifts_the_quarantine_and_loads_only_what_changed(run, monkeypatch):
     images, name = images_of(run), unsampled(run)[0]
     key, loaded, real = cluster_of(run, name), [], inference.load_slice
@@ -144,7 +164,8 @@ def test_publishing_lifts_the_quarantine_and_loads_only_what_changed(run, monkey
         predictor = Predictor(other)
         predictor(images)
         requests.accept(run.catalog, [name], quarantine=True)
-        predictor(images)
+        state = predictor.follow()
+        assert not any(np.asarray(leaf[state.keys.index(key)]).any() for leaf in state.stack), "still in memory"
         monkeypatch.setattr(inference, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
         unlearning.process(run)
         found = predictor(images)
@@ -156,8 +177,8 @@ def test_publishing_lifts_the_quarantine_and_loads_only_what_changed(run, monkey
     assert bits(found) == bits(fresh(run, images))
 
 
-def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_followed(run):
-    images = images_of(run)
+def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_followed(run, monkeypatch):
+    images, loaded, real = images_of(run), [], inference.load_slice
     clustering = load_clustering(run.layout, run.catalog.manifest().clustering)
     name = clustering.sample[0]
     with reader(run) as other:
@@ -169,7 +190,11 @@ def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_fo
         assert run.catalog.quarantined().isdisjoint(found.keys[k] for k in found.clusters.ravel())
         outcome, _ = unlearning.process(run)
         assert outcome.reclustered and outcome.reused, "some slices move to another place"
-        found, model, wanted = predictor(images), predictor.follow(), inference.load_model(run)
+        with monkeypatch.context() as patch:
+            patch.setattr(inference, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
+            found, model = predictor(images), predictor.follow()
+        assert len(loaded) == outcome.retuned
+    wanted = inference.load_model(run)
     assert bits(found) == bits(fresh(run, images)) and model.keys == wanted.keys != clustering.keys
     chex.assert_trees_all_equal(
         (model.stack, model.prototypes, model.present), (wanted.stack, wanted.prototypes, wanted.present)
@@ -271,7 +296,7 @@ def test_what_is_accepted_while_a_state_is_loaded_is_noticed(run, monkeypatch):
     monkeypatch.setattr(inference, "load_slice", overtaken)
     with reader(run) as other:
         predictor = Predictor(other)
-        assert "" not in predictor._model.refs and predictor.follow().refs.count("") == 1
+        assert "" not in predictor.state.refs and predictor.follow().refs.count("") == 1
         unlearning.process(run)
         coming.append(names[1])
         assert "" not in predictor.follow().refs and not coming
