@@ -81,11 +81,10 @@ def evaluate(run: Run, split: str = "test", linear: bool = True) -> Evaluation:
     if not len(records):
         hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
         raise UserError(f"--split={split}: the workdir has no such images{hint}")
-    model = load_model(run)
-    found = predict(model, run.images[records.rows])
+    found = predict(load_model(run), run.images[records.rows])
     right = found.labels == records.labels
     first = found.clusters[:, 0]
-    clusters = [(model.keys[k], int((first == k).sum()), float(right[first == k].mean())) for k in np.unique(first)]
+    clusters = [(found.keys[k], int((first == k).sum()), float(right[first == k].mean())) for k in np.unique(first)]
     largest = int(np.bincount(train.labels, minlength=len(run.classes)).argmax())
     always = np.full_like(records.labels, largest)
     answers = linear_head.fit_predict(run.features(train), train.labels, run.features(records)) if linear else None

@@ -155,16 +155,15 @@ def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, 
     catalog, made = run.catalog, run.catalog.slices()
     untouched = catalog.sizes()
     untouched.pop("", None)
-    fresh = catalog.members("").without(leaving)
+    fresh = catalog.members("", leaving)
     homes = [clustering.keys[k] for k in _assignment(run, fresh, clustering, True)]
-    erased = catalog.db.execute("SELECT DISTINCT cluster FROM records WHERE erased!='' AND split='train'")
-    touched = {row[0] for row in erased} | set(homes) | set(catalog.clusters_of(leaving).values())
+    touched = catalog.touched() | set(homes) | set(catalog.clusters_of(leaving).values())
     touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, parts_of(ref)[0], parents=True)}
     tables = {}
     for key in sorted(touched - {""}):
         untouched.pop(key, None)
         arrived = fresh.take(np.flatnonzero(np.array([home == key for home in homes], bool)))
-        table = catalog.members(key).without(leaving).plus(arrived)
+        table = catalog.members(key, leaving).plus(arrived)
         if len(table):
             tables[key] = table
     moved = list(zip(fresh.ids, homes, strict=True))

@@ -116,7 +116,7 @@ def recipe(
         "cluster": key,
         "stage": stage,
         "parent": parent,
-        "members": digest([list(member) for member in members]),
+        "members": digest(list(members)),
         "tuning": numbers,
         "backbone": backbone,
         "images": dataclasses.asdict(spec),

@@ -31,8 +31,8 @@ def with_nearest(run, nearest):
     return dataclasses.replace(run, config=config)
 
 
-def reference(run, images, nearest):
-    """Probabilities and nearest clusters, one image at a time."""
+def reference(run, images, nearest, quarantined=frozenset()):
+    """Probabilities and the keys of the nearest healthy clusters, one image at a time."""
     manifest, vit = run.catalog.manifest(), run.backbone.config
     clustering = load_clustering(run.layout, manifest.clustering)
     features = jax.jit(lambda x: frozen.features(vit, run.backbone.params, x))
@@ -41,7 +41,7 @@ def reference(run, images, nearest):
     for image in images:
         pixels = centred(jnp.asarray(image[None]), run.spec)
         gaps = np.linalg.norm(np.asarray(features(pixels), np.float64) - clustering.prototypes, axis=1)
-        chosen = [clustering.keys[k] for k in np.argsort(gaps)[:nearest]]
+        chosen = [key for k in np.argsort(gaps) if (key := clustering.keys[k]) not in quarantined][:nearest]
         each = []
         for key in chosen:
             prompt = lay_prompt(jnp.asarray(parts[key].prompt), vit.image_size, run.config.tuning.prompt_width, 1)

@@ -22,24 +22,23 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.inference import load_model, predict
     from lmeraser_jax.records import folder
     from lmeraser_jax.records.decode import decoded
     from lmeraser_jax.run import opened
+    from lmeraser_jax.serving import Predictor
 
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
     with opened(workdir, config) as run_:
         common.warn_if_unfinished(run_)
-        model = load_model(run_)
         spec = run_.spec
         images = decoded(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
-        found = predict(model, images)
+        found = Predictor(run_)(images)
         rows = [
             {
                 "file": str(file),
                 "label": run_.classes[label],
                 "probability": round(float(probability), 6),
-                "cluster": model.keys[cluster],
+                "cluster": found.keys[cluster],
             }
             for file, label, probability, cluster in zip(
                 files, found.labels, found.probabilities.max(axis=1), found.clusters[:, 0], strict=True

@@ -5,6 +5,7 @@ It is the only source of truth. Files are written first; a change becomes true i
 
 import contextlib
 import json
+import operator
 import os
 import sqlite3
 import time
@@ -108,9 +109,9 @@ class Catalog:
             self.reading = False
             self.db.execute("ROLLBACK")
 
-    def stamp(self) -> int:
-        """A number that changes whenever another connection has committed something. Costs microseconds."""
-        return self.db.execute("PRAGMA data_version").fetchone()[0]
+    def stamp(self) -> tuple[int, int]:
+        """Changes whenever something was committed, here or by another connection. Costs microseconds."""
+        return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
 
     def flush(self) -> None:
         """Moves everything committed into the file itself and empties the log, where old pages would linger.
@@ -190,10 +191,22 @@ class Catalog:
         found = (self.db.execute(query, (int(row),)).fetchone() for row in rows)
         return _table(sorted(row for row in found if row))
 
-    def members(self, cluster: str) -> RecordTable:
-        """The live private records of one published cluster, sorted by id; with "" those of none yet."""
-        query = f"SELECT {COLUMNS} FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
-        return _table(self.db.execute(query, (cluster,)).fetchall())
+    def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
+        """The live private records of one published cluster, sorted by id; with "" those of none yet.
+
+        Args:
+            cluster: its key.
+            leaving: ids that count as erased already.
+        """
+        query = (
+            "SELECT id,row,label,owner,content FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
+        )
+        return _table([row for row in self.db.execute(query, (cluster,)) if row[0] not in leaving], cluster)
+
+    def touched(self) -> frozenset[str]:
+        """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
+        query = "SELECT DISTINCT cluster FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"
+        return frozenset(row[0] for row in self.db.execute(query))
 
     def sizes(self) -> dict[str, int]:
         """{published cluster: live members}; "" counts records that are in none yet."""
@@ -369,6 +382,9 @@ def sample_rank(seed: int, name: str) -> bytes:
     return keyed_hash(seed, "sample", name)
 
 
-def _table(found: Sequence[tuple[Any, ...]]) -> RecordTable:
-    ids, rows, labels, owners, contents, clusters = zip(*found, strict=True) if found else ((),) * 6
+def _table(found: Sequence[tuple[Any, ...]], cluster: str | None = None) -> RecordTable:
+    """Rows of `COLUMNS` as columns; without the last one if all records are of one cluster."""
+    columns = (tuple(map(operator.itemgetter(i), found)) for i in range(5))  # zip(*found) is slow for long tables
+    ids, rows, labels, owners, contents = columns
+    clusters = tuple(row[5] for row in found) if cluster is None else (cluster,) * len(found)
     return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

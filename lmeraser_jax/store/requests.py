@@ -9,6 +9,7 @@ import json
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -148,7 +149,7 @@ def accept(
             "erased_before": [catalog.salted("tombstone", record) for record in targets.erased],
             "shared": [catalog.salted("tombstone", record) for record in targets.pending],
             "owner": catalog.salted("owner", owner) if owner else "",
-            "members": {key: list(clusters.values()).count(key) for key in sorted(set(clusters.values()))},
+            "members": dict(sorted(Counter(clusters.values()).items())),
         }
         catalog.erase(targets.live, name)
         if owner:

@@ -21,7 +21,9 @@ CREATE TABLE records(
 ) WITHOUT ROWID;
 CREATE INDEX records_owner ON records(owner);
 CREATE INDEX records_content ON records(content);
-CREATE INDEX records_cluster ON records(split, cluster, erased);
+CREATE INDEX records_cluster ON records( -- covers what a plan reads of a cluster's members
+  split, cluster, erased, id, row, label, owner, content
+);
 CREATE INDEX records_rank ON records(split, rank);
 CREATE INDEX records_erased ON records(erased) WHERE erased!='';
 CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;

@@ -1,0 +1,187 @@
+"""A made-up workdir with a large catalog: real tables, clustering and slices, random numbers instead of training.
+
+Cluster sizes fall as 1 / (rank + 10): with 1,000,000 records in 2,000 clusters from about 19,000 to about 100.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from lmeraser_jax import config as settings
+from lmeraser_jax import planning
+from lmeraser_jax.artifacts import save_clustering
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.backbones.vit import ViT, ViTConfig
+from lmeraser_jax.clustering import Clustering
+from lmeraser_jax.config import Config
+from lmeraser_jax.digests import arrays_digest, digest
+from lmeraser_jax.records.source import Item
+from lmeraser_jax.records.table import RecordTable
+from lmeraser_jax.run import Run, opened
+from lmeraser_jax.slices import Slice, init_slice
+from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.catalog import Catalog, SliceRow, sample_rank
+from lmeraser_jax.store.importing import import_settings
+from lmeraser_jax.store.layout import Layout, write_json
+from lmeraser_jax.tuning import fingerprint
+
+SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
+
+
+def config_of(sample: int, clusters: int, sample_from: str = "private") -> Config:
+    """A small ViT and prompt; the tuning of a slice is not what is measured."""
+    return settings.from_dict(
+        {
+            "data": {"image_size": SIDE},
+            "backbone": {"patch": 4, "width": 16, "depth": 1, "heads": 2, "mlp": 32},
+            "clustering": {
+                **{"sample_size": sample, "cut": f"auto:{clusters}", "sample_from": sample_from},
+                **{"max_members": 0, "min_members": 0},
+            },
+            "tuning": {"prompt_width": 1, "batch": 16, "lanes": 2, "epochs": 1, "min_steps": 1},
+            "inference": {"batch": 16},
+        }
+    )
+
+
+def made(folder: Path, records: int, clusters: int, sample: int, sample_from: str = "private") -> float:
+    """Writes the workdir; returns the seconds it took."""
+    start, layout = time.perf_counter(), Layout(folder)
+    layout.prepare()
+    config, catalog = config_of(sample, clusters, sample_from), Catalog(layout.catalog)
+    _write_backbone(layout, config)
+    layout.records.mkdir()
+    public = sample if sample_from == "public" else 0
+    with open(layout.images, "wb") as file:
+        file.truncate((records + public) * SIDE * SIDE)  # a sparse file: all black
+    write_json(layout.config, settings.to_dict(config))
+    names = [f"image-{i:07d}" for i in range(records)]
+    open_names = [f"public-{i:07d}" for i in range(public)]
+    pool = open_names or names
+    chosen = sorted(sorted(pool, key=lambda name: sample_rank(config.seed, name))[:sample])
+    rng = np.random.default_rng(0)
+    weights = 1 / (np.arange(clusters) + 10)
+    homes = rng.choice(clusters, records + public, p=weights / weights.sum()).astype(np.int32)
+    place = {name: i for i, name in enumerate(names + open_names)}
+    where = np.array([place[name] for name in chosen])
+    homes[where[:clusters]] = np.arange(clusters)  # a cluster has at least one sampled record
+    features = rng.normal(size=(clusters, 16)).astype(np.float32)[homes]
+    features += 0.05 * rng.normal(size=features.shape).astype(np.float32)
+    with catalog.transaction():
+        catalog.set("dataset", _dataset(config))
+        catalog.set("rank_seed", config.seed)
+        catalog.set("rows", records + public)
+        items = [Item(name, "train", i % CLASSES, f"owner-{i // OWNED:07d}") for i, name in enumerate(names)]
+        items += [Item(name, "public", i % CLASSES) for i, name in enumerate(open_names)]
+        catalog.add_records(items, range(len(items)), [digest(item.id) for item in items])
+    catalog.close()
+    with opened(folder, devices=jax.devices()[:1], write=True) as run:
+        run.feature_file(fingerprint(run.config.tuning, run.mesh)).append(features)
+        _publish(run, names, homes, chosen, homes[where], features[where])
+    return time.perf_counter() - start
+
+
+def _dataset(config: Config) -> dict:
+    names = [str(i) for i in range(CLASSES)]
+    return {"settings": import_settings(config), "classes": names, "shape": [SIDE, SIDE, 1], "name": "synthetic"}
+
+
+def _write_backbone(layout: Layout, config: Config) -> None:
+    b = config.backbone
+    vit = ViTConfig(image_size=SIDE, patch=b.patch, channels=1, width=b.width, depth=b.depth, heads=b.heads, mlp=b.mlp)
+    params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(0)), nnx.Param)[1])
+    frozen.save(layout.backbone, frozen.make(vit, jax.device_get(params), (0.5,), (0.5,)), {}, {})
+
+
+def _publish(run: Run, names: list[str], homes: np.ndarray, chosen: list[str], labels: np.ndarray, features) -> None:
+    """A clustering of the sample, a slice of every cluster, and the manifest that names them."""
+    clusters = int(homes.max()) + 1
+    by_cluster = [[] for _ in range(clusters)]
+    for name, k in zip(chosen, labels):
+        by_cluster[k].append(name)
+    keys = [digest(members) for members in by_cluster]
+    order = np.argsort(keys)
+    rank = np.argsort(order).astype(np.int32)  # place of cluster k among the sorted keys
+    prototypes = np.stack([features[labels == k].mean(axis=0) for k in order]).astype(np.float32)
+    name = planning.sampled(run)[1]
+    save_clustering(run.layout, Clustering(name, tuple(chosen), rank[labels], tuple(sorted(keys)), prototypes))
+    slices = {key: digest(["slice", key]) for key in keys}
+    arrays = _write_slices(run, list(slices.values()))
+    rows = np.arange(len(names))
+    with run.catalog.transaction():
+        for k, key in enumerate(keys):
+            mine = rows[homes[: len(names)] == k]
+            row = SliceRow(
+                slices[key], key, arrays_digest(arrays), len(mine), len(mine), 1, 0.5, 0.01, "synthetic", time.time()
+            )
+            run.catalog.add_slice(row, mine)
+        inputs = digest(planning._recipe(run, "", RecordTable.empty()))
+        moved = [(name, keys[k]) for name, k in zip(names, homes)]
+        run.catalog.publish(name, "synthetic", inputs, slices, moved)
+
+
+def _sampling(run: Run) -> tuple[str, int]:
+    k = run.config.clustering
+    return ("train" if k.sample_from == "private" else "public"), k.sample_size
+
+
+def _write_slices(run: Run, names: list[str]) -> dict[str, np.ndarray]:
+    """One checkpoint, linked under every name."""
+    slice_: Slice = init_slice(jax.random.key(0), run.config.tuning, run.backbone.config, CLASSES)
+    arrays = checkpoints.flatten(slice_)
+    first = run.layout.slice(names[0])
+    checkpoints.save(first, arrays, {}, step=1)
+    for name in names[1:]:
+        shutil.copytree(first, run.layout.slice(name), copy_function=os.link)
+    return arrays
+
+
+def unsampled(run: Run, count: int, seed: int = 1) -> list[str]:
+    """Live records that are not sampled, drawn uniformly."""
+    sampled = set(run.catalog.sample(*_sampling(run)).ids)
+    found = [row[0] for row in run.catalog.db.execute("SELECT id FROM records WHERE split='train' AND erased=''")]
+    found = sorted(set(found) - sampled)
+    return [found[i] for i in np.random.default_rng(seed).choice(len(found), count, replace=False)]
+
+
+def surroundings(script: str, arguments: list[str]) -> dict:
+    """What a result depends on beside the code."""
+    return {
+        "command": f"python benchmarks/{script} {' '.join(arguments)}".strip(),
+        "device": jax.devices()[0].device_kind,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "load_average": [round(x, 1) for x in os.getloadavg()],  # also of other people's jobs
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """The commit of the working tree, with a + where it has changes."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
+        status = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return name.strip() + ("+" if status.strip() else "")
+
+
+def spread(seconds: list[float]) -> dict:
+    """Median, 99th percentile and worst, in milliseconds."""
+    values = np.array(seconds) * 1e3
+    return {
+        "count": len(values),
+        "median_ms": round(float(np.median(values)), 3),
+        "p99_ms": round(float(np.percentile(values, 99)), 3),
+        "worst_ms": round(float(values.max()), 3),
+    }
