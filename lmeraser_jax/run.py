@@ -111,7 +111,11 @@ def stored_config(layout: Layout) -> Config | None:
 
 @contextlib.contextmanager
 def opened(
-    workdir: str | Path, config: Config | None = None, devices: Sequence[Any] | None = None, write: bool = False
+    workdir: str | Path,
+    config: Config | None = None,
+    devices: Sequence[Any] | None = None,
+    write: bool = False,
+    wait: float = 0,
 ) -> Iterator[Run]:
     """Opens a finished workdir.
 
@@ -120,6 +124,7 @@ def opened(
         config: may differ from the stored one in `inference` only.
         devices: all by default.
         write: take the writer lock.
+        wait: seconds to wait for another writer.
 
     Raises:
         UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
@@ -131,7 +136,7 @@ def opened(
         raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
     if config is not None:
         _check_same(layout, stored, config, free=("inference",))
-    lock = writer_lock(layout) if write else contextlib.nullcontext()
+    lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = frozen.load(layout.backbone)
@@ -145,6 +150,7 @@ def prepared(
     devices: Sequence[Any] | None = None,
     source: Source | None = None,
     reimport: bool = False,
+    wait: float = 0,
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
@@ -158,6 +164,7 @@ def prepared(
         devices: all by default.
         source: the data; by default what `config.data` names.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
+        wait: seconds to wait for another writer.
 
     Yields:
         The run, and what an import did (None when nothing was imported).
@@ -167,7 +174,7 @@ def prepared(
     """
     layout = Layout(workdir)
     layout.prepare()
-    with writer_lock(layout), contextlib.closing(Catalog(layout.catalog)) as catalog:
+    with writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
         stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
         if stored is not None and manifest is not None:

@@ -22,6 +22,9 @@ COMMANDS = {
     "evaluate": "accuracy on the test or hold-out images, beside a plain linear head",
     "predict": "label, probability and cluster of image files",
     "unlearn": "erase records or an owner and re-tune what they touched",
+    "process": "serve the erasure requests that wait, in one re-tuning",
+    "requests": "erasure requests, their states and receipts",
+    "verify": "check receipts against the workdir",
     "audit": "rebuild from scratch and compare every bit",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
@@ -45,7 +48,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0 done, 1 an audit failed, 2 misused, 130 interrupted."""
+    """Runs one command. Returns its exit code: 0 done, 1 an audit or a receipt failed, 2 misused, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):

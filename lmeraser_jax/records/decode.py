@@ -71,6 +71,13 @@ def decoded(files: Sequence[Path], height: int, width: int, channels: int) -> np
     return pixels.images
 
 
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width in pixels of an image file that `decode` could read."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        return upright.height, upright.width
+
+
 def _eight_bit(image: Image.Image) -> Image.Image:
     """The image in a mode that converts to grey or RGB without loss of range; transparency is dropped later."""
     if image.mode.startswith(("I", "F")):

@@ -6,11 +6,14 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lmeraser_jax.errors import UserError
+
+POLL = 0.1  # seconds between two attempts to get the lock
 
 
 class Layout:
@@ -139,19 +142,25 @@ def disk_use(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def writer_lock(layout: Layout) -> Iterator[None]:
+def writer_lock(layout: Layout, wait: float = 0) -> Iterator[None]:
     """One writer at a time; the kernel frees the lock when the process ends, however it ends.
 
+    Args:
+        layout: the workdir; its folder is made if need be.
+        wait: seconds to wait for another writer.
+
     Raises:
-        UserError: another process holds it; the message names its pid and host.
+        UserError: another process holds it, also after the wait; the message names its pid and host.
     """
     layout.root.mkdir(parents=True, exist_ok=True)
     with open(layout.lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(f"{layout.root} is being written by {file.read().strip() or 'another process'}") from None
+        end = time.monotonic() + wait
+        while not _taken(file):
+            if time.monotonic() >= end:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{layout.root} is being written by {holder}; wait for it with --wait=SECONDS")
+            time.sleep(POLL)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -159,3 +168,11 @@ def writer_lock(layout: Layout) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _taken(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
