@@ -10,6 +10,7 @@ of records with their owners would erase far more than its lines.
 
 import csv
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -181,7 +182,8 @@ def _jsonl(text: str) -> Iterator[_Line]:
         try:
             values = strict_json.loads(line)
         except ValueError as error:
-            yield _Line(number, wrong=f"not JSON: {ascii(str(error))[1:-1]}")
+            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            yield _Line(number, wrong=f"not JSON: {what}")
         else:
             yield _object(number, values)
 
