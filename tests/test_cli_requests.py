@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,10 +53,8 @@ def test_the_operators_day(run, capsys, tmp_path):
         assert code == 0 and out.startswith("accepted: request "), (out, err)
     assert f"a.png has the pixels of: {three}" in err
     code, out, _ = call(capsys, "process", at, "--max_wait=3600", "--max_batch=5")
-    assert code == 0
-    assert re.fullmatch(
-        r"3 requests wait; the oldest is 0:\d\d:\d\d old; due in 0:59:\d\d or when 2 more arrive\n", out
-    )
+    when = r"the oldest is 0:\d\d:\d\d old; due in (0:59:\d\d|1:00:00) or when 2 more arrive"
+    assert code == 0 and re.fullmatch(f"3 requests wait; {when}\n", out), out
     code, out, _ = call(capsys, "requests", at, "--open")
     assert code == 0 and out.count("accepted") == 3 and "long long ..." not in out and "long..." in out
     assert call(capsys, "unlearn", at, *asked[0], "--defer")[0] == 0
@@ -83,10 +82,9 @@ def test_one_command_from_request_to_receipt(run, capsys):
     code, out, err = call(capsys, "unlearn", f"--workdir={run}", f"--records={one},{two}", "--request=a")
     assert code == 0 and "accepted: request a" in err and "1 other requests wait" in err
     assert "erased 1 records (request a)" in out and "1 records are being erased by an earlier request" in out
-    receipt = out.strip().rpartition("receipt: ")[2]
+    receipt = Path(out.strip().rpartition("receipt: ")[2])
     assert call(capsys, "verify", f"--workdir={run}", receipt) == (0, f"holds: {receipt}\n", "")
-    values = json.loads(open(receipt).read())
-    open(receipt, "w").write(json.dumps(values | {"config": "0" * 64}))
+    receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"config": "0" * 64}))
     code, out, _ = call(capsys, "verify", f"--workdir={run}", receipt)
     assert code == 1 and "DOES NOT HOLD" in out and "was edited" in out
     code, out, _ = call(capsys, "verify", f"--workdir={run}", "--all", "--json=-")

@@ -167,9 +167,10 @@ def paths_of(values, path=()):
         yield path
 
 
-def test_every_edit_shows(workdir):
+def test_every_edit_shows(checker, erased):
     """Each field of a receipt is covered by its digest, and a digest made to fit by the chain."""
-    whole = stored(workdir, "four")
+    whole = stored(Layout(erased[0]), "four")
+    assert checker(json.dumps(whole).encode()) == ()
     for path in paths_of(whole):
         values = copy.deepcopy(whole)
         place = values
@@ -178,8 +179,7 @@ def test_every_edit_shows(workdir):
         old = place[path[-1]]
         place[path[-1]] = old + 1 if type(old) in (int, float) else not old if isinstance(old, bool) else f"{old}0"
         for edited in [values] if path == ("digest",) else [values, signed(values)]:
-            write_json(workdir.receipt("four"), edited)
-            assert any(line.startswith("four.json: ") for line in findings_of(workdir, "four")), path
+            assert checker(json.dumps(edited).encode()), path
 
 
 def findings_of(layout, name):
