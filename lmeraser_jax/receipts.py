@@ -1,21 +1,25 @@
-"""Receipts: one JSON file per erasure request, chained by hash, and their check against the workdir.
+"""Receipts: one JSON file per erasure request, chained by hash.
 
 A receipt holds salted hashes where the thing itself must not be remembered: of erased ids, and of slices and
-clusterings that were removed. The salt stays in the catalog. docs/operations.md describes every field.
+clusterings that were removed. The salt stays in the catalog. receipt.schema.json describes every field;
+verification.py checks receipts against the workdir.
 """
 
 import dataclasses
 import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.digests import digest
-from lmeraser_jax.run import Run
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import write_json
-from lmeraser_jax.store.requests import Request
+from lmeraser_jax.store.requests import Request, followed
+
+if TYPE_CHECKING:
+    from lmeraser_jax.run import Run  # loads JAX; whoever lists or checks receipts goes without
 
 SCHEMA = 1
+PRIVATE = 0o600  # a receipt is its operator's own
 OUT_OF_REACH = (
     "the source files that the records were imported from",
     "models, predictions and pictures exported from the workdir before",
@@ -40,7 +44,7 @@ def chain(catalog: Catalog) -> list[Link]:
     return [Link(*row) for row in catalog.db.execute("SELECT * FROM receipts ORDER BY sequence")]
 
 
-def write(run: Run, requests: list[Request]) -> list[Link]:
+def write(run: "Run", requests: list[Request]) -> list[Link]:
     """Writes the receipts of purged requests behind those that exist; a repeated call replaces its own files.
 
     Returns:
@@ -51,7 +55,9 @@ def write(run: Run, requests: list[Request]) -> list[Link]:
     for request in requests:
         values = _receipt(run, request, last)
         values["digest"] = digest(values)
-        write_json(run.layout.receipt(request.id), values)
+        path = run.layout.receipt(request.id)
+        write_json(path, values)
+        path.chmod(PRIVATE)
         last = Link(last.sequence + 1, request.id, values["digest"])
         new.append(last)
     return new
@@ -62,7 +68,7 @@ def enter(catalog: Catalog, links: list[Link]) -> None:
     catalog.db.executemany("INSERT INTO receipts VALUES(?,?,?)", [dataclasses.astuple(link) for link in links])
 
 
-def _receipt(run: Run, request: Request, last: Link) -> dict[str, Any]:
+def _receipt(run: "Run", request: Request, last: Link) -> dict[str, Any]:
     body = request.body
     return {
         "schema": SCHEMA,
@@ -72,15 +78,15 @@ def _receipt(run: Run, request: Request, last: Link) -> dict[str, Any]:
             "id": request.id,
             "requester": body["requester"],
             "reason": body["reason"],
-            "owner": body["owner"],
+            "owners": body["owners"],
             "quarantine": body["quarantine"],
-            "states": [{"state": state, "at": _time(at)} for state, at in body["states"]],
+            "states": [{"state": state, "at": _time(at)} for state, at in followed(body["states"], "purged")],
         },
         "records": {name: body[name] for name in ("records", "erased_before", "shared")},
-        "clusters": body.get("clusters", []),
-        "work": body.get("work", {}),
-        "manifest": body.get("manifest", {}),
-        "purged": body.get("purged", {}),
+        "clusters": body["clusters"],
+        "work": body["work"],
+        "manifest": body["manifest"],
+        "purged": body["purged"],
         "config": digest(settings.to_dict(run.config)),
         "backbone": run.backbone.digest,
         "out_of_reach": list(OUT_OF_REACH),

@@ -157,6 +157,7 @@ def prepared(
     source: Source | None = None,
     reimport: bool = False,
     retune: bool = False,
+    wait: float = 0,
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
@@ -171,6 +172,7 @@ def prepared(
         source: the data; by default what `config.data` names.
         retune: let `tuning` differ from the published state's; the old slices stay for rollback.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
+        wait: seconds to wait for another writer.
 
     Yields:
         The run, and what an import did (None when nothing was imported).
@@ -180,7 +182,7 @@ def prepared(
     """
     layout = Layout(workdir)
     layout.prepare()
-    with writer_lock(layout), contextlib.closing(Catalog(layout.catalog)) as catalog:
+    with writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
         stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
         if stored is not None and manifest is not None:

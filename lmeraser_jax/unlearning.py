@@ -5,9 +5,9 @@ is reconciled with the records that are left. Requests that wait are served toge
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 
+from lmeraser_jax import receipts
 from lmeraser_jax.planning import plan
 from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run
@@ -45,15 +45,6 @@ class Erasure:
         return len(self.request.body["erased_before"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Due:
-    """Whether waiting requests are to be served now. `age` is the oldest one's, in seconds."""
-
-    waiting: int
-    age: float
-    now: bool
-
-
 def estimate(run: Run, targets: Targets) -> Estimate:
     """What erasing the targets would cost. Changes nothing but the feature cache."""
     wanted = plan(run, targets.live)
@@ -74,7 +65,7 @@ def estimate(run: Run, targets: Targets) -> Estimate:
 def request_erasure(
     run: Run,
     ids: Sequence[str] = (),
-    owner: str = "",
+    owners: Sequence[str] = (),
     request: str = "",
     requester: str = "",
     reason: str = "",
@@ -85,39 +76,38 @@ def request_erasure(
 
     Args:
         run: opened; for writing unless `defer`.
-        ids, owner, request, requester, reason, quarantine: see `store.requests.accept`.
+        ids, owners, request, requester, reason, quarantine: see `store.requests.accept`.
         defer: only accept; `process` serves all that wait.
 
     Raises:
         UserError: the request cannot be accepted, or a cluster's loss was not finite (the request stays open).
     """
     assert run.writable or defer, "serving a request needs a run that holds the writer lock"
-    accepted = requests.accept(run.catalog, ids, owner, request, requester, reason, quarantine)
-    if defer or not accepted.open:
-        return Erasure(accepted, None)
-    outcome = reconcile(run)
-    return Erasure(requests.get(run.catalog, accepted.id) or accepted, outcome)
+    accepted = requests.accept(run.catalog, ids, owners, request, requester, reason, quarantine)
+    return Erasure(accepted, None) if defer else serve(run, accepted.id)
 
 
-def due(run: Run, max_wait: float = 0.0, max_batch: int = 1) -> Due:
-    """Whether it is time to serve what waits.
+def serve(run: Run, name: str) -> Erasure:
+    """Serves an accepted request, and with it all others that wait; one that was served before stays as it is.
 
-    Args:
-        run: opened.
-        max_wait: seconds that the oldest request may wait.
-        max_batch: serve at once when so many wait.
+    Raises:
+        UserError: a cluster's loss was not finite; the request stays open.
     """
-    waiting = requests.listed(run.catalog, only_open=True)
-    age = time.time() - waiting[0].created if waiting else 0.0
-    return Due(len(waiting), age, bool(waiting) and (age >= max_wait or len(waiting) >= max_batch))
+    request = requests.get(run.catalog, name)
+    assert request is not None, f"{name} was not accepted"
+    if not request.open:
+        return Erasure(request, None)
+    outcome, finished = process(run)
+    return Erasure(next(done for done in finished if done.id == name), outcome)
 
 
 def process(run: Run) -> tuple[Outcome, list[Request]]:
     """Serves every request that waits, in one reconcile (paper 5.3, batch unlearning).
 
     Returns:
-        What was done, and the requests that it finished.
+        What was done, and the requests that it finished, oldest first.
     """
-    names = [request.id for request in requests.listed(run.catalog, only_open=True)]
+    known = len(receipts.chain(run.catalog))
     outcome = reconcile(run)
-    return outcome, [request for name in names if (request := requests.get(run.catalog, name))]
+    finished = [requests.get(run.catalog, link.request) for link in receipts.chain(run.catalog)[known:]]
+    return outcome, [request for request in finished if request is not None]

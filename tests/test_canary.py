@@ -95,7 +95,7 @@ def test_no_byte_remembers_an_erased_record(tmp_path, how, capsys):
         assert len([needle for needle in stretches(run, tainted) if needle in before]) >= len(tainted)
 
         if how.startswith("owner"):
-            unlearning.request_erasure(run, owner=OWNER, request="r1", quarantine=True, defer=True)
+            unlearning.request_erasure(run, owners=[OWNER], request="r1", quarantine=True, defer=True)
             assert key in run.catalog.quarantined()
             unlearning.process(run)
         else:

@@ -268,13 +268,13 @@ def test_a_full_disk_is_a_message(capsys, tmp_path, monkeypatch, workdir):
     assert call(capsys, "audit", f"--workdir={workdir}", "--sample=1")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["train", "unlearn", "audit"])
+@pytest.mark.parametrize("command", ["train", "process", "audit"])
 def test_a_second_writer_is_refused_and_readers_go_on(capsys, workdir, command):
     from lmeraser_jax.store.layout import Layout, writer_lock
 
-    flags = ["--records=digit-0017"] if command == "unlearn" else []
+    assert call(capsys, "unlearn", f"--workdir={workdir}", "--records=digit-0017", "--defer")[0] == 0
     with writer_lock(Layout(workdir)):
-        assert "is being written by process" in refused(capsys, command, f"--workdir={workdir}", *flags)
+        assert "is being written by process" in refused(capsys, command, f"--workdir={workdir}")
         assert call(capsys, "inspect", f"--workdir={workdir}")[0] == 0
 
 
@@ -307,10 +307,13 @@ def test_damaged_files_are_messages(capsys, workdir, tmp_path):
     images = tmp_path / "run" / "records" / "images.u8"
     whole = images.read_bytes()
     images.write_bytes(whole[:1000])
-    for command, *flags in (["train"], ["unlearn", "--records=digit-0017"], ["audit"]):
+    for command, *flags in (["train"], ["audit"], ["unlearn", "--records=digit-0018", "--dry_run"]):
         assert "the workdir is damaged" in refused(capsys, command, f"--workdir={tmp_path}/run", *flags)
+    message = refused(capsys, "unlearn", f"--workdir={tmp_path}/run", "--records=digit-0019")
+    assert "the workdir is damaged" in message and "is accepted all the same" in message
     images.write_bytes(whole)
-    assert call(capsys, "audit", f"--workdir={tmp_path}/run", "--sample=1")[0] == 0, "nothing was accepted meanwhile"
+    assert call(capsys, "process", f"--workdir={tmp_path}/run")[0] == 0
+    assert call(capsys, "audit", f"--workdir={tmp_path}/run", "--sample=1")[0] == 0
     (tmp_path / "run" / "catalog.db").write_bytes(b"x" * 4096)
     assert "not a readable catalog" in refused(capsys, "inspect", f"--workdir={tmp_path}/run")
     (tmp_path / "run" / "catalog.db").unlink()

@@ -61,5 +61,5 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
         assert outcome.retuned == outcome.clusters == 2
         found = predict(load_model(run), run.images[:3])
         assert found.probabilities.shape == (3, 10) and np.isfinite(found.probabilities).all()
-        erased = unlearning.request_erasure(run, [run.catalog.live("train").ids[0]], "")
+        erased = unlearning.request_erasure(run, [run.catalog.live("train").ids[0]])
         assert erased.records == 1 and erased.outcome.retuned >= 1

@@ -240,7 +240,7 @@ def test_a_sampled_record_and_an_owner_with_stages(staged, tmp_path):
         name = load_clustering(run.layout, run.catalog.manifest().clustering).sample[2]
         owner = run.catalog.live("train").owners[0]
         erased = {name, *run.catalog.owned(owner)}
-        unlearning.request_erasure(run, [name], owner)
+        unlearning.request_erasure(run, [name], [owner])
         found = state(run)
         assert purge.leftovers(run) == []
     with small_run(tmp_path / "scratch", without(small_source(), erased), STAGES) as run:

@@ -163,7 +163,7 @@ class History(RuleBasedStateMachine):
         if not names and not who:
             return
         name = f"request-{len(self.asked)}"
-        done = unlearning.request_erasure(self.run, names, who, name, "", "", quarantine, defer)
+        done = unlearning.request_erasure(self.run, names, [who] if who else [], name, "", "", quarantine, defer)
         assert done.request.state == ("accepted" if defer else "purged")
         self.mark(names, who, name)
         self.fresh = defer

@@ -1,17 +1,24 @@
 """Flags that commands share, how they are parsed, and how results are printed."""
 
+import contextlib
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all
+
+if TYPE_CHECKING:
+    from lmeraser_jax.reconcile import Outcome
+    from lmeraser_jax.store.catalog import Catalog
+    from lmeraser_jax.store.layout import Layout
 
 Flags = absl_flags.FlagValues
 
@@ -154,6 +161,32 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
+def define_wait(flags: Flags) -> None:
+    """The flag of commands that write."""
+    text = "seconds to wait while another process writes the workdir"
+    absl_flags.DEFINE_float("wait", 0.0, text, lower_bound=0, flag_values=flags)
+
+
+@contextlib.contextmanager
+def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
+    """A workdir's catalog alone: no lock, no backbone, no JAX. Raises `UserError` when it is no workdir."""
+    from lmeraser_jax.store.catalog import Catalog
+    from lmeraser_jax.store.layout import Layout
+
+    layout = Layout(workdir)
+    layout.require()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        yield layout, catalog
+
+
+def outcome_text(outcome: "Outcome") -> str:
+    """What a reconcile did, in a line."""
+    return (
+        f"clusters re-tuned {outcome.retuned}, reused {outcome.reused}; {outcome.images} images"
+        f" ({outcome.ratio:.1%} of a full re-tune) in {outcome.seconds:.1f} s"
+    )
+
+
 def log_devices() -> None:
     """Says on standard error what the work runs on."""
     import jax
@@ -171,7 +204,7 @@ def warn_if_unfinished(run: Any) -> None:
     from lmeraser_jax.store import requests
 
     if requests.any_open(run.catalog):
-        warn(f"an accepted erasure is not finished; finish it with: lmeraser train --workdir={run.layout.root}")
+        warn(f"an accepted erasure is not finished; finish it with: lmeraser process --workdir={run.layout.root}")
 
 
 def show(arguments: Arguments, text: str, values: dict[str, Any]) -> None:

@@ -23,6 +23,9 @@ COMMANDS = {
     "predict": "label, probability and cluster of image files",
     "add": "new private records join; only the clusters they touch are tuned",
     "unlearn": "erase records or an owner and re-tune what they touched",
+    "process": "serve the erasure requests that wait, in one re-tuning",
+    "requests": "erasure requests, their states and receipts",
+    "verify": "check receipts against the workdir",
     "rollback": "give one cluster an earlier slice, keep it there, list what there is",
     "audit": "rebuild from scratch and compare every bit",
     "doctor": "say what is wrong with a workdir, and repair what can be made again",
@@ -48,7 +51,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0 done, 1 an audit failed, 2 misused, 130 interrupted."""
+    """Runs one command. Returns its exit code: 0 done, 1 an audit or a receipt failed, 2 misused, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):

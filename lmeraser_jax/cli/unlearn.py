@@ -1,65 +1,153 @@
 """lmeraser unlearn: erase records and re-tune the clusters they touched, and nothing else.
 
-  lmeraser unlearn --workdir=DIR --records=ID,ID | --records_file=FILE | --owner=NAME [--dry_run]
+  lmeraser unlearn --workdir=DIR --records=ID,ID | --records_file=FILE | --owner=NAME,NAME | --like=IMAGE
+                   [--dry_run] [--defer] [--quarantine] [--request=ID] [--requester=WHO] [--reason=WHY]
 
-A file holds one id a line. A dry run says what it would cost and changes nothing. Nothing is erased when
-an id or the owner is unknown.
+A file holds one id a line; a .csv has a column id or owner, a .jsonl lines {"id": ...} or {"owner": ...}. --like
+finds the records that have exactly the pixels of an image, by the image file that they were imported from.
+
+A request is accepted first, in an instant and for good, even while another process writes; then it is served: at
+once, or with --defer by the next lmeraser process. A dry run says what it would cost and changes nothing. Nothing is
+erased when an id or an owner is unknown.
 """
 
+import contextlib
 import dataclasses
-from pathlib import Path
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from lmeraser_jax.store.catalog import Catalog
+    from lmeraser_jax.store.requests import Request
+    from lmeraser_jax.unlearning import Erasure, Estimate
+
 STRAY = "ids are given as --records=ID,ID"
 
 
 def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_list("records", [], "ids, separated by commas", flag_values=flags)
-    absl_flags.DEFINE_string("records_file", "", "file with one id a line", flag_values=flags)
-    absl_flags.DEFINE_string("owner", "", "all live records of this owner", flag_values=flags)
+    absl_flags.DEFINE_string("records_file", "", "file with ids or owners: text, .csv or .jsonl", flag_values=flags)
+    absl_flags.DEFINE_list("owner", [], "all live records of these owners", flag_values=flags)
+    absl_flags.DEFINE_string("like", "", "the records with the pixels of this image file", flag_values=flags)
+    absl_flags.DEFINE_string("request", "", "an id; asking twice is then asking once", flag_values=flags)
+    absl_flags.DEFINE_string("requester", "", "who asks; stays in the receipt for good", flag_values=flags)
+    absl_flags.DEFINE_string("reason", "", "why; stays in the receipt for good", flag_values=flags)
+    text = "predict without the touched clusters until they are tuned again"
+    absl_flags.DEFINE_bool("quarantine", False, text, flag_values=flags)
+    absl_flags.DEFINE_bool("defer", False, "only accept; lmeraser process serves it later", flag_values=flags)
     absl_flags.DEFINE_bool("dry_run", False, "only say what would be done", flag_values=flags)
+    common.define_wait(flags)
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    ids = [*arguments["records"], *_lines(arguments["records_file"])]
-    if not ids and not arguments["owner"]:
-        raise UserError("say what to erase: --records=ID,ID, --records_file=FILE or --owner=NAME")
+    workdir = common.workdir_of(arguments)
+    common.config_of(arguments)  # mistakes in it are told before anything is accepted
+    from lmeraser_jax.store import requests
+
+    if arguments["dry_run"] and arguments["defer"]:
+        raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
+    with common.catalog_of(workdir) as (layout, catalog):
+        ids, owners = _named(arguments, catalog)
+        if arguments["dry_run"]:
+            requests.resolve(catalog, ids, owners)  # unknown ones are told before JAX is loaded
+            return _dry_run(arguments, ids, owners)
+        given = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
+        accepted = requests.accept(catalog, ids, owners, **given)
+    receipt = str(layout.receipt(accepted.id))
+    if arguments["defer"] or not accepted.open:
+        values = {"request": dataclasses.asdict(accepted), "outcome": None, "receipt": receipt}
+        common.show(arguments, _accepted_text(accepted, receipt), values)
+        return 0
+    return _serve(arguments, accepted, receipt)
+
+
+def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> int:
+    """Serves an accepted request as soon as the workdir is free."""
+    print(f"accepted: request {accepted.id}", file=sys.stderr, flush=True)
     from lmeraser_jax import unlearning
     from lmeraser_jax.run import opened
     from lmeraser_jax.store import requests
 
-    with opened(workdir, config, write=True) as run_:
-        if arguments["dry_run"]:
-            estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, ids, arguments["owner"]))
-            common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
-            return 0
+    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    with _says_accepted(accepted, workdir), opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
         common.log_devices()
-        unfinished = len(run_.catalog.erased())
-        if unfinished:
-            common.warn(f"an erasure of {unfinished} records was interrupted; it is finished with this one")
-        done = unlearning.request_erasure(run_, ids, arguments["owner"])
-    common.show(arguments, _text(done), dataclasses.asdict(done))
+        others = len(requests.listed(run_.catalog, only_open=True)) - 1
+        if others > 0:
+            common.warn(f"{others} other requests wait; they are served with this one")
+        done = unlearning.serve(run_, accepted.id)
+    common.show(arguments, _text(done, receipt), {**dataclasses.asdict(done), "receipt": receipt})
     return 0
 
 
-def _lines(path: str) -> list[str]:
-    if not path:
-        return []
-    if not Path(path).is_file():
-        raise UserError(f"--records_file={path}: no such file")
+def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str]]:
+    """Ids and owners that the flags name; what an image stands for is printed at once."""
+    from lmeraser_jax import request_files
+
+    ids, owners = list(arguments["records"]), list(arguments["owner"])
+    if arguments["records_file"]:
+        named = request_files.read(arguments["records_file"])
+        ids, owners = [*ids, *named.ids], [*owners, *named.owners]
+    if arguments["like"]:
+        found = request_files.alike(catalog, arguments["like"])
+        print(f"{arguments['like']} has the pixels of: {', '.join(found)}", file=sys.stderr, flush=True)
+        ids += found
+    return ids, owners
+
+
+def _dry_run(arguments: common.Arguments, ids: list[str], owners: list[str]) -> int:
+    from lmeraser_jax import unlearning
+    from lmeraser_jax.run import opened
+    from lmeraser_jax.store import requests
+
+    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+        estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, ids, owners))
+    common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
+    return 0
+
+
+@contextlib.contextmanager
+def _says_accepted(request: "Request", workdir: str) -> Iterator[None]:
+    """A request that cannot be served now is not lost, and whoever asked must know."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--records_file={path} is not UTF-8 text: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{error}\nrequest {request.id} is accepted all the same: it will be served by the writer's next command"
+            f" or by lmeraser process --workdir={workdir}"
+        ) from error
 
 
-def _estimate_text(estimate) -> str:
+def _accepted_text(request: "Request", receipt: str) -> str:
+    if not request.open:
+        return f"request {request.id} was served before: nothing to do; receipt: {receipt}"
+    body = request.body
+    lines = [f"accepted: request {request.id} ({request.state}), {len(body['records'])} records, {_clusters(body)}"]
+    lines += _known_before(request)
+    return "\n".join([*lines, "it is served by the next lmeraser process, train or unlearn"])
+
+
+def _clusters(body: dict[str, Any]) -> str:
+    kept_out = ", which no prediction uses from now on" if body["quarantine"] else ""
+    return f"{len(body['members'])} clusters to tune{kept_out}"
+
+
+def _known_before(request: "Request") -> list[str]:
+    lines = []
+    if request.body["erased_before"]:
+        lines.append(f"{len(request.body['erased_before'])} records were erased before: nothing to do for them")
+    if request.body["shared"]:
+        lines.append(f"{len(request.body['shared'])} records are being erased by an earlier request")
+    return lines
+
+
+def _estimate_text(estimate: "Estimate") -> str:
     share = estimate.images / estimate.images_full if estimate.images_full else 0.0
     lines = [
         f"would erase {estimate.records} records and change nothing yet",
@@ -72,15 +160,9 @@ def _estimate_text(estimate) -> str:
     return "\n".join(lines)
 
 
-def _text(done) -> str:
-    o = done.outcome
-    lines = []
-    if done.erased_before:
-        lines.append(f"{done.erased_before} records were erased before: nothing to do for them")
+def _text(done: "Erasure", receipt: str) -> str:
+    lines = _known_before(done.request)
     if done.records:
         lines.append(f"erased {done.records} records (request {done.request.id})")
-    lines.append(
-        f"clusters re-tuned {o.retuned}, reused {o.reused}; {o.images} images ({o.ratio:.1%} of a full re-tune)"
-        f" in {o.seconds:.1f} s"
-    )
-    return "\n".join(lines)
+    lines.append(common.outcome_text(done.outcome) if done.outcome else "another process has served it meanwhile")
+    return "\n".join([*lines, f"receipt: {receipt}"])

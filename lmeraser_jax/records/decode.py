@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.errors import raise_all
@@ -65,6 +65,14 @@ def decoded(files: Sequence[Path], height: int, width: int, channels: int, most:
     problems = [f"{files[position]}: {wrong}" for position, wrong in pixels.unreadable.items()]
     raise_all(problems, "these image files cannot be read; mend or remove them:")
     return pixels.images
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Height and width in pixels of an image file that `decode` has read, with the side up that its camera noted."""
+    with _own_limit(), Image.open(path, formats=FORMATS) as image:
+        width, height = image.size
+        lies = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (width, height) if lies else (height, width)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,14 @@ STATES = ("accepted", "planned", "re-tuning", "published", "purged")
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
 EMPTY: dict[str, Any] = {
-    **{"asked": "", "requester": "", "reason": "", "owner": "", "quarantine": False},
-    **{"records": [], "erased_before": [], "shared": [], "members": {}, "states": []},
+    **{"asked": "", "requester": "", "reason": "", "owners": [], "quarantine": False},
+    **{"records": [], "erased_before": [], "shared": [], "members": {}, "states": [], "clusters": []},
+    "work": {
+        **{"images": 0, "images_full": 0, "steps": 0, "seconds": 0.0},
+        **{"clusters_tuned": 0, "program": "", "batch": []},
+    },
+    "manifest": {"before": 0, "after": 0},
+    "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
 }
 
 
@@ -35,13 +41,32 @@ class Targets:
         live: ids that are erased with it.
         erased: ids that were erased before: nothing to do for them.
         pending: ids that another request, accepted before, erases.
-        owner: the owner it names, "" for none.
+        owners: the owners it names.
     """
 
     live: tuple[str, ...]
     erased: tuple[str, ...] = ()
     pending: tuple[str, ...] = ()
-    owner: str = ""
+    owners: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """Whether waiting requests are to be served now.
+
+    Attributes:
+        waiting: requests that are not finished.
+        age: seconds since the oldest of them was accepted.
+        now: it is time.
+        left: seconds until the oldest has waited long enough; None where no time limit was given.
+        room: requests that may still arrive before so many are served at once; None where no limit was given.
+    """
+
+    waiting: int
+    age: float
+    now: bool
+    left: float | None = None
+    room: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,34 +90,35 @@ class Request:
         return self.state != "purged"
 
 
-def resolve(catalog: Catalog, ids: Sequence[str], owner: str = "") -> Targets:
+def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = ()) -> Targets:
     """Looks up what a request names.
 
     Args:
         catalog: of the workdir.
         ids: record ids.
-        owner: also all records of this owner, hold-out and test images included.
+        owners: also all records of these owners, hold-out and test images included.
 
     Raises:
-        UserError: lists every unknown id; nothing is erased then.
+        UserError: lists every unknown id and owner; nothing is erased then.
     """
-    names = list(dict.fromkeys(ids))
-    if owner:
-        owned = catalog.owned(owner)
-        if not owned and not catalog.is_tombstoned(owner, "owner"):
-            raise UserError(f"--owner={owner}: owns no live record (unknown, or erased before); nothing is erased now")
-        names = list(dict.fromkeys([*names, *owned]))
+    raise_all(_garbled(ids, owners))
+    owners = tuple(dict.fromkeys(owners))
+    owned = {owner: catalog.owned(owner) for owner in owners}
+    strangers = [name for name in owners if not owned[name] and not catalog.is_tombstoned(name, "owner")]
+    names = list(dict.fromkeys([*ids, *(record for records in owned.values() for record in records)]))
     known = catalog.known(names)
     erased = [name for name in names if name not in known and catalog.is_tombstoned(name)]
     pending = [name for name in names if name in known and known[name][3]]
     unknown = [name for name in names if name not in known and name not in set(erased)]
     public = [name for name in known if known[name][0] == "public"]
-    if unknown:
-        raise UserError(_unknown(catalog, unknown))
+    found = [_unknown(catalog, unknown)] if unknown else []
+    if strangers:
+        found.append(f"--owner={some(strangers, 50)}: owns no live record (unknown, or erased before)")
     if public:
-        raise UserError(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
+        found.append(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
+    raise_all(found, "nothing is erased:" if found else "")
     gone = {*erased, *pending}
-    return Targets(tuple(name for name in names if name not in gone), tuple(erased), tuple(pending), owner)
+    return Targets(tuple(name for name in names if name not in gone), tuple(erased), tuple(pending), owners)
 
 
 def _unknown(catalog: Catalog, unknown: Sequence[str]) -> str:
@@ -101,13 +127,13 @@ def _unknown(catalog: Catalog, unknown: Sequence[str]) -> str:
         f"did you mean {some(known, 3)} (another Unicode form)?" for known in lookalikes(unknown, everyone).values()
     ]
     hint = " ".join([*near[:5], "(lmeraser inspect --records lists the ids)"])
-    return f"unknown records: {some(unknown, 50)}; nothing is erased {hint}"
+    return f"unknown records: {some(unknown, 50)} {hint}"
 
 
 def accept(
     catalog: Catalog,
     ids: Sequence[str] = (),
-    owner: str = "",
+    owners: Sequence[str] = (),
     request: str = "",
     requester: str = "",
     reason: str = "",
@@ -118,7 +144,7 @@ def accept(
     Args:
         catalog: of the workdir; the writer lock is not needed.
         ids: record ids.
-        owner: also everything of this owner; their later images are refused, too.
+        owners: also everything of these owners; their later images are refused, too.
         request: an id that makes asking twice the same as asking once; made up where empty.
         requester, reason: kept in the receipt for good, so no personal data belongs here.
         quarantine: take the clusters of these records out of routing from this moment on.
@@ -129,16 +155,16 @@ def accept(
     Raises:
         UserError: unknown records, nothing named, an id in use for another erasure. Nothing is changed then.
     """
-    raise_all(_illegal(ids, owner, request, requester, reason))
+    raise_all(_illegal(ids, owners, request, requester, reason))
     name = request or f"r-{uuid.uuid4().hex[:20]}"
-    asked = catalog.salted("asked", digest([sorted(set(ids)), owner]))
+    asked = catalog.salted("asked", digest([sorted(set(ids)), sorted(set(owners))]))
     with catalog.transaction():
         earlier = get(catalog, name)
         if earlier is not None:
-            if earlier.body.get("asked") != asked:
+            if earlier.body["asked"] != asked:
                 raise UserError(f"--request={name}: was used for another erasure; give this one another id, or none")
             return earlier
-        targets = resolve(catalog, ids, owner)
+        targets = resolve(catalog, ids, owners)
         clusters = catalog.clusters_of(targets.live)
         body = EMPTY | {
             "asked": asked,
@@ -148,11 +174,11 @@ def accept(
             "records": [catalog.salted("tombstone", record) for record in targets.live],
             "erased_before": [catalog.salted("tombstone", record) for record in targets.erased],
             "shared": [catalog.salted("tombstone", record) for record in targets.pending],
-            "owner": catalog.salted("owner", owner) if owner else "",
+            "owners": [catalog.salted("owner", owner) for owner in targets.owners],
             "members": dict(sorted(Counter(clusters.values()).items())),
         }
         catalog.erase(targets.live, name)
-        if owner:
+        for owner in targets.owners:
             catalog.bury("owner", owner)
         if quarantine:
             touched = set(clusters.values()) | set(catalog.clusters_of(targets.pending).values())
@@ -160,9 +186,9 @@ def accept(
         return _write(catalog, Request(name, time.time(), "accepted", body))
 
 
-def _illegal(ids: Sequence[str], owner: str, request: str, requester: str, reason: str) -> list[str]:
-    found = []
-    if not ids and not owner:
+def _illegal(ids: Sequence[str], owners: Sequence[str], request: str, requester: str, reason: str) -> list[str]:
+    found = _garbled(ids, owners)
+    if not ids and not owners:
         found.append("say what to erase: --records=ID,ID, --records_file=FILE, --like=IMAGE or --owner=NAME")
     if request and not LEGAL_NAME.fullmatch(request):
         legal = "1 to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit"
@@ -173,6 +199,17 @@ def _illegal(ids: Sequence[str], owner: str, request: str, requester: str, reaso
                 f"--{flag}={ascii(text[:80])}: must be one line of at most {LONGEST_TEXT} printable characters"
             )
     return found
+
+
+def _garbled(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
+    """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
+    assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
+    bad = [ascii(name[:80]) for name in (*ids, *owners) if not name or not _is_text(name)]
+    return [f"ids and owners must be text in UTF-8 and not empty; these are not: {some(bad)}"] if bad else []
+
+
+def _is_text(name: str) -> bool:
+    return name.isascii() or name.encode(errors="replace").decode() == name
 
 
 def get(catalog: Catalog, name: str) -> Request | None:
@@ -190,6 +227,24 @@ def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
 def any_open(catalog: Catalog) -> bool:
     """Whether an accepted erasure is not finished."""
     return bool(catalog.db.execute("SELECT 1 FROM requests WHERE state!='purged' LIMIT 1").fetchone())
+
+
+def due(catalog: Catalog, max_wait: float | None = None, max_batch: int | None = None) -> Due:
+    """Whether it is time to serve what waits: a limit is reached, or there is no limit.
+
+    Args:
+        catalog: of the workdir.
+        max_wait: seconds that the oldest request may wait.
+        max_batch: serve at once when so many wait.
+    """
+    waiting = listed(catalog, only_open=True)
+    if not waiting:
+        return Due(0, 0.0, False)
+    age = max(0.0, time.time() - waiting[0].created)  # a clock may be set back
+    left = None if max_wait is None else max(0.0, max_wait - age)
+    room = None if max_batch is None else max(0, max_batch - len(waiting))
+    limits = [limit for limit in (left, room) if limit is not None]
+    return Due(len(waiting), age, not limits or min(limits) <= 0, left, room)
 
 
 def advance(catalog: Catalog, names: Iterable[str], state: str, facts: Collection[tuple[str, Any]] = ()) -> None:
@@ -213,8 +268,13 @@ def lift_quarantine(catalog: Catalog, names: Iterable[str]) -> None:
     catalog.db.executemany("DELETE FROM quarantine WHERE request=?", [(name,) for name in names])
 
 
+def followed(states: list[Any], state: str) -> list[Any]:
+    """The states with their times and one more, reached now; the clock may have been set back meanwhile."""
+    return [*states, [state, max([time.time(), *(at for _, at in states[-1:])])]]
+
+
 def _write(catalog: Catalog, request: Request) -> Request:
-    states = [*request.body["states"], [request.state, time.time()]]
+    states = followed(request.body["states"], request.state)
     request = dataclasses.replace(request, body=request.body | {"states": states})
     text = json.dumps(request.body, sort_keys=True)
     catalog.db.execute(
@@ -226,4 +286,7 @@ def _write(catalog: Catalog, request: Request) -> Request:
 
 
 def _request(row: tuple[Any, ...]) -> Request:
-    return Request(*row[:3], body=EMPTY | json.loads(row[3]))
+    body = json.loads(row[3])
+    if "states" not in body:  # of catalog version 1, which counted records and named none
+        body = {}
+    return Request(*row[:3], body=EMPTY | body)
