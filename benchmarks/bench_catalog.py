@@ -1,6 +1,6 @@
 """What the catalog costs with a million records: opening, accepting, planning, publishing, purging; and its size.
 
-  python benchmarks/bench_catalog.py [--quick] [--json=FILE]
+  python benchmarks/bench_catalog.py [--quick] [--kept=DIR] [--json=FILE]
 
 Records, sizes and features are made up (see synthetic.py); tables, clustering file and slice folders are real.
 Serving is measured without its device work: tuning is replaced by writing the checkpoints that it would write.
@@ -35,16 +35,17 @@ TIMES = 5  # of what is measured more than once
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--kept", default="", help="folder that keeps the made workdirs, to measure again with copies")
     parser.add_argument("--json", default="", help="file for the numbers")
     arguments = parser.parse_args()
     records, clusters, sample = (100_000, 200, 1_000) if arguments.quick else (1_000_000, 2_000, 10_000)
     found: dict[str, Any] = {"records": records, "clusters": clusters, "sample": sample}
     with tempfile.TemporaryDirectory() as folder:
-        found["seconds_making"] = round(synthetic.made(Path(folder) / "run", records, clusters, sample), 1)
+        synthetic.copied(Path(folder) / "run", arguments.kept, records, clusters, sample)
         found["catalog_mb"] = round((Path(folder) / "run" / "catalog.db").stat().st_size / 1e6, 1)
         found |= private(Path(folder) / "run")
     with tempfile.TemporaryDirectory() as folder:
-        synthetic.made(Path(folder) / "run", records, clusters, sample, "public")
+        synthetic.copied(Path(folder) / "run", arguments.kept, records, clusters, sample, "public")
         found |= public(Path(folder) / "run")
     result = synthetic.surroundings("bench_catalog.py", sys.argv[1:]) | found
     print(json.dumps(result, indent=2))

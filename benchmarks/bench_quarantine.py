@@ -1,6 +1,6 @@
 """How long an accepted erasure with quarantine can still reach answers of a process that serves predictions.
 
-  python benchmarks/bench_quarantine.py [--quick] [--json=FILE]
+  python benchmarks/bench_quarantine.py [--quick] [--kept=DIR] [--json=FILE]
 
 One process answers batches of 16 images in a loop through a `Predictor`; this one accepts erasures with quarantine,
 one record each, at random times. Per request: from the start of the call of `accept` to the return of the last answer
@@ -27,6 +27,7 @@ IMAGES = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
+    parser.add_argument("--kept", default="", help="folder that keeps the made workdirs, to measure again with copies")
     parser.add_argument("--json", default="", help="file for the numbers")
     parser.add_argument("--answer", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     records, clusters, sample, count = (100_000, 200, 1_000, 50) if arguments.quick else (1_000_000, 2_000, 10_000, 300)
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        synthetic.made(workdir, records, clusters, sample)
+        synthetic.copied(workdir, arguments.kept, records, clusters, sample)
         accepted, seen = measured(workdir, count)
     last = [max(0.0, seen["changes"][key][0] - start) for key, start, _ in accepted]
     first = [seen["changes"][key][1] - start for key, start, _ in accepted]

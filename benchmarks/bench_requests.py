@@ -19,9 +19,9 @@ from pathlib import Path
 import jax
 
 from lmeraser_jax import unlearning
+from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import audit
 from lmeraser_jax.digests import philox
-from lmeraser_jax.reconcile import load_clustering
 from lmeraser_jax.run import Run, opened
 
 
@@ -34,7 +34,7 @@ def one_by_one(run: Run, count: int) -> list[dict]:
         assert manifest is not None
         sampled = ids[i] in load_clustering(run.layout, manifest.clustering).sample
         start = time.perf_counter()
-        o = unlearning.erase(run, unlearning.resolve(run, [ids[i]])).outcome
+        o = unlearning.request_erasure(run, [ids[i]]).outcome
         entry = {"sampled": sampled, "retuned": o.retuned, "reused": o.reused, "images": o.images, "ratio": o.ratio}
         requests.append(entry | {"seconds": time.perf_counter() - start})
         print(json.dumps(requests[-1]), file=sys.stderr, flush=True)

@@ -51,9 +51,20 @@ def config_of(sample: int, clusters: int, sample_from: str = "private") -> Confi
     )
 
 
-def made(folder: Path, records: int, clusters: int, sample: int, sample_from: str = "private") -> float:
-    """Writes the workdir; returns the seconds it took."""
-    start, layout = time.perf_counter(), Layout(folder)
+def copied(folder: Path, kept: str, records: int, clusters: int, sample: int, sample_from: str = "private") -> None:
+    """Puts a made workdir into a folder: a copy of the one in `kept`, which is made first where it is missing."""
+    if not kept:
+        return make(folder, records, clusters, sample, sample_from)
+    source = Path(kept) / f"{records}-{clusters}-{sample}-{sample_from}"
+    if not source.exists():
+        make(source.with_suffix(".making"), records, clusters, sample, sample_from)
+        source.with_suffix(".making").rename(source)
+    shutil.copytree(source, folder)
+
+
+def make(folder: Path, records: int, clusters: int, sample: int, sample_from: str) -> None:
+    """Writes the workdir."""
+    layout = Layout(folder)
     layout.prepare()
     config, catalog = config_of(sample, clusters, sample_from), Catalog(layout.catalog)
     _write_backbone(layout, config)
@@ -85,7 +96,6 @@ def made(folder: Path, records: int, clusters: int, sample: int, sample_from: st
     with opened(folder, devices=jax.devices()[:1], write=True) as run:
         run.feature_file(fingerprint(run.config.tuning, run.mesh)).append(features)
         _publish(run, names, homes, chosen, homes[where], features[where])
-    return time.perf_counter() - start
 
 
 def _dataset(config: Config) -> dict:
