@@ -178,7 +178,7 @@ def test_later_images_of_an_erased_owner_stay_out(workdir):
     """Private ones, purged or not; what the workdir has of them, public images, stays."""
     layout, catalog = workdir
     import_source(layout, catalog, made(22), Config())
-    requests.accept(catalog, owner="owner-5", request="r")  # 20 is public, 21 test, 22 and 23 train
+    requests.accept(catalog, owners=["owner-5"], request="r")  # 20 is public, 21 test, 22 and 23 train
     for _ in range(2):
         assert import_source(layout, catalog, made(24), Config()) == Imported(0, 21, 3, 0)
         catalog.forget(["r"])

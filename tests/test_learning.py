@@ -158,7 +158,7 @@ def test_images_of_an_erased_owner_stay_out(trained, tmp_path):
         mine = {item.id: item.owner for item in small_source().items if item.id in MIXED}
         owner = next(o for o in mine.values() if run.catalog.owned(o))
         later = [name for name, whose in mine.items() if whose == owner]
-        unlearning.request_erasure(run, owner=owner)
+        unlearning.request_erasure(run, owners=[owner])
         imported, _ = add(run, part(MIXED))
         assert (imported.added, imported.erased) == (len(MIXED) - len(later), len(later))
         assert not set(later) & set(run.catalog.live("train", "holdout").ids) and run.catalog.owned(owner) == []

@@ -18,7 +18,7 @@ STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
 def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_string("source", "", ".npz file or folder with the images to add", flag_values=flags)
     absl_flags.DEFINE_string("labels", "", "CSV that names files, labels and owners of a folder", flag_values=flags)
-    absl_flags.DEFINE_float("wait", 0.0, "seconds to wait for another writer", lower_bound=0.0, flag_values=flags)
+    common.define_wait(flags)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -15,6 +15,7 @@ from lmeraser_jax.cli import common
 
 
 def define(flags: common.Flags) -> None:
+    common.define_wait(flags)
     absl_flags.DEFINE_integer(
         "sample", 0, "rebuild the slices of so many clusters only; 0: all", lower_bound=0, flag_values=flags
     )
@@ -26,7 +27,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.run import opened
 
     common.log_devices()
-    with opened(workdir, config, write=True) as run_:
+    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
         verdict = audit(run_, arguments["sample"])
     common.show(arguments, verdict.text(), {**dataclasses.asdict(verdict), "ok": verdict.ok})
     return 0 if verdict.ok else 1

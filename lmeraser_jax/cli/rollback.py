@@ -21,6 +21,7 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_string("cluster", "", "key of the cluster, or its beginning", flag_values=flags)
     absl_flags.DEFINE_string("to", "", "a state, epoch:E, or a slice; empty: the one before", flag_values=flags)
     absl_flags.DEFINE_bool("list", False, "only say what there is", flag_values=flags)
+    common.define_wait(flags)
     absl_flags.DEFINE_bool("unpin", False, "give the cluster what its records call for again", flag_values=flags)
 
 
@@ -33,7 +34,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax import rollback
     from lmeraser_jax.run import opened
 
-    with opened(workdir, config, write=not arguments["list"]) as run_:
+    with opened(workdir, config, write=not arguments["list"], wait=arguments["wait"]) as run_:
         key = rollback.cluster_key(run_.catalog, arguments["cluster"])
         if arguments["list"]:
             versions = rollback.versions(run_, key)

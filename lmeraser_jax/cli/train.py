@@ -18,6 +18,7 @@ MOST_NAMED = 1000  # images in a warning; --json has all
 def define(flags: common.Flags) -> None:
     text = "read the source again: new records join, erased ones stay out"
     absl_flags.DEFINE_bool("reimport", False, text, flag_values=flags)
+    common.define_wait(flags)
     text = "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"
     absl_flags.DEFINE_bool("retune", False, text, flag_values=flags)
 
@@ -29,7 +30,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.run import prepared
 
     common.log_devices()
-    with prepared(workdir, config, reimport=arguments["reimport"], retune=arguments["retune"]) as (opened, imported):
+    with prepared(workdir, config, reimport=arguments["reimport"], retune=arguments["retune"], wait=arguments["wait"]) as (opened, imported):
         lines = []
         if imported:
             erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
