@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax import stopping
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.progress import progress
@@ -92,6 +93,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     try:
         with progress("import", len(kept)) as shown:
             for first, stop in _pieces(kept):
+                stopping.check()
                 items = [placed(item, data, config.seed) for item in source.items[first:stop]]
                 labels = [label_of[source.class_names[item.label]] for item in items]
                 items = [
