@@ -1,13 +1,14 @@
-"""Real processes that are killed, and what is checked afterwards.
+"""Real processes that are killed or get no disk space, and what is checked afterwards.
 
 `Pool` runs this file as fork servers. A server imports everything once but starts no JAX backend; every task is
-done by two forked children: the first runs a command on a copy of a workdir and is killed with SIGKILL, the second
-opens what is left, checks it, runs the command again and checks the end. Tuning, features and pretraining are fast
-fakes, deterministic functions of their inputs: what is tried here is the store.
+done by two forked children: the first runs a command on a copy of a workdir and is killed with SIGKILL, or its disk
+fails; the second opens what is left, checks it, runs the command again and checks the end. Tuning, features and
+pretraining are fast fakes, deterministic functions of their inputs: what is tried here is the store.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -15,8 +16,10 @@ import os
 import queue
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -34,6 +37,8 @@ from lmeraser_jax import run as runs
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones import pretrain
+from lmeraser_jax.cli import main
+from lmeraser_jax.cli import rollback as command
 from lmeraser_jax.digests import digest
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import Run, opened, prepared
@@ -57,9 +62,7 @@ def owned_source():
 
 
 SOURCE = owned_source()
-LATER = {item.id for item in SOURCE.items if item.split == "train"} - {
-    item.id for item in small_source(45, 5, 5).items
-}
+LATER = {item.id for item in SOURCE.items if item.split == "train"} - {item.id for item in small_source(45, 5, 5).items}
 
 
 # ---- fast fakes
@@ -257,26 +260,41 @@ SCENARIOS = {
 
 
 class Points:
-    """Counts the labelled points that a process passes and kills it at the `die_at`-th."""
+    """Counts the labelled points that a process passes; at the `die_at`-th it is killed, or a write fails.
 
-    def __init__(self, die_at: int | None = None):
-        self.die_at, self.labels = die_at, []
+    Args:
+        die_at: which; None: none.
+        error: name of the error that the operating system reports; "" to be killed.
+        lasting: every later point fails too.
+    """
+
+    def __init__(self, die_at: int | None = None, error: str = "", lasting: bool = False):
+        self.die_at, self.error, self.lasting, self.labels = die_at, error, lasting, []
 
     def __call__(self, label: str, partly: Callable[[], Any] | None = None) -> None:
-        """`partly` does a part of what comes next, so that the process dies in its middle."""
-        if len(self.labels) == self.die_at:
-            if partly is not None:
-                partly()
-            os.kill(os.getpid(), signal.SIGKILL)
+        """`partly` does a part of what comes next, so that it ends in its middle."""
         self.labels.append(label)
+        passed = len(self.labels) - 1
+        if self.die_at is None or passed < self.die_at or passed > self.die_at and not self.lasting:
+            return
+        if partly is not None and passed == self.die_at:
+            partly()
+        if not self.error:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if label.split()[-1] in ("begin", "commit", "Catalog.flush"):
+            full = self.error == "ENOSPC"
+            raise sqlite3.OperationalError("database or disk is full" if full else "disk I/O error")
+        number = getattr(errno, self.error)
+        raise OSError(number, os.strerror(number))
 
-    def around(self, function, half=None, only_from: tuple[str, ...] = ()):
+    def around(self, function, half=None, only_from: tuple[str, ...] = (), idle: Callable[..., bool] | None = None):
+        """Points around the calls of a function, but for those from elsewhere and for idle ones."""
         name = function.__qualname__
 
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if only_from and not caller.startswith(only_from):
+            if only_from and not caller.startswith(only_from) or idle is not None and idle(*args):
                 return function(*args, **kwargs)
             self(f"before {name}")
             if half is not None:
@@ -318,7 +336,7 @@ class Points:
         Catalog.flush, Catalog.transaction = self.around(Catalog.flush), self._transaction(Catalog.transaction)
         ours = ("lmeraser_jax", "pathlib")
         os.replace, os.unlink = self.around(os.replace, None, ours), self.around(os.unlink, None, ours)
-        shutil.rmtree = self.around(rmtree, half_removed, ours[:1])
+        shutil.rmtree = self.around(rmtree, half_removed, ours[:1], lambda path, *_: not Path(path).exists())
 
     def _transaction(self, real):
         @contextlib.contextmanager
@@ -374,6 +392,12 @@ def mixed(found: dict | None, old: dict | None, new: dict) -> tuple[str, list[st
     return side, [f"record {name} is of neither state" for name in sorted(wrong)]
 
 
+def finished(folder: Path) -> bool:
+    """Whether every request counts as purged."""
+    with contextlib.closing(Catalog(folder / "catalog.db")) as catalog:
+        return not requests.any_open(catalog)
+
+
 def unfinished(folder: Path, scenario: Scenario, wanted: dict[str, bytes]) -> tuple[list[str], int]:
     """What a finished command should not have left, and how many bytes were searched."""
     with opened(folder) as run:
@@ -425,25 +449,69 @@ def prepare(root: Path, name: str) -> dict[str, Any]:
     return {"labels": facts["labels"], "seconds": seconds}
 
 
-def attack(root: Path, task: dict[str, Any], folder: Path, ready: Callable[[], None]) -> dict[str, Any]:
-    """The first child: runs the command, to be killed."""
+def attack(task: dict[str, Any], folder: Path, ready: Callable[[], None]) -> dict[str, Any]:
+    """The first child: runs the command, to be killed or to fail."""
     jax.devices()
     if "point" in task:
-        Points(task["point"]).install()
+        Points(task["point"], task.get("error", ""), task.get("lasting", False)).install()
+    if "pages" in task:
+        allow_pages(task["pages"])
     ready()
-    SCENARIOS[task["scenario"]].command(folder)
-    return {}
+    return {"code": through_main(SCENARIOS[task["scenario"]].command, folder)}
+
+
+def through_main(work: Callable[[Path], Any], folder: Path) -> int:
+    """The exit code of a command that does this work."""
+    command.run = lambda _: work(folder) or 0
+    return main.main(["rollback", f"--workdir={folder}"])
+
+
+def allow_pages(more: int) -> None:
+    """The catalog gets no more than so many new pages."""
+    real = Catalog.__init__
+
+    def limited(catalog, path):
+        real(catalog, path)
+        pages = catalog.db.execute("PRAGMA page_count").fetchone()[0]
+        catalog.db.execute(f"PRAGMA max_page_count={pages + more}")
+
+    Catalog.__init__ = limited
+
+
+def mount(folder: Path, option: str) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(folder)], check=True)
+
+
+def limit(folder: Path, room: int) -> None:
+    """Leaves so many bytes of room on the file system mounted at a folder."""
+    use = os.statvfs(folder)
+    size = (use.f_blocks - use.f_bavail) * use.f_frsize + room
+    mount(folder, f"remount,size={max(size, use.f_frsize)}")  # 0 would be no limit
+
+
+def misreported(answer: dict[str, Any], log: Path) -> list[str]:
+    """What is wrong with how a failing command ended: exit code 2 and one line about it, or done after all."""
+    lines = log.read_text().splitlines()
+    said = [line for line in lines if line.startswith("error: ")]
+    ended = (answer.get("code"), len(said), said == lines[-1:], "Traceback" in "".join(lines))
+    if ended in ((2, 1, True, False), (0, 0, lines == [], False)):
+        return answer.get("problems", [])
+    return [*answer.get("problems", []), f"ended with code {ended[0]} and: {lines}"]
 
 
 def inspect(root: Path, task: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The second child: what is left, the same command again, the end."""
     name = task["scenario"]
     facts = json.loads((root / name / "facts.json").read_text())
+    wanted = {needle: bytes.fromhex(value) for needle, value in facts["needles"].items()}
+    there = search(folder, wanted)[0]  # before anybody opens the catalog, which would tidy its log
     side, lines = mixed(published(folder), facts["old"], facts["new"])
+    if side == "new" and there and finished(folder):
+        lines.append(f"said to be purged, but still there: {there}")
     SCENARIOS[name].command(folder)
     if published(folder) != facts["new"]:
         lines.append("the same command again gives another state")
-    more, size = unfinished(folder, SCENARIOS[name], {k: bytes.fromhex(v) for k, v in facts["needles"].items()})
+    more, size = unfinished(folder, SCENARIOS[name], wanted)
     return {"state": side, "problems": lines + more, "searched": size}
 
 
@@ -473,38 +541,56 @@ def in_child(work: Callable[[Callable[[], None]], dict[str, Any]], log: Path, de
 def serve(root: Path) -> None:
     """Answers a task a line, as JSON."""
     install_fakes()
+    log = root / f"log-{os.getpid()}"
     for line in sys.stdin:
         task = json.loads(line)
-        log = root / f"log-{os.getpid()}"
         if task["do"] == "prepare":
             _, answer = in_child(lambda _, name=task["scenario"]: prepare(root, name), log)
         else:
-            home = root / f"work-{os.getpid()}-{task['number']}"
-            folder, template = home / "run", root / task["scenario"] / "template"
-            home.mkdir()
-            if template.exists():
-                shutil.copytree(template, folder)
-            attacked = functools.partial(attack, root, task, folder)
-            status, answer = in_child(attacked, log, task.get("delay"))
-            killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-            if killed or not answer:
-                _, answer = in_child(lambda _, f=folder, t=task: inspect(root, t, f), log)
-            answer["killed"] = killed
-            if not answer["problems"]:
-                shutil.rmtree(home)
+            answer = tried(root, task, log)
         print(json.dumps(answer | task), flush=True)
 
 
-class Pool:
-    """Two fork servers that share the tasks."""
+def tried(root: Path, task: dict[str, Any], log: Path) -> dict[str, Any]:
+    """One task: the attack, then the inspection, on a copy of the scenario's workdir."""
+    home = Path(tempfile.mkdtemp(dir=root))
+    folder, template = home / "run", root / task["scenario"] / "template"
+    if "room" in task:
+        mount(home, "size=64m")
+    if template.exists():
+        shutil.copytree(template, folder)
+    if "room" in task:
+        limit(home, task["room"])
+    status, answer = in_child(functools.partial(attack, task, folder), log, task.get("delay"))
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    failing = task["do"] == "fault"
+    wrong = misreported(answer, log) if failing else answer.get("problems", [])
+    if "room" in task:
+        limit(home, 64 << 20)
+    _, found = in_child(lambda _: inspect(root, task, folder), log)
+    if "room" in task:
+        subprocess.run(["umount", str(home)], check=True)
+    problems = wrong + found.pop("problems", ["the inspection died"])
+    if not problems:
+        shutil.rmtree(home)
+    return found | {"hit": answer.get("code") == 2 if failing else killed, "problems": problems}
 
-    def __init__(self, root: Path, servers: int = 2):
-        self.root = root
-        command = [sys.executable, "-W", "ignore", __file__, str(root)]
+
+class Pool:
+    """Two fork servers that share the tasks.
+
+    Args:
+        root: folder for everything.
+        mounting: they have mounts of their own, which go with them.
+    """
+
+    def __init__(self, root: Path, mounting: bool = False):
+        command = ["unshare", "--mount"] if mounting else []
+        command += [sys.executable, "-W", "ignore", __file__, str(root)]
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         environment.pop("XLA_FLAGS", None)
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.servers = [subprocess.Popen(command, env=environment, **pipes) for _ in range(servers)]
+        self.servers = [subprocess.Popen(command, env=environment, **pipes) for _ in range(2)]
 
     def close(self) -> None:
         for server in self.servers:
@@ -512,11 +598,17 @@ class Pool:
             server.wait(60)
             server.stdout.close()
 
+    def prepare(self, *names: str) -> dict[str, dict[str, Any]]:
+        """Makes scenarios ready: {name: {labels, seconds}}, what their commands pass undisturbed."""
+        answers = self.map([{"do": "prepare", "scenario": name} for name in names])
+        assert not [answer for answer in answers if "problems" in answer], answers
+        return {answer["scenario"]: answer for answer in answers}
+
     def map(self, tasks: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The answers to tasks, in the order in which they came in."""
         waiting, answers = queue.SimpleQueue(), []
-        for number, task in enumerate(tasks):
-            waiting.put({"do": "kill", **task, "number": number})
+        for task in tasks:
+            waiting.put({"do": "kill", **task})
 
         def work(server) -> None:
             with contextlib.suppress(queue.Empty):

@@ -12,9 +12,7 @@ def pool(tmp_path_factory):
     """Servers, and what each scenario passes undisturbed: {name: {labels, seconds}}."""
     servers = Pool(tmp_path_factory.mktemp("crashes"))
     try:
-        answers = servers.map([{"do": "prepare", "scenario": name} for name in SCENARIOS])
-        assert not [answer["problems"] for answer in answers if "problems" in answer], answers
-        yield servers, {answer["scenario"]: answer for answer in answers}
+        yield servers, servers.prepare(*SCENARIOS)
     finally:
         servers.close()
 
@@ -23,8 +21,8 @@ def kill(pool, capsys, tasks) -> None:
     """Kills, checks, and says what was done."""
     answers = pool.map(tasks)
     bad = [answer for answer in answers if answer["problems"]]
-    states = Counter(answer.get("state", "?") for answer in answers if answer["killed"])
-    late = sum(not answer["killed"] for answer in answers)
+    states = Counter(answer.get("state", "?") for answer in answers if answer["hit"])
+    late = sum(not answer["hit"] for answer in answers)
     searched = sum(answer.get("searched", 0) for answer in answers)
     counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     with capsys.disabled():
