@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeraser_jax import stopping
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Architecture, Backbone
 from lmeraser_jax.images import ImageSpec, centred
@@ -67,6 +68,7 @@ class Extractor:
         found = np.zeros((len(images), self.width), np.float32)
         with progress("features", len(images)) as shown:
             for start in range(0, len(images), self.size):
+                stopping.check()
                 piece = images[start : start + self.size]
                 padded = np.zeros((self.size, *images.shape[1:]), np.uint8)
                 padded[: len(piece)] = piece

@@ -28,6 +28,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeraser_jax import stopping
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Architecture, Backbone
 from lmeraser_jax.config import Tuning
@@ -289,6 +290,9 @@ def tune(
         images: uint8 [N, h, w, c], on the host (may be a memory map).
         labels: int32 [N].
         mesh: 1-D mesh.
+
+    Raises:
+        Stopped: the process was asked to stop; what its calls have finished was yielded before.
     """
     params = on_device(backbone, compute_dtype(problem.tuning.dtype, mesh), mesh)
     program, state = compiled(problem, mesh), initial_state(problem, mesh)
@@ -303,6 +307,8 @@ def tune(
                 shown.advance(int((waiting[0].job >= 0).sum()), f"loss {tracker.last_loss:.3f}")
 
         for chunk in chunks(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
+            if stopping.asked():
+                break
             pixels, targets, rows = data.of(chunk)
             starts = _starts(problem, jobs, chunk, state.slice)
             places = None if starts is None else chunk.start
@@ -311,6 +317,7 @@ def tune(
             yield from fetch()
             waiting = (chunk, handed, losses)
         yield from fetch()
+        stopping.check()
 
 
 def _starts(problem: Problem, jobs: Sequence[Job], chunk: Chunk, like: Slice) -> Slice | None:

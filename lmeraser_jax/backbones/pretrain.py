@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeraser_jax import stopping
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Backbone
 from lmeraser_jax.backbones.convert import misfits, per_channel
@@ -115,8 +116,10 @@ def pretrain(
             if not np.isfinite(float(loss)):
                 raise UserError(f"pretraining: the loss is {loss} in epoch {epoch}; lower --config.pretraining.rate")
             shown.advance(1, f"loss {float(loss):.3f} accuracy {float(accuracy):.3f}")
-            if (epoch + 1) % p.checkpoint_epochs == 0 and epoch + 1 < p.epochs:
-                checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, epoch + 1)
+            stop, done = stopping.asked(), epoch + 1
+            if done < p.epochs and (stop or done % p.checkpoint_epochs == 0):
+                checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, done)
+                stopping.check()
     backbone = frozen.make(vit, jax.device_get(state[0]), mean, std)
     return backbone, float(accuracy)
 

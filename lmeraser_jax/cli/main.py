@@ -3,14 +3,16 @@
 Imports stay light here, so that help and typing errors are answered at once.
 """
 
+import contextlib
 import difflib
 import errno
 import importlib
+import shlex
 import sqlite3
 import sys
 from collections.abc import Sequence
 
-from lmeraser_jax import __version__
+from lmeraser_jax import __version__, stopping
 from lmeraser_jax.errors import UserError
 
 COMMANDS = {
@@ -31,6 +33,7 @@ COMMANDS = {
     "doctor": "say what is wrong with a workdir, and repair what can be made again",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
+RESUMABLE = frozenset({"pretrain", "train", "add", "unlearn", "process", "rollback"})
 INTERRUPTED = 130
 MISUSED = 2
 WHOLE = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
@@ -51,7 +54,11 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command. Returns its exit code: 0 done, 1 an audit or a receipt failed, 2 misused, 130 interrupted."""
+    """Runs one command. Returns its exit code.
+
+    0 done, or a resumable command got SIGTERM and ended where nothing is lost; 1 an audit, a check or a receipt failed, 2 misused,
+    130 interrupted.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
@@ -69,7 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         from lmeraser_jax.cli import common
 
         parsed = common.parse(module, ["lmeraser", *arguments[1:]])
-        return 0 if parsed is None else module.run(parsed)
+        if parsed is None:
+            return 0
+        with stopping.on_request() if name in RESUMABLE else contextlib.nullcontext():
+            return module.run(parsed)
+    except stopping.Stopped:
+        print(f"stopped as asked; resume with: lmeraser {shlex.join(arguments)}", file=sys.stderr)
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return MISUSED

@@ -30,7 +30,9 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.run import prepared
 
     common.log_devices()
-    with prepared(workdir, config, reimport=arguments["reimport"], retune=arguments["retune"], wait=arguments["wait"]) as (opened, imported):
+    with prepared(
+        workdir, config, reimport=arguments["reimport"], retune=arguments["retune"], wait=arguments["wait"]
+    ) as (opened, imported):
         lines = []
         if imported:
             erased = f", {imported.erased} refused because they were erased" if imported.erased else ""

@@ -21,7 +21,13 @@ import orbax.checkpoint as ocp
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.store import layout
 
-logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname)
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    """Not what Orbax does, nor the tracebacks of its threads: their errors are raised here as well."""
+    return "orbax" not in record.pathname or record.levelno >= logging.WARNING and not record.exc_info
+
+
+logging.getLogger("absl").addFilter(_worth_saying)
 
 Arrays = Mapping[str, np.ndarray]
 RATIO = 40_000  # bytes of arrays that one byte of the files can stand for: Zstandard gives at most 32,768

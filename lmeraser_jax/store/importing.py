@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax import stopping
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.progress import progress
@@ -115,6 +116,7 @@ def _import(layout: Layout, catalog: Catalog, source: Source, kept: list[int], c
     try:
         with progress("import", len(kept)) as shown:
             for first, stop in _pieces(kept):
+                stopping.check()
                 items = [placed(item, data, config.seed) for item in source.items[first:stop]]
                 labels = [label_of[source.class_names[item.label]] for item in items]
                 items = [

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lmeraser_jax import stopping
 from lmeraser_jax.errors import UserError, raise_all, some
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
@@ -228,6 +229,7 @@ def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pass
+        stopping.check()
         holder = f"{layout.root} is being written by {_holder(file)}"
         if time.monotonic() >= end:
             waited = f", still after {wait:g} s" if wait else ""
