@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of, save_clustering
+from lmeraser_jax.artifacts import expected_params, load_clustering, load_slice, parts_of, save_clustering
 from lmeraser_jax.digests import arrays_digest, canonical_json
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.planning import Plan, Target, plan
@@ -220,22 +220,26 @@ def _condemned(run: Run, served: list[str]) -> dict[str, Any]:
 
 
 def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) -> list[dict[str, Any]]:
-    """The clusters that a request's records reached, why, and their slices before (salted) and after."""
+    """The clusters that a request's records reached, why, and their slices before and after.
+
+    All salted: digests of ids and of members must not outlive a later erasure of one of them.
+    """
+    salted = run.catalog.salted
     old, members = (before.entries if before else {}), request.body["members"]
     sampled = before is not None and _was_sampled(run, request, before)
     found = []
     for key in sorted(set(old) | set(wanted.entries)):
-        unchanged = old.get(key) == wanted.entries.get(key)
-        if unchanged or not (sampled or key in members):
+        new = wanted.entries.get(key, "")
+        if old.get(key, "") == new or not (sampled or key in members):
             continue
         found.append(
             {
-                "cluster": key if key in wanted.entries else run.catalog.salted("cluster", key),
+                "cluster": salted("cluster", key),
                 "why": "member" if key in members else "re-cluster",
                 "records": members.get(key, 0),
-                "before": run.catalog.salted("slice", old[key]) if key in old else "",
-                "after": wanted.entries.get(key, ""),
-                "params": _params(run, wanted.entries.get(key, "")),
+                "before": salted("slice", old[key]) if key in old else "",
+                "after": salted("slice", new) if new else "",
+                "params": salted("params", expected_params(run.catalog, new) or "") if new else "",
             }
         )
     return found
@@ -248,11 +252,6 @@ def _was_sampled(run: Run, request: Request, before: Manifest) -> bool:
     except UserError:
         return True  # damaged: nobody can say any more
     return not set(sample).isdisjoint(run.catalog.erased([request.id]))
-
-
-def _params(run: Run, name: str) -> str:
-    row = run.catalog.slice(name)
-    return row.params if row else ""
 
 
 def repair(run: Run) -> list[str]:

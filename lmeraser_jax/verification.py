@@ -63,10 +63,10 @@ class _Facts:
         live: ids of live records; owners: theirs.
         slices, clusterings: {every one on disk or in the catalog: when it was made, 0 where the catalog has none}.
         versions: of the manifests.
-        entries: {cluster key: slice reference} of the published state, not salted.
+        entries: {cluster: (slice, its reference not salted)} of the published state.
         unpurged: {request: records that it erased and that the catalog still holds}.
         filled: image rows without a record that are not empty.
-        params: gives the digest of a published slice's bytes.
+        params: gives the salted digest of a published slice's bytes.
     """
 
     links: tuple[Link, ...]
@@ -76,7 +76,7 @@ class _Facts:
     slices: Mapping[str, float]
     clusterings: Mapping[str, float]
     versions: frozenset[int]
-    entries: Mapping[str, str]
+    entries: Mapping[str, tuple[str, str]]
     unpurged: Mapping[str, int]
     filled: int
     params: Callable[[str], str]
@@ -133,10 +133,13 @@ def _facts(layout: Layout, catalog: Catalog) -> _Facts:
             slices={catalog.salted("slice", name): at for name, at in slices.items()},
             clusterings={catalog.salted("clustering", name): at for name, at in clusterings.items()},
             versions=frozenset(manifest.version for manifest in manifests),
-            entries=manifests[0].entries if manifests else {},
+            entries={
+                catalog.salted("cluster", key): (catalog.salted("slice", ref), ref)
+                for key, ref in (manifests[0].entries if manifests else {}).items()
+            },
             unpurged=dict(query("SELECT erased,count(*) FROM records WHERE erased!='' GROUP BY erased")),
             filled=_filled(layout, catalog),
-            params=functools.cache(lambda reference: _params(layout, reference)),
+            params=functools.cache(lambda reference: catalog.salted("params", _params(layout, reference))),
         )
 
 
@@ -320,8 +323,9 @@ def _current(values: Mapping[str, Any], facts: _Facts) -> tuple[list[str], list[
     found, replaced = [], 0
     made = [cluster for cluster in values["clusters"] if cluster["after"]]
     for cluster in made:
-        key, reference = cluster["cluster"], cluster["after"]
-        if facts.entries.get(key) != reference:
+        key = cluster["cluster"]
+        name, reference = facts.entries.get(key, ("", ""))
+        if name != cluster["after"]:
             replaced += 1
             continue
         try:

@@ -182,7 +182,7 @@ def two_waiting(folder: Path) -> dict[str, bytes]:
     with opened(folder) as run:
         one, other = chosen(run)
         unlearning.request_erasure(run, [one], request="r-1", defer=True)
-        unlearning.request_erasure(run, owner=f"owner of {other}", request="r-2", defer=True)
+        unlearning.request_erasure(run, owners=[f"owner of {other}"], request="r-2", defer=True)
     return found
 
 

@@ -56,8 +56,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code.
 
-    0 done, or a resumable command got SIGTERM and ended where nothing is lost; 1 an audit, a check or a receipt failed, 2 misused,
-    130 interrupted.
+    0 done, or a resumable command got SIGTERM and ended where nothing is lost; 1 an audit, a check or a receipt
+    failed; 2 misused; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
