@@ -3,19 +3,21 @@
 import dataclasses
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
-from lmeraser_jax.clustering import expected_share
+from lmeraser_jax.clustering import Clustering, expected_share
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import lay_prompt
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import SliceRow
+from lmeraser_jax.store.catalog import Manifest, SliceRow
 from lmeraser_jax.store.layout import disk_use
 
+ATTEMPTS = 10  # to read a state before it is replaced and purged
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows so many of either end
 
 
@@ -106,21 +108,53 @@ class Overview:
         return "\n".join(lines + [f"warning: {message}" for message in self.warnings])
 
 
+class _Moment(NamedTuple):
+    """What the catalog holds at one moment."""
+
+    manifest: Manifest
+    made: dict[str, SliceRow]
+    private: RecordTable
+    counts: dict[str, int]
+    open_requests: int
+
+
+def _moment(run: Run) -> _Moment:
+    catalog = run.catalog
+    with catalog.snapshot():
+        manifest = catalog.manifest()
+        if manifest is None:
+            what = "has no published state; run: lmeraser train"
+            raise UserError(f"{run.layout.root} {what} --workdir={run.layout.root}")
+        waiting = len(requests.listed(catalog, only_open=True))
+        return _Moment(manifest, catalog.slices(), catalog.live("train"), catalog.counts(), waiting)
+
+
+def _readable_moment(run: Run) -> tuple[_Moment, Clustering]:
+    """A moment and its clustering; a later one where a writer has published and removed the clustering meanwhile."""
+    for left in reversed(range(ATTEMPTS)):
+        moment = _moment(run)
+        try:
+            return moment, load_clustering(run.layout, moment.manifest.clustering)
+        except UserError:
+            if not left or run.catalog.manifest() == moment.manifest:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
 def overview(run: Run) -> Overview:
-    """Reads a workdir's catalog and disk use. Raises `UserError` when nothing is published yet."""
-    manifest = run.catalog.manifest()
-    if manifest is None:
-        raise UserError(f"{run.layout.root} has no published state; run: lmeraser train --workdir={run.layout.root}")
-    clustering, made = load_clustering(run.layout, manifest.clustering), run.catalog.slices()
+    """Reads a workdir's catalog, as of one moment, and disk use.
+
+    Raises:
+        UserError: nothing is published yet, or the clustering cannot be read.
+    """
+    (manifest, made, private, counts, waiting), clustering = _readable_moment(run)
     sampled = Counter(clustering.keys[k] for k in clustering.labels)
     versions = Counter(row.cluster for row in made.values())
     rows = [
         _cluster_row(made[parts_of(ref)[0]], ref, sampled[key], versions[key]) for key, ref in manifest.entries.items()
     ]
-    private = run.catalog.live("train")
     classes = _classes(run, private.labels)
     filled = [row.records for row in classes if row.records]
-    counts = run.catalog.counts()
     splits = {split: counts.get(split, 0) for split in ("train", "holdout", "test", "public")}
     parts = ("backbone", "records", "clusterings", "slices")
     return Overview(
@@ -133,7 +167,7 @@ def overview(run: Run) -> Overview:
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows]),
         sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),
-        open_requests=len(requests.listed(run.catalog, only_open=True)),
+        open_requests=waiting,
         disk={part: disk_use(getattr(run.layout, part)) for part in parts} | {"catalog": disk_use(run.layout.catalog)},
         warnings=tuple(_warnings(run, len(clustering.keys), len(clustering.sample))),
     )

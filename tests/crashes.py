@@ -338,6 +338,26 @@ class Points:
         os.replace, os.unlink = self.around(os.replace, None, ours), self.around(os.unlink, None, ours)
         shutil.rmtree = self.around(rmtree, half_removed, ours[:1], lambda path, *_: not Path(path).exists())
 
+        self._trace_statements()
+
+    def _trace_statements(self) -> None:
+        """Also a point before every statement that begins, ends or is a transaction, whoever executes it."""
+        real = Catalog.__init__
+
+        def traced(catalog, path):
+            real(catalog, path)
+
+            def before(statement: str) -> None:
+                verb = statement.split()[0].upper()
+                alone = verb in ("INSERT", "UPDATE", "DELETE") and not catalog.db.in_transaction
+                named = self.labels and self.labels[-1] in ("before begin", "before commit")
+                if (verb in ("BEGIN", "COMMIT") or alone) and not named:
+                    self(f"statement {verb}")
+
+            catalog.db.set_trace_callback(before)
+
+        Catalog.__init__ = traced
+
     def _transaction(self, real):
         @contextlib.contextmanager
         def transaction(catalog):

@@ -146,10 +146,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def disk_use(path: Path) -> int:
-    """Bytes of all files below a path (0 where it is absent)."""
+    """Bytes of all files below a path; 0 where it is absent, and for files that a writer removes meanwhile."""
     if path.is_file():
         return path.stat().st_size
-    return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    size = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(Path(folder) / name).st_size
+    return size
 
 
 def refuse_links(layout: Layout) -> None:
