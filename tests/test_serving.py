@@ -13,7 +13,7 @@ from helpers import small_run
 from test_inference import reference, with_nearest
 
 from lmeraser_jax import inference, serving, unlearning
-from lmeraser_jax.artifacts import load_clustering, load_slice
+from lmeraser_jax.artifacts import load_clustering, load_slice, save_clustering
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import opened
@@ -199,6 +199,24 @@ def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_fo
     chex.assert_trees_all_equal(
         (model.stack, model.prototypes, model.present), (wanted.stack, wanted.prototypes, wanted.present)
     )
+
+
+def test_slices_move_with_their_clusters(run, monkeypatch):
+    """The same clusters at other places: nothing is read again, and the answers are the same."""
+    images, manifest = images_of(run), run.catalog.manifest()
+    old = load_clustering(run.layout, manifest.clustering)
+    last = len(old.keys) - 1
+    turned = dataclasses.replace(
+        old, digest="f" * 64, labels=last - old.labels, keys=old.keys[::-1], prototypes=old.prototypes[::-1]
+    )
+    with reader(run) as other:
+        predictor = Predictor(other)
+        before = predictor(images)
+        save_clustering(run.layout, turned)
+        run.catalog.publish(turned.digest, manifest.program, manifest.inputs, manifest.entries, [])
+        monkeypatch.setattr(inference, "load_slice", None)
+        found = predictor(images)
+    assert found.keys == before.keys[::-1] and bits(found) == bits(before)
 
 
 def test_without_quarantine_nothing_changes_until_it_is_published(run):
