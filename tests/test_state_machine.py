@@ -28,7 +28,7 @@ from lmeraser_jax.schedule import parts
 from lmeraser_jax.slices import Slice
 from lmeraser_jax.store import checkpoints, requests
 from lmeraser_jax.store.catalog import Catalog
-from lmeraser_jax.store.importing import import_source
+from lmeraser_jax.store.importing import add_source
 from lmeraser_jax.tracking import Tuned
 
 CONFIG = small_config(
@@ -117,7 +117,7 @@ class History(RuleBasedStateMachine):
         self.patch.setattr(checkpoints, "save", fake_save)
         self.patch.setattr(checkpoints, "load", fake_load)
         self.patch.setattr(runs, "_make_backbone", lambda layout, *args: layout.backbone.mkdir())
-        self.patch.setattr(runs.frozen, "load", lambda folder: (self.backbone, runs._backbone_inputs(CONFIG)))
+        self.patch.setattr(runs.frozen, "load", lambda folder: (self.backbone, runs.backbone_inputs(CONFIG)))
         self.live: set[str] = set()
         self.erased: set[str] = set()
         self.buried: set[str] = set()
@@ -148,7 +148,7 @@ class History(RuleBasedStateMachine):
     @rule(numbers=st.sets(st.integers(0, len(ITEMS) - 1), min_size=1, max_size=12), now=st.booleans())
     def add(self, numbers, now):
         chosen = [ITEMS[i] for i in sorted(numbers)]
-        import_source(self.run.layout, self.run.catalog, self.source(chosen), CONFIG)
+        add_source(self.run.layout, self.run.catalog, self.source(chosen), CONFIG)
         self.live |= {item.id for item in chosen} - self.erased - {i for i in OWNERS if OWNERS[i] in self.buried}
         self.fresh = True
         if now:
@@ -295,7 +295,7 @@ class History(RuleBasedStateMachine):
 def test_random_histories(backbone_only):
     History.backbone = backbone_only
     hypothesis.stateful.run_state_machine_as_test(
-        History, settings=hypothesis.settings(max_examples=3, stateful_step_count=8, deadline=None, derandomize=True)
+        History, settings=hypothesis.settings(max_examples=10, stateful_step_count=12, deadline=None, derandomize=True)
     )
 
 
@@ -303,5 +303,5 @@ def test_random_histories(backbone_only):
 def test_more_random_histories(backbone_only):
     History.backbone = backbone_only
     hypothesis.stateful.run_state_machine_as_test(
-        History, settings=hypothesis.settings(max_examples=150, stateful_step_count=20, deadline=None)
+        History, settings=hypothesis.settings(max_examples=80, stateful_step_count=20, deadline=None)
     )
