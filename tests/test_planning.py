@@ -62,6 +62,15 @@ def both(run, monkeypatch, leaving=()):
     return described(found), described(wanted), not calls
 
 
+def members_of_all(run, leaving):
+    """What the catalog says of a cluster's members is what the table of all live records says."""
+    live = run.catalog.live("train")
+    for key in {"", *live.clusters}:
+        wanted = live.take(np.flatnonzero(np.array(live.clusters) == key)).without(leaving)
+        found = run.catalog.members(key, leaving)
+        assert all(np.array_equal(value, vars(wanted)[name]) for name, value in vars(found).items())
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_plan_of_the_touched_clusters_is_the_plan_of_everything(imported, tmp_path, quick, monkeypatch, seed):
     """Erasures, new records, lost slices and published states in random order; also with records yet to leave."""
@@ -86,6 +95,7 @@ def test_a_plan_of_the_touched_clusters_is_the_plan_of_everything(imported, tmp_
                 build.image_file(run.layout, run.catalog).append(np.zeros((3, 8, 8, 1), np.uint8))
             elif event == "lose":
                 run.catalog.drop_slice(rng.choice(sorted(run.catalog.manifest().entries.values())))
+            members_of_all(run, frozenset(chosen))
             found, wanted, quickly = both(run, monkeypatch, chosen if event == "leave" else ())
             assert found == wanted
             incremental += quickly
