@@ -97,10 +97,13 @@ def examine(
         busy = _busy(layout)
         if busy:
             return Diagnosis((busy,))
-        found = [*guarded("lock", lambda: _stale_lock(layout, fix))]
+        found = guarded("folder", lambda: _links(layout))
+        if found:
+            return Diagnosis(tuple(found))  # what lies behind a link is neither looked at nor changed
+        found += guarded("lock", lambda: _stale_lock(layout, fix))
         if fix:
             stack.enter_context(writer_lock(layout))
-        for part, check in (("folder", _links), ("folder", _modes), ("folder", _unfinished), ("catalog", _catalog)):
+        for part, check in (("folder", _modes), ("folder", _unfinished), ("catalog", _catalog)):
             found += guarded(part, lambda check=check: check(layout, fix))
         config, more = _config(layout)
         found += more
@@ -160,7 +163,7 @@ def _stale_lock(layout: Layout, fix: bool) -> Iterator[Finding]:
         yield Finding("lock", f"{text[:100]!r} has ended without closing the lock", remedy, "fixed" if fix else "note")
 
 
-def _links(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _links(layout: Layout) -> Iterator[Finding]:
     for path in _inside(layout.root):
         if path.is_symlink():
             remedy = "put the file itself there: an erasure must reach what is stored"

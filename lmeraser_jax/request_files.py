@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lmeraser_jax import strict_json
+from lmeraser_jax.config import Data
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.records.source import content_hash
 from lmeraser_jax.store.catalog import Catalog
@@ -64,13 +65,14 @@ def read(path: str) -> Named:
     return Named(tuple(dict.fromkeys(filter(None, ids))), tuple(dict.fromkeys(filter(None, owners))))
 
 
-def alike(catalog: Catalog, path: str) -> list[str]:
+def alike(catalog: Catalog, path: str, most: int = Data().max_pixels) -> list[str]:
     """Ids of the live private records that an image file is the source of, or has the pixels of.
 
     Args:
         catalog: of a workdir with records.
         path: an image file. Where the records came from image files, it is brought to the stored size as they were;
             where they came as arrays, it must have their size.
+        most: pixels of the file at most (`data.max_pixels`).
 
     Raises:
         UserError: no readable image, another size, or no live record has these pixels.
@@ -83,7 +85,7 @@ def alike(catalog: Catalog, path: str) -> list[str]:
     if dataset is None:
         raise UserError(f"{flag}: the workdir has no records yet")
     height, width, channels = dataset["shape"]
-    pixels = decode([Path(path)], height, width, channels)
+    pixels = decode([Path(path)], height, width, channels, most)
     if pixels.unreadable:
         raise UserError(f"{flag} cannot be read: {pixels.unreadable[0]}")
     found, source = upright_size(Path(path)), dataset["settings"]["source"]

@@ -15,6 +15,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records.ids import LONGEST, fault, lookalikes, shown
 from lmeraser_jax.records.source import Item, Pixels, Source, problems
+from lmeraser_jax.store import requests
 
 BIG = "x" * 10_000_000
 
@@ -143,14 +144,13 @@ def test_legal_names_work_everywhere_and_are_no_paths(tmp_path, monkeypatch):
         with small_run(tmp_path / "deep" / "er" / "run", named(names), small_config(tuning__epochs=1)) as run:
             assert set(names) <= set(run.catalog.live("train").ids)
             reconcile(run)
-            targets = unlearning.resolve(run, [*LEGAL, looks[0]])
-            assert targets.live == (*LEGAL, looks[0])
-            done = unlearning.erase(run, targets)
+            assert requests.resolve(run.catalog, [*LEGAL, looks[0]]).live == (*LEGAL, looks[0])
+            done = unlearning.request_erasure(run, [*LEGAL, looks[0]])
             assert done.records == len(LEGAL) + 1 and not {*LEGAL, looks[0]} & set(run.catalog.live("train").ids)
             assert looks[1] in run.catalog.live("train").ids
-            assert unlearning.resolve(run, LEGAL).erased == tuple(LEGAL)
+            assert requests.resolve(run.catalog, LEGAL).erased == tuple(LEGAL)
             with pytest.raises(UserError, match="unknown records"):
-                unlearning.resolve(run, ["' OR 1=1; --"])
+                requests.resolve(run.catalog, ["' OR 1=1; --"])
     finally:
         watching.clear()
     assert (tmp_path / "canary").read_text() == "alive" and sorted(os.listdir(tmp_path)) == ["canary", "deep"]

@@ -181,7 +181,7 @@ def test_max_pixels_through_a_workdir(tmp_path, rng):
     lenient = folder_config(tmp_path / "images", max_pixels=1000, skip_unreadable=True)
     with prepared(tmp_path / "w", lenient) as (run, imported):
         assert imported is not None and imported.unreadable == ("train/a/0.png",)
-        run.catalog.publish("c", "p", {}, [])
+        run.catalog.publish("c", "p", "i", {}, [])
     high = folder_config(tmp_path / "images", max_pixels=1600)
     with prepared(tmp_path / "w", high, reimport=True) as (run, imported):
         assert imported is not None and imported.added == 1

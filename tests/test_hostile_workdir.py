@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
     with umask(0), small_run(root, config=small_config(tuning__epochs=1)) as run:
         reconcile(run)
         while_open = modes(root)
-        unlearning.erase(run, unlearning.resolve(run, [run.catalog.live("train").ids[0]]))
+        unlearning.request_erasure(run, [run.catalog.live("train").ids[0]])
     return root, while_open
 
 

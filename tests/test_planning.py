@@ -36,7 +36,7 @@ def quick(monkeypatch):
 
     def tuned(problem, backbone, jobs, images, labels, mesh):
         empty = Slice(np.zeros(1, np.float32), np.zeros((1, 1), np.float32), np.zeros(1, np.float32))
-        return (Tuned(job, empty, 0.5, None, 0.0) for job in jobs)
+        return (Tuned(job, job.steps, empty, 0.5, None, 0.0) for job in jobs)
 
     monkeypatch.setattr(Run, "features", features)
     monkeypatch.setattr(build, "tune", tuned)

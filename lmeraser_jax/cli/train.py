@@ -41,6 +41,8 @@ def run(arguments: common.Arguments) -> int:
             if imported.converted:
                 mode = "grey" if opened.spec.channels == 1 else "RGB"
                 lines.append(f"{imported.converted} images were not {mode} and were converted")
+            if imported.mended:
+                lines.append(f"{imported.mended} images had rotted and were read from the source again")
             if imported.unreadable:
                 common.warn(
                     f"{len(imported.unreadable)} images could not be read and were left out"

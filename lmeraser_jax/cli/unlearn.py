@@ -94,7 +94,7 @@ def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], 
         named = request_files.read(arguments["records_file"])
         ids, owners = [*ids, *named.ids], [*owners, *named.owners]
     if arguments["like"]:
-        found = request_files.alike(catalog, arguments["like"])
+        found = request_files.alike(catalog, arguments["like"], common.config_of(arguments).data.max_pixels)
         print(f"{arguments['like']} has the pixels of: {', '.join(found)}", file=sys.stderr, flush=True)
         ids += found
     return ids, owners
