@@ -98,6 +98,8 @@ def stage_jobs(key: str, ids: Sequence[str], rows: np.ndarray, tuning: Tuning, s
         tuning: settings.
         seed: the run's seed.
     """
+    if tuning.slices == 1:
+        return [make_job(key, rows, tuning)]
     part = parts(ids, tuning.slices, seed)
     return [make_job(key, rows[part <= stage], tuning, stage) for stage in np.unique(part).tolist()]
 
