@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from crashes import FakeExtractor, fake_assign, fake_tune
+from crash_scenarios import FakeExtractor, fake_assign, fake_tune
 from helpers import small_run
 
 from lmeraser_jax import planning, report, unlearning

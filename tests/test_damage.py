@@ -5,7 +5,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from crashes import FakeExtractor, fake_assign, fake_tune
+from crash_scenarios import FakeExtractor, fake_assign, fake_tune
 from helpers import SMALL
 from PIL import Image
 

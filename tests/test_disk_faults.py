@@ -5,7 +5,8 @@ import subprocess
 from collections import Counter
 
 import pytest
-from crashes import SCENARIOS, Pool
+from crash_scenarios import SCENARIOS
+from crashes import Pool
 
 pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
 
