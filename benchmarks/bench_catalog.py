@@ -104,7 +104,9 @@ def serving(run: Run) -> dict[str, float]:
     seconds: dict[str, float] = {}
     before = dict(vars(reconcile))
     slice_ = jax.device_get(init_slice(jax.random.key(1), run.config.tuning, run.backbone.config, len(run.classes)))
-    reconcile.tune = lambda problem, backbone, jobs, *rest: (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
+    reconcile.tune = lambda problem, backbone, jobs, *rest: (
+        Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs
+    )
     parts = [(reconcile, "sweep"), (reconcile, "plan"), (reconcile, "_publish"), (reconcile, "_condemned")]
     parts += [(reconcile, "purge"), (purge, "kept"), (purge, "_overwrite"), (checkpoints, "save")]
     parts += [(Catalog, "add_slice"), (Catalog, "publish"), (Catalog, "drop_slice"), (Catalog, "forget")]

@@ -66,6 +66,7 @@ def attack(task: dict[str, Any], folder: Path, ready: Callable[[], None]) -> dic
 
 def through_main(work: Callable[[Path], Any], folder: Path) -> int:
     """The exit code of a command that does this work."""
+    main.without_echoes()
     command.run = lambda _: work(folder) or 0
     return main.main(["rollback", f"--workdir={folder}"])
 

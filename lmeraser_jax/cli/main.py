@@ -110,5 +110,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
 
 
+def console() -> int:
+    """The program `lmeraser`."""
+    without_echoes()
+    return main()
+
+
+def without_echoes() -> None:
+    """Silences threads of a failed checkpoint that have nobody left to report to: the failure itself is raised."""
+
+    def echo(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    report, ignore = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: None if echo(error) else report(kind, error, trace)
+    sys.unraisablehook = lambda args: None if echo(args.exc_value) else ignore(args)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())
