@@ -297,7 +297,7 @@ def test_requests_that_wait_are_finished_by_an_add_that_brings_nothing(trained, 
 
 
 def test_new_members_of_pinned_clusters_are_published_without_tuning(trained, tmp_path):
-    """A pinned slice stays, so no entry of the manifest changes; its new members are told their cluster all the same."""
+    """A pinned slice stays, so no entry changes; its new members are told their cluster all the same."""
     workdirs, wanted = trained
     with copied(workdirs[UNSAMPLED], tmp_path / "run") as run:
         manifest = run.catalog.manifest()
