@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax import artifacts, purge, receipts, unlearning
+from lmeraser_jax import artifacts, purge, receipts, shares, unlearning
 from lmeraser_jax import reconcile as build
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import differences, state
@@ -65,7 +65,8 @@ def test_an_interrupted_train_goes_on_where_it_stopped(tmp_path, monkeypatch, wa
         assert run.catalog.manifest() is None, "nothing is published halfway"
     with small_run(tmp_path / "run") as run:
         outcome = reconcile(run)
-        assert outcome.reused == 2 and outcome.retuned == outcome.clusters - 2
+        assert (outcome.reused, outcome.adopted) == (3, 1), "two were registered, one only written"
+        assert outcome.retuned == outcome.clusters - 3
         assert differences(state(run), wanted) == []
 
 
@@ -123,9 +124,9 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
     gentler = small_config(tuning__head_rate=0.001)
     with pytest.raises(UserError, match="tuning.head_rate"), small_run(tmp_path / "run", config=gentler):
         pass
-    tune = build.tune
+    tune = shares.tune
     with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
-        patch.setattr(build, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
+        patch.setattr(shares, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
         before = run.catalog.manifest()
         with pytest.raises(UserError, match="at step 3"):
             unlearning.request_erasure(run, trained[1])

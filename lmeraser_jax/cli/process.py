@@ -40,7 +40,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.run import opened
 
     print(f"{_some(due.waiting)}; the oldest is {_time(due.age)} old", file=sys.stderr)
-    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+    with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
         common.log_devices()
         outcome, finished = unlearning.process(run_)
     receipts = [str(layout.receipt(request.id)) for request in finished]

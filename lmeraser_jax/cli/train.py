@@ -31,7 +31,12 @@ def run(arguments: common.Arguments) -> int:
 
     common.log_devices()
     with prepared(
-        workdir, config, reimport=arguments["reimport"], retune=arguments["retune"], wait=arguments["wait"]
+        workdir,
+        config,
+        reimport=arguments["reimport"],
+        retune=arguments["retune"],
+        wait=arguments["wait"],
+        team=arguments.team,
     ) as (opened, imported):
         lines = []
         if imported:
