@@ -92,9 +92,10 @@ def _open_mpi(environ: Mapping[str, str]) -> Place | None:
             " --coordinator_address=HOST:PORT --num_processes=N --process_id=I"
         )
     port = 65536 - PORTS + int(found[1]) // PORTS % PORTS
-    local = environ["OMPI_COMM_WORLD_LOCAL_RANK"] if int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]) > 1 else None
+    crowded = int(environ["OMPI_COMM_WORLD_LOCAL_SIZE"]) > 1
+    device = _device(environ, environ["OMPI_COMM_WORLD_LOCAL_RANK"]) if crowded else None
     names = (environ["OMPI_COMM_WORLD_SIZE"], environ["OMPI_COMM_WORLD_RANK"])
-    return _place(f"{found[2]}:{port}", *names, local, "Open MPI's variables")
+    return _place(f"{found[2]}:{port}", *names, device, "Open MPI's variables")
 
 
 def _slurm(environ: Mapping[str, str]) -> Place | None:
@@ -104,9 +105,14 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
     assert first, nodes
     port = 65536 - PORTS + int(environ["SLURM_JOB_ID"]) % PORTS
     crowded = int(environ["SLURM_STEP_NUM_TASKS"]) > int(environ["SLURM_STEP_NUM_NODES"])
-    local = environ["SLURM_LOCALID"] if crowded else None
+    device = _device(environ, environ["SLURM_LOCALID"]) if crowded else None
     names = (environ["SLURM_STEP_NUM_TASKS"], environ["SLURM_PROCID"])
-    return _place(f"{first[1]}{first[2] or ''}:{port}", *names, local, "Slurm's variables")
+    return _place(f"{first[1]}{first[2] or ''}:{port}", *names, device, "Slurm's variables")
+
+
+def _device(environ: Mapping[str, str], local: str) -> str | None:
+    """Processes of one host take a GPU each, unless the scheduler shows each of them only one."""
+    return local if "," in environ.get("CUDA_VISIBLE_DEVICES", ",") else None
 
 
 def _kubernetes(environ: Mapping[str, str]) -> Place | None:

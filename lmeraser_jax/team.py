@@ -10,6 +10,7 @@ import dataclasses
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
@@ -179,8 +180,9 @@ class Team:
             self.end = End(ok)
             for peer in self._peers:
                 self._send(peer, self.end)
+            end = time.monotonic() + GOODBYE
             for thread in self._threads:
-                thread.join(GOODBYE)
+                thread.join(max(0.0, end - time.monotonic()))
         for _, connection in self._peers.values():
             with contextlib.suppress(OSError), _socket(connection) as raw:
                 raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; closing would pull the rug from under it
