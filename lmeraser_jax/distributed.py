@@ -225,19 +225,18 @@ def _meet(place: Place, told: dict) -> dict:
     """What process 0 tells; each process waits until all have heard it. Its errors go to standard error as they are."""
     command = [sys.executable, "-m", "lmeraser_jax.distributed", place.coordinator, str(place.size), str(place.index)]
     environ = os.environ | {"JAX_PLATFORMS": "cpu"}
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ)
     given: str | None = json.dumps(told)
-    try:
-        while True:
-            try:
-                out, _ = child.communicate(given, timeout=POLL)
-                break
-            except subprocess.TimeoutExpired:
-                given = None  # it was handed over by the first call
-                stopping.check()
-    finally:
-        if child.poll() is None:
-            child.kill()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ) as child:
+        try:
+            while True:
+                try:
+                    out, _ = child.communicate(given, timeout=POLL)
+                    break
+                except subprocess.TimeoutExpired:
+                    given = None  # it was handed over by the first call
+                    stopping.check()
+        finally:
+            child.kill()  # does nothing once it has ended
     stopping.check()
     if child.returncode:
         raise UserError(

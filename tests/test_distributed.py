@@ -65,25 +65,32 @@ def together(folder: Path, command: list[str], count: int, victim: int = -1, num
         blow = [str(number), str(after)] if index == victim else ["0", "0"]
         line = [sys.executable, str(HELPER), str(folder / f"notes-{index}"), *blow, *command, *where]
         files = [open(folder / f"{kind}-{index}", "w+") for kind in ("out", "err")]  # noqa: SIM115
-        processes.append(
-            (subprocess.Popen([*line, f"--process_id={index}"], stdout=files[0], stderr=files[1], env=environ), files)
-        )
-    ended = []
-    for index, (process, files) in enumerate(processes):
-        try:
-            process.wait(timeout=240)
-        finally:
+        line.append(f"--process_id={index}")
+        processes.append((subprocess.Popen(line, stdout=files[0], stderr=files[1], env=environ), files))
+    ends: dict[int, float] = {}
+    try:
+        while len(ends) < count:
+            for index, (process, _) in enumerate(processes):
+                if index not in ends and process.poll() is not None:
+                    ends[index] = time.monotonic() - started
+            assert time.monotonic() - started < 240, f"only {sorted(ends)} have ended"
+            time.sleep(0.05)
+    finally:
+        for process, _ in processes:
             process.kill()
-        seconds = time.monotonic() - started
-        texts = []
-        for file in files:
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-        notes = folder / f"notes-{index}"
-        names = notes.read_text().split() if notes.exists() else []
-        ended.append(Ended(process.returncode, *texts, names, seconds))
-    return ended
+            process.wait()
+    numbered = enumerate(processes)
+    return [_ended(folder, index, process.returncode, files, ends[index]) for index, (process, files) in numbered]
+
+
+def _ended(folder: Path, index: int, code: int, files, seconds: float) -> Ended:
+    texts = []
+    for file in files:
+        file.seek(0)
+        texts.append(file.read())
+        file.close()
+    notes = folder / f"notes-{index}"
+    return Ended(code, *texts, notes.read_text().split() if notes.exists() else [], seconds)
 
 
 def own_run(folder: Path):
@@ -116,6 +123,7 @@ def test_two_processes_make_and_erase_the_bits_of_one(tmp_path, trained, wanted)
     with own_run(folder) as run:
         assert differences(state(run), wanted) == [] and leftovers(run) == []
         assert set(run.catalog.slices()) == {*first.slices, *second.slices}
+        assert not [path for path in run.layout.slices.rglob("*") if path.stat().st_mode & 0o077], "open to others"
         ids = list(run.catalog.live("train").ids[:20])
     erased = together(tmp_path / "erase", ["unlearn", f"--workdir={folder}", f"--records={','.join(ids)}"], 2)
     assert [one.code for one in erased] == [0, 0] and all(one.slices for one in erased), [one.err for one in erased]
@@ -141,7 +149,7 @@ def test_a_killed_process_fails_the_command_and_its_slices_are_adopted(tmp_path,
     flags = ["train", f"--workdir={folder}", *FLAGS]
     first, second = together(tmp_path / "one", flags, 2, victim=1, number=signal.SIGKILL, after=1)
     assert second.code == -signal.SIGKILL and len(second.slices) == 1
-    assert first.code == 2 and first.out == "", (first.out, first.err)
+    assert first.code == 2 and first.out == "" and first.seconds - second.seconds < 30, (first.out, first.err)
     last = first.err.splitlines()[-1]
     assert last.startswith("error: process 1 (") and last.endswith(f"was lost; {AGAIN}"), first.err
     with own_run(folder) as run:
