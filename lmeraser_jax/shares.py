@@ -235,7 +235,11 @@ def share_slices(team: Team, task: SliceTask, backbone: Backbone, images: np.nda
         dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt
     ]
     own = make_slices(parts[0], backbone, images, mesh) if parts[0].targets else iter(())
-    return team.share({peer: part for peer, part in enumerate(parts) if peer and part.targets}, own)
+    made = set()
+    for one in team.share({peer: part for peer, part in enumerate(parts) if peer and part.targets}, own):
+        made.add(one.row.digest)
+        yield one
+    assert made == {target.digest for target in task.targets}, "whoever goes on publishes"
 
 
 def share_features(team: Team, task: FeatureTask, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:

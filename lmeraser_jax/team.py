@@ -85,6 +85,7 @@ class Team:
         self.index, self.size = index, size
         self.problem: str | None = None  # what ended the team's work: a lost process, a failed task
         self.end: End | None = None
+        self._stopped = False  # some part of what is shared now was stopped before its end
         self._peers = dict(peers)
         self._inbox: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         self._threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self._peers]
@@ -144,7 +145,7 @@ class Team:
             Stopped: some process was asked to stop; all have ended where nothing is lost, and that was yielded.
         """
         self._check()
-        busy, stopped, told = set(tasks), False, False
+        busy, told, self._stopped = set(tasks), False, False
         for peer, task in tasks.items():
             self._send(peer, task)
         try:
@@ -152,14 +153,14 @@ class Team:
                 yield result
                 yield from self._results(busy, 0)
         except stopping.Stopped:
-            stopped = True
+            self._stopped = True
         while busy:
             if stopping.asked() and not told:
-                told = stopped = True
+                told = True
                 for peer in busy:
                     self._send(peer, Stop())
             yield from self._results(busy, POLL)
-        if stopped:
+        if self._stopped:
             self._check()
             raise stopping.Stopped
 
@@ -170,6 +171,7 @@ class Team:
             if isinstance(message, _Lost | Failed):
                 self._check()
             elif isinstance(message, Finished):
+                self._stopped |= message.stopped
                 busy.discard(peer)
             elif not isinstance(message, Asked):
                 yield message

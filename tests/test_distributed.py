@@ -266,7 +266,7 @@ def test_a_failed_task_is_one_message_at_process_0(crew):
 
 def test_a_loss_is_noticed_while_process_0_works_and_after_what_had_arrived(crew):
     leader, first, second = crew
-    served(second, lambda task: [Finished(True)])
+    served(second, lambda task: [Finished(False)])
 
     def own():
         first.report("late")
@@ -279,6 +279,30 @@ def test_a_loss_is_noticed_while_process_0_works_and_after_what_had_arrived(crew
     with pytest.raises(UserError, match=f"^process 1 .* was lost; {AGAIN}$"):
         taken.extend(leader.share({1: "a", 2: "b"}, own()))
         raise AssertionError(taken)
+
+
+def test_a_loss_is_no_stop_although_nobody_waits_for_the_lost_any_more(crew):
+    leader, first, _ = crew
+
+    def own():
+        first.report(Finished(False))
+        yield "own"
+        first.leave(True)
+        assert within(5, stopping.asked)
+        raise stopping.Stopped
+
+    with pytest.raises(UserError, match="^process 1 .* was lost"):
+        list(leader.share({1: "a"}, own()))
+
+
+def test_a_part_that_was_stopped_at_the_very_end_stops_all(crew):
+    """Process 0 has done its own part: without a word it would publish what is not there."""
+    leader, first, second = crew
+    served(first, lambda task: [Finished(True)])
+    served(second, lambda task: [Finished(False)])
+    taken = []
+    with pytest.raises(stopping.Stopped):
+        taken.extend(leader.share({1: "a", 2: "b"}, iter(["own"])))
 
 
 def test_a_worker_that_is_asked_to_stop_while_it_has_no_task_says_so(crew):
