@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import synthetic
 
-from lmeraser_jax import planning, purge, receipts, reconcile
+from lmeraser_jax import planning, purge, receipts, reconcile, shares
 from lmeraser_jax.run import Run, opened
 from lmeraser_jax.slices import init_slice
 from lmeraser_jax.store import checkpoints, requests
@@ -102,12 +102,16 @@ def accepting(run: Run, names: list[str], quarantine: bool) -> float:
 def serving(run: Run) -> dict[str, float]:
     """Seconds of each part of a reconcile that serves what was accepted, without tuning."""
     seconds: dict[str, float] = {}
-    before = dict(vars(reconcile))
+    tune = shares.tune
     slice_ = jax.device_get(init_slice(jax.random.key(1), run.config.tuning, run.backbone.config, len(run.classes)))
-    reconcile.tune = lambda problem, backbone, jobs, *rest: (
-        Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs
-    )
-    parts = [(reconcile, "sweep"), (reconcile, "plan"), (reconcile, "_publish"), (reconcile, "_condemned")]
+    shares.tune = lambda problem, backbone, jobs, *rest: (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
+    parts = [
+        (reconcile, "sweep"),
+        (reconcile, "plan"),
+        (reconcile, "adopt"),
+        (reconcile, "_publish"),
+        (reconcile, "_condemned"),
+    ]
     parts += [(reconcile, "purge"), (purge, "kept"), (purge, "_overwrite"), (checkpoints, "save")]
     parts += [(Catalog, "add_slice"), (Catalog, "publish"), (Catalog, "drop_slice"), (Catalog, "forget")]
     parts += [(Catalog, "flush"), (receipts, "write")]
@@ -123,7 +127,7 @@ def serving(run: Run) -> dict[str, float]:
 
         total = timed(serve)
     finally:
-        reconcile.tune = before["tune"]
+        shares.tune = tune
         for owner, name, function in kept:
             setattr(owner, name, function)
     assert outcome is not None

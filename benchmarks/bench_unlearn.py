@@ -25,11 +25,17 @@ import jax
 from jax import monitoring
 from synthetic import surroundings, unsampled
 
-from lmeraser_jax import config, reconcile, unlearning
+from lmeraser_jax import config, reconcile, shares, unlearning
 from lmeraser_jax.run import opened, prepared
 
 SHARDS = 10
-PARTS = {"plan": "plan", "write": "_keep", "publish": "_publish", "purge": "purge"}
+PARTS = {
+    "plan": (reconcile, "plan"),
+    "write": (shares, "_written"),
+    "register": (reconcile, "_keep"),
+    "publish": (reconcile, "_publish"),
+    "purge": (reconcile, "purge"),
+}
 
 
 def main() -> None:
@@ -117,9 +123,9 @@ class Clock:
     def __init__(self):
         self.seconds: dict[str, float] = {}
         self.reset()
-        for name, function in PARTS.items():
-            setattr(reconcile, function, self._timed(name, getattr(reconcile, function)))
-        reconcile.tune = self._stepped(reconcile.tune)
+        for name, (module, function) in PARTS.items():
+            setattr(module, function, self._timed(name, getattr(module, function)))
+        shares.tune = self._stepped(shares.tune)
         monitoring.register_event_duration_secs_listener(self._compiled)
 
     def reset(self) -> None:

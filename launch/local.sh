@@ -1,12 +1,40 @@
 #!/usr/bin/env bash
-# One machine, any number of GPUs: one process drives all of them.
+# One machine, any number of GPUs. Nothing has to be edited.
 #
 #   GPUS=0,1,2,3 launch/local.sh train --config=configs/npz.py --workdir=runs/mine --config.data.path=FILE.npz ...
 #
-# Without GPUS every GPU of the machine is used. Clusters are spread over the devices; nothing has to be set.
+# Without GPUS every GPU of the machine is used, by one process, which spreads the clusters over them.
+# With PROCESSES=n there are n processes instead; with GPUS, process i takes the i-th GPU. Each runs the program of one
+# GPU, so the bits are those of a machine with one GPU (docs/launch.md).
 set -euo pipefail
-: "${1:?usage: [GPUS=0,1] launch/local.sh COMMAND --flags (see: lmeraser --help)}"
-if [ -n "${GPUS:-}" ]; then
-  export CUDA_VISIBLE_DEVICES="$GPUS"
+: "${1:?usage: [GPUS=0,1] [PROCESSES=2] launch/local.sh COMMAND --flags (see: lmeraser --help)}"
+if [ "${PROCESSES:-1}" -eq 1 ]; then
+  if [ -n "${GPUS:-}" ]; then
+    export CUDA_VISIBLE_DEVICES="$GPUS"
+  fi
+  exec lmeraser "$@"
 fi
-exec lmeraser "$@"
+
+IFS=, read -r -a gpus <<<"${GPUS:-}"
+if [ -n "${GPUS:-}" ] && [ "${#gpus[@]}" -ne "$PROCESSES" ]; then
+  echo "GPUS=$GPUS names ${#gpus[@]} GPUs for PROCESSES=$PROCESSES; name one for each process" >&2
+  exit 2
+fi
+port="${PORT:-$((20000 + RANDOM % 10000))}"
+pids=()
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+for ((i = 0; i < PROCESSES; i++)); do
+  if [ -n "${GPUS:-}" ]; then
+    export CUDA_VISIBLE_DEVICES="${gpus[i]}"
+  fi
+  lmeraser "$@" --coordinator_address="127.0.0.1:$port" --num_processes="$PROCESSES" --process_id="$i" &
+  pids+=("$!")
+done
+code=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do # a signal ends a wait early
+    wait "$pid" && one=0 || one=$?
+  done
+  if [ "${one:-0}" -gt "$code" ]; then code=$one; fi
+done
+exit "$code"

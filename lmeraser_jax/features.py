@@ -78,15 +78,16 @@ class Extractor:
 
 
 def cached(
-    file: RowFile, rows: np.ndarray, images: np.ndarray, make: Callable[[], Extractor], write: bool
+    file: RowFile, rows: np.ndarray, count: int, compute: Callable[[np.ndarray], np.ndarray], piece: int, write: bool
 ) -> np.ndarray:
     """Features of the given rows, computed where the cache does not hold them yet (NaN).
 
     Args:
-        file: the cache, a row for each row of `images`.
+        file: the cache, a row for each row of the image file.
         rows: int64 [n], rows wanted.
-        images: uint8 [N, h, w, c], all rows of the image file.
-        make: gives the extractor; called only if something is missing.
+        count: N, rows of the image file.
+        compute: rows int64 [k] -> float32 [k, D]; called only if something is missing.
+        piece: rows computed between two writes.
         write: grow and fill the cache. Only the holder of the writer lock may: a reader could put back the
             feature of a record that is being erased.
 
@@ -94,20 +95,17 @@ def cached(
         float32 [n, D], in the order of `rows`.
     """
     if write:
-        file.truncate(min(len(file), len(images)))
-        if len(file) < len(images):
-            file.append(np.full((len(images) - len(file), *file.shape), np.nan, np.float32))
+        file.truncate(min(len(file), count))
+        if len(file) < count:
+            file.append(np.full((count - len(file), *file.shape), np.nan, np.float32))
     found = np.full((len(rows), *file.shape), np.nan, np.float32)
     there = np.flatnonzero(rows < len(file))
     if len(there):
         found[there] = file.view()[rows[there]]
     missing = np.flatnonzero(np.isnan(found).any(axis=1))
-    if not len(missing):
-        return found
-    extract = make()
-    for start in range(0, len(missing), PIECE):
-        chosen = missing[start : start + PIECE]
-        found[chosen] = extract(images[rows[chosen]])
+    for start in range(0, len(missing), piece):
+        chosen = missing[start : start + piece]
+        found[chosen] = compute(rows[chosen])
         if write:
             view = file.view("r+")
             view[rows[chosen]] = found[chosen]

@@ -18,18 +18,9 @@ from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import Job, snapshot_steps, stage_jobs
+from lmeraser_jax.schedule import Target, snapshot_steps, stage_jobs
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Manifest, SliceRow
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Target:
-    """A slice that has to exist: its digest, that of the slice it starts from ("" for none), how to make it."""
-
-    digest: str
-    parent: str
-    job: Job
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -29,6 +29,14 @@ class _Bar:
         self.bar.close()
 
 
+class _Nothing:
+    def advance(self, amount: int, note: str = "") -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class _Lines:
     def __init__(self, title: str, total: int):
         self.title, self.total, self.done = title, total, 0
@@ -46,7 +54,18 @@ class _Lines:
         pass
 
 
-def _best(title: str, total: int) -> _Bar | _Lines:
+_silent = False
+
+
+def silence() -> None:
+    """Shows nothing from here on: one process of several speaks for all."""
+    global _silent
+    _silent = True
+
+
+def _best(title: str, total: int) -> _Bar | _Lines | _Nothing:
+    if _silent:
+        return _Nothing()
     if sys.stderr.isatty():
         try:
             return _Bar(title, total)

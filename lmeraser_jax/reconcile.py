@@ -7,24 +7,24 @@ erasure does not touch is found again instead of made again.
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from lmeraser_jax.artifacts import expected_params, load_clustering, load_slice, parts_of, save_clustering
-from lmeraser_jax.digests import arrays_digest, canonical_json
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.planning import Plan, Target, plan
+from lmeraser_jax.planning import Plan, plan
 from lmeraser_jax.purge import kept, purge, with_parents
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import efficiency
-from lmeraser_jax.store import checkpoints, requests
-from lmeraser_jax.store.catalog import Manifest, SliceRow
+from lmeraser_jax.schedule import Target, efficiency
+from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices
+from lmeraser_jax.store import requests
+from lmeraser_jax.store.catalog import Manifest
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
-from lmeraser_jax.tuning import Tuned, fingerprint, tune
+from lmeraser_jax.tuning import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Outcome:
     published: bool
     version: int
     reclustered: bool
+    adopted: int  # slices that an earlier command had written, but was killed before it registered them
 
     @property
     def ratio(self) -> float:
@@ -51,9 +52,9 @@ class Outcome:
 def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     """Brings the workdir to the state that its live records call for.
 
-    Order: tune what is missing, each slice on disk before it is registered; publish in one transaction;
-    purge. A kill at any point leaves the old or the new state, and the next reconcile finishes. It serves the
-    requests that were accepted when it planned; later ones wait for the next.
+    Order: tune what is missing, each slice on disk before it is registered; wait for every process; publish in one
+    transaction; purge. A kill at any point leaves the old or the new state, and the next reconcile finishes. It
+    serves the requests that were accepted when it planned; later ones wait for the next.
 
     Args:
         run: opened for writing.
@@ -67,7 +68,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     start = time.perf_counter()
     sweep(run)
     before = run.catalog.manifest()
-    wanted = plan(run)
+    wanted, adopted = adopt(run, plan(run))
     served = wanted.requests
     requests.advance(run.catalog, served, "planned")
     missing = {key: chain for key, chain in wanted.missing.items() if only is None or key in only}
@@ -83,7 +84,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         wanted.entries,
     )
     changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
-    lanes = run.mesh.size * run.config.tuning.lanes
+    lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
     outcome = Outcome(
         clusters=len(wanted.entries),
         retuned=len(missing),
@@ -95,6 +96,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         published=changed,
         version=before.version if before else 0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
+        adopted=adopted,
     )
     version = _publish(run, wanted, before, outcome, served, sum(job.steps for job in jobs))
     purge(run)
@@ -104,10 +106,31 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
 
 
 def sweep(run: Run) -> None:
-    """Removes what a killed writer left: unregistered slices, receipts, scratch, image rows without a record."""
-    remove_others(run.layout.slices, set(run.catalog.slices()))
+    """Removes what a killed writer left: scratch, image rows without a record. Slices are looked at by `adopt`."""
     remove_others(run.layout.scratch, set())
     image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
+
+
+def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
+    """Registers slices that were written but not registered, where the plan calls for them, and removes all others.
+
+    A slice's digest names its members, so one that an erased record helped to make is never called for.
+
+    Returns:
+        The plan without what is no longer missing, and the number of slices registered.
+    """
+    missing, adopted = {}, 0
+    program = fingerprint(run.config.tuning, run.mesh)
+    for key, chain in wanted.missing.items():
+        rest = list(chain)
+        while rest and (made := left_behind(run.layout.root, rest[0], program, run.config.tuning)) is not None:
+            _keep(run, made)
+            rest.pop(0)
+        adopted += len(chain) - len(rest)
+        if rest:
+            missing[key] = tuple(rest)
+    remove_others(run.layout.slices, set(run.catalog.slices()))
+    return dataclasses.replace(wanted, missing=missing), adopted
 
 
 def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
@@ -118,14 +141,17 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
     for key, chain in missing.items():
         labels[chain[-1].job.rows] = wanted.labels[key]
     failed: list[str] = []
+    program = fingerprint(run.config.tuning, run.mesh)
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
     while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
-        for target, done, earlier in _finished(run, [chain[0] for chain in waiting.values()], labels):
-            if done.failed_at is None:
-                _keep(run, target, done, earlier)
+        targets = tuple(_started(run, chain[0]) for chain in waiting.values())
+        task = SliceTask(run.layout.root, run.problem, run.backbone.digest, program, labels, targets)
+        for made in share_slices(run.team, task, run.backbone, run.images, run.mesh):
+            if made.failed_at is None:
+                _keep(run, made)
             else:
-                failed.append(f"cluster {done.job.key[:12]} ({len(done.job.rows)} members) at step {done.failed_at}")
-                waiting[done.job.key] = ()  # its later stages have nothing to start from
+                failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
+                waiting[made.row.cluster] = ()  # its later stages have nothing to start from
         waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
     raise_all(
         failed,
@@ -136,42 +162,17 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
     )
 
 
-def _finished(run: Run, targets: Sequence[Target], labels: np.ndarray) -> Iterator[tuple[Target, Tuned, list[Tuned]]]:
-    """Tunes one slice of each cluster; yields each that ended, with its snapshots."""
-    by_key = {target.job.key: target for target in targets}
-    starts = {key: load_slice(run, target.parent) for key, target in by_key.items() if target.parent}
-    jobs = [dataclasses.replace(target.job, start=starts.get(key)) for key, target in by_key.items()]
-    earlier: dict[str, list[Tuned]] = {key: [] for key in by_key}
-    for done in tune(run.problem, run.backbone, jobs, run.images, labels, run.mesh):
-        if done.final:
-            yield by_key[done.job.key], done, earlier.pop(done.job.key)
-        else:
-            earlier[done.job.key].append(done)
+def _started(run: Run, target: Target) -> Target:
+    """The target with the slice that it carries on from."""
+    start = load_slice(run, target.parent) if target.parent else None
+    return dataclasses.replace(target, job=dataclasses.replace(target.job, start=start))
 
 
-def _keep(run: Run, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> None:
-    """Writes a slice and its snapshots to disk, then registers them."""
-    arrays = checkpoints.flatten(done.slice)
-    snapshots = {part.step: checkpoints.flatten(part.slice) for part in earlier}
-    row = SliceRow(
-        digest=target.digest,
-        cluster=done.job.key,
-        params=arrays_digest(arrays),
-        size=len(done.job.rows),
-        images=done.job.images,
-        steps=done.job.steps,
-        loss=done.loss,
-        seconds=done.seconds,
-        program=fingerprint(run.config.tuning, run.mesh),
-        created=time.time(),
-        parent=target.parent,
-        tuning=canonical_json(dataclasses.asdict(run.config.tuning)),
-    )
-    metadata = {"cluster": row.cluster, "params": row.params}
-    checkpoints.save(run.layout.slice(target.digest), arrays, metadata, done.step, snapshots)
+def _keep(run: Run, made: Made) -> None:
+    """Registers a slice that is on disk, and its snapshots."""
     with run.catalog.transaction():
-        run.catalog.add_slice(row, done.job.rows)
-        run.catalog.add_epochs(target.digest, {step: arrays_digest(tree) for step, tree in snapshots.items()})
+        run.catalog.add_slice(made.row, made.rows)
+        run.catalog.add_epochs(made.row.digest, made.epochs)
 
 
 def _publish(

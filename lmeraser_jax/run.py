@@ -30,11 +30,13 @@ from lmeraser_jax.records import sources
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
+from lmeraser_jax.shares import FeatureTask, piece, share_features
 from lmeraser_jax.slices import NOT_IN_RECIPE
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, check_images, image_file, import_settings, import_source
 from lmeraser_jax.store.layout import Layout, read_config, write_json, writer_lock
+from lmeraser_jax.team import ALONE, Team
 from lmeraser_jax.tuning import Problem, fingerprint, mesh_of
 
 FREE = ("inference", "checkpoints")  # settings that no published number depends on
@@ -42,7 +44,10 @@ FREE = ("inference", "checkpoints")  # settings that no published number depends
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """An opened workdir with its frozen backbone; `writable` if this process holds the writer lock."""
+    """An opened workdir with its frozen backbone; `writable` if this process holds the writer lock.
+
+    Where several processes work on one command, the run is at process 0 and `team` leads to the others.
+    """
 
     layout: Layout
     config: Config
@@ -50,6 +55,7 @@ class Run:
     backbone: Backbone
     mesh: Mesh
     writable: bool
+    team: Team = ALONE
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -83,8 +89,15 @@ class Run:
 
     def features(self, records: RecordTable) -> np.ndarray:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
-        file = self.feature_file(fingerprint(self.config.tuning, self.mesh))
-        return cached(file, records.rows, self.images, self.extractor, write=self.writable)
+        program, images = fingerprint(self.config.tuning, self.mesh), self.images
+        k, file, made = self.config.clustering, self.feature_file(program), functools.cache(self.extractor)
+        whole = (self.layout.root, self.spec, self.backbone.digest, program, self.config.tuning, k.feature_batch)
+
+        def compute(rows: np.ndarray) -> np.ndarray:
+            task = FeatureTask(*whole, len(images), rows, 0)
+            return share_features(self.team, task, lambda own: made()(images[own]))
+
+        return cached(file, records.rows, len(images), compute, piece(self.team), write=self.writable)
 
     def log(self, kind: str, **values: object) -> None:
         """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""
@@ -123,6 +136,7 @@ def opened(
     devices: Sequence[Any] | None = None,
     write: bool = False,
     wait: float = 0,
+    team: Team = ALONE,
 ) -> Iterator[Run]:
     """Opens a finished workdir.
 
@@ -132,6 +146,7 @@ def opened(
         devices: all by default.
         write: take the writer lock.
         wait: seconds to wait for another writer.
+        team: processes to share the work with.
 
     Raises:
         UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
@@ -147,7 +162,7 @@ def opened(
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = frozen.load(layout.backbone)
-        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write)
+        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write, team)
 
 
 @contextlib.contextmanager
@@ -159,6 +174,7 @@ def prepared(
     reimport: bool = False,
     retune: bool = False,
     wait: float = 0,
+    team: Team = ALONE,
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
@@ -174,6 +190,7 @@ def prepared(
         retune: let `tuning` differ from the published state's; the old slices stay for rollback.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
         wait: seconds to wait for another writer.
+        team: processes to share the work with.
 
     Yields:
         The run, and what an import did (None when nothing was imported).
@@ -204,7 +221,7 @@ def prepared(
         if not layout.backbone.exists():
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = frozen.load(layout.backbone)
-        yield Run(layout, config, catalog, backbone, mesh, True), imported
+        yield Run(layout, config, catalog, backbone, mesh, True, team), imported
 
 
 def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:

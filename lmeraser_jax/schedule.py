@@ -63,6 +63,15 @@ class Job:
         return -(-epochs * len(self.rows) // self.batch)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """A slice that has to exist: its digest, that of the slice it starts from ("" for none), how to make it."""
+
+    digest: str
+    parent: str
+    job: Job
+
+
 def make_job(key: str, rows: np.ndarray, tuning: Tuning, stage: int = 1) -> Job:
     """A small cluster repeats its members until it makes at least `tuning.min_steps` steps over its R stages."""
     assert len(rows), key

@@ -21,6 +21,11 @@ def asked() -> bool:
     return _asked.is_set()
 
 
+def ask() -> None:
+    """What SIGTERM does: long work ends at the next place where nothing is lost."""
+    _asked.set()
+
+
 def check() -> None:
     """Raises `Stopped` if this process was asked to stop."""
     if _asked.is_set():
@@ -33,7 +38,7 @@ def on_request() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _asked.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: ask())
     try:
         yield
     finally:

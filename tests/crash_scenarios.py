@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from helpers import small_config, small_source, with_items, without
 
-from lmeraser_jax import audit, planning, rollback, unlearning
+from lmeraser_jax import audit, planning, rollback, shares, unlearning
 from lmeraser_jax import reconcile as build
 from lmeraser_jax import run as runs
 from lmeraser_jax.artifacts import load_clustering
@@ -77,7 +77,7 @@ def install_fakes() -> None:
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), frozen.graph(vit)[1])
     made = frozen.make(vit, params, (0.5,), (0.5,))
     pretrain.pretrain = lambda *_: (made, 0.5)
-    build.tune = audit.tune = fake_tune
+    shares.tune = audit.tune = fake_tune
     runs.Extractor = FakeExtractor
     planning.clusters.assign = fake_assign
 

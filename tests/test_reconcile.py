@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax import artifacts, purge, receipts, unlearning
+from lmeraser_jax import artifacts, purge, receipts, shares, unlearning
 from lmeraser_jax import reconcile as build
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import differences, state
+from lmeraser_jax.digests import arrays_digest
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.planning import plan
 from lmeraser_jax.reconcile import reconcile
@@ -65,8 +66,110 @@ def test_an_interrupted_train_goes_on_where_it_stopped(tmp_path, monkeypatch, wa
         assert run.catalog.manifest() is None, "nothing is published halfway"
     with small_run(tmp_path / "run") as run:
         outcome = reconcile(run)
-        assert outcome.reused == 2 and outcome.retuned == outcome.clusters - 2
+        assert (outcome.reused, outcome.adopted) == (3, 1), "two were registered, one only written"
+        assert outcome.retuned == outcome.clusters - 3
         assert differences(state(run), wanted) == []
+
+
+def spoil(run, how: str) -> None:
+    """Does something to the only slice on disk."""
+    (folder,) = run.layout.slices.iterdir()
+    arrays, notes, step = checkpoints.load(folder)
+    arrays = dict(arrays)
+    if how == "torn":
+        shutil.rmtree(folder / str(step) / "arrays")
+    elif how == "other bits":
+        checkpoints.save(folder, arrays | {"bias": arrays["bias"] + 1}, notes, step)
+    elif how == "other arrays":
+        arrays["more"] = arrays["bias"]
+        checkpoints.save(folder, arrays, notes | {"params": arrays_digest(arrays)}, step)
+    elif how == "earlier step":
+        checkpoints.save(folder, arrays, notes, step - 1)
+    elif how == "other name":
+        folder.rename(folder.with_name("f" * 64))
+    else:
+        name, _, value = how.partition("=")
+        checkpoints.save(folder, arrays, notes | {name: value}, step)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "",
+        "torn",
+        "other bits",
+        "other arrays",
+        "earlier step",
+        "other name",
+        "program=p",
+        "digest=d",
+        "loss=x",
+        "epochs=",
+    ],
+)
+def test_a_slice_that_was_written_but_not_registered_is_adopted_only_as_it_was_made(tmp_path, monkeypatch, wanted, how):
+    with small_run(tmp_path / "run") as run:
+        with monkeypatch.context() as patch:
+            stop_after(patch, 0, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                reconcile(run)
+        if how:
+            spoil(run, how)
+        outcome = reconcile(run)
+        assert (outcome.adopted, outcome.reused) == ((0, 0) if how else (1, 1))
+        assert differences(state(run), wanted) == [] and purge.leftovers(run) == []
+
+
+def test_stages_and_snapshots_are_adopted_too(tmp_path, monkeypatch):
+    config = small_config(tuning__slices=2, tuning__epochs=6, checkpoints__every_epochs=1, checkpoints__keep=2)
+    with small_run(tmp_path / "whole", config=config) as run:
+        reconcile(run)
+        whole, made = state(run), run.catalog.slices()
+        epochs = {name: run.catalog.epochs(name) for name in made}
+    with small_run(tmp_path / "run", config=config) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(build, "_keep", lambda *_: None)  # nothing is registered: the next stage has no start
+            with pytest.raises(UserError, match="is not in the catalog"):
+                reconcile(run)
+        first = len(list(run.layout.slices.iterdir()))
+        assert reconcile(run).adopted == first == 5
+    shutil.copytree(tmp_path / "run" / "slices", tmp_path / "kept")
+    with small_run(tmp_path / "again", config=config) as run:
+        shutil.copytree(tmp_path / "kept", run.layout.slices)
+        outcome = reconcile(run)
+        assert (outcome.adopted, outcome.retuned) == (len(made), 0)
+        assert differences(state(run), whole) == [] and purge.leftovers(run) == []
+        assert {name: run.catalog.epochs(name) for name in made} == epochs and any(epochs.values())
+        volatile = {"seconds": 0, "created": 0}
+        assert {n: r._replace(**volatile) for n, r in run.catalog.slices().items()} == {
+            n: r._replace(**volatile) for n, r in made.items()
+        }
+
+
+def test_a_slice_made_with_a_record_that_is_erased_by_now_is_not_adopted(tmp_path, monkeypatch, trained):
+    shutil.copytree(trained[0], tmp_path / "run")
+    with small_run(tmp_path / "run") as run:
+        records = run.catalog.live("train")
+        sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
+        key = max(set(records.clusters), key=records.clusters.count)
+        pairs = zip(records.ids, records.clusters, strict=True)
+        one, other = [name for name, cluster in pairs if cluster == key and name not in sample][:2]
+        with monkeypatch.context() as patch:
+            stop_after(patch, 0, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                unlearning.request_erasure(run, [one])
+        (left,) = {path.name for path in run.layout.slices.iterdir()} - set(run.catalog.slices())
+        with monkeypatch.context() as patch:
+            stop_after(patch, 0, KeyboardInterrupt())
+            with pytest.raises(KeyboardInterrupt):
+                unlearning.request_erasure(run, [other])
+        assert not run.layout.slice(left).exists(), "gone before anything is tuned"
+        outcome = reconcile(run)
+        assert (outcome.adopted, outcome.retuned) == (1, 0), "what was made without both"
+        found = state(run)
+    with small_run(tmp_path / "scratch", without(small_source(), {one, other})) as run:
+        reconcile(run)
+        assert differences(found, state(run)) == []
 
 
 def test_an_interrupted_erasure_is_finished_by_the_next_command(tmp_path, monkeypatch):
@@ -123,9 +226,9 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
     gentler = small_config(tuning__head_rate=0.001)
     with pytest.raises(UserError, match="tuning.head_rate"), small_run(tmp_path / "run", config=gentler):
         pass
-    tune = build.tune
+    tune = shares.tune
     with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
-        patch.setattr(build, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
+        patch.setattr(shares, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
         before = run.catalog.manifest()
         with pytest.raises(UserError, match="at step 3"):
             unlearning.request_erasure(run, trained[1])

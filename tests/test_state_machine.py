@@ -18,7 +18,7 @@ from helpers import small_config, small_source, with_items
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmeraser_jax import artifacts, audit, purge, receipts, reconcile, rollback, unlearning
+from lmeraser_jax import artifacts, audit, purge, receipts, reconcile, rollback, shares, unlearning
 from lmeraser_jax import run as runs
 from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError
@@ -111,7 +111,7 @@ class History(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(reconcile, "tune", fake_tune)
+        self.patch.setattr(shares, "tune", fake_tune)
         self.patch.setattr(audit, "tune", fake_tune)
         self.patch.setattr(Run, "features", fake_features)
         self.patch.setattr(checkpoints, "save", fake_save)

@@ -26,7 +26,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax import learning
     from lmeraser_jax.run import opened
 
-    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+    with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
         source = learning.open_source(run_, arguments["source"], arguments["labels"])
         common.log_devices()
         imported, outcome = learning.add(run_, source)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
+from lmeraser_jax.distributed import Place, detect
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.team import ALONE, Team
 
 if TYPE_CHECKING:
     from lmeraser_jax.reconcile import Outcome
@@ -25,10 +28,14 @@ Flags = absl_flags.FlagValues
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """A parsed command line: `arguments["flag"]` is a flag's value, `files` what stood without a flag."""
+    """A parsed command line: `arguments["flag"]` is a flag's value, `files` what stood without a flag.
+
+    `team` are the processes that the command may share its work with.
+    """
 
     flags: Flags
     files: list[str]
+    team: Team = ALONE
 
     def __getitem__(self, name: str) -> Any:
         return self.flags[name].value
@@ -52,6 +59,7 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     absl_flags.DEFINE_string(
         "json", "", "also write the result as JSON to this file; - for standard output", flag_values=flags
     )
+    _define_place(flags)
     module.define(flags)
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
         print(_help(module, flags))
@@ -75,6 +83,20 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")
     _check_json_target(flags["json"].value or "")
     return Arguments(flags, rest[1:])
+
+
+def _define_place(flags: Flags) -> None:
+    """Flags that say where a process stands among several; Slurm, Open MPI and Kubernetes say it by variables."""
+    text = "HOST:PORT of process 0, where no scheduler tells it"
+    absl_flags.DEFINE_string("coordinator_address", "", text, flag_values=flags)
+    absl_flags.DEFINE_integer("num_processes", None, "number of processes", flag_values=flags)
+    absl_flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=flags)
+
+
+def place_of(arguments: Arguments) -> Place | None:
+    """Where this process stands among several; None where it is the only one."""
+    given = (arguments[name] for name in ("coordinator_address", "num_processes", "process_id"))
+    return detect(os.environ, *given)
 
 
 def _check_json_target(target: str) -> None:

@@ -4,6 +4,7 @@ Imports stay light here, so that help and typing errors are answered at once.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import importlib
@@ -13,7 +14,7 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 
-from lmeraser_jax import __version__, stopping
+from lmeraser_jax import __version__, distributed, stopping
 from lmeraser_jax.errors import UserError
 
 COMMANDS = {
@@ -34,7 +35,8 @@ COMMANDS = {
     "doctor": "say what is wrong with a workdir, and repair what can be made again",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
-RESUMABLE = frozenset({"pretrain", "train", "add", "unlearn", "process", "rollback"})
+SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
+RESUMABLE = SHARED | {"pretrain"}
 INTERRUPTED = 130
 MISUSED = 2
 WHOLE = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
@@ -58,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code.
 
     0 done, or a resumable command got SIGTERM and ended where nothing is lost; 1 an audit, a check or a receipt
-    failed; 2 misused; 130 interrupted.
+    failed, or process 0 of several did; 2 misused, or a process was lost; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -68,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(__version__)
         return 0
+    who = ""
     try:
         if name not in COMMANDS:
             near = difflib.get_close_matches(name, COMMANDS, 1)
@@ -79,16 +82,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed = common.parse(module, ["lmeraser", *arguments[1:]])
         if parsed is None:
             return 0
-        with stopping.on_request() if name in RESUMABLE else contextlib.nullcontext():
-            return module.run(parsed)
+        place = common.place_of(parsed)
+        if place is not None and place.index:
+            who = f"process {place.index}: "
+            if name not in SHARED:
+                return 0
+        with contextlib.ExitStack() as stack:
+            if name in RESUMABLE:
+                stack.enter_context(stopping.on_request())
+            team = stack.enter_context(distributed.joined(place if name in SHARED else None))
+            if team.index:
+                from lmeraser_jax import shares
+
+                return shares.serve(team)
+            return module.run(dataclasses.replace(parsed, team=team))
     except stopping.Stopped:
-        print(f"stopped as asked; resume with: lmeraser {shlex.join(arguments)}", file=sys.stderr)
+        print(f"{who}stopped as asked; resume with: lmeraser {shlex.join(arguments)}", file=sys.stderr)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return MISUSED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(f"{who}interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         return 0
@@ -104,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}; {WHOLE}", file=sys.stderr)
+        print(f"{who}error: {error.strerror}{where}; {WHOLE}", file=sys.stderr)
         return MISUSED
     except sqlite3.OperationalError as error:
-        print(f"error: the catalog cannot be written or read: {error}; {WHOLE}", file=sys.stderr)
+        print(f"{who}error: the catalog cannot be written or read: {error}; {WHOLE}", file=sys.stderr)
         return MISUSED
 
 

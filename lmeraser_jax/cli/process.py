@@ -41,7 +41,10 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.run import opened
 
     print(f"{_some(due.waiting)}; the oldest is {_time(due.age)} old", file=sys.stderr)
-    with profiling.into(arguments["profile"]), opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+    with (
+        profiling.into(arguments["profile"]),
+        opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
+    ):
         common.log_devices()
         outcome, finished = unlearning.process(run_)
     receipts = [str(layout.receipt(request.id)) for request in finished]

@@ -34,7 +34,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax import rollback
     from lmeraser_jax.run import opened
 
-    with opened(workdir, config, write=not arguments["list"], wait=arguments["wait"]) as run_:
+    with opened(workdir, config, write=not arguments["list"], wait=arguments["wait"], team=arguments.team) as run_:
         key = rollback.cluster_key(run_.catalog, arguments["cluster"])
         if arguments["list"]:
             versions = rollback.versions(run_, key)

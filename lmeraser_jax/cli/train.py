@@ -32,7 +32,10 @@ def run(arguments: common.Arguments) -> int:
 
     common.log_devices()
     again = {name: arguments[name] for name in ("reimport", "retune", "wait")}
-    with profiling.into(arguments["profile"]), prepared(workdir, config, **again) as (opened, imported):
+    with (
+        profiling.into(arguments["profile"]),
+        prepared(workdir, config, team=arguments.team, **again) as (opened, imported),
+    ):
         lines = []
         if imported:
             erased = f", {imported.erased} refused because they were erased" if imported.erased else ""

@@ -79,7 +79,7 @@ def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> in
     with (
         _says_accepted(accepted, workdir),
         profiling.into(arguments["profile"]),
-        opened(workdir, config, write=True, wait=arguments["wait"]) as run_,
+        opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
     ):
         common.log_devices()
         others = len(requests.listed(run_.catalog, only_open=True)) - 1
@@ -111,7 +111,7 @@ def _dry_run(arguments: common.Arguments, ids: list[str], owners: list[str]) -> 
     from lmeraser_jax.store import requests
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+    with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
         estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, ids, owners))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0

@@ -1,0 +1,304 @@
+"""Work that the processes of a team share: features of images, and slices.
+
+A task holds all that its share needs but for the images and the backbone, which lie in the workdir that every process
+sees. Each process works on its own devices alone. A slice is written by the process that tuned it; only process 0,
+which has the catalog, registers it. With one process the same functions run, and nothing is sent.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.digests import arrays_digest, canonical_json
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.features import PIECE, Extractor, compute_dtype
+from lmeraser_jax.images import ImageSpec
+from lmeraser_jax.progress import silence
+from lmeraser_jax.records.cache import RowFile
+from lmeraser_jax.schedule import Target, pack
+from lmeraser_jax.slices import as_slice
+from lmeraser_jax.stopping import Stopped
+from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.catalog import SliceRow
+from lmeraser_jax.store.layout import PRIVATE, Layout
+from lmeraser_jax.team import Failed, Finished, Team
+from lmeraser_jax.tracking import Tuned
+from lmeraser_jax.tuning import Problem, fingerprint, mesh_of, tune
+
+FAILED = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Made:
+    """A slice that was tuned and, where its numbers are finite, written to its folder.
+
+    Attributes:
+        row: what the catalog is to know of it.
+        rows: int32 [m], image rows of its members.
+        epochs: {step: digest of the parameters' bytes} of its snapshots.
+        failed_at: step at which the loss was no longer finite; nothing was written then.
+    """
+
+    row: SliceRow
+    rows: np.ndarray
+    epochs: dict[int, str]
+    failed_at: int | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SliceTask:
+    """Slices to tune.
+
+    Attributes:
+        root: the workdir.
+        problem: the static part of the program.
+        backbone: digest of the frozen backbone.
+        program: fingerprint that every process's program must have.
+        labels: int32 [N], of the image file's rows.
+        targets: the slices; where a job carries on from another slice, it holds that.
+    """
+
+    root: Path
+    problem: Problem
+    backbone: str
+    program: str
+    labels: np.ndarray
+    targets: tuple[Target, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureTask:
+    """Features to compute, of image rows int64 [k]: the part of a whole that begins at `place`. `count` is N."""
+
+    root: Path
+    spec: ImageSpec
+    backbone: str
+    program: str
+    tuning: Tuning
+    batch: int
+    count: int
+    rows: np.ndarray
+    place: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """float32 [k, D], the part of the features wanted that begins at `place`."""
+
+    place: int
+    values: np.ndarray
+
+
+# what each process does
+
+
+def make_slices(task: SliceTask, backbone: Backbone, images: np.ndarray, mesh: Mesh) -> Iterator[Made]:
+    """Tunes a task's slices and writes each, with its snapshots, as soon as it is finished.
+
+    Args:
+        task: what to tune.
+        backbone: the frozen network.
+        images: uint8 [N, h, w, c], the rows of the image file.
+        mesh: this process's devices.
+
+    Raises:
+        Stopped: the process was asked to stop; what was finished is written and was yielded before.
+    """
+    targets = {target.job.key: target for target in task.targets}
+    earlier: dict[str, list[Tuned]] = {key: [] for key in targets}
+    jobs = [target.job for target in task.targets]
+    for done in tune(task.problem, backbone, jobs, images, task.labels, mesh):
+        if done.final:
+            yield _written(task, targets[done.job.key], done, earlier.pop(done.job.key))
+        else:
+            earlier[done.job.key].append(done)
+
+
+def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
+    """Writes a slice and its snapshots to disk, with all that `left_behind` has to know."""
+    arrays = checkpoints.flatten(done.slice)
+    snapshots = {part.step: checkpoints.flatten(part.slice) for part in earlier}
+    epochs = {step: arrays_digest(tree) for step, tree in snapshots.items()}
+    measured = {"loss": done.loss, "seconds": done.seconds, "created": time.time()}
+    row = _row(target, arrays_digest(arrays), task.program, task.problem.tuning, measured)
+    if done.failed_at is None:
+        notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params, "program": row.program}
+        notes |= measured | {"epochs": {str(step): params for step, params in epochs.items()}}
+        checkpoints.save(Layout(task.root).slice(target.digest), arrays, notes, done.step, snapshots)
+    return Made(row, done.job.rows, epochs, done.failed_at)
+
+
+def left_behind(root: Path, target: Target, program: str, tuning: Tuning) -> Made | None:
+    """The slice that a process wrote for a target and that was not registered any more, read and checked.
+
+    Args:
+        root: the workdir.
+        target: what is wanted.
+        program: fingerprint that the slice must have been made with.
+        tuning: settings.
+
+    Returns:
+        None where there is none, or one that is torn, damaged or of another program.
+    """
+    folder, job = Layout(root).slice(target.digest), target.job
+    if not folder.is_dir():
+        return None
+    try:
+        arrays, notes, step = checkpoints.load(folder)
+        as_slice(arrays, target.digest[:12])
+        epochs = {earlier: arrays_digest(checkpoints.load(folder, earlier)[0]) for earlier in job.snapshots}
+    except UserError:
+        return None
+    row = _row(target, arrays_digest(arrays), program, tuning, notes)
+    wanted: dict[str, Any] = {"digest": row.digest, "params": row.params, "program": program}
+    wanted["epochs"] = {str(earlier): params for earlier, params in epochs.items()}
+    numbers = [row.loss, row.seconds, row.created]
+    if step != job.steps or any(notes.get(name) != value for name, value in wanted.items()):
+        return None
+    return Made(row, job.rows, epochs, None) if all(isinstance(number, float) for number in numbers) else None
+
+
+def _row(target: Target, params: str, program: str, tuning: Tuning, measured: Mapping[str, Any]) -> SliceRow:
+    """What the catalog is to know of a slice."""
+    return SliceRow(
+        digest=target.digest,
+        cluster=target.job.key,
+        params=params,
+        size=len(target.job.rows),
+        images=target.job.images,
+        steps=target.job.steps,
+        loss=measured.get("loss"),
+        seconds=measured.get("seconds", math.nan),
+        program=program,
+        created=measured.get("created", math.nan),
+        parent=target.parent,
+        tuning=canonical_json(dataclasses.asdict(tuning)),
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _backbone(root: Path, digest: str) -> Backbone:
+    backbone, _ = frozen.load(Layout(root).backbone)
+    if backbone.digest != digest:
+        raise UserError(f"{Layout(root).backbone} is not the backbone of process 0; is the workdir shared?")
+    return backbone
+
+
+@functools.lru_cache(maxsize=1)
+def _extractor(root: Path, digest: str, spec: ImageSpec, batch: int, dtype: str) -> Extractor:
+    mesh = mesh_of()
+    return Extractor(_backbone(root, digest), spec, batch, mesh, compute_dtype(dtype, mesh))
+
+
+def _images(root: Path, spec: ImageSpec, count: int) -> np.ndarray:
+    """uint8 [N, h, w, c]: the first rows of the image file."""
+    file = RowFile(Layout(root).images, (spec.height, spec.width, spec.channels), np.uint8)
+    if len(file) < count:
+        raise UserError(f"{file.path} holds {len(file)} of {count} rows; is the workdir shared?")
+    return file.view()[:count]
+
+
+def _same_program(wanted: str, tuning: Tuning) -> None:
+    """Bits of another program must not be mixed in unseen."""
+    found = fingerprint(tuning, mesh_of())
+    if found != wanted:
+        raise UserError(f"its program or devices are not those of process 0: {found}, not {wanted}")
+
+
+# process 0
+
+
+def share_slices(team: Team, task: SliceTask, backbone: Backbone, images: np.ndarray, mesh: Mesh) -> Iterator[Made]:
+    """Deals a task's slices to the processes, longest first, and yields each that is finished, here or elsewhere.
+
+    When it ends, every process has written its last slice.
+
+    Raises:
+        UserError: a process was lost or failed.
+        Stopped: some process was asked to stop.
+    """
+    dealt = pack([target.job.steps for target in task.targets], team.size)
+    parts = [
+        dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt
+    ]
+    own = make_slices(parts[0], backbone, images, mesh) if parts[0].targets else iter(())
+    made = set()
+    for one in team.share({peer: part for peer, part in enumerate(parts) if peer and part.targets}, own):
+        made.add(one.row.digest)
+        yield one
+    assert made == {target.digest for target in task.targets}, "whoever goes on publishes"
+
+
+def share_features(team: Team, task: FeatureTask, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Features of a task's rows, computed by so many processes as get a batch each: float32 [k, D].
+
+    Args:
+        team: the processes.
+        task: the whole, with place 0.
+        extract: rows int64 [k] -> float32 [k, D], on this process's devices.
+    """
+    parts, place = [], 0
+    for rows in np.array_split(task.rows, min(team.size, max(1, len(task.rows) // task.batch))):
+        parts.append(dataclasses.replace(task, rows=rows, place=place))
+        place += len(rows)
+    own = (Found(0, extract(part.rows)) for part in parts[:1])
+    found = sorted(team.share(dict(enumerate(parts[1:], 1)), own), key=lambda part: part.place)
+    return np.concatenate([part.values for part in found])
+
+
+def piece(team: Team) -> int:
+    """Rows whose features are computed between two writes of the cache."""
+    return PIECE * team.size
+
+
+# the others
+
+
+def serve(team: Team) -> int:
+    """Does the tasks of process 0 until there are no more; returns the exit code.
+
+    A task that fails is told to process 0, which then ends the command with that message.
+
+    Raises:
+        UserError: process 0 was lost.
+    """
+    silence()
+    os.umask(PRIVATE)  # as the writer lock does at process 0
+    for task in team.tasks():
+        try:
+            for result in _results(task):
+                team.report(result)
+            team.report(Finished(stopped=False))
+        except Stopped:
+            team.report(Finished(stopped=True))
+        except (UserError, OSError) as error:
+            team.report(Failed(str(error)))
+        except Exception as error:
+            print(f"process {team.index}: {traceback.format_exc()}", file=sys.stderr, end="", flush=True)
+            team.report(Failed(f"{type(error).__name__}: {error} (its standard error has more)"))
+    return 0 if team.end is not None and team.end.ok else FAILED
+
+
+def _results(task: SliceTask | FeatureTask) -> Iterator[Made | Found]:
+    """What this process, which has no catalog, makes of a task."""
+    if isinstance(task, SliceTask):
+        spec, count = task.problem.spec, len(task.labels)
+        _same_program(task.program, task.problem.tuning)
+        yield from make_slices(task, _backbone(task.root, task.backbone), _images(task.root, spec, count), mesh_of())
+        return
+    _same_program(task.program, task.tuning)
+    extract = _extractor(task.root, task.backbone, task.spec, task.batch, task.tuning.dtype)
+    yield Found(task.place, extract(_images(task.root, task.spec, task.count)[task.rows]))
