@@ -17,6 +17,8 @@ from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout, write_bytes
 
+AGAIN = "; lmeraser train on the same workdir makes it again"
+
 
 def reference(digest: str, step: int = 0) -> str:
     """How a manifest names a slice; step 0 is the finished one."""
@@ -27,6 +29,11 @@ def parts_of(ref: str) -> tuple[str, int]:
     """The digest and the step of a reference."""
     digest, _, step = ref.partition("@")
     return digest, int(step or 0)
+
+
+def slice_of(ref: str) -> str:
+    """The digest of a reference."""
+    return parts_of(ref)[0]
 
 
 def expected_params(catalog: Catalog, ref: str) -> str | None:
@@ -47,10 +54,13 @@ def load_slice(run: Run, ref: str) -> Slice:
     name, step = parts_of(ref)
     params = expected_params(run.catalog, ref)
     if params is None:
-        raise UserError(f"slice {name[:12]} is not in the catalog; lmeraser train on the same workdir makes it again")
-    arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
+        raise UserError(f"slice {name[:12]} is not in the catalog{AGAIN}")
+    try:
+        arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
+    except UserError as error:
+        raise UserError(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
-        raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says")
+        raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
     return as_slice(arrays, name[:12])
 
 
@@ -74,4 +84,4 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
             sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
             return Clustering(name, sample, file["labels"], keys, file["prototypes"])
     except (*DAMAGE, KeyError) as error:
-        raise UserError(f"{path} cannot be read: {error}; lmeraser train on the same workdir makes it again") from error
+        raise UserError(f"{path} cannot be read: {error}{AGAIN}") from error

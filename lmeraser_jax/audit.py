@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
+from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of, slice_of
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import progress
@@ -130,7 +130,9 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     if manifest is None:
         raise UserError(f"{run.layout.root} has nothing to audit; run: lmeraser train --workdir={run.layout.root}")
     if requests.any_open(run.catalog):
-        raise UserError("an erasure is not finished; finish it with: lmeraser train --workdir=" + str(run.layout.root))
+        raise UserError(
+            "an erasure is not finished; finish it with: lmeraser process --workdir=" + str(run.layout.root)
+        )
     keys = sorted(manifest.entries)
     chosen = frozenset(random.sample(keys, min(sample, len(keys))) if sample else keys)
     run.layout.scratch.mkdir(exist_ok=True)
@@ -196,7 +198,7 @@ def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) ->
             if _close({"": one}, {"": rebuilt["prototypes"].get(key, b"")}):
                 near.add(f"prototypes {key}")
     for key, one in found["parameters"].items():
-        row, other = run.catalog.slice(parts_of(found["slices"][key])[0]), rebuilt["parameters"].get(key)
+        row, other = run.catalog.slice(slice_of(found["slices"][key])), rebuilt["parameters"].get(key)
         if row is not None and row.program != program and isinstance(one, dict) and isinstance(other, dict):
             if _close(one, other):
                 near.add(f"parameters {key}")

@@ -5,7 +5,7 @@ import gc
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,13 @@ import numpy as np
 from lmeraser_jax import clustering as clusters
 from lmeraser_jax import config as settings
 from lmeraser_jax import planning
-from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
+from lmeraser_jax.artifacts import load_clustering, load_slice, slice_of
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.doctor import Finding, Patient, guarded
 from lmeraser_jax.errors import some
 from lmeraser_jax.progress import progress
+from lmeraser_jax.purge import needed
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import Run, backbone_inputs
 from lmeraser_jax.store.catalog import Manifest
@@ -175,7 +176,7 @@ def _slices(run: Run, fix: bool) -> Iterator[Finding]:
             except Exception as error:  # damaged files make Orbax raise nearly anything
                 why = f"slice {ref[:12]} is missing or damaged: {str(error)[:300]}"
             if fix:
-                _drop_slice(run, parts_of(ref)[0], older)
+                _drop_slice(run, slice_of(ref), older)
             if ref in current:
                 yield Finding("slices", why, f"dropped; {TRAIN}" if fix else f"--fix drops it; {TRAIN}", _dropped(fix))
             else:
@@ -191,7 +192,7 @@ def _drop_slice(run: Run, name: str, older: Sequence[Manifest]) -> None:
     with run.catalog.transaction():
         run.catalog.drop_slice(name)
         for state in older:
-            if name in {parts_of(ref)[0] for ref in state.entries.values()}:
+            if name in {slice_of(ref) for ref in state.entries.values()}:
                 run.catalog.drop_manifest(state.version)
 
 
@@ -214,7 +215,7 @@ def _clusterings(run: Run, fix: bool) -> Iterator[Finding]:
         state = ("fixed" if number else "dropped") if fix else "wrong"
         what = f"clustering {manifest.clustering[:12]} is missing or damaged: {why}"
         yield Finding("clusterings", what, f"dropped; {remedy}" if fix else f"--fix drops it; {remedy}", state)
-    wanted = {manifest.clustering for manifest in run.catalog.manifests()}
+    wanted = needed(run.catalog, run.catalog.manifests()).clusterings
     yield from _leftovers(run.layout.clusterings, wanted, "clusterings", fix)
 
 
@@ -252,11 +253,11 @@ def _unregistered(run: Run, fix: bool) -> Iterator[Finding]:
     yield from _leftovers(run.layout.slices, set(run.catalog.slices()), "slices", fix)
 
 
-def _leftovers(folder: Any, wanted: set[str], part: str, fix: bool) -> Iterator[Finding]:
+def _leftovers(folder: Any, wanted: Collection[str], part: str, fix: bool) -> Iterator[Finding]:
     with contextlib.suppress(FileNotFoundError):
-        extra = sorted({path.name for path in folder.iterdir()} - wanted)
+        extra = sorted({path.name for path in folder.iterdir()}.difference(wanted))
         if extra and fix:
-            remove_others(folder, wanted)
+            remove_others(folder, set(wanted))
         if extra:
             what = f"{part} that the catalog does not know: {some([name[:12] for name in extra])}"
             yield Finding(part, what, "removed" if fix else "--fix removes them", "fixed" if fix else "wrong")

@@ -221,14 +221,14 @@ def _inside(root: Path) -> Iterator[Path]:
 
 
 def _config(layout: Layout) -> tuple[Config | None, list[Finding]]:
-    remedy = "restore config.json, or delete it and run lmeraser train with the experiment's --config=FILE.py"
+    remedy = "restore config.json, or run lmeraser train with the experiment's --config=FILE.py"
     try:
         tree = read_config(layout)
         if tree is not None:
             return settings.from_dict(tree), []
         return None, [Finding("config", "config.json is missing", remedy)]
     except UserError as error:
-        return None, [Finding("config", f"config.json cannot be used: {error}", remedy)]
+        return None, [Finding("config", f"config.json cannot be used: {error}", f"{remedy} after deleting it")]
 
 
 def _catalog(layout: Layout, fix: bool) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmeraser_jax import clustering as clusters
 from lmeraser_jax import slices
-from lmeraser_jax.artifacts import load_clustering, parts_of
+from lmeraser_jax.artifacts import load_clustering, slice_of
 from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError
@@ -21,6 +21,7 @@ from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, snapshot_steps, stage_jobs
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Manifest, SliceRow
+from lmeraser_jax.taint import tainted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,9 +36,10 @@ class Plan:
         sizes: {cluster key: members}.
         chains: {cluster key: its slices in the order of tuning} of the clusters that were looked at.
         missing: {cluster key: the end of its chain that does not exist yet}.
-        labels: {cluster key: int32 [m], labels of the rows of the chain's last job}.
+        members: {cluster key: the records of the chain's last job} of what is missing.
         moved: (record id, cluster key) of records that are in another cluster than published.
-        unpinned: clusters that can no longer stay at the slice they were pinned to.
+        pinned: clusters that stay at the slice they are pinned to.
+        unpinned: clusters that can no longer stay there.
         requests: ids of the open erasure requests that it takes into account.
         images_full: images to pass forward and backward for a full re-tune of every cluster.
     """
@@ -49,11 +51,18 @@ class Plan:
     sizes: dict[str, int]
     chains: dict[str, tuple[Target, ...]]
     missing: dict[str, tuple[Target, ...]]
-    labels: dict[str, np.ndarray]
+    members: dict[str, RecordTable]
     moved: list[tuple[str, str]]
+    pinned: frozenset[str]
     unpinned: tuple[str, ...]
     requests: tuple[str, ...]
     images_full: int
+
+    @property
+    def called_for(self) -> set[str]:
+        """Digests of the slices that the live records call for, pinned clusters left out."""
+        chains = {chain[-1].digest for chain in self.chains.values()}
+        return {slice_of(ref) for key, ref in self.entries.items() if key not in self.pinned} | chains
 
     @property
     def images_missing(self) -> int:
@@ -149,7 +158,8 @@ def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, 
     fresh = catalog.members("", leaving)
     homes = [clustering.keys[k] for k in _assignment(run, fresh, clustering, True)]
     touched = catalog.touched() | set(homes) | set(catalog.clusters_of(leaving).values())
-    touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, parts_of(ref)[0], parents=True)}
+    touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, slice_of(ref), parents=True)}
+    touched |= _doubtful(run, leaving)
     tables = {}
     for key in sorted(touched - {""}):
         untouched.pop(key, None)
@@ -176,7 +186,9 @@ def _planned(
     entries = {key: manifest.entries[key] for key in untouched} if manifest is not None else {}
     chains = {key: _chain(run, key, table) for key, table in tables.items()}
     entries |= {key: chain[-1].digest for key, chain in chains.items()}
-    pins, unpinned = _pins(run, made, entries, leaving)
+    pins = _pins(run, made, entries, leaving)
+    unpinned = tuple(sorted(set(run.catalog.pins()) - set(pins)))
+    ended = (frozenset(pins), unpinned)
     entries |= pins
     missing = {}
     for key, chain in chains.items():
@@ -186,9 +198,9 @@ def _planned(
     images = sum(target.job.images for chain in chains.values() for target in chain)
     images += sum(_images_of(made, entries[key]) for key in untouched)
     sizes = {key: len(table) for key, table in tables.items()} | dict(untouched)
-    labels = {key: tables[key].labels for key in missing}
+    members = {key: tables[key] for key in missing}
     served = tuple(request.id for request in requests.listed(run.catalog, only_open=True))
-    return Plan(clustering, settled, inputs, entries, sizes, chains, missing, labels, moved, unpinned, served, images)
+    return Plan(clustering, settled, inputs, entries, sizes, chains, missing, members, moved, *ended, served, images)
 
 
 def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled: bool) -> np.ndarray:
@@ -229,19 +241,35 @@ def _recipe(run: Run, key: str, table: RecordTable, stage: int = 1, parent: str 
 
 
 def _pins(
-    run: Run, made: Mapping[str, SliceRow], keys: Collection[str], leaving: frozenset[str]
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Pins that hold, {cluster: slice reference}, and the clusters whose pin an erasure, or a loss, has ended."""
+    run: Run, made: Mapping[str, SliceRow], entries: Mapping[str, str], leaving: frozenset[str]
+) -> dict[str, str]:
+    """The pins that hold, {cluster: slice reference}, given what the live records call for.
+
+    One ends with its cluster, with its slice's checkpoint, and when a record is erased that was a member of the slice,
+    or was sampled for the clustering that decided its members; unless the slice is called for all the same.
+    """
     pins = run.catalog.pins()
     if not pins:
-        return {}, ()
-    gone = {*run.catalog.erased().values(), *run.catalog.rows(leaving)}
-    hold = {}
+        return {}
+    gone, hold = tainted(run, _leaving(run, leaving)), {}
     for key, ref in pins.items():
-        name, _ = parts_of(ref)
-        if key in keys and _exists(run, made, name) and gone.isdisjoint(run.catalog.rows_of(name).tolist()):
+        name = slice_of(ref)
+        shaped = name in gone.by_sample and entries.get(key) != name
+        if key in entries and _exists(run, made, name) and name not in gone.by_member and not shaped:
             hold[key] = ref
-    return hold, tuple(key for key in pins if key not in hold)
+    return hold
+
+
+def _doubtful(run: Run, leaving: frozenset[str]) -> set[str]:
+    """Clusters whose pin may end, so that what their records call for has to be looked up."""
+    pins = run.catalog.pins()
+    gone = tainted(run, _leaving(run, leaving)).all if pins else frozenset()
+    return {key for key, ref in pins.items() if slice_of(ref) in gone}
+
+
+def _leaving(run: Run, leaving: frozenset[str]) -> dict[str, int]:
+    """{id: image row} of the records that count as erased and are not purged yet."""
+    return run.catalog.erased() | run.catalog.rows(leaving)
 
 
 def _exists(run: Run, made: Mapping[str, SliceRow], name: str, parents: bool = False) -> bool:
@@ -258,7 +286,7 @@ def _missing(run: Run, made: Mapping[str, SliceRow], chain: tuple[Target, ...]) 
 
 def _images_of(made: Mapping[str, SliceRow], ref: str) -> int:
     """Images that went into a slice and the slices it was tuned on from."""
-    row, images = made.get(parts_of(ref)[0]), 0
+    row, images = made.get(slice_of(ref)), 0
     while row is not None:
         images += row.images
         row = made.get(row.parent)

@@ -5,19 +5,19 @@ was a member or a sampled record of.
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from lmeraser_jax import receipts
-from lmeraser_jax.artifacts import load_clustering, parts_of
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.artifacts import slice_of
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests, schema
 from lmeraser_jax.store.catalog import Catalog, Manifest
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
+from lmeraser_jax.taint import sampled_for, tainted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,27 @@ class Kept:
 
 def kept(run: Run, served: Collection[str]) -> Kept:
     """What survives the purge of the given requests. Reads only."""
-    catalog, erased, tainted = run.catalog, run.catalog.erased(served), run.catalog.tainted_slices(served)
-    manifests = catalog.manifests()
-    clean = [
+    catalog, made, erased = run.catalog, run.catalog.slices(), run.catalog.erased(served)
+    manifests, gone = catalog.manifests(), tainted(run, erased).all
+    manifests = manifests[:1] + [
         manifest
         for manifest in manifests[1:]
-        if not tainted & {parts_of(ref)[0] for ref in manifest.entries.values()}
-        and _readable_without(run, manifest.clustering, erased)
+        if all(name in made and name not in gone for name in _slices(manifest))
+        and not sampled_for(run, manifest.clustering, erased)
     ]
-    manifests = manifests[:1] + clean
-    names = {parts_of(ref)[0] for manifest in manifests for ref in manifest.entries.values()}
+    return needed(catalog, manifests)
+
+
+def needed(catalog: Catalog, manifests: Sequence[Manifest]) -> Kept:
+    """What some manifests point at; with each slice the clustering whose sample tells whether it is tainted."""
+    made, names = catalog.slices(), {name for manifest in manifests for name in _slices(manifest)}
     clusterings = {manifest.clustering for manifest in manifests}
+    clusterings |= {made[name].clustering for name in names if name in made} - {""}
     return Kept(tuple(manifests), frozenset(with_parents(catalog, names)), frozenset(clusterings))
+
+
+def _slices(manifest: Manifest) -> set[str]:
+    return set(map(slice_of, manifest.entries.values()))
 
 
 def with_parents(catalog: Catalog, names: Collection[str]) -> set[str]:
@@ -54,14 +63,6 @@ def with_parents(catalog: Catalog, names: Collection[str]) -> set[str]:
             found.add(name)
             open_.append(made[name].parent if name in made else "")
     return found
-
-
-def _readable_without(run: Run, clustering: str, erased: Collection[str]) -> bool:
-    """Whether an older clustering is whole and none of the erased records was sampled for it."""
-    try:
-        return set(load_clustering(run.layout, clustering).sample).isdisjoint(erased)
-    except UserError:
-        return False
 
 
 def purge(run: Run) -> None:
@@ -107,17 +108,12 @@ def _overwrite(run: Run, rows: np.ndarray) -> None:
 
 def leftovers(run: Run) -> list[str]:
     """What lies in a workdir although no kept manifest needs it: one line each."""
-    manifests = run.catalog.manifests()
-    slices = with_parents(
-        run.catalog, {parts_of(ref)[0] for manifest in manifests for ref in manifest.entries.values()}
-    )
-    clusterings = {manifest.clustering for manifest in manifests}
-    lines = []
-    for folder, wanted in ((run.layout.slices, slices), (run.layout.clusterings, clusterings)):
+    stays, lines = needed(run.catalog, run.catalog.manifests()), []
+    for folder, wanted in ((run.layout.slices, stays.slices), (run.layout.clusterings, stays.clusterings)):
         there = {path.name for path in folder.iterdir()} if folder.exists() else set()
         lines += [f"leftover {folder.name}/{name}" for name in sorted(there - wanted)]
         lines += [f"missing {folder.name}/{name}" for name in sorted(wanted - there)]
-    lines += [f"leftover slice in the catalog {name}" for name in sorted(set(run.catalog.slices()) - slices)]
+    lines += [f"leftover slice in the catalog {name}" for name in sorted(set(run.catalog.slices()) - stays.slices)]
     empty = np.ones(run.catalog.rows_used(), bool)
     empty[[row[0] for row in run.catalog.db.execute("SELECT row FROM records WHERE erased=''")]] = False
     files = [image_file(run.layout, run.catalog)]

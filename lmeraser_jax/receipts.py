@@ -69,28 +69,30 @@ def enter(catalog: Catalog, links: list[Link]) -> None:
 
 
 def _receipt(run: "Run", request: Request, last: Link) -> dict[str, Any]:
-    body = request.body
+    body = request.body | {"states": followed(request.body["states"], "purged")}
     return {
         "schema": SCHEMA,
         "sequence": last.sequence + 1,
         "previous": last.digest,
-        "request": {
-            "id": request.id,
-            "requester": body["requester"],
-            "reason": body["reason"],
-            "owners": body["owners"],
-            "quarantine": body["quarantine"],
-            "states": [{"state": state, "at": _time(at)} for state, at in followed(body["states"], "purged")],
-        },
-        "records": {name: body[name] for name in ("records", "erased_before", "shared")},
-        "clusters": body["clusters"],
-        "work": body["work"],
-        "manifest": body["manifest"],
-        "purged": body["purged"],
+        **told(dataclasses.replace(request, body=body)),
         "config": digest(settings.to_dict(run.config)),
         "backbone": run.backbone.digest,
         "out_of_reach": list(OUT_OF_REACH),
         "audit": f"lmeraser audit --workdir={run.layout.root}",
+    }
+
+
+def told(request: Request) -> dict[str, Any]:
+    """The parts of a receipt that the catalog's row of the request says, too."""
+    body = request.body
+    return {
+        "request": {
+            "id": request.id,
+            **{name: body[name] for name in ("requester", "reason", "owners", "quarantine")},
+            "states": [{"state": state, "at": _time(at)} for state, at in body["states"]],
+        },
+        "records": {name: body[name] for name in ("records", "erased_before", "shared")},
+        **{name: body[name] for name in ("clusters", "work", "manifest", "purged")},
     }
 
 

@@ -6,16 +6,18 @@ erasure does not touch is found again instead of made again.
 """
 
 import dataclasses
+import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.artifacts import expected_params, load_clustering, load_slice, parts_of, save_clustering
+from lmeraser_jax.artifacts import AGAIN, expected_params, load_clustering, load_slice, save_clustering, slice_of
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.planning import Plan, plan
 from lmeraser_jax.purge import kept, purge, with_parents
+from lmeraser_jax.records.table import refuse_rotten
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, efficiency
 from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices
@@ -24,6 +26,7 @@ from lmeraser_jax.store.catalog import Manifest
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
+from lmeraser_jax.taint import tainted
 from lmeraser_jax.tuning import fingerprint
 
 
@@ -98,7 +101,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
         adopted=adopted,
     )
-    version = _publish(run, wanted, before, outcome, served, sum(job.steps for job in jobs))
+    version = _publish(run, wanted, before, outcome, served)
     purge(run)
     outcome = dataclasses.replace(outcome, version=version, seconds=time.perf_counter() - start)
     run.log("reconcile", **dataclasses.asdict(outcome))
@@ -124,7 +127,7 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
     for key, chain in wanted.missing.items():
         rest = list(chain)
         while rest and (made := left_behind(run.layout.root, rest[0], program, run.config.tuning)) is not None:
-            _keep(run, made)
+            _keep(run, wanted, made)
             rest.pop(0)
         adopted += len(chain) - len(rest)
         if rest:
@@ -139,7 +142,8 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
         return
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     for key, chain in missing.items():
-        labels[chain[-1].job.rows] = wanted.labels[key]
+        refuse_rotten(run.images, wanted.members[key])
+        labels[chain[-1].job.rows] = wanted.members[key].labels
     failed: list[str] = []
     program = fingerprint(run.config.tuning, run.mesh)
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
@@ -148,7 +152,7 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
         task = SliceTask(run.layout.root, run.problem, run.backbone.digest, program, labels, targets)
         for made in share_slices(run.team, task, run.backbone, run.images, run.mesh):
             if made.failed_at is None:
-                _keep(run, made)
+                _keep(run, wanted, made)
             else:
                 failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
                 waiting[made.row.cluster] = ()  # its later stages have nothing to start from
@@ -168,31 +172,28 @@ def _started(run: Run, target: Target) -> Target:
     return dataclasses.replace(target, job=dataclasses.replace(target.job, start=start))
 
 
-def _keep(run: Run, made: Made) -> None:
+def _keep(run: Run, wanted: Plan, made: Made) -> None:
     """Registers a slice that is on disk, and its snapshots."""
     with run.catalog.transaction():
-        run.catalog.add_slice(made.row, made.rows)
+        run.catalog.add_slice(made.row._replace(clustering=wanted.clustering.digest), made.rows)
         run.catalog.add_epochs(made.row.digest, made.epochs)
 
 
-def _publish(
-    run: Run, wanted: Plan, before: Manifest | None, outcome: Outcome, served: Collection[str], steps: int
-) -> int:
+def _publish(run: Run, wanted: Plan, before: Manifest | None, outcome: Outcome, served: Collection[str]) -> int:
     """One transaction: the manifest, every moved record's cluster, the served requests, their quarantine."""
     catalog, program = run.catalog, fingerprint(run.config.tuning, run.mesh)
     version = outcome.version
     with catalog.transaction():
         if outcome.published:
+            assert tainted(run, catalog.erased(served)).by_member.isdisjoint(map(slice_of, wanted.entries.values()))
             version = catalog.publish(wanted.clustering.digest, program, wanted.inputs, wanted.entries, wanted.moved)
+            catalog.called_for(wanted.clustering.digest, wanted.called_for)
             catalog.event("publish", version=version, clusters=len(wanted.entries))
         waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
         waiting = [request for request in waiting if request.state != "published"]
-        work = {
-            "images": outcome.images,
+        work = _work(run, wanted, waiting) | {
             "images_full": outcome.images_full,
-            "steps": steps,
             "seconds": round(outcome.seconds, 3),
-            "clusters_tuned": outcome.retuned,
             "program": program,
             "batch": [request.id for request in waiting],
         }
@@ -203,8 +204,19 @@ def _publish(
             facts["members"] = {}  # names clusters, and a cluster's name is a digest of its sampled ids
             requests.advance(catalog, [request.id], "published", list(facts.items()))
         requests.lift_quarantine(catalog, served)
+        requests.relocate(catalog, served)
         catalog.unpin(wanted.unpinned)
     return version
+
+
+def _work(run: Run, wanted: Plan, served: Sequence[Request]) -> dict[str, int]:
+    """What was tuned for these requests since the first was accepted, also by attempts that were interrupted."""
+    since = min((request.created for request in served), default=math.inf)
+    made = run.catalog.slices()
+    found = [made.get(target.digest) for chain in wanted.chains.values() for target in chain]
+    rows = [row for row in found if row is not None and row.created >= since]
+    images, steps = sum(row.images for row in rows), sum(row.steps for row in rows)
+    return {"images": images, "steps": steps, "clusters_tuned": len({row.cluster for row in rows})}
 
 
 def _condemned(run: Run, served: list[str]) -> dict[str, Any]:
@@ -264,11 +276,11 @@ def repair(run: Run) -> list[str]:
     """
     manifest, messages = run.catalog.manifest(), []
     published = set(manifest.entries.values()) if manifest else set()
-    for ref in sorted(published | with_parents(run.catalog, {parts_of(ref)[0] for ref in published})):
+    for ref in sorted(published | with_parents(run.catalog, {slice_of(ref) for ref in published})):
         try:
             load_slice(run, ref)
         except UserError as error:
-            messages.append(f"{error}; it is tuned again")
+            messages.append(f"{str(error).removesuffix(AGAIN)}; it is tuned again")
             with run.catalog.transaction():
-                run.catalog.drop_slice(parts_of(ref)[0])
+                run.catalog.drop_slice(slice_of(ref))
     return messages

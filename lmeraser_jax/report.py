@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
+from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of, slice_of
 from lmeraser_jax.clustering import Clustering, expected_share
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.table import RecordTable
@@ -32,6 +32,8 @@ class ClusterRow:
     versions: int
     steps: int
     loss: float
+    pinned: bool
+    quarantined: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,12 +101,14 @@ class Overview:
         ]
         lines += [
             f"{c.key[:12]:<14}{c.slice[:12]:<14}{c.members:>8}{c.sampled:>9}{c.versions:>10}{c.steps:>8}{c.loss:>9.4f}"
+            + "  pinned" * c.pinned
+            + "  quarantined: no prediction uses it" * c.quarantined
             for c in self.clusters
         ]
         lines.append(self.cost())
         lines.append("disk: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.disk.items()))
         if self.open_requests:
-            lines.append(f"{self.open_requests} erasures are not finished; finish them with: lmeraser train")
+            lines.append(f"{self.open_requests} erasures are not finished; finish them with: lmeraser process")
         return "\n".join(lines + [f"warning: {message}" for message in self.warnings])
 
 
@@ -116,6 +120,8 @@ class _Moment(NamedTuple):
     private: RecordTable
     counts: dict[str, int]
     open_requests: int
+    pinned: frozenset[str]
+    quarantined: frozenset[str]
 
 
 def _moment(run: Run) -> _Moment:
@@ -126,7 +132,8 @@ def _moment(run: Run) -> _Moment:
             what = "has no published state; run: lmeraser train"
             raise UserError(f"{run.layout.root} {what} --workdir={run.layout.root}")
         waiting = len(requests.listed(catalog, only_open=True))
-        return _Moment(manifest, catalog.slices(), catalog.live("train"), catalog.counts(), waiting)
+        kept_out = (frozenset(catalog.pins()), catalog.quarantined())
+        return _Moment(manifest, catalog.slices(), catalog.live("train"), catalog.counts(), waiting, *kept_out)
 
 
 def _readable_moment(run: Run) -> tuple[_Moment, Clustering]:
@@ -147,11 +154,13 @@ def overview(run: Run) -> Overview:
     Raises:
         UserError: nothing is published yet, or the clustering cannot be read.
     """
-    (manifest, made, private, counts, waiting), clustering = _readable_moment(run)
+    moment, clustering = _readable_moment(run)
+    manifest, made, private, counts, waiting, pinned, quarantined = moment
     sampled = Counter(clustering.keys[k] for k in clustering.labels)
     versions = Counter(row.cluster for row in made.values())
     rows = [
-        _cluster_row(made[parts_of(ref)[0]], ref, sampled[key], versions[key]) for key, ref in manifest.entries.items()
+        _cluster_row(made[slice_of(ref)], ref, sampled[key], versions[key], key in pinned, key in quarantined)
+        for key, ref in manifest.entries.items()
     ]
     classes = _classes(run, private.labels)
     filled = [row.records for row in classes if row.records]
@@ -173,8 +182,9 @@ def overview(run: Run) -> Overview:
     )
 
 
-def _cluster_row(row: SliceRow, ref: str, sampled: int, versions: int) -> ClusterRow:
-    return ClusterRow(row.cluster, ref, row.size, sampled, versions, parts_of(ref)[1] or row.steps, row.loss or 0.0)
+def _cluster_row(row: SliceRow, ref: str, sampled: int, versions: int, pinned: bool, kept_out: bool) -> ClusterRow:
+    steps, loss = parts_of(ref)[1] or row.steps, row.loss or 0.0
+    return ClusterRow(row.cluster, ref, row.size, sampled, versions, steps, loss, pinned, kept_out)
 
 
 def _classes(run: Run, labels: np.ndarray) -> tuple[ClassRow, ...]:

@@ -65,8 +65,8 @@ def read(path: str) -> Named:
     return Named(tuple(dict.fromkeys(filter(None, ids))), tuple(dict.fromkeys(filter(None, owners))))
 
 
-def alike(catalog: Catalog, path: str, most: int = Data().max_pixels) -> list[str]:
-    """Ids of the live private records that an image file is the source of, or has the pixels of.
+def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> str:
+    """The content hash that a record of a workdir has, or would have, whose source is an image file.
 
     Args:
         catalog: of a workdir with records.
@@ -75,13 +75,13 @@ def alike(catalog: Catalog, path: str, most: int = Data().max_pixels) -> list[st
         most: pixels of the file at most (`data.max_pixels`).
 
     Raises:
-        UserError: no readable image, another size, or no live record has these pixels.
+        UserError: no readable image, or another size.
     """
     from lmeraser_jax.records.decode import decode, upright_size  # needs Pillow
 
     flag, dataset = f"--like={path}", catalog.get("dataset")
     if not Path(path).is_file():
-        raise UserError(f"{flag}: no such file")
+        raise UserError(f"{flag}: {'is no file' if Path(path).exists() else 'no such file'}")
     if dataset is None:
         raise UserError(f"{flag}: the workdir has no records yet")
     height, width, channels = dataset["shape"]
@@ -92,16 +92,13 @@ def alike(catalog: Catalog, path: str, most: int = Data().max_pixels) -> list[st
     if source not in DECODED and found != (height, width):
         wanted = f"{height} x {width} pixels, as the images of {source} are stored"
         raise UserError(f"{flag} has {found[0]} x {found[1]} pixels; must have {wanted}")
-    ids = catalog.same_pixels(content_hash(pixels.images[0]))
-    if not ids:
-        raise UserError(f"{flag}: no live record has exactly these pixels; nothing is erased")
-    return ids
+    return content_hash(pixels.images[0])
 
 
 def _text(path: Path, flag: str) -> str:
     """The file's text without a byte order mark."""
     if not path.is_file():
-        raise UserError(f"{flag}: no such file")
+        raise UserError(f"{flag}: {'is no file' if Path(path).exists() else 'no such file'}")
     try:
         with open(path, "rb") as file:
             raw = file.read(LARGEST + 1)

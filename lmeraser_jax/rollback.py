@@ -7,12 +7,13 @@ that was rolled back is pinned: it stays as it is until it is unpinned or one of
 import dataclasses
 import json
 
-from lmeraser_jax.artifacts import load_slice, parts_of, reference
+from lmeraser_jax.artifacts import load_slice, reference, slice_of
 from lmeraser_jax.errors import UserError, some
 from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog, SliceRow
+from lmeraser_jax.taint import tainted
 
 SHORTEST = 4  # characters of a cluster key or a slice digest that are enough, if no other begins with them
 
@@ -44,6 +45,8 @@ def cluster_key(catalog: Catalog, text: str) -> str:
     """The published cluster that a key, or the beginning of one, means."""
     manifest = catalog.manifest()
     keys = list(manifest.entries) if manifest else []
+    if not keys:
+        raise UserError("nothing is published, so there is no cluster to roll back; run: lmeraser train")
     found = [key for key in keys if key.startswith(text)] if len(text) >= SHORTEST else []
     if len(found) != 1:
         what = "means several clusters" if found else "is no published cluster"
@@ -66,7 +69,7 @@ def versions(run: Run, key: str) -> list[Version]:
             users.setdefault(manifest.entries[key], []).append(manifest.version)
     current = manifests[0].entries.get(key) if manifests else None
     found = []
-    for name in dict.fromkeys(parts_of(ref)[0] for ref in users):
+    for name in dict.fromkeys(slice_of(ref) for ref in users):
         if name not in made:
             continue
         for step in (0, *sorted(catalog.epochs(name), reverse=True)):
@@ -94,11 +97,20 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
     """
     assert run.writable, "a rollback needs a run that holds the writer lock"
     chosen = _chosen(run, key, to)
+    if slice_of(chosen.ref) in tainted(run, run.catalog.erased()).all:
+        waiting = some((request.id for request in requests.listed(run.catalog, only_open=True)), 5)
+        raise UserError(
+            f"--to={to}: slice {chosen.ref[:12]} was made with records that a waiting erasure removes ({waiting});"
+            " serve it first: lmeraser process"
+        )
     load_slice(run, chosen.ref)
     with run.catalog.transaction():
         run.catalog.pin(key, chosen.ref)
-        run.catalog.event("rollback", cluster=key, slice=chosen.ref)
-    return chosen, reconcile(run)
+        _note(run.catalog, "rollback", key, chosen.ref)
+    outcome = reconcile(run)
+    if run.catalog.pins().get(key) != chosen.ref:
+        raise UserError(f"cluster {key[:12]}: an erasure that was accepted meanwhile has ended the rollback")
+    return chosen, outcome
 
 
 def unpin(run: Run, key: str) -> Outcome:
@@ -113,8 +125,13 @@ def unpin(run: Run, key: str) -> Outcome:
     with run.catalog.transaction():
         run.catalog.unpin([key])
         run.catalog.doubt()
-        run.catalog.event("unpin", cluster=key)
+        _note(run.catalog, "unpin", key, pins[key])
     return reconcile(run)
+
+
+def _note(catalog: Catalog, kind: str, key: str, ref: str) -> None:
+    """An event that outlives erasures: keys and digests are those of ids, so they are salted."""
+    catalog.event(kind, cluster=catalog.salted("cluster", key), slice=catalog.salted("slice", ref))
 
 
 def _chosen(run: Run, key: str, to: str) -> Version:
@@ -129,7 +146,7 @@ def _chosen(run: Run, key: str, to: str) -> Version:
         found = [version for version in known if int(to) in version.versions]
     elif to.startswith("epoch:") and to[6:].isdecimal():
         found = [version for version in known if version.epoch == int(to[6:])]
-        found = [version for version in found if parts_of(version.ref)[0] == parts_of(found[0].ref)[0]]
+        found = [version for version in found if slice_of(version.ref) == slice_of(found[0].ref)]
     else:
         found = [version for version in known if version.ref == to]
         found = found or [v for v in known if len(to) >= SHORTEST and v.ref.startswith(to) and "@" not in v.ref]
@@ -142,7 +159,7 @@ def _chosen(run: Run, key: str, to: str) -> Version:
 
 def _gone(catalog: Catalog, to: str = "") -> str:
     """Which erasures removed the version asked for, or any version where none was named."""
-    salted = catalog.salted("slice", parts_of(to)[0] if "@" not in to or to.split("@")[1].isdecimal() else to)
+    salted = catalog.salted("slice", slice_of(to) if "@" not in to or to.split("@")[1].isdecimal() else to)
     names = []
     for request in requests.listed(catalog):
         purged = request.body.get("purged", {})

@@ -13,7 +13,10 @@ _asked = threading.Event()
 
 
 class Stopped(BaseException):
-    """Ends a command that was asked to stop. No `Exception`: nothing on the way may take it for a failure."""
+    """Ends a command that was asked to stop. No `Exception`: nothing on the way may take it for a failure.
+
+    Its text, if any, is the command to resume with, where that is not the same command.
+    """
 
 
 def asked() -> bool:

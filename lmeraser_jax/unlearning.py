@@ -71,19 +71,20 @@ def request_erasure(
     reason: str = "",
     quarantine: bool = False,
     defer: bool = False,
+    contents: Sequence[str] = (),
 ) -> Erasure:
     """Erases records and brings the workdir to the state of never having had them.
 
     Args:
         run: opened; for writing unless `defer`.
-        ids, owners, request, requester, reason, quarantine: see `store.requests.accept`.
+        ids, owners, request, requester, reason, quarantine, contents: see `store.requests.accept`.
         defer: only accept; `process` serves all that wait.
 
     Raises:
         UserError: the request cannot be accepted, or a cluster's loss was not finite (the request stays open).
     """
     assert run.writable or defer, "serving a request needs a run that holds the writer lock"
-    accepted = requests.accept(run.catalog, ids, owners, request, requester, reason, quarantine)
+    accepted = requests.accept(run.catalog, ids, owners, request, requester, reason, quarantine, contents)
     return Erasure(accepted, None) if defer else serve(run, accepted.id)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from lmeraser_jax import strict_json
 from lmeraser_jax.digests import arrays_digest, digest
 from lmeraser_jax.errors import UserError, some
-from lmeraser_jax.receipts import Link, chain
+from lmeraser_jax.receipts import Link, chain, told
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import image_file
@@ -66,6 +66,8 @@ class _Facts:
         entries: {cluster: (slice, its reference not salted)} of the published state.
         unpurged: {request: records that it erased and that the catalog still holds}.
         filled: image rows without a record that are not empty.
+        orphaned: published slices that have seen an image row without a record.
+        told: {request: the parts of its receipt that the catalog knows, too}.
         params: gives the salted digest of a published slice's bytes.
     """
 
@@ -79,6 +81,8 @@ class _Facts:
     entries: Mapping[str, tuple[str, str]]
     unpurged: Mapping[str, int]
     filled: int
+    orphaned: int
+    told: Mapping[str, Mapping[str, Any]]
     params: Callable[[str], str]
 
 
@@ -139,6 +143,8 @@ def _facts(layout: Layout, catalog: Catalog) -> _Facts:
             },
             unpurged=dict(query("SELECT erased,count(*) FROM records WHERE erased!='' GROUP BY erased")),
             filled=_filled(layout, catalog),
+            orphaned=len(catalog.orphaned_slices()),
+            told={request.id: told(request) for request in requests.listed(catalog) if not request.open},
             params=functools.cache(lambda reference: catalog.salted("params", _params(layout, reference))),
         )
 
@@ -211,7 +217,7 @@ def _verdict(path: Path, facts: _Facts, expected: Link | None = None) -> Verdict
         findings.append(f"holds the receipt of {ascii(name)} at place {sequence}, not that of its own request")
     purged_at, wrong = _states(values)
     current, notes = _current(values, facts)
-    findings += _chained(values, facts) + wrong + _erased(values, facts) + current
+    findings += _chained(values, facts) + wrong + _as_told(values, facts) + _erased(values, facts) + current
     findings += _purged(values, facts, purged_at)
     return Verdict(str(path), name, tuple(findings), tuple(notes))
 
@@ -223,7 +229,7 @@ class _Unreadable(ValueError):
 def _read(path: Path) -> Any:
     """The values in a file. Raises `UserError` when there is none, `_Unreadable` when it holds no plain JSON."""
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path} is no file" if path.exists() else f"{path}: no such file")
     try:
         with open(path, "rb") as file:
             raw = file.read(LARGEST + 1)
@@ -266,6 +272,15 @@ def _chained(values: Mapping[str, Any], facts: _Facts) -> list[str]:
     if values["previous"] != (before.digest if before else ""):
         found.append("does not follow the receipt that the catalog has before it")
     return found
+
+
+def _as_told(values: Mapping[str, Any], facts: _Facts) -> list[str]:
+    """Whether the catalog says the same of the request. It notes the last state a moment later than the receipt."""
+    known = facts.told.get(values["request"]["id"])
+    if known is None:
+        return ["the catalog knows no finished request of this id"]
+    both = [{**one, "request": one["request"] | {"states": one["request"]["states"][:-1]}} for one in (values, known)]
+    return [f"says another {part} than the catalog" for part in known if both[0][part] != both[1][part]]
 
 
 def _states(values: Mapping[str, Any]) -> tuple[float, list[str]]:
@@ -313,6 +328,8 @@ def _purged(values: Mapping[str, Any], facts: _Facts, purged_at: float) -> list[
     kept = sorted(facts.versions.intersection(purged["manifests"]))
     if kept:
         found.append(f"manifests that were removed are there: {some(kept)}")
+    if facts.orphaned:
+        found.append(f"{facts.orphaned} published slices were made with records that are erased")
     if purged["rows"] and facts.filled:
         found.append(f"{facts.filled} image rows that belong to no record are not empty")
     return found

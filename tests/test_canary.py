@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, with_items
 
-from lmeraser_jax import purge, report, rollback, unlearning
+from lmeraser_jax import purge, report, rollback, taint, unlearning
 from lmeraser_jax.artifacts import load_clustering, parts_of
 from lmeraser_jax.audit import audit
 from lmeraser_jax.reconcile import reconcile
@@ -81,12 +81,10 @@ def test_no_byte_remembers_an_erased_record(tmp_path, how, capsys):
         key = run.catalog.clusters_of([name])[name]
         if how != "sampled" and any("@" in v.ref for v in rollback.versions(run, key)):
             rollback.rollback(run, key, next(v.ref for v in rollback.versions(run, key) if "@" in v.ref))
-        row = run.catalog.rows([name])
+        rows = run.catalog.rows([name])
+        row = list(rows.values())
         feature = run.features(run.catalog.at(row)).tobytes()
-        run.catalog.erase([name], "probe")
-        tainted = run.catalog.tainted_slices(["probe"])
-        run.catalog.db.execute("UPDATE records SET erased='' WHERE erased='probe'")
-        run.catalog.db.execute("DELETE FROM tombstones")
+        tainted = taint.tainted(run, rows).by_member
         assert parts_of(run.catalog.manifest().entries[key])[0] in tainted
         needles = [*spellings(name), *spellings(OWNER), pixels, feature, *stretches(run, tainted)]
         needles += spellings(key) if how == "sampled" else []

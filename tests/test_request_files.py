@@ -14,8 +14,9 @@ from lmeraser_jax import request_files
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.decode import decoded
 from lmeraser_jax.records.source import Item, content_hash
-from lmeraser_jax.request_files import Named, alike, read
+from lmeraser_jax.request_files import Named, content_of, read
 from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.requests import resolve
 
 
 def written(folder, name, content):
@@ -83,7 +84,7 @@ def test_errors_are_listed_at_once_with_their_lines(tmp_path, name, content, mes
 
 def test_files_that_are_none_or_too_large(tmp_path, monkeypatch):
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(UserError, match="no such file"):
+        with pytest.raises(UserError, match="no such file|is no file"):
             read(str(path))
     monkeypatch.setattr(request_files, "LARGEST", 10)
     assert read(written(tmp_path, "a", "x" * 10)).ids == ("x" * 10,)
@@ -130,6 +131,11 @@ def test_what_is_written_is_read(tmp_path, wanted):
 
 
 # images
+def alike(catalog, path):
+    """Live ids that an image file stands for."""
+    return list(resolve(catalog, [], [], [content_of(catalog, path)]).live)
+
+
 def stored(tmp_path, source, shape, images):
     """A catalog of records with the given pixels: a, b, ..., the last one public."""
     catalog = Catalog(tmp_path / "catalog.db")
@@ -153,6 +159,8 @@ def test_an_image_stands_for_the_records_it_was_imported_as(tmp_path, rng):
     with pytest.raises(UserError, match="no live record has exactly these pixels"):
         alike(catalog, str(files[2]))  # a public record's
     catalog.erase(["b"], "r")
+    assert resolve(catalog, [], [], [content_of(catalog, str(files[1]))]).pending == ("b",)
+    catalog.forget(["r"])
     with pytest.raises(UserError, match="no live record"):
         alike(catalog, str(files[1]))
     catalog.close()

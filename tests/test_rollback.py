@@ -206,7 +206,7 @@ def staged(tmp_path_factory):
 
 def stage_of(run, name):
     """How many stages of its cluster never saw a record, and all of them."""
-    (row,) = run.catalog.rows([name])
+    (row,) = run.catalog.rows([name]).values()
     key = run.catalog.clusters_of([name])[name]
     chain, ref = [], run.catalog.manifest().entries[key]
     while ref:

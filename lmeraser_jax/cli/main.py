@@ -96,8 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
                 return shares.serve(team)
             return module.run(dataclasses.replace(parsed, team=team))
-    except stopping.Stopped:
-        print(f"{who}stopped as asked; resume with: lmeraser {shlex.join(arguments)}", file=sys.stderr)
+    except stopping.Stopped as stopped:
+        print(f"{who}stopped as asked; resume with: lmeraser {str(stopped) or shlex.join(arguments)}", file=sys.stderr)
         return 0
     except UserError as error:
         print(f"{who}error: {error}", file=sys.stderr)
@@ -121,9 +121,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f" ({error.filename})" if error.filename else ""
         print(f"{who}error: {error.strerror}{where}; {WHOLE}", file=sys.stderr)
         return MISUSED
-    except sqlite3.OperationalError as error:
-        print(f"{who}error: the catalog cannot be written or read: {error}; {WHOLE}", file=sys.stderr)
+    except sqlite3.DatabaseError as error:
+        print(f"{who}error: the catalog cannot be written or read: {error}; {_remedy(error)}", file=sys.stderr)
         return MISUSED
+
+
+def _remedy(error: sqlite3.DatabaseError) -> str:
+    """What to do about a catalog that SQLite gave up on: its surroundings are at fault, or it is damaged."""
+    surroundings = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
+    surroundings += (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None and "disk" in str(error) or code is not None and code & 0xFF in surroundings:
+        return WHOLE
+    return "it may be damaged: lmeraser doctor says what is wrong, and what can be done"
 
 
 def console() -> int:

@@ -15,10 +15,11 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
+from lmeraser_jax import stopping
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
 
@@ -48,22 +49,24 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
-    common.config_of(arguments)  # mistakes in it are told before anything is accepted
+    common.config_of(arguments)  # illegal settings are told before anything is accepted
     from lmeraser_jax.store import requests
 
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
     with common.catalog_of(workdir) as (layout, catalog):
-        ids, owners = _named(arguments, catalog)
+        named = _named(arguments, catalog)
         if arguments["dry_run"]:
-            requests.resolve(catalog, ids, owners)  # unknown ones are told before JAX is loaded
-            return _dry_run(arguments, ids, owners)
+            requests.resolve(catalog, *named)  # unknown ones are told before JAX is loaded
+            return _dry_run(arguments, named)
         given = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
-        accepted = requests.accept(catalog, ids, owners, **given)
+        ids, owners, contents = named
+        accepted = requests.accept(catalog, ids, owners, contents=contents, **given)
+        kept_out = requests.kept_out(catalog, accepted.id)
     receipt = str(layout.receipt(accepted.id))
     if arguments["defer"] or not accepted.open:
         values = {"request": dataclasses.asdict(accepted), "outcome": None, "receipt": receipt}
-        common.show(arguments, _accepted_text(accepted, receipt), values)
+        common.show(arguments, _accepted_text(accepted, receipt, kept_out), values)
         return 0
     return _serve(arguments, accepted, receipt)
 
@@ -90,29 +93,29 @@ def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> in
     return 0
 
 
-def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str]]:
-    """Ids and owners that the flags name; what an image stands for is printed at once."""
+def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str], list[str]]:
+    """Ids, owners and content hashes that the flags name; what an image stands for is printed at once."""
     from lmeraser_jax import request_files
 
-    ids, owners = list(arguments["records"]), list(arguments["owner"])
+    ids, owners, contents = list(arguments["records"]), list(arguments["owner"]), []
     if arguments["records_file"]:
         named = request_files.read(arguments["records_file"])
         ids, owners = [*ids, *named.ids], [*owners, *named.owners]
     if arguments["like"]:
-        found = request_files.alike(catalog, arguments["like"], common.config_of(arguments).data.max_pixels)
-        print(f"{arguments['like']} has the pixels of: {', '.join(found)}", file=sys.stderr, flush=True)
-        ids += found
-    return ids, owners
+        contents = [request_files.content_of(catalog, arguments["like"], common.config_of(arguments).data.max_pixels)]
+        found = ", ".join(catalog.same_pixels(contents[0])) or "no live record"
+        print(f"{arguments['like']} has the pixels of: {found}", file=sys.stderr, flush=True)
+    return ids, owners, contents
 
 
-def _dry_run(arguments: common.Arguments, ids: list[str], owners: list[str]) -> int:
+def _dry_run(arguments: common.Arguments, named: tuple[list[str], list[str], list[str]]) -> int:
     from lmeraser_jax import unlearning
     from lmeraser_jax.run import opened
     from lmeraser_jax.store import requests
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
-        estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, ids, owners))
+    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+        estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, *named))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0
 
@@ -127,20 +130,21 @@ def _says_accepted(request: "Request", workdir: str) -> Iterator[None]:
             f"{error}\nrequest {request.id} is accepted all the same: it will be served by the writer's next command"
             f" or by lmeraser process --workdir={workdir}"
         ) from error
+    except stopping.Stopped:
+        raise stopping.Stopped(f"process --workdir={workdir}") from None
 
 
-def _accepted_text(request: "Request", receipt: str) -> str:
+def _accepted_text(request: "Request", receipt: str, kept_out: int) -> str:
     if not request.open:
         return f"request {request.id} was served before: nothing to do; receipt: {receipt}"
     body = request.body
-    lines = [f"accepted: request {request.id} ({request.state}), {len(body['records'])} records, {_clusters(body)}"]
-    lines += _known_before(request)
-    return "\n".join([*lines, "it is served by the next lmeraser process, train or unlearn"])
-
-
-def _clusters(body: dict[str, Any]) -> str:
-    kept_out = ", which no prediction uses from now on" if body["quarantine"] else ""
-    return f"{len(body['members'])} clusters to tune{kept_out}"
+    lines = [
+        f"accepted: request {request.id} ({request.state}), {len(body['records'])} records,"
+        f" {len(body['members'])} clusters to tune"
+    ]
+    if kept_out:
+        lines.append(f"predictions do without {kept_out} clusters from now on")
+    return "\n".join([*lines, *_known_before(request), "it is served by the next lmeraser process, train or unlearn"])
 
 
 def _known_before(request: "Request") -> list[str]:

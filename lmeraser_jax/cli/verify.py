@@ -44,5 +44,6 @@ def run(arguments: common.Arguments) -> int:
 
 
 def _lines(verdict: "Verdict") -> list[str]:
-    head = f"{'holds' if verdict.ok else 'DOES NOT HOLD'}: {verdict.name}"
+    request = f" (request {verdict.request})" if verdict.request else ""
+    head = f"{'holds' if verdict.ok else 'DOES NOT HOLD'}: {verdict.name}{request}"
     return [head, *(f"  - {line}" for line in verdict.findings), *(f"  note: {line}" for line in verdict.notes)]

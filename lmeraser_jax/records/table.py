@@ -4,6 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.records.source import content_hash
+
 
 @dataclasses.dataclass(frozen=True)
 class RecordTable:
@@ -66,3 +69,22 @@ class RecordTable:
         if not ids:
             return self
         return self.take(np.array([i for i, name in enumerate(self.ids) if name not in ids], np.int64))
+
+
+def refuse_rotten(images: np.ndarray, records: RecordTable) -> None:
+    """Refuses records whose stored pixels are no longer those that were imported: a digest would name other bytes.
+
+    Args:
+        images: uint8 [N, h, w, c], the rows of the image file.
+        records: those whose pixels are about to be used.
+
+    Raises:
+        UserError: names them.
+    """
+    pairs = zip(records.ids, records.rows, records.contents, strict=True)
+    rotten = [name for name, row, content in pairs if content_hash(images[row]) != content]
+    if rotten:
+        raise UserError(
+            f"the stored pixels of {len(rotten)} records are not those that were imported: {some(rotten, 50)}; read"
+            " them from the source again with lmeraser train --reimport, or erase these records with lmeraser unlearn"
+        )

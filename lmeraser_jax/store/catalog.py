@@ -6,8 +6,6 @@ It is the only source of truth. Files are written first; a change becomes true i
 import contextlib
 import json
 import operator
-import os
-import sqlite3
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -39,6 +37,7 @@ class SliceRow(NamedTuple):
     created: float
     parent: str = ""  # digest of the slice that it was tuned on from
     tuning: str = ""  # the settings, as canonical JSON
+    clustering: str = ""  # the last one that called for it
 
 
 class Manifest(NamedTuple):
@@ -63,10 +62,7 @@ class Catalog:
             raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
         self.path = path
         with contextlib.ExitStack() as undo, schema.readable(path):
-            read_only = path.exists() and not os.access(path.parent, os.W_OK)
-            how = "?mode=ro&immutable=1" if read_only else ""  # a file system that nobody can write to
-            address = path.absolute().as_uri() + how
-            self.db = sqlite3.connect(address, uri=True, timeout=schema.LONGEST_WAIT, isolation_level=None)
+            self.db, self._frozen = schema.connect(path)
             undo.callback(self.db.close)
             self.db.execute("PRAGMA secure_delete=ON")
             self.db.execute("PRAGMA synchronous=FULL")
@@ -110,7 +106,16 @@ class Catalog:
             self.db.execute("ROLLBACK")
 
     def stamp(self) -> tuple[int, int]:
-        """Changes whenever something was committed, here or by another connection. Costs microseconds."""
+        """Changes whenever something was committed, here or by another connection. Costs microseconds.
+
+        Raises:
+            UserError: the catalog was opened as one that nobody writes to, and somebody has.
+        """
+        if self._frozen is not None and schema.look(self.path) != self._frozen:
+            raise UserError(
+                f"{self.path} was changed; this process cannot write to its folder and so cannot follow changes: open"
+                " it again, or let a model server have write access to the folder of the workdir"
+            )
         return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
 
     def flush(self) -> None:
@@ -143,7 +148,7 @@ class Catalog:
         return keyed_hash(self.salt, purpose, name).hex()
 
     # records
-    def add_records(self, items: Sequence[Item], rows: Sequence[int], contents: Sequence[str]) -> None:
+    def add_records(self, items: Iterable[Item], rows: Iterable[int], contents: Iterable[str]) -> None:
         """New live records; whoever adds some outside an import ranks them before the next plan."""
         seed = self.get("rank_seed")
         self.db.executemany(
@@ -239,10 +244,10 @@ class Catalog:
                 found[name] = (row[0], row[1], row[2], bool(row[3]))
         return found
 
-    def rows(self, ids: Iterable[str]) -> list[int]:
-        """Image rows of those ids that the catalog holds."""
-        found = (self.db.execute("SELECT row FROM records WHERE id=?", (name,)).fetchone() for name in ids)
-        return [row[0] for row in found if row]
+    def rows(self, ids: Iterable[str]) -> dict[str, int]:
+        """{id: image row} of those ids that the catalog holds."""
+        found = ((name, self.db.execute("SELECT row FROM records WHERE id=?", (name,)).fetchone()) for name in ids)
+        return {name: row[0] for name, row in found if row}
 
     def owned(self, owner: str) -> list[str]:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
@@ -250,8 +255,8 @@ class Catalog:
         return [row[0] for row in self.db.execute(query, (owner,))]
 
     def same_pixels(self, content: str) -> list[str]:
-        """Ids of live private records with this content hash, sorted."""
-        query = "SELECT id FROM records WHERE content=? AND split!='public' AND erased='' ORDER BY id"
+        """Ids of private records with this content hash, sorted; also erased ones that are not purged yet."""
+        query = "SELECT id FROM records WHERE content=? AND split!='public' ORDER BY id"
         return [row[0] for row in self.db.execute(query, (content,))]
 
     def erase(self, ids: Iterable[str], request: str) -> None:
@@ -274,6 +279,10 @@ class Catalog:
     def bury(self, purpose: str, name: str) -> None:
         """Leaves a salted hash that says "erased before" of an id (tombstone) or an owner without saying which."""
         self.db.execute("INSERT OR IGNORE INTO tombstones VALUES(?)", (self.salted(purpose, name),))
+
+    def graves(self) -> int:
+        """How many ids and owners were erased so far."""
+        return self.db.execute("SELECT count(*) FROM tombstones").fetchone()[0]
 
     def is_tombstoned(self, name: str, purpose: str = "tombstone") -> bool:
         """Whether an id, or with purpose "owner" an owner, was erased before."""
@@ -313,10 +322,23 @@ class Catalog:
         query = "SELECT row FROM members WHERE slice=? ORDER BY row"
         return np.array([row[0] for row in self.db.execute(query, (digest,))], np.int64)
 
-    def tainted_slices(self, requests: Iterable[str]) -> frozenset[str]:
-        """Digests of slices that a record erased by one of the requests was a member of."""
-        query = "SELECT DISTINCT slice FROM members JOIN records USING(row) WHERE erased=? AND erased!=''"
-        return frozenset(row[0] for request in requests for row in self.db.execute(query, (request,)))
+    def slices_of(self, rows: Iterable[int]) -> frozenset[str]:
+        """Digests of slices that have a member in one of the image rows."""
+        query = "SELECT slice FROM members WHERE row=?"
+        return frozenset(name for row in rows for (name,) in self.db.execute(query, (int(row),)))
+
+    def called_for(self, clustering: str, digests: Iterable[str]) -> None:
+        """Notes that the members of these slices follow from a clustering."""
+        query = "UPDATE slices SET clustering=? WHERE digest=? AND clustering!=?"
+        self.db.executemany(query, ((clustering, digest, clustering) for digest in digests))
+
+    def orphaned_slices(self) -> frozenset[str]:
+        """Published slices that have seen an image row which belongs to no record any more. There should be none."""
+        query = (
+            "SELECT DISTINCT slice FROM members WHERE slice IN (SELECT substr(slice,1,64) FROM entries WHERE version="
+            "(SELECT max(version) FROM manifests)) AND row NOT IN (SELECT row FROM records)"
+        )
+        return frozenset(row[0] for row in self.db.execute(query))
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""

@@ -139,12 +139,17 @@ def _import(layout: Layout, catalog: Catalog, source: Source, kept: list[int], c
     rows = range(start, start + len(intake.items))
     counts = {"known": intake.known, "erased": intake.erased, "converted": intake.converted, "mended": intake.mended}
     with catalog.transaction():
+        late = intake.erased_meanwhile()
+        file.overwrite(np.array([rows[i] for i in late], np.int64))
+        counts["erased"] += len(late)
+        added = [i for i in range(len(rows)) if i not in late]
         catalog.set("dataset", before or dataset)
-        catalog.add_records(intake.items, rows, intake.contents)
+        new = ([intake.items[i] for i in added], [rows[i] for i in added], [intake.contents[i] for i in added])
+        catalog.add_records(*new)
         catalog.set("rows", rows.stop)
         skipped = len(intake.unreadable)  # only their number: events outlive erasures
-        catalog.event("import", source=source.name, added=len(rows), unreadable=skipped, **counts)
-    return Imported(len(rows), duplicates=intake.duplicates, unreadable=tuple(intake.unreadable), **counts)
+        catalog.event("import", source=source.name, added=len(added), unreadable=skipped, **counts)
+    return Imported(len(added), duplicates=intake.duplicates, unreadable=tuple(intake.unreadable), **counts)
 
 
 def _pieces(kept: list[int]) -> Iterator[tuple[int, int]]:
@@ -166,6 +171,7 @@ class _Intake:
         self.wrong: list[str] = []
         self.unreadable: list[str] = []  # ids
         self.owners: dict[str, bool] = {"": False}  # whether an owner was erased
+        self.graves = catalog.graves()
         self.known = self.erased = self.duplicates = self.converted = self.mended = self.changed = 0
 
     def take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
@@ -188,6 +194,14 @@ class _Intake:
                 self.contents.append(content)
                 new.append(position)
         return pixels.images[new]
+
+    def erased_meanwhile(self) -> frozenset[int]:
+        """Positions of new items that, or whose owner, an erasure named after they were read: it needs no lock."""
+        if self.catalog.graves() == self.graves:
+            return frozenset()
+        self.owners = {"": False}
+        names = enumerate(self.items)
+        return frozenset(i for i, item in names if self.catalog.is_tombstoned(item.id) or self._of_erased_owner(item))
 
     def _of_erased_owner(self, item: Item) -> bool:
         """Whether everything of the item's owner was erased, and with it whatever may come later."""

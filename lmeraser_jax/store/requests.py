@@ -90,13 +90,14 @@ class Request:
         return self.state != "purged"
 
 
-def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = ()) -> Targets:
+def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), contents: Sequence[str] = ()) -> Targets:
     """Looks up what a request names.
 
     Args:
         catalog: of the workdir.
         ids: record ids.
         owners: also all records of these owners, hold-out and test images included.
+        contents: also all private records whose pixels have these content hashes.
 
     Raises:
         UserError: lists every unknown id and owner; nothing is erased then.
@@ -105,7 +106,9 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = ()) ->
     owners = tuple(dict.fromkeys(owners))
     owned = {owner: catalog.owned(owner) for owner in owners}
     strangers = [name for name in owners if not owned[name] and not catalog.is_tombstoned(name, "owner")]
-    names = list(dict.fromkeys([*ids, *(record for records in owned.values() for record in records)]))
+    alike = {content: catalog.same_pixels(content) for content in contents}
+    groups = [ids, *owned.values(), *alike.values()]
+    names = list(dict.fromkeys(name for group in groups for name in group))
     known = catalog.known(names)
     erased = [name for name in names if name not in known and catalog.is_tombstoned(name)]
     pending = [name for name in names if name in known and known[name][3]]
@@ -113,7 +116,10 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = ()) ->
     public = [name for name in known if known[name][0] == "public"]
     found = [_unknown(catalog, unknown)] if unknown else []
     if strangers:
-        found.append(f"--owner={some(strangers, 50)}: owns no live record (unknown, or erased before)")
+        why = "unknown, erased before, or the owner of public images only"
+        found.append(f"--owner={some(strangers, 50)}: owns no live private record ({why})")
+    if not all(alike.values()):
+        found.append("--like: no live record has exactly these pixels")
     if public:
         found.append(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
     raise_all(found, "nothing is erased:" if found else "")
@@ -138,6 +144,7 @@ def accept(
     requester: str = "",
     reason: str = "",
     quarantine: bool = False,
+    contents: Sequence[str] = (),
 ) -> Request:
     """Accepts an erasure in one transaction: its records are erased for every later build, and for good.
 
@@ -148,23 +155,24 @@ def accept(
         request: an id that makes asking twice the same as asking once; made up where empty.
         requester, reason: kept in the receipt for good, so no personal data belongs here.
         quarantine: take the clusters of these records out of routing from this moment on.
+        contents: also all private records whose pixels have these content hashes.
 
     Returns:
-        The request; the earlier one if its id was used before for the same erasure.
+        The request; the earlier one if its id was used before for the same erasure, with quarantine where that is
+        asked for now.
 
     Raises:
         UserError: unknown records, nothing named, an id in use for another erasure. Nothing is changed then.
     """
-    raise_all(_illegal(ids, owners, request, requester, reason))
+    raise_all(_illegal([*ids, *contents], owners, request, requester, reason))
     name = request or f"r-{uuid.uuid4().hex[:20]}"
-    asked = catalog.salted("asked", digest([sorted(set(ids)), sorted(set(owners))]))
+    asked = catalog.salted("asked", digest([sorted(set(named)) for named in (ids, owners, contents)]))
     with catalog.transaction():
         earlier = get(catalog, name)
         if earlier is not None:
-            if earlier.body["asked"] != asked:
-                raise UserError(f"--request={name}: was used for another erasure; give this one another id, or none")
-            return earlier
-        targets = resolve(catalog, ids, owners)
+            _refuse_another(earlier, asked, requester, reason)
+            return _quarantined(catalog, earlier) if quarantine else earlier
+        targets = resolve(catalog, ids, owners, contents)
         clusters = catalog.clusters_of(targets.live)
         body = EMPTY | {
             "asked": asked,
@@ -181,9 +189,60 @@ def accept(
         for owner in targets.owners:
             catalog.bury("owner", owner)
         if quarantine:
-            touched = set(clusters.values()) | set(catalog.clusters_of(targets.pending).values())
-            catalog.db.executemany("INSERT INTO quarantine VALUES(?,?)", [(key, name) for key in sorted(touched)])
+            _keep_out(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
         return _write(catalog, Request(name, time.time(), "accepted", body))
+
+
+def _refuse_another(earlier: Request, asked: str, requester: str, reason: str) -> None:
+    """Refuses an id that an earlier, different request has."""
+    body, found = earlier.body, []
+    if body["asked"] != asked:
+        found.append("for another erasure")
+    if requester and requester != body["requester"]:
+        found.append("by another requester")
+    if reason and reason != body["reason"]:
+        found.append("for another reason")
+    if found:
+        raise UserError(f"--request={earlier.id}: was used {' and '.join(found)}; give this one another id, or none")
+
+
+def _quarantined(catalog: Catalog, request: Request) -> Request:
+    """A request that was accepted without quarantine, with it from now on; one that is published needs none."""
+    if request.body["quarantine"] or STATES.index(request.state) >= STATES.index("published"):
+        return request
+    _keep_out(catalog, request.id, _homes(catalog, request))
+    return _store(catalog, dataclasses.replace(request, body=request.body | {"quarantine": True}))
+
+
+def _keep_out(catalog: Catalog, name: str, clusters: Iterable[str]) -> None:
+    rows = [(key, name) for key in sorted(set(clusters) - {""})]
+    catalog.db.executemany("INSERT OR IGNORE INTO quarantine VALUES(?,?)", rows)
+
+
+def _homes(catalog: Catalog, request: Request) -> dict[str, int]:
+    """{published cluster: its members that a request erases}; where it shares records, those of all that wait, too."""
+    query = (
+        "SELECT cluster,sum(erased=?) FROM records WHERE erased!='' AND split='train' AND cluster!='' GROUP BY cluster"
+    )
+    found = dict(catalog.db.execute(query, (request.id,)))
+    return {key: count for key, count in sorted(found.items()) if count or request.body["shared"]}
+
+
+def relocate(catalog: Catalog, served: Collection[str]) -> None:
+    """Follows the records of requests that were not served into the clusters that a publication put them in."""
+    for request in listed(catalog, only_open=True):
+        if request.id in served or request.state == "published":
+            continue
+        homes = _homes(catalog, request)
+        if request.body["quarantine"]:
+            _keep_out(catalog, request.id, homes)
+        members = {key: count for key, count in homes.items() if count}
+        _store(catalog, dataclasses.replace(request, body=request.body | {"members": members}))
+
+
+def kept_out(catalog: Catalog, name: str) -> int:
+    """How many clusters a request keeps out of predictions."""
+    return catalog.db.execute("SELECT count(*) FROM quarantine WHERE request=?", (name,)).fetchone()[0]
 
 
 def _illegal(ids: Sequence[str], owners: Sequence[str], request: str, requester: str, reason: str) -> list[str]:
@@ -275,13 +334,17 @@ def followed(states: list[Any], state: str) -> list[Any]:
 
 def _write(catalog: Catalog, request: Request) -> Request:
     states = followed(request.body["states"], request.state)
-    request = dataclasses.replace(request, body=request.body | {"states": states})
+    request = _store(catalog, dataclasses.replace(request, body=request.body | {"states": states}))
+    catalog.event("request", request=request.id, state=request.state)
+    return request
+
+
+def _store(catalog: Catalog, request: Request) -> Request:
     text = json.dumps(request.body, sort_keys=True)
     catalog.db.execute(
         "INSERT INTO requests VALUES(?,?,?,?) ON CONFLICT(id) DO UPDATE SET state=excluded.state,body=excluded.body",
         (request.id, request.created, request.state, text),
     )
-    catalog.event("request", request=request.id, state=request.state)
     return request
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import secrets
 import sqlite3
 from collections.abc import Iterator
@@ -30,7 +31,8 @@ CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE slices(
   digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
   images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
-  created REAL NOT NULL, parent TEXT NOT NULL DEFAULT '', tuning TEXT NOT NULL DEFAULT ''
+  created REAL NOT NULL, parent TEXT NOT NULL DEFAULT '', tuning TEXT NOT NULL DEFAULT '',
+  clustering TEXT NOT NULL DEFAULT '' -- the last one that called for it: its sample decided who the members are
 ) WITHOUT ROWID;
 CREATE TABLE epochs(
   slice TEXT NOT NULL, step INTEGER NOT NULL, params TEXT NOT NULL, PRIMARY KEY(slice, step)
@@ -77,6 +79,40 @@ DROP TABLE requests_1;
 UNCHANGED_SINCE_1 = ("meta", "tombstones", "members", "entries", "events", "members_row")
 
 
+def connect(path: Path) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
+    """Opens a catalog; also one in a folder that this process cannot write to.
+
+    Returns:
+        The connection. And None; or, where SQLite cannot follow a writer because the log's index cannot be made or
+        read, what `look` says of the file: the connection shows that moment only.
+
+    Raises:
+        UserError: a writer's log is there and cannot be read, so that the file alone would show an old state.
+    """
+    address = path.absolute().as_uri()
+    if not path.exists() or os.access(path.parent, os.W_OK):
+        return sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT, isolation_level=None), None
+    db = sqlite3.connect(f"{address}?mode=ro", uri=True, timeout=LONGEST_WAIT, isolation_level=None)
+    try:
+        db.execute("SELECT 1 FROM sqlite_master").fetchone()
+        return db, None
+    except sqlite3.OperationalError:
+        db.close()
+    seen = look(path)
+    if seen[-1]:
+        raise UserError(
+            f"{path} is being written by another process, and its log cannot be read in a folder that this process"
+            " cannot write to; try again when the writer has finished, or get write access to the folder"
+        )
+    return sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True, isolation_level=None), seen
+
+
+def look(path: Path) -> tuple[int, ...]:
+    """Time and size of a catalog's file, size of its log."""
+    file, log = path.stat(), path.with_name(f"{path.name}-wal")
+    return file.st_mtime_ns, file.st_size, log.stat().st_size if log.exists() else 0
+
+
 def create(db: sqlite3.Connection) -> None:
     """Makes all tables in one transaction, with a fresh salt for the hashes of erased ids."""
     db.execute("PRAGMA journal_mode=WAL")
@@ -106,21 +142,32 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
     Raises:
         UserError: the catalog is of a release that is not known here.
     """
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version == VERSION:
+    if _version(db) == VERSION:
         return
-    if version != 1:
-        raise UserError(f"{path} has catalog version {version}; this release reads versions 1 to {VERSION}")
-    with contextlib.closing(sqlite3.connect(backup_of(path))) as copy:
-        db.backup(copy)
-    statements = [text.strip() for text in TABLES.split(";\n") if text.strip()]
-    new = ";\n".join(text for text in statements if not _made_by_1(text)) + ";"
     try:
-        db.executescript(f"BEGIN IMMEDIATE;{FROM_1.format(new=new)}PRAGMA user_version={VERSION};COMMIT;")
-    except BaseException:
+        db.execute("BEGIN IMMEDIATE")
+        version = _version(db)  # another process may have been faster
+        if version == 1:
+            _copy(path, backup_of(path))
+            statements = [text.strip() for text in TABLES.split(";\n") if text.strip()]
+            new = ";\n".join(text for text in statements if not _made_by_1(text)) + ";"
+            db.executescript(f"{FROM_1.format(new=new)}PRAGMA user_version={VERSION};COMMIT;")
+        elif version != VERSION:
+            raise UserError(f"{path} has catalog version {version}; this release reads versions 1 to {VERSION}")
+    finally:
         if db.in_transaction:
             db.execute("ROLLBACK")
-        raise
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return db.execute("PRAGMA user_version").fetchone()[0]
+
+
+def _copy(path: Path, to: Path) -> None:
+    """A copy of a catalog as it is committed, for its owner only."""
+    to.touch(mode=0o600)
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(to)) as copy:
+        source.backup(copy)
 
 
 def _made_by_1(statement: str) -> bool:
