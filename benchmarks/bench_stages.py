@@ -9,6 +9,7 @@ request: images passed forward and backward / (epochs x members of its cluster),
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from pathlib import Path
 from synthetic import surroundings, unsampled
 
 from lmeraser_jax import config, unlearning
+from lmeraser_jax.config import Config
 from lmeraser_jax.evaluation import evaluate
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import prepared
@@ -27,24 +29,32 @@ def main() -> None:
     parser.add_argument("--json", default="", help="file for the numbers")
     arguments = parser.parse_args()
     stages, count = ((1, 4), 8) if arguments.quick else ((1, 2, 4, 8), 40)
-    rows = []
-    for slices in stages:
-        with tempfile.TemporaryDirectory() as folder:
-            rows.append(measured(Path(folder) / "run", slices, count, 6 if arguments.quick else 30))
-        row = rows[-1]
-        print(
-            f"R={slices}: {row['cost']:.3f} of a cluster (formula {row['formula']:.3f}), "
-            f"{row['seconds']:.2f} s, accuracy {row['accuracy']:.3f}, {row['slices']} slices"
-        )
+    epochs, rows = 6 if arguments.quick else 30, []
+    with tempfile.TemporaryDirectory() as folder:
+        with prepared(Path(folder) / "0", settings(1, epochs)):
+            pass  # images and backbone, the same for all
+        for slices in stages:
+            shutil.copytree(Path(folder) / "0", Path(folder) / str(slices))
+            rows.append(measured(Path(folder) / str(slices), slices, count, epochs))
+            row = rows[-1]
+            print(
+                f"R={slices}: {row['cost']:.3f} of a cluster (formula {row['formula']:.3f}), "
+                f"{row['seconds']:.2f} s, accuracy {row['accuracy']:.3f}, {row['slices']} slices"
+            )
     if arguments.json:
         values = surroundings("bench_stages.py", ["--quick"] * arguments.quick) | {"requests": count, "stages": rows}
         Path(arguments.json).write_text(json.dumps(values, indent=2) + "\n")
 
 
+def settings(slices: int, epochs: int) -> Config:
+    """Without a least number of steps, which small clusters would have to make up for."""
+    tuning = {"slices": slices, "epochs": epochs, "min_steps": 1}
+    return config.from_dict({"tuning": tuning, "pretraining": {"epochs": 2 * epochs}})
+
+
 def measured(folder: Path, slices: int, count: int, epochs: int) -> dict[str, float]:
     """Trains with so many stages and serves requests: mean cost, the formula, median seconds, test accuracy."""
-    settings = config.from_dict({"tuning": {"slices": slices, "epochs": epochs}, "pretraining": {"epochs": 2 * epochs}})
-    with prepared(folder, settings) as (run, _):
+    with prepared(folder, settings(slices, epochs)) as (run, _):
         reconcile(run)
         accuracy, made = evaluate(run, linear=False).accuracy, len(run.catalog.slices())
         costs, seconds = [], []
@@ -52,7 +62,7 @@ def measured(folder: Path, slices: int, count: int, epochs: int) -> dict[str, fl
             (home,) = run.catalog.clusters_of([name]).values()
             outcome = unlearning.request_erasure(run, [name]).outcome
             assert outcome is not None
-            costs.append(outcome.images / (settings.tuning.epochs * run.catalog.sizes()[home]))
+            costs.append(outcome.images / (epochs * run.catalog.sizes()[home]))
             seconds.append(outcome.seconds)
     return {
         "R": slices,

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.cluster import hierarchy
-from scipy.spatial import distance
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.digests import digest
@@ -50,6 +48,9 @@ def tree(features: np.ndarray) -> np.ndarray:
     """
     if len(features) < 2:
         return np.zeros((0, 4))
+    from scipy.cluster import hierarchy  # costs a fifth of a command's start; most requests need no tree
+    from scipy.spatial import distance
+
     return hierarchy.linkage(distance.pdist(features.astype(np.float64)), "average")
 
 

@@ -214,7 +214,8 @@ def _chain(run: Run, key: str, table: RecordTable) -> tuple[Target, ...]:
     chain: list[Target] = []
     for job in stage_jobs(key, table.ids, table.rows, tuning, run.config.seed):
         parent = chain[-1].digest if chain else ""
-        members = table.take(np.flatnonzero(np.isin(table.rows, job.rows)))
+        everyone = len(job.rows) == len(table)
+        members = table if everyone else table.take(np.flatnonzero(np.isin(table.rows, job.rows)))
         chain.append(Target(digest(_recipe(run, key, members, job.stage, parent)), parent, job))
     snapshots = snapshot_steps(chain[-1].job, kept.every_epochs, kept.keep)
     chain[-1] = dataclasses.replace(chain[-1], job=dataclasses.replace(chain[-1].job, snapshots=snapshots))

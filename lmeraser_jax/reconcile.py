@@ -83,6 +83,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         wanted.inputs,
         wanted.entries,
     )
+    changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
     lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
     outcome = Outcome(
         clusters=len(wanted.entries),

@@ -31,6 +31,7 @@ from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.shares import FeatureTask, piece, share_features
+from lmeraser_jax.slices import NOT_IN_RECIPE
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, check_images, image_file, import_settings, import_source
@@ -229,6 +230,8 @@ def _check_same(layout: Layout, stored: Config, config: Config, free: Collection
     for tree in (old, new):
         for name in ("skip_unreadable", "max_pixels"):  # which files are read, not what the records are
             tree["data"].pop(name)
+        for name in NOT_IN_RECIPE:
+            tree.get("tuning", {}).pop(name, None)
     _check_made(layout, "state", old, new, "")
 
 

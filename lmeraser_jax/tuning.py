@@ -28,7 +28,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmeraser_jax import stopping
+from lmeraser_jax import profiling, stopping
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Architecture, Backbone
 from lmeraser_jax.config import Tuning
@@ -298,7 +298,7 @@ def tune(
     program, state = compiled(problem, mesh), initial_state(problem, mesh)
     data = _Images(problem, images, labels, mesh)
     tracker = Tracker(jobs)
-    with progress("tune", sum(job.steps for job in jobs)) as shown:
+    with progress("tune", sum(job.steps for job in jobs)) as shown, profiling.tracing() as trace:
         waiting = None  # results are fetched one call late, so that the device never waits for the host
 
         def fetch() -> Iterator[Tuned]:
@@ -309,6 +309,7 @@ def tune(
         for chunk in chunks(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
             if stopping.asked():
                 break
+            trace.next_call()
             pixels, targets, rows = data.of(chunk)
             starts = _starts(problem, jobs, chunk, state.slice)
             places = None if starts is None else chunk.start

@@ -4,7 +4,8 @@ import random
 from collections import Counter
 
 import pytest
-from crashes import SCENARIOS, Pool
+from crash_scenarios import SCENARIOS
+from crashes import Pool
 
 
 @pytest.fixture(scope="module")

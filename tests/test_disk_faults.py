@@ -5,7 +5,8 @@ import subprocess
 from collections import Counter
 
 import pytest
-from crashes import SCENARIOS, Pool
+from crash_scenarios import SCENARIOS
+from crashes import Pool
 
 pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
 
@@ -61,8 +62,8 @@ def test_an_error_at_every_kind_of_point(pool, capsys):
 
 
 @pytest.mark.slow
-def test_an_error_at_every_point(pool, capsys):
-    fail(pool[0], capsys, "ENOSPC and EIO", points(pool[1], 1, every=True))
+def test_an_error_at_half_of_all_points(pool, capsys):
+    fail(pool[0], capsys, "ENOSPC and EIO", points(pool[1], 1, every=True)[::2])
 
 
 @pytest.mark.parametrize("pages", [0, 1])

@@ -11,8 +11,8 @@ from helpers import changed, files_of, small_config, small_run, small_source, wi
 from PIL import Image
 
 from lmeraser_jax import reconcile as build
-from lmeraser_jax import unlearning
-from lmeraser_jax.audit import differences, state
+from lmeraser_jax import rollback, unlearning
+from lmeraser_jax.audit import audit, differences, state
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.learning import add, open_source
@@ -294,3 +294,16 @@ def test_requests_that_wait_are_finished_by_an_add_that_brings_nothing(trained, 
         unlearning.request_erasure(run, ranked()[7:8], defer=True)
         add(run, part(ranked()[8:9]))
         assert [request.state for request in requests.listed(run.catalog)] == ["purged"]
+
+
+def test_new_members_of_pinned_clusters_are_published_without_tuning(trained, tmp_path):
+    """A pinned slice stays, so no entry changes; its new members are told their cluster all the same."""
+    workdirs, wanted = trained
+    with copied(workdirs[UNSAMPLED], tmp_path / "run") as run:
+        manifest = run.catalog.manifest()
+        for key, ref in manifest.entries.items():
+            rollback.rollback(run, key, ref)
+        _, outcome = add(run, part(UNSAMPLED))
+        assert outcome.retuned == 0 and outcome.published and run.catalog.manifest().entries == manifest.entries
+        assert state(run)["assignment"] == wanted["assignment"] and audit(run).ok
+        assert not reconcile(run).published

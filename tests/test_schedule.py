@@ -50,6 +50,24 @@ def test_packing_runs_every_job_once_and_is_near_the_lower_bound(lanes, rng):
     assert longest <= (4 / 3) * bound + 1, "longest-first is within 4/3 of the best schedule"
 
 
+def test_packing_is_near_the_best_of_all_schedules(rng):
+    """MULTIFIT's bound, 13/11 (Yue, 1990), against every way to deal nine jobs to three lanes."""
+    for _ in range(5):
+        steps = rng.integers(1, 30, 9)
+        ways = np.indices((3,) * 9).reshape(9, -1)  # [job, way]: lane
+        best = np.array([(steps[:, None] * (ways == lane)).sum(axis=0) for lane in range(3)]).max(axis=0).min()
+        found = max(sum(steps[i] for i in lane) for lane in pack(steps.tolist(), 3))
+        assert best <= found <= 13 / 11 * best
+
+
+def test_thirty_uneven_clusters_fill_eight_devices():
+    """Dealing each to the least loaded device leaves a twentieth idle here."""
+    shares = np.random.default_rng(0).lognormal(size=30)
+    steps = np.ceil(shares / shares.sum() * 45_000).astype(int).tolist()
+    longest = max(sum(steps[i] for i in lane) for lane in pack(steps, 8))
+    assert sum(steps) / (8 * longest) > 0.98
+
+
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 @pytest.mark.parametrize(("members", "batch"), [(11, 4), (4, 4), (3, 4), (1, 16), (50, 8)])
 def test_a_snapshot_is_the_first_step_at_which_all_were_seen_so_often(members, batch, every):

@@ -189,6 +189,12 @@ def define_wait(flags: Flags) -> None:
     absl_flags.DEFINE_float("wait", 0.0, text, lower_bound=0, flag_values=flags)
 
 
+def define_profile(flags: Flags) -> None:
+    """The flag of commands that tune."""
+    text = "folder for a jax.profiler trace of a few calls of the tuning program"
+    absl_flags.DEFINE_string("profile", "", text, flag_values=flags)
+
+
 @contextlib.contextmanager
 def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
     """A workdir's catalog alone: no lock, no backbone, no JAX. Raises `UserError` when it is no workdir."""

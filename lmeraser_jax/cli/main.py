@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import importlib
+import os
 import shlex
 import sqlite3
 import sys
@@ -125,5 +126,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return MISUSED
 
 
+def console() -> int:
+    """The program `lmeraser`."""
+    without_echoes()
+    keep_compiled_programs()
+    return main()
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiled for the next process; whoever set its variables is not overruled.
+
+    Compiled programs hold no record and no parameter: both are arguments. Must come before JAX is imported.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "lmeraser_jax"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def without_echoes() -> None:
+    """Silences threads of a failed checkpoint that have nobody left to report to: the failure itself is raised."""
+
+    def echo(error: BaseException | None) -> bool:
+        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+
+    report, ignore = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: None if echo(error) else report(kind, error, trace)
+    sys.unraisablehook = lambda args: None if echo(args.exc_value) else ignore(args)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -25,6 +25,7 @@ def define(flags: common.Flags) -> None:
     text = "serve only when so many requests wait"
     absl_flags.DEFINE_integer("max_batch", None, text, lower_bound=1, flag_values=flags)
     common.define_wait(flags)
+    common.define_profile(flags)
 
 
 def run(arguments: common.Arguments) -> int:
@@ -36,11 +37,14 @@ def run(arguments: common.Arguments) -> int:
     if not due.now:
         common.show(arguments, _waiting_text(due), {"due": dataclasses.asdict(due), "served": [], "outcome": None})
         return 0
-    from lmeraser_jax import unlearning
+    from lmeraser_jax import profiling, unlearning
     from lmeraser_jax.run import opened
 
     print(f"{_some(due.waiting)}; the oldest is {_time(due.age)} old", file=sys.stderr)
-    with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
+    with (
+        profiling.into(arguments["profile"]),
+        opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
+    ):
         common.log_devices()
         outcome, finished = unlearning.process(run_)
     receipts = [str(layout.receipt(request.id)) for request in finished]

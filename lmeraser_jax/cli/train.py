@@ -19,25 +19,23 @@ def define(flags: common.Flags) -> None:
     text = "read the source again: new records join, erased ones stay out"
     absl_flags.DEFINE_bool("reimport", False, text, flag_values=flags)
     common.define_wait(flags)
+    common.define_profile(flags)
     text = "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"
     absl_flags.DEFINE_bool("retune", False, text, flag_values=flags)
 
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax import report
+    from lmeraser_jax import profiling, report
     from lmeraser_jax.reconcile import reconcile, repair
     from lmeraser_jax.run import prepared
 
     common.log_devices()
-    with prepared(
-        workdir,
-        config,
-        reimport=arguments["reimport"],
-        retune=arguments["retune"],
-        wait=arguments["wait"],
-        team=arguments.team,
-    ) as (opened, imported):
+    again = {name: arguments[name] for name in ("reimport", "retune", "wait")}
+    with (
+        profiling.into(arguments["profile"]),
+        prepared(workdir, config, team=arguments.team, **again) as (opened, imported),
+    ):
         lines = []
         if imported:
             erased = f", {imported.erased} refused because they were erased" if imported.erased else ""

@@ -43,6 +43,7 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_bool("defer", False, "only accept; lmeraser process serves it later", flag_values=flags)
     absl_flags.DEFINE_bool("dry_run", False, "only say what would be done", flag_values=flags)
     common.define_wait(flags)
+    common.define_profile(flags)
 
 
 def run(arguments: common.Arguments) -> int:
@@ -70,13 +71,14 @@ def run(arguments: common.Arguments) -> int:
 def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     print(f"accepted: request {accepted.id}", file=sys.stderr, flush=True)
-    from lmeraser_jax import unlearning
+    from lmeraser_jax import profiling, unlearning
     from lmeraser_jax.run import opened
     from lmeraser_jax.store import requests
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     with (
         _says_accepted(accepted, workdir),
+        profiling.into(arguments["profile"]),
         opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
     ):
         common.log_devices()

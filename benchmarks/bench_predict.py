@@ -1,0 +1,92 @@
+"""Images per second and latency of predictions, beside one plain forward pass with a classifier.
+
+  python benchmarks/bench_predict.py [--workdir=DIR] [--quick] [--json=FILE]
+
+The images of every call belong to many clusters. Routing needs a pass of its own, so a prediction should cost about two
+passes: `cost` is the time of a prediction over the time of a plain pass of the same batch. Batch 1 gives the latency.
+Without --workdir: scikit-learn's digits. --quick: few epochs, few calls.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from bench_unlearn import train
+from synthetic import surroundings
+
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.images import centred
+from lmeraser_jax.inference import load_model, predict
+from lmeraser_jax.run import Run, opened
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", default="", help="a trained workdir")
+    parser.add_argument("--quick", action="store_true", help="few epochs, few calls")
+    parser.add_argument("--json", default="", help="file for the numbers")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = arguments.workdir or folder + "/trained"
+        if not arguments.workdir:
+            train(Path(workdir), arguments.quick)
+        with opened(workdir) as run:
+            batches = {size: measured(run, size, 20 if arguments.quick else 100) for size in (1, 16, 128)}
+    result = surroundings("bench_predict.py", sys.argv[1:]) | {"batches": batches}
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def measured(run: Run, size: int, calls: int) -> dict[str, Any]:
+    """Calls with so many images each, predictions and plain passes in turn."""
+    run = dataclasses.replace(
+        run, config=dataclasses.replace(run.config, inference=dataclasses.replace(run.config.inference, batch=size))
+    )
+    model = load_model(run)
+    rows = np.random.default_rng(0).integers(0, len(run.images), (calls, size))
+    pieces = [np.asarray(run.images[one]) for one in rows]
+    head = jax.device_put(np.zeros((run.backbone.config.feature_size, len(run.classes)), np.float32))
+    plain = jax.jit(functools.partial(classified, run))
+    clusters = {int(k) for k in predict(model, run.images[:200]).clusters[:, 0]}
+    seconds: dict[str, list[float]] = {"predict": [], "plain": []}
+    for number, piece in enumerate([pieces[0], *pieces]):
+        for name, call in (("predict", lambda p: predict(model, p)), ("plain", lambda p: plain(model.params, head, p))):
+            took = timed(call, piece)
+            if number:
+                seconds[name].append(took)
+    ratios = [a / b for a, b in zip(seconds["predict"], seconds["plain"], strict=True)]
+    return {
+        "clusters": len(clusters),
+        "images_per_s": round(size / statistics.median(seconds["predict"]), 1),
+        "p50_ms": round(1e3 * float(np.percentile(seconds["predict"], 50)), 3),
+        "p99_ms": round(1e3 * float(np.percentile(seconds["predict"], 99)), 3),
+        "cost": round(statistics.median(ratios), 3),
+    }
+
+
+def classified(run: Run, params: Any, head: jax.Array, images: jax.Array) -> jax.Array:
+    """What any classifier does: one pass, one head. uint8 [B, h, w, c] -> int32 [B]."""
+    return (frozen.features(run.backbone.config, params, centred(images, run.spec)) @ head).argmax(axis=1)
+
+
+def timed(call: Callable[[np.ndarray], Any], images: np.ndarray) -> float:
+    start = time.perf_counter()
+    found = call(images)
+    if isinstance(found, jax.Array):
+        np.asarray(found)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""One, two, four, eight devices: the same bits, and how many steps each of them makes.
+
+  python benchmarks/bench_scaling.py [--quick] [--json=FILE]
+
+Without accelerators the devices are XLA's fake ones on the CPU: they show bits and steps, not seconds. On real ones
+images per second are given too. Strong scaling: the same clusters on more devices; weak: as many more clusters. A
+slice has the same bits on 2, 4 and 8 devices; on one device XLA compiles the step with other fusions, which the
+fingerprint says: `agrees_with_one` is the largest difference to it. --quick: fewer clusters.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from sklearn.datasets import load_digits
+from synthetic import surroundings
+
+from lmeraser_jax import tuning
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.images import ImageSpec
+from lmeraser_jax.schedule import efficiency, make_job, pack
+
+COUNTS = (1, 2, 4, 8)
+INNER = "--devices="
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer clusters")
+    parser.add_argument("--json", default="", help="file for the numbers")
+    parser.add_argument("--devices", type=int, default=0, help="used by the script itself: one measurement")
+    arguments = parser.parse_args()
+    if arguments.devices:
+        print(json.dumps(measured(arguments.devices, arguments.quick)))
+        return
+    rows = []
+    for count in COUNTS:
+        flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+        call = [sys.executable, __file__, f"{INNER}{count}", *["--quick"] * arguments.quick]
+        done = subprocess.run(call, capture_output=True, text=True, env=os.environ | {"XLA_FLAGS": flags})
+        if done.returncode:
+            print(f"{count} devices: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            continue
+        rows.append(json.loads(done.stdout))
+        print(json.dumps({k: v for k, v in rows[-1].items() if k != "slices"}), file=sys.stderr, flush=True)
+    several = [row["slices"] for row in rows if row["devices"] > 1]
+    result = surroundings("bench_scaling.py", sys.argv[1:])
+    result |= {"same_bits_on_several": all(one == several[0] for one in several)}
+    result |= {"agrees_with_one": difference(rows[0]["slices"], several[0]) if several else None}
+    result["scaling"] = [{k: v for k, v in row.items() if k != "slices"} for row in rows]
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def difference(a: dict[str, list], b: dict[str, list]) -> float:
+    return max(abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True))
+
+
+def small_problem() -> tuple[tuning.Problem, Backbone, np.ndarray, np.ndarray]:
+    """Digits and a small random ViT."""
+    config = ViTConfig(image_size=8, patch=4, width=32, depth=2, heads=2, mlp=64, channels=1)
+    params = jax.device_get(nnx.to_pure_dict(nnx.split(config.build(nnx.Rngs(0)), nnx.Param)[1]))
+    backbone = frozen.make(config, params, (0.5,), (0.5,))
+    spec = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1)
+    problem = tuning.Problem(config, spec, Tuning(batch=8, epochs=2, min_steps=1, prompt_width=1), 10, seed=0)
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    return problem, backbone, images, digits.target.astype(np.int32)
+
+
+def measured(devices: int, quick: bool) -> dict:
+    """Tunes the same clusters on so many devices, and plans as many times more."""
+    problem, backbone, images, labels = small_problem()
+    t, sizes = problem.tuning, np.random.default_rng(0).integers(8, 64, 8 if quick else 24)
+    ends = np.cumsum(sizes)
+    jobs = [make_job(f"c{k}", np.arange(end - size, end), t) for k, (size, end) in enumerate(zip(sizes, ends))]
+    mesh = tuning.mesh_of(jax.devices()[:devices])
+    for _ in range(2):  # the first compiles
+        start = time.perf_counter()
+        found = {done.job.key: done.slice for done in tuning.tune(problem, backbone, jobs, images, labels, mesh)}
+        seconds = time.perf_counter() - start
+
+    def longest(some):
+        return max(sum(some[i].steps for i in lane) for lane in pack([job.steps for job in some], devices))
+
+    alone = sum(job.steps for job in jobs)
+    row = {"devices": devices, "strong_steps": longest(jobs), "weak_steps": longest(jobs * devices)}
+    row |= {
+        "strong_speedup": round(alone / longest(jobs), 2),
+        "efficiency": round(efficiency(jobs, devices, t.batch), 3),
+    }
+    row |= {"weak_efficiency": round(alone / longest(jobs * devices), 3)}
+    if jax.devices()[0].platform != "cpu":
+        row["images_per_s"] = round(sum(job.images for job in jobs) / seconds, 1)
+    row["slices"] = {key: np.concatenate([np.ravel(leaf) for leaf in part]).tolist() for key, part in found.items()}
+    return row
+
+
+if __name__ == "__main__":
+    main()

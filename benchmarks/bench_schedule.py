@@ -1,0 +1,91 @@
+"""How full the schedule is, and how long it takes to make: real images / images processed, seconds.
+
+  python benchmarks/bench_schedule.py [--quick] [--json=FILE]
+
+Cluster sizes: K and N as in the paper (CIFAR-10 194, CIFAR-100 347, SVHN 30, GTSRB 90 clusters), heavy-tailed: shares
+drawn from a log-normal distribution, sigma 1. Batch 64, 50 epochs, one lane per device. On several devices the largest
+cluster limits what any schedule can do: `bound`. For 10 million records in 5,000 clusters the whole plan is made;
+batches are cut while the device works, so what counts for them is the time per call.
+--quick: one million records.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from synthetic import surroundings
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.schedule import Job, chunks, efficiency, make_job
+
+PAPER = {"cifar10": (194, 40_000), "cifar100": (347, 40_000), "svhn": (30, 58_605), "gtsrb": (90, 21_312)}
+TUNING = Tuning(batch=64, epochs=50, lanes=1)
+DEVICES = (1, 2, 4, 8)
+SLOTS = 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one million records instead of ten")
+    parser.add_argument("--json", default="", help="file for the numbers")
+    arguments = parser.parse_args()
+    found: dict[str, dict] = {"efficiency": {}, "bound": {}, "seconds": {}}
+    for name, (clusters, records) in PAPER.items():
+        jobs = jobs_of(heavy_tailed(clusters, records))
+        for devices in DEVICES:
+            label = f"{name}, {devices} devices" if devices > 1 else name
+            found["efficiency"][label] = round(efficiency(jobs, devices, TUNING.batch), 4)
+            found["bound"][label] = round(bound(jobs, devices), 4)
+    found["seconds"] = large(1_000_000 if arguments.quick else 10_000_000, 5_000)
+    result = surroundings("bench_schedule.py", sys.argv[1:]) | found
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def heavy_tailed(clusters: int, records: int, seed: int = 0) -> np.ndarray:
+    """int64 [K] that sum to N, at least 1 each."""
+    shares = np.random.default_rng(seed).lognormal(sigma=1.0, size=clusters)
+    sizes = np.maximum(1, np.floor(shares / shares.sum() * records)).astype(np.int64)
+    sizes[sizes.argmax()] += records - sizes.sum()
+    return sizes
+
+
+def jobs_of(sizes: np.ndarray) -> list[Job]:
+    ends = np.cumsum(sizes)
+    return [make_job(f"c{k}", np.arange(end - size, end), TUNING) for k, (size, end) in enumerate(zip(sizes, ends))]
+
+
+def bound(jobs: list[Job], lanes: int) -> float:
+    """What no schedule can exceed: a cluster's steps come one after the other, whole batches each."""
+    steps = [job.steps for job in jobs]
+    return sum(job.images for job in jobs) / (max(max(steps), -(-sum(steps) // lanes)) * lanes * TUNING.batch)
+
+
+def large(records: int, clusters: int) -> dict[str, float]:
+    """Seconds to plan a large run, and to cut the batches of a call on 8 devices."""
+    sizes = heavy_tailed(clusters, records)
+    start = time.perf_counter()
+    jobs = jobs_of(sizes)
+    full = efficiency(jobs, 8, TUNING.batch)
+    planned = time.perf_counter() - start
+    calls, start = 0, time.perf_counter()
+    for _ in chunks(jobs, 8, TUNING, SLOTS, seed=0):
+        calls += 1
+        if calls == 20:
+            break
+    per_call = (time.perf_counter() - start) / calls
+    return {
+        "records": records,
+        "clusters": clusters,
+        "efficiency": round(full, 4),
+        "plan": round(planned, 3),
+        "per_call_of_64_steps_on_8_devices": round(per_call, 4),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Images per second of prompt and head tuning: ours, the reference algorithm in PyTorch, the best PyTorch we can write.
+
+  python benchmarks/bench_tuning.py [--quick] [--backbone=vit-ti] [--size=96] [--lanes=4] [--batch=16] [--json=FILE]
+
+Same weights (random, of a published size), images, batches, rates and precision (float32 on CPU, bfloat16 on GPU). The
+losses of the first five steps must agree before anything is timed; rounds are interleaved, medians are compared. An
+image counts once: forward, backward to its prompt and head, update. Needs PyTorch (the extra `test` brings it).
+--quick: four blocks instead of all, three short rounds.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import torch
+import torch_tuning
+from flax import nnx
+from synthetic import surroundings
+from torch_vit import frozen_vit
+
+from lmeraser_jax import tuning
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.backbones import zoo
+from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.features import Extractor, compute_dtype
+from lmeraser_jax.images import ImageSpec
+from lmeraser_jax.schedule import Job, batches, chunks, make_job
+
+CLASSES = 10
+CHECKED = 5  # steps whose losses must agree
+TOLERANCE = {"cpu": 1e-3, "gpu": 5e-2}  # of a loss, relative; bfloat16 on GPU
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ours:
+    """A tuning problem: as many clusters as lanes, of equal size, so that every step is a full batch."""
+
+    problem: tuning.Problem
+    backbone: Backbone
+    jobs: list[Job]
+    images: np.ndarray
+    labels: np.ndarray
+    prototypes: np.ndarray
+
+    @functools.cached_property
+    def mesh(self):
+        return tuning.mesh_of(jax.devices()[:1])
+
+    def tune(self) -> None:
+        """What a request pays for, from host arrays to finished slices."""
+        for _ in tuning.tune(self.problem, self.backbone, self.jobs, self.images, self.labels, self.mesh):
+            pass
+
+    def losses(self) -> np.ndarray:
+        """Mean over the clusters of each of the first steps' losses."""
+        program, t = tuning.compiled(self.problem, self.mesh), self.problem.tuning
+        params = tuning.on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
+        chunk = next(chunks(self.jobs, 1, t, self.problem.slots, self.problem.seed))
+        rows = (chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
+        data = (self.images, self.labels, np.int32(CHECKED), tuning.initial_state(self.problem, self.mesh))
+        return np.asarray(program(params, *data, tuning.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
+
+
+def ours(arguments: argparse.Namespace) -> Ours:
+    """Random images, a random ViT; the members of a cluster are images whose nearest prototype is the cluster's."""
+    config = zoo.entry(arguments.backbone).architecture
+    assert isinstance(config, ViTConfig), "the PyTorch side is a ViT"
+    config = dataclasses.replace(config, image_size=arguments.size, feature="cls")
+    if arguments.quick:
+        config = dataclasses.replace(config, depth=4)
+    model = config.build(nnx.Rngs(0))
+    params = jax.device_get(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
+    backbone = frozen.make(config, params, (0.5,), (0.5,))
+    size = arguments.size
+    spec = ImageSpec(size, size, 3, size=size, resize=size, out_channels=3)
+    settings = Tuning(
+        prompt_width=max(1, round(arguments.size * 30 / 224)),  # the paper's share of the image
+        optimizer="sgd",
+        prompt_rate=0.01,
+        head_rate=0.01,
+        epochs=1,
+        min_steps=1,
+        batch=arguments.batch,
+        lanes=arguments.lanes,
+    )
+    problem = tuning.Problem(config, spec, settings, CLASSES, seed=0)
+    members = arguments.steps * arguments.batch
+    rng = np.random.default_rng(0)
+    tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3))
+    noise = rng.integers(-40, 40, (arguments.lanes, members, arguments.size, arguments.size, 3))
+    images = np.clip(tints[:, None] + noise, 0, 255).astype(np.uint8).reshape(-1, *noise.shape[2:])
+    labels = (rng.integers(0, 2, len(images)) + np.arange(len(images)) // members) % CLASSES  # two in each cluster
+    found = Ours(problem, backbone, [], images, labels.astype(np.int32), np.zeros(0))
+    extract = Extractor(backbone, spec, 32, found.mesh, compute_dtype("auto", found.mesh))
+    features = extract(images).reshape(arguments.lanes, members, -1)
+    prototypes = features.mean(axis=1)
+    nearest = ((features[:, :, None] - prototypes) ** 2).sum(axis=-1).argmin(axis=-1)
+    assert (nearest == np.arange(arguments.lanes)[:, None]).all(), "the clusters overlap"
+    jobs = [make_job(f"c{k}", np.arange(k * members, (k + 1) * members), settings) for k in range(arguments.lanes)]
+    return dataclasses.replace(found, jobs=jobs, prototypes=prototypes)
+
+
+def task_of(mine: Ours) -> torch_tuning.Task:
+    """The same problem for PyTorch, with the batches that our lanes get, in their order."""
+    t, on_gpu = mine.problem.tuning, torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
+    rows = np.stack([batches(job, mine.problem.seed)[0] for job in mine.jobs], axis=1)  # [steps, G, B]
+    total = mine.jobs[0].steps
+    factors = [tuning.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
+    return torch_tuning.Task(
+        vit=frozen_vit(mine.backbone, device, dtype),
+        images=mine.images,
+        labels=mine.labels.astype(np.int64),
+        rows=rows.astype(np.int64),
+        prototypes=mine.prototypes,
+        classes=CLASSES,
+        width=t.prompt_width,
+        rates=t.prompt_rate * np.array(factors, np.float64),
+        momentum=t.momentum,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def first(losses) -> list[float]:
+    return [float(loss) for loss, _ in zip(losses, range(CHECKED), strict=False)]
+
+
+def disagreement(mine: Ours, task: torch_tuning.Task, best: torch_tuning.Best) -> float:
+    """The largest relative difference between the losses of the first steps; refuses to compare different things."""
+    wanted = mine.losses()
+    found = np.array([first(torch_tuning.reference(task)), first(best.run())])
+    worst = float(np.abs(found / wanted - 1).max())
+    limit = TOLERANCE[jax.devices()[0].platform]
+    assert worst < limit, f"losses differ by {worst:.1e}, more than {limit}: {wanted}, {found}"
+    assert wanted[-1] < wanted[0], f"nothing is learnt: {wanted}"
+    return worst
+
+
+def interleaved(methods: dict, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each method in each round, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(rounds + 1):
+        for name, run in methods.items():
+            start = time.perf_counter()
+            run()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="four blocks, three short rounds")
+    parser.add_argument("--backbone", default="vit-ti", help="a ViT of lmeraser backbone --list, with random weights")
+    parser.add_argument("--size", type=int, default=96, help="side of the images")
+    parser.add_argument("--lanes", type=int, default=4, help="clusters tuned at the same time")
+    parser.add_argument("--batch", type=int, default=16, help="images of a cluster per step")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a round, at least 5")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", default="", help="file for the numbers")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.rounds = CHECKED, 3
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    mine = ours(arguments)
+    task = task_of(mine)
+    best = torch_tuning.Best(task)
+    worst = disagreement(mine, task, best)
+    last = {"ours": mine.tune, "reference": lambda: list(torch_tuning.reference(task))}
+    last["best_torch"] = lambda: float(list(best.run())[-1])  # waits for the device
+    seconds = interleaved(last, arguments.rounds)
+    images = mine.problem.tuning.lanes * arguments.batch * arguments.steps
+    rates = {name: round(images / statistics.median(times), 2) for name, times in seconds.items()}
+    ratios = {
+        name: round(statistics.median(b / a for a, b in zip(seconds["ours"], times, strict=True)), 3)
+        for name, times in seconds.items()
+        if name != "ours"
+    }
+    result = surroundings("bench_tuning.py", sys.argv[1:]) | {"torch": torch.__version__}
+    result |= {name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")}
+    result |= {"depth": mine.problem.architecture.depth, "losses_differ_by": worst}  # pyright: ignore
+    result |= {"images_per_s": rates, "ratio": ratios, "seconds": seconds}
+    print(json.dumps(result, indent=2))
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What surrounds the compiled program: kept on disk for the next process, with the same bits; traced when asked."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tuning_problem import GROUPS, problem_of, run, small_backbone, small_data
+
+from lmeraser_jax import profiling
+from lmeraser_jax.cli import main
+
+TUNED = """
+import json, sys
+from lmeraser_jax.cli import main
+if "--kept" in sys.argv:
+    main.keep_compiled_programs()
+from jax import monitoring
+hits = []
+monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
+from tuning_problem import GROUPS, problem_of, run, small_backbone, small_data
+from lmeraser_jax.digests import arrays_digest
+found = run(problem_of(small_backbone(), epochs=2), small_backbone(), small_data(), {"c1": GROUPS["c1"]})
+print(json.dumps({"params": arrays_digest(found["c1"].slice._asdict()), "hits": len(hits)}))
+"""
+
+
+def tuned(home, *flags):
+    """What another process makes of a cluster."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    call = [sys.executable, "-c", TUNED, *flags]
+    return json.loads(subprocess.run(call, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def test_a_kept_program_is_found_again_and_gives_the_same_bits(tmp_path):
+    first, second, fresh = tuned(tmp_path, "--kept"), tuned(tmp_path, "--kept"), tuned(tmp_path)
+    assert first["params"] == second["params"] == fresh["params"]
+    assert second["hits"] > 0 == first["hits"] == fresh["hits"]
+    assert any("device_program" in path.name for path in (tmp_path / "lmeraser_jax").iterdir())
+
+
+def test_whoever_chose_a_folder_is_not_overruled(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "elsewhere", "XDG_CACHE_HOME": str(tmp_path)})
+    main.keep_compiled_programs()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def tune_in_calls(scan_steps):
+    problem = problem_of(small_backbone(), scan_steps=scan_steps, epochs=2)
+    return run(problem, small_backbone(), small_data(), GROUPS)
+
+
+def test_a_few_calls_are_traced(tmp_path, capsys):
+    with profiling.into(str(tmp_path)):
+        tune_in_calls(4)
+        assert list(tmp_path.rglob("*.xplane.pb"))
+        before = sorted(tmp_path.rglob("*"))
+        tune_in_calls(4)
+        assert sorted(tmp_path.rglob("*")) == before, "one tuning is enough"
+    assert capsys.readouterr().err == ""
+
+
+def test_too_few_calls_are_said(tmp_path, capsys):
+    with profiling.into(str(tmp_path)):
+        tune_in_calls(1000)
+    assert "--config.tuning.scan_steps" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_trace_ends_with_a_tuning_that_fails(tmp_path):
+    with pytest.raises(KeyError), profiling.into(str(tmp_path)), profiling.tracing() as trace:
+        trace.next_call()
+        trace.next_call()
+        raise KeyError
+    assert list(tmp_path.rglob("*.xplane.pb"))
