@@ -224,7 +224,7 @@ def _arrived(found: "SimpleQueue[tuple[Hello, Connection]]", size: int) -> dict[
 def _meet(place: Place, told: dict) -> dict:
     """What process 0 tells; each process waits until all have heard it. Its errors go to standard error as they are."""
     command = [sys.executable, "-m", "lmeraser_jax.distributed", place.coordinator, str(place.size), str(place.index)]
-    environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environ = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     given: str | None = json.dumps(told)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environ) as child:
         try:

@@ -165,11 +165,12 @@ class Team:
             raise stopping.Stopped
 
     def _results(self, busy: set[int], timeout: float) -> Iterator[Any]:
-        """What has arrived; a process that has finished is no longer busy."""
+        """What has arrived; a process that has finished is no longer busy. After a loss nobody is waited for."""
         while busy and (found := self._take(timeout)) is not None:
             peer, message = found
             if isinstance(message, _Lost | Failed):
-                self._check()
+                self._stopped = True
+                busy.clear()
             elif isinstance(message, Finished):
                 self._stopped |= message.stopped
                 busy.discard(peer)

@@ -83,7 +83,7 @@ def test_one_command_from_request_to_receipt(run, capsys):
     assert code == 0 and "accepted: request a" in err and "1 other requests wait" in err
     assert "erased 1 records (request a)" in out and "1 records are being erased by an earlier request" in out
     receipt = Path(out.strip().rpartition("receipt: ")[2])
-    assert call(capsys, "verify", f"--workdir={run}", receipt) == (0, f"holds: {receipt}\n", "")
+    assert call(capsys, "verify", f"--workdir={run}", receipt) == (0, f"holds: {receipt} (request a)\n", "")
     receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"config": "0" * 64}))
     code, out, _ = call(capsys, "verify", f"--workdir={run}", receipt)
     assert code == 1 and "DOES NOT HOLD" in out and "was edited" in out

@@ -110,6 +110,17 @@ def test_the_command_line_takes_the_flags(capsys):
     assert "--coordinator_address, --process_id missing" in capsys.readouterr().err
 
 
+def test_the_line_to_resume_with_leaves_the_place_out():
+    place = ["--coordinator_address=h:1", "-num_processes", "2", "--process_id", "0"]
+    assert main._of_one(["train", "--workdir", "w", *place, "--json=-", "2"]) == [
+        "train",
+        "--workdir",
+        "w",
+        "--json=-",
+        "2",
+    ]
+
+
 def test_what_process_0_does_alone_the_others_leave_to_it(monkeypatch, capsys, tmp_path):
     for name, value in KUBERNETES.items():
         monkeypatch.setenv(name, value)

@@ -458,7 +458,7 @@ def test_resolve_lists_everything_unknown_and_knows_owners(tmp_path):
     with small_run(tmp_path / "run") as run:
         with pytest.raises(UserError, match="(?s)nothing is erased.*unknown records: nobody, nothing"):
             resolve(run.catalog, ["nobody", run.catalog.live("train").ids[0], "nothing"])
-        with pytest.raises(UserError, match="--owner=stranger: owns no live record"):
+        with pytest.raises(UserError, match="--owner=stranger: owns no live private record"):
             resolve(run.catalog, [], ["stranger"])
         with pytest.raises(UserError, match="public records"):
             resolve(run.catalog, [run.catalog.live("public").ids[0]])

@@ -92,7 +92,10 @@ def test_owners_are_erased_and_buried(catalog):
 def test_asking_twice_is_asking_once(catalog):
     first = accept(catalog, ["r1", "r2"], ["own-2"], request="a", reason="one")
     before = dump(catalog)
-    assert accept(catalog, ["r2", "r1"], ["own-2"], request="a", reason="two") == first
+    assert accept(catalog, ["r2", "r1"], ["own-2"], request="a") == first
+    for other in ({"reason": "two"}, {"requester": "somebody"}):
+        with pytest.raises(UserError, match="--request=a: was used (for|by) another (reason|requester)"):
+            accept(catalog, ["r2", "r1"], ["own-2"], request="a", **other)
     with pytest.raises(UserError, match="--request=a: was used for another erasure"):
         accept(catalog, ["r1"], request="a")
     with pytest.raises(UserError, match="--request=a: was used for another erasure"):
@@ -113,7 +116,7 @@ def test_a_second_request_for_a_record_that_waits(catalog):
     [
         ({}, "say what to erase"),
         ({"ids": ["r1", "x", "y"]}, "unknown records: x, y"),
-        ({"ids": ["r1"], "owners": ["own-0", "nobody"]}, "--owner=nobody: owns no live record"),
+        ({"ids": ["r1"], "owners": ["own-0", "nobody"]}, "--owner=nobody: owns no live private record"),
         ({"ids": ["x"], "owners": ["nobody"]}, r"(?s)unknown records: x.*--owner=nobody"),
         ({"ids": ["r1", "p0"]}, "public records.*p0"),
         ({"ids": ["r1", ""]}, "not empty"),

@@ -2,6 +2,8 @@
 
 import contextlib
 import sqlite3
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,15 +187,14 @@ def test_forgotten_id_is_nowhere(tmp_path):
 
 
 # slices, manifests, requests
-def test_tainted_slices(catalog):
+def test_slices_of_rows(catalog):
     catalog.add_slice(slice_row("s1"), [10, 11])
     catalog.add_slice(slice_row("s2"), np.array([12]))
     catalog.add_slice(slice_row("s3", loss=None), [11, 12])
-    assert catalog.tainted_slices(["r"]) == set()
-    catalog.erase(["a"], "r")  # row 11
-    assert catalog.tainted_slices(["r"]) == {"s1", "s3"} and catalog.tainted_slices(["other", ""]) == set()
+    assert catalog.slices_of([]) == catalog.slices_of([13]) == set()
+    assert catalog.slices_of([11]) == {"s1", "s3"} and catalog.slices_of(np.array([10, 12])) == {"s1", "s2", "s3"}
     catalog.drop_slice("s1")
-    assert catalog.tainted_slices(["r"]) == {"s3"}
+    assert catalog.slices_of([11]) == {"s3"}
     assert catalog.slices() == {"s2": slice_row("s2"), "s3": slice_row("s3", loss=None)}
 
 
@@ -278,16 +279,48 @@ def test_foreign_file_refused(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_a_read_only_file_system_can_be_read(tmp_path, monkeypatch):
-    """Where nobody can write, the catalog opens without its helper files and refuses changes."""
-    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as catalog:
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.store.catalog import Catalog
+place, seen = Path(sys.argv[1]), Path(sys.argv[2])
+subprocess.run(["mount", "--bind", str(place), str(seen)], check=True)
+subprocess.run(["mount", "-o", "remount,ro,bind", str(seen)], check=True)
+reader = Catalog(seen / "catalog.db")  # nobody has it open: it shows this moment
+assert reader.get("dataset") == 1 and reader.stamp() == reader.stamp()
+writer = Catalog(place / "catalog.db")
+writer.set("dataset", 2)
+try:
+    reader.stamp()
+except UserError as error:
+    assert "cannot follow changes" in str(error)
+else:
+    raise AssertionError("the change went unnoticed")
+follower = Catalog(seen / "catalog.db")  # a writer has it open: its log can be followed
+before = follower.stamp()
+assert follower.get("dataset") == 2
+writer.set("dataset", 3)
+assert follower.stamp() != before and follower.get("dataset") == 3
+print("followed")
+"""
+
+
+def test_a_read_only_file_system_can_be_read_and_never_shows_an_old_state(tmp_path):
+    """Where SQLite can follow a writer it does; where it cannot, a later look is refused."""
+    place, seen = tmp_path / "place", tmp_path / "seen"
+    place.mkdir()
+    seen.mkdir()
+    Catalog(place / "catalog.db").close()
+    with contextlib.closing(Catalog(place / "catalog.db")) as catalog:
         catalog.set("dataset", 1)
-    monkeypatch.setattr("lmeraser_jax.store.catalog.os.access", lambda path, mode: False)
-    files = {file.name for file in tmp_path.iterdir()}
-    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as catalog:
-        assert catalog.get("dataset") == 1 and {file.name for file in tmp_path.iterdir()} == files
-        with pytest.raises(sqlite3.OperationalError, match="readonly"):
-            catalog.set("dataset", 2)
+    call = ["unshare", "--mount", sys.executable, "-c", READ_ONLY, str(place), str(seen)]
+    try:
+        subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"file systems cannot be mounted here: {error}")
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.stdout == "followed\n", done.stderr
 
 
 def test_folder_as_catalog_refused(tmp_path):

@@ -37,6 +37,7 @@ COMMANDS = {
 }
 SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
 RESUMABLE = SHARED | {"pretrain"}
+PLACE = frozenset({"coordinator_address", "num_processes", "process_id"})
 INTERRUPTED = 130
 MISUSED = 2
 WHOLE = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
@@ -97,7 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return shares.serve(team)
             return module.run(dataclasses.replace(parsed, team=team))
     except stopping.Stopped as stopped:
-        print(f"{who}stopped as asked; resume with: lmeraser {str(stopped) or shlex.join(arguments)}", file=sys.stderr)
+        again = str(stopped) or shlex.join(_of_one(arguments))
+        print(f"{who}stopped as asked; resume with: lmeraser {again}", file=sys.stderr)
         return 0
     except UserError as error:
         print(f"{who}error: {error}", file=sys.stderr)
@@ -141,6 +143,17 @@ def console() -> int:
     without_echoes()
     keep_compiled_programs()
     return main()
+
+
+def _of_one(arguments: Sequence[str]) -> list[str]:
+    """The command line without a place among several processes: it can be resumed by any number of them."""
+    kept, skip = [], False
+    for argument in arguments:
+        name, given, _ = argument.lstrip("-").partition("=")
+        if not skip and not (argument.startswith("-") and name in PLACE):
+            kept.append(argument)
+        skip = not skip and argument.startswith("-") and name in PLACE and not given
+    return kept
 
 
 def keep_compiled_programs() -> None:

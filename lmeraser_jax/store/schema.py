@@ -149,9 +149,11 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         version = _version(db)  # another process may have been faster
         if version == 1:
             _copy(path, backup_of(path))
-            statements = [text.strip() for text in TABLES.split(";\n") if text.strip()]
-            new = ";\n".join(text for text in statements if not _made_by_1(text)) + ";"
-            db.executescript(f"{FROM_1.format(new=new)}PRAGMA user_version={VERSION};COMMIT;")
+            new = ";\n".join(text for text in _statements(TABLES) if not _made_by_1(text)) + ";"
+            for statement in _statements(FROM_1.format(new=new)):  # executescript() would commit first
+                db.execute(statement)
+            db.execute(f"PRAGMA user_version={VERSION}")
+            db.execute("COMMIT")
         elif version != VERSION:
             raise UserError(f"{path} has catalog version {version}; this release reads versions 1 to {VERSION}")
     finally:
@@ -168,6 +170,10 @@ def _copy(path: Path, to: Path) -> None:
     to.touch(mode=0o600)
     with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(to)) as copy:
         source.backup(copy)
+
+
+def _statements(script: str) -> list[str]:
+    return [text.strip() for text in script.split(";\n") if text.strip()]
 
 
 def _made_by_1(statement: str) -> bool:
