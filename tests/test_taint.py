@@ -228,8 +228,8 @@ def test_quarantine_follows_its_record_through_a_new_clustering(run, monkeypatch
 
 
 def test_images_of_an_owner_who_is_erased_during_an_import_stay_out(run, monkeypatch):
-    items = [item for item in small_source(train=90).items if item.split == "train" and item.id not in TRAIN][:4]
-    source = small_source(train=90)
+    items = [item for item in small_source(train=110).items if item.split == "train" and item.id not in TRAIN][:4]
+    source = small_source(train=110)
     kept = {item.id for item in items}
     source = without(source, {item.id for item in source.items} - kept)
     pixels = source.read(0, len(source.items)).images
