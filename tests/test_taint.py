@@ -292,3 +292,47 @@ def test_a_row_of_the_catalog_that_tells_another_story_shows(run):
         assert "than the catalog" in verdict.findings[0]
     requests._store(run.catalog, request)
     sound(run)
+
+
+def test_a_clustering_goes_with_a_record_that_only_it_has_sampled(tmp_path):
+    """Its slices live on where the clustering of today calls for them, too."""
+
+    def displaced(run):
+        new, old = run.catalog.manifests()
+        reused = set(new.entries.values()) & set(old.entries.values())
+        gone = set(load_clustering(run.layout, old.clustering).sample) - set(sample(run))
+        return sorted(gone)[0] if reused and gone else None
+
+    place, name = grown(tmp_path, displaced)
+    with small_run(place, config=CONFIG) as run:
+        unlearning.request_erasure(run, [name])
+        now = run.catalog.manifest().clustering
+        assert [path.name for path in run.layout.clusterings.iterdir()] == [now]
+        sound(run)
+
+
+def test_a_pin_outlives_the_state_it_is_from(tmp_path):
+    """Its clustering is kept with it, so that one can still tell whose erasure would end it."""
+
+    def elsewhere(run):
+        new, old = run.catalog.manifests()
+        shaped = set(load_clustering(run.layout, old.clustering).sample) | set(sample(run))
+        then = {row for ref in old.entries.values() for row in run.catalog.rows_of(ref).tolist()}
+        free = [name for name, row in run.catalog.rows(run.catalog.live("train").ids).items() if row in then]
+        free = [name for name in free if name not in shaped]
+        for key in sorted(set(new.entries) & set(old.entries)):
+            rows = set(run.catalog.rows_of(old.entries[key]).tolist())
+            others = [name for name in free if run.catalog.rows([name])[name] not in rows]
+            if old.clustering != new.clustering and old.entries[key] != new.entries[key] and len(others) > 1:
+                return key, others[:2]
+        return None
+
+    place, (key, others) = grown(tmp_path, elsewhere)
+    with small_run(place, config=CONFIG) as run:
+        old = run.catalog.manifests()[1]
+        rollback.rollback(run, key, old.entries[key])
+        for name in others:
+            unlearning.request_erasure(run, [name])
+            assert published(run)[key] == old.entries[key] and run.catalog.pins() == {key: old.entries[key]}
+        assert old.version not in [manifest.version for manifest in run.catalog.manifests()]
+        sound(run)
