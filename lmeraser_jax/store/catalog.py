@@ -109,13 +109,9 @@ class Catalog:
         """Changes whenever something was committed, here or by another connection. Costs microseconds.
 
         Raises:
-            UserError: the catalog was opened as one that nobody writes to, and somebody has.
+            UserError: something was committed, and this connection cannot follow (`schema.connect`).
         """
-        if self._frozen is not None and schema.look(self.path) != self._frozen:
-            raise UserError(
-                f"{self.path} was changed; this process cannot write to its folder and so cannot follow changes: open"
-                " it again, or let a model server have write access to the folder of the workdir"
-            )
+        schema.refuse_change(self.path, self._frozen)
         return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
 
     def flush(self) -> None:
@@ -224,12 +220,9 @@ class Catalog:
 
     def clusters_of(self, ids: Iterable[str]) -> dict[str, str]:
         """{id: published cluster} of those ids that are in one, erased or not."""
-        found = {}
-        for name in ids:
-            row = self.db.execute("SELECT cluster FROM records WHERE id=? AND split='train'", (name,)).fetchone()
-            if row and row[0]:
-                found[name] = row[0]
-        return found
+        query = "SELECT cluster FROM records WHERE id=? AND split='train'"
+        found = ((name, self.db.execute(query, (name,)).fetchone()) for name in ids)
+        return {name: row[0] for name, row in found if row and row[0]}
 
     def rows_used(self) -> int:
         """Rows of the image file that belong to a record or to an erased one's place."""
@@ -237,12 +230,9 @@ class Catalog:
 
     def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
         """{id: (split, content, label, erased)} of those ids that the catalog holds."""
-        found = {}
-        for name in ids:
-            row = self.db.execute("SELECT split,content,label,erased FROM records WHERE id=?", (name,)).fetchone()
-            if row:
-                found[name] = (row[0], row[1], row[2], bool(row[3]))
-        return found
+        query = "SELECT split,content,label,erased!='' FROM records WHERE id=?"
+        found = ((name, self.db.execute(query, (name,)).fetchone()) for name in ids)
+        return {name: (*row[:3], bool(row[3])) for name, row in found if row}
 
     def rows(self, ids: Iterable[str]) -> dict[str, int]:
         """{id: image row} of those ids that the catalog holds."""

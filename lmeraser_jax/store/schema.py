@@ -113,6 +113,15 @@ def look(path: Path) -> tuple[int, ...]:
     return file.st_mtime_ns, file.st_size, log.stat().st_size if log.exists() else 0
 
 
+def refuse_change(path: Path, seen: tuple[int, ...] | None) -> None:
+    """Raises `UserError` where a connection shows one moment only (`connect`) and the catalog has changed since."""
+    if seen is not None and look(path) != seen:
+        raise UserError(
+            f"{path} was changed; this process cannot write to its folder and so cannot follow changes: open it again,"
+            " or let it write to the folder of the workdir"
+        )
+
+
 def create(db: sqlite3.Connection) -> None:
     """Makes all tables in one transaction, with a fresh salt for the hashes of erased ids."""
     db.execute("PRAGMA journal_mode=WAL")
