@@ -1,0 +1,42 @@
+"""The benchmarks that need no measuring: the schedule keeps its promise, the model of large runs fits what was measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def output(monkeypatch, tmp_path, name, *flags):
+    """The JSON that a benchmark writes."""
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.setattr(sys, "argv", [name, *flags, f"--json={tmp_path / 'found.json'}"])
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+    return json.loads((tmp_path / "found.json").read_text())
+
+
+def test_schedules_are_full_and_made_in_no_time(monkeypatch, tmp_path):
+    found = output(monkeypatch, tmp_path, "bench_schedule.py")
+    for name in ("cifar10", "cifar100", "svhn", "gtsrb"):
+        assert found["efficiency"][name] > 0.95 and found["efficiency"][f"{name}, 8 devices"] > 0.95
+        assert found["efficiency"][name] <= found["bound"][name] + 1e-4
+    assert found["seconds"]["records"] == 10_000_000 and found["seconds"]["plan"] < 10
+
+
+def test_the_model_of_large_runs_fits_what_was_measured(monkeypatch, tmp_path):
+    found = output(monkeypatch, tmp_path, "plan_scale.py", "--check")
+    wrong = {name: one for name, one in found.items() if isinstance(one, dict) and not 0.5 < one.get("ratio", 1) < 2}
+    assert not wrong and len(found) > 8
+
+
+@pytest.mark.parametrize("records", ["1e6", "1e9"])
+def test_larger_runs_cost_more(monkeypatch, tmp_path, records):
+    small = output(monkeypatch, tmp_path, "plan_scale.py", f"--records={records}", "--clusters=1e5")
+    large = output(monkeypatch, tmp_path, "plan_scale.py", f"--records={float(records) * 10}", "--clusters=1e5")
+    more = output(monkeypatch, tmp_path, "plan_scale.py", f"--records={records}", "--clusters=1e5", "--hosts=4")
+    assert large["train"]["tuning_h"] == pytest.approx(10 * small["train"]["tuning_h"], rel=0.01)
+    assert large["memory"]["disk_gb"] > small["memory"]["disk_gb"]
+    assert more["train"]["tuning_h"] == pytest.approx(small["train"]["tuning_h"] / 4, rel=0.01)
