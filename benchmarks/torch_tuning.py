@@ -145,7 +145,7 @@ class Best:
         """Sum over clusters of their mean loss: the gradient of each is that of its own mean."""
         images = self.images[rows].float().div(255).sub(0.5).div(0.5)  # [G, B, H, W, C]
         images = images + (prompts * self.border)[:, None]
-        features = self.task.vit(images.flatten(0, 1).to(self.task.dtype)).float()  # [G * B, D]
+        features = self.task.vit(images.flatten(0, 1).to(self.task.dtype), cls_only=True).float()  # [G * B, D]
         logits = torch.baddbmm(biases[:, None], features.view(*rows.shape, -1), kernels)  # [G, B, Y]
         losses = F.cross_entropy(logits.flatten(0, 1), self.labels[rows].flatten(), reduction="none")
         return losses.view(rows.shape).mean(1).sum()

@@ -25,10 +25,17 @@ class Block(nn.Module):
         self.fc1 = nn.Linear(config.width, config.mlp)
         self.fc2 = nn.Linear(config.mlp, config.width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, D] -> [B, N, D]
-        b, n, d = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+    def forward(self, x: torch.Tensor, cls_only: bool = False) -> torch.Tensor:  # [B, N, D] -> [B, 1 or N, D]
+        (b, n, d), y = x.shape, self.norm1(x)
+        if cls_only:
+            q = F.linear(y[:, :1], self.qkv.weight[:d], self.qkv.bias[:d]).view(b, 1, self.heads, -1).transpose(1, 2)
+            k, v = (
+                F.linear(y, self.qkv.weight[d:], self.qkv.bias[d:]).view(b, n, 2, self.heads, -1).permute(2, 0, 3, 1, 4)
+            )
+            x = x[:, :1]
+        else:
+            q, k, v = self.qkv(y).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate=self.tanh))
 
 
@@ -45,13 +52,14 @@ class TorchViT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width, config.epsilon)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:  # [B, H, W, C] -> [B, D]
+    def forward(self, images: torch.Tensor, cls_only: bool = False) -> torch.Tensor:  # [B, H, W, C] -> [B, D]
+        """With `cls_only` the last block computes what the feature needs of it."""
         b, h, w, c = images.shape
         p = self.patch
         x = images.view(b, h // p, p, w // p, p, c).permute(0, 1, 3, 2, 4, 5).reshape(b, -1, p * p * c)
         x = torch.cat([self.cls.expand(b, -1, -1), self.embed(x)], 1) + self.positions
-        for block in self.blocks:
-            x = block(x)
+        for index, block in enumerate(self.blocks):
+            x = block(x, cls_only and index == len(self.blocks) - 1)
         return self.norm(x[:, 0])
 
 

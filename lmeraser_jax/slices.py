@@ -17,7 +17,7 @@ from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import raise_all
 from lmeraser_jax.images import ImageSpec
 
-RECIPE_VERSION = 1  # raise it when the same recipe starts to give other bits
+RECIPE_VERSION = 2  # raise it when the same recipe starts to give other bits
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the numbers
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks that need no measuring: the schedule keeps its promise, the model of large runs fits what was measured."""
+"""Benchmarks that need no measuring: the schedule keeps its promise, the model of large runs fits what was measured."""
 
 import json
 import runpy

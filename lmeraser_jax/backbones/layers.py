@@ -45,11 +45,23 @@ def attend(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Arr
     """
     b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, d // heads), 2, 0)
-    scores = jnp.einsum("bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32) * (d // heads) ** -0.5
+    return attended(q, k, v, bias)
+
+
+def attended(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """As `attend`, for queries [B, M, A, D / A], keys and values [B, N, A, D / A]: [B, M, D]."""
+    scores = jnp.einsum("bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
-    weights = jax.nn.softmax(scores, axis=-1).astype(qkv.dtype)
-    return jnp.einsum("baqk,bkad->bqad", weights, v).reshape(b, n, d)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    return jnp.einsum("baqk,bkad->bqad", weights, v).reshape(*q.shape[:2], -1)
+
+
+def outputs(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
+    """Some of a dense layer's outputs: [B, N, D] -> [B, N, number of columns]."""
+    assert layer.bias is not None
+    kernel, bias = layer.kernel[...].astype(x.dtype), layer.bias[...].astype(x.dtype)
+    return x @ kernel[:, columns] + bias[None, None, columns]
 
 
 def patches(images: jax.Array, patch: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.backbones.layers import MLP, Gelu, LayerNorm, attend, patches
+from lmeraser_jax.backbones.layers import MLP, Gelu, LayerNorm, attend, attended, outputs, patches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +71,13 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(config.width, 3 * config.width, rngs=rngs)
         self.out = nnx.Linear(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
-        return self.out(attend(self.qkv(x), self.heads))
+    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:  # [B, N, D] -> [B, queries or N, D]
+        if queries is None:
+            return self.out(attend(self.qkv(x), self.heads))
+        b, n, d = x.shape
+        q = outputs(self.qkv, x[:, :queries], slice(d)).reshape(b, queries, self.heads, -1)
+        k, v = jnp.moveaxis(outputs(self.qkv, x, slice(d, None)).reshape(b, n, 2, self.heads, -1), 2, 0)
+        return self.out(attended(q, k, v))
 
 
 class Block(nnx.Module):
@@ -84,8 +89,9 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(config.width, config.epsilon, rngs)
         self.mlp = MLP(config.width, config.mlp, config.gelu, rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:  # [B, N, D] -> [B, N, D]
-        x = x + self.attention(self.norm1(x))
+    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:  # [B, N, D] -> [B, queries or N, D]
+        """All tokens; or only the first so many of them, which still attend to all."""
+        x = x[:, :queries] + self.attention(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
 
@@ -106,13 +112,13 @@ class ViT(nnx.Module):
         if config.classes:
             self.head = nnx.Linear(config.width, config.classes, rngs=rngs)
 
-    def states(self, images: jax.Array) -> list[jax.Array]:
-        """Tokens [B, N, D] before the first block and after each one; images as in `features`."""
+    def states(self, images: jax.Array, blocks: int | None = None) -> list[jax.Array]:
+        """Tokens [B, N, D] before the first block and after each of the first `blocks`; images as in `features`."""
         x = self.embed(patches(images, self.config.patch))
         x = x.reshape(len(x), -1, x.shape[-1])  # [B, N-1, D]
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
         found = [jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)]  # [B, N, D]
-        for block in self.blocks:
+        for block in list(self.blocks)[:blocks]:
             found.append(block(found[-1]))
         return found
 
@@ -125,7 +131,8 @@ class ViT(nnx.Module):
         Returns:
             [B, D] in the dtype of the images.
         """
-        x = self.norm(self.states(images)[-1])[:, 0]  # [B, D]
+        x = self.blocks[-1](self.states(images, len(self.blocks) - 1)[-1], queries=1)  # what the feature needs of it
+        x = self.norm(x)[:, 0]  # [B, D]
         return jnp.tanh(self.pooler(x)) if self.config.feature == "pooler" else x
 
     def __call__(self, images: jax.Array) -> jax.Array:
