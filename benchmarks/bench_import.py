@@ -24,6 +24,8 @@ CLASSES, PIECE = 10, 10_000
 
 
 def main() -> None:
+    from synthetic import commit  # brings JAX, which the measured processes must do without
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200_000, help="images")
     parser.add_argument("--source", choices=["npz", "folder"], default="npz", help="where they come from")
@@ -157,17 +159,6 @@ def load(arguments: argparse.Namespace, folder: Path) -> dict:
 def resident() -> int:
     """Bytes of this process in memory now (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
-def commit() -> str:
-    """The commit of the working tree, with a + where it has changes."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
-        status = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return name.strip() + ("+" if status.strip() else "")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from helpers import small_config, small_source, with_items, without
 
 from lmeraser_jax import audit, planning, rollback, shares, unlearning
@@ -72,14 +73,20 @@ def fake_assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     return ((features[:, None] - prototypes[None]) ** 2).sum(axis=2).argmin(axis=1).astype(np.int32)
 
 
+def fast_fakes(patch) -> None:
+    """Fast slices and features, as long as a `pytest.MonkeyPatch` holds."""
+    for module in (shares, audit):
+        patch.setattr(module, "tune", fake_tune)
+    patch.setattr(runs, "Extractor", FakeExtractor)
+    patch.setattr(planning.clusters, "assign", fake_assign)
+
+
 def install_fakes() -> None:
     vit = dataclasses.replace(pretrain.architecture(CONFIG, 1, 10), classes=0)
     params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), frozen.graph(vit)[1])
     made = frozen.make(vit, params, (0.5,), (0.5,))
     pretrain.pretrain = lambda *_: (made, 0.5)
-    shares.tune = audit.tune = fake_tune
-    runs.Extractor = FakeExtractor
-    planning.clusters.assign = fake_assign
+    fast_fakes(pytest.MonkeyPatch())  # for as long as the process lives
 
 
 # ---- scenarios: a workdir, and a command that is killed and repeated

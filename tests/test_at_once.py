@@ -7,11 +7,10 @@ import sys
 import threading
 
 import pytest
-from crash_scenarios import FakeExtractor, fake_assign, fake_tune
+from crash_scenarios import fast_fakes
 from helpers import small_run
 
-from lmeraser_jax import planning, report, shares, unlearning
-from lmeraser_jax import run as runs
+from lmeraser_jax import report, unlearning
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
@@ -25,9 +24,7 @@ from lmeraser_jax.store import layout as layouts
 def _fast():
     """Fast slices and features: what is tried is who sees what."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shares, "tune", fake_tune)
-        patch.setattr(runs, "Extractor", FakeExtractor)
-        patch.setattr(planning.clusters, "assign", fake_assign)
+        fast_fakes(patch)
         yield
 
 

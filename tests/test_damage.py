@@ -5,12 +5,10 @@ import sqlite3
 
 import numpy as np
 import pytest
-from crash_scenarios import FakeExtractor, fake_assign, fake_tune
+from crash_scenarios import fast_fakes
 from helpers import SMALL
 from PIL import Image
 
-from lmeraser_jax import planning, shares
-from lmeraser_jax import run as runs
 from lmeraser_jax.audit import differences, state
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.purge import leftovers
@@ -27,9 +25,7 @@ FLAGS += ["--config.data.train_limit=60", "--config.data.test_limit=10"]
 def _fast():
     """Fast slices and features: what is tried is the store."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shares, "tune", fake_tune)
-        patch.setattr(runs, "Extractor", FakeExtractor)
-        patch.setattr(planning.clusters, "assign", fake_assign)
+        fast_fakes(patch)
         yield
 
 

@@ -6,10 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from crash_scenarios import FakeExtractor, fake_assign, fake_tune
+from crash_scenarios import fast_fakes
 from helpers import small_config, small_run, small_source, with_items, without
 
-from lmeraser_jax import audit, planning, purge, rollback, shares, unlearning, verification
+from lmeraser_jax import audit, purge, rollback, unlearning, verification
 from lmeraser_jax import reconcile as build
 from lmeraser_jax import run as runs
 from lmeraser_jax.artifacts import load_clustering, slice_of
@@ -27,10 +27,7 @@ TRAIN = [item.id for item in small_source().items if item.split == "train"]
 def _fast():
     """Fast slices and features: what is tried is what is kept."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (shares, audit):
-            patch.setattr(module, "tune", fake_tune)
-        patch.setattr(runs, "Extractor", FakeExtractor)
-        patch.setattr(planning.clusters, "assign", fake_assign)
+        fast_fakes(patch)
         yield
 
 
