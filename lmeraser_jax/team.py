@@ -189,6 +189,8 @@ class Team:
         for _, connection in self._peers.values():
             with contextlib.suppress(OSError), _socket(connection) as raw:
                 raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; closing would pull the rug from under it
+        for thread in self._threads:
+            thread.join(GOODBYE)  # none may ask this process to stop once its team is over
 
     # the others
     def tasks(self) -> Iterator[Any]:

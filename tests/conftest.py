@@ -9,6 +9,8 @@ import pytest
 from absl import flags
 from hypothesis import HealthCheck, settings
 
+from lmeraser_jax import stopping
+
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
@@ -40,3 +42,12 @@ def shared() -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _nobody_is_asked_to_stop():
+    """A test that leaves the process asked to stop would end the next one's work."""
+    yield
+    left = stopping.asked()
+    stopping._asked.clear()
+    assert not left

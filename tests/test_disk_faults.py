@@ -62,8 +62,8 @@ def test_an_error_at_every_kind_of_point(pool, capsys):
 
 
 @pytest.mark.slow
-def test_an_error_at_half_of_all_points(pool, capsys):
-    fail(pool[0], capsys, "ENOSPC and EIO", points(pool[1], 1, every=True)[::2])
+def test_an_error_at_a_third_of_all_points(pool, capsys):
+    fail(pool[0], capsys, "ENOSPC and EIO", points(pool[1], 1, every=True)[::3])
 
 
 @pytest.mark.parametrize("pages", [0, 1])

@@ -392,3 +392,11 @@ def test_a_worker_refuses_another_program_backbone_or_workdir(trained, tmp_path,
         failures, ("its program or devices", "is not the backbone", "of 1000000 rows", "nowhere"), strict=True
     ):
         assert words in failure.message
+
+
+def test_a_team_that_is_over_asks_nobody_to_stop(crew):
+    leader, *workers = crew
+    for team in (*workers, leader):
+        team.end = End(True)
+        team.leave(True)
+        assert not any(thread.is_alive() for thread in team._threads)
