@@ -303,5 +303,5 @@ def test_random_histories(backbone_only):
 def test_more_random_histories(backbone_only):
     History.backbone = backbone_only
     hypothesis.stateful.run_state_machine_as_test(
-        History, settings=hypothesis.settings(max_examples=80, stateful_step_count=20, deadline=None, derandomize=True)
+        History, settings=hypothesis.settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
     )
