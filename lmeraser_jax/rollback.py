@@ -109,7 +109,10 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
         _note(run.catalog, "rollback", key, chosen.ref)
     outcome = reconcile(run)
     if run.catalog.pins().get(key) != chosen.ref:
-        raise UserError(f"cluster {key[:12]}: an erasure that was accepted meanwhile has ended the rollback")
+        raise UserError(
+            f"cluster {key[:12]}: the rollback ended at once: an erasure that was accepted meanwhile had a part in the"
+            " slice, or records that waited to join did away with the cluster"
+        )
     return chosen, outcome
 
 
