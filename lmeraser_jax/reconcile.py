@@ -224,7 +224,7 @@ def _condemned(run: Run, served: list[str]) -> dict[str, Any]:
     catalog, stays = run.catalog, kept(run, served)
     versions = {manifest.version for manifest in stays.manifests}
     dropped = [manifest for manifest in catalog.manifests() if manifest.version not in versions]
-    clusterings = {manifest.clustering for manifest in dropped} - stays.clusterings
+    clusterings = {path.name for path in run.layout.clusterings.iterdir()} - stays.clusterings
     return {
         "slices": sorted(catalog.salted("slice", name) for name in set(catalog.slices()) - stays.slices),
         "clusterings": sorted(catalog.salted("clustering", name) for name in clusterings),

@@ -29,7 +29,7 @@ from lmeraser_jax.images import ImageSpec
 from lmeraser_jax.records import sources
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
-from lmeraser_jax.records.table import RecordTable
+from lmeraser_jax.records.table import RecordTable, refuse_rotten
 from lmeraser_jax.shares import FeatureTask, piece, share_features
 from lmeraser_jax.slices import NOT_IN_RECIPE
 from lmeraser_jax.store import requests
@@ -92,8 +92,10 @@ class Run:
         program, images = fingerprint(self.config.tuning, self.mesh), self.images
         k, file, made = self.config.clustering, self.feature_file(program), functools.cache(self.extractor)
         whole = (self.layout.root, self.spec, self.backbone.digest, program, self.config.tuning, k.feature_batch)
+        place = {row: index for index, row in enumerate(records.rows.tolist())}
 
         def compute(rows: np.ndarray) -> np.ndarray:
+            refuse_rotten(images, records.take(np.array([place[row] for row in rows.tolist()])))  # they would be cached
             task = FeatureTask(*whole, len(images), rows, 0)
             return share_features(self.team, task, lambda own: made()(images[own]))
 

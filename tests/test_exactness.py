@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from helpers import changed, files_of, small_config, small_run, small_source, without
 
-from lmeraser_jax import schedule, tuning, unlearning
+from lmeraser_jax import rollback, schedule, tuning, unlearning
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import audit, differences, state
 from lmeraser_jax.digests import arrays_digest
+from lmeraser_jax.learning import add
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records.source import Pixels
 from lmeraser_jax.store import checkpoints
@@ -127,6 +128,31 @@ def test_unlearning_equals_never_having_had_the_records(copy, tmp_path, kind):
             if before.entries.get(key) == name:
                 assert files_of(run, name) == files[name], "an untouched slice was written again"
         assert run.catalog.erased() == {} and not any_open(run.catalog)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_with_everything_on(tmp_path, devices):
+    """Stages, snapshots, records that joined later, a rollback, and requests that waited in quarantine."""
+    if len(jax.devices()) < devices:
+        pytest.skip(f"needs {devices} devices, there are {len(jax.devices())}")
+    config = small_config(tuning__slices=2, tuning__epochs=6, checkpoints__every_epochs=1)
+    late = {item.id for item in small_source().items if item.split == "train"} & {f"digit-{i:04d}" for i in range(30)}
+    assert late
+    with small_run(tmp_path / "run", without(small_source(), late), config, devices) as run:
+        reconcile(run)
+        add(run, without(small_source(), {item.id for item in small_source().items} - late))
+        key = run.catalog.clusters_of(unsampled_record(run)[0]).popitem()[1]
+        version = next(v for v in rollback.versions(run, key) if "@" in v.ref)
+        rollback.rollback(run, key, version.ref)
+        asked = [unsampled_record(run)[0], sampled_record(run)[0], owner(run)[0]]
+        for number, ids in enumerate(asked):
+            unlearning.request_erasure(run, ids, request=f"r{number}", quarantine=True, defer=True)
+        _, served = unlearning.process(run)
+        assert len(served) == 3 and run.catalog.pins() == {} and not run.catalog.quarantined()
+        found = state(run)
+    gone = {name for ids in asked for name in ids}
+    wanted = trained_state(tmp_path / "scratch", without(small_source(), gone), devices, config)
+    assert differences(found, wanted) == []
 
 
 def test_an_unsampled_record_moves_one_slice_and_nothing_upstream(copy):

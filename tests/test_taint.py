@@ -168,6 +168,18 @@ def test_rotten_pixels_are_never_tuned_on(run):
     sound(run)
 
 
+def test_features_of_rotten_pixels_are_not_cached(run):
+    """A record that is read from its source again would keep them."""
+    table = run.catalog.live("train").take(np.array([4]))
+    for path in run.layout.records.glob("features-*"):
+        path.unlink()
+    view = image_file(run.layout, run.catalog).view("r+")
+    view[table.rows] = 255 - view[table.rows]
+    view.flush()
+    with pytest.raises(UserError, match=f"pixels of 1 records.*{table.ids[0]}"):
+        run.features(table)
+
+
 def test_nothing_outlives_an_erasure_in_the_events_of_a_rollback(run):
     key = next(key for key in published(run) if member(run, key))
     old = published(run)[key]
@@ -332,4 +344,13 @@ def test_a_pin_outlives_the_state_it_is_from(tmp_path):
             unlearning.request_erasure(run, [name])
             assert published(run)[key] == old.entries[key] and run.catalog.pins() == {key: old.entries[key]}
         assert old.version not in [manifest.version for manifest in run.catalog.manifests()]
+        sound(run)
+        member = next(
+            name
+            for name, row in run.catalog.rows(run.catalog.live("train").ids).items()
+            if row in run.catalog.rows_of(old.entries[key])
+        )
+        last = unlearning.request_erasure(run, [member])
+        assert run.catalog.pins() == {}
+        assert run.catalog.salted("clustering", old.clustering) in last.request.body["purged"]["clusterings"]
         sound(run)
