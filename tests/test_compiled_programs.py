@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from jax._src.compilation_cache import decompress_executable
 from tuning_problem import GROUPS, problem_of, run, small_backbone, small_data
 
 from lmeraser_jax import profiling
@@ -22,7 +23,9 @@ monitoring.register_event_listener(lambda event, **_: hits.append(event) if even
 from tuning_problem import GROUPS, problem_of, run, small_backbone, small_data
 from lmeraser_jax.digests import arrays_digest
 found = run(problem_of(small_backbone(), epochs=2), small_backbone(), small_data(), {"c1": GROUPS["c1"]})
-print(json.dumps({"params": arrays_digest(found["c1"].slice._asdict()), "hits": len(hits)}))
+private = [bytes(small_data()[0][row]) for row in GROUPS["c1"]] + [leaf.tobytes()[:64] for leaf in found["c1"].slice]
+made = {"private": [one.hex() for one in private], "hits": len(hits)}
+print(json.dumps(made | {"params": arrays_digest(found["c1"].slice._asdict())}))
 """
 
 
@@ -39,6 +42,20 @@ def test_a_kept_program_is_found_again_and_gives_the_same_bits(tmp_path):
     assert first["params"] == second["params"] == fresh["params"]
     assert second["hits"] > 0 == first["hits"] == fresh["hits"]
     assert any("device_program" in path.name for path in (tmp_path / "lmeraser_jax").iterdir())
+
+
+def kept_bytes(folder):
+    """Everything that the kept programs hold."""
+    for path in folder.glob("*-cache"):
+        yield decompress_executable(path.read_bytes())
+
+
+def test_a_kept_program_holds_no_image_and_no_parameter(tmp_path):
+    """They outlive erasures."""
+    private = [bytes.fromhex(one) for one in tuned(tmp_path, "--kept")["private"]]
+    programs = list(kept_bytes(tmp_path / "lmeraser_jax"))
+    assert any(b"device_program" in program for program in programs), "the search is not blind"
+    assert len(private) > 5 and not any(one in program for one in private for program in programs)
 
 
 def test_whoever_chose_a_folder_is_not_overruled(monkeypatch, tmp_path):
