@@ -19,7 +19,7 @@ class Measurement:
     """What was measured at one point.
 
     Attributes:
-        experiment: methods | removal (share of the records erased) | cut (of the tree) | epochs | sequence (of requests).
+        experiment: methods | removal (share erased) | cut (of the tree) | epochs | sequence (of requests).
         dataset, backbone: names for people.
         method: name of a method, as in --methods.
         seed: of the run.
