@@ -143,6 +143,16 @@ def load_model(run: Run, before: Model | None = None) -> Model:
     )
 
 
+def with_slices(model: Model, refs: Mapping[str, str]) -> Model:
+    """The model with other slices of its clusters, {key: reference}, such as earlier epochs; uses up the old one.
+
+    Raises:
+        UserError: a slice cannot be read.
+    """
+    new = tuple(refs.get(key, old) for key, old in zip(model.keys, model.refs, strict=True))
+    return _replaced(model, new, {ref: load_slice(model.run, ref) for ref in set(new) - {""}})
+
+
 def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
     """The current manifest and the quarantined clusters, both of one moment."""
     with run.catalog.snapshot():

@@ -33,10 +33,11 @@ COMMANDS = {
     "rollback": "give one cluster an earlier slice, keep it there, list what there is",
     "audit": "rebuild from scratch and compare every bit",
     "doctor": "say what is wrong with a workdir, and repair what can be made again",
+    "compare": "methods side by side: accuracy, cost of an erasure, figures",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
 SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
-RESUMABLE = SHARED | {"pretrain"}
+RESUMABLE = SHARED | {"pretrain", "compare"}
 PLACE = frozenset({"coordinator_address", "num_processes", "process_id"})
 INTERRUPTED = 130
 MISUSED = 2

@@ -28,7 +28,8 @@ class Measurement:
         records: live training records.
         clusters: K, slices that predict.
         accuracy, balanced: shares of right answers on the test images; balanced is the mean over the classes.
-        images_full, seconds_full: images passed forward and backward to tune everything, and its seconds.
+        images_full, seconds_full: images passed forward and backward through the backbone to tune everything, and its
+            seconds. No image is for heads on features, which are computed once.
         images_request: mean over uniformly drawn records of the images an erasure of that record passes.
         images_worst: the largest of them.
         seconds_request: mean seconds of requests that were really served.
@@ -86,10 +87,21 @@ def load(path: Path) -> Results:
     """Reads results.json. Raises `UserError` where it is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
-        rows = tuple(Measurement(**row) for row in tree["rows"])
-        return Results(rows, str(tree["command"]), str(tree["machine"]))
+        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not the results.json of a comparison: {error}") from error
+
+
+def load_rows(path: Path) -> tuple[Measurement, ...]:
+    """Reads a list of rows. Raises `UserError` where it is none."""
+    try:
+        return _rows(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no rows of a comparison ({error}); delete it, and it is made again") from error
+
+
+def _rows(values: list[dict[str, Any]]) -> tuple[Measurement, ...]:
+    return tuple(Measurement(**row) for row in values)
 
 
 def save(folder: Path, results: Results) -> None:
