@@ -99,7 +99,7 @@ class Clustering:
 class Tuning:
     """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
 
-    what: str = "prompt+head"  # | prompt (a fixed head) | head | backbone (and head) | ridge | ncm (closed forms)
+    what: str = "prompt+head"  # | prompt (fixed head) | prompts+one head | head | backbone (and head) | ridge | ncm
     prompt_width: int = 2  # P, pixels of the backbone's input
     prompt_init: float = 0.0  # standard deviation of the first prompt, in normalised pixels; 0: zeros
     head_init: float = 0.0  # standard deviation of the first head; 0: zeros
@@ -125,6 +125,11 @@ class Tuning:
     def border(self) -> int:
         """Width of the prompt that is tuned: 0 where there is none."""
         return self.prompt_width if self.what in PROMPTED else 0
+
+    @property
+    def one_head(self) -> bool:
+        """Whether all clusters' prompts share a head, so that there is one slice for all, and no request is cheap."""
+        return self.what == "prompts+one head"
 
     @property
     def closed(self) -> bool:

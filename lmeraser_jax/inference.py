@@ -203,7 +203,10 @@ def _replaced(model: Model, refs: tuple[str, ...], read: Mapping[str, Slice]) ->
     nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), stack)
     for k, (old, new) in enumerate(zip(model.refs, refs, strict=True)):
         if old != new:
-            stack = place(stack, read[new] if new else nothing, k)
+            part = read[new] if new else nothing
+            if new and model.run.config.tuning.one_head:
+                part = part._replace(prompt=part.prompt[k])
+            stack = place(stack, part, k)
     present = np.zeros(len(model.present), bool)
     present[: len(refs)] = [bool(ref) for ref in refs]
     return dataclasses.replace(

@@ -23,6 +23,8 @@ from lmeraser_jax.store import requests
 from lmeraser_jax.store.catalog import Manifest, SliceRow
 from lmeraser_jax.taint import tainted
 
+ONE_HEAD = "one head"  # in the place of a cluster's key, where one slice is that of all clusters
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
@@ -83,7 +85,7 @@ def plan(run: Run, leaving: Collection[str] = ()) -> Plan:
         clustering, settled = _clustering(run, leaving)
         inputs = digest(_recipe(run, "", RecordTable.empty()))
         manifest = run.catalog.manifest()
-        if manifest is not None and settled and manifest.inputs == inputs:
+        if manifest is not None and settled and manifest.inputs == inputs and not run.config.tuning.one_head:
             return _touched(run, clustering, inputs, manifest, leaving)
         return _whole(run, clustering, settled, inputs, leaving)
 
@@ -126,6 +128,9 @@ def contradictions(run: Run) -> list[str]:
         found.append("the clustering was made with another sample, backbone or --config.clustering")
     if digest(_recipe(run, "", RecordTable.empty())) != manifest.inputs:
         return [*found, "the slices were tuned with another backbone, seed, --config.tuning or --config.data"]
+    if run.config.tuning.one_head:
+        same = manifest.entries == plan(run).entries
+        return found if same else [*found, "the slice of all clusters was tuned with other records than the live ones"]
     pinned = {row[0] for row in catalog.db.execute("SELECT cluster FROM pins")}
     for key in sorted({*manifest.entries, *catalog.sizes()} - pinned):
         members = catalog.members(key)
@@ -151,7 +156,23 @@ def _whole(run: Run, clustering: Clustering, settled: bool, inputs: str, leaving
         for name, k, old in zip(records.ids, assignment, records.clusters, strict=True)
         if clustering.keys[k] != old
     ]
-    return _planned(run, clustering, settled, inputs, tables, {}, moved, leaving)
+    found = _planned(run, clustering, settled, inputs, tables, {}, moved, leaving)
+    return _with_one_head(run, found, records, assignment) if run.config.tuning.one_head and len(records) else found
+
+
+def _with_one_head(run: Run, found: Plan, records: RecordTable, assignment: np.ndarray) -> Plan:
+    """The plan with one slice in the place of all: its members are all records, each with its cluster's prompt."""
+    everyone = dataclasses.replace(records, labels=records.labels + np.int32(len(run.classes)) * assignment)
+    chain = _chain(run, ONE_HEAD, everyone)
+    missing = _missing(run, run.catalog.slices(), chain)
+    return dataclasses.replace(
+        found,
+        entries=dict.fromkeys(found.entries, chain[-1].digest),
+        chains={ONE_HEAD: chain},
+        missing={ONE_HEAD: missing} if missing else {},
+        members={ONE_HEAD: everyone} if missing else {},
+        images_full=sum(target.job.images for target in chain),
+    )
 
 
 def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, leaving: frozenset[str]) -> Plan:

@@ -145,13 +145,15 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
         refuse_rotten(run.images, wanted.members[key])
         labels[chain[-1].job.rows] = wanted.members[key].labels
         inputs = run.inputs(wanted.members[key])
-    failed: list[str] = []
+    problem, failed = run.problem, list[str]()
+    if run.config.tuning.one_head:
+        problem = dataclasses.replace(problem, prompts=len(wanted.clustering.keys))
     program = fingerprint(run.config.tuning, run.mesh)
     features = run.feature_file(program).path if run.problem.on_features else None
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
     while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
         targets = tuple(_started(run, chain[0]) for chain in waiting.values())
-        task = SliceTask(run.layout.root, run.problem, run.backbone.digest, program, features, labels, targets)
+        task = SliceTask(run.layout.root, problem, run.backbone.digest, program, features, labels, targets)
         for made in share_slices(run.team, task, run.backbone, inputs, run.mesh):
             if made.failed_at is None:
                 _keep(run, wanted, made)

@@ -96,6 +96,10 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
         UserError: there is no such version, it was erased, or its checkpoint is damaged. Nothing is changed then.
     """
     assert run.writable, "a rollback needs a run that holds the writer lock"
+    if run.config.tuning.one_head:
+        raise UserError(
+            f"--config.tuning.what={run.config.tuning.what}: all clusters share one slice; none can go back"
+        )
     chosen = _chosen(run, key, to)
     if slice_of(chosen.ref) in tainted(run, run.catalog.erased()).all:
         waiting = some((request.id for request in requests.listed(run.catalog, only_open=True)), 5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax import clustering, inference, tuning, unlearning
+from lmeraser_jax import clustering, inference, rollback, tuning, unlearning
 from lmeraser_jax.artifacts import load_slice
 from lmeraser_jax.audit import audit, differences, state
 from lmeraser_jax.backbones import backbone as frozen
@@ -19,6 +19,7 @@ from lmeraser_jax.images import centred
 from lmeraser_jax.inference import load_model, predict
 from lmeraser_jax.label_mapping import noise_activation
 from lmeraser_jax.reconcile import reconcile
+from lmeraser_jax.report import overview
 from lmeraser_jax.slices import lay_prompt
 
 COMBINATIONS = {
@@ -41,6 +42,7 @@ COMBINATIONS = {
         "tuning__slices": 2,
         "inference__nearest": 0,
     },
+    "one head": {"tuning__what": "prompts+one head"},
     "linear head": {"clustering__partition": "one", "tuning__what": "head"},
     "heads of clusters": {"tuning__what": "head", "inference__nearest": 2},
     "augmented heads": {"tuning__what": "head", "data__augment": "crop"},
@@ -229,6 +231,44 @@ def test_noise_activation_is_the_literal_rule():
     noise = rng.standard_normal((8192, size, size, channels), np.float32)
     spread = np.asarray(frozen.features(backbone.config, backbone.params, jnp.asarray(noise))).std(axis=0)
     assert spread[list(found)].mean() > 0.97 * np.sort(spread)[-5:].mean()
+
+
+def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built, tmp_path):
+    """The first step against a literal one: the head's gradient is that of all images, each with its prompt."""
+    folder, config = built("one head", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        (ref,) = set(run.catalog.manifest().entries.values())
+        part, keys, records = load_slice(run, ref), load_model(run).keys, run.catalog.live("train")
+        assert part.prompt.shape[0] == len(keys) and len(np.unique(part.prompt, axis=0)) == len(keys)
+        problem = dataclasses.replace(run.problem, prompts=len(keys))
+        which = np.array([keys.index(key) for key in records.clusters])
+        pixels = centred(jnp.asarray(run.images[records.rows]), run.spec)
+        labels, valid = jnp.asarray(records.labels + 10 * which, jnp.int32), jnp.ones(len(records), bool)
+        given = jax.tree.map(jnp.asarray, part)
+        loss, grads = jax.value_and_grad(tuning.cluster_loss)(
+            given, problem, run.backbone.params, pixels, labels, valid
+        )
+        alone = dataclasses.replace(run.problem, tuning=dataclasses.replace(config.tuning, what="prompt+head"))
+        each, heads = [], 0.0
+        for k in range(len(keys)):
+            mine = np.flatnonzero(which == k)
+            own = given._replace(prompt=given.prompt[k])
+            args = (alone, run.backbone.params, pixels[mine], jnp.asarray(records.labels[mine]), valid[mine])
+            value, slopes = jax.value_and_grad(tuning.cluster_loss)(own, *args)
+            share = len(mine) / len(records)
+            each.append(float(value) * share)
+            heads = heads + slopes.kernel * share
+            np.testing.assert_allclose(grads.prompt[k], slopes.prompt * share, atol=1e-6)
+        np.testing.assert_allclose(float(loss), sum(each), rtol=1e-5)
+        np.testing.assert_allclose(grads.kernel, heads, atol=1e-6)
+
+
+def test_one_head_has_no_cheap_request_and_no_rollback(built, tmp_path):
+    folder, config = built("one head", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        assert overview(run).expected_share == 1.0
+        with pytest.raises(ValueError, match="all clusters share one slice"):
+            rollback.rollback(run, next(iter(run.catalog.manifest().entries)))
 
 
 def test_more_classes_than_features_are_refused(tmp_path):

@@ -9,9 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lmeraser_jax import unlearning
+from lmeraser_jax import report, unlearning
 from lmeraser_jax.artifacts import reference
-from lmeraser_jax.clustering import expected_share
 from lmeraser_jax.comparison import sequences
 from lmeraser_jax.comparison.costs import parameters, planned, served
 from lmeraser_jax.comparison.measurement import Measurement
@@ -20,7 +19,6 @@ from lmeraser_jax.digests import philox
 from lmeraser_jax.evaluation import evaluate
 from lmeraser_jax.inference import Model, load_model, with_slices
 from lmeraser_jax.methods import Method
-from lmeraser_jax.planning import sampled
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import Run, prepared
 from lmeraser_jax.store import requests
@@ -116,26 +114,22 @@ def _asked(folder: Path, task: Task) -> bool:
 def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **others: object) -> Measurement:
     """A row of the published state, or of what `model` holds, without what requests cost."""
     found, made = evaluate(run, linear=False, model=model), run.catalog.slices()
-    manifest, sizes = run.catalog.manifest(), run.catalog.sizes()
-    assert manifest is not None
-    chosen = sampled(run)[0].ids if run.config.clustering.sample_from == "private" else ()
-    total = run.catalog.counts()["train"]
-    size = parameters(run)
+    shown, size = report.overview(run), parameters(run)
     facts = {
         "experiment": task.experiment,
         "dataset": plan.dataset,
         "backbone": plan.backbone,
         "method": task.method.name,
         "seed": task.seed,
-        "records": total,
-        "clusters": len(manifest.entries),
+        "records": shown.records["train"],
+        "clusters": len(shown.clusters),
         "accuracy": found.accuracy,
         "balanced": found.balanced,
         "images_full": 0 if run.problem.on_features else sum(row.images for row in made.values()),
         "seconds_full": sum(row.seconds for row in made.values()),
-        "parameters": size * len(manifest.entries),
-        "expected_share": expected_share(list(sizes.values())),
-        "sampled_share": len(chosen) / total,
+        "parameters": size * len({cluster.slice for cluster in shown.clusters}),
+        "expected_share": shown.expected_share,
+        "sampled_share": shown.sampled_share,
     }
     return Measurement(**(facts | others))  # pyright: ignore[reportArgumentType]
 
