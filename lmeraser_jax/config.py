@@ -109,6 +109,7 @@ class Tuning:
     head_rate: float = 1e-2
     backbone_rate: float = 1e-4  # backbone only
     penalty: float = 0.1  # ridge only: added to the variance of every standardised feature
+    expand: int = 0  # ridge and ncm: random cosines of the feature that stand beside it
     prompt_decay: float = 0.0  # weight decay (decoupled for adam)
     head_decay: float = 0.0
     warmup: float = 0.1  # share of the cluster's own steps
@@ -138,6 +139,15 @@ class Tuning:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """A closed-form head of all private records, which answers together with the clusters; erasure is a subtraction."""
+
+    what: str = "none"  # none | ridge | ncm
+    penalty: float = 0.1  # as tuning.penalty
+    expand: int = 0  # as tuning.expand
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """Earlier epochs of a cluster that are kept beside its last; never part of a slice's numbers."""
 
@@ -151,6 +161,7 @@ class Inference:
 
     nearest: int = 1  # m: ask the m nearest clusters (1: paper); 0: all
     aggregate: str = "mean"  # of their probabilities | vote: the share of them whose first choice a class is
+    common: float = 0.5  # weight of the common head's probabilities, where there is one
     batch: int = 128  # images per device and call
 
 
@@ -164,6 +175,7 @@ class Config:
     pretraining: Pretraining = Pretraining()
     clustering: Clustering = Clustering()
     tuning: Tuning = Tuning()
+    common: Common = Common()
     checkpoints: Checkpoints = Checkpoints()
     inference: Inference = Inference()
 

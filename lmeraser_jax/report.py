@@ -162,9 +162,9 @@ def overview(run: Run) -> Overview:
     sizes = Counter(private.clusters)
     rows = [
         _cluster_row(key, made[slice_of(ref)], ref, sizes[key], sampled[key], versions[key], pinned, quarantined)
-        for key, ref in manifest.entries.items()
+        for key, ref in manifest.clusters.items()
     ]
-    again = [made[slice_of(ref)].size for ref in manifest.entries.values()]
+    again = [made[slice_of(ref)].size for ref in manifest.clusters.values()]
     classes = _classes(run, private.labels)
     filled = [row.records for row in classes if row.records]
     splits = {split: counts.get(split, 0) for split in ("train", "holdout", "test", "public")}

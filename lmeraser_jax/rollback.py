@@ -44,7 +44,7 @@ class Version:
 def cluster_key(catalog: Catalog, text: str) -> str:
     """The published cluster that a key, or the beginning of one, means."""
     manifest = catalog.manifest()
-    keys = list(manifest.entries) if manifest else []
+    keys = list(manifest.clusters) if manifest else []
     if not keys:
         raise UserError("nothing is published, so there is no cluster to roll back; run: lmeraser train")
     found = [key for key in keys if key.startswith(text)] if len(text) >= SHORTEST else []

@@ -172,10 +172,10 @@ def epochs(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
     """Accuracy over the epochs of tuning, from the snapshots of every cluster (Fig. 5)."""
     manifest = run.catalog.manifest()
     assert manifest is not None
-    steps = {digest: sorted(run.catalog.epochs(digest)) for digest in manifest.entries.values()}
+    steps = {digest: sorted(run.catalog.epochs(digest)) for digest in manifest.clusters.values()}
     every = run.config.checkpoints.every_epochs
     for index in range(min(map(len, steps.values()))):
-        then = {key: reference(digest, steps[digest][index]) for key, digest in manifest.entries.items()}
+        then = {key: reference(digest, steps[digest][index]) for key, digest in manifest.clusters.items()}
         yield _measured(run, task, plan, with_slices(load_model(run), then), x=float(every * (index + 1)))
     yield _measured(run, task, plan, x=float(run.config.tuning.epochs))
 
