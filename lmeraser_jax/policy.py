@@ -152,7 +152,8 @@ class Forecast:
 
     def estimates(self) -> list[str]:
         """What the numbers rest on."""
-        w, speed = self.workload, f"{self.machine.speed:.1f} images a second on {self.machine.lanes} lanes"
+        w, lanes = self.workload, self.machine.lanes
+        speed = f"{self.machine.speed:.1f} images a second on {lanes} lane{'s' * (lanes > 1)}"
         measured = "measured on this workdir's slices" if self.machine.speed == w.speed else "as given"
         found = [
             "requests come independently, each for one training record drawn uniformly; owners are not looked at",
