@@ -154,6 +154,8 @@ def test_speed_lanes_and_devices(capsys, tmp_path):
     own = np.mean([EPOCHS * SIZES[key] for key in SIZES for _ in range(SIZES[key])])
     assert found["policies"][0]["seconds"] == pytest.approx(own / (SPEED / 8))
     assert found["policies"][0]["paper"]["seconds"] == pytest.approx(75 / (SPEED / 8))
+    assert found["policies"][0]["gain"] == pytest.approx(300 / own / 8), "one lane of eight against all of them"
+    assert found["policies"][0]["paper"]["gain"] == pytest.approx(300 / 75 / 8)
     given = planned(capsys, layout, "--devices=4", "--images_per_second=400")
     assert given["policies"][0]["seconds"] == pytest.approx(own / 50)
     assert "400.0 images a second on 8 lanes, as given" in given["estimates"][1]
