@@ -215,8 +215,9 @@ def published(layout: Layout, catalog: Catalog) -> Workload:
             raise UserError(f"{layout.root} has no published state; run: lmeraser train --workdir={layout.root}")
         config = settings.from_dict(tree)
         made, sizes = catalog.slices(), catalog.sizes()
-        private = config.clustering.sample_from == "private"
-        sampled = Counter(catalog.sample("train", config.clustering.sample_size if private else 0).clusters)
+        k = config.clustering
+        private = k.partition == "adaptive" and k.sample_from == "private"  # shards have no sample
+        sampled = Counter(catalog.sample("train", k.sample_size if private else 0).clusters)
     keys = [key for key in manifest.entries if sizes.get(key)]
     if not keys:
         raise UserError(f"{layout.root} has no live private record in a published cluster: nobody can ask for one")

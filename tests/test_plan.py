@@ -166,8 +166,9 @@ def test_speed_lanes_and_devices(capsys, tmp_path):
     assert planned(capsys, layout, "--images_per_second=400")["policies"][0]["seconds"] == pytest.approx(own / 200)
 
 
-def test_a_public_sample_never_re_clusters(capsys, tmp_path):
-    found = planned(capsys, made(tmp_path / "run", clustering__sample_from="public"))
+@pytest.mark.parametrize("setting", [{"sample_from": "public"}, {"partition": "random"}, {"partition": "one"}], ids=str)
+def test_without_a_private_sample_nothing_re_clusters(capsys, tmp_path, setting):
+    found = planned(capsys, made(tmp_path / "run", **{f"clustering__{name}": value for name, value in setting.items()}))
     assert found["sampled"] == 0 and all(p["reclustering"] == 0 for p in found["policies"])
     assert found["policies"][0]["images"] == pytest.approx(found["size_biased_images"])
     assert not any("new clustering" in line for line in found["estimates"])
