@@ -32,6 +32,18 @@ def test_the_model_of_large_runs_fits_what_was_measured(monkeypatch, tmp_path):
     assert not wrong and len(found) > 8
 
 
+def test_the_terms_that_the_paper_leaves_out(monkeypatch, tmp_path):
+    """Each of them adds to the cost, and with all of them the formula says what was measured on photographs."""
+    found = output(monkeypatch, tmp_path, "bench_theory.py")["paper"]
+    kept = json.loads((FOLDER / "results" / "theory_cpu.json").read_text())
+    assert found == kept["paper"] and len(found) == 4 and len(kept["real"]) == 9
+    for one in [*found.values(), *kept["real"].values()]:
+        assert one["paper"] < one["size_biased"] < one["with_reclustering"]
+        assert one["window_paper"] < one["window_unsampled"] < one["window_with_reclustering"]
+    for one in kept["real"].values():
+        assert one["with_reclustering"] == pytest.approx(one["measured"], rel=0.02)
+
+
 @pytest.mark.parametrize("records", ["1e6", "1e9"])
 def test_larger_runs_cost_more(monkeypatch, tmp_path, records):
     small = output(monkeypatch, tmp_path, "plan_scale.py", f"--records={records}", "--clusters=1e5")
