@@ -26,7 +26,7 @@ STEPS = 512  # fixed-point numbers to 1
 LARGEST = 64  # features beyond it count as that large
 PIECE = 65_536  # members summed at once; all products of two numbers sum below 2^53, so float64 holds them exactly
 NEVER = -1e9  # logit of a class without a member
-BANDWIDTH = 2.0  # of the random cosines, for features of length 1
+BANDWIDTH = 1.0  # of the random cosines, for features of length 1
 SHARPNESS = 10.0  # a ridge head fits 0 and 1; times this, its differences are log-odds of about the right size
 
 
