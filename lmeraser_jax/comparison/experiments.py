@@ -24,6 +24,7 @@ from lmeraser_jax.run import Run, prepared
 from lmeraser_jax.store import requests
 
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the records (paper, Fig. 6 left)
+MONTAGE = "clusters.png"
 SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last
 
 
@@ -38,6 +39,7 @@ class Plan:
         cuts: values of clustering.cut.
         sequences: kinds of sequences.
         length: batches of a sequence.
+        montage: draw the clusters of the first method of the first seed (Fig. 10); the picture shows private images.
     """
 
     dataset: str
@@ -47,6 +49,7 @@ class Plan:
     cuts: tuple[str, ...] = ()
     sequences: tuple[str, ...] = tuple(sequences.KINDS)
     length: int = 10
+    montage: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +106,9 @@ def rows(task: Task, plan: Plan, base: Path, folder: Path) -> list[Measurement]:
         making.rename(folder)
     with prepared(folder, task.config) as (run, _):
         reconcile(run)
+        picture = base.parent / MONTAGE
+        if plan.montage and task.experiment == "methods" and not picture.exists():
+            report.picture(run, picture)
         return list(EXPERIMENTS[task.experiment](run, task, plan))
 
 
