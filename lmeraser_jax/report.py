@@ -256,7 +256,7 @@ def picture(run: Run, path: Path, clusters: int = 8, members: int = 10, side: in
         draw.text((gap, top + 16), f"{key[:12]}\n{len(chosen)} members", fill="black")
         spread = [chosen[i] for i in np.linspace(0, len(chosen) - 1, min(members, len(chosen))).astype(int)]
         tiles = [images[records.rows[i]] / 255.0 for i in spread]
-        prompt = _prompt(run, manifest.entries[key])
+        prompt = _prompt(run, manifest, key)
         shown = prompt / (2 * max(np.abs(prompt).max(), 1e-6)) + 0.5
         on_image = _resized(tiles[0], prompt.shape[0]) + prompt * run.spec.std
         for column, tile in [*enumerate(tiles), (members, shown), (members + 1, on_image)]:
@@ -265,13 +265,15 @@ def picture(run: Run, path: Path, clusters: int = 8, members: int = 10, side: in
     canvas.save(path)
 
 
-def _prompt(run: Run, name: str) -> np.ndarray:
-    """A slice's prompt as an image [S, S, C], in normalised pixels."""
-    architecture = run.backbone.config
-    border = load_slice(run, name).prompt
-    return np.asarray(
-        lay_prompt(border, architecture.image_size, run.config.tuning.prompt_width, architecture.channels)
-    )
+def _prompt(run: Run, manifest: Manifest, key: str) -> np.ndarray:
+    """A cluster's prompt as an image [S, S, C], in normalised pixels; zeros where none is tuned."""
+    architecture, width = run.backbone.config, run.config.tuning.border
+    if not width:
+        return np.zeros((architecture.image_size, architecture.image_size, architecture.channels), np.float32)
+    border = load_slice(run, manifest.entries[key]).prompt
+    if run.config.tuning.one_head:
+        border = border[load_clustering(run.layout, manifest.clustering).keys.index(key)]
+    return np.asarray(lay_prompt(border, architecture.image_size, width, architecture.channels))
 
 
 def _resized(image: np.ndarray, side: int) -> np.ndarray:

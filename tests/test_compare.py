@@ -8,6 +8,7 @@ import pytest
 from helpers import small_config
 
 from lmeraser_jax import methods, stopping
+from lmeraser_jax.cli.main import main
 from lmeraser_jax.comparison import driver, experiments, sequences
 from lmeraser_jax.comparison.experiments import Plan
 from lmeraser_jax.comparison.measurement import load
@@ -228,9 +229,37 @@ def test_the_adaptive_sequence_asks_for_what_the_model_is_surest_of(done, tmp_pa
         assert min(sure[[records.ids.index(name) for name in first]]) >= np.sort(sure)[-sequences.SIZE] - 1e-6
 
 
+def test_the_command_from_end_to_end(tmp_path, capsys):
+    """Files, table and sentences; bad input on purpose; a second run only writes the report again."""
+    flags = ["--config=configs/digits.py:smoke", "--config.data.train_limit=80", "--config.data.test_limit=30"]
+    flags += ["--config.clustering.sample_size=30", "--config.pretraining.epochs=0", "--methods=ridge,ncm"]
+    flags += ["--probes=3", "--requests=1", f"--workdir={tmp_path / 'c'}"]
+    assert main(["compare", *flags, "--seeds=2", "--montage", f"--json={tmp_path / 'found.json'}"]) == 0
+    out = capsys.readouterr()
+    assert "digits, small ViT, 2 seeds" in out.out and "nearest class mean" in out.out and "[4/4]" in out.err
+    written = {path.name for path in (tmp_path / "c").iterdir()}
+    assert written >= {"results.csv", "results.json", "report.html", "figures", "clusters.png"}
+    assert "lmeraser compare" in (tmp_path / "c" / "report.html").read_text()
+    assert len(json.loads((tmp_path / "found.json").read_text())["rows"]) == 4
+    assert main(["compare", *flags, "--seeds=2"]) == 0 and "[" not in capsys.readouterr().err.replace("[0", "")
+    for wrong, message in (
+        ("--seeds=0", "--seeds=0: must be at least 1"),
+        ("--methods=best", "'best' is no method; legal: dam-vp"),
+        ("--experiments=all", "--experiments: all unknown"),
+        (f"--merge={tmp_path}", "is not the results.json of a comparison"),
+    ):
+        assert main(["compare", *flags, wrong]) == 2 and message in capsys.readouterr().err
+
+
 def test_damaged_rows_are_named(done, tmp_path):
     path = tmp_path / "results.json"
-    for text in ("{", json.dumps({"rows": [{"experiment": "methods"}], "command": "", "machine": ""})):
+    whole = json.loads((done[0].folder / "results.json").read_text())
+    whole["rows"][0]["accuracy"] = "high"
+    for text in (
+        "{",
+        json.dumps({"rows": [{"experiment": "methods"}], "command": "", "machine": ""}),
+        json.dumps(whole),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match="is not the results.json of a comparison"):
             load(path)

@@ -43,10 +43,13 @@ def run(arguments: common.Arguments) -> int:
     counts = {"seeds": 1, "length": 1, "probes": 1, "requests": 0}
     raise_all([f"--{n}={arguments[n]}: must be at least {low}" for n, low in counts.items() if arguments[n] < low])
     from lmeraser_jax import methods
-    from lmeraser_jax.comparison import driver, figures, page, sequences
+    from lmeraser_jax.comparison import console, drawing, driver, page, sequences
     from lmeraser_jax.comparison.experiments import MONTAGE, Plan
+    from lmeraser_jax.comparison.measurement import load
 
-    figures.require()
+    with drawing.style():  # refuses now, not in the end, where matplotlib is missing
+        pass
+    others = [load(Path(name) / "results.json") for name in arguments["merge"]]
     common.log_devices()
     data = config.data
     dataset = data.dataset or (Path(data.path).stem if data.path else data.source)
@@ -67,11 +70,11 @@ def run(arguments: common.Arguments) -> int:
     )
     command = shlex.join(["lmeraser", "compare", *sys.argv[2:]])
     results = driver.compare(comparison, command)
-    results = driver.merged(results, [Path(folder) for folder in arguments["merge"]])
+    results = driver.merged(results, others)
     titles = {name: methods.load(name).title for name in methods.names()} | {m.name: m.title for m in chosen}
     picture = comparison.folder / MONTAGE
     montage = picture.read_bytes() if arguments["montage"] and picture.exists() else None
     written = page.write_report(comparison.folder, results, titles, montage)
-    lines = [page.summary(results, titles)] + [f"wrote {os.path.relpath(path)}" for path in written]
+    lines = [console.table(results, titles)] + [f"wrote {os.path.relpath(path)}" for path in written]
     common.show(arguments, "\n".join(lines), results.values())
     return 0

@@ -18,7 +18,7 @@ from lmeraser_jax import clustering
 from lmeraser_jax import config as settings
 from lmeraser_jax.comparison import sequences
 from lmeraser_jax.comparison.experiments import EXPERIMENTS, Plan, Task, rows, tasks
-from lmeraser_jax.comparison.measurement import Results, load, load_rows, save
+from lmeraser_jax.comparison.measurement import Results, load_rows, save
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.legality import cut_of
@@ -163,10 +163,9 @@ def machine() -> str:
     )
 
 
-def merged(results: Results, others: Sequence[Path]) -> Results:
-    """Results with the rows of other comparisons, each a folder or its results.json."""
-    found = [load(path / "results.json" if path.is_dir() else path) for path in others]
-    rows_ = {row.point: row for one in (*found, results) for row in one.rows}
+def merged(results: Results, others: Sequence[Results]) -> Results:
+    """Results with the rows of other comparisons."""
+    rows_ = {row.point: row for one in (*others, results) for row in one.rows}
     return dataclasses.replace(results, rows=tuple(rows_.values()))
 
 

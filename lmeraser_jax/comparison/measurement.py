@@ -65,9 +65,9 @@ class Measurement:
     spent: float = 0.0
 
     @property
-    def point(self) -> tuple[str, str, str, int, float, str]:
+    def point(self) -> tuple[str, str, str, str, int, float, str]:
         """What makes a row one of its kind."""
-        return self.experiment, self.dataset, self.method, self.seed, self.x, self.series
+        return self.experiment, self.dataset, self.backbone, self.method, self.seed, self.x, self.series
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,13 @@ def load_rows(path: Path) -> tuple[Measurement, ...]:
 
 
 def _rows(values: list[dict[str, Any]]) -> tuple[Measurement, ...]:
-    return tuple(Measurement(**row) for row in values)
+    found = tuple(Measurement(**row) for row in values)
+    for row in found:
+        for field in dataclasses.fields(Measurement):
+            value, text = getattr(row, field.name), field.type in ("str", str)
+            if isinstance(value, bool) or not isinstance(value, str if text else int | float):
+                raise TypeError(f"{field.name} is {value!r}")
+    return found
 
 
 def save(folder: Path, results: Results) -> None:
