@@ -21,7 +21,7 @@ import jax
 import numpy as np
 import synthetic
 
-from lmeraser_jax import planning, purge, receipts, reconcile, shares
+from lmeraser_jax import making, planning, purge, receipts, reconcile
 from lmeraser_jax.run import Run, opened
 from lmeraser_jax.slices import init_slice
 from lmeraser_jax.store import checkpoints, requests
@@ -102,10 +102,10 @@ def accepting(run: Run, names: list[str], quarantine: bool) -> float:
 def serving(run: Run) -> dict[str, float]:
     """Seconds of each part of a reconcile that serves what was accepted, without tuning."""
     seconds: dict[str, float] = {}
-    tune = shares.tune
+    tune = making.tune
     slice_ = jax.device_get(init_slice(jax.random.key(1), run.config.tuning, run.backbone.config, len(run.classes)))
     reconcile.refuse_rotten = lambda *_: None  # the made-up records have no pixels of their own
-    shares.tune = lambda problem, backbone, jobs, *rest: (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
+    making.tune = lambda problem, backbone, jobs, *rest: (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
     parts = [
         (reconcile, "sweep"),
         (reconcile, "plan"),
@@ -128,7 +128,7 @@ def serving(run: Run) -> dict[str, float]:
 
         total = timed(serve)
     finally:
-        shares.tune = tune
+        making.tune = tune
         for owner, name, function in kept:
             setattr(owner, name, function)
     assert outcome is not None

@@ -25,7 +25,7 @@ import jax
 from jax import monitoring
 from synthetic import surroundings, unsampled
 
-from lmeraser_jax import config, reconcile, shares, unlearning
+from lmeraser_jax import config, making, reconcile, shares, unlearning
 from lmeraser_jax.run import opened, prepared
 
 SHARDS = 10
@@ -125,7 +125,7 @@ class Clock:
         self.reset()
         for name, (module, function) in PARTS.items():
             setattr(module, function, self._timed(name, getattr(module, function)))
-        shares.tune = self._stepped(shares.tune)
+        making.tune = self._stepped(making.tune)
         monitoring.register_event_duration_secs_listener(self._compiled)
 
     def reset(self) -> None:

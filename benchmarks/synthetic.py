@@ -22,6 +22,7 @@ from lmeraser_jax.backbones.vit import ViT, ViTConfig
 from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.config import Config
 from lmeraser_jax.digests import arrays_digest, digest
+from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.records.source import Item
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run, opened
@@ -30,7 +31,6 @@ from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.catalog import Catalog, SliceRow, sample_rank
 from lmeraser_jax.store.importing import import_settings
 from lmeraser_jax.store.layout import Layout, write_json
-from lmeraser_jax.tuning import fingerprint
 
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
 

@@ -61,7 +61,7 @@ def load_slice(run: Run, ref: str) -> Slice:
         raise UserError(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
         raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
-    return as_slice(arrays, name[:12])
+    return as_slice(arrays, name[:12], run.problem.own_architecture)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of, slice_of
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.fingerprint import fingerprint
+from lmeraser_jax.making import make
 from lmeraser_jax.progress import progress
 from lmeraser_jax.purge import leftovers
 from lmeraser_jax.reconcile import reconcile
@@ -25,10 +27,9 @@ from lmeraser_jax.records.source import Item, content_hash
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import stage_jobs
 from lmeraser_jax.slices import Slice
-from lmeraser_jax.store import requests
+from lmeraser_jax.store import checkpoints, requests
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout
-from lmeraser_jax.tuning import fingerprint, tune
 
 PIECE = 4096  # images copied at a time
 TOLERANCE = 1e-2  # of a slice's largest number, where another program made it
@@ -96,9 +97,14 @@ def state(run: Run, keys: frozenset[str] | None = None) -> dict[str, Any]:
 def _bytes(run: Run, name: str) -> dict[str, bytes] | str:
     """The leaves of a slice as bytes; a message when it cannot be read, which differs from any slice."""
     try:
-        return {leaf: np.asarray(array).tobytes() for leaf, array in load_slice(run, name)._asdict().items()}
+        return leaves(load_slice(run, name))
     except UserError as error:
         return str(error)
+
+
+def leaves(part: Slice) -> dict[str, bytes]:
+    """The arrays of a slice as bytes, by name."""
+    return {name: array.tobytes() for name, array in checkpoints.flatten(part).items()}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
@@ -157,8 +163,7 @@ def _put_pins(run: Run, rebuilt: dict[str, Any], chosen: frozenset[str]) -> None
             rebuilt["slices"][key] = ref
         if key in chosen:
             part = remade(run, ref)
-            leaves = part._asdict().items() if part is not None else ()
-            rebuilt["parameters"][key] = {leaf: np.asarray(array).tobytes() for leaf, array in leaves}
+            rebuilt["parameters"][key] = leaves(part) if part is not None else {}
 
 
 def remade(run: Run, ref: str) -> Slice | None:
@@ -172,7 +177,8 @@ def remade(run: Run, ref: str) -> Slice | None:
     row, records = run.catalog.slice(name), run.catalog.at(run.catalog.rows_of(name))
     if row is None or len(records) != row.size:
         return None
-    problem = dataclasses.replace(run.problem, tuning=Tuning(**json.loads(row.tuning)))
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, tuning=Tuning(**json.loads(row.tuning))))
+    problem, inputs = run.problem, run.inputs(records)
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     labels[records.rows] = records.labels
     start = None
@@ -180,7 +186,7 @@ def remade(run: Run, ref: str) -> Slice | None:
     jobs[-1] = dataclasses.replace(jobs[-1], snapshots=(step,) if step else ())
     for job in jobs:
         started = dataclasses.replace(job, start=start)
-        for done in tune(problem, run.backbone, [started], run.images, labels, run.mesh):
+        for done in make(problem, run.backbone, [started], inputs, labels, run.mesh):
             if done.final or done.step == step:
                 start = done.slice
             if done.step == step and job is jobs[-1]:

@@ -18,6 +18,7 @@ from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.doctor import Finding, Patient, guarded
 from lmeraser_jax.errors import some
+from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.progress import progress
 from lmeraser_jax.purge import needed
 from lmeraser_jax.records.cache import RowFile
@@ -25,7 +26,7 @@ from lmeraser_jax.run import Run, backbone_inputs
 from lmeraser_jax.store.catalog import Manifest
 from lmeraser_jax.store.importing import import_settings
 from lmeraser_jax.store.layout import remove_others
-from lmeraser_jax.tuning import fingerprint, mesh_of
+from lmeraser_jax.tuning import mesh_of
 
 TRAIN = "lmeraser train makes it again"
 
@@ -225,7 +226,9 @@ def _inconsistent(clustering: Clustering, manifest: Manifest) -> str:
     for name, label in zip(clustering.sample, clustering.labels.tolist(), strict=True):
         members.setdefault(label, []).append(name)
     keys = tuple(planning.digest(members[k]) for k in sorted(members))
-    if keys != clustering.keys or sorted(members) != list(range(len(keys))):
+    if not members:
+        keys = clusters.shards(len(clustering.keys), 0, "").keys
+    if keys != clustering.keys or members and sorted(members) != list(range(len(keys))):
         return "its keys are not the digests of its sampled ids"
     if len(clustering.prototypes) != len(keys) or not np.isfinite(clustering.prototypes).all():
         return "its prototypes are not one finite feature for each key"

@@ -1,8 +1,8 @@
-"""Clustering of private data (paper Algorithms 1 and 2, Eqs. 3 and 4) with a balanced cut.
+"""Partitions of private data: clusters (paper Algorithms 1 and 2, Eqs. 3 and 4) with a balanced cut, or shards.
 
 Sample -> average-linkage tree -> cut -> keys and prototypes; then every other record goes to the
 nearest prototype. Nothing but the sampled records' ids and features enters the tree, so erasing an
-unsampled record moves nothing here.
+unsampled record moves nothing here. Shards (SISA) look at no feature: a keyed hash of its id deals a record to one.
 
 Shapes: S sampled records, K clusters, D feature width, N records.
 """
@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.digests import digest
+from lmeraser_jax.digests import digest, keyed_hash
+from lmeraser_jax.legality import cut_of
 
 PIECE = 512  # records per call of the routing program
 
@@ -123,7 +124,7 @@ def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clus
         config: cut and limits.
         name: the clustering's digest.
     """
-    groups = cut_tree(tree(features), _clamped(settings.cut_of(config.cut), len(sample)), config.max_members)
+    groups = cut_tree(tree(features), _clamped(cut_of(config.cut), len(sample)), config.max_members)
     groups = merge_small(groups, features, config.min_members, config.max_members)
     keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
     labels = np.zeros(len(sample), np.int32)
@@ -131,6 +132,24 @@ def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clus
         labels[members] = k
     prototypes = np.stack([_mean(features, members) for _, members in keyed]).astype(np.float32)
     return Clustering(name, sample, labels, tuple(key for key, _ in keyed), prototypes)
+
+
+def shards(count: int, width: int, name: str) -> Clustering:
+    """A partition into S shards without a sample; prototypes are zeros [S, D], which route nothing.
+
+    Args:
+        count: S.
+        width: D.
+        name: the clustering's digest.
+    """
+    keys = tuple(sorted(digest(["shard", number]) for number in range(count)))
+    return Clustering(name, (), np.zeros(0, np.int32), keys, np.zeros((count, width), np.float32))
+
+
+def shard_of(ids: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """Index of each record's shard, a keyed hash of its id: int32 [N], each below `count`."""
+    hashes = (int.from_bytes(keyed_hash(seed, "shard", name), "little") for name in ids)
+    return np.array([value % count for value in hashes], np.int32)
 
 
 def _clamped(how: tuple[str, float], count: int) -> tuple[str, float]:

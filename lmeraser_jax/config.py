@@ -7,22 +7,14 @@ The defaults are the embedded experiment: scikit-learn's digits, split into a pu
 
 import dataclasses
 import difflib
-import math
-import re
 import reprlib
 import typing
-import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.legality import CLOSED_FORMS, PROMPTED, SHOWN, WHOLE, illegal
 
-SOURCES = ("digits", "npz", "folder", "tfds")
-AUGMENTS = ("none", "crop", "flip", "paper")
-OPTIMIZERS = ("sgd", "adam")
-DTYPES = ("auto", "float32", "bfloat16")
-WHOLE = 2**63  # whole numbers lie below it
-SHOWN = 400  # characters of a value in a message
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHOWN
 
@@ -86,8 +78,10 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """Algorithms 1 and 2 with a balanced cut."""
+    """How private records are parted: Algorithms 1 and 2 with a balanced cut, by a keyed hash, or not at all."""
 
+    partition: str = "adaptive"  # adaptive | random (S shards) | one
+    shards: int = 10  # S, random only
     sample_size: int = 200  # n_s
     sample_from: str = "private"  # private | public
     cut: str = "auto:10"  # a distance threshold t such as 10.0, or auto:K
@@ -95,11 +89,17 @@ class Clustering:
     min_members: int = 8  # sampled members at least; 0: no limit (paper)
     feature_batch: int = 128  # images per device and call when features are computed
 
+    @property
+    def parts(self) -> int:
+        """Shards of a partition that looks at no feature."""
+        return self.shards if self.partition == "random" else 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tuning:
     """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
 
+    what: str = "prompt+head"  # | prompt (a fixed head) | head | backbone (and head) | ridge | ncm (closed forms)
     prompt_width: int = 2  # P, pixels of the backbone's input
     prompt_init: float = 0.0  # standard deviation of the first prompt, in normalised pixels; 0: zeros
     head_init: float = 0.0  # standard deviation of the first head; 0: zeros
@@ -107,6 +107,8 @@ class Tuning:
     momentum: float = 0.9  # sgd only
     prompt_rate: float = 3e-2
     head_rate: float = 1e-2
+    backbone_rate: float = 1e-4  # backbone only
+    penalty: float = 0.1  # ridge only: added to the variance of every standardised feature
     prompt_decay: float = 0.0  # weight decay (decoupled for adam)
     head_decay: float = 0.0
     warmup: float = 0.1  # share of the cluster's own steps
@@ -118,6 +120,16 @@ class Tuning:
     scan_steps: int = 64  # steps per call of the device program
     dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU | float32 | bfloat16
     device_bytes: int = 4_000_000_000  # images stay on the device up to this size, else they are streamed
+
+    @property
+    def border(self) -> int:
+        """Width of the prompt that is tuned: 0 where there is none."""
+        return self.prompt_width if self.what in PROMPTED else 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether a slice is a formula of its members' features: no step, no epoch."""
+        return self.what in CLOSED_FORMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +144,8 @@ class Checkpoints:
 class Inference:
     """Routing and prediction; free to differ between commands on one workdir."""
 
-    nearest: int = 1  # m: average the probabilities of the m nearest clusters (1: paper)
+    nearest: int = 1  # m: ask the m nearest clusters (1: paper); 0: all
+    aggregate: str = "mean"  # of their probabilities | vote: the share of them whose first choice a class is
     batch: int = 128  # images per device and call
 
 
@@ -174,7 +187,7 @@ def from_dict(tree: Any) -> Config:
     problems: list[str] = []
     config = _build(Config, tree, "", problems)
     raise_all(problems, "the config cannot be used:" if len(problems) > 1 else "")
-    raise_all(_illegal(config))
+    raise_all(illegal(config))
     return config
 
 
@@ -197,41 +210,6 @@ def _unknown(prefix: str, name: str, legal: Collection[str]) -> str:
     near = difflib.get_close_matches(name, legal, 1)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(legal)}"
     return f"unknown setting {prefix}{name}; {hint}"
-
-
-def cut_of(cut: str) -> tuple[str, float]:
-    """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
-    if cut.startswith("auto:"):
-        count = int(cut.removeprefix("auto:"))
-        if not 1 <= count < WHOLE:
-            raise ValueError(cut)
-        return "auto", float(count)
-    threshold = float(cut)
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(cut)
-    return "threshold", threshold
-
-
-def numbers(text: str) -> tuple[float, ...]:
-    """The numbers of a list such as "0.5" or "0.485,0.456,0.406"; what is no number becomes nan."""
-
-    def number(part: str) -> float:
-        try:
-            return float(part)
-        except ValueError:
-            return math.nan
-
-    return tuple(number(part) for part in text.split(",")) if text else ()
-
-
-def _has_group(pattern: str) -> bool:
-    """Whether a non-empty pattern is a regular expression with at least one group."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later Python will read differently
-            return not pattern or re.compile(pattern).groups > 0
-    except (re.error, RecursionError, OverflowError):
-        return False
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -281,117 +259,3 @@ def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str])
         else:
             values[name] = value
     return cls(**values)
-
-
-def _illegal(c: Config) -> list[str]:
-    """One line per illegal value: the value, what is legal, the flag to change."""
-    d, b, p, k, t, i = c.data, c.backbone, c.pretraining, c.clustering, c.tuning, c.inference
-    problems = []
-
-    def need(ok: bool, flag: str, value: object, legal: str) -> None:
-        if not ok:
-            text = str(value)
-            cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
-            problems.append(f"--config.{flag}={cut}: must be {legal}")
-
-    for flag, value, legal in (
-        ("data.source", d.source, SOURCES),
-        ("data.split_by", d.split_by, ("record", "owner")),
-        ("data.augment", d.augment, AUGMENTS),
-        ("backbone.feature", b.feature, ("auto", "cls", "pooler")),
-        ("pretraining.augment", p.augment, AUGMENTS),
-        ("clustering.sample_from", k.sample_from, ("private", "public")),
-        ("tuning.optimizer", t.optimizer, OPTIMIZERS),
-        ("tuning.dtype", t.dtype, DTYPES),
-    ):
-        need(value in legal, flag, repr(value), "one of " + ", ".join(legal))
-    for flag, value in (
-        ("data.max_pixels", d.max_pixels),
-        ("data.image_size", d.image_size),
-        ("backbone.patch", b.patch),
-        ("backbone.width", b.width),
-        ("backbone.depth", b.depth),
-        ("pretraining.batch", p.batch),
-        ("pretraining.checkpoint_epochs", p.checkpoint_epochs),
-        ("clustering.sample_size", k.sample_size),
-        ("clustering.feature_batch", k.feature_batch),
-        ("tuning.epochs", t.epochs),
-        ("tuning.slices", t.slices),
-        ("tuning.batch", t.batch),
-        ("tuning.lanes", t.lanes),
-        ("tuning.scan_steps", t.scan_steps),
-        ("checkpoints.keep", c.checkpoints.keep),
-        ("inference.nearest", i.nearest),
-        ("inference.batch", i.batch),
-    ):
-        need(value >= 1, flag, value, "at least 1")
-    for flag, value in (
-        ("seed", c.seed),
-        ("data.store_size", d.store_size),
-        ("data.store_width", d.store_width),
-        ("data.train_limit", d.train_limit),
-        ("data.test_limit", d.test_limit),
-        ("backbone.heads", b.heads),
-        ("backbone.mlp", b.mlp),
-        ("pretraining.epochs", p.epochs),
-        ("pretraining.rate", p.rate),
-        ("pretraining.weight_decay", p.weight_decay),
-        ("clustering.max_members", k.max_members),
-        ("clustering.min_members", k.min_members),
-        ("tuning.prompt_width", t.prompt_width),
-        ("tuning.prompt_init", t.prompt_init),
-        ("tuning.head_init", t.head_init),
-        ("tuning.prompt_rate", t.prompt_rate),
-        ("tuning.head_rate", t.head_rate),
-        ("tuning.prompt_decay", t.prompt_decay),
-        ("tuning.head_decay", t.head_decay),
-        ("tuning.min_steps", t.min_steps),
-        ("tuning.device_bytes", t.device_bytes),
-        ("checkpoints.every_epochs", c.checkpoints.every_epochs),
-    ):
-        need(0 <= value < float("inf"), flag, value, "0 or more")
-    for flag, value in (("tuning.warmup", t.warmup), ("pretraining.warmup", p.warmup), ("tuning.momentum", t.momentum)):
-        need(0 <= value < 1, flag, value, "in [0, 1)")
-    for flag, value in (("data.holdout", d.holdout), ("data.test_share", d.test_share)):
-        need(0 <= value < 1, flag, value, "in [0, 1)")
-    for flag, text, low in (("backbone.mean", b.mean, -math.inf), ("backbone.std", b.std, 0.0)):
-        values = numbers(text)
-        legal = all(low < value < math.inf for value in values) and len(values) in (0, 1, 3)
-        need(legal, flag, repr(text), f"empty, or one number or three, finite{' and above 0' if low == 0 else ''}")
-    what = f"the weights of --config.backbone.name={b.name}: a folder or file, or hub to download"
-    what += f" (lmeraser backbone --name={b.name} says what and from where)"
-    need(bool(b.weights) or not b.name, "backbone.weights", repr(b.weights), what)
-    need(
-        2 * t.prompt_width <= d.image_size,
-        "tuning.prompt_width",
-        t.prompt_width,
-        f"at most half of --config.data.image_size={d.image_size}",
-    )
-    need(
-        d.resize_size == 0 or d.resize_size >= d.image_size,
-        "data.resize_size",
-        d.resize_size,
-        f"0 or at least --config.data.image_size={d.image_size}",
-    )
-    need(
-        k.max_members == 0 or k.min_members <= k.max_members,
-        "clustering.min_members",
-        k.min_members,
-        f"at most --config.clustering.max_members={k.max_members}",
-    )
-    if d.source in ("npz", "folder"):
-        need(bool(d.path), "data.path", repr(d.path), f"set for data.source={d.source}")
-    if d.source == "tfds":
-        need(bool(d.dataset), "data.dataset", repr(d.dataset), "the name of a TFDS data set, such as cifar10")
-    need(_has_group(d.owner_pattern), "data.owner_pattern", repr(d.owner_pattern), "a regular expression with a group")
-    columns = len(d.csv_columns.split(","))
-    need(columns in (2, 3), "data.csv_columns", repr(d.csv_columns), "two or three column names: file,label[,owner]")
-    if not b.weights and min(b.patch, b.width) > 0:  # else the weights decide
-        size, heads = d.image_size, b.heads or max(1, b.width // 16)
-        need(size % b.patch == 0, "data.image_size", size, f"a multiple of the patch size {b.patch}")
-        need(b.width % heads == 0, "backbone.heads", heads, f"a divisor of the width {b.width}")
-    try:
-        cut_of(k.cut)
-    except ValueError:
-        need(False, "clustering.cut", repr(k.cut), "a distance of 0 or more, or auto:K with K >= 1")
-    return problems

@@ -8,7 +8,7 @@ import numpy as np
 
 from lmeraser_jax.baselines import linear as linear_head
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.inference import load_model, predict
+from lmeraser_jax.inference import Model, load_model, predict
 from lmeraser_jax.run import Run
 
 HINTS = {"holdout": "--config.data.holdout", "test": "--config.data.test_share"}
@@ -66,13 +66,14 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(run: Run, split: str = "test", linear: bool = True) -> Evaluation:
+def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | None = None) -> Evaluation:
     """Evaluates the published state.
 
     Args:
         run: an opened workdir.
         split: test | holdout | train.
         linear: also fit the plain linear head on the features of the live training records.
+        model: what answers; by default the published state.
 
     Raises:
         UserError: the split has no images, or nothing is published.
@@ -81,7 +82,7 @@ def evaluate(run: Run, split: str = "test", linear: bool = True) -> Evaluation:
     if not len(records):
         hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
         raise UserError(f"--split={split}: the workdir has no such images{hint}")
-    found = predict(load_model(run), run.images[records.rows])
+    found = predict(model or load_model(run), run.images[records.rows])
     right = found.labels == records.labels
     first = found.clusters[:, 0]
     clusters = [(found.keys[k], int((first == k).sum()), float(right[first == k].mean())) for k in np.unique(first)]

@@ -20,13 +20,15 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax.artifacts import load_clustering, load_slice
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.clustering import Clustering, padded, squared_distances
+from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.features import compute_dtype, on_device
 from lmeraser_jax.images import centred
+from lmeraser_jax.records.source import content_hash
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, border_size, lay_prompt
 from lmeraser_jax.store.catalog import Manifest
-from lmeraser_jax.tuning import Problem
+from lmeraser_jax.tuning import Problem, features_of
 
 ATTEMPTS = 20  # a state read in pieces may be replaced so often in between
 
@@ -57,8 +59,27 @@ class Model:
 
     @property
     def nearest(self) -> int:
-        """m: the clusters that an answer is averaged over, at most."""
-        return min(self.run.config.inference.nearest, len(self.keys))
+        """m: the clusters that an answer is made of, at most."""
+        return min(self.run.config.inference.nearest or len(self.keys), len(self.keys))
+
+    @property
+    def question(self) -> "Question":
+        return Question(self.nearest, self.run.config.inference.nearest == 0, self.run.config.inference.aggregate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """Which clusters are asked, and how their answers become one.
+
+    Attributes:
+        nearest: m.
+        everyone: m are all clusters, in their own order.
+        aggregate: mean of probabilities | vote.
+    """
+
+    nearest: int
+    everyone: bool
+    aggregate: str
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,6 +143,16 @@ def load_model(run: Run, before: Model | None = None) -> Model:
     )
 
 
+def with_slices(model: Model, refs: Mapping[str, str]) -> Model:
+    """The model with other slices of its clusters, {key: reference}, such as earlier epochs; uses up the old one.
+
+    Raises:
+        UserError: a slice cannot be read.
+    """
+    new = tuple(refs.get(key, old) for key, old in zip(model.keys, model.refs, strict=True))
+    return _replaced(model, new, {ref: load_slice(model.run, ref) for ref in set(new) - {""}})
+
+
 def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
     """The current manifest and the quarantined clusters, both of one moment."""
     with run.catalog.snapshot():
@@ -145,9 +176,14 @@ def _rearranged(run: Run, before: Model | None, clustering: Clustering) -> Model
     source = np.full(len(prototypes), -1, np.int32)
     if before is None:
         tuning, architecture = run.config.tuning, run.backbone.config
-        width = border_size(architecture.image_size, tuning.prompt_width, architecture.channels)
+        width = border_size(architecture.image_size, tuning.border, architecture.channels)
         heads = (architecture.feature_size, len(run.classes))
-        stack = Slice(*(np.zeros((len(prototypes), *rest), np.float32) for rest in ((width,), heads, heads[1:])))
+        shapes = ((width,), heads, heads[1:])
+        stack = Slice(*(np.zeros((len(prototypes), *rest), np.float32) for rest in shapes))
+        if run.problem.own_architecture:
+            own = frozen.graph(architecture)[1]
+            own = jax.tree.map(lambda leaf: np.zeros((len(prototypes), *leaf.shape), np.float32), own)
+            stack = stack._replace(backbone=own)
         params, refs = on_device(run.backbone, compute_dtype(tuning.dtype, run.mesh), run.mesh), ("",) * len(source)
     else:
         place = {key: k for k, key in enumerate(before.keys)}
@@ -164,7 +200,7 @@ def _rearranged(run: Run, before: Model | None, clustering: Clustering) -> Model
 def _replaced(model: Model, refs: tuple[str, ...], read: Mapping[str, Slice]) -> Model:
     """The model with other references; uses up its stack. Slices that are not among `read` are there already."""
     stack, place = model.stack, _placed(model.run.mesh)
-    nothing = Slice(*(np.zeros(leaf.shape[1:], leaf.dtype) for leaf in stack))
+    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), stack)
     for k, (old, new) in enumerate(zip(model.refs, refs, strict=True)):
         if old != new:
             stack = place(stack, read[new] if new else nothing, k)
@@ -197,48 +233,78 @@ def _moved(mesh: Mesh):
     return jax.jit(moved, out_shardings=NamedSharding(mesh, P()))
 
 
-def routed_probabilities(problem: Problem, nearest: int, params: Any, stack: Slice, prototypes, present, images):
-    """Class probabilities, averaged over the prompts and heads of the m nearest clusters that are present.
+def routed_probabilities(
+    problem: Problem, question: Question, params: Any, stack: Slice, prototypes, present, images, draws=None
+):
+    """Class probabilities from the prompts and heads of the m nearest clusters that are present (Eq. 4, Fig. 2).
 
     Args:
         problem: static settings.
-        nearest: m.
+        question: static: whom to ask.
         params: backbone.
         stack: slices [K, ...].
         prototypes: float32 [K, D].
         present: bool [K].
         images: uint8 [B, h, w, c].
+        draws: float32 [B, K], what stands for distances where shards have no place in the feature space; else None.
 
     Returns:
         (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
     """
-    architecture, width = problem.architecture, problem.tuning.prompt_width
     pixels = centred(images, problem.spec)  # [B, H, W, C]
-    gaps = squared_distances(frozen.features(architecture, params, pixels), prototypes, present)
-    index = jax.lax.top_k(-gaps, nearest)[1]  # [B, m]
+    bare = problem.tuning.border == 0 and stack.backbone is None  # then all heads see the same feature
+    if question.everyone:
+        draws = jnp.zeros((len(pixels), len(present)))
+    plain = frozen.features(problem.architecture, params, pixels) if bare or draws is None else prototypes  # [B, D]
+    far = squared_distances(plain, prototypes, present) if draws is None else draws
+    gaps = jnp.where(present[None], far, jnp.inf)  # [B, K]
+    index = jax.lax.top_k(-gaps, question.nearest)[1]  # [B, m]; of equal ones the first
+    if bare:
+        logits = jnp.einsum("bd,bmdy->bmy", plain, stack.kernel[index]) + stack.bias[index]
+    elif question.everyone or stack.backbone is not None:
+        logits = jnp.take_along_axis(_of_all(problem, params, stack, pixels), index[..., None], axis=1)
+    else:
+        logits = _of_chosen(problem, params, stack, pixels, index)
+    chosen = present[index]  # [B, m]
+    each = jax.nn.softmax(logits, axis=-1)  # [B, m, Y]
+    if question.aggregate == "vote":
+        each = jax.nn.one_hot(each.argmax(axis=-1), each.shape[-1], dtype=each.dtype)
+    each = jnp.where(chosen[..., None], each, 0.0)
+    return each.sum(axis=1) / chosen.sum(axis=1, keepdims=True, dtype=each.dtype), jnp.where(chosen, index, -1)
+
+
+def _of_chosen(problem: Problem, params: Any, stack: Slice, pixels: jax.Array, index: jax.Array) -> jax.Array:
+    """Logits [B, m, Y] of the clusters chosen for each image, index int32 [B, m]: one pass of B * m images."""
+    architecture, width = problem.architecture, problem.tuning.border
     lay = functools.partial(lay_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
     prompts = jax.vmap(jax.vmap(lay))(stack.prompt[index])  # [B, m, H, W, C]
     prompted = (pixels[:, None] + prompts).reshape(-1, *pixels.shape[1:])  # [B * m, H, W, C]
     features = frozen.features(architecture, params, prompted).reshape(*index.shape, -1)  # [B, m, D]
-    logits = jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
-    chosen = present[index]  # [B, m]
-    each = jnp.where(chosen[..., None], jax.nn.softmax(logits, axis=-1), 0.0)
-    return each.sum(axis=1) / chosen.sum(axis=1, keepdims=True, dtype=each.dtype), jnp.where(chosen, index, -1)
+    return jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
+
+
+def _of_all(problem: Problem, params: Any, stack: Slice, pixels: jax.Array) -> jax.Array:
+    """Logits [B, K, Y] of all clusters, one after the other."""
+
+    def one(part: Slice) -> jax.Array:
+        return features_of(part, problem, params, pixels) @ part.kernel + part.bias[None]
+
+    return jnp.swapaxes(jax.lax.map(one, stack), 0, 1)
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(problem: Problem, nearest: int, mesh: Mesh):
+def compiled(problem: Problem, question: Question, mesh: Mesh):
     """The jitted prediction program over a mesh."""
     axis = mesh.axis_names[0]
-    function = functools.partial(routed_probabilities, problem, nearest)
-    specs = (P(), P(), P(), P(), P(axis))
+    function = functools.partial(routed_probabilities, problem, question)
+    specs = (P(), P(), P(), P(), P(axis), P(axis))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(P(axis), P(axis)), check_vma=False))
 
 
 def predict(model: Model, images: np.ndarray) -> Predictions:
     """Predicts images of the stored shape: uint8 [N, h, w, c]."""
     run = model.run
-    program = compiled(run.problem, model.nearest, run.mesh)
+    program = compiled(run.problem, model.question, run.mesh)
     size = run.config.inference.batch * run.mesh.size
     found = Predictions(
         np.zeros((len(images), len(run.classes)), np.float32),
@@ -249,7 +315,18 @@ def predict(model: Model, images: np.ndarray) -> Predictions:
         piece = images[start : start + size]
         batch = np.zeros((size, *images.shape[1:]), np.uint8)
         batch[: len(piece)] = piece
-        answers = program(model.params, model.stack, model.prototypes, model.present, batch)
+        answers = program(model.params, model.stack, model.prototypes, model.present, batch, _draws(model, batch))
         for all_, part in zip((found.probabilities, found.clusters), answers, strict=True):
             all_[start : start + size] = np.asarray(part)[: len(piece)]
     return found
+
+
+def _draws(model: Model, images: np.ndarray) -> np.ndarray | None:
+    """Where clusters are shards, numbers [B, K] that choose some for an image: a keyed hash of its content."""
+    k, seed = model.run.config.clustering, model.run.config.seed
+    if k.partition == "adaptive":
+        return None
+    if len(model.keys) <= model.nearest:
+        return np.zeros((len(images), len(model.present)), np.float32)
+    rows = [philox(seed, "route", content_hash(image)).random(len(model.present), np.float32) for image in images]
+    return np.stack(rows)

@@ -96,15 +96,19 @@ def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
     if manifest is not None and manifest.clustering == name:
         with contextlib.suppress(UserError):  # missing or damaged: made again
             return load_clustering(run.layout, name), True
+    width = run.backbone.config.feature_size
+    if k.partition != "adaptive":
+        return clusters.shards(k.parts, width, name), False
     if not chosen.ids:
-        width = run.backbone.config.feature_size
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
     return clusters.cluster(chosen.ids, run.features(chosen), k, name), False
 
 
 def sampled(run: Run, leaving: Collection[str] = ()) -> tuple[RecordTable, str]:
-    """The sampled live records, and the digest of the clustering that they call for."""
+    """The sampled live records, and the digest of the clustering that they call for; shards have no sample."""
     k = run.config.clustering
+    if k.partition != "adaptive":
+        return RecordTable.empty(), digest(["shards", k.parts, run.config.seed, run.backbone.digest])
     private = k.sample_from == "private"
     chosen = run.catalog.sample("train" if private else "public", k.sample_size, leaving if private else ())
     inputs = [dataclasses.asdict(k), dataclasses.asdict(run.spec), run.backbone.digest, chosen.ids, chosen.contents]
@@ -216,8 +220,15 @@ def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled:
         found = np.where(found < 0, kept, found)
     open_ = np.flatnonzero(found < 0)
     if len(open_):
-        found[open_] = clusters.assign(run.features(records.take(open_)), clustering.prototypes)
+        found[open_] = _homes(run, records.take(open_), clustering)
     return found
+
+
+def _homes(run: Run, records: RecordTable, clustering: Clustering) -> np.ndarray:
+    """Cluster index int32 [n] of records that no tree has placed: by prototype (Eq. 4), or by a hash of the id."""
+    if run.config.clustering.partition == "adaptive":
+        return clusters.assign(run.features(records), clustering.prototypes)
+    return clusters.shard_of(records.ids, len(clustering.keys), run.config.seed)
 
 
 def _chain(run: Run, key: str, table: RecordTable) -> tuple[Target, ...]:
@@ -237,7 +248,8 @@ def _chain(run: Run, key: str, table: RecordTable) -> tuple[Target, ...]:
 def _recipe(run: Run, key: str, table: RecordTable, stage: int = 1, parent: str = "") -> dict:
     members = list(zip(table.ids, table.contents, table.labels.tolist(), strict=True))
     constants = (run.config.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed)
-    return slices.recipe(key, members, *constants, stage, parent)
+    feature_batch = run.config.clustering.feature_batch if run.problem.on_features else 0
+    return slices.recipe(key, members, *constants, stage, parent, feature_batch)
 
 
 def _pins(

@@ -15,6 +15,7 @@ import numpy as np
 
 from lmeraser_jax.artifacts import AGAIN, expected_params, load_clustering, load_slice, save_clustering, slice_of
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.planning import Plan, plan
 from lmeraser_jax.purge import kept, purge, with_parents
 from lmeraser_jax.records.table import refuse_rotten
@@ -27,7 +28,6 @@ from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
 from lmeraser_jax.taint import tainted
-from lmeraser_jax.tuning import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
     program = fingerprint(run.config.tuning, run.mesh)
     for key, chain in wanted.missing.items():
         rest = list(chain)
-        while rest and (made := left_behind(run.layout.root, rest[0], program, run.config.tuning)) is not None:
+        while rest and (made := left_behind(run.layout.root, rest[0], program, run.problem)) is not None:
             _keep(run, wanted, made)
             rest.pop(0)
         adopted += len(chain) - len(rest)
@@ -140,17 +140,19 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
     """Tunes clusters; each finished slice is saved and registered at once, so that a kill loses little."""
     if not missing:
         return
-    labels = np.zeros(run.catalog.rows_used(), np.int32)
+    labels, inputs = np.zeros(run.catalog.rows_used(), np.int32), run.images
     for key, chain in missing.items():
         refuse_rotten(run.images, wanted.members[key])
         labels[chain[-1].job.rows] = wanted.members[key].labels
+        inputs = run.inputs(wanted.members[key])
     failed: list[str] = []
     program = fingerprint(run.config.tuning, run.mesh)
+    features = run.feature_file(program).path if run.problem.on_features else None
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
     while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
         targets = tuple(_started(run, chain[0]) for chain in waiting.values())
-        task = SliceTask(run.layout.root, run.problem, run.backbone.digest, program, labels, targets)
-        for made in share_slices(run.team, task, run.backbone, run.images, run.mesh):
+        task = SliceTask(run.layout.root, run.problem, run.backbone.digest, program, features, labels, targets)
+        for made in share_slices(run.team, task, run.backbone, inputs, run.mesh):
             if made.failed_at is None:
                 _keep(run, wanted, made)
             else:

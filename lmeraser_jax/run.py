@@ -25,7 +25,10 @@ from lmeraser_jax.config import Config
 from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.features import Extractor, cached, compute_dtype
+from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.images import ImageSpec
+from lmeraser_jax.label_mapping import noise_activation
+from lmeraser_jax.legality import cut_of
 from lmeraser_jax.records import sources
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.records.source import Source
@@ -37,7 +40,7 @@ from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import Imported, check_images, image_file, import_settings, import_source
 from lmeraser_jax.store.layout import Layout, read_config, write_json, writer_lock
 from lmeraser_jax.team import ALONE, Team
-from lmeraser_jax.tuning import Problem, fingerprint, mesh_of
+from lmeraser_jax.tuning import Problem, mesh_of
 
 FREE = ("inference", "checkpoints")  # settings that no published number depends on
 
@@ -69,7 +72,9 @@ class Run:
     @functools.cached_property
     def problem(self) -> Problem:
         """The static part of the tuning program."""
-        return Problem(self.backbone.config, self.spec, self.config.tuning, len(self.classes), self.config.seed)
+        tuning, classes = self.config.tuning, len(self.classes)
+        mapping = noise_activation(self.backbone, classes) if tuning.what == "prompt" else ()
+        return Problem(self.backbone.config, self.spec, tuning, classes, self.config.seed, mapping)
 
     @property
     def images(self) -> np.ndarray:
@@ -100,6 +105,21 @@ class Run:
             return share_features(self.team, task, lambda own: made()(images[own]))
 
         return cached(file, records.rows, len(images), compute, piece(self.team), write=self.writable)
+
+    def inputs(self, records: RecordTable) -> np.ndarray:
+        """What slices with these members are made of: the image file, or features in its place.
+
+        Returns:
+            uint8 [N, h, w, c], or float32 [N, D], which may be anything in the rows of other records.
+        """
+        if not self.problem.on_features:
+            return self.images
+        found = self.features(records)
+        if self.writable:
+            return self.feature_file(fingerprint(self.config.tuning, self.mesh)).view()[: self.catalog.rows_used()]
+        rows = np.full((self.catalog.rows_used(), found.shape[1]), np.nan, np.float32)
+        rows[records.rows] = found
+        return rows
 
     def log(self, kind: str, **values: object) -> None:
         """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""
@@ -252,10 +272,12 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     split = "train" if k.sample_from == "private" else "public"
     count = catalog.counts().get(split, 0)
     problems = []
+    if k.partition != "adaptive":
+        return
     if first and k.sample_size > count and not requests.any_open(catalog):
         what = f"at most the number of {k.sample_from} records, {count}"
         problems.append(f"--config.clustering.sample_size={k.sample_size}: must be {what}")
-    kind, value = settings.cut_of(k.cut)
+    kind, value = cut_of(k.cut)
     if kind == "auto" and value > k.sample_size:
         problems.append(f"--config.clustering.cut={k.cut}: K must be at most clustering.sample_size={k.sample_size}")
     raise_all(problems)

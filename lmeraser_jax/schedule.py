@@ -73,8 +73,13 @@ class Target:
 
 
 def make_job(key: str, rows: np.ndarray, tuning: Tuning, stage: int = 1) -> Job:
-    """A small cluster repeats its members until it makes at least `tuning.min_steps` steps over its R stages."""
+    """A small cluster repeats its members until it makes at least `tuning.min_steps` steps over its R stages.
+
+    A closed form looks at each member's feature once, and passes no image through the backbone.
+    """
     assert len(rows), key
+    if tuning.closed:
+        return Job(key, rows.astype(np.int32), 0, tuning.batch)
     min_steps = -(-tuning.min_steps // tuning.slices)
     epochs = max(stage_epochs(tuning, stage), -(-min_steps * tuning.batch // len(rows)))
     return Job(key, rows.astype(np.int32), epochs, tuning.batch, stage=stage)
@@ -181,7 +186,7 @@ def _first_fit(steps: Sequence[int], order: Sequence[int], lanes: int, limit: in
 
 def efficiency(jobs: Sequence[Job], lanes: int, batch: int) -> float:
     """Real images / images processed, padding and idle lanes counted."""
-    if not jobs:
+    if not sum(job.steps for job in jobs):
         return 1.0
     longest = max(sum(jobs[i].steps for i in lane) for lane in pack([job.steps for job in jobs], lanes))
     return sum(job.images for job in jobs) / (longest * lanes * batch)

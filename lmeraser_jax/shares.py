@@ -25,7 +25,9 @@ from lmeraser_jax.config import Tuning
 from lmeraser_jax.digests import arrays_digest, canonical_json
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.features import PIECE, Extractor, compute_dtype
+from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.images import ImageSpec
+from lmeraser_jax.making import make
 from lmeraser_jax.progress import silence
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.schedule import Target, pack
@@ -36,7 +38,7 @@ from lmeraser_jax.store.catalog import SliceRow
 from lmeraser_jax.store.layout import PRIVATE, Layout
 from lmeraser_jax.team import Failed, Finished, Team
 from lmeraser_jax.tracking import Tuned
-from lmeraser_jax.tuning import Problem, fingerprint, mesh_of, tune
+from lmeraser_jax.tuning import Problem, mesh_of
 
 FAILED = 1
 
@@ -67,6 +69,7 @@ class SliceTask:
         problem: the static part of the program.
         backbone: digest of the frozen backbone.
         program: fingerprint that every process's program must have.
+        features: the file of the features that the slices are made of; None where they are made of images.
         labels: int32 [N], of the image file's rows.
         targets: the slices; where a job carries on from another slice, it holds that.
     """
@@ -75,6 +78,7 @@ class SliceTask:
     problem: Problem
     backbone: str
     program: str
+    features: Path | None
     labels: np.ndarray
     targets: tuple[Target, ...]
 
@@ -105,13 +109,13 @@ class Found:
 # what each process does
 
 
-def make_slices(task: SliceTask, backbone: Backbone, images: np.ndarray, mesh: Mesh) -> Iterator[Made]:
-    """Tunes a task's slices and writes each, with its snapshots, as soon as it is finished.
+def make_slices(task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Iterator[Made]:
+    """Makes a task's slices and writes each, with its snapshots, as soon as it is finished.
 
     Args:
         task: what to tune.
         backbone: the frozen network.
-        images: uint8 [N, h, w, c], the rows of the image file.
+        inputs: uint8 [N, h, w, c], the rows of the image file; float32 [N, D], those of the task's feature file.
         mesh: this process's devices.
 
     Raises:
@@ -120,7 +124,7 @@ def make_slices(task: SliceTask, backbone: Backbone, images: np.ndarray, mesh: M
     targets = {target.job.key: target for target in task.targets}
     earlier: dict[str, list[Tuned]] = {key: [] for key in targets}
     jobs = [target.job for target in task.targets]
-    for done in tune(task.problem, backbone, jobs, images, task.labels, mesh):
+    for done in make(task.problem, backbone, jobs, inputs, task.labels, mesh):
         if done.final:
             yield _written(task, targets[done.job.key], done, earlier.pop(done.job.key))
         else:
@@ -141,14 +145,14 @@ def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tun
     return Made(row, done.job.rows, epochs, done.failed_at)
 
 
-def left_behind(root: Path, target: Target, program: str, tuning: Tuning) -> Made | None:
+def left_behind(root: Path, target: Target, program: str, problem: Problem) -> Made | None:
     """The slice that a process wrote for a target and that was not registered any more, read and checked.
 
     Args:
         root: the workdir.
         target: what is wanted.
         program: fingerprint that the slice must have been made with.
-        tuning: settings.
+        problem: the static part of that program.
 
     Returns:
         None where there is none, or one that is torn, damaged or of another program.
@@ -158,11 +162,11 @@ def left_behind(root: Path, target: Target, program: str, tuning: Tuning) -> Mad
         return None
     try:
         arrays, notes, step = checkpoints.load(folder)
-        as_slice(arrays, target.digest[:12])
+        as_slice(arrays, target.digest[:12], problem.own_architecture)
         epochs = {earlier: arrays_digest(checkpoints.load(folder, earlier)[0]) for earlier in job.snapshots}
     except UserError:
         return None
-    row = _row(target, arrays_digest(arrays), program, tuning, notes)
+    row = _row(target, arrays_digest(arrays), program, problem.tuning, notes)
     wanted: dict[str, Any] = {"digest": row.digest, "params": row.params, "program": program}
     wanted["epochs"] = {str(earlier): params for earlier, params in epochs.items()}
     numbers = [row.loss, row.seconds, row.created]
@@ -203,9 +207,19 @@ def _extractor(root: Path, digest: str, spec: ImageSpec, batch: int, dtype: str)
     return Extractor(_backbone(root, digest), spec, batch, mesh, compute_dtype(dtype, mesh))
 
 
+def _inputs(task: SliceTask) -> np.ndarray:
+    """What a task's slices are made of."""
+    if task.features is None:
+        return _images(task.root, task.problem.spec, len(task.labels))
+    return _rows(RowFile(task.features, (task.problem.architecture.feature_size,), np.float32), len(task.labels))
+
+
 def _images(root: Path, spec: ImageSpec, count: int) -> np.ndarray:
     """uint8 [N, h, w, c]: the first rows of the image file."""
-    file = RowFile(Layout(root).images, (spec.height, spec.width, spec.channels), np.uint8)
+    return _rows(RowFile(Layout(root).images, (spec.height, spec.width, spec.channels), np.uint8), count)
+
+
+def _rows(file: RowFile, count: int) -> np.ndarray:
     if len(file) < count:
         raise UserError(f"{file.path} holds {len(file)} of {count} rows; is the workdir shared?")
     return file.view()[:count]
@@ -221,7 +235,7 @@ def _same_program(wanted: str, tuning: Tuning) -> None:
 # process 0
 
 
-def share_slices(team: Team, task: SliceTask, backbone: Backbone, images: np.ndarray, mesh: Mesh) -> Iterator[Made]:
+def share_slices(team: Team, task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Iterator[Made]:
     """Deals a task's slices to the processes, longest first, and yields each that is finished, here or elsewhere.
 
     When it ends, every process has written its last slice.
@@ -234,7 +248,7 @@ def share_slices(team: Team, task: SliceTask, backbone: Backbone, images: np.nda
     parts = [
         dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt
     ]
-    own = make_slices(parts[0], backbone, images, mesh) if parts[0].targets else iter(())
+    own = make_slices(parts[0], backbone, inputs, mesh) if parts[0].targets else iter(())
     made = set()
     for one in team.share({peer: part for peer, part in enumerate(parts) if peer and part.targets}, own):
         made.add(one.row.digest)
@@ -295,9 +309,8 @@ def serve(team: Team) -> int:
 def _results(task: SliceTask | FeatureTask) -> Iterator[Made | Found]:
     """What this process, which has no catalog, makes of a task."""
     if isinstance(task, SliceTask):
-        spec, count = task.problem.spec, len(task.labels)
         _same_program(task.program, task.problem.tuning)
-        yield from make_slices(task, _backbone(task.root, task.backbone), _images(task.root, spec, count), mesh_of())
+        yield from make_slices(task, _backbone(task.root, task.backbone), _inputs(task), mesh_of())
         return
     _same_program(task.program, task.tuning)
     extract = _extractor(task.root, task.backbone, task.spec, task.batch, task.tuning.dtype)

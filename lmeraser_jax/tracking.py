@@ -61,7 +61,7 @@ class Tracker:
         if chunk.outputs:
             stacks = jax.device_get(handed)
             for index, step, device, slot in chunk.outputs:
-                part = Slice(*(leaf[device * slots + slot].copy() for leaf in stacks))
+                part = jax.tree.map(lambda leaf, place=device * slots + slot: leaf[place].copy(), stacks)
                 yield self._tuned(index, step, part)
 
     def _tuned(self, index: int, step: int, part: Slice) -> Tuned:
@@ -69,7 +69,7 @@ class Tracker:
         if step == job.steps:
             del self.losses[index]
         broken = np.flatnonzero(~np.isfinite(losses)).tolist()
-        if not all(np.isfinite(leaf).all() for leaf in part):
+        if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(part)):
             broken.append(step)
         loss = float(losses[-job.steps_of(1) :].mean())
         return Tuned(job, step, part, loss, broken[0] if broken else None, float(self.seconds[index]))

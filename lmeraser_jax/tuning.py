@@ -14,15 +14,11 @@ Shapes: G lanes of all devices, L lanes per device, T steps of one call, B image
 import dataclasses
 import functools
 import math
-import os
-import platform
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib.version
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
@@ -32,7 +28,6 @@ from lmeraser_jax import profiling, stopping
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Architecture, Backbone
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.digests import canonical_json, digest
 from lmeraser_jax.features import compute_dtype, on_device
 from lmeraser_jax.images import ImageSpec, augmented
 from lmeraser_jax.progress import progress
@@ -69,11 +64,22 @@ class Problem:
     tuning: Tuning
     classes: int
     seed: int
+    mapping: tuple[int, ...] = ()  # the feature that is each class's logit; empty: heads are tuned
+
+    @property
+    def on_features(self) -> bool:
+        """Whether slices are made of features that are computed once, not of images."""
+        return self.tuning.closed or self.tuning.what == "head" and self.spec.augment == "none"
+
+    @property
+    def own_architecture(self) -> Architecture | None:
+        """Of the backbone that every slice has of its own; None where all share the frozen one."""
+        return self.architecture if self.tuning.what == "backbone" else None
 
     @property
     def slots(self) -> int:
-        """W: slices that one call can hand over per device."""
-        return max(16, 2 * self.tuning.lanes)
+        """W: slices that one call can hand over per device. Few where each is as large as a backbone."""
+        return max(16 if self.tuning.what != "backbone" else 1, 2 * self.tuning.lanes)
 
     @property
     def starts(self) -> int:
@@ -88,39 +94,6 @@ def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(np.array(devices or jax.devices()), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
-    """What the bits depend on beside a slice's recipe: program, library and hardware, as JSON.
-
-    The number of devices is not part of it, only whether the program is partitioned at all: XLA compiles
-    a one-device program with other fusions than one for many devices.
-    """
-    device = mesh.devices.flat[0]
-    host = {"cpu": _processor(), "cpus": os.cpu_count()} if device.platform == "cpu" else {}
-    return canonical_json(
-        {
-            "platform": device.platform,
-            "device": device.device_kind,
-            "jax": jax.__version__,
-            "jaxlib": jaxlib.version.__version__,
-            "lanes": tuning.lanes,
-            "batch": tuning.batch,
-            "dtype": str(compute_dtype(tuning.dtype, mesh)),
-            "partitioned": mesh.size > 1,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-            **host,
-        }
-    )
-
-
-def _processor() -> str:
-    """Model and instruction sets of the CPU, shortened to a digest: XLA compiles for them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return digest(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))[:16]
-
-
 def optimizer(tuning: Tuning) -> optax.GradientTransformation:
     """Directions, before the learning rates: SGD with momentum or Adam(W), decay per group."""
     decay = optax.partition(
@@ -133,11 +106,14 @@ def optimizer(tuning: Tuning) -> optax.GradientTransformation:
 
 def _groups(tree: Slice) -> Slice:
     """Names the group of each leaf, for optax."""
-    return Slice("prompt", "head", "head")  # pyright: ignore[reportArgumentType]
+    return Slice("prompt", "head", "head", jax.tree.map(lambda _: "backbone", tree.backbone))
 
 
 def _by_group(tuning: Tuning, what: str) -> dict[str, float]:
-    return {"prompt": getattr(tuning, f"prompt_{what}"), "head": getattr(tuning, f"head_{what}")}
+    """Rates or decays; of a fixed head none."""
+    head = getattr(tuning, f"head_{what}") if tuning.what != "prompt" else 0.0
+    backbone = tuning.backbone_rate if what == "rate" else 0.0
+    return {"prompt": getattr(tuning, f"prompt_{what}"), "head": head, "backbone": backbone}
 
 
 def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Array:
@@ -149,20 +125,40 @@ def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Arra
     return jnp.where(at < warmup, rising, falling)
 
 
-def cluster_loss(part: Slice, problem: Problem, params: Any, images: jax.Array, labels: jax.Array, valid: jax.Array):
+def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array) -> jax.Array:
+    """Features of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
+
+    Args:
+        part: the slice.
+        problem: static settings.
+        params: frozen backbone; its dtype is the compute dtype.
+        inputs: float32 [B, H, W, C], normalised images; [B, D] where `problem.on_features`.
+
+    Returns:
+        float32 [B, D].
+    """
+    if problem.on_features:
+        return inputs
+    architecture, width = problem.architecture, problem.tuning.border
+    if part.backbone is not None:
+        params = jax.tree.map(lambda own, given: own.astype(given.dtype), part.backbone, params)
+    if width:
+        inputs = inputs + lay_prompt(part.prompt, architecture.image_size, width, architecture.channels)[None]
+    return frozen.features(architecture, params, inputs)
+
+
+def cluster_loss(part: Slice, problem: Problem, params: Any, inputs: jax.Array, labels: jax.Array, valid: jax.Array):
     """Masked mean cross-entropy of one cluster's batch (Eq. 6).
 
     Args:
         part: the cluster's slice, the only thing that is differentiated.
         problem: static settings.
         params: frozen backbone.
-        images: float32 [B, H, W, C], normalised.
+        inputs: as in `features_of`.
         labels: int32 [B].
         valid: bool [B].
     """
-    architecture, width = problem.architecture, problem.tuning.prompt_width
-    prompt = lay_prompt(part.prompt, architecture.image_size, width, architecture.channels)
-    features = frozen.features(architecture, params, images + prompt[None])  # [B, D]
+    features = features_of(part, problem, params, inputs)  # [B, D]
     logits = features @ part.kernel + part.bias[None]  # [B, Y]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     weights = valid.astype(losses.dtype)
@@ -185,7 +181,7 @@ def cluster_step(
     Args:
         problem: static settings.
         params: frozen backbone.
-        images: uint8 [M, h, w, c], the images on the device.
+        images: uint8 [M, h, w, c], the images on the device; float32 [M, D] where `problem.on_features`.
         labels: int32 [M].
         starts: slices with a leading axis, for `batch.start`; None where that is.
         state: the lane's state.
@@ -200,19 +196,29 @@ def cluster_step(
     for i in range(2):
         key = jax.random.fold_in(key, batch.words[i])
     key_init, key_augment = jax.random.split(key)
-    first = init_slice(key_init, tuning, problem.architecture, problem.classes)
+    first = _first(problem, key_init, params)
     if starts is not None:
         first = jax.tree.map(lambda given, new: jnp.where(batch.start < 0, new, given[batch.start]), starts, first)
     fresh = LaneState(first, tx.init(first))
     part, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
-    pixels = augmented(images[batch.rows], problem.spec, jax.random.fold_in(key_augment, batch.step))
-    loss, grads = jax.value_and_grad(cluster_loss)(part, problem, params, pixels, labels[batch.rows], batch.valid)
+    inputs = images[batch.rows]
+    if not problem.on_features:
+        inputs = augmented(inputs, problem.spec, jax.random.fold_in(key_augment, batch.step))
+    loss, grads = jax.value_and_grad(cluster_loss)(part, problem, params, inputs, labels[batch.rows], batch.valid)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
         directions, opt = tx.update(grads, opt, part)
     factor = learning_rate(tuning, batch.step, batch.total)
     rates = _by_group(tuning, "rate")
     part = jax.tree.map(lambda p, group, d: p - rates[group] * factor * d, part, _groups(part), directions)
     return LaneState(part, opt), loss
+
+
+def _first(problem: Problem, key: jax.Array, params: Any) -> Slice:
+    """A fresh slice; a backbone of its own begins as the frozen one."""
+    first = init_slice(key, problem.tuning, problem.architecture, problem.classes, problem.mapping)
+    if problem.tuning.what != "backbone":
+        return first
+    return first._replace(backbone=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
 
 
 def device_program(
@@ -268,12 +274,12 @@ def compiled(problem: Problem, mesh: Mesh):
 def initial_state(problem: Problem, mesh: Mesh) -> LaneState:
     """Zeros in the shape of all lanes' states, split over the mesh."""
 
-    def one() -> LaneState:
-        part = init_slice(jax.random.key(0), problem.tuning, problem.architecture, problem.classes)
+    def one(params: Any) -> LaneState:
+        part = _first(problem, jax.random.key(0), params)
         return LaneState(part, optimizer(problem.tuning).init(part))
 
     lanes = mesh.size * problem.tuning.lanes
-    shapes = jax.eval_shape(one)
+    shapes = jax.eval_shape(one, frozen.graph(problem.architecture)[1])
     zeros = jax.tree.map(lambda leaf: np.zeros((lanes, *leaf.shape), leaf.dtype), shapes)
     return jax.device_put(zeros, NamedSharding(mesh, P(mesh.axis_names[0])))
 
@@ -287,7 +293,7 @@ def tune(
         problem: static settings.
         backbone: frozen network, `problem.architecture` its architecture.
         jobs: clusters to tune; their rows point into `images`. Only with `tuning.slices` > 1 may they have a start.
-        images: uint8 [N, h, w, c], on the host (may be a memory map).
+        images: uint8 [N, h, w, c], on the host (may be a memory map); float32 [N, D] where `problem.on_features`.
         labels: int32 [N].
         mesh: 1-D mesh.
 
@@ -327,11 +333,11 @@ def _starts(problem: Problem, jobs: Sequence[Job], chunk: Chunk, like: Slice) ->
         assert not any(chunk.starts), "a start needs tuning.slices > 1"
         return None
     size = problem.starts
-    stacks = Slice(*(np.zeros((len(chunk.starts) * size, *leaf.shape[1:]), leaf.dtype) for leaf in like))
+    stacks = jax.tree.map(lambda leaf: np.zeros((len(chunk.starts) * size, *leaf.shape[1:]), leaf.dtype), like)
     for device, begun in enumerate(chunk.starts):
         assert len(begun) <= size, (len(begun), size)
         for place, index in enumerate(begun, device * size):
-            for stack, leaf in zip(stacks, jobs[index].start or (), strict=True):
+            for stack, leaf in zip(jax.tree.leaves(stacks), jax.tree.leaves(jobs[index].start), strict=True):
                 assert (leaf.shape, leaf.dtype) == (stack.shape[1:], stack.dtype), "a start of another problem"
                 stack[place] = leaf
     return stacks
@@ -345,8 +351,8 @@ class _Images:
         self.resident = None
         if bucket(len(images)) * images[0].nbytes <= problem.tuning.device_bytes:
             size = bucket(len(images))
-            full, targets = np.zeros((size, *images.shape[1:]), np.uint8), np.zeros(size, np.int32)
-            full[: len(images)], targets[: len(images)] = images, labels
+            full, targets = np.zeros((size, *images.shape[1:]), images.dtype), np.zeros(size, np.int32)
+            full[: len(images)], targets[: len(images)] = _known(images), labels
             self.resident = jax.device_put((full, targets), self.everywhere)
 
     def of(self, chunk: Chunk) -> tuple[Any, Any, np.ndarray]:
@@ -354,8 +360,13 @@ class _Images:
         if self.resident is not None:
             return *self.resident, chunk.rows
         window = chunk.rows.reshape(-1)
-        pixels, targets = jax.device_put((self.images[window], self.labels[window]), self.everywhere)
+        pixels, targets = jax.device_put((_known(self.images[window]), self.labels[window]), self.everywhere)
         return pixels, targets, np.arange(len(window), dtype=np.int32).reshape(chunk.rows.shape)
+
+
+def _known(values: np.ndarray) -> np.ndarray:
+    """Zeros for features that nobody needs and that were not computed; a lane that idles must not read NaN."""
+    return np.nan_to_num(values) if values.dtype == np.float32 else values
 
 
 def bucket(count: int) -> int:

@@ -5,35 +5,39 @@ import json
 
 import pytest
 
-from lmeraser_jax import config
-from lmeraser_jax.config import Config, cut_of, differences, from_dict, to_dict
+from lmeraser_jax import config, legality
+from lmeraser_jax.config import Config, differences, from_dict, to_dict
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.legality import cut_of
 
 INF, NAN = float("inf"), float("nan")
 AT_LEAST_1 = (
     "data.image_size backbone.patch backbone.width backbone.depth pretraining.batch pretraining.checkpoint_epochs "
     "clustering.sample_size clustering.feature_batch tuning.epochs tuning.slices tuning.batch tuning.lanes "
-    "tuning.scan_steps checkpoints.keep inference.nearest inference.batch"
+    "tuning.scan_steps checkpoints.keep clustering.shards inference.batch"
 ).split()
 COUNTS_FROM_0 = (
     "seed data.store_size data.store_width data.train_limit data.test_limit backbone.heads backbone.mlp "
     "pretraining.epochs clustering.max_members clustering.min_members tuning.prompt_width tuning.min_steps "
-    "tuning.device_bytes checkpoints.every_epochs"
+    "tuning.device_bytes checkpoints.every_epochs inference.nearest"
 ).split()
 REALS_FROM_0 = (
     "pretraining.rate pretraining.weight_decay tuning.prompt_init tuning.head_init tuning.prompt_rate "
-    "tuning.head_rate tuning.prompt_decay tuning.head_decay"
+    "tuning.head_rate tuning.backbone_rate tuning.penalty tuning.prompt_decay tuning.head_decay"
 ).split()
 SHARES = "data.holdout data.test_share tuning.warmup pretraining.warmup tuning.momentum".split()
 CHOICES = {
-    "data.source": config.SOURCES,
+    "data.source": legality.SOURCES,
     "data.split_by": ("record", "owner"),
-    "data.augment": config.AUGMENTS,
+    "data.augment": legality.AUGMENTS,
     "backbone.feature": ("auto", "cls", "pooler"),
-    "pretraining.augment": config.AUGMENTS,
+    "pretraining.augment": legality.AUGMENTS,
+    "clustering.partition": legality.PARTITIONS,
     "clustering.sample_from": ("private", "public"),
-    "tuning.optimizer": config.OPTIMIZERS,
-    "tuning.dtype": config.DTYPES,
+    "tuning.what": legality.TUNED,
+    "inference.aggregate": legality.AGGREGATES,
+    "tuning.optimizer": legality.OPTIMIZERS,
+    "tuning.dtype": legality.DTYPES,
 }
 
 
@@ -201,7 +205,7 @@ def test_a_deviation_is_above_0(text):
     [("", ()), ("0.5", (0.5,)), ("0.485,0.456,0.406", (0.485, 0.456, 0.406)), ("1, 2 ,3e-1", (1.0, 2.0, 0.3))],
 )
 def test_numbers(text, found):
-    assert config.numbers(text) == found
+    assert legality.numbers(text) == found
     from_dict(tree(backbone__mean=text, backbone__std=text))
 
 
@@ -235,7 +239,7 @@ def test_all_unknown_and_types_at_once():
     assert lines[0] == "the config cannot be used:" and len(lines) == 6
     assert any("unknown setting tuning.lane; did you mean tuning.lanes?" in line for line in lines)
     assert any("unknown setting dota; did you mean data?" in line for line in lines)
-    assert any("unknown setting clustering.zzz; legal: sample_size, sample_from" in line for line in lines)
+    assert any("unknown setting clustering.zzz; legal: partition, shards, sample_size" in line for line in lines)
     assert any("seed='1': must be int, is str" in line for line in lines)
     assert any("data=3: must be a group of settings" in line for line in lines)
 

@@ -21,12 +21,12 @@ from helpers import SMALL, small_config, small_run
 from lmeraser_jax import distributed, shares, stopping, unlearning
 from lmeraser_jax.audit import differences, state
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.planning import plan
 from lmeraser_jax.purge import leftovers
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.records import sources
 from lmeraser_jax.team import AGAIN, ALONE, Asked, End, Failed, Finished, Hello, Team
-from lmeraser_jax.tuning import fingerprint
 
 pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import small_run, small_source
 
-from lmeraser_jax import planning, shares
+from lmeraser_jax import making, planning
 from lmeraser_jax import reconcile as build
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.digests import keyed_hash
@@ -41,7 +41,7 @@ def quick(monkeypatch):
         return (Tuned(job, job.steps, empty, 0.5, None, 0.0) for job in jobs)
 
     monkeypatch.setattr(Run, "features", features)
-    monkeypatch.setattr(shares, "tune", tuned)
+    monkeypatch.setattr(making, "tune", tuned)
     monkeypatch.setattr(checkpoints, "save", lambda folder, *_, **__: folder.mkdir(parents=True))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax import artifacts, purge, receipts, shares, unlearning
+from lmeraser_jax import artifacts, making, purge, receipts, unlearning
 from lmeraser_jax import reconcile as build
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import differences, state
@@ -226,9 +226,9 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
     gentler = small_config(tuning__head_rate=0.001)
     with pytest.raises(UserError, match="tuning.head_rate"), small_run(tmp_path / "run", config=gentler):
         pass
-    tune = shares.tune
+    tune = making.tune
     with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
-        patch.setattr(shares, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
+        patch.setattr(making, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
         before = run.catalog.manifest()
         with pytest.raises(UserError, match="at step 3"):
             unlearning.request_erasure(run, trained[1])

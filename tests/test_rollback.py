@@ -2,13 +2,12 @@
 
 import shutil
 
-import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax import purge, rollback, unlearning
 from lmeraser_jax.artifacts import load_clustering, load_slice, parts_of
-from lmeraser_jax.audit import audit, differences, remade, state
+from lmeraser_jax.audit import audit, differences, leaves, remade, state
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.reconcile import reconcile, repair
 from lmeraser_jax.run import prepared
@@ -46,7 +45,7 @@ def grown(run):
 
 
 def bits(run, ref):
-    return {name: np.asarray(leaf).tobytes() for name, leaf in load_slice(run, ref)._asdict().items()}
+    return leaves(load_slice(run, ref))
 
 
 def test_versions_are_listed_newest_first(copy):
@@ -99,7 +98,7 @@ def test_a_snapshot_is_the_slice_of_a_shorter_walk(copy):
         key, new, _ = grown(run)
         found = state(run)
         for ref in (v.ref for v in rollback.versions(run, key)):
-            assert bits(run, ref) == {n: np.asarray(x).tobytes() for n, x in remade(run, ref)._asdict().items()}, ref
+            assert bits(run, ref) == leaves(remade(run, ref)), ref
     plain = small_config(tuning__epochs=7)
     with small_run(copy.parent / "plain", config=plain) as run:
         reconcile(run)

@@ -36,11 +36,11 @@ def test_the_paper_s_prompt_has_69840_numbers():
 def test_init_depends_on_the_key_alone_and_on_the_scales():
     tuning = Tuning(prompt_width=2, prompt_init=0.5, head_init=0.1)
     a, b, c = (init_slice(jax.random.key(seed), tuning, VIT, 10) for seed in (0, 0, 1))
-    assert all((x == y).all() for x, y in zip(a, b, strict=True))
+    assert all((x == y).all() for x, y in zip(a[:3], b[:3], strict=True))
     assert (a.prompt != c.prompt).any() and (a.kernel != c.kernel).any()
     assert 0.3 < float(jnp.std(a.prompt)) < 0.7 and 0.05 < float(jnp.std(a.kernel)) < 0.15
     zero = init_slice(jax.random.key(0), Tuning(prompt_width=2), VIT, 10)
-    assert all((leaf == 0).all() for leaf in zero)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(zero))
 
 
 def recipe_digest(**changes):

@@ -221,7 +221,7 @@ def test_bits_of_a_started_job_do_not_depend_on_which_of_many_devices(problem, t
     two, eight = stage_by_stage(problem, 2), stage_by_stage(problem, 8)
     for name, one in together.items():
         assert same_bits(two[name], eight[name])
-        for a, b in zip(one.slice, two[name].slice, strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (one.slice, two[name].slice)), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-4)  # another program: XLA fuses it differently
 
 
@@ -245,11 +245,11 @@ def test_every_job_gets_its_own_start(devices, monkeypatch):
     like = program.initial_state(problem, program.mesh_of(jax.devices()[:1])).slice
     jobs = []
     for i in range(devices * 3 * problem.starts):
-        start = Slice(*(np.full(leaf.shape[1:], i, np.float32) for leaf in like)) if i % 5 else None
+        start = jax.tree.map(lambda leaf, i=i: np.full(leaf.shape[1:], i, np.float32), like) if i % 5 else None
         jobs.append(dataclasses.replace(make_job(f"k{i}", np.arange(i % 7 + 1), problem.tuning), start=start))
     found = {done.job.key: done.slice for done in run_jobs(problem, jobs, devices)}
     assert len(found) == len(jobs)
-    assert all((leaf == i).all() for i in range(len(jobs)) if i % 5 for leaf in found[f"k{i}"])
+    assert all((leaf == i).all() for i in range(len(jobs)) if i % 5 for leaf in jax.tree.leaves(found[f"k{i}"]))
     for job in jobs[:30:5]:
         key = jax.random.key(problem.seed)
         for word in words(job.key):

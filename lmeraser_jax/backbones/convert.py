@@ -23,6 +23,7 @@ from lmeraser_jax.backbones.swin import SwinConfig
 from lmeraser_jax.backbones.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.backbones.weights import Weights, read
 from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.legality import numbers
 
 Flat = dict[str, np.ndarray]
 NEEDED = {  # our name -> dimensions; without these no architecture can be read
@@ -363,7 +364,7 @@ def normalisation(
         mean, std = zoo.entry(chosen.name).normalisation
     else:
         mean, std = weights.normalisation or usual
-    return per_channel(settings.numbers(chosen.mean) or mean, settings.numbers(chosen.std) or std, config.channels)
+    return per_channel(numbers(chosen.mean) or mean, numbers(chosen.std) or std, config.channels)
 
 
 def per_channel(

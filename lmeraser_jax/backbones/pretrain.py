@@ -22,10 +22,11 @@ from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Backbone
 from lmeraser_jax.backbones.convert import misfits, per_channel
 from lmeraser_jax.backbones.vit import ViT, ViTConfig
-from lmeraser_jax.config import Config, numbers
+from lmeraser_jax.config import Config
 from lmeraser_jax.digests import arrays_digest, digest, philox
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.images import ImageSpec, augmented
+from lmeraser_jax.legality import numbers
 from lmeraser_jax.progress import progress
 from lmeraser_jax.store import checkpoints
 from lmeraser_jax.store.layout import Layout

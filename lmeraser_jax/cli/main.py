@@ -34,10 +34,11 @@ COMMANDS = {
     "audit": "rebuild from scratch and compare every bit",
     "attack": "try to find erased records in an unlearned model",
     "doctor": "say what is wrong with a workdir, and repair what can be made again",
+    "compare": "methods side by side: accuracy, cost of an erasure, figures",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
 SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
-RESUMABLE = SHARED | {"pretrain"}
+RESUMABLE = SHARED | {"pretrain", "compare"}
 PLACE = frozenset({"coordinator_address", "num_processes", "process_id"})
 INTERRUPTED = 130
 MISUSED = 2

@@ -1,0 +1,100 @@
+"""Heads that are a formula of their members' features: ridge regression and nearest class mean.
+
+A feature is rounded to a fixed point first, so that every sum over members is a sum of whole numbers: the same bits in
+any order, and what remains after a member is taken away is what there would be without it. Only the last
+step, from sums to a head, is done in floating point.
+
+Shapes: m members, D feature, Y classes.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.slices import Slice
+
+STEPS = 512  # fixed-point numbers to 1
+LARGEST = 64  # features beyond it count as that large
+PIECE = 65_536  # members summed at once; all products of two numbers sum below 2^53, so float64 holds them exactly
+NEVER = -1e9  # logit of a class without a member
+SHARPNESS = 10.0  # a ridge head fits 0 and 1; times this, its differences are log-odds of about the right size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sums:
+    """Whole numbers over members: products int64 [D, D], by_class int64 [Y, D], counts int64 [Y]."""
+
+    products: np.ndarray
+    by_class: np.ndarray
+    counts: np.ndarray
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(self.products + other.products, self.by_class + other.by_class, self.counts + other.counts)
+
+    def __sub__(self, other: "Sums") -> "Sums":
+        return Sums(self.products - other.products, self.by_class - other.by_class, self.counts - other.counts)
+
+
+def fixed_point(features: np.ndarray) -> np.ndarray:
+    """Whole numbers of 1/512 as float64 [m, D], which holds them exactly; features float32 [m, D]."""
+    return np.rint(np.clip(features.astype(np.float64), -LARGEST, LARGEST) * STEPS)
+
+
+def sums(features: np.ndarray, labels: np.ndarray, classes: int) -> Sums:
+    """Adds up members: float32 [m, D], int32 [m]. Exact, so in any order and in any pieces the same."""
+    width = features.shape[1]
+    found = Sums(np.zeros((width, width), np.int64), np.zeros((classes, width), np.int64), np.zeros(classes, np.int64))
+    for start in range(0, len(features), PIECE):
+        x, y = fixed_point(features[start : start + PIECE]), labels[start : start + PIECE]
+        chosen = (y[:, None] == np.arange(classes)[None]).astype(np.float64)  # [m, Y]
+        parts = (x.T @ x, chosen.T @ x, chosen.sum(axis=0))
+        found += Sums(*(part.astype(np.int64) for part in parts))
+    return found
+
+
+def ridge(total: Sums, penalty: float) -> Slice:
+    """Least squares on standardised features, with a penalty on the squared weights; the intercept is free.
+
+    Solves (C + penalty I) W = B, where C is the correlation matrix of the features and B their covariance with the
+    one-hot labels.
+
+    Args:
+        total: sums over the members, at least one.
+        penalty: above 0.
+    """
+    count = total.counts.sum()
+    mean = total.by_class.sum(axis=0) / count  # [D]
+    shares = total.counts / count  # [Y]
+    covariance = total.products / count - np.outer(mean, mean)
+    spread = np.sqrt(np.maximum(np.diag(covariance), 1.0))  # one step of the fixed point at least
+    correlation = covariance / np.outer(spread, spread)
+    with_labels = (total.by_class / count - np.outer(shares, mean)).T / spread[:, None]  # [D, Y]
+    weights = np.linalg.solve(correlation + penalty * np.eye(len(mean)), with_labels) / spread[:, None]
+    bias = shares - mean @ weights
+    return _head(SHARPNESS * weights * STEPS, SHARPNESS * bias)
+
+
+def nearest_class_mean(total: Sums) -> Slice:
+    """The class whose mean feature is nearest: minus half the squared distance, less what all classes share."""
+    there = total.counts > 0
+    means = total.by_class / np.maximum(total.counts, 1)[:, None] / STEPS  # [Y, D]
+    return _head(means.T, np.where(there, -0.5 * (means**2).sum(axis=1), NEVER))
+
+
+def _head(kernel: np.ndarray, bias: np.ndarray) -> Slice:
+    return Slice(np.zeros(0, np.float32), kernel.astype(np.float32), bias.astype(np.float32))
+
+
+def solve(tuning: Tuning, features: np.ndarray, labels: np.ndarray, classes: int) -> Slice:
+    """The slice of a cluster with the given members: float32 [m, D], int32 [m]."""
+    total = sums(features, labels, classes)
+    return ridge(total, tuning.penalty) if tuning.what == "ridge" else nearest_class_mean(total)
+
+
+def loss(part: Slice, features: np.ndarray, labels: np.ndarray) -> float:
+    """Mean cross-entropy of a head on features float32 [m, D] with labels int32 [m]."""
+    logits = features.astype(np.float64) @ part.kernel + part.bias
+    top = logits.max(axis=1, keepdims=True)
+    normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
+    return float((normaliser - logits[np.arange(len(logits)), labels]).mean())

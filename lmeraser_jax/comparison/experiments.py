@@ -1,0 +1,206 @@
+"""The experiments of a comparison. Each takes a workdir of its own and yields its rows in order.
+
+A workdir begins as a copy of one that has the images, the backbone and no slice yet. What was interrupted carries on:
+slices that are there are not made again.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from lmeraser_jax import unlearning
+from lmeraser_jax.artifacts import reference
+from lmeraser_jax.clustering import expected_share
+from lmeraser_jax.comparison import sequences
+from lmeraser_jax.comparison.costs import parameters, planned, served
+from lmeraser_jax.comparison.measurement import Measurement
+from lmeraser_jax.config import Config
+from lmeraser_jax.digests import philox
+from lmeraser_jax.evaluation import evaluate
+from lmeraser_jax.inference import Model, load_model, with_slices
+from lmeraser_jax.methods import Method
+from lmeraser_jax.planning import sampled
+from lmeraser_jax.reconcile import reconcile
+from lmeraser_jax.run import Run, prepared
+from lmeraser_jax.store import requests
+
+REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the records (paper, Fig. 6 left)
+SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is measured of each method.
+
+    Attributes:
+        dataset, backbone: names for people.
+        probes: records whose erasure is planned.
+        requests: erasures that are really served and timed.
+        cuts: values of clustering.cut.
+        sequences: kinds of sequences.
+        length: batches of a sequence.
+    """
+
+    dataset: str
+    backbone: str
+    probes: int = 100
+    requests: int = 2
+    cuts: tuple[str, ...] = ()
+    sequences: tuple[str, ...] = tuple(sequences.KINDS)
+    length: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One workdir's worth of work: an experiment with a method and a seed.
+
+    Attributes:
+        experiment: one of `EXPERIMENTS`.
+        method: the method.
+        seed: of the run.
+        variant: a cut or a kind of sequence; "" elsewhere.
+        config: the experiment file's config with the method's changes and the seed.
+    """
+
+    experiment: str
+    method: Method
+    seed: int
+    variant: str
+    config: Config
+
+    @property
+    def name(self) -> str:
+        """Names its folder and its rows: rows of a task are there all together or not at all."""
+        parts = (self.experiment, self.method.name, str(self.seed), self.variant.replace(":", "-").replace("/", "-"))
+        return "_".join(part for part in parts if part)
+
+
+def tasks(experiment: str, method: Method, seed: int, config: Config, plan: Plan) -> list[Task]:
+    """The tasks of an experiment with one method and seed."""
+    changed = method.of(dataclasses.replace(config, seed=seed))
+    variants = {"cut": plan.cuts, "sequence": plan.sequences}.get(experiment, ("",))
+    found = []
+    for variant in variants:
+        own = changed
+        if experiment == "cut":
+            own = dataclasses.replace(own, clustering=dataclasses.replace(own.clustering, cut=variant))
+        if experiment == "epochs":
+            every = max(1, own.tuning.epochs // (SNAPSHOTS + 1))
+            own = dataclasses.replace(
+                own, checkpoints=dataclasses.replace(own.checkpoints, every_epochs=every, keep=99)
+            )
+        found.append(Task(experiment, method, seed, variant, own))
+    return found
+
+
+def rows(task: Task, plan: Plan, base: Path, folder: Path) -> list[Measurement]:
+    """Does a task in a folder, which begins as a copy of `base` and is left as the task leaves it."""
+    if folder.exists() and _asked(folder, task):
+        shutil.rmtree(folder)  # killed after its first erasure: the state before is what is to be measured
+    if not folder.exists():
+        making = folder.with_name(f".{folder.name}.copy")
+        shutil.rmtree(making, ignore_errors=True)
+        shutil.copytree(base, making)
+        making.rename(folder)
+    with prepared(folder, task.config) as (run, _):
+        reconcile(run)
+        return list(EXPERIMENTS[task.experiment](run, task, plan))
+
+
+def _asked(folder: Path, task: Task) -> bool:
+    with prepared(folder, task.config) as (run, _):
+        return bool(requests.listed(run.catalog))
+
+
+def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **others: object) -> Measurement:
+    """A row of the published state, or of what `model` holds, without what requests cost."""
+    found, made = evaluate(run, linear=False, model=model), run.catalog.slices()
+    manifest, sizes = run.catalog.manifest(), run.catalog.sizes()
+    assert manifest is not None
+    chosen = sampled(run)[0].ids if run.config.clustering.sample_from == "private" else ()
+    total = run.catalog.counts()["train"]
+    size = parameters(run)
+    facts = {
+        "experiment": task.experiment,
+        "dataset": plan.dataset,
+        "backbone": plan.backbone,
+        "method": task.method.name,
+        "seed": task.seed,
+        "records": total,
+        "clusters": len(manifest.entries),
+        "accuracy": found.accuracy,
+        "balanced": found.balanced,
+        "images_full": 0 if run.problem.on_features else sum(row.images for row in made.values()),
+        "seconds_full": sum(row.seconds for row in made.values()),
+        "parameters": size * len(manifest.entries),
+        "expected_share": expected_share(list(sizes.values())),
+        "sampled_share": len(chosen) / total,
+    }
+    return Measurement(**(facts | others))  # pyright: ignore[reportArgumentType]
+
+
+def methods(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+    """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
+    row, costs = _measured(run, task, plan), planned(run, plan.probes)
+    yield dataclasses.replace(
+        row,
+        images_request=0.0 if run.problem.on_features else float(costs.images.mean()),
+        images_worst=0.0 if run.problem.on_features else float(costs.images.max()),
+        records_request=float(costs.records.mean()),
+        parameters_request=float(costs.slices.mean() * parameters(run)),
+        seconds_request=served(run, plan.requests if row.clusters > 1 else min(plan.requests, 1)),
+    )
+
+
+def removal(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+    """Accuracy while more and more records are erased (Fig. 6 left)."""
+    ids = run.catalog.live("train").ids
+    order, gone = philox(run.config.seed, "removal").permutation(len(ids)), 0
+    yield _measured(run, task, plan)
+    for share in REMOVED:
+        upto = round(share * len(ids))
+        unlearning.request_erasure(run, [ids[i] for i in order[gone:upto]])
+        gone = upto
+        yield _measured(run, task, plan, x=share)
+
+
+def cut(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+    """Accuracy and number of prompts for a cut of the tree (Fig. 6 right)."""
+    yield _measured(run, task, plan, x=float(task.variant.removeprefix("auto:")), series=_axis(task.variant))
+
+
+def _axis(text: str) -> str:
+    return "K" if text.startswith("auto:") else "threshold"
+
+
+def epochs(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+    """Accuracy over the epochs of tuning, from the snapshots of every cluster (Fig. 5)."""
+    manifest = run.catalog.manifest()
+    assert manifest is not None
+    steps = {digest: sorted(run.catalog.epochs(digest)) for digest in manifest.entries.values()}
+    every = run.config.checkpoints.every_epochs
+    for index in range(min(map(len, steps.values()))):
+        then = {key: reference(digest, steps[digest][index]) for key, digest in manifest.entries.items()}
+        yield _measured(run, task, plan, with_slices(load_model(run), then), x=float(every * (index + 1)))
+    yield _measured(run, task, plan, x=float(run.config.tuning.epochs))
+
+
+def sequence(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+    """Images spent and accuracy along a sequence of requests."""
+    spent, batches = 0, sequences.KINDS[task.variant](run, plan.length)
+    yield _measured(run, task, plan, series=task.variant)
+    for number, batch in enumerate(batches, 1):
+        outcome = unlearning.request_erasure(run, batch).outcome
+        assert outcome is not None
+        spent += 0 if run.problem.on_features else outcome.images
+        yield _measured(run, task, plan, x=float(number), series=task.variant, spent=float(spent))
+
+
+EXPERIMENTS: dict[str, Callable[[Run, Task, Plan], Iterator[Measurement]]] = {
+    "methods": methods,
+    "removal": removal,
+    "cut": cut,
+    "epochs": epochs,
+    "sequence": sequence,
+}

@@ -1,0 +1,118 @@
+"""One row of a comparison: a method on a data set with a seed, at one point of an experiment."""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.store.layout import write_bytes
+
+EXPERIMENTS = ("methods", "removal", "cut", "epochs", "sequence")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured at one point.
+
+    Attributes:
+        experiment: methods | removal (share erased) | cut (of the tree) | epochs | sequence (of requests).
+        dataset, backbone: names for people.
+        method: name of a method, as in --methods.
+        seed: of the run.
+        x: place on the experiment's axis: share erased, threshold or K, epoch, requests served; 0 for methods.
+        series: which of several curves of an experiment, such as the kind of a sequence; "" for the only one.
+        records: live training records.
+        clusters: K, slices that predict.
+        accuracy, balanced: shares of right answers on the test images; balanced is the mean over the classes.
+        images_full, seconds_full: images passed forward and backward through the backbone to tune everything, and its
+            seconds. No image is for heads on features, which are computed once.
+        images_request: mean over uniformly drawn records of the images an erasure of that record passes.
+        images_worst: the largest of them.
+        seconds_request: mean seconds of requests that were really served.
+        records_request: mean over these records of the members of all slices that are made again.
+        parameters_request: mean numbers in these slices.
+        parameters: numbers in all slices.
+        expected_share: of the data re-tuned by a uniform unsampled request, sum(m_k^2) / N^2.
+        sampled_share: of the records that are sampled, whose erasure also re-clusters.
+        spent: images passed since the start of a sequence, 0 elsewhere.
+    """
+
+    experiment: str
+    dataset: str
+    backbone: str
+    method: str
+    seed: int
+    x: float = 0.0
+    series: str = ""
+    records: int
+    clusters: int
+    accuracy: float
+    balanced: float
+    images_full: int
+    seconds_full: float
+    images_request: float = 0.0
+    images_worst: float = 0.0
+    seconds_request: float = 0.0
+    records_request: float = 0.0
+    parameters_request: float = 0.0
+    parameters: int = 0
+    expected_share: float = 0.0
+    sampled_share: float = 0.0
+    spent: float = 0.0
+
+    @property
+    def point(self) -> tuple[str, str, str, int, float, str]:
+        """What makes a row one of its kind."""
+        return self.experiment, self.dataset, self.method, self.seed, self.x, self.series
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All rows of a comparison, with the command and the machine that they come from."""
+
+    rows: tuple[Measurement, ...]
+    command: str = ""
+    machine: str = ""
+
+    def values(self) -> dict[str, Any]:
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return {"command": self.command, "machine": self.machine, "rows": rows}
+
+
+def load(path: Path) -> Results:
+    """Reads results.json. Raises `UserError` where it is none."""
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is not the results.json of a comparison: {error}") from error
+
+
+def load_rows(path: Path) -> tuple[Measurement, ...]:
+    """Reads a list of rows. Raises `UserError` where it is none."""
+    try:
+        return _rows(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} holds no rows of a comparison ({error}); delete it, and it is made again") from error
+
+
+def _rows(values: list[dict[str, Any]]) -> tuple[Measurement, ...]:
+    return tuple(Measurement(**row) for row in values)
+
+
+def save(folder: Path, results: Results) -> None:
+    """Writes results.json and results.csv, each completely or not at all."""
+    write_bytes(folder / "results.json", json.dumps(results.values(), indent=1).encode())
+    lines = [[field.name for field in dataclasses.fields(Measurement)]]
+    lines += [[str(value) for value in dataclasses.astuple(row)] for row in results.rows]
+    write_bytes(folder / "results.csv", _csv(lines))
+
+
+def _csv(lines: Sequence[Sequence[str]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()

@@ -1,0 +1,41 @@
+"""How slices are made: by the tuning program, or by a formula."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lmeraser_jax import closed_form
+from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.progress import progress
+from lmeraser_jax.schedule import Job
+from lmeraser_jax.tracking import Tuned
+from lmeraser_jax.tuning import Problem, tune
+
+
+def make(
+    problem: Problem, backbone: Backbone, jobs: Sequence[Job], inputs: np.ndarray, labels: np.ndarray, mesh: Mesh
+) -> Iterator[Tuned]:
+    """Makes slices and yields each as it is finished, and snapshots of those that are tuned. As `tuning.tune`.
+
+    Args:
+        problem: static settings.
+        backbone: frozen network.
+        jobs: one for each slice; their rows point into `inputs`.
+        inputs: uint8 [N, h, w, c], images; float32 [N, D], features, where `problem.on_features`.
+        labels: int32 [N].
+        mesh: 1-D mesh.
+    """
+    if not problem.tuning.closed:
+        yield from tune(problem, backbone, jobs, inputs, labels, mesh)
+        return
+    with progress("solve", len(jobs)) as shown:
+        for job in jobs:
+            start = time.perf_counter()
+            features, answers = inputs[job.rows], labels[job.rows]
+            part = closed_form.solve(problem.tuning, features, answers, problem.classes)
+            finite = all(np.isfinite(leaf).all() for leaf in (part.kernel, part.bias))
+            loss, spent = closed_form.loss(part, features, answers), time.perf_counter() - start
+            yield Tuned(job, job.steps, part, loss, None if finite else 0, spent)
+            shown.advance(1)

@@ -1,0 +1,88 @@
+"""Methods to compare: each is a small file of settings to change, on top of any experiment's config.
+
+A file holds a docstring, `TITLE`, and `CHANGES`, {"group.setting": value}. One more file here is one more method; one
+that lies elsewhere is named by its path. A change of the form "=group.setting" takes over another setting's value.
+"""
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
+from lmeraser_jax.errors import UserError, raise_all
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A method: its name, a title for figures, what it is, and the settings it changes."""
+
+    name: str
+    title: str
+    about: str
+    changes: tuple[tuple[str, Any], ...]
+
+    def of(self, config: Config) -> Config:
+        """The config with the method's changes.
+
+        Raises:
+            UserError: a change names no setting, or the result is not legal; says which method asked for it.
+        """
+        raise_all(settings.unknown_names(name for name, _ in self.changes), f"the method {self.name}:")
+        tree = settings.to_dict(config)
+        for name, value in self.changes:
+            if isinstance(value, str) and value.startswith("="):
+                value = _at(tree, value[1:])
+            group, leaf = name.rsplit(".", 1)
+            _at(tree, group)[leaf] = value
+        try:
+            return settings.from_dict(tree)
+        except UserError as error:
+            raise UserError(f"the method {self.name} does not go with this config: {error}") from None
+
+
+def _at(tree: Any, path: str) -> Any:
+    for part in path.split("."):
+        tree = tree[part]
+    return tree
+
+
+def names() -> tuple[str, ...]:
+    """The methods that are here."""
+    return tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__)))
+
+
+def load(name: str) -> Method:
+    """A method by its name, or by the path of a file.
+
+    Raises:
+        UserError: there is none, or the file is not one; lists the names that exist.
+    """
+    if name.endswith(".py"):
+        return _method(Path(name).stem, _from_file(Path(name)))
+    if name not in names():
+        raise UserError(f"--methods: {name!r} is no method; legal: {', '.join(names())}, or FILE.py")
+    return _method(name, importlib.import_module(f"{__name__}.{name.replace('-', '_')}"))
+
+
+def _from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"--methods: {path}: no such file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a file may raise anything
+        raise UserError(f"--methods: {path}: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _method(name: str, module: ModuleType) -> Method:
+    title, changes = getattr(module, "TITLE", None), getattr(module, "CHANGES", None)
+    if not isinstance(title, str) or not isinstance(changes, dict):
+        raise UserError(f"--methods: {name}: needs TITLE, a text, and CHANGES, a dict of settings")
+    return Method(name, title, (module.__doc__ or "").strip(), tuple(changes.items()))

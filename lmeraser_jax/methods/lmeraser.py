@@ -1,0 +1,4 @@
+"""LMEraser: adaptive clusters, a prompt and a head for each, the nearest cluster answers."""
+
+TITLE = "LMEraser"
+CHANGES = {"clustering.partition": "adaptive", "tuning.what": "prompt+head", "inference.nearest": 1}

@@ -1,0 +1,283 @@
+"""Partition x what is tuned x aggregation: every combination keeps the contract, and answers as written."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import small_config, small_run, small_source, without
+
+from lmeraser_jax import clustering, inference, tuning, unlearning
+from lmeraser_jax.artifacts import load_slice
+from lmeraser_jax.audit import audit, differences, state
+from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.doctor import examine
+from lmeraser_jax.evaluation import evaluate
+from lmeraser_jax.images import centred
+from lmeraser_jax.inference import load_model, predict
+from lmeraser_jax.label_mapping import noise_activation
+from lmeraser_jax.reconcile import reconcile
+from lmeraser_jax.slices import lay_prompt
+
+COMBINATIONS = {
+    "single prompt": {"clustering__partition": "one"},
+    "DAM-VP": {"tuning__what": "prompt"},
+    "random parts": {"clustering__partition": "random", "clustering__shards": 4},
+    "SISA": {
+        "clustering__partition": "random",
+        "clustering__shards": 3,
+        "tuning__slices": 2,
+        "inference__nearest": 0,
+        "inference__aggregate": "vote",
+    },
+    "retrain": {"clustering__partition": "one", "tuning__what": "backbone", "tuning__epochs": 1},
+    "SISA of whole networks": {
+        "clustering__partition": "random",
+        "clustering__shards": 2,
+        "tuning__what": "backbone",
+        "tuning__epochs": 1,
+        "tuning__slices": 2,
+        "inference__nearest": 0,
+    },
+    "linear head": {"clustering__partition": "one", "tuning__what": "head"},
+    "heads of clusters": {"tuning__what": "head", "inference__nearest": 2},
+    "augmented heads": {"tuning__what": "head", "data__augment": "crop"},
+    "ridge": {"clustering__partition": "one", "tuning__what": "ridge"},
+    "ridge of clusters": {"tuning__what": "ridge", "inference__nearest": 0},
+    "nearest class mean": {"clustering__partition": "one", "tuning__what": "ncm"},
+}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Makes a copy of a trained run of a combination, trained once: built(name, folder) -> (folder, config)."""
+    made = {}
+
+    def copy_of(name, folder):
+        if name not in made:
+            config, root = small_config(**COMBINATIONS[name]), tmp_path_factory.mktemp("built") / "run"
+            with small_run(root, config=config) as run:
+                reconcile(run)
+            made[name] = root, config
+        root, config = made[name]
+        shutil.copytree(root, folder)
+        return folder, config
+
+    return copy_of
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_an_erasure_gives_the_state_of_never_having_had_the_records(name, built, tmp_path):
+    folder, config = built(name, tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        chosen = [run.catalog.live("train").ids[i] for i in (3, 40)]
+        before = run.catalog.manifest().entries
+        for one in chosen:
+            done = unlearning.request_erasure(run, [one])
+        after = run.catalog.manifest().entries
+        found, verdict = state(run), audit(run)
+        assert verdict.ok and verdict.identical == len(after), verdict.text()
+        assert done.outcome.published and set(before.values()) != set(after.values())
+    assert not [line for line in examine(folder, devices=jax.devices()[:1]).findings if line.state == "wrong"]
+    with small_run(tmp_path / "fresh", without(small_source(), set(chosen)), config) as run:
+        reconcile(run)
+        assert differences(found, state(run)) == []
+
+
+@pytest.mark.parametrize("name", ["random parts", "SISA", "ridge of clusters"])
+def test_an_erasure_touches_the_record_s_own_part_only(name, built, tmp_path):
+    folder, config = built(name, tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        records = run.catalog.live("train")
+        sampled = set() if config.clustering.partition == "random" else set(run.catalog.sample("train", 30).ids)
+        one = next(i for i, name in enumerate(records.ids) if name not in sampled)
+        before = run.catalog.manifest().entries
+        unlearning.request_erasure(run, [records.ids[one]])
+        after = run.catalog.manifest().entries
+    assert {key for key in after if after[key] != before[key]} == {records.clusters[one]}
+
+
+def test_shards_are_dealt_by_the_id_alone():
+    ids = [f"record-{i}" for i in range(4000)]
+    whole = clustering.shard_of(ids, 8, seed=1)
+    assert np.array_equal(clustering.shard_of(ids[100:200], 8, seed=1), whole[100:200])
+    counts = np.bincount(whole, minlength=8)
+    assert counts.min() > 400 and counts.max() < 600
+    assert not np.array_equal(clustering.shard_of(ids, 8, seed=2), whole)
+
+
+def test_closed_forms_pass_no_image_and_heads_see_features_only(built, tmp_path):
+    for name in ("ridge", "linear head"):
+        folder, config = built(name, tmp_path / name)
+        with small_run(folder, config=config) as run:
+            row = next(iter(run.catalog.slices().values()))
+            assert run.problem.on_features and row.images == (0 if name == "ridge" else config.tuning.epochs * 100)
+
+
+def test_a_head_on_features_is_the_head_on_images(built, tmp_path):
+    """The same head with the backbone in the program: an augmentation that does nothing turns the features off."""
+    folder, config = built("linear head", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        found = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
+        records = run.catalog.live("train")
+        slow = dataclasses.replace(run.problem, spec=dataclasses.replace(run.spec, augment="flip"))
+        key = next(iter(run.catalog.manifest().entries))
+        job = tuning_job(key, records.rows, config)
+        labels = np.zeros(run.catalog.rows_used(), np.int32)
+        labels[records.rows] = records.labels
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tuning, "augmented", lambda images, spec, key: centred(images, spec))
+            (made,) = tuning.tune(slow, run.backbone, [job], run.images, labels, run.mesh)
+    np.testing.assert_allclose(found.kernel, made.slice.kernel, atol=2e-5)
+    np.testing.assert_allclose(found.bias, made.slice.bias, atol=2e-5)
+
+
+def tuning_job(key, rows, config):
+    from lmeraser_jax.schedule import make_job
+
+    return make_job(key, rows, config.tuning)
+
+
+def literal_answers(run, images) -> np.ndarray:
+    """Probabilities [K, N, Y] of every published slice, one at a time, without the prediction program."""
+    manifest, config = run.catalog.manifest(), run.backbone.config
+    pixels, found = centred(jnp.asarray(images), run.spec), []
+    for key in load_model(run).keys:
+        part = load_slice(run, manifest.entries[key])
+        width = run.config.tuning.border
+        prompt = lay_prompt(jnp.asarray(part.prompt), config.image_size, width, config.channels)[None] if width else 0.0
+        params = part.backbone if part.backbone is not None else run.backbone.params
+        logits = frozen.features(config, params, pixels + prompt) @ part.kernel + part.bias[None]
+        found.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
+    return np.stack(found)
+
+
+@pytest.mark.parametrize(
+    "name", ["SISA", "SISA of whole networks", "ridge of clusters", "retrain", "DAM-VP", "heads of clusters"]
+)
+def test_all_clusters_answer_together(name, built, tmp_path):
+    folder, config = built(name, tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        images = run.images[run.catalog.live("test").rows]
+        each = literal_answers(run, images)
+        for aggregate in ("mean", "vote"):
+            asked = dataclasses.replace(run.config.inference, nearest=0, aggregate=aggregate)
+            everyone = dataclasses.replace(run, config=dataclasses.replace(run.config, inference=asked))
+            found = predict(load_model(everyone), images)
+            if aggregate == "vote":
+                wanted = (each.argmax(axis=2)[..., None] == np.arange(each.shape[2])).mean(axis=0)
+            else:
+                wanted = each.mean(axis=0)
+            np.testing.assert_allclose(found.probabilities, wanted, atol=2e-5)
+            assert (np.sort(found.clusters, axis=1) == np.arange(len(each))).all()
+
+
+def test_of_equal_votes_the_first_class_wins():
+    logits = np.array([[[5.0, 0, 0], [0, 0, 5.0]]], np.float32)
+    each = jax.nn.one_hot(jax.nn.softmax(logits).argmax(axis=-1), 3)
+    assert int(np.asarray(each.mean(axis=1)).argmax()) == 0
+
+
+def test_an_image_goes_to_the_same_shard_always_and_images_spread(built, tmp_path):
+    folder, config = built("random parts", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        images = run.images[run.catalog.live("train").rows]
+        model = load_model(run)
+        found, again = predict(model, images), predict(model, images[::-1])
+        assert np.array_equal(found.clusters, again.clusters[::-1])
+        assert len(np.unique(found.clusters)) == 4
+        each = literal_answers(run, images)
+        chosen = each[found.clusters[:, 0], np.arange(len(images))]
+        np.testing.assert_allclose(found.probabilities, chosen, atol=2e-5)
+
+
+def test_a_quarantined_shard_is_not_asked(built, tmp_path):
+    for name in ("SISA", "random parts"):
+        folder, config = built(name, tmp_path / name)
+        with small_run(folder, config=config) as run:
+            one = run.catalog.live("train").ids[5]
+            unlearning.request_erasure(run, [one], quarantine=True, defer=True)
+            (out,) = run.catalog.quarantined()
+            model = load_model(run)
+            found = predict(model, run.images[:30])
+            assert model.keys.index(out) not in np.unique(found.clusters)
+            np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_a_fixed_head_never_moves_and_is_the_features_that_noise_excites(built, tmp_path):
+    folder, config = built("DAM-VP", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        mapping = noise_activation(run.backbone, 10)
+        assert list(mapping) == sorted(set(mapping)) and run.problem.mapping == mapping
+        wanted = np.zeros((16, 10), np.float32)
+        wanted[list(mapping), np.arange(10)] = 1
+        for ref in run.catalog.manifest().entries.values():
+            part = load_slice(run, ref)
+            assert np.array_equal(part.kernel, wanted) and not part.bias.any() and part.prompt.any()
+
+
+def test_noise_activation_is_the_literal_rule():
+    """512 images of N(0, 1), population standard deviation, the C largest, by place (DAM-VP, head-missing)."""
+    from tuning_problem import small_backbone
+
+    backbone = small_backbone()
+    found = noise_activation(backbone, 5)
+    rng = np.random.default_rng(3)
+    size, channels = backbone.config.image_size, backbone.config.channels
+    noise = rng.standard_normal((8192, size, size, channels), np.float32)
+    spread = np.asarray(frozen.features(backbone.config, backbone.params, jnp.asarray(noise))).std(axis=0)
+    assert spread[list(found)].mean() > 0.97 * np.sort(spread)[-5:].mean()
+
+
+def test_more_classes_than_features_are_refused(tmp_path):
+    config = small_config(tuning__what="prompt", backbone__width=8, backbone__heads=2)
+    with small_run(tmp_path / "run", config=config) as run:
+        with pytest.raises(ValueError, match="10 classes need a feature each, the backbone has 8; use prompt"):
+            reconcile(run)
+
+
+def test_the_backbone_is_tuned_and_the_frozen_one_stays(built, tmp_path):
+    folder, config = built("retrain", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        part = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), part.backbone, run.backbone.params)
+        assert min(jax.tree.leaves(moved)) > 0, "every parameter gets a gradient"
+        assert frozen.load(run.layout.backbone)[0].digest == run.backbone.digest
+
+
+@pytest.mark.parametrize("name", ["SISA", "retrain", "ridge"])
+def test_methods_are_evaluated_like_any_other(name, built, tmp_path):
+    folder, config = built(name, tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        found = evaluate(run, linear=False)
+        assert 0 <= found.accuracy <= 1 and found.table()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tuning__what": "ridge", "tuning__slices": 2}, "a closed form has no stages to repeat"),
+        ({"tuning__what": "prompt", "tuning__prompt_width": 0}, "must be above 0 for tuning.what=prompt"),
+        ({"tuning__what": "ridge", "tuning__penalty": 0.0}, "--config.tuning.penalty=0.0: must be above 0"),
+        ({"tuning__what": "heads"}, "one of prompt+head, prompt, head, backbone, ridge, ncm"),
+        ({"clustering__partition": "hash"}, "one of adaptive, random, one"),
+    ],
+)
+def test_combinations_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message.replace("+", r"\+")):
+        small_config(**changes)
+
+
+def test_one_program_answers_all_batches(built, tmp_path, monkeypatch):
+    import chex
+
+    folder, config = built("SISA", tmp_path / "run")
+    monkeypatch.setattr(inference, "routed_probabilities", chex.assert_max_traces(inference.routed_probabilities, 1))
+    inference.compiled.cache_clear()
+    with small_run(folder, config=config) as run:
+        model = load_model(run)
+        for count in (1, 16, 40):
+            predict(model, run.images[:count])
+    inference.compiled.cache_clear()
