@@ -24,6 +24,7 @@ from lmeraser_jax.attacks.ulira import ulira
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.inference import load_model, predict
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import opened
 from lmeraser_jax.store.layout import Layout, writer_lock
@@ -96,28 +97,43 @@ def test_what_is_played_is_what_an_erasure_publishes(workdir, trials, tmp_path):
 
 
 def same_bits(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-def test_stages_are_played_too(tmp_path):
-    """With two stages a shadow is a chain of jobs, as a published slice is."""
-    with small_run(tmp_path / "run", config=small_config(tuning__slices=2)) as run:
+METHODS = {
+    "stages": {"tuning__slices": 2},
+    "heads": {"tuning__what": "head"},
+    "shards": {"clustering__partition": "random", "clustering__shards": 3, "tuning__what": "ridge"},
+    "backbones": {"clustering__partition": "one", "tuning__what": "backbone", "tuning__epochs": 1},
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_is_tuned_is_played(method, tmp_path):
+    """A world of a cluster's own members gives the published bits, and the logits that predictions are made of."""
+    with small_run(tmp_path / "run", config=small_config(**METHODS[method])) as run:
         reconcile(run)
-        entries = run.catalog.manifest().entries
-        worlds = [shadows.World(key, run.catalog.members(key)) for key in sorted(entries)]
+    with opened(tmp_path / "run", devices=jax.devices()[:1]) as run:
+        model, test = load_model(run), run.catalog.live("test")
+        worlds = [shadows.World(key, run.catalog.members(key)) for key in model.keys]
         slices, images = shadows.tuned(run, run.problem, worlds)
-        assert all(same_bits(made, load_slice(run, entries[key])) for made, key in zip(slices, sorted(entries)))
+        assert all(same_bits(made, load_slice(run, ref)) for made, ref in zip(slices, model.refs, strict=True))
         assert images == sum(row.images for row in run.catalog.slices().values())
-
-
-def test_logits_are_those_that_predictions_are_made_of(run):
-    from lmeraser_jax.inference import load_model, predict
-
-    model, test = load_model(run), run.catalog.live("test")
-    found = predict(model, run.images[test.rows])
-    slices = [load_slice(run, ref) for ref in model.refs]
-    logits = shadows.logits(run, slices, test.rows)[found.clusters[:, 0], np.arange(len(test))]
+        found = predict(model, run.images[test.rows])
+        logits = shadows.logits(run, slices, test.rows)[found.clusters[:, 0], np.arange(len(test))]
     np.testing.assert_allclose(jax.nn.softmax(logits, axis=-1), found.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["heads", "shards"])
+def test_other_methods_are_attacked(method, tmp_path):
+    """Shards have no prototypes to route by, a closed form has no steps to count; the rest is found as ever."""
+    config = small_config(**METHODS[method] | {"tuning__epochs": 40, "tuning__penalty": 1e-3})
+    with small_run(tmp_path / "run", noisy_source(), config) as run:
+        reconcile(run)
+        found = attacks.attack(run, OPTIONS)
+    assert found.skipped == (() if method == "heads" else ("relearn", "routing"))
+    assert found.leaks == () and not {"lira", "ulira"} & set(found.blind)
+    assert ("nothing to attack" in found.text()) == (method == "shards")
 
 
 def test_who_takes_part(run, trials):

@@ -91,7 +91,7 @@ def attack(run: Run, options: Options) -> Attack:
     if set(options.attacks) & set(SLICES):
         drawn = targets.draw(run, options.records, options.targets, options.seed)
         trials, made, images = _trials(run, drawn, options)
-    findings = [finding for name in options.attacks if (finding := _finding(run, name, trials, options)) is not None]
+    findings = [(name, _finding(run, name, trials, options)) for name in options.attacks]
     pools.refuse_changed(run, [trial.pool for trial in trials])
     return Attack(
         clusters=len(trials),
@@ -102,7 +102,8 @@ def attack(run: Run, options: Options) -> Attack:
         images=images,
         seconds=time.perf_counter() - start,
         accuracies=_accuracies(trials) if trials else None,
-        findings=tuple(findings),
+        findings=tuple(one for _, one in findings if one is not None),
+        skipped=tuple(name for name, one in findings if one is None),
     )
 
 
@@ -130,16 +131,18 @@ def _trials(run: Run, drawn: Drawn, options: Options) -> tuple[list[Trial], int,
 
 
 def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> Finding | None:
-    """What one attack finds; None where it cannot be made on this workdir."""
+    """What one attack finds; None where there is nothing that it could attack."""
     if name in ("loss", "rmia", "lira"):
         return _membership(name, trials)
     rng = philox(options.seed, "attack", name)
     if name in POPULATIONS:
         cast = [(trial.roles, trial.shadows) for trial in trials if trial.shadows is not None]
         return ulira(cast, rng) if name == "ulira" else klom(cast, rng)
-    if name == "relearn":
-        return relearn(run, [trial.pool for trial in trials], [trial.slices for trial in trials], rng)
-    return routing(run, options.seed)
+    if name == "routing":
+        return routing(run, options.seed)
+    if run.config.tuning.closed:
+        return None
+    return relearn(run, [trial.pool for trial in trials], [trial.slices for trial in trials], rng)
 
 
 def _membership(name: str, trials: Sequence[Trial]) -> Membership:

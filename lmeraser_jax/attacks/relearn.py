@@ -61,17 +61,16 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
     """
     problem = _problem(run.problem)
     records = [pool.of(FORGOTTEN) for pool in pools]
-    labels = np.zeros(run.catalog.rows_used(), np.int32)
+    inputs, labels = shadows.material(run, records)
     jobs: dict[tuple[int, int], Job] = {}
     for k, table in enumerate(records):
-        labels[table.rows] = table.labels
         epochs = -(-STEPS * problem.tuning.batch // len(table))
         job = Job(f"{pools[k].key}/relearn", table.rows.astype(np.int32), epochs, problem.tuning.batch)
         job = dataclasses.replace(job, snapshots=tuple(range(1, min(STEPS + 1, job.steps))))
         jobs |= {(k, place): dataclasses.replace(job, start=slices[k][place]) for place in range(1, len(slices[k]))}
     places = {id(job): place for place, job in jobs.items()}
     passed = {(k, place): [slices[k][place]] for k, place in jobs}
-    for done in tune(problem, run.backbone, list(jobs.values()), run.images, labels, run.mesh):
+    for done in tune(problem, run.backbone, list(jobs.values()), inputs, labels, run.mesh):
         if done.failed_at is not None:
             raise UserError("the loss became infinite or not a number while forgotten records were learned again")
         passed[places[id(done.job)]].append(done.slice)

@@ -59,6 +59,7 @@ class Attack:
         slices, images, seconds: what was tuned for it, images passed, and the time of everything.
         accuracies: None where no slice was attacked.
         findings: one per attack.
+        skipped: attacks that had nothing to attack: no prototypes to route by, or no steps to count.
     """
 
     clusters: int
@@ -70,6 +71,7 @@ class Attack:
     seconds: float
     accuracies: Accuracies | None
     findings: tuple[Finding, ...]
+    skipped: tuple[str, ...]
 
     @property
     def leaks(self) -> tuple[str, ...]:
@@ -116,9 +118,10 @@ class Attack:
 
     def _verdict(self) -> Iterator[str]:
         yield from (_verdict(one) for one in self.findings)
+        yield from (f"{name + ':':<9} nothing to attack here" for name in self.skipped)
         if self.leaks:
             yield f"LEAK: erased records found by {', '.join(self.leaks)}; lmeraser audit says whether a bit is wrong"
-        elif self.blind and len(self.blind) == len(self.findings):
+        elif len(self.blind) == len(self.findings):
             yield "nothing can be said: every attack failed its positive control; raise --targets or --shadows"
         else:
             yield f"no attack finds an erased record (found: less than {DOUBT:.1%} by chance)"

@@ -55,13 +55,17 @@ class Routing:
 
 
 def routing(run: Run, seed: int) -> Routing | None:
-    """Attacks the published prototypes and those that would be; changes nothing. None where everybody is sampled."""
+    """Attacks the published prototypes and those that would be; changes nothing.
+
+    Returns:
+        None where there is nothing to attack: shards have no prototypes, and of a sample of everybody nothing is told.
+    """
     manifest, k, live = run.catalog.manifest(), run.config.clustering, run.catalog.live("train")
     assert manifest is not None
     published = load_clustering(run.layout, manifest.clustering)
     sample = run.catalog.sample("train", k.sample_size)
     others = live.without(frozenset(sample.ids))
-    if len(sample) < 4 or len(others) < 2:
+    if k.partition != "adaptive" or len(sample) < 4 or len(others) < 2:
         return None
     near, far = (run.features(table) for table in (sample, others))
     private = k.sample_from == "private"

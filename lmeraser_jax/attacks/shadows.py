@@ -22,11 +22,12 @@ from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.features import compute_dtype, on_device
 from lmeraser_jax.images import centred
+from lmeraser_jax.making import make
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import stage_jobs
-from lmeraser_jax.slices import Slice, lay_prompt
-from lmeraser_jax.tuning import Problem, tune
+from lmeraser_jax.slices import Slice
+from lmeraser_jax.tuning import Problem, features_of
 
 LANES = 8  # at least so many shadows are tuned at the same time
 
@@ -67,10 +68,9 @@ class Shadows:
 
 
 def with_lanes(problem: Problem) -> Problem:
-    """The problem for shadows: many lanes. Their bits need not be those of anything published."""
-    return dataclasses.replace(
-        problem, tuning=dataclasses.replace(problem.tuning, lanes=max(LANES, problem.tuning.lanes))
-    )
+    """The problem for shadows: many lanes, except of whole backbones. Their bits need not be those published."""
+    lanes = problem.tuning.lanes if problem.own_architecture else max(LANES, problem.tuning.lanes)
+    return dataclasses.replace(problem, tuning=dataclasses.replace(problem.tuning, lanes=lanes))
 
 
 def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Slice], int]:
@@ -81,11 +81,11 @@ def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Sli
     Raises:
         UserError: a loss was not finite.
     """
-    labels = np.zeros(run.catalog.rows_used(), np.int32)
-    chains = []
-    for world in worlds:
-        labels[world.members.rows] = world.members.labels
-        chains.append(stage_jobs(world.stream, world.members.ids, world.members.rows, problem.tuning, problem.seed))
+    chains = [
+        stage_jobs(world.stream, world.members.ids, world.members.rows, problem.tuning, problem.seed)
+        for world in worlds
+    ]
+    inputs, labels = material(run, [world.members for world in worlds])
     slices: dict[int, Slice] = {}
     for stage in range(max(map(len, chains), default=0)):  # once, or once for each stage, as a reconcile does
         jobs = {
@@ -94,25 +94,34 @@ def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Sli
             if stage < len(chain)
         }
         places = {id(job): place for place, job in jobs.items()}
-        for done in tune(problem, run.backbone, list(jobs.values()), run.images, labels, run.mesh):
+        for done in make(problem, run.backbone, list(jobs.values()), inputs, labels, run.mesh):
             if done.failed_at is not None:
                 raise UserError("the loss of a shadow model became infinite or not a number; nothing can be said")
             slices[places[id(done.job)]] = done.slice
     return [slices[place] for place in range(len(worlds))], sum(job.images for chain in chains for job in chain)
 
 
+def material(run: Run, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
+    """What slices with these members are made of, and the labels int32 [N] of their rows: see `Run.inputs`."""
+    labels, seen = np.zeros(run.catalog.rows_used(), np.int32), np.zeros(run.catalog.rows_used(), bool)
+    for table in tables:
+        labels[table.rows], seen[table.rows] = table.labels, True
+    live = run.catalog.live("train", "test", "holdout")
+    return run.inputs(live.take(np.flatnonzero(seen[live.rows]))), labels
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(problem: Problem, mesh: Mesh):
     """Compiled `(params, slices with a leading axis S, uint8 [B, h, w, c]) -> logits float32 [S, B, Y]`."""
-    architecture, width = problem.architecture, problem.tuning.prompt_width
 
-    def one(params, pixels, part: Slice):
-        prompt = lay_prompt(part.prompt, architecture.image_size, width, architecture.channels)
-        return frozen.features(architecture, params, pixels + prompt[None]) @ part.kernel + part.bias[None]
+    def one(params, inputs, part: Slice):
+        return features_of(part, problem, params, inputs) @ part.kernel + part.bias[None]
 
     def device(params, parts: Slice, images):
-        pixels = centred(images, problem.spec)
-        return jax.vmap(one, in_axes=(None, None, 0))(params, pixels, parts)
+        inputs = centred(images, problem.spec)
+        if problem.on_features:
+            inputs = frozen.features(problem.architecture, params, inputs)
+        return jax.vmap(one, in_axes=(None, None, 0))(params, inputs, parts)
 
     axis = P(mesh.axis_names[0])
     return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(P(), axis, P()), out_specs=axis, check_vma=False))
@@ -133,7 +142,7 @@ def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
     found = np.zeros((len(slices), len(rows), problem.classes), np.float32)
     for low in range(0, len(slices), wide):
         some = list(slices[low : low + wide])
-        stack = Slice(*(np.stack(leaves) for leaves in zip(*some, *some[:1] * (wide - len(some)), strict=True)))
+        stack = jax.tree.map(lambda *leaves: np.stack(leaves), *some, *some[:1] * (wide - len(some)))
         for start in range(0, len(rows), batch):
             piece = run.images[rows[start : start + batch]]
             images = np.zeros((batch, *piece.shape[1:]), np.uint8)

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lmeraser_jax import clustering as clusters
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.attacks import pools, shadows
 from lmeraser_jax.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
 from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.planning import homes
 from lmeraser_jax.records.table import RecordTable, refuse_rotten
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests
@@ -135,11 +135,10 @@ def _by_cluster(records: RecordTable, keys: set[str]) -> dict[str, RecordTable]:
 
 
 def _routed(run: Run, clustering: str, count: int, seed: int) -> RecordTable:
-    """At most so many images that no model saw, with the clusters that they are routed to."""
+    """At most so many images that no model saw, with the clusters that they would be members of."""
     never, where = _never(run), load_clustering(run.layout, clustering)
     never = never.take(np.sort(philox(seed, "attack", "never").permutation(len(never))[:count]))
-    nearest = clusters.assign(run.features(never), where.prototypes)
-    return dataclasses.replace(never, clusters=tuple(where.keys[k] for k in nearest))
+    return dataclasses.replace(never, clusters=tuple(where.keys[k] for k in homes(run, never, where)))
 
 
 def _scouted(run: Run, tables: Mapping[str, RecordTable], seed: int) -> tuple[dict[str, float], int, int]:
