@@ -194,6 +194,8 @@ def test_rmia_against_a_literal_transcription(rng):
             ratio.append(p(margins[c, j]) / (((1 + 0.3) * out + (1 - 0.3)) / 2))
         for j in range(12):
             assert found[c, j] == np.mean([ratio[j] / ratio[z] >= membership.GAMMA for z in range(8, 12)])
+    level = membership.rmia(np.log([[2.0, 1.9]]), np.zeros((1, 3)))
+    assert level.tolist() == [[1.0, 0.0]], "twice as likely is enough"
 
 
 def test_rmia_finds_members(rng):
@@ -277,6 +279,21 @@ def test_klom_against_a_literal_transcription(rng):
         edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
         p, q = (np.histogram(part, edges)[0] / 16 for part in (one, two))
         assert found[j] == pytest.approx(stats.entropy(p, np.where(q > 0, q, EMPTY * (p > 0))) if j != 1 else 0)
+
+
+def test_klom_asks_of_slices_that_a_forgotten_record_was_in(rng):
+    """Kept and unlearned slices are those that had it; oracles, the other half of them, are all that are there."""
+    ((roles, scores),) = populations(rng, 2.0, 1.0, records=6)
+    chosen = np.flatnonzero(roles == FORGOTTEN)
+    for column, slices in enumerate((scores.shadows, scores.unlearned)):
+        pair = Compared.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
+        found = pair.divergences(pair.group[None])[0]
+        for j, divergence in zip(chosen, found, strict=True):
+            every = np.concatenate([slices[:, j], scores.never[:, j]])
+            edges = np.linspace(every.min(), every.max(), BINS + 1)
+            pairs = (slices[scores.inside[:, j], j], scores.never[32:, j])
+            p, q = (np.histogram(part, edges)[0] / 32 for part in pairs)
+            assert divergence == pytest.approx(stats.entropy(p, np.where(q > 0, q, EMPTY * (p > 0))))
 
 
 def test_klom_comes_near_the_divergence_of_two_gaussians(rng):

@@ -110,10 +110,8 @@ def attack(run: Run, options: Options) -> Attack:
 def _trials(run: Run, drawn: Drawn, options: Options) -> tuple[list[Trial], int, int]:
     """Tunes everything that the attacks on slices need; also says how many slices and images that were, in all."""
     chosen, worlds = drawn.pools, [shadows.unlearned_world(pool) for pool in drawn.pools]
-    for i in range(SCRATCH):
-        worlds += [
-            World(f"{world.stream}/scratch/{options.seed}/{i}", world.members) for world in worlds[: len(chosen)]
-        ]
+    names = [f"scratch/{options.seed}/{i}" for i in range(SCRATCH)]
+    worlds += [World(f"{world.stream}/{name}", world.members) for name in names for world in worlds]
     rest, images = shadows.tuned(run, run.problem, worlds)
     made, images, trials = drawn.slices + len(rest), drawn.images + images, []
     with progress("attacked clusters", len(chosen)) as shown:
