@@ -15,7 +15,8 @@ from sklearn.metrics import roc_auc_score
 from lmeraser_jax import unlearning
 from lmeraser_jax.artifacts import load_clustering, load_slice
 from lmeraser_jax.attacks import attack as attacks
-from lmeraser_jax.attacks import routing, shadows, targets
+from lmeraser_jax.attacks import relearn as relearning
+from lmeraser_jax.attacks import routing, shadows, statistics, targets
 from lmeraser_jax.attacks.attack import ATTACKS, Options
 from lmeraser_jax.attacks.klom import klom
 from lmeraser_jax.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION
@@ -201,6 +202,16 @@ def pretended(trial):
     return trial._replace(scores=scores, slices=(*trial.slices[:1] * 2, *trial.slices[2:]))
 
 
+def test_relearning_watches_every_step(run, trials, monkeypatch):
+    pool, slices, seen = trials[0].pool, trials[0].slices, []
+    monkeypatch.setattr(relearning, "until", lambda losses, level: seen.append((losses, level)) or 0)
+    relearn(run, [pool], [slices], philox(0, "relearn"))
+    wanted = statistics.losses(shadows.scored(run, slices, pool.of(FORGOTTEN)).margins).mean(axis=1)
+    for (losses, level), start in zip(seen, wanted[1:], strict=True):
+        assert len(losses) >= relearning.STEPS + 1 and level == pytest.approx(wanted[0])
+        assert losses[0] == pytest.approx(start) and losses[1] < losses[0] and losses[-1] < 0.2 * losses[0]
+
+
 def test_a_residue_is_found(trials):
     """A weaker leak: half of what the records had left in the slices stays."""
     half = []
@@ -299,10 +310,22 @@ def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
     assert "--records=nobody: no live training record" in message
     assert f"--records={sampled}: sampled for the clustering" in message
     assert "--figure=a.jpg" in refused("--figure=a.jpg")
+    assert "ROC curves are those of" in refused("--figure=a.png", "--attacks=ulira,klom")
     with small_run(tmp_path / "empty", noisy_source()):
         pass
     workdir = tmp_path / "empty"
     assert "has no published state to attack" in refused()
+
+
+def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
+    with small_run(tmp_path / "run", small_source(test=0)) as run:
+        reconcile(run)
+        with pytest.raises(UserError, match="has no test or hold-out images to compare with"):
+            attacks.attack(run, Options(targets=2, attacks=("loss",)))
+        assert attacks.attack(run, Options(attacks=("routing",))).findings[0].name == "routing"
+        unlearning.request_erasure(run, run.catalog.live("train").ids[:1], defer=True)
+        with pytest.raises(UserError, match="an erasure is not finished"):
+            attacks.attack(run, Options(attacks=("routing",)))
 
 
 def test_named_records_are_the_targets(run):

@@ -84,11 +84,13 @@ def attack(run: Run, options: Options) -> Attack:
         UserError: the options or the workdir do not allow it, all reasons at once; a shadow's loss was not finite;
             or a record was erased meanwhile.
     """
-    raise_all(options.problems() + targets.problems(run, options.records, options.targets))
+    unready, on_slices = targets.unready(run), bool(set(options.attacks) & set(SLICES))
+    unfit = targets.problems(run, options.records, options.targets) if on_slices and not unready else []
+    raise_all(options.problems() + unready + unfit)
     start = time.perf_counter()
     trials: list[Trial] = []
     made, images = 0, 0
-    if set(options.attacks) & set(SLICES):
+    if on_slices:
         drawn = targets.draw(run, options.records, options.targets, options.seed)
         trials, made, images = _trials(run, drawn, options)
     findings = [(name, _finding(run, name, trials, options)) for name in options.attacks]

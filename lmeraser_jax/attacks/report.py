@@ -174,7 +174,7 @@ def figure(findings: Sequence[Finding], path: Path) -> None:
     for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
         for one in shown:
             false, true = one.curves[place]
-            panel.step(np.maximum(false, least), np.maximum(true, least), where="post", label=one.name)
+            panel.plot(np.maximum(false, least), np.maximum(true, least), label=one.name)
         panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
         panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
         panel.set_xlabel("false positive rate")

@@ -35,18 +35,22 @@ class Drawn:
     images: int
 
 
-def problems(run: Run, named: Sequence[str], targets: int) -> list[str]:
-    """What of a workdir makes an attack on these ids, or on so many records, impossible; a line each."""
+def unready(run: Run) -> list[str]:
+    """Why a workdir cannot be attacked at all, a line each."""
     root, manifest = run.layout.root, run.catalog.manifest()
     if manifest is None or not manifest.entries:
         return [f"--workdir={root} has no published state to attack; run: lmeraser train --workdir={root}"]
+    open_ = requests.any_open(run.catalog)
+    return [f"an erasure is not finished; finish it with: lmeraser process --workdir={root}"] if open_ else []
+
+
+def problems(run: Run, named: Sequence[str], targets: int) -> list[str]:
+    """What of a published state makes an attack on these ids, or on so many records, impossible; a line each."""
     found = []
-    if requests.any_open(run.catalog):
-        found.append(f"an erasure is not finished; finish it with: lmeraser process --workdir={root}")
     if not len(_never(run)):
         found.append(
-            f"--workdir={root} has no test or hold-out images to compare with; set --config.data.test_share when the"
-            " workdir is made"
+            f"--workdir={run.layout.root} has no test or hold-out images to compare with; set --config.data.test_share"
+            " when the workdir is made"
         )
     able, refused = _able(run, named or run.catalog.live("train").ids)
     if named:

@@ -4,8 +4,9 @@
                   [--seed=N] [--figure=FILE.png]
 
 Live records are erased in memory only: the workdir stays as it is, and no lock is taken. Every attack is also made on
-the published slices, which keep the records; one that fails there says nothing about the others. It costs about
-3 x shadows slices of half a cluster's size for each attacked cluster; loss, relearn and routing cost next to nothing.
+the published slices, which keep the records; one that fails there says nothing about the others. Targets are the
+records that slices which never saw them answer worst, or those that are named. It costs about 3 x shadows slices of
+half a cluster's size for each attacked cluster; loss, relearn and routing alone cost next to nothing.
 
 Exit code 0, or 1 when an erased record is found. lmeraser audit is the stronger check: it compares every bit.
 See docs/verification.md.
@@ -34,7 +35,7 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    figure = _figure(arguments["figure"])
+    figure = _figure(arguments["figure"], arguments["attacks"])
     from lmeraser_jax.attacks import report
     from lmeraser_jax.attacks.attack import ATTACKS, Options, attack
     from lmeraser_jax.run import opened
@@ -55,10 +56,12 @@ def run(arguments: common.Arguments) -> int:
     return 1 if result.leaks else 0
 
 
-def _figure(target: str) -> Path | None:
+def _figure(target: str, attacks: list[str]) -> Path | None:
     """The file to draw to; refused before the work is done, not after."""
     if not target:
         return None
+    if attacks and not {"loss", "rmia", "lira"} & set(attacks):
+        raise UserError(f"--figure={target}: ROC curves are those of loss, rmia and lira; name one in --attacks")
     if not target.endswith(".png"):
         raise UserError(f"--figure={target}: the name must end in .png")
     try:
