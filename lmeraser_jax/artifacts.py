@@ -14,7 +14,7 @@ from lmeraser_jax.records.stream import DAMAGE
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, as_slice
 from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.catalog import COMMON, Catalog
 from lmeraser_jax.store.layout import Layout, write_bytes
 
 AGAIN = "; lmeraser train on the same workdir makes it again"
@@ -61,7 +61,10 @@ def load_slice(run: Run, ref: str) -> Slice:
         raise UserError(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
         raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
-    return as_slice(arrays, name[:12], run.problem.own_architecture)
+    row = run.catalog.slice(name)
+    if row is not None and row.cluster == COMMON:
+        return as_slice(arrays, name[:12])
+    return as_slice(arrays, name[:12], run.problem.own_architecture, run.config.tuning.one_head)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

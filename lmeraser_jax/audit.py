@@ -178,7 +178,7 @@ def remade(run: Run, ref: str) -> Slice | None:
     if row is None or len(records) != row.size:
         return None
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, tuning=Tuning(**json.loads(row.tuning))))
-    problem, inputs = run.problem, run.inputs(records)
+    problem, inputs = run.problem, run.inputs(records, run.problem)
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     labels[records.rows] = records.labels
     start = None

@@ -232,7 +232,7 @@ def _inconsistent(clustering: Clustering, manifest: Manifest) -> str:
         return "its keys are not the digests of its sampled ids"
     if len(clustering.prototypes) != len(keys) or not np.isfinite(clustering.prototypes).all():
         return "its prototypes are not one finite feature for each key"
-    return "" if set(manifest.entries) <= set(keys) else "the published state has clusters that it lacks"
+    return "" if set(manifest.clusters) <= set(keys) else "the published state has clusters that it lacks"
 
 
 def _unlike_features(run: Run, manifest: Manifest) -> str:

@@ -4,21 +4,49 @@ A feature is rounded to a fixed point first, so that every sum over members is a
 any order, and what remains after a member is taken away is what there would be without it. Only the last
 step, from sums to a head, is done in floating point.
 
-Shapes: m members, D feature, Y classes.
+A head is linear in the feature, and in random cosines of it where it is expanded (Rahimi and Recht, 2007): those are
+the same for everybody, so nothing changes for erasure.
+
+Shapes: m members, D feature, E random cosines, Y classes. Where features are expanded, D stands for D + E.
 """
 
 import dataclasses
+import functools
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from lmeraser_jax.config import Tuning
+from lmeraser_jax.config import Common, Tuning
+from lmeraser_jax.digests import philox
 from lmeraser_jax.slices import Slice
 
 STEPS = 512  # fixed-point numbers to 1
 LARGEST = 64  # features beyond it count as that large
 PIECE = 65_536  # members summed at once; all products of two numbers sum below 2^53, so float64 holds them exactly
 NEVER = -1e9  # logit of a class without a member
+BANDWIDTH = 1.0  # of the random cosines, for features of length 1
 SHARPNESS = 10.0  # a ridge head fits 0 and 1; times this, its differences are log-odds of about the right size
+
+
+@functools.lru_cache(maxsize=8)
+def directions(width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the random cosines: float32 [D, E] and phases float32 [E]. They depend on nothing but their number."""
+    random = philox(0, "random cosines", str(width), str(count))
+    weights = random.standard_normal((width, count), np.float32)
+    return weights, random.uniform(0, 2 * np.pi, count).astype(np.float32)
+
+
+def expanded(features: Any, count: int) -> Any:
+    """Features [m, D], NumPy or JAX, with E random cosines of their direction beside them: [m, D + E]."""
+    if not count:
+        return features
+    numbers = jnp if isinstance(features, jax.Array) else np
+    weights, phases = directions(features.shape[1], count)
+    length = numbers.sqrt(numbers.maximum(numbers.sum(features**2, axis=1, keepdims=True), 1e-12))
+    cosines = numbers.cos(BANDWIDTH * (features / length) @ weights + phases[None])
+    return numbers.concatenate([features, cosines], axis=1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,14 +114,22 @@ def _head(kernel: np.ndarray, bias: np.ndarray) -> Slice:
     return Slice(np.zeros(0, np.float32), kernel.astype(np.float32), bias.astype(np.float32))
 
 
-def solve(tuning: Tuning, features: np.ndarray, labels: np.ndarray, classes: int) -> Slice:
-    """The slice of a cluster with the given members: float32 [m, D], int32 [m]."""
+def solve(how: Tuning | Common, features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Slice, float]:
+    """The slice of a cluster, and its mean cross-entropy on its members.
+
+    Args:
+        how: ridge or ncm, with its settings.
+        features: float32 [m, D], not expanded.
+        labels: int32 [m].
+        classes: Y.
+    """
+    features = expanded(features, how.expand)
     total = sums(features, labels, classes)
-    return ridge(total, tuning.penalty) if tuning.what == "ridge" else nearest_class_mean(total)
+    part = ridge(total, how.penalty) if how.what == "ridge" else nearest_class_mean(total)
+    return part, _loss(part, features, labels)
 
 
-def loss(part: Slice, features: np.ndarray, labels: np.ndarray) -> float:
-    """Mean cross-entropy of a head on features float32 [m, D] with labels int32 [m]."""
+def _loss(part: Slice, features: np.ndarray, labels: np.ndarray) -> float:
     logits = features.astype(np.float64) @ part.kernel + part.bias
     top = logits.max(axis=1, keepdims=True)
     normaliser = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))

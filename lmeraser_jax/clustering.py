@@ -193,7 +193,12 @@ def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     return found
 
 
-def expected_share(sizes: Sequence[int]) -> float:
-    """Expected share of the data that a uniform request re-tunes: sum(m_k^2) / N^2."""
+def expected_share(sizes: Sequence[int], again: Sequence[int] = ()) -> float:
+    """Expected share of the data that a uniform unsampled request re-tunes: sum(m_k^2) / N^2.
+
+    Args:
+        sizes: m_k, members of each cluster.
+        again: records that are tuned again with a member of each, where that is not m_k.
+    """
     total = sum(sizes)
-    return sum(size * size for size in sizes) / (total * total) if total else 0.0
+    return sum(size * more for size, more in zip(sizes, again or sizes, strict=True)) / max(total, 1) ** 2

@@ -99,7 +99,7 @@ class Clustering:
 class Tuning:
     """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
 
-    what: str = "prompt+head"  # | prompt (a fixed head) | head | backbone (and head) | ridge | ncm (closed forms)
+    what: str = "prompt+head"  # | prompt (fixed head) | prompts+one head | head | backbone (and head) | ridge | ncm
     prompt_width: int = 2  # P, pixels of the backbone's input
     prompt_init: float = 0.0  # standard deviation of the first prompt, in normalised pixels; 0: zeros
     head_init: float = 0.0  # standard deviation of the first head; 0: zeros
@@ -109,6 +109,7 @@ class Tuning:
     head_rate: float = 1e-2
     backbone_rate: float = 1e-4  # backbone only
     penalty: float = 0.1  # ridge only: added to the variance of every standardised feature
+    expand: int = 0  # ridge and ncm: random cosines of the feature that stand beside it
     prompt_decay: float = 0.0  # weight decay (decoupled for adam)
     head_decay: float = 0.0
     warmup: float = 0.1  # share of the cluster's own steps
@@ -127,9 +128,23 @@ class Tuning:
         return self.prompt_width if self.what in PROMPTED else 0
 
     @property
+    def one_head(self) -> bool:
+        """Whether all clusters' prompts share a head, so that there is one slice for all, and no request is cheap."""
+        return self.what == "prompts+one head"
+
+    @property
     def closed(self) -> bool:
         """Whether a slice is a formula of its members' features: no step, no epoch."""
         return self.what in CLOSED_FORMS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """A closed-form head of all private records, which answers together with the clusters; erasure is a subtraction."""
+
+    what: str = "none"  # none | ridge | ncm
+    penalty: float = 0.1  # as tuning.penalty
+    expand: int = 0  # as tuning.expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,6 +161,7 @@ class Inference:
 
     nearest: int = 1  # m: ask the m nearest clusters (1: paper); 0: all
     aggregate: str = "mean"  # of their probabilities | vote: the share of them whose first choice a class is
+    common: float = 0.5  # weight of the common head's probabilities, where there is one
     batch: int = 128  # images per device and call
 
 
@@ -159,6 +175,7 @@ class Config:
     pretraining: Pretraining = Pretraining()
     clustering: Clustering = Clustering()
     tuning: Tuning = Tuning()
+    common: Common = Common()
     checkpoints: Checkpoints = Checkpoints()
     inference: Inference = Inference()
 

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.artifacts import load_clustering, load_slice
 from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.closed_form import expanded
 from lmeraser_jax.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError
@@ -27,7 +28,7 @@ from lmeraser_jax.images import centred
 from lmeraser_jax.records.source import content_hash
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, border_size, lay_prompt
-from lmeraser_jax.store.catalog import Manifest
+from lmeraser_jax.store.catalog import COMMON, Manifest
 from lmeraser_jax.tuning import Problem, features_of
 
 ATTEMPTS = 20  # a state read in pieces may be replaced so often in between
@@ -46,6 +47,9 @@ class Model:
         present: bool [K padded], on the devices: clusters with a reference.
         stack: `Slice` with leading axis K padded, on the devices; zeros where there is no reference.
         params: the backbone on the devices.
+        common_ref: reference of the common head, "" where none answers: there is none, or it may have seen what an
+            accepted erasure that quarantines is about.
+        common: that head, on the devices; None where there is none.
     """
 
     run: Run
@@ -56,6 +60,8 @@ class Model:
     present: jax.Array
     stack: Slice
     params: Any
+    common_ref: str = ""
+    common: Slice | None = None
 
     @property
     def nearest(self) -> int:
@@ -64,7 +70,8 @@ class Model:
 
     @property
     def question(self) -> "Question":
-        return Question(self.nearest, self.run.config.inference.nearest == 0, self.run.config.inference.aggregate)
+        asked, common = self.run.config.inference, self.run.config.common
+        return Question(self.nearest, asked.nearest == 0, asked.aggregate, asked.common, common.expand)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +82,15 @@ class Question:
         nearest: m.
         everyone: m are all clusters, in their own order.
         aggregate: mean of probabilities | vote.
+        common: weight of the common head, where there is one.
+        expand: random cosines that it is made of, too.
     """
 
     nearest: int
     everyone: bool
     aggregate: str
+    common: float
+    expand: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -116,7 +127,7 @@ def load_model(run: Run, before: Model | None = None) -> Model:
             `ATTEMPTS` times while it was read. `before` can still predict then.
     """
     read: dict[str, Slice] = {}  # slices by reference; a further attempt goes on where the last one stopped
-    held = frozenset(before.refs if before else ())
+    held = frozenset((*before.refs, before.common_ref) if before else ())
     for _ in range(ATTEMPTS):
         manifest, quarantined = _published(run)
         try:
@@ -126,7 +137,8 @@ def load_model(run: Run, before: Model | None = None) -> Model:
                 clustering = load_clustering(run.layout, manifest.clustering)
                 keys = clustering.keys
             refs = tuple("" if key in quarantined else manifest.entries.get(key, "") for key in keys)
-            for ref in refs:
+            common = "" if quarantined or not run.config.inference.common else manifest.entries.get(COMMON, "")
+            for ref in (*refs, common):
                 if ref and ref not in held and ref not in read:
                     read[ref] = load_slice(run, ref)
         except UserError:
@@ -134,13 +146,22 @@ def load_model(run: Run, before: Model | None = None) -> Model:
                 raise  # damaged, not replaced
             continue
         if before is not None and clustering is None:
-            return before if refs == before.refs else _replaced(before, refs, read)
+            same = (refs, common) == (before.refs, before.common_ref)
+            return before if same else _with_common(_replaced(before, refs, read), common, read)
         assert clustering is not None
-        return _replaced(_rearranged(run, before, clustering), refs, read)
+        return _with_common(_replaced(_rearranged(run, before, clustering), refs, read), common, read)
     raise UserError(
         f"{run.layout.root}: the published state was replaced {ATTEMPTS} times while it was read; try again when"
         " fewer erasures are being served"
     )
+
+
+def _with_common(model: Model, ref: str, read: Mapping[str, Slice]) -> Model:
+    """The model with a common head that is among `read` or that it has, "" for none."""
+    if ref == model.common_ref:
+        return model
+    head = jax.device_put(read[ref], NamedSharding(model.run.mesh, P())) if ref else None
+    return dataclasses.replace(model, common_ref=ref, common=head)
 
 
 def with_slices(model: Model, refs: Mapping[str, str]) -> Model:
@@ -160,12 +181,12 @@ def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
     root = run.layout.root
     if manifest is None:
         raise UserError(f"{root} has no tuned cluster yet; run: lmeraser train --workdir={root}")
-    if not manifest.entries:
+    if not manifest.clusters:
         raise UserError(f"{root}: every private record was erased, so there is nothing to predict with")
-    if quarantined.issuperset(manifest.entries):
+    if quarantined.issuperset(manifest.clusters):
         raise UserError(
-            f"{root}: all {len(manifest.entries)} clusters are quarantined by accepted erasures, so there is nothing to"
-            f" predict with until they are served; run: lmeraser process --workdir={root}"
+            f"{root}: all {len(manifest.clusters)} clusters are quarantined by accepted erasures, so there is nothing"
+            f" to predict with until they are served; run: lmeraser process --workdir={root}"
         )
     return manifest, quarantined
 
@@ -177,7 +198,7 @@ def _rearranged(run: Run, before: Model | None, clustering: Clustering) -> Model
     if before is None:
         tuning, architecture = run.config.tuning, run.backbone.config
         width = border_size(architecture.image_size, tuning.border, architecture.channels)
-        heads = (architecture.feature_size, len(run.classes))
+        heads = (architecture.feature_size + tuning.expand, len(run.classes))
         shapes = ((width,), heads, heads[1:])
         stack = Slice(*(np.zeros((len(prototypes), *rest), np.float32) for rest in shapes))
         if run.problem.own_architecture:
@@ -203,7 +224,10 @@ def _replaced(model: Model, refs: tuple[str, ...], read: Mapping[str, Slice]) ->
     nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), stack)
     for k, (old, new) in enumerate(zip(model.refs, refs, strict=True)):
         if old != new:
-            stack = place(stack, read[new] if new else nothing, k)
+            part = read[new] if new else nothing
+            if new and model.run.config.tuning.one_head:
+                part = part._replace(prompt=part.prompt[k])
+            stack = place(stack, part, k)
     present = np.zeros(len(model.present), bool)
     present[: len(refs)] = [bool(ref) for ref in refs]
     return dataclasses.replace(
@@ -234,7 +258,15 @@ def _moved(mesh: Mesh):
 
 
 def routed_probabilities(
-    problem: Problem, question: Question, params: Any, stack: Slice, prototypes, present, images, draws=None
+    problem: Problem,
+    question: Question,
+    params: Any,
+    stack: Slice,
+    prototypes,
+    present,
+    common: Slice | None,
+    images,
+    draws=None,
 ):
     """Class probabilities from the prompts and heads of the m nearest clusters that are present (Eq. 4, Fig. 2).
 
@@ -245,6 +277,7 @@ def routed_probabilities(
         stack: slices [K, ...].
         prototypes: float32 [K, D].
         present: bool [K].
+        common: the head of all, which joins with a weight; None where there is none.
         images: uint8 [B, h, w, c].
         draws: float32 [B, K], what stands for distances where shards have no place in the feature space; else None.
 
@@ -255,12 +288,14 @@ def routed_probabilities(
     bare = problem.tuning.border == 0 and stack.backbone is None  # then all heads see the same feature
     if question.everyone:
         draws = jnp.zeros((len(pixels), len(present)))
-    plain = frozen.features(problem.architecture, params, pixels) if bare or draws is None else prototypes  # [B, D]
+    looked_at = bare or draws is None or common is not None
+    plain = frozen.features(problem.architecture, params, pixels) if looked_at else prototypes  # [B, D]
     far = squared_distances(plain, prototypes, present) if draws is None else draws
     gaps = jnp.where(present[None], far, jnp.inf)  # [B, K]
     index = jax.lax.top_k(-gaps, question.nearest)[1]  # [B, m]; of equal ones the first
     if bare:
-        logits = jnp.einsum("bd,bmdy->bmy", plain, stack.kernel[index]) + stack.bias[index]
+        seen = expanded(plain, problem.tuning.expand)
+        logits = jnp.einsum("bd,bmdy->bmy", seen, stack.kernel[index]) + stack.bias[index]
     elif question.everyone or stack.backbone is not None:
         logits = jnp.take_along_axis(_of_all(problem, params, stack, pixels), index[..., None], axis=1)
     else:
@@ -270,7 +305,11 @@ def routed_probabilities(
     if question.aggregate == "vote":
         each = jax.nn.one_hot(each.argmax(axis=-1), each.shape[-1], dtype=each.dtype)
     each = jnp.where(chosen[..., None], each, 0.0)
-    return each.sum(axis=1) / chosen.sum(axis=1, keepdims=True, dtype=each.dtype), jnp.where(chosen, index, -1)
+    found = each.sum(axis=1) / chosen.sum(axis=1, keepdims=True, dtype=each.dtype)  # [B, Y]
+    if common is not None:
+        together = jax.nn.softmax(expanded(plain, question.expand) @ common.kernel + common.bias[None], axis=-1)
+        found = (1 - question.common) * found + question.common * together
+    return found, jnp.where(chosen, index, -1)
 
 
 def _of_chosen(problem: Problem, params: Any, stack: Slice, pixels: jax.Array, index: jax.Array) -> jax.Array:
@@ -297,7 +336,7 @@ def compiled(problem: Problem, question: Question, mesh: Mesh):
     """The jitted prediction program over a mesh."""
     axis = mesh.axis_names[0]
     function = functools.partial(routed_probabilities, problem, question)
-    specs = (P(), P(), P(), P(), P(axis), P(axis))
+    specs = (P(), P(), P(), P(), P(), P(axis), P(axis))
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(P(axis), P(axis)), check_vma=False))
 
 
@@ -315,7 +354,8 @@ def predict(model: Model, images: np.ndarray) -> Predictions:
         piece = images[start : start + size]
         batch = np.zeros((size, *images.shape[1:]), np.uint8)
         batch[: len(piece)] = piece
-        answers = program(model.params, model.stack, model.prototypes, model.present, batch, _draws(model, batch))
+        state = (model.params, model.stack, model.prototypes, model.present, model.common)
+        answers = program(*state, batch, _draws(model, batch))
         for all_, part in zip((found.probabilities, found.clusters), answers, strict=True):
             all_[start : start + size] = np.asarray(part)[: len(piece)]
     return found

@@ -16,7 +16,7 @@ AUGMENTS = ("none", "crop", "flip", "paper")
 OPTIMIZERS = ("sgd", "adam")
 DTYPES = ("auto", "float32", "bfloat16")
 PARTITIONS = ("adaptive", "random", "one")
-PROMPTED = ("prompt+head", "prompt")
+PROMPTED = ("prompt+head", "prompt", "prompts+one head")
 CLOSED_FORMS = ("ridge", "ncm")
 TUNED = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 AGGREGATES = ("mean", "vote")
@@ -79,6 +79,7 @@ def illegal(c: "Config") -> list[str]:
         ("clustering.partition", k.partition, PARTITIONS),
         ("clustering.sample_from", k.sample_from, ("private", "public")),
         ("tuning.what", t.what, TUNED),
+        ("common.what", c.common.what, ("none", *CLOSED_FORMS)),
         ("inference.aggregate", i.aggregate, AGGREGATES),
         ("tuning.optimizer", t.optimizer, OPTIMIZERS),
         ("tuning.dtype", t.dtype, DTYPES),
@@ -124,6 +125,9 @@ def illegal(c: "Config") -> list[str]:
         ("tuning.head_rate", t.head_rate),
         ("tuning.backbone_rate", t.backbone_rate),
         ("tuning.penalty", t.penalty),
+        ("tuning.expand", t.expand),
+        ("common.penalty", c.common.penalty),
+        ("common.expand", c.common.expand),
         ("tuning.prompt_decay", t.prompt_decay),
         ("tuning.head_decay", t.head_decay),
         ("tuning.min_steps", t.min_steps),
@@ -168,6 +172,9 @@ def illegal(c: "Config") -> list[str]:
         "above 0 for tuning.what=prompt",
     )
     need(t.what != "ridge" or t.penalty > 0, "tuning.penalty", t.penalty, "above 0")
+    need(c.common.what != "ridge" or c.common.penalty > 0, "common.penalty", c.common.penalty, "above 0")
+    need(t.expand == 0 or t.closed, "tuning.expand", t.expand, f"0 for tuning.what={t.what}")
+    need(0 <= i.common <= 1, "inference.common", i.common, "in [0, 1]")
     stages = f"1 for tuning.what={t.what}: a closed form has no stages to repeat"
     need(t.slices == 1 or not t.closed, "tuning.slices", t.slices, stages)
     if d.source in ("npz", "folder"):

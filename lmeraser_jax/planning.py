@@ -18,10 +18,12 @@ from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
-from lmeraser_jax.schedule import Target, snapshot_steps, stage_jobs
+from lmeraser_jax.schedule import Target, make_job, snapshot_steps, stage_jobs
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import Manifest, SliceRow
+from lmeraser_jax.store.catalog import COMMON, Manifest, SliceRow
 from lmeraser_jax.taint import tainted
+
+ONE_HEAD = "one head"  # in the place of a cluster's key, where one slice is that of all clusters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,9 +85,11 @@ def plan(run: Run, leaving: Collection[str] = ()) -> Plan:
         clustering, settled = _clustering(run, leaving)
         inputs = digest(_recipe(run, "", RecordTable.empty()))
         manifest = run.catalog.manifest()
-        if manifest is not None and settled and manifest.inputs == inputs:
-            return _touched(run, clustering, inputs, manifest, leaving)
-        return _whole(run, clustering, settled, inputs, leaving)
+        if manifest is not None and settled and manifest.inputs == inputs and not run.config.tuning.one_head:
+            found = _touched(run, clustering, inputs, manifest, leaving)
+        else:
+            found = _whole(run, clustering, settled, inputs, leaving)
+        return _with_common_head(run, found, leaving) if run.config.common.what != "none" else found
 
 
 def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
@@ -126,12 +130,26 @@ def contradictions(run: Run) -> list[str]:
         found.append("the clustering was made with another sample, backbone or --config.clustering")
     if digest(_recipe(run, "", RecordTable.empty())) != manifest.inputs:
         return [*found, "the slices were tuned with another backbone, seed, --config.tuning or --config.data"]
+    if run.config.tuning.one_head or run.config.common.what != "none":
+        found += _wrong_wholes(run, manifest)
+    if run.config.tuning.one_head:
+        return found
     pinned = {row[0] for row in catalog.db.execute("SELECT cluster FROM pins")}
-    for key in sorted({*manifest.entries, *catalog.sizes()} - pinned):
+    for key in sorted({*manifest.clusters, *catalog.sizes()} - pinned):
         members = catalog.members(key)
         wanted = _chain(run, key, members)[-1].digest if len(members) else None
         if wanted != manifest.entries.get(key):
             found.append(f"cluster {key[:12]}: its slice was tuned with other ids, pixels or labels than its members'")
+    return found
+
+
+def _wrong_wholes(run: Run, manifest: Manifest) -> list[str]:
+    """What was made of all records and is not what they call for."""
+    wanted, found = plan(run).entries, []
+    if run.config.tuning.one_head and manifest.clusters != {k: v for k, v in wanted.items() if k != COMMON}:
+        found.append("the slice of all clusters was tuned with other ids, pixels or labels than the records'")
+    if wanted.get(COMMON) != manifest.entries.get(COMMON):
+        found.append("the common head was made with other ids, pixels or labels than the records'")
     return found
 
 
@@ -151,7 +169,43 @@ def _whole(run: Run, clustering: Clustering, settled: bool, inputs: str, leaving
         for name, k, old in zip(records.ids, assignment, records.clusters, strict=True)
         if clustering.keys[k] != old
     ]
-    return _planned(run, clustering, settled, inputs, tables, {}, moved, leaving)
+    found = _planned(run, clustering, settled, inputs, tables, {}, moved, leaving)
+    return _with_one_head(run, found, records, assignment) if run.config.tuning.one_head and len(records) else found
+
+
+def _with_one_head(run: Run, found: Plan, records: RecordTable, assignment: np.ndarray) -> Plan:
+    """The plan with one slice in the place of all: its members are all records, each with its cluster's prompt."""
+    everyone = dataclasses.replace(records, labels=records.labels + np.int32(len(run.classes)) * assignment)
+    chain = _chain(run, ONE_HEAD, everyone)
+    missing = _missing(run, run.catalog.slices(), chain)
+    return dataclasses.replace(
+        found,
+        entries=dict.fromkeys(found.entries, chain[-1].digest),
+        chains={ONE_HEAD: chain},
+        missing={ONE_HEAD: missing} if missing else {},
+        members={ONE_HEAD: everyone} if missing else {},
+        images_full=sum(target.job.images for target in chain),
+    )
+
+
+def _with_common_head(run: Run, found: Plan, leaving: frozenset[str]) -> Plan:
+    """The plan with the head of all private records beside the clusters' slices."""
+    records = run.catalog.live("train").without(leaving)
+    if not len(records):
+        return found
+    made, members = run.catalog.slices(), list(zip(records.ids, records.contents, records.labels.tolist(), strict=True))
+    problem, batch = run.common_problem, run.config.clustering.feature_batch
+    constants = (problem.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed)
+    recipe = slices.recipe(COMMON, members, *constants, feature_batch=batch)
+    chain = (Target(digest(recipe), "", make_job(COMMON, records.rows, problem.tuning)),)
+    missing = _missing(run, made, chain)
+    return dataclasses.replace(
+        found,
+        entries=found.entries | {COMMON: chain[-1].digest},
+        chains=found.chains | {COMMON: chain},
+        missing=found.missing | ({COMMON: missing} if missing else {}),
+        members=found.members | ({COMMON: records} if missing else {}),
+    )
 
 
 def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, leaving: frozenset[str]) -> Plan:

@@ -23,11 +23,12 @@ from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, efficiency
 from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import Manifest
+from lmeraser_jax.store.catalog import COMMON, Manifest
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
 from lmeraser_jax.taint import tainted
+from lmeraser_jax.tuning import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +90,9 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
     lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
     outcome = Outcome(
-        clusters=len(wanted.entries),
-        retuned=len(missing),
-        reused=len(wanted.entries) - len(missing),
+        clusters=len(wanted.entries.keys() - {COMMON}),
+        retuned=len(missing.keys() - {COMMON}),
+        reused=len(wanted.entries.keys() - missing.keys() - {COMMON}),
         images=sum(job.images for job in jobs),
         images_full=wanted.images_full,
         seconds=time.perf_counter() - start,
@@ -125,8 +126,8 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
     missing, adopted = {}, 0
     program = fingerprint(run.config.tuning, run.mesh)
     for key, chain in wanted.missing.items():
-        rest = list(chain)
-        while rest and (made := left_behind(run.layout.root, rest[0], program, run.problem)) is not None:
+        rest, problem = list(chain), run.common_problem if key == COMMON else run.problem
+        while rest and (made := left_behind(run.layout.root, rest[0], program, problem)) is not None:
             _keep(run, wanted, made)
             rest.pop(0)
         adopted += len(chain) - len(rest)
@@ -137,28 +138,12 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
 
 
 def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
-    """Tunes clusters; each finished slice is saved and registered at once, so that a kill loses little."""
-    if not missing:
-        return
-    labels, inputs = np.zeros(run.catalog.rows_used(), np.int32), run.images
-    for key, chain in missing.items():
-        refuse_rotten(run.images, wanted.members[key])
-        labels[chain[-1].job.rows] = wanted.members[key].labels
-        inputs = run.inputs(wanted.members[key])
-    failed: list[str] = []
-    program = fingerprint(run.config.tuning, run.mesh)
-    features = run.feature_file(program).path if run.problem.on_features else None
-    waiting: dict[str, tuple[Target, ...]] = dict(missing)
-    while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
-        targets = tuple(_started(run, chain[0]) for chain in waiting.values())
-        task = SliceTask(run.layout.root, run.problem, run.backbone.digest, program, features, labels, targets)
-        for made in share_slices(run.team, task, run.backbone, inputs, run.mesh):
-            if made.failed_at is None:
-                _keep(run, wanted, made)
-            else:
-                failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
-                waiting[made.row.cluster] = ()  # its later stages have nothing to start from
-        waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
+    """Makes slices; each finished one is saved and registered at once, so that a kill loses little."""
+    problem, common = run.problem, {key: chain for key, chain in missing.items() if key == COMMON}
+    if run.config.tuning.one_head:
+        problem = dataclasses.replace(problem, prompts=len(wanted.clustering.keys))
+    failed = _make(run, wanted, problem, {key: chain for key, chain in missing.items() if key != COMMON})
+    failed += _make(run, wanted, run.common_problem, common) if common else []
     raise_all(
         failed,
         "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate "
@@ -166,6 +151,29 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
         if failed
         else "",
     )
+
+
+def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[Target, ...]]) -> list[str]:
+    """Makes the slices of one kind; returns a line for each whose numbers are not finite."""
+    labels, inputs, failed = np.zeros(run.catalog.rows_used(), np.int32), run.images, list[str]()
+    for key, chain in missing.items():
+        refuse_rotten(run.images, wanted.members[key])
+        labels[chain[-1].job.rows] = wanted.members[key].labels
+        inputs = run.inputs(wanted.members[key], problem)
+    program = fingerprint(run.config.tuning, run.mesh)
+    features = run.feature_file(program).path if problem.on_features else None
+    waiting: dict[str, tuple[Target, ...]] = dict(missing)
+    while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
+        targets = tuple(_started(run, chain[0]) for chain in waiting.values())
+        task = SliceTask(run.layout.root, problem, run.backbone.digest, program, features, labels, targets)
+        for made in share_slices(run.team, task, run.backbone, inputs, run.mesh):
+            if made.failed_at is None:
+                _keep(run, wanted, made)
+            else:
+                failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
+                waiting[made.row.cluster] = ()  # its later stages have nothing to start from
+        waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
+    return failed
 
 
 def _started(run: Run, target: Target) -> Target:
@@ -246,13 +254,14 @@ def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) 
     found = []
     for key in sorted(set(old) | set(wanted.entries)):
         new = wanted.entries.get(key, "")
-        if old.get(key, "") == new or not (sampled or key in members):
+        reached = len(request.body["records"]) if key == COMMON else members.get(key, 0)
+        if old.get(key, "") == new or not (sampled or reached):
             continue
         found.append(
             {
                 "cluster": salted("cluster", key),
-                "why": "member" if key in members else "re-cluster",
-                "records": members.get(key, 0),
+                "why": "member" if reached else "re-cluster",
+                "records": reached,
                 "before": salted("slice", old[key]) if key in old else "",
                 "after": salted("slice", new) if new else "",
                 "params": salted("params", expected_params(run.catalog, new) or "") if new else "",

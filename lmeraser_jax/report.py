@@ -49,7 +49,8 @@ class ClassRow:
 class Overview:
     """A workdir at a glance; sizes in bytes, shares in [0, 1].
 
-    `expected_share`: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2.
+    `expected_share`: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2 where every
+        cluster has a slice of its own.
     `sampled_share`: of the private records, whose erasure also re-clusters.
     `classes`: of the live training records, largest first.
     `imbalance`: records of the largest class over those of the smallest that has any; 0 where nothing is left.
@@ -158,10 +159,12 @@ def overview(run: Run) -> Overview:
     manifest, made, private, counts, waiting, pinned, quarantined = moment
     sampled = Counter(clustering.keys[k] for k in clustering.labels)
     versions = Counter(row.cluster for row in made.values())
+    sizes = Counter(private.clusters)
     rows = [
-        _cluster_row(made[slice_of(ref)], ref, sampled[key], versions[key], key in pinned, key in quarantined)
-        for key, ref in manifest.entries.items()
+        _cluster_row(key, made[slice_of(ref)], ref, sizes[key], sampled[key], versions[key], pinned, quarantined)
+        for key, ref in manifest.clusters.items()
     ]
+    again = [made[slice_of(ref)].size for ref in manifest.clusters.values()]
     classes = _classes(run, private.labels)
     filled = [row.records for row in classes if row.records]
     splits = {split: counts.get(split, 0) for split in ("train", "holdout", "test", "public")}
@@ -174,7 +177,7 @@ def overview(run: Run) -> Overview:
         classes=classes,
         imbalance=max(filled) / min(filled) if filled else 0.0,
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
-        expected_share=expected_share([row.members for row in rows]),
+        expected_share=expected_share([row.members for row in rows], again),
         sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),
         open_requests=waiting,
         disk={part: disk_use(getattr(run.layout, part)) for part in parts} | {"catalog": disk_use(run.layout.catalog)},
@@ -182,9 +185,18 @@ def overview(run: Run) -> Overview:
     )
 
 
-def _cluster_row(row: SliceRow, ref: str, sampled: int, versions: int, pinned: bool, kept_out: bool) -> ClusterRow:
+def _cluster_row(
+    key: str,
+    row: SliceRow,
+    ref: str,
+    members: int,
+    sampled: int,
+    versions: int,
+    pinned: frozenset[str],
+    kept_out: frozenset[str],
+) -> ClusterRow:
     steps, loss = parts_of(ref)[1] or row.steps, row.loss or 0.0
-    return ClusterRow(row.cluster, ref, row.size, sampled, versions, steps, loss, pinned, kept_out)
+    return ClusterRow(key, ref, members, sampled, versions, steps, loss, key in pinned, key in kept_out)
 
 
 def _classes(run: Run, labels: np.ndarray) -> tuple[ClassRow, ...]:

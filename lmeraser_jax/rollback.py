@@ -44,7 +44,7 @@ class Version:
 def cluster_key(catalog: Catalog, text: str) -> str:
     """The published cluster that a key, or the beginning of one, means."""
     manifest = catalog.manifest()
-    keys = list(manifest.entries) if manifest else []
+    keys = list(manifest.clusters) if manifest else []
     if not keys:
         raise UserError("nothing is published, so there is no cluster to roll back; run: lmeraser train")
     found = [key for key in keys if key.startswith(text)] if len(text) >= SHORTEST else []
@@ -96,6 +96,10 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
         UserError: there is no such version, it was erased, or its checkpoint is damaged. Nothing is changed then.
     """
     assert run.writable, "a rollback needs a run that holds the writer lock"
+    if run.config.tuning.one_head:
+        raise UserError(
+            f"--config.tuning.what={run.config.tuning.what}: all clusters share one slice; none can go back"
+        )
     chosen = _chosen(run, key, to)
     if slice_of(chosen.ref) in tainted(run, run.catalog.erased()).all:
         waiting = some((request.id for request in requests.listed(run.catalog, only_open=True)), 5)

@@ -76,6 +76,13 @@ class Run:
         mapping = noise_activation(self.backbone, classes) if tuning.what == "prompt" else ()
         return Problem(self.backbone.config, self.spec, tuning, classes, self.config.seed, mapping)
 
+    @functools.cached_property
+    def common_problem(self) -> Problem:
+        """The static part of how the common head is made."""
+        common, tuning = self.config.common, self.config.tuning
+        how = dataclasses.replace(tuning, what=common.what, penalty=common.penalty, expand=common.expand, slices=1)
+        return dataclasses.replace(self.problem, tuning=how, mapping=())
+
     @property
     def images(self) -> np.ndarray:
         """uint8 [N, h, w, c]: the rows of the image file that the catalog knows."""
@@ -106,13 +113,13 @@ class Run:
 
         return cached(file, records.rows, len(images), compute, piece(self.team), write=self.writable)
 
-    def inputs(self, records: RecordTable) -> np.ndarray:
+    def inputs(self, records: RecordTable, problem: Problem) -> np.ndarray:
         """What slices with these members are made of: the image file, or features in its place.
 
         Returns:
             uint8 [N, h, w, c], or float32 [N, D], which may be anything in the rows of other records.
         """
-        if not self.problem.on_features:
+        if not problem.on_features:
             return self.images
         found = self.features(records)
         if self.writable:
@@ -226,7 +233,7 @@ def prepared(
         stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
         if stored is not None and manifest is not None:
-            _check_same(layout, stored, config, FREE + ("tuning",) * (retune or requests.any_open(catalog)))
+            _check_same(layout, stored, config, FREE + ("tuning", "common") * (retune or requests.any_open(catalog)))
         _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
         mesh, imported = mesh_of(devices), None
         converted = None

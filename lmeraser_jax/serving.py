@@ -67,7 +67,8 @@ def _still_right(found: Predictions, old: Model, new: Model) -> Predictions:
     Taking clusters away, or replacing their slices, changes only the answers that used them; a cluster that joins
     may be the nearest of any image.
     """
-    if old.clustering != new.clustering or any(b and not a for a, b in zip(old.refs, new.refs, strict=True)):
+    joined = any(b and not a for a, b in zip(old.refs, new.refs, strict=True))
+    if joined or (old.clustering, old.common_ref) != (new.clustering, new.common_ref):
         return _unanswered(new, len(found.clusters))
     replaced = np.array([a != b for a, b in zip(old.refs, new.refs, strict=True)])
     used = (replaced[found.clusters] & (found.clusters >= 0)).any(axis=1)

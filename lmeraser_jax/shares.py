@@ -162,7 +162,7 @@ def left_behind(root: Path, target: Target, program: str, problem: Problem) -> M
         return None
     try:
         arrays, notes, step = checkpoints.load(folder)
-        as_slice(arrays, target.digest[:12], problem.own_architecture)
+        as_slice(arrays, target.digest[:12], problem.own_architecture, problem.tuning.one_head)
         epochs = {earlier: arrays_digest(checkpoints.load(folder, earlier)[0]) for earlier in job.snapshots}
     except UserError:
         return None

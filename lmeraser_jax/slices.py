@@ -25,6 +25,7 @@ NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the 
 class Slice(NamedTuple):
     """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host.
 
+    Where all clusters share a head (`tuning.what=prompts+one head`) there is one slice, and its prompt is [K, n].
     `backbone` are the parameters of a backbone of the slice's own (`tuning.what=backbone`), None elsewhere.
     """
 
@@ -34,18 +35,21 @@ class Slice(NamedTuple):
     backbone: Any = None
 
 
-def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None) -> Slice:
+def as_slice(
+    arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None, prompts: bool = False
+) -> Slice:
     """The slice of a checkpoint's arrays, on the host.
 
     Args:
         arrays: whatever a checkpoint holds, by name.
         name: what a message calls the slice.
         architecture: of the slice's own backbone; None where it has none.
+        prompts: whether it has a prompt for each cluster.
 
     Raises:
         UserError: names every array that is missing, left over or of another dtype or shape.
     """
-    wanted = {"prompt": 1, "kernel": 2, "bias": 1}
+    wanted = {"prompt": 2 if prompts else 1, "kernel": 2, "bias": 1}
     own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if architecture and field.startswith(OWN)}
     arrays = {field: leaf for field, leaf in arrays.items() if not architecture or not field.startswith(OWN)}
     problems = [f"{field} is missing" for field in wanted if field not in arrays]
@@ -84,7 +88,12 @@ def lay_prompt(border: jax.Array, size: int, width: int, channels: int) -> jax.A
 
 
 def init_slice(
-    key: jax.Array, tuning: Tuning, architecture: Architecture, classes: int, mapping: Sequence[int] = ()
+    key: jax.Array,
+    tuning: Tuning,
+    architecture: Architecture,
+    classes: int,
+    mapping: Sequence[int] = (),
+    prompts: int = 0,
 ) -> Slice:
     """First values of a slice; a function of its key alone, never of its members.
 
@@ -94,10 +103,11 @@ def init_slice(
         architecture: of the backbone.
         classes: Y.
         mapping: Y features, each the logit of a class; empty: a head of its own.
+        prompts: K, where the slice has a prompt for each cluster; 0: one prompt.
     """
     key_prompt, key_head = jax.random.split(key)
     n = border_size(architecture.image_size, tuning.border, architecture.channels)
-    prompt, kernel = jnp.zeros((n,)), jnp.zeros((architecture.feature_size, classes))
+    prompt, kernel = jnp.zeros((prompts, n) if prompts else (n,)), jnp.zeros((architecture.feature_size, classes))
     if tuning.prompt_init:
         prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape)
     if tuning.head_init:

@@ -65,6 +65,7 @@ class Problem:
     classes: int
     seed: int
     mapping: tuple[int, ...] = ()  # the feature that is each class's logit; empty: heads are tuned
+    prompts: int = 0  # K where one slice has a prompt for each cluster; then a label is label + Y * cluster
 
     @property
     def on_features(self) -> bool:
@@ -125,7 +126,7 @@ def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Arra
     return jnp.where(at < warmup, rising, falling)
 
 
-def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array) -> jax.Array:
+def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array, which=None) -> jax.Array:
     """Features of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
 
     Args:
@@ -133,6 +134,7 @@ def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array) -
         problem: static settings.
         params: frozen backbone; its dtype is the compute dtype.
         inputs: float32 [B, H, W, C], normalised images; [B, D] where `problem.on_features`.
+        which: int32 [B], the prompt of each image, where the slice has several.
 
     Returns:
         float32 [B, D].
@@ -142,8 +144,11 @@ def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array) -
     architecture, width = problem.architecture, problem.tuning.border
     if part.backbone is not None:
         params = jax.tree.map(lambda own, given: own.astype(given.dtype), part.backbone, params)
-    if width:
-        inputs = inputs + lay_prompt(part.prompt, architecture.image_size, width, architecture.channels)[None]
+    lay = functools.partial(lay_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
+    if which is not None:
+        inputs = inputs + jax.vmap(lay)(part.prompt[which])
+    elif width:
+        inputs = inputs + lay(part.prompt)[None]
     return frozen.features(architecture, params, inputs)
 
 
@@ -158,7 +163,10 @@ def cluster_loss(part: Slice, problem: Problem, params: Any, inputs: jax.Array, 
         labels: int32 [B].
         valid: bool [B].
     """
-    features = features_of(part, problem, params, inputs)  # [B, D]
+    which = None
+    if problem.prompts:
+        which, labels = labels // problem.classes, labels % problem.classes
+    features = features_of(part, problem, params, inputs, which)  # [B, D]
     logits = features @ part.kernel + part.bias[None]  # [B, Y]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     weights = valid.astype(losses.dtype)
@@ -215,7 +223,7 @@ def cluster_step(
 
 def _first(problem: Problem, key: jax.Array, params: Any) -> Slice:
     """A fresh slice; a backbone of its own begins as the frozen one."""
-    first = init_slice(key, problem.tuning, problem.architecture, problem.classes, problem.mapping)
+    first = init_slice(key, problem.tuning, problem.architecture, problem.classes, problem.mapping, problem.prompts)
     if problem.tuning.what != "backbone":
         return first
     return first._replace(backbone=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))

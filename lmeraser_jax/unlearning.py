@@ -12,6 +12,7 @@ from lmeraser_jax.planning import plan
 from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests
+from lmeraser_jax.store.catalog import COMMON
 from lmeraser_jax.store.requests import Request, Targets
 
 
@@ -53,8 +54,8 @@ def estimate(run: Run, targets: Targets) -> Estimate:
     before = run.catalog.manifest()
     return Estimate(
         records=len(targets.live),
-        clusters=tuple(sorted(wanted.missing)),
-        vanishing=tuple(sorted(set(before.entries) - set(wanted.entries))) if before else (),
+        clusters=tuple(sorted(set(wanted.missing) - {COMMON})),
+        vanishing=tuple(sorted(set(before.clusters) - set(wanted.entries))) if before else (),
         images=wanted.images_missing,
         images_full=wanted.images_full,
         seconds=wanted.images_missing * seconds / images if images else 0.0,

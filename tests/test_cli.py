@@ -77,6 +77,13 @@ def test_the_job_as_separate_commands(workdir, capsys, tmp_path):
     name = out.split()[0]
     code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", "--dry_run")
     assert code == 0 and re.search(r"images to process: [1-9]\d* \(", out)
+    code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", "--dry_run", "--json=-")
+    estimate = json.loads(out)
+    code, out, _ = call(capsys, "plan", f"--workdir={workdir}", "--rate=5", "--window=2", "--json=-")
+    planned = json.loads(out)
+    assert (planned["records"], planned["sampled"], planned["clusters"]) == (sum(sizes), 30, len(sizes))
+    assert planned["images_full"] == estimate["images_full"] + 2, "one record more, seen in 2 epochs"
+    assert planned["images_per_second"] == pytest.approx(estimate["images"] / estimate["seconds"])
     assert json.loads(call(capsys, "inspect", f"--workdir={workdir}", "--json=-")[1]) == before
     code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}")
     assert code == 0 and "erased 1 records" in out

@@ -1,5 +1,6 @@
 """Closed-form heads: against scikit-learn, and sums that are the same bits in any order and after any removal."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -38,7 +39,7 @@ def test_the_nearest_class_mean_is_that_of_scikit_learn():
     features, labels = members(300)
     wanted, _ = members(500, seed=1)
     known = NearestCentroid().fit(closed_form.fixed_point(features), labels)
-    found = closed_form.solve(Tuning(what="ncm"), features, labels, CLASSES)
+    found, _ = closed_form.solve(Tuning(what="ncm"), features, labels, CLASSES)
     rounded = closed_form.fixed_point(wanted)
     answers = (rounded / closed_form.STEPS @ found.kernel + found.bias).argmax(axis=1)
     np.testing.assert_array_equal(answers, known.predict(rounded))
@@ -48,7 +49,7 @@ def test_a_class_without_members_is_never_the_answer():
     features, labels = members(60)
     kept = labels != 2
     for what in ("ncm", "ridge"):
-        part = closed_form.solve(Tuning(what=what), features[kept], labels[kept], CLASSES)
+        part, _ = closed_form.solve(Tuning(what=what), features[kept], labels[kept], CLASSES)
         assert not ((features @ part.kernel + part.bias).argmax(axis=1) == 2).any(), what
 
 
@@ -63,8 +64,8 @@ def test_what_is_left_after_removals_is_what_there_would_have_been(kept, gone, s
     for field in ("products", "by_class", "counts"):
         assert getattr(left, field).tobytes() == getattr(fresh, field).tobytes(), field
     for what in ("ridge", "ncm"):
-        direct = closed_form.solve(Tuning(what=what), features[:kept], labels[:kept], CLASSES)
-        again = closed_form.solve(Tuning(what=what), features[:kept][::-1], labels[:kept][::-1], CLASSES)
+        direct, _ = closed_form.solve(Tuning(what=what), features[:kept], labels[:kept], CLASSES)
+        again, _ = closed_form.solve(Tuning(what=what), features[:kept][::-1], labels[:kept][::-1], CLASSES)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(direct[:3], again[:3], strict=True)), what
 
 
@@ -84,8 +85,21 @@ def test_float64_holds_every_sum_of_a_piece():
 @pytest.mark.parametrize("what", ["ridge", "ncm"])
 def test_the_loss_is_the_mean_cross_entropy(what):
     features, labels = members(50)
-    part = closed_form.solve(Tuning(what=what), features, labels, CLASSES)
+    part, loss = closed_form.solve(Tuning(what=what), features, labels, CLASSES)
     logits = features.astype(np.float64) @ part.kernel + part.bias
     shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     wanted = -np.log(shares[np.arange(50), labels]).mean()
-    assert closed_form.loss(part, features, labels) == pytest.approx(wanted)
+    assert loss == pytest.approx(wanted)
+
+
+def test_random_cosines_approximate_the_kernel_of_directions():
+    """Mean of products of cosines -> half the Gaussian kernel of the features' directions (Rahimi and Recht)."""
+    features, _ = members(20)
+    found = closed_form.expanded(features, 20_000)
+    assert np.array_equal(found[:, :WIDTH], features)
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    gaps = ((unit[:, None] - unit[None]) ** 2).sum(axis=-1)
+    kernel = found[:, WIDTH:] @ found[:, WIDTH:].T / 20_000
+    np.testing.assert_allclose(kernel, 0.5 * np.exp(-0.5 * closed_form.BANDWIDTH**2 * gaps), atol=0.03)
+    on_device = closed_form.expanded(jnp.asarray(features), 50)
+    np.testing.assert_allclose(on_device, closed_form.expanded(features, 50), atol=1e-5)

@@ -1,6 +1,7 @@
 """Partition x what is tuned x aggregation: every combination keeps the contract, and answers as written."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax import clustering, inference, tuning, unlearning
+from lmeraser_jax import closed_form, clustering, inference, rollback, tuning, unlearning
 from lmeraser_jax.artifacts import load_slice
 from lmeraser_jax.audit import audit, differences, state
 from lmeraser_jax.backbones import backbone as frozen
@@ -19,6 +20,8 @@ from lmeraser_jax.images import centred
 from lmeraser_jax.inference import load_model, predict
 from lmeraser_jax.label_mapping import noise_activation
 from lmeraser_jax.reconcile import reconcile
+from lmeraser_jax.report import overview
+from lmeraser_jax.serving import Predictor
 from lmeraser_jax.slices import lay_prompt
 
 COMBINATIONS = {
@@ -41,11 +44,20 @@ COMBINATIONS = {
         "tuning__slices": 2,
         "inference__nearest": 0,
     },
+    "one head": {"tuning__what": "prompts+one head"},
     "linear head": {"clustering__partition": "one", "tuning__what": "head"},
     "heads of clusters": {"tuning__what": "head", "inference__nearest": 2},
     "augmented heads": {"tuning__what": "head", "data__augment": "crop"},
     "ridge": {"clustering__partition": "one", "tuning__what": "ridge"},
     "ridge of clusters": {"tuning__what": "ridge", "inference__nearest": 0},
+    "expanded ridge": {"clustering__partition": "one", "tuning__what": "ridge", "tuning__expand": 24},
+    "a common head beside clusters": {"common__what": "ridge", "common__expand": 8, "inference__nearest": 2},
+    "a common head beside shards": {
+        "clustering__partition": "random",
+        "clustering__shards": 3,
+        "common__what": "ncm",
+        "inference__nearest": 0,
+    },
     "nearest class mean": {"clustering__partition": "one", "tuning__what": "ncm"},
 }
 
@@ -174,6 +186,42 @@ def test_all_clusters_answer_together(name, built, tmp_path):
             assert (np.sort(found.clusters, axis=1) == np.arange(len(each))).all()
 
 
+@pytest.mark.parametrize("name", ["a common head beside clusters", "a common head beside shards"])
+def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
+    folder, config = built(name, tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        records, images = run.catalog.live("train"), run.images[run.catalog.live("test").rows]
+        features = run.features(records)
+        head, _ = closed_form.solve(config.common, features, records.labels, 10)
+        plain = closed_form.expanded(run.extractor()(images), config.common.expand)
+        together = np.asarray(jax.nn.softmax(plain @ head.kernel + head.bias, axis=-1))
+        found = {}
+        for weight in (0.0, 0.3, 1.0):
+            asked = dataclasses.replace(run.config.inference, common=weight)
+            one = dataclasses.replace(run, config=dataclasses.replace(run.config, inference=asked))
+            found[weight] = predict(load_model(one), images).probabilities
+        np.testing.assert_allclose(found[1.0], together, atol=2e-4)
+        np.testing.assert_allclose(found[0.3], 0.7 * found[0.0] + 0.3 * together, atol=2e-4)
+        assert np.abs(found[0.0] - together).max() > 0.05
+
+
+def test_quarantine_silences_the_common_head_and_every_erasure_makes_it_again(built, tmp_path):
+    folder, config = built("a common head beside shards", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        predictor = Predictor(run)
+        before = predictor.state.common_ref
+        one = run.catalog.live("train").ids[5]
+        accepted = unlearning.request_erasure(run, [one], quarantine=True, defer=True)
+        assert before and predictor.follow().common_ref == "" and predictor.state.common is None
+        unlearning.process(run)
+        assert predictor.follow().common_ref not in ("", before)
+        assert "common" not in [cluster.key for cluster in overview(run).clusters]
+        receipt = json.loads(run.layout.receipt(accepted.request.id).read_text())
+        assert len(receipt["clusters"]) == 2, "the shard and the common head"
+        assert receipt["work"]["clusters_tuned"] == 2
+        assert before not in run.catalog.slices() and not run.layout.slice(before).exists()
+
+
 def test_of_equal_votes_the_first_class_wins():
     logits = np.array([[[5.0, 0, 0], [0, 0, 5.0]]], np.float32)
     each = jax.nn.one_hot(jax.nn.softmax(logits).argmax(axis=-1), 3)
@@ -231,6 +279,44 @@ def test_noise_activation_is_the_literal_rule():
     assert spread[list(found)].mean() > 0.97 * np.sort(spread)[-5:].mean()
 
 
+def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built, tmp_path):
+    """The first step against a literal one: the head's gradient is that of all images, each with its prompt."""
+    folder, config = built("one head", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        (ref,) = set(run.catalog.manifest().entries.values())
+        part, keys, records = load_slice(run, ref), load_model(run).keys, run.catalog.live("train")
+        assert part.prompt.shape[0] == len(keys) and len(np.unique(part.prompt, axis=0)) == len(keys)
+        problem = dataclasses.replace(run.problem, prompts=len(keys))
+        which = np.array([keys.index(key) for key in records.clusters])
+        pixels = centred(jnp.asarray(run.images[records.rows]), run.spec)
+        labels, valid = jnp.asarray(records.labels + 10 * which, jnp.int32), jnp.ones(len(records), bool)
+        given = jax.tree.map(jnp.asarray, part)
+        loss, grads = jax.value_and_grad(tuning.cluster_loss)(
+            given, problem, run.backbone.params, pixels, labels, valid
+        )
+        alone = dataclasses.replace(run.problem, tuning=dataclasses.replace(config.tuning, what="prompt+head"))
+        each, heads = [], 0.0
+        for k in range(len(keys)):
+            mine = np.flatnonzero(which == k)
+            own = given._replace(prompt=given.prompt[k])
+            args = (alone, run.backbone.params, pixels[mine], jnp.asarray(records.labels[mine]), valid[mine])
+            value, slopes = jax.value_and_grad(tuning.cluster_loss)(own, *args)
+            share = len(mine) / len(records)
+            each.append(float(value) * share)
+            heads = heads + slopes.kernel * share
+            np.testing.assert_allclose(grads.prompt[k], slopes.prompt * share, atol=1e-6)
+        np.testing.assert_allclose(float(loss), sum(each), rtol=1e-5)
+        np.testing.assert_allclose(grads.kernel, heads, atol=1e-6)
+
+
+def test_one_head_has_no_cheap_request_and_no_rollback(built, tmp_path):
+    folder, config = built("one head", tmp_path / "run")
+    with small_run(folder, config=config) as run:
+        assert overview(run).expected_share == 1.0
+        with pytest.raises(ValueError, match="all clusters share one slice"):
+            rollback.rollback(run, next(iter(run.catalog.manifest().entries)))
+
+
 def test_more_classes_than_features_are_refused(tmp_path):
     config = small_config(tuning__what="prompt", backbone__width=8, backbone__heads=2)
     with small_run(tmp_path / "run", config=config) as run:
@@ -261,7 +347,7 @@ def test_methods_are_evaluated_like_any_other(name, built, tmp_path):
         ({"tuning__what": "ridge", "tuning__slices": 2}, "a closed form has no stages to repeat"),
         ({"tuning__what": "prompt", "tuning__prompt_width": 0}, "must be above 0 for tuning.what=prompt"),
         ({"tuning__what": "ridge", "tuning__penalty": 0.0}, "--config.tuning.penalty=0.0: must be above 0"),
-        ({"tuning__what": "heads"}, "one of prompt+head, prompt, head, backbone, ridge, ncm"),
+        ({"tuning__what": "heads"}, "one of prompt+head, prompt, prompts+one head, head, backbone, ridge, ncm"),
         ({"clustering__partition": "hash"}, "one of adaptive, random, one"),
     ],
 )

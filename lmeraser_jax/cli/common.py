@@ -81,7 +81,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")
-    _check_json_target(flags["json"].value or "")
+    if flags["json"].value not in ("", "-", None):
+        check_target("json", flags["json"].value)
     return Arguments(flags, rest[1:])
 
 
@@ -99,16 +100,14 @@ def place_of(arguments: Arguments) -> Place | None:
     return detect(os.environ, *given)
 
 
-def _check_json_target(target: str) -> None:
-    """Refuses a file that cannot be written before the work is done, not after."""
-    if target in ("", "-"):
-        return
+def check_target(flag: str, target: str) -> None:
+    """Refuses a flag's file that cannot be written before the work is done, not after."""
     try:
         Path(target).parent.mkdir(parents=True, exist_ok=True)
         with open(target, "a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise UserError(f"--json={target} cannot be written: {error.strerror}") from error
+        raise UserError(f"--{flag}={target} cannot be written: {error.strerror}") from error
 
 
 def _name(module: ModuleType) -> str:

@@ -32,6 +32,8 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_integer("probes", 100, "records whose erasure is planned, to know its cost", flag_values=flags)
     absl_flags.DEFINE_integer("requests", 2, "erasures that are served and timed", flag_values=flags)
     absl_flags.DEFINE_bool("keep", False, "keep the workdirs of the methods", flag_values=flags)
+    text = "show the clusters of the first method in the report: private images, which no erasure reaches there"
+    absl_flags.DEFINE_bool("montage", False, text, flag_values=flags)
     text = "folders of other comparisons whose rows join the report, joined by commas"
     absl_flags.DEFINE_list("merge", [], text, flag_values=flags)
 
@@ -42,7 +44,7 @@ def run(arguments: common.Arguments) -> int:
     raise_all([f"--{n}={arguments[n]}: must be at least {low}" for n, low in counts.items() if arguments[n] < low])
     from lmeraser_jax import methods
     from lmeraser_jax.comparison import driver, figures, page, sequences
-    from lmeraser_jax.comparison.experiments import Plan
+    from lmeraser_jax.comparison.experiments import MONTAGE, Plan
 
     figures.require()
     common.log_devices()
@@ -58,14 +60,18 @@ def run(arguments: common.Arguments) -> int:
         chosen,
         tuple(range(arguments["seeds"])),
         tuple(arguments["experiments"]),
-        Plan(dataset, backbone, cuts=tuple(arguments["cuts"]), sequences=kinds, **counted),
+        Plan(
+            dataset, backbone, cuts=tuple(arguments["cuts"]), sequences=kinds, montage=arguments["montage"], **counted
+        ),
         arguments["keep"],
     )
     command = shlex.join(["lmeraser", "compare", *sys.argv[2:]])
     results = driver.compare(comparison, command)
     results = driver.merged(results, [Path(folder) for folder in arguments["merge"]])
     titles = {name: methods.load(name).title for name in methods.names()} | {m.name: m.title for m in chosen}
-    written = page.write_report(comparison.folder, results, titles)
+    picture = comparison.folder / MONTAGE
+    montage = picture.read_bytes() if arguments["montage"] and picture.exists() else None
+    written = page.write_report(comparison.folder, results, titles, montage)
     lines = [page.summary(results, titles)] + [f"wrote {os.path.relpath(path)}" for path in written]
     common.show(arguments, "\n".join(lines), results.values())
     return 0

@@ -28,6 +28,7 @@ COMMANDS = {
     "add": "new private records join; only the clusters they touch are tuned",
     "unlearn": "erase records or an owner and re-tune what they touched",
     "process": "serve the erasure requests that wait, in one re-tuning",
+    "plan": "what serving erasures at once, daily or weekly would cost",
     "requests": "erasure requests, their states and receipts",
     "verify": "check receipts against the workdir",
     "rollback": "give one cluster an earlier slice, keep it there, list what there is",

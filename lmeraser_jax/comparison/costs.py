@@ -57,5 +57,5 @@ def parameters(run: Run) -> int:
     """Numbers in one slice; all slices of a run have as many."""
     manifest = run.catalog.manifest()
     assert manifest is not None
-    part = load_slice(run, next(iter(manifest.entries.values())))
+    part = load_slice(run, next(iter(manifest.clusters.values())))
     return sum(leaf.size for leaf in checkpoints.flatten(part).values())

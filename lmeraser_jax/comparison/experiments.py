@@ -9,9 +9,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lmeraser_jax import unlearning
+from lmeraser_jax import report, unlearning
 from lmeraser_jax.artifacts import reference
-from lmeraser_jax.clustering import expected_share
 from lmeraser_jax.comparison import sequences
 from lmeraser_jax.comparison.costs import parameters, planned, served
 from lmeraser_jax.comparison.measurement import Measurement
@@ -20,12 +19,12 @@ from lmeraser_jax.digests import philox
 from lmeraser_jax.evaluation import evaluate
 from lmeraser_jax.inference import Model, load_model, with_slices
 from lmeraser_jax.methods import Method
-from lmeraser_jax.planning import sampled
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import Run, prepared
 from lmeraser_jax.store import requests
 
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the records (paper, Fig. 6 left)
+MONTAGE = "clusters.png"
 SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last
 
 
@@ -40,6 +39,7 @@ class Plan:
         cuts: values of clustering.cut.
         sequences: kinds of sequences.
         length: batches of a sequence.
+        montage: draw the clusters of the first method of the first seed (Fig. 10); the picture shows private images.
     """
 
     dataset: str
@@ -49,6 +49,7 @@ class Plan:
     cuts: tuple[str, ...] = ()
     sequences: tuple[str, ...] = tuple(sequences.KINDS)
     length: int = 10
+    montage: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,9 @@ def rows(task: Task, plan: Plan, base: Path, folder: Path) -> list[Measurement]:
         making.rename(folder)
     with prepared(folder, task.config) as (run, _):
         reconcile(run)
+        picture = base.parent / MONTAGE
+        if plan.montage and task.experiment == "methods" and not picture.exists():
+            report.picture(run, picture)
         return list(EXPERIMENTS[task.experiment](run, task, plan))
 
 
@@ -116,26 +120,22 @@ def _asked(folder: Path, task: Task) -> bool:
 def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **others: object) -> Measurement:
     """A row of the published state, or of what `model` holds, without what requests cost."""
     found, made = evaluate(run, linear=False, model=model), run.catalog.slices()
-    manifest, sizes = run.catalog.manifest(), run.catalog.sizes()
-    assert manifest is not None
-    chosen = sampled(run)[0].ids if run.config.clustering.sample_from == "private" else ()
-    total = run.catalog.counts()["train"]
-    size = parameters(run)
+    shown, size = report.overview(run), parameters(run)
     facts = {
         "experiment": task.experiment,
         "dataset": plan.dataset,
         "backbone": plan.backbone,
         "method": task.method.name,
         "seed": task.seed,
-        "records": total,
-        "clusters": len(manifest.entries),
+        "records": shown.records["train"],
+        "clusters": len(shown.clusters),
         "accuracy": found.accuracy,
         "balanced": found.balanced,
         "images_full": 0 if run.problem.on_features else sum(row.images for row in made.values()),
         "seconds_full": sum(row.seconds for row in made.values()),
-        "parameters": size * len(manifest.entries),
-        "expected_share": expected_share(list(sizes.values())),
-        "sampled_share": len(chosen) / total,
+        "parameters": size * len({cluster.slice for cluster in shown.clusters}),
+        "expected_share": shown.expected_share,
+        "sampled_share": shown.sampled_share,
     }
     return Measurement(**(facts | others))  # pyright: ignore[reportArgumentType]
 
@@ -178,10 +178,10 @@ def epochs(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
     """Accuracy over the epochs of tuning, from the snapshots of every cluster (Fig. 5)."""
     manifest = run.catalog.manifest()
     assert manifest is not None
-    steps = {digest: sorted(run.catalog.epochs(digest)) for digest in manifest.entries.values()}
+    steps = {digest: sorted(run.catalog.epochs(digest)) for digest in manifest.clusters.values()}
     every = run.config.checkpoints.every_epochs
     for index in range(min(map(len, steps.values()))):
-        then = {key: reference(digest, steps[digest][index]) for key, digest in manifest.entries.items()}
+        then = {key: reference(digest, steps[digest][index]) for key, digest in manifest.clusters.items()}
         yield _measured(run, task, plan, with_slices(load_model(run), then), x=float(every * (index + 1)))
     yield _measured(run, task, plan, x=float(run.config.tuning.epochs))
 

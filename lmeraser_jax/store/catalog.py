@@ -19,6 +19,7 @@ from lmeraser_jax.records.source import Item
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store import schema
 
+COMMON = "common"  # in the place of a cluster's key: the head of all private records
 COLUMNS = "id,row,label,owner,content,cluster"
 
 
@@ -52,6 +53,11 @@ class Manifest(NamedTuple):
     program: str
     inputs: str
     entries: dict[str, str]
+
+    @property
+    def clusters(self) -> dict[str, str]:
+        """The entries without the common head."""
+        return {key: ref for key, ref in self.entries.items() if key != COMMON}
 
 
 class Catalog:

@@ -1,0 +1,236 @@
+"""Comparisons: rows that agree with what they measure, work that is resumed and never repeated, bad input refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from helpers import small_config
+
+from lmeraser_jax import methods, stopping
+from lmeraser_jax.comparison import driver, experiments, sequences
+from lmeraser_jax.comparison.experiments import Plan
+from lmeraser_jax.comparison.measurement import load
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.planning import plan
+from lmeraser_jax.run import prepared
+from lmeraser_jax.unlearning import request_erasure
+
+CONFIG = small_config(
+    data__train_limit=80,
+    data__test_limit=30,
+    clustering__shards=3,
+    clustering__sample_size=20,
+    clustering__min_members=1,
+)
+SHORT = Plan("digits", "small", probes=6, requests=1, cuts=("auto:2", "auto:10"), sequences=("burst",), length=2)
+
+
+def comparison(folder, names=("ridge",), experiments=("methods",), seeds=1, config=CONFIG, **plan):
+    chosen = tuple(methods.load(name) for name in names)
+    what = dataclasses.replace(SHORT, **plan)
+    return driver.Comparison(folder, config, chosen, tuple(range(seeds)), tuple(experiments), what)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished comparison: (comparison, results)."""
+    names, every = ("lmeraser", "sisa-vote", "ridge"), ("methods", "removal", "cut", "epochs", "sequence")
+    one = comparison(tmp_path_factory.mktemp("compare") / "c", names, every)
+    return one, driver.compare(one, "the command")
+
+
+def rows(results, experiment, method):
+    return [row for row in results.rows if (row.experiment, row.method) == (experiment, method)]
+
+
+def test_every_task_gives_its_rows(done):
+    one, results = done
+    assert load(one.folder / "results.json") == results and results.command == "the command"
+    assert len({row.point for row in results.rows}) == len(results.rows)
+    counts = {name: len(rows(results, name, "lmeraser")) for name in one.experiments}
+    assert counts == {"methods": 1, "removal": 6, "cut": 2, "epochs": counts["epochs"], "sequence": 3}
+    assert counts["epochs"] >= 2
+    lines = (one.folder / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + len(results.rows) and lines[0].startswith("experiment,dataset,backbone,method,seed")
+    assert not [path for path in one.folder.iterdir() if path.is_dir() and path.name not in ("base_0", "rows")]
+
+
+def test_costs_are_those_of_real_erasures(done, tmp_path):
+    """The mean of planned costs against erasures that are really served, one record at a time, each from the start."""
+    one, results = done
+    (row,) = rows(results, "methods", "sisa-vote")
+    config = one.methods[1].of(dataclasses.replace(CONFIG, seed=0))
+    with prepared(tmp_path / "run", config) as (run, _):
+        from lmeraser_jax.reconcile import reconcile
+
+        whole = reconcile(run)
+        assert row.images_full == whole.images and row.clusters == 3
+        ids = run.catalog.live("train").ids
+        every = [plan(run, frozenset({name})).images_missing for name in ids]
+        assert min(every) <= row.images_request <= max(every) and row.images_worst in every
+        first = request_erasure(run, [ids[7]]).outcome
+        assert first.images == every[7]
+    assert row.sampled_share == 0 and row.expected_share == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_a_closed_form_costs_no_image(done):
+    (row,) = rows(done[1], "methods", "ridge")
+    assert (row.images_request, row.images_full, row.clusters) == (0, 0, 1) and row.records_request == 79
+
+
+def test_removal_and_sequences_end_with_fewer_records(done):
+    removed = rows(done[1], "removal", "lmeraser")
+    assert [row.records for row in removed] == [80 - round(share * 80) for share in (0, *experiments.REMOVED)]
+    burst = rows(done[1], "sequence", "lmeraser")
+    assert [row.x for row in burst] == [0, 1, 2] and burst[0].spent == 0 < burst[1].spent < burst[2].spent
+    assert burst[2].records == burst[0].records - 2 * sequences.SIZE
+
+
+def test_the_cut_sets_the_number_of_prompts(done):
+    found = {row.x: row.clusters for row in rows(done[1], "cut", "lmeraser")}
+    assert found[2.0] < found[10.0]
+
+
+def test_nothing_is_done_twice_and_a_method_joins(done, monkeypatch):
+    one, results = done
+    monkeypatch.setattr(driver, "rows", None)  # any task would fail
+    assert driver.compare(one, "again").rows == results.rows
+    more = dataclasses.replace(one, methods=(*one.methods, methods.load("ncm")), experiments=("methods",))
+    with pytest.raises(TypeError):
+        driver.compare(more, "more")
+
+
+def test_an_interrupted_comparison_carries_on(tmp_path, monkeypatch):
+    one = comparison(tmp_path / "c", ("ridge", "lmeraser"))
+    kept, finished = experiments.EXPERIMENTS["methods"], []
+
+    def killed(run, task, what):
+        row = next(kept(run, task, what))  # it has served its erasures by now
+        if len(finished) == 1:
+            raise stopping.Stopped
+        finished.append(task.name)
+        yield row
+
+    monkeypatch.setitem(experiments.EXPERIMENTS, "methods", killed)
+    with pytest.raises(stopping.Stopped):
+        driver.compare(one, "x")
+    assert [path.stem for path in (one.folder / "rows").iterdir()] == finished == ["methods_ridge_0"]
+    assert (one.folder / "methods_lmeraser_0").is_dir()
+    monkeypatch.setitem(experiments.EXPERIMENTS, "methods", kept)
+    results = driver.compare(one, "x")
+    fresh = driver.compare(comparison(tmp_path / "d", ("ridge", "lmeraser")), "x")
+    timeless = {"seconds_full": 0.0, "seconds_request": 0.0}
+    assert [dataclasses.replace(row, **timeless) for row in results.rows] == [
+        dataclasses.replace(row, **timeless) for row in fresh.rows
+    ]
+
+
+def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
+    one, _ = done
+    other = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, epochs=7))
+    with pytest.raises(UserError, match=r"other settings.*\n.*config.tuning.epochs: 2 -> 7"):
+        driver.compare(dataclasses.replace(one, config=other), "x")
+    (tmp_path / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match="holds other files and no comparison"):
+        driver.compare(comparison(tmp_path), "x")
+
+
+def test_everything_that_cannot_work_is_said_at_once(tmp_path):
+    wrong = comparison(tmp_path / "c", ("sisa-vote",), ("methods", "speed", "cut"), cuts=("many",), sequences=("all",))
+    with pytest.raises(UserError) as caught:
+        driver.check(wrong)
+    for text in (
+        "--experiments: speed unknown; legal: methods, removal, cut, epochs",
+        "--sequences: all",
+        "--cuts=many",
+    ):
+        assert text in str(caught.value)
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(UserError, match="--cuts is missing"):
+        driver.check(comparison(tmp_path / "c", experiments=("cut",), cuts=()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"clustering__shards": 70}, r"too few for the method sisa-vote.*\n(.*\n)*.*shard \d+ of 70: no record"),
+        ({"data__train_limit": 12}, r"class \w+: [01] training records"),
+    ],
+)
+def test_too_few_records_are_named(tmp_path, config, message):
+    tree = {"data__train_limit": 80, "data__test_limit": 30, "clustering__sample_size": 10} | config
+    one = comparison(tmp_path / "c", ("sisa-vote",), config=small_config(**tree))
+    with pytest.raises(UserError, match=message):
+        driver.compare(one, "x")
+
+
+def test_a_method_of_one_s_own_is_a_small_file(tmp_path):
+    file = tmp_path / "two_nearest.py"
+    file.write_text('"""Two."""\nTITLE = "two"\nCHANGES = {"inference.nearest": 2, "tuning.batch": "=tuning.lanes"}\n')
+    method = methods.load(str(file))
+    assert (method.name, method.title) == ("two_nearest", "two")
+    found = method.of(CONFIG)
+    assert found.inference.nearest == 2 and found.tuning.batch == CONFIG.tuning.lanes
+    for text, message in (
+        ("TITLE = 3", "needs TITLE, a text, and CHANGES"),
+        ("raise KeyError('x')", "KeyError"),
+        ('TITLE = "t"\nCHANGES = {"tuning.epoch": 1}', "did you mean tuning.epochs"),
+        ('TITLE = "t"\nCHANGES = {"tuning.epochs": 0}', "does not go with this config.*at least 1"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            methods.load(str(file)).of(CONFIG)
+    with pytest.raises(UserError, match="'lmerase' is no method; legal: dam-vp, linear-head, lmeraser"):
+        methods.load("lmerase")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_every_method_is_described_and_legal(name):
+    method = methods.load(name)
+    assert method.title and method.about and method.changes
+    assert method.of(CONFIG) != method.of(dataclasses.replace(CONFIG, seed=1))
+
+
+@pytest.mark.parametrize("kind", sequences.KINDS)
+def test_sequences_ask_for_live_records_and_for_each_once(kind, done, tmp_path):
+    one, _ = done
+    config = one.methods[2].of(dataclasses.replace(CONFIG, seed=0))  # ridge: nothing is tuned
+    with prepared(tmp_path / "run", config) as (run, _):
+        from lmeraser_jax.reconcile import reconcile
+
+        reconcile(run)
+        whole, gone = set(run.catalog.live("train").ids), []
+        for batch in sequences.KINDS[kind](run, 3):
+            live = set(run.catalog.live("train").ids)
+            assert batch and live.issuperset(batch) and len(batch) == len(set(batch))
+            if kind == "class":
+                labels = run.catalog.live("train")
+                of = {labels.labels[labels.ids.index(name)] for name in batch}
+                assert len(of) == 1 and sum(labels.labels == of.pop()) == len(batch)
+            request_erasure(run, batch)
+            gone += batch
+        assert len(gone) == len(set(gone)) and whole.issuperset(gone) and len(gone) < len(whole)
+        if kind == "half":
+            assert len(gone) == 40
+
+
+def test_the_adaptive_sequence_asks_for_what_the_model_is_surest_of(done, tmp_path):
+    from lmeraser_jax.inference import load_model, predict
+    from lmeraser_jax.reconcile import reconcile
+
+    config = done[0].methods[2].of(dataclasses.replace(CONFIG, seed=0))
+    with prepared(tmp_path / "run", config) as (run, _):
+        reconcile(run)
+        records = run.catalog.live("train")
+        sure = predict(load_model(run), run.images[records.rows]).probabilities[np.arange(80), records.labels]
+        first = next(iter(sequences.adaptive(run, 1)))
+        assert min(sure[[records.ids.index(name) for name in first]]) >= np.sort(sure)[-sequences.SIZE] - 1e-6
+
+
+def test_damaged_rows_are_named(done, tmp_path):
+    path = tmp_path / "results.json"
+    for text in ("{", json.dumps({"rows": [{"experiment": "methods"}], "command": "", "machine": ""})):
+        path.write_text(text)
+        with pytest.raises(UserError, match="is not the results.json of a comparison"):
+            load(path)
