@@ -104,7 +104,12 @@ def same_bits(one, other):
 METHODS = {
     "stages": {"tuning__slices": 2},
     "heads": {"tuning__what": "head"},
-    "shards": {"clustering__partition": "random", "clustering__shards": 3, "tuning__what": "ridge"},
+    "shards": {
+        "clustering__partition": "random",
+        "clustering__shards": 3,
+        "tuning__what": "ridge",
+        "tuning__expand": 8,
+    },
     "backbones": {"clustering__partition": "one", "tuning__what": "backbone", "tuning__epochs": 1},
 }
 
@@ -323,6 +328,10 @@ def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
         with pytest.raises(UserError, match="has no test or hold-out images to compare with"):
             attacks.attack(run, Options(targets=2, attacks=("loss",)))
         assert attacks.attack(run, Options(attacks=("routing",))).findings[0].name == "routing"
+        one_head = dataclasses.replace(
+            run.config, tuning=dataclasses.replace(run.config.tuning, what="prompts+one head")
+        )
+        assert "all clusters are one slice" in targets.problems(dataclasses.replace(run, config=one_head), (), 2)[0]
         unlearning.request_erasure(run, run.catalog.live("train").ids[:1], defer=True)
         with pytest.raises(UserError, match="an erasure is not finished"):
             attacks.attack(run, Options(attacks=("routing",)))

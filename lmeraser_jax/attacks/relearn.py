@@ -61,7 +61,7 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
     """
     problem = _problem(run.problem)
     records = [pool.of(FORGOTTEN) for pool in pools]
-    inputs, labels = shadows.material(run, records)
+    inputs, labels = shadows.material(run, problem, records)
     jobs: dict[tuple[int, int], Job] = {}
     for k, table in enumerate(records):
         epochs = -(-STEPS * problem.tuning.batch // len(table))

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax.attacks import statistics
 from lmeraser_jax.attacks.pools import FORGOTTEN, RETAINED, VALIDATION, Pool
 from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.closed_form import expanded
 from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.features import compute_dtype, on_device
@@ -85,7 +86,7 @@ def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Sli
         stage_jobs(world.stream, world.members.ids, world.members.rows, problem.tuning, problem.seed)
         for world in worlds
     ]
-    inputs, labels = material(run, [world.members for world in worlds])
+    inputs, labels = material(run, problem, [world.members for world in worlds])
     slices: dict[int, Slice] = {}
     for stage in range(max(map(len, chains), default=0)):  # once, or once for each stage, as a reconcile does
         jobs = {
@@ -101,13 +102,13 @@ def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Sli
     return [slices[place] for place in range(len(worlds))], sum(job.images for chain in chains for job in chain)
 
 
-def material(run: Run, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
+def material(run: Run, problem: Problem, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
     """What slices with these members are made of, and the labels int32 [N] of their rows: see `Run.inputs`."""
     labels, seen = np.zeros(run.catalog.rows_used(), np.int32), np.zeros(run.catalog.rows_used(), bool)
     for table in tables:
         labels[table.rows], seen[table.rows] = table.labels, True
     live = run.catalog.live("train", "test", "holdout")
-    return run.inputs(live.take(np.flatnonzero(seen[live.rows]))), labels
+    return run.inputs(live.take(np.flatnonzero(seen[live.rows])), problem), labels
 
 
 @functools.lru_cache(maxsize=8)
@@ -120,7 +121,7 @@ def _compiled(problem: Problem, mesh: Mesh):
     def device(params, parts: Slice, images):
         inputs = centred(images, problem.spec)
         if problem.on_features:
-            inputs = frozen.features(problem.architecture, params, inputs)
+            inputs = expanded(frozen.features(problem.architecture, params, inputs), problem.tuning.expand)
         return jax.vmap(one, in_axes=(None, None, 0))(params, inputs, parts)
 
     axis = P(mesh.axis_names[0])

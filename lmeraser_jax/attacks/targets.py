@@ -38,7 +38,7 @@ class Drawn:
 def unready(run: Run) -> list[str]:
     """Why a workdir cannot be attacked at all, a line each."""
     root, manifest = run.layout.root, run.catalog.manifest()
-    if manifest is None or not manifest.entries:
+    if manifest is None or not manifest.clusters:
         return [f"--workdir={root} has no published state to attack; run: lmeraser train --workdir={root}"]
     open_ = requests.any_open(run.catalog)
     return [f"an erasure is not finished; finish it with: lmeraser process --workdir={root}"] if open_ else []
@@ -46,6 +46,8 @@ def unready(run: Run) -> list[str]:
 
 def problems(run: Run, named: Sequence[str], targets: int) -> list[str]:
     """What of a published state makes an attack on these ids, or on so many records, impossible; a line each."""
+    if run.config.tuning.one_head:
+        return [f"--config.tuning.what={run.config.tuning.what}: all clusters are one slice; only routing is attacked"]
     found = []
     if not len(_never(run)):
         found.append(
