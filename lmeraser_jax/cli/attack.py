@@ -6,7 +6,7 @@
 Live records are erased in memory only: the workdir stays as it is, and no lock is taken. Every attack is also made on
 the published slices, which keep the records; one that fails there says nothing about the others. Targets are the
 records that slices which never saw them answer worst, or those that are named. It costs about 3 x shadows slices of
-half a cluster's size for each attacked cluster; loss, relearn and routing alone cost next to nothing.
+half a cluster's size for each attacked cluster; loss, relearn and routing alone need eight.
 
 Exit code 0, or 1 when an erased record is found. lmeraser audit is the stronger check: it compares every bit.
 See docs/verification.md.
