@@ -5,7 +5,7 @@
 Same weights (random, of a published size), images, batches, rates and precision (float32 on CPU, bfloat16 on GPU). The
 losses of the first five steps must agree before anything is timed; rounds are interleaved, medians are compared. An
 image counts once: forward, backward to its prompt and head, update. Needs PyTorch (the extra `test` brings it).
---quick: four blocks instead of all, short rounds.
+A Swin: --backbone=swin-b-22k --size=224. --quick: four blocks instead of all, short rounds.
 """
 
 import argparse
@@ -24,13 +24,15 @@ import torch
 import torch_tuning
 from flax import nnx
 from synthetic import surroundings
+from torch import nn
+from torch_swin import swin_pair
 from torch_vit import frozen_vit
 
 from lmeraser_jax import tuning
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones import zoo
 from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.backbones.swin import SwinConfig
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.features import Extractor, compute_dtype
 from lmeraser_jax.images import ImageSpec
@@ -47,6 +49,7 @@ class Ours:
 
     problem: tuning.Problem
     backbone: Backbone
+    network: nn.Module  # the same in PyTorch
     jobs: list[Job]
     images: np.ndarray
     labels: np.ndarray
@@ -71,16 +74,25 @@ class Ours:
         return np.asarray(program(params, *data, tuning.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
 
 
-def ours(arguments: argparse.Namespace) -> Ours:
-    """Random images, a random ViT; the members of a cluster are images whose nearest prototype is the cluster's."""
-    config = zoo.entry(arguments.backbone).architecture
-    assert isinstance(config, ViTConfig), "the PyTorch side is a ViT"
-    config = dataclasses.replace(config, image_size=arguments.size, feature="cls")
-    if arguments.quick:
-        config = dataclasses.replace(config, depth=4)
+def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
+    """A random backbone of a published size, four blocks of it with --quick, and the same in PyTorch."""
+    config = dataclasses.replace(zoo.entry(arguments.backbone).architecture, image_size=arguments.size)
+    if isinstance(config, SwinConfig):
+        if arguments.quick:
+            config = dataclasses.replace(config, depths=(1,) * len(config.depths))
+        network, backbone = swin_pair(config)
+        return backbone, network
+    config = dataclasses.replace(config, feature="cls", depth=4 if arguments.quick else config.depth)
     model = config.build(nnx.Rngs(0))
     params = jax.device_get(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
     backbone = frozen.make(config, params, (0.5,), (0.5,))
+    return backbone, frozen_vit(backbone)
+
+
+def ours(arguments: argparse.Namespace) -> Ours:
+    """Random images, a random network; the members of a cluster are images whose nearest prototype is the cluster's."""
+    backbone, network = networks(arguments)
+    config = backbone.config
     size = arguments.size
     spec = ImageSpec(size, size, 3, size=size, resize=size, out_channels=3)
     settings = Tuning(
@@ -100,7 +112,7 @@ def ours(arguments: argparse.Namespace) -> Ours:
     noise = rng.integers(-40, 40, (arguments.lanes, members, arguments.size, arguments.size, 3))
     images = np.clip(tints[:, None] + noise, 0, 255).astype(np.uint8).reshape(-1, *noise.shape[2:])
     labels = (rng.integers(0, 2, len(images)) + np.arange(len(images)) // members) % CLASSES  # two in each cluster
-    found = Ours(problem, backbone, [], images, labels.astype(np.int32), np.zeros(0))
+    found = Ours(problem, backbone, network, [], images, labels.astype(np.int32), np.zeros(0))
     extract = Extractor(backbone, spec, 32, found.mesh, compute_dtype("auto", found.mesh))
     features = extract(images).reshape(arguments.lanes, members, -1)
     prototypes = features.mean(axis=1)
@@ -118,7 +130,7 @@ def task_of(mine: Ours) -> torch_tuning.Task:
     total = mine.jobs[0].steps
     factors = [tuning.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
     return torch_tuning.Task(
-        vit=frozen_vit(mine.backbone, device, dtype),
+        network=mine.network.to(device, dtype),
         images=mine.images,
         labels=mine.labels.astype(np.int64),
         rows=rows.astype(np.int64),
@@ -162,7 +174,7 @@ def interleaved(methods: dict, rounds: int) -> dict[str, list[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four blocks, short rounds")
-    parser.add_argument("--backbone", default="vit-ti", help="a ViT of lmeraser backbone --list, with random weights")
+    parser.add_argument("--backbone", default="vit-ti", help="of lmeraser backbone --list, with random weights")
     parser.add_argument("--size", type=int, default=96, help="side of the images")
     parser.add_argument("--lanes", type=int, default=4, help="clusters tuned at the same time")
     parser.add_argument("--batch", type=int, default=16, help="images of a cluster per step")
@@ -189,7 +201,9 @@ def main() -> None:
     }
     result = surroundings("bench_tuning.py", sys.argv[1:]) | {"torch": torch.__version__}
     result |= {name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")}
-    result |= {"depth": mine.problem.architecture.depth, "losses_differ_by": worst}  # pyright: ignore
+    architecture = mine.problem.architecture
+    blocks = architecture.depths if isinstance(architecture, SwinConfig) else architecture.depth
+    result |= {"depth": blocks, "losses_differ_by": worst}
     result |= {"images_per_s": rates, "ratio": ratios, "seconds": seconds}
     print(json.dumps(result, indent=2))
     if arguments.json:

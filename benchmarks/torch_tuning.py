@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from torch_vit import TorchViT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,7 +22,7 @@ class Task:
     """What is tuned.
 
     Attributes:
-        vit: the frozen network.
+        network: the frozen network, images [B, H, W, C] to features.
         images: uint8 [N, H, W, C]; labels: int64 [N]; both on the host.
         rows: int64 [steps, G, B], the images of each step.
         prototypes: float32 [G, D].
@@ -34,7 +33,7 @@ class Task:
         device: cpu or cuda; dtype: of the network.
     """
 
-    vit: TorchViT
+    network: nn.Module
     images: np.ndarray
     labels: np.ndarray
     rows: np.ndarray
@@ -115,7 +114,7 @@ def reference(task: Task) -> Iterator[float]:
 
 
 def _features(task: Task, images: torch.Tensor) -> torch.Tensor:  # [n, C, H, W] -> [n, D]
-    return task.vit(images.permute(0, 2, 3, 1).contiguous().to(task.dtype)).float()
+    return task.network(images.permute(0, 2, 3, 1).contiguous().to(task.dtype)).float()
 
 
 class Best:
@@ -145,7 +144,7 @@ class Best:
         """Sum over clusters of their mean loss: the gradient of each is that of its own mean."""
         images = self.images[rows].float().div(255).sub(0.5).div(0.5)  # [G, B, H, W, C]
         images = images + (prompts * self.border)[:, None]
-        features = self.task.vit(images.flatten(0, 1).to(self.task.dtype), cls_only=True).float()  # [G * B, D]
+        features = self.task.network(images.flatten(0, 1).to(self.task.dtype), cls_only=True).float()  # [G * B, D]
         logits = torch.baddbmm(biases[:, None], features.view(*rows.shape, -1), kernels)  # [G, B, Y]
         losses = F.cross_entropy(logits.flatten(0, 1), self.labels[rows].flatten(), reduction="none")
         return losses.view(rows.shape).mean(1).sum()

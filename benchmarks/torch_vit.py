@@ -63,7 +63,7 @@ class TorchViT(nn.Module):
         return self.norm(x[:, 0])
 
 
-def frozen_vit(backbone: Backbone, device: str, dtype: torch.dtype) -> TorchViT:
+def frozen_vit(backbone: Backbone) -> TorchViT:
     """The backbone in PyTorch, without gradients for its parameters."""
     assert isinstance(backbone.config, ViTConfig)
     model, tree = TorchViT(backbone.config), backbone.params
@@ -71,7 +71,7 @@ def frozen_vit(backbone: Backbone, device: str, dtype: torch.dtype) -> TorchViT:
         for name, leaf in model.named_parameters():
             leaf.copy_(torch.from_numpy(_found(tree, name)))
             leaf.requires_grad_(False)
-    return model.eval().to(device, dtype)
+    return model.eval()
 
 
 def _found(tree, name: str) -> np.ndarray:

@@ -1,0 +1,265 @@
+"""What each figure shows, in sentences computed from the rows; plain text, not yet escaped for a page.
+
+An ordering of the paper "holds" where it does by more than one standard deviation of the difference,
+sqrt(sd_1^2 + sd_2^2); two methods are alike where they differ by no more than that. One seed has no deviation, so
+nothing more than a direction is said of it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Literal, NamedTuple
+
+from lmeraser_jax.comparison.measurement import Measurement
+from lmeraser_jax.comparison.summary import (
+    ACCURACY,
+    CLUSTERS,
+    COST,
+    IMAGES,
+    MISSING,
+    PARAMETERS,
+    RECORDS,
+    SECONDS,
+    SPENT,
+    Quantity,
+    Rows,
+    Spread,
+    Titles,
+    amount,
+    by_method,
+    main,
+    of,
+    on_several,
+    pareto,
+    spreads,
+    titled,
+    unique,
+)
+
+CHEAP = 3.0  # percent of a full tuning
+OURS = "lmeraser"
+NOT_MEASURED = "not measured"
+UNSURE = "cannot be judged from one seed"
+
+
+class Claim(NamedTuple):
+    """An ordering of accuracies that the paper reports."""
+
+    first: str
+    sign: Literal[">", "~"]
+    second: str
+
+
+def verdict(claim: Claim, found: Mapping[str, Spread]) -> str:
+    """Whether a claim holds among mean accuracies, in a few words."""
+    first, second = found.get(claim.first, MISSING), found.get(claim.second, MISSING)
+    if not (first.known and second.known):
+        return NOT_MEASURED
+    difference, deviation = first.mean - second.mean, math.hypot(first.sd, second.sd)
+    numbers = f"{first.mean:.1f} against {second.mean:.1f} %"
+    if min(first.seeds, second.seeds) < 2:
+        way = "points that way" if difference > 0 else "points the other way"
+        return f"{UNSURE}, {numbers}" if claim.sign == "~" else f"{way}, with one seed, {numbers}"
+    if abs(difference) <= deviation:
+        return f"holds, {numbers}" if claim.sign == "~" else f"undecided, within one standard deviation, {numbers}"
+    return f"holds, {numbers}" if claim.sign == ">" and difference > 0 else f"does not hold, {numbers}"
+
+
+def ordering(claim: Claim, rows: Rows, titles: Titles) -> str:
+    """A claim with its verdict on every data set."""
+    words = "is more accurate than" if claim.sign == ">" else "is as accurate as"
+    head = f"Paper: {titled(claim.first, titles)} {words} {titled(claim.second, titles)}. Here: "
+    found = spreads(rows, ACCURACY, lambda row: (row.dataset, row.method))
+    parts = []
+    for dataset in unique(row.dataset for row in rows):
+        here = {method: value for (name, method), value in found.items() if name == dataset}
+        parts.append(f"{titled(dataset, titles)}: {verdict(claim, here)}")
+    return head + ("; ".join(parts) or NOT_MEASURED) + "."
+
+
+def accuracy(rows: Rows, titles: Titles) -> list[str]:
+    """The best method of every data set, the place of LMEraser, and the paper's ordering (Fig. 3)."""
+    chosen, sentences = main(rows), []
+    for dataset, here in _by(chosen, "dataset"):
+        found = _known(here, ACCURACY)
+        ranks = sorted(found, key=lambda name: -found[name].mean)
+        if len(ranks) > 1:
+            best = f"{titled(ranks[0], titles)} is the most accurate of {len(ranks)} methods ({_of(found[ranks[0]])})"
+            if OURS in ranks[1:]:
+                best += f", {titled(OURS, titles)} comes at place {ranks.index(OURS) + 1} ({_of(found[OURS])})"
+            sentences.append(f"{titled(dataset, titles)}: {best}.")
+    claims = Claim("single", "~", OURS), Claim(OURS, ">", "dam-vp")
+    return [*sentences, *(ordering(claim, chosen, titles) for claim in claims)]
+
+
+def backbones(rows: Rows, titles: Titles) -> list[str]:
+    """The paper's ordering of backbones (Fig. 4): more classes of pretraining, more accuracy."""
+    several, sentences = on_several(rows), []
+    names = unique(row.backbone for row in several)
+    for large, small in [(name, name.replace("22k", "1k")) for name in names if "22k" in name]:
+        for method, here in _by([row for row in several if row.backbone in (large, small)], "method"):
+            parts = [
+                f"{titled(dataset, titles)}: {verdict(Claim(large, '>', small), spreads(there, ACCURACY, _backbone))}"
+                for dataset, there in _by(here, "dataset")
+            ]
+            claim = f"Paper: {titled(large, titles)} is more accurate than {titled(small, titles)}"
+            sentences.append(f"{claim}. Here, with {titled(method, titles)}: {'; '.join(parts)}.")
+    return sentences or [f"Paper: backbones of ImageNet-22K are more accurate than those of 1K. Here: {NOT_MEASURED}."]
+
+
+def _backbone(row: Measurement) -> str:
+    return row.backbone
+
+
+def epochs(rows: Rows, titles: Titles) -> list[str]:
+    """Where every curve ends, the best first (Fig. 5)."""
+    sentences = []
+    for dataset, here in _by(of(rows, "epochs"), "dataset"):
+        curves = sorted(_curves(here, titles), key=lambda curve: -curve[1][max(curve[1])].mean)
+        ends = [f"{name} {_of(found[max(found)])} after {max(found):g} epochs" for name, found in curves]
+        sentences.append(f"{titled(dataset, titles)}: {'; '.join(ends)}.")
+    return sentences
+
+
+def removal(rows: Rows, titles: Titles) -> list[str]:
+    """What erasing costs in accuracy (Fig. 6, left)."""
+    sentences = []
+    for dataset, here in _by(of(rows, "removal"), "dataset"):
+        parts = []
+        for name, found in _curves(here, titles):
+            (low, first), (high, last) = min(found.items()), max(found.items())
+            if low < high and first.mean > 0:
+                loss = f"a relative loss of {100 * (1 - last.mean / first.mean):.1f} %"
+                parts.append(f"{name} from {first.mean:.1f} to {last.mean:.1f} % at {100 * high:.3g} %, {loss}")
+        sentences.append(
+            f"{titled(dataset, titles)}, accuracy as records are erased: {'; '.join(parts) or NOT_MEASURED}."
+        )
+    return sentences
+
+
+def cut(rows: Rows, titles: Titles) -> list[str]:
+    """Accuracy with the fewest and the most clusters (Fig. 6, right)."""
+    sentences = []
+    for dataset, here in _by(of(rows, "cut"), "dataset"):
+        clusters = dict(_curves(here, titles, CLUSTERS))
+        for name, found in _curves(here, titles):
+            count = {x: clusters[name][x].mean for x in found if x in clusters.get(name, {})}
+            few, many = min(count, key=lambda x: count[x]), max(count, key=lambda x: count[x])
+            says = verdict(Claim("few", ">", "many"), {"few": found[few], "many": found[many]} if few != many else {})
+            sizes = f"{count[few]:.0f} (cut {few:g}) against {count[many]:.0f} (cut {many:g})"
+            claim = "Paper: fewer clusters are more accurate"
+            sentences.append(f"{claim}. Here, {titled(dataset, titles)}, {name}, {sizes}: {says}.")
+    return sentences
+
+
+def affected(rows: Rows, titles: Titles) -> list[str]:
+    """Records and parameters of LMEraser's requests, and how many times as many elsewhere (Fig. 7)."""
+    return _savings(rows, titles, {RECORDS: "records", PARAMETERS: "parameters"}, "affects", ("retrain", "sisa-vote"))
+
+
+def effort(rows: Rows, titles: Titles) -> list[str]:
+    """Time and images of LMEraser's requests, and how many times as many elsewhere (Table 3)."""
+    return _savings(rows, titles, {SECONDS: "seconds", IMAGES: "images"}, "takes", ("single", "dam-vp"))
+
+
+def _savings(
+    rows: Rows, titles: Titles, quantities: Mapping[Quantity, str], verb: str, others: tuple[str, ...]
+) -> list[str]:
+    sentences = []
+    for dataset, here in _by(main(rows), "dataset"):
+        found = {unit: _known(here, quantity) for quantity, unit in quantities.items()}
+        ours = {unit: methods[OURS].mean for unit, methods in found.items() if OURS in methods}
+        parts = [
+            f"a request to {titled(OURS, titles)} {verb} {_and(amount(x) + ' ' + unit for unit, x in ours.items())}"
+        ]
+        for other in others:
+            times = [
+                f"{amount(found[unit][other].mean / value)} times the {unit}"
+                for unit, value in ours.items()
+                if other in found[unit] and value > 0
+            ]
+            parts.append(f"{titled(other, titles)} {_and(times)}")
+        sentences.append(f"{titled(dataset, titles)}: {'; '.join(parts) if ours else NOT_MEASURED}.")
+    return sentences
+
+
+def _and(parts: Iterable[str]) -> str:
+    return " and ".join(parts) or NOT_MEASURED
+
+
+def partitions(rows: Rows, titles: Titles) -> list[str]:
+    return [ordering(Claim(OURS, ">", "rndpart"), main(rows), titles)]
+
+
+def heads(rows: Rows, titles: Titles) -> list[str]:
+    return [ordering(Claim("one-head", "~", OURS), main(rows), titles)]
+
+
+def tradeoff(rows: Rows, titles: Titles) -> list[str]:
+    """The most accurate method that is cheap, and who is on the front."""
+    sentences = []
+    for dataset, here in _by(main(rows), "dataset"):
+        costs, scores = _known(here, COST), _known(here, ACCURACY)
+        names = [name for name in costs if name in scores]
+        cheap = [name for name in names if costs[name].mean <= CHEAP]
+        if cheap:
+            best = max(cheap, key=lambda name: scores[name].mean)
+            price = f"a request passes {amount(costs[best].mean)} % of the images of a full tuning"
+            text = f"{titled(best, titles)} is the most accurate ({_of(scores[best])}; {price})"
+        else:
+            text = "no method was measured" if not names else "there is no method"
+        front = [names[i] for i in pareto([(costs[name].mean, scores[name].mean) for name in names])]
+        line = (
+            f" The best trade-offs, cheapest first: {', '.join(titled(name, titles) for name in front)}."
+            if front
+            else ""
+        )
+        sentences.append(f"{titled(dataset, titles)}: at a cost of at most {CHEAP:g} %, {text}.{line}")
+    return sentences
+
+
+def sequences(rows: Rows, titles: Titles) -> list[str]:
+    """What every kind of sequence has cost at its end, and what became of the accuracy."""
+    sentences = []
+    for dataset, there in _by(of(rows, "sequence"), "dataset"):
+        for series, here in _by(there, "series"):
+            spent, scores = dict(_curves(here, titles, SPENT)), dict(_curves(here, titles))
+            total = {name: found[max(found)].mean for name, found in spent.items()}
+            change = [found[max(found)].mean - found[min(found)].mean for found in scores.values()]
+            head = ", ".join(titled(part, titles) for part in (dataset, series) if part)
+            ends = ", ".join(f"{name} {amount(total[name])}" for name in sorted(total, key=lambda name: total[name]))
+            end = f"after {max(row.x for row in here):g} requests, images passed: {ends or NOT_MEASURED}"
+            moved = (
+                f"accuracy changed by between {min(change):+.1f} and {max(change):+.1f} points"
+                if change
+                else NOT_MEASURED
+            )
+            sentences.append(f"{head}: {end}; {moved}.")
+    return sentences
+
+
+def _by(rows: Rows, field: str) -> list[tuple[str, list[Measurement]]]:
+    """Rows parted by data set or method, in the order of first appearance."""
+    names = unique(getattr(row, field) for row in rows)
+    return [(name, [row for row in rows if getattr(row, field) == name]) for name in names]
+
+
+def _known(rows: Rows, quantity: Quantity) -> dict[str, Spread]:
+    """Of every method that has it."""
+    return {name: found for name, found in spreads(rows, quantity, by_method).items() if found.known}
+
+
+def _curves(rows: Rows, titles: Titles, quantity: Quantity = ACCURACY) -> list[tuple[str, dict[float, Spread]]]:
+    """The known points of every method and backbone of one data set; named by the backbone, too, where several are."""
+    several = len({row.backbone for row in rows}) > 1
+    curves = []
+    for method, backbone, series in unique((row.method, row.backbone, row.series) for row in rows):
+        here = [row for row in rows if (row.method, row.backbone, row.series) == (method, backbone, series)]
+        found = {x: s for x, s in spreads(here, quantity, lambda row: row.x).items() if s.known}
+        if found:
+            parts = (method, backbone if several else "", series if len({row.series for row in rows}) > 1 else "")
+            curves.append((" · ".join(titled(part, titles) for part in parts if part), found))
+    return curves
+
+
+def _of(found: Spread) -> str:
+    return f"{found.mean:.1f} ± {found.sd:.1f} %" if found.seeds > 1 else f"{found.mean:.1f} %"

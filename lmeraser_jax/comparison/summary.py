@@ -1,0 +1,177 @@
+"""Rows to numbers: means and standard deviations over seeds, quantities with their units, the best trade-offs."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from lmeraser_jax.comparison.measurement import Measurement
+
+LONGEST = 30  # characters of a name in a figure
+ABSENT = "–"  # in place of a number that was not measured
+Name = TypeVar("Name", bound=Hashable)
+Rows = Sequence[Measurement]
+Titles = Mapping[str, str]  # what people read in place of a method's, data set's or backbone's name
+UNTITLED: Titles = {}
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation (n - 1) of one number per seed; not a number where one of them is none."""
+
+    mean: float
+    sd: float  # 0 for one seed
+    seeds: int
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.mean)
+
+
+MISSING = Spread(math.nan, math.nan, 0)
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Of the values of some seeds; without any, or with one that is not finite, the mean is not a number."""
+    found = np.asarray(list(values), np.float64)
+    if not len(found) or not np.isfinite(found).all():
+        return Spread(math.nan, math.nan, len(found))
+    return Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else 0.0, len(found))
+
+
+def percent(value: float, like: float | None = None) -> str:
+    return f"{value:.2f}"
+
+
+def amount(value: float, like: float | None = None) -> str:
+    """Three digits or, below 10,000, all before the point: 0.0312, 3,185, 69.8k; with the decimals of `like`."""
+    like = abs(value if like is None else like)
+    size, unit = next((pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if like >= max(pair[0], 1e4)), (1, ""))
+    digits = math.floor(math.log10(like / size)) + 1 if like else 1
+    decimals = 0 if like == int(like) and size == 1 else max(0, 3 - digits)
+    return f"{value / size:,.{decimals}f}{unit}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantity:
+    """Something to show.
+
+    Attributes:
+        title: of an axis or a column, with the unit.
+        of: the number of one row; not a number where the row does not have it.
+        best: which of several means is the best; None where none is better.
+        text: a number for people, with the decimals of a second one.
+        logarithmic: whether an axis of it is.
+    """
+
+    title: str
+    of: Callable[[Measurement], float]
+    best: Callable[[Iterable[float]], float] | None = min
+    text: Callable[[float, float], str] = amount
+    logarithmic: bool = True
+
+    def shown(self, found: Spread) -> str:
+        """Mean and, where the seeds differ, standard deviation."""
+        if not found.known:
+            return ABSENT
+        mean = self.text(found.mean, found.mean)
+        return f"{mean} ± {self.text(found.sd, found.mean)}" if found.sd > 0 else mean
+
+
+def cost(row: Measurement) -> float:
+    """Images of a mean request in percent of those that tuning everything passes; 0 where nothing is passed at all."""
+    if row.images_full > 0:
+        return 100 * row.images_request / row.images_full
+    return 0.0 if row.images_request == 0 else math.nan
+
+
+def _seconds(value: float) -> float:
+    return value if value > 0 else math.nan  # nothing takes no time: it was not measured
+
+
+ACCURACY = Quantity("test accuracy (%)", lambda row: 100 * row.accuracy, max, percent, logarithmic=False)
+BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent, logarithmic=False)
+CLUSTERS = Quantity("clusters", lambda row: row.clusters, None, amount, logarithmic=False)
+COST = Quantity("images per request (% of a full tuning)", cost)
+IMAGES = Quantity("images passed per request", lambda row: row.images_request)
+WORST = Quantity("images at worst", lambda row: row.images_worst)
+SECONDS = Quantity("time per request (s)", lambda row: _seconds(row.seconds_request))
+RECORDS = Quantity("records affected per request", lambda row: row.records_request)
+PARAMETERS = Quantity("parameters affected per request", lambda row: row.parameters_request)
+FULL = Quantity("time of a full tuning (s)", lambda row: _seconds(row.seconds_full))
+SPENT = Quantity("images passed since the start", lambda row: row.spent)
+
+
+def unique(values: Iterable[Name]) -> list[Name]:
+    """In the order of first appearance."""
+    return list(dict.fromkeys(values))
+
+
+def of(rows: Rows, experiment: str) -> list[Measurement]:
+    """The rows of an experiment that have a place on its axis."""
+    return [row for row in rows if row.experiment == experiment and math.isfinite(row.x)]
+
+
+def main(rows: Rows) -> list[Measurement]:
+    """The rows of `methods`, for every data set those with the backbone that most methods were measured on."""
+    methods = of(rows, "methods")
+    measured = unique((row.dataset, row.backbone, row.method) for row in methods)
+    chosen: dict[str, str] = {}
+    for dataset in unique(row.dataset for row in methods):
+        backbones = [backbone for name, backbone, _ in measured if name == dataset]
+        chosen[dataset] = max(unique(backbones), key=backbones.count)  # the first of several
+    return [row for row in methods if row.backbone == chosen[row.dataset]]
+
+
+def on_several(rows: Rows) -> list[Measurement]:
+    """The rows of `methods` of a method on a data set where it was measured on several backbones."""
+    methods = of(rows, "methods")
+    measured = unique((row.dataset, row.method, row.backbone) for row in methods)
+    places = [place[:2] for place in measured]
+    return [row for row in methods if places.count((row.dataset, row.method)) > 1]
+
+
+def by_method(row: Measurement) -> str:
+    return row.method
+
+
+def by_dataset(row: Measurement) -> str:
+    return row.dataset
+
+
+def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Name]) -> dict[Name, Spread]:
+    """Over the rows with the same key."""
+    values: dict[Name, list[float]] = {}
+    for row in rows:
+        values.setdefault(key(row), []).append(quantity.of(row))
+    return {name: spread(found) for name, found in values.items()}
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Positions of the points (cost, accuracy) that no other beats: cheaper or as cheap, and better or as good.
+
+    In the order of their cost; equal points are all kept, those that are not finite are left out.
+    """
+    finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
+    front: list[int] = []
+    for i in sorted(finite, key=lambda i: (points[i][0], -points[i][1], i)):
+        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
+            front.append(i)
+    return front
+
+
+def printable(text: object) -> str:
+    """What any font, SVG or HTML writer takes: control characters, line ends included, become �."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def clean(text: object) -> str:
+    """Printable, in one line, with single spaces."""
+    return printable(" ".join(str(text).split()))
+
+
+def titled(name: str, titles: Titles, longest: int = LONGEST) -> str:
+    """What people read in place of a name, cut after so many characters."""
+    text = clean(titles.get(name, name)) or ABSENT
+    return text if len(text) <= longest else text[: longest - 1] + "…"

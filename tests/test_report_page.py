@@ -1,0 +1,270 @@
+"""The report page: escaped, complete in itself, the same bytes twice, and its sentences are what the rows say."""
+
+import base64
+import html
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from comparison_rows import TITLES, results, row
+
+from lmeraser_jax import stopping
+from lmeraser_jax.comparison import findings, page, tables
+from lmeraser_jax.comparison.findings import Claim, verdict
+from lmeraser_jax.comparison.measurement import Results
+from lmeraser_jax.comparison.page import write_report
+from lmeraser_jax.comparison.summary import spread
+
+EVIL = "<script>alert('1')</script>\"'&<img src=x onerror=alert(2)>"
+ALONE = {"meta", "img"}
+
+
+class Reader(HTMLParser):
+    """Tags, attributes and text; fails where tags are not nested."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.text, self.cells = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ALONE:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.open and self.open[-1] == "td":
+            self.cells.append((data, "class" in self.tags[-1][1]))
+
+
+def small(**changes):
+    """Two methods, two seeds, and one experiment along an axis."""
+    rows = [
+        row(method=m, seed=s, accuracy=a + s / 100, **changes)
+        for m, a in (("lmeraser", 0.9), ("single", 0.8))
+        for s in (0, 1)
+    ]
+    return rows + [row(experiment="removal", x=x, accuracy=0.9 - x / 10, **changes) for x in (0.0, 0.5)]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    evil = small(dataset=EVIL, backbone=EVIL, series=EVIL)
+    paths = write_report(
+        folder, Results(tuple(evil), f"lmeraser compare  --dataset='{EVIL}'", EVIL), {"single": EVIL}, b"\x89PNG"
+    )
+    return folder, paths, (folder / "report.html").read_text("utf-8")
+
+
+def test_what_comes_from_data_is_escaped(written):
+    _, _, text = written
+    read = Reader(text)
+    assert {tag for tag, _ in read.tags} <= {
+        *(
+            "html",
+            "head",
+            "meta",
+            "title",
+            "style",
+            "body",
+            "h1",
+            "h2",
+            "p",
+            "code",
+            "ul",
+            "li",
+            "figure",
+            "img",
+            "div",
+        ),
+        *("table", "caption", "thead", "tbody", "tr", "th", "td"),
+    }
+    assert not any(name.startswith("on") for _, attributes in read.tags for name in attributes)
+    assert f"lmeraser compare  --dataset='{EVIL}'" in read.text  # the exact command
+    shown = "".join(read.text)
+    assert shown.count(EVIL) >= 10 and EVIL not in text
+    assert html.unescape(EVIL) == EVIL
+
+
+def test_the_page_needs_nothing_else(written):
+    _, _, text = written
+    images = [attributes["src"] for tag, attributes in Reader(text).tags if tag == "img"]
+    assert len(images) == 6 and all(re.match(r"data:image/(svg\+xml|png);base64,", image) for image in images)
+    assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
+    for image in images[:-1]:
+        svg = base64.b64decode(image.partition(",")[2])
+        ElementTree.fromstring(svg)
+        links = set(re.findall(rb"https?://[^\s\"<>]+", svg))
+        assert all(
+            link.startswith(
+                (b"http://www.w3.org/", b"https://matplotlib.org/", b"http://purl.org/", b"http://creativecommons.org/")
+            )
+            for link in links
+        )
+        assert b"<script" not in svg and not re.findall(rb'href="(?!#)', svg)
+    assert images[-1] == "data:image/png;base64," + base64.b64encode(b"\x89PNG").decode()
+    assert "default-src 'none'" in text and "prefers-color-scheme: dark" in text
+
+
+def test_files_and_where_they_come_from(written):
+    folder, paths, text = written
+    assert paths[0] == folder / "report.html"
+    assert sorted(paths[1:]) == sorted((folder / "figures").iterdir())
+    assert {path.stem for path in paths[1:]} == {"accuracy", "tradeoff", "affected", "effort", "removal"}
+    sources = re.findall(r'<p class="source">(seeds per point: [^·]*) ·', text)
+    assert (
+        sources
+        == ["seeds per point: 1 to 2"]
+        + ["seeds per point: 2"] * 2
+        + ["seeds per point: 1"]
+        + ["seeds per point: 2"] * 2
+    )
+    for heading in ("Backbones", "Accuracy over epochs", "Number of clusters", "Sequences"):
+        assert f"<li>{heading}" in text
+
+
+def test_the_same_bytes_and_nothing_stale(tmp_path):
+    first = write_report(tmp_path, Results(tuple(small()), "a", "b"))
+    before = {path: path.read_bytes() for path in first}
+    assert write_report(tmp_path, Results(tuple(small()), "a", "b")) == first
+    assert {path: path.read_bytes() for path in first} == before
+    less = write_report(tmp_path, Results(tuple(small()[:1])))
+    assert sorted(less[1:]) == sorted((tmp_path / "figures").iterdir()) and len(less) < len(first)
+
+
+def test_a_report_of_nothing(tmp_path):
+    assert write_report(tmp_path, Results(())) == [tmp_path / "report.html"]
+    text = "".join(Reader((tmp_path / "report.html").read_text("utf-8")).text)
+    assert "not measured" in text and "seeds per point: 0" in text
+
+
+def test_asked_to_stop_it_leaves_the_old_page(tmp_path):
+    (tmp_path / "report.html").write_text("old")
+    stopping.ask()
+    with pytest.raises(stopping.Stopped):
+        write_report(tmp_path, Results(tuple(small())))
+    stopping._asked.clear()
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_table_of_methods():
+    rows = [row(seed=s, accuracy=a, images_request=40.0) for s, a in ((0, 0.90), (1, 0.94))]
+    rows += [row(method="ncm", accuracy=0.925, images_request=0.4, seconds_request=0.0)]
+    rows += [row(method="nan", accuracy=0.99, balanced=float("nan"), images_request=0.0, seed=s) for s in (0, 1)]
+    cells = Reader(tables.methods(rows, {})).cells
+    columns = len(cells) // 3
+    ours, ncm, nan = (cells[i * columns : (i + 1) * columns] for i in range(3))
+    assert ours[:3] == [("92.00 ± 2.83", False), ("80.00", False), ("4", False)]
+    assert ncm[:3] == [("92.50", False), ("80.00", False), ("0.0400", False)]
+    assert nan[:3] == [("99.00", True), ("–", False), ("0", True)]
+    assert [column[3] for column in (ours, ncm, nan)] == [("0.500", False), ("–", False), ("0.500", False)]  # all alike
+    assert "cifar10, vit-b-22k, 100 records" in tables.methods(rows, {})
+
+
+def test_table_of_requests():
+    rows = [row(seconds_request=27.61), row(method="single", seconds_request=3185.0)]
+    rows += [row(dataset="svhn", seconds_request=213.81)]
+    text = tables.requests(rows, {"svhn": "SVHN"})
+    assert Reader(text).cells[:4] == [("27.6", True), ("214", False), ("3,185", False), ("–", False)]
+    assert '<th scope="col">SVHN</th>' in text and text.count("<table>") == 2
+
+
+def test_numbers_that_are_none_are_named():
+    rows = [row(), row(method="ncm", seed=3, accuracy=float("nan"), spent=float("inf"))]
+    read = Reader(tables.not_numbers(rows, TITLES))
+    assert read.text[1:] == [f"CIFAR-10, nearest class mean, methods, seed 3: {name}" for name in ("accuracy", "spent")]
+    assert tables.not_numbers([row()], {}) == ""
+
+
+A, B = (91.0, 92.0, 93.0), (89.8, 90.8, 91.8)  # means 92 and 90.8, the difference deviates by sqrt(2)
+LOW = (70.0, 71.0, 72.0)
+
+
+@pytest.mark.parametrize(
+    ("sign", "first", "second", "text"),
+    [
+        ("~", A, B, "holds, 92.0 against 90.8 %"),
+        ("~", A, LOW, "does not hold, 92.0 against 71.0 %"),
+        ("~", LOW, A, "does not hold, 71.0 against 92.0 %"),
+        (">", A, B, "undecided, within one standard deviation, 92.0 against 90.8 %"),
+        (">", B, A, "undecided, within one standard deviation, 90.8 against 92.0 %"),
+        (">", A, (89.5, 90.5, 91.5), "holds, 92.0 against 90.5 %"),
+        (">", A, LOW, "holds, 92.0 against 71.0 %"),
+        (">", LOW, A, "does not hold, 71.0 against 92.0 %"),
+        ("~", A, (91.0,), "cannot be judged from one seed, 92.0 against 91.0 %"),
+        (">", (92.0,), (91.0,), "points that way, with one seed, 92.0 against 91.0 %"),
+        (">", (91.0,), (92.0,), "points the other way, with one seed, 91.0 against 92.0 %"),
+        (">", A, (), "not measured"),
+        ("~", (float("nan"),), A, "not measured"),
+    ],
+)
+def test_verdicts(sign, first, second, text):
+    assert verdict(Claim("a", sign, "b"), {"a": spread(first), "b": spread(second)}) == text
+    assert verdict(Claim("a", sign, "c"), {"a": spread(first)}) == "not measured"
+
+
+def test_orderings_of_the_paper():
+    rows = [
+        row(method=m, dataset=d, seed=s, accuracy=(a + s) / 100)
+        for m, a in (("lmeraser", 90), ("rndpart", 80))
+        for d in ("x", "y")
+        for s in range(3)
+        if (m, d) != ("rndpart", "y")
+    ]
+    assert findings.partitions(rows, TITLES) == [
+        "Paper: LMEraser is more accurate than random partition. Here: x: holds, 91.0 against 81.0 %; y: not measured."
+    ]
+    assert findings.heads(rows, {})[0].endswith("Here: x: not measured; y: not measured.")
+    assert findings.heads([], {})[0].endswith("Here: not measured.")
+
+
+def test_the_best_method_that_is_cheap():
+    rows = [
+        row(method="single", accuracy=0.95, images_request=1000.0),
+        row(method="lmeraser", accuracy=0.93, images_request=30.0),
+        row(method="ncm", accuracy=0.80, images_request=0.0),
+        row(method="costly", accuracy=0.94, images_request=30.1),
+        row(method="broken", accuracy=float("nan"), images_request=0.0),
+        row(dataset="svhn", method="single", accuracy=0.95, images_request=1000.0),
+    ]
+    first, second = findings.tradeoff(rows, TITLES)
+    assert "at a cost of at most 3 %, LMEraser is the most accurate (93.0 %; a request passes 3 % of" in first
+    assert first.endswith("cheapest first: nearest class mean, LMEraser, costly, single prompt.")
+    assert "svhn: at a cost of at most 3 %, there is no method." in second
+
+
+def test_savings_fall_and_spending():
+    rows = results(methods=("lmeraser", "single", "dam-vp", "retrain"), datasets=("cifar10",), seeds=1).rows
+    plain = [
+        row(images_request=20.0, seconds_request=2.0),
+        row(method="single", images_request=1000.0, seconds_request=80.0),
+    ]
+    assert findings.effort(plain, TITLES) == [
+        "CIFAR-10: a request to LMEraser takes 2 seconds and 20 images;"
+        " single prompt 40 times the seconds and 50 times the images; DAM-VP not measured."
+    ]
+    fall = [row(experiment="removal", x=x, accuracy=a) for x, a in ((0.0, 0.7275), (0.5, 0.6953))]
+    assert findings.removal(fall, {}) == [
+        "cifar10, accuracy as records are erased: lmeraser from 72.8 to 69.5 % at 50 %, a relative loss of 4.4 %."
+    ]
+    assert findings.cut([row(experiment="cut", x=7.0, clusters=40)], {})[0].endswith("40 (cut 7): not measured.")
+    assert "LMEraser 2.20M" in findings.sequences(rows, TITLES)[0]
+
+
+@pytest.mark.parametrize("plate", page.PLATES, ids=lambda plate: plate.name)
+def test_every_figure_says_something_and_takes_rows_of_any_kind(plate):
+    full = results(seeds=2).rows
+    assert all(text.endswith(".") for text in plate.says(full, TITLES)) and plate.says(full, TITLES)
+    broken = [
+        row(experiment=r.experiment, x=r.x, accuracy=float("nan"), images_request=float("inf")) for r in full[::7]
+    ]
+    plate.says(broken, {})
+    plate.says([], {})
