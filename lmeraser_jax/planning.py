@@ -274,11 +274,11 @@ def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled:
         found = np.where(found < 0, kept, found)
     open_ = np.flatnonzero(found < 0)
     if len(open_):
-        found[open_] = _homes(run, records.take(open_), clustering)
+        found[open_] = homes(run, records.take(open_), clustering)
     return found
 
 
-def _homes(run: Run, records: RecordTable, clustering: Clustering) -> np.ndarray:
+def homes(run: Run, records: RecordTable, clustering: Clustering) -> np.ndarray:
     """Cluster index int32 [n] of records that no tree has placed: by prototype (Eq. 4), or by a hash of the id."""
     if run.config.clustering.partition == "adaptive":
         return clusters.assign(run.features(records), clustering.prototypes)

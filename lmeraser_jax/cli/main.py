@@ -33,6 +33,7 @@ COMMANDS = {
     "verify": "check receipts against the workdir",
     "rollback": "give one cluster an earlier slice, keep it there, list what there is",
     "audit": "rebuild from scratch and compare every bit",
+    "attack": "try to find erased records in an unlearned model",
     "doctor": "say what is wrong with a workdir, and repair what can be made again",
     "compare": "methods side by side: accuracy, cost of an erasure, figures",
     "inspect": "clusters, sizes, slices, versions, disk use",

@@ -1,0 +1,109 @@
+"""Relearn time (Golatkar et al., 2020): how soon do slices learn erased records again?
+
+A slice that keeps a residue of the records needs fewer steps than one tuned from scratch without them, until their
+loss is back where it was before they were erased.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.attacks import shadows, statistics
+from lmeraser_jax.attacks.pools import FORGOTTEN, Pool
+from lmeraser_jax.attacks.statistics import DOUBT
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.run import Run
+from lmeraser_jax.schedule import Job
+from lmeraser_jax.slices import Slice
+from lmeraser_jax.tuning import Problem, tune
+
+STEPS = 64  # tried; longer is told as this
+SCRATCH = 3  # slices tuned from scratch that a slice is compared with
+BACK = 1.1  # the loss is back when it is at most so many times what it was
+
+
+@dataclasses.dataclass(frozen=True)
+class Relearn:
+    """Steps until the loss of a cluster's forgotten records was back, for slices that keep, unlearned, never saw them.
+
+    Attributes:
+        steps: for each column, for each cluster.
+        p: for each column, the chance of so few steps beside slices tuned from scratch.
+    """
+
+    steps: tuple[tuple[int, ...], ...]
+    p: tuple[float, ...]
+
+    name = "relearn"
+
+    @property
+    def found(self) -> tuple[bool, ...]:
+        return tuple(p < DOUBT for p in self.p)
+
+    def lines(self) -> list[tuple[str, ...]]:
+        means = (f"{mean:.1f} (p = {p:.3f})" for mean, p in zip(np.mean(self.steps, axis=1), self.p, strict=True))
+        return [(f"steps, at most {STEPS} (fewer by chance)", *means)]
+
+    def values(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"found": self.found}
+
+
+def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], rng: np.random.Generator) -> Relearn:
+    """Tunes slices on the forgotten records alone and watches their loss.
+
+    Args:
+        run: an opened workdir.
+        pools: K clusters.
+        slices: for each, the slice that keeps the records, that unlearned them, and `SCRATCH` from scratch.
+        rng: of the permutations.
+    """
+    problem = _problem(run.problem)
+    records = [pool.of(FORGOTTEN) for pool in pools]
+    inputs, labels = shadows.material(run, problem, records)
+    jobs: dict[tuple[int, int], Job] = {}
+    for k, table in enumerate(records):
+        epochs = -(-STEPS * problem.tuning.batch // len(table))
+        job = Job(f"{pools[k].key}/relearn", table.rows.astype(np.int32), epochs, problem.tuning.batch)
+        job = dataclasses.replace(job, snapshots=tuple(range(1, min(STEPS + 1, job.steps))))
+        jobs |= {(k, place): dataclasses.replace(job, start=slices[k][place]) for place in range(1, len(slices[k]))}
+    places = {id(job): place for place, job in jobs.items()}
+    passed = {(k, place): [slices[k][place]] for k, place in jobs}
+    for done in tune(problem, run.backbone, list(jobs.values()), inputs, labels, run.mesh):
+        if done.failed_at is not None:
+            raise UserError("the loss became infinite or not a number while forgotten records were learned again")
+        passed[places[id(done.job)]].append(done.slice)
+    steps = np.zeros((len(pools), 2 + SCRATCH), np.int64)
+    for k, table in enumerate(records):
+        level = float(_loss(run, slices[k][:1], table)[0])
+        steps[k, 1:] = [until(_loss(run, passed[k, place], table), level) for place in range(1, 2 + SCRATCH)]
+    columns = [np.delete(steps, [i for i in (0, 1) if i != column], axis=1) for column in (0, 1)]
+    chances = tuple(faster(column, rng) for column in (*columns, steps[:, 2:]))
+    return Relearn(tuple(map(tuple, steps[:, :3].T.tolist())), chances)
+
+
+def _problem(problem: Problem) -> Problem:
+    """Starting from given slices is a part of the program where clusters are tuned in stages only."""
+    tuning = shadows.with_lanes(problem).tuning
+    return dataclasses.replace(problem, tuning=dataclasses.replace(tuning, slices=max(2, tuning.slices), warmup=0.0))
+
+
+def _loss(run: Run, slices: Sequence[Slice], records) -> np.ndarray:
+    """Mean loss of records under each of some slices: float64 [S]."""
+    return statistics.losses(shadows.scored(run, slices, records).margins).mean(axis=1)
+
+
+def until(losses: np.ndarray, level: float) -> int:
+    """The first step after which the loss, float [1 + steps], is back at a level; `STEPS` where it is never."""
+    back = np.flatnonzero(losses[: STEPS + 1] <= BACK * level)
+    return int(back[0]) if len(back) else STEPS
+
+
+def faster(steps: np.ndarray, rng: np.random.Generator) -> float:
+    """Permutation test: the chance that the first of each row's equals needs so few steps in all, int [K, 1 + others].
+
+    Where slices are alike, any of a cluster's might have been the first.
+    """
+    deals = rng.permuted(np.repeat(steps[None], statistics.ROUNDS, axis=0), axis=2)[..., 0].sum(axis=1)
+    return float((1 + (deals <= steps[:, 0].sum()).sum()) / (1 + len(deals)))
