@@ -36,6 +36,8 @@ CUTS = {  # the first two are the paper's: no limits
     "K=194": settings.Clustering(sample_size=SAMPLE, cut="auto:194", max_members=0, min_members=0),
     "K=30": settings.Clustering(sample_size=SAMPLE, cut="auto:30", max_members=0, min_members=0),
     "5 to 50": settings.Clustering(sample_size=SAMPLE, cut="auto:30", max_members=50, min_members=5),
+    "2 to 5 of 200": settings.Clustering(sample_size=200, cut="auto:60", max_members=5, min_members=2),
+    "80 of 80": settings.Clustering(sample_size=80, cut="0", max_members=0, min_members=0),
 }
 Grouping = dict[tuple[str, ...], frozenset[int]]  # {sampled ids: members} of the clusters
 
@@ -87,7 +89,8 @@ def grouped(features: np.ndarray, chosen: list[int], cut: settings.Clustering) -
 def measured(features: np.ndarray, cut: settings.Clustering, drops: int) -> dict[str, float]:
     """The formulas for real clusters, and what dropping sampled records really changes."""
     order = sorted(range(len(features)), key=lambda row: sample_rank(0, f"{row:05d}"))
-    chosen, following, total = order[:SAMPLE], order[SAMPLE], len(features)
+    size, total = cut.sample_size, len(features)
+    chosen, following = order[:size], order[size]
     before, clusters = grouped(features, chosen, cut)
     shares, costs = [], []
     for row in philox(0, "drops").choice(chosen, drops, replace=False).tolist():
@@ -101,7 +104,7 @@ def measured(features: np.ndarray, cut: settings.Clustering, drops: int) -> dict
         shares.append(1 - same / elsewhere if elsewhere else 1.0)
         costs.append(1 - same / total)
     unsampled = float(((clusters.members - clusters.sampled) * clusters.members).sum()) / total
-    cost = (unsampled + SAMPLE * float(np.mean(costs))) / total
+    cost = (unsampled + size * float(np.mean(costs))) / total
     found = formulas(clusters, float(np.mean(shares)))
     return found | {"changed": float(np.mean(shares)), "changed_least": min(shares), "measured": cost}
 

@@ -28,9 +28,10 @@ from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run, opened
 from lmeraser_jax.slices import Slice, init_slice
 from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.catalog import Catalog, SliceRow, sample_rank
+from lmeraser_jax.store.catalog import Catalog, sample_rank
 from lmeraser_jax.store.importing import import_settings
 from lmeraser_jax.store.layout import Layout, write_json
+from lmeraser_jax.store.rows import SliceRow
 
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
 

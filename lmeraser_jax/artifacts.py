@@ -14,8 +14,9 @@ from lmeraser_jax.records.stream import DAMAGE
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, as_slice
 from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.catalog import COMMON, Catalog
+from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout, write_bytes
+from lmeraser_jax.store.rows import COMMON
 
 AGAIN = "; lmeraser train on the same workdir makes it again"
 

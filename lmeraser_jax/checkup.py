@@ -23,9 +23,9 @@ from lmeraser_jax.progress import progress
 from lmeraser_jax.purge import needed
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import Run, backbone_inputs
-from lmeraser_jax.store.catalog import Manifest
 from lmeraser_jax.store.importing import import_settings
 from lmeraser_jax.store.layout import remove_others
+from lmeraser_jax.store.rows import Manifest
 from lmeraser_jax.tuning import mesh_of
 
 TRAIN = "lmeraser train makes it again"

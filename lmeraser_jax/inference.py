@@ -28,7 +28,7 @@ from lmeraser_jax.images import centred
 from lmeraser_jax.records.source import content_hash
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice, border_size, lay_prompt
-from lmeraser_jax.store.catalog import COMMON, Manifest
+from lmeraser_jax.store.rows import COMMON, Manifest
 from lmeraser_jax.tuning import Problem, features_of
 
 ATTEMPTS = 20  # a state read in pieces may be replaced so often in between

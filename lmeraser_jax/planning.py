@@ -20,7 +20,7 @@ from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, make_job, snapshot_steps, stage_jobs
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import COMMON, Manifest, SliceRow
+from lmeraser_jax.store.rows import COMMON, Manifest, SliceRow
 from lmeraser_jax.taint import tainted
 
 ONE_HEAD = "one head"  # in the place of a cluster's key, where one slice is that of all clusters

@@ -15,8 +15,9 @@ from lmeraser_jax import config as settings
 from lmeraser_jax import simulation, strict_json, theory
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.simulation import Simulated
-from lmeraser_jax.store.catalog import Catalog, SliceRow
+from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout, read_config
+from lmeraser_jax.store.rows import SliceRow
 from lmeraser_jax.theory import Batch, Clusters, Machine
 
 DAY = 24 * 3600.0  # seconds

@@ -14,9 +14,10 @@ from lmeraser_jax.artifacts import slice_of
 from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests, schema
-from lmeraser_jax.store.catalog import Catalog, Manifest
+from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
+from lmeraser_jax.store.rows import Manifest
 from lmeraser_jax.taint import sampled_for, tainted
 
 

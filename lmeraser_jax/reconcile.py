@@ -23,10 +23,10 @@ from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, efficiency
 from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import COMMON, Manifest
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
+from lmeraser_jax.store.rows import COMMON, Manifest
 from lmeraser_jax.taint import tainted
 from lmeraser_jax.tuning import Problem
 

@@ -14,8 +14,8 @@ from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import lay_prompt
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import Manifest, SliceRow
 from lmeraser_jax.store.layout import disk_use
+from lmeraser_jax.store.rows import Manifest, SliceRow
 
 ATTEMPTS = 10  # to read a state before it is replaced and purged
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows so many of either end

@@ -12,7 +12,8 @@ from lmeraser_jax.errors import UserError, some
 from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import Catalog, SliceRow
+from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.store.rows import SliceRow
 from lmeraser_jax.taint import tainted
 
 SHORTEST = 4  # characters of a cluster key or a slice digest that are enough, if no other begins with them

@@ -34,8 +34,8 @@ from lmeraser_jax.schedule import Target, pack
 from lmeraser_jax.slices import as_slice
 from lmeraser_jax.stopping import Stopped
 from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.catalog import SliceRow
 from lmeraser_jax.store.layout import PRIVATE, Layout
+from lmeraser_jax.store.rows import SliceRow
 from lmeraser_jax.team import Failed, Finished, Team
 from lmeraser_jax.tracking import Tuned
 from lmeraser_jax.tuning import Problem, mesh_of

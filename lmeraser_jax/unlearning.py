@@ -12,8 +12,8 @@ from lmeraser_jax.planning import plan
 from lmeraser_jax.reconcile import Outcome, reconcile
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import COMMON
 from lmeraser_jax.store.requests import Request, Targets
+from lmeraser_jax.store.rows import COMMON
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from lmeraser_jax import policy, theory
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.records.source import Item
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.catalog import Catalog, SliceRow
+from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout, write_json, writer_lock
+from lmeraser_jax.store.rows import SliceRow
 
 SIZES = {"a": 50, "b": 30, "c": 15, "d": 5}
 EPOCHS, SPEED, SAMPLE = 3, 40.0, 12  # images a second

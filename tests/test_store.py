@@ -12,7 +12,8 @@ from lmeraser_jax.digests import keyed_hash
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.source import Item
 from lmeraser_jax.store import requests, schema
-from lmeraser_jax.store.catalog import Catalog, SliceRow, sample_rank
+from lmeraser_jax.store.catalog import Catalog, sample_rank
+from lmeraser_jax.store.rows import SliceRow
 
 ITEMS = [
     Item("b", "train", 1, "ann"),

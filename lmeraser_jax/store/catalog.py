@@ -9,7 +9,7 @@ import operator
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -18,46 +18,9 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.records.source import Item
 from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.store import schema
+from lmeraser_jax.store.rows import Manifest, SliceRow
 
-COMMON = "common"  # in the place of a cluster's key: the head of all private records
 COLUMNS = "id,row,label,owner,content,cluster"
-
-
-class SliceRow(NamedTuple):
-    """What the catalog knows of one trained slice."""
-
-    digest: str
-    cluster: str
-    params: str  # digest of the parameters' bytes
-    size: int  # members
-    images: int  # passed forward and backward
-    steps: int
-    loss: float | None  # mean over the last epoch
-    seconds: float  # its share of the device time
-    program: str  # fingerprint of the program that made it
-    created: float
-    parent: str = ""  # digest of the slice that it was tuned on from
-    tuning: str = ""  # the settings, as canonical JSON
-    clustering: str = ""  # the last one that called for it
-
-
-class Manifest(NamedTuple):
-    """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}.
-
-    `inputs` is the digest of everything but the members that a recipe depends on.
-    """
-
-    version: int
-    created: float
-    clustering: str
-    program: str
-    inputs: str
-    entries: dict[str, str]
-
-    @property
-    def clusters(self) -> dict[str, str]:
-        """The entries without the common head."""
-        return {key: ref for key, ref in self.entries.items() if key != COMMON}
 
 
 class Catalog:

@@ -1,0 +1,42 @@
+"""Rows of the catalog that others work with: trained slices and published states."""
+
+from typing import NamedTuple
+
+COMMON = "common"  # in the place of a cluster's key: the head of all private records
+
+
+class SliceRow(NamedTuple):
+    """What the catalog knows of one trained slice."""
+
+    digest: str
+    cluster: str
+    params: str  # digest of the parameters' bytes
+    size: int  # members
+    images: int  # passed forward and backward
+    steps: int
+    loss: float | None  # mean over the last epoch
+    seconds: float  # its share of the device time
+    program: str  # fingerprint of the program that made it
+    created: float
+    parent: str = ""  # digest of the slice that it was tuned on from
+    tuning: str = ""  # the settings, as canonical JSON
+    clustering: str = ""  # the last one that called for it
+
+
+class Manifest(NamedTuple):
+    """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}.
+
+    `inputs` is the digest of everything but the members that a recipe depends on.
+    """
+
+    version: int
+    created: float
+    clustering: str
+    program: str
+    inputs: str
+    entries: dict[str, str]
+
+    @property
+    def clusters(self) -> dict[str, str]:
+        """The entries without the common head."""
+        return {key: ref for key, ref in self.entries.items() if key != COMMON}
