@@ -15,7 +15,7 @@ from lmeraser_jax.run import Run
 from lmeraser_jax.slices import lay_prompt
 from lmeraser_jax.store import requests
 from lmeraser_jax.store.layout import disk_use
-from lmeraser_jax.store.rows import Manifest, SliceRow
+from lmeraser_jax.store.rows import COMMON, Manifest, SliceRow
 
 ATTEMPTS = 10  # to read a state before it is replaced and purged
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows so many of either end
@@ -52,6 +52,7 @@ class Overview:
     `expected_share`: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2 where every
         cluster has a slice of its own.
     `sampled_share`: of the private records, whose erasure also re-clusters.
+    `common`: how the common head is made, "" where there is none.
     `classes`: of the live training records, largest first.
     `imbalance`: records of the largest class over those of the smallest that has any; 0 where nothing is left.
     """
@@ -63,6 +64,7 @@ class Overview:
     classes: tuple[ClassRow, ...]
     imbalance: float
     clusters: tuple[ClusterRow, ...]
+    common: str
     expected_share: float
     sampled_share: float
     open_requests: int
@@ -106,6 +108,10 @@ class Overview:
             + "  quarantined: no prediction uses it" * c.quarantined
             for c in self.clusters
         ]
+        if self.common:
+            lines.append(
+                f"common head: {self.common} of all {sum(row.members for row in self.clusters)} private records"
+            )
         lines.append(self.cost())
         lines.append("disk: " + ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in self.disk.items()))
         if self.open_requests:
@@ -176,6 +182,7 @@ def overview(run: Run) -> Overview:
         backbone=run.backbone.digest,
         classes=classes,
         imbalance=max(filled) / min(filled) if filled else 0.0,
+        common=run.config.common.what if COMMON in manifest.entries else "",
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows], again),
         sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),

@@ -215,7 +215,9 @@ def test_quarantine_silences_the_common_head_and_every_erasure_makes_it_again(bu
         assert before and predictor.follow().common_ref == "" and predictor.state.common is None
         unlearning.process(run)
         assert predictor.follow().common_ref not in ("", before)
-        assert "common" not in [cluster.key for cluster in overview(run).clusters]
+        shown = overview(run)
+        assert "common" not in [cluster.key for cluster in shown.clusters]
+        assert "common head: ncm of all 99 private records" in shown.table()
         receipt = json.loads(run.layout.receipt(accepted.request.id).read_text())
         assert len(receipt["clusters"]) == 2, "the shard and the common head"
         assert receipt["work"]["clusters_tuned"] == 2
