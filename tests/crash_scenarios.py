@@ -47,7 +47,7 @@ LATER = {item.id for item in SOURCE.items if item.split == "train"} - {item.id f
 
 
 def fake_tune(problem, backbone, jobs, images, labels, mesh):
-    """Slices from the jobs' inputs alone, handed over as `tuning.tune` does."""
+    """Slices from the jobs' inputs alone, handed over as `making.make` does."""
     size = backbone.config.image_size
     shapes = ((4 * (size - 1),), (backbone.config.feature_size, problem.classes), (problem.classes,))
     for job in jobs:
@@ -76,7 +76,7 @@ def fake_assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
 def fast_fakes(patch) -> None:
     """Fast slices and features, as long as a `pytest.MonkeyPatch` holds."""
     for module in (shares, audit):
-        patch.setattr(module, "tune", fake_tune)
+        patch.setattr(module, "make", fake_tune)
     patch.setattr(runs, "Extractor", FakeExtractor)
     patch.setattr(planning.clusters, "assign", fake_assign)
 
