@@ -1,8 +1,9 @@
 """Work that the processes of a team share: features of images, and slices.
 
 A task holds all that its share needs but for the images and the backbone, which lie in the workdir that every process
-sees. Each process works on its own devices alone. A slice is written by the process that tuned it; only process 0,
-which has the catalog, registers it. With one process the same functions run, and nothing is sent.
+sees. Each process works on its own devices alone. A slice is written by the process that tuned it, at process 0 where
+slices lie, elsewhere into a folder of scratch; only process 0, which has the catalog, moves it from there and registers
+it. With one process the same functions run, and nothing is sent.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.schedule import Target, pack
 from lmeraser_jax.slices import as_slice
 from lmeraser_jax.stopping import Stopped
-from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store import checkpoints, scratch
 from lmeraser_jax.store.catalog import SliceRow
 from lmeraser_jax.store.layout import PRIVATE, Layout
 from lmeraser_jax.team import Failed, Finished, Team
@@ -66,6 +67,7 @@ class SliceTask:
 
     Attributes:
         root: the workdir.
+        folder: where they are written.
         problem: the static part of the program.
         backbone: digest of the frozen backbone.
         program: fingerprint that every process's program must have.
@@ -75,6 +77,7 @@ class SliceTask:
     """
 
     root: Path
+    folder: Path
     problem: Problem
     backbone: str
     program: str
@@ -141,7 +144,7 @@ def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tun
     if done.failed_at is None:
         notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params, "program": row.program}
         notes |= measured | {"epochs": {str(step): params for step, params in epochs.items()}}
-        checkpoints.save(Layout(task.root).slice(target.digest), arrays, notes, done.step, snapshots)
+        checkpoints.save(task.folder / target.digest, arrays, notes, done.step, snapshots)
     return Made(row, done.job.rows, epochs, done.failed_at)
 
 
@@ -238,22 +241,33 @@ def _same_program(wanted: str, tuning: Tuning) -> None:
 def share_slices(team: Team, task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Iterator[Made]:
     """Deals a task's slices to the processes, longest first, and yields each that is finished, here or elsewhere.
 
-    When it ends, every process has written its last slice.
+    When it ends, every process has written its last slice, and can write no more.
 
     Raises:
         UserError: a process was lost or failed.
         Stopped: some process was asked to stop.
     """
-    dealt = pack([target.job.steps for target in task.targets], team.size)
-    parts = [
-        dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt
-    ]
+    layout, parts = Layout(task.root), _dealt(team, task)
     own = make_slices(parts[0], backbone, inputs, mesh) if parts[0].targets else iter(())
-    made = set()
-    for one in team.share({peer: part for peer, part in enumerate(parts) if peer and part.targets}, own):
-        made.add(one.row.digest)
-        yield one
+    others = {peer: part for peer, part in enumerate(parts) if peer and part.targets}
+    folder = scratch.begin(layout) if others else layout.slices
+    tasks = {peer: dataclasses.replace(part, folder=folder) for peer, part in others.items()}
+    at_hand, made = {target.digest for target in parts[0].targets}, set()
+    try:
+        for one in team.share(tasks, own):
+            if one.failed_at is None and one.row.digest not in at_hand:
+                scratch.take(layout, folder, one.row.digest)
+            made.add(one.row.digest)
+            yield one
+    finally:
+        scratch.settle(layout)  # also what a process wrote that was lost before it could say so
     assert made == {target.digest for target in task.targets}, "whoever goes on publishes"
+
+
+def _dealt(team: Team, task: SliceTask) -> list[SliceTask]:
+    """A part of the task for each process, some without targets: longest slices first, so that all end together."""
+    dealt = pack([target.job.steps for target in task.targets], team.size)
+    return [dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt]
 
 
 def share_features(team: Team, task: FeatureTask, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -310,7 +324,8 @@ def _results(task: SliceTask | FeatureTask) -> Iterator[Made | Found]:
     """What this process, which has no catalog, makes of a task."""
     if isinstance(task, SliceTask):
         _same_program(task.program, task.problem.tuning)
-        yield from make_slices(task, _backbone(task.root, task.backbone), _inputs(task), mesh_of())
+        own = dataclasses.replace(task, folder=scratch.held(task.folder))
+        yield from make_slices(own, _backbone(task.root, task.backbone), _inputs(task), mesh_of())
         return
     _same_program(task.program, task.tuning)
     extract = _extractor(task.root, task.backbone, task.spec, task.batch, task.tuning.dtype)
