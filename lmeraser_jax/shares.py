@@ -74,6 +74,7 @@ class SliceTask:
         features: the file of the features that the slices are made of; None where they are made of images.
         labels: int32 [N], of the image file's rows.
         targets: the slices; where a job carries on from another slice, it holds that.
+        starts: {cluster key: those slices' arrays}, in place of what the jobs hold, while the task is on its way.
     """
 
     root: Path
@@ -84,6 +85,21 @@ class SliceTask:
     features: Path | None
     labels: np.ndarray
     targets: tuple[Target, ...]
+    starts: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def packed(self, folder: Path) -> "SliceTask":
+        """The task as it is sent to a process that is to write into a folder."""
+        starts = {one.job.key: checkpoints.flatten(one.job.start) for one in self.targets if one.job.start is not None}
+        bare = tuple(dataclasses.replace(one, job=dataclasses.replace(one.job, start=None)) for one in self.targets)
+        return dataclasses.replace(self, folder=folder, targets=bare, starts=starts)
+
+    def unpacked(self) -> "SliceTask":
+        """The inverse, for a folder that is held. Raises `UserError` where a start or the folder is none."""
+        architecture, starts = self.problem.own_architecture, self.starts
+        slices = {key: as_slice(arrays, f"of {key[:12]}", architecture) for key, arrays in starts.items()}
+        jobs = [dataclasses.replace(one.job, start=slices.get(one.job.key)) for one in self.targets]
+        targets = tuple(dataclasses.replace(one, job=job) for one, job in zip(self.targets, jobs, strict=True))
+        return dataclasses.replace(self, folder=scratch.held(self.folder), targets=targets, starts={})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,17 +267,19 @@ def share_slices(team: Team, task: SliceTask, backbone: Backbone, inputs: np.nda
     own = make_slices(parts[0], backbone, inputs, mesh) if parts[0].targets else iter(())
     others = {peer: part for peer, part in enumerate(parts) if peer and part.targets}
     folder = scratch.begin(layout) if others else layout.slices
-    tasks = {peer: dataclasses.replace(part, folder=folder) for peer, part in others.items()}
-    at_hand, made = {target.digest for target in parts[0].targets}, set()
+    wanted, at_hand = ({target.digest for target in targets} for targets in (task.targets, parts[0].targets))
+    made = set()
     try:
-        for one in team.share(tasks, own):
+        for one in team.share({peer: part.packed(folder) for peer, part in others.items()}, own, Made):
+            if one.row.digest not in wanted:
+                raise UserError("a process made another slice than those that it was to make")
             if one.failed_at is None and one.row.digest not in at_hand:
                 scratch.take(layout, folder, one.row.digest)
             made.add(one.row.digest)
             yield one
     finally:
         scratch.settle(layout)  # also what a process wrote that was lost before it could say so
-    assert made == {target.digest for target in task.targets}, "whoever goes on publishes"
+    assert made == wanted, "whoever goes on publishes"
 
 
 def _dealt(team: Team, task: SliceTask) -> list[SliceTask]:
@@ -283,7 +301,9 @@ def share_features(team: Team, task: FeatureTask, extract: Callable[[np.ndarray]
         parts.append(dataclasses.replace(task, rows=rows, place=place))
         place += len(rows)
     own = (Found(0, extract(part.rows)) for part in parts[:1])
-    found = sorted(team.share(dict(enumerate(parts[1:], 1)), own), key=lambda part: part.place)
+    found = sorted(team.share(dict(enumerate(parts[1:], 1)), own, Found), key=lambda part: part.place)
+    if [(part.place, len(part.values)) for part in found] != [(part.place, len(part.rows)) for part in parts]:
+        raise UserError("the processes computed other features than those that they were to compute")
     return np.concatenate([part.values for part in found])
 
 
@@ -305,7 +325,7 @@ def serve(team: Team) -> int:
     """
     silence()
     os.umask(PRIVATE)  # as the writer lock does at process 0
-    for task in team.tasks():
+    for task in team.tasks(SliceTask, FeatureTask):
         try:
             for result in _results(task):
                 team.report(result)
@@ -324,8 +344,8 @@ def _results(task: SliceTask | FeatureTask) -> Iterator[Made | Found]:
     """What this process, which has no catalog, makes of a task."""
     if isinstance(task, SliceTask):
         _same_program(task.program, task.problem.tuning)
-        own = dataclasses.replace(task, folder=scratch.held(task.folder))
-        yield from make_slices(own, _backbone(task.root, task.backbone), _inputs(task), mesh_of())
+        backbone = _backbone(task.root, task.backbone)
+        yield from make_slices(task.unpacked(), backbone, _inputs(task), mesh_of())
         return
     _same_program(task.program, task.tuning)
     extract = _extractor(task.root, task.backbone, task.spec, task.batch, task.tuning.dtype)

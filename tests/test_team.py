@@ -1,5 +1,6 @@
 """A team without JAX, threads of this process on loopback: results, losses, stops, strangers."""
 
+import dataclasses
 import socket
 import threading
 import time
@@ -10,7 +11,7 @@ from queue import SimpleQueue
 import pytest
 from teams import within
 
-from lmeraser_jax import distributed, stopping
+from lmeraser_jax import distributed, stopping, wire
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.team import AGAIN, ALONE, Asked, End, Failed, Finished, Hello, Team
 
@@ -38,12 +39,23 @@ def crew():
             team.leave(True)
 
 
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A task, or a result."""
+
+    text: str
+
+
+def texts(words) -> list[str]:
+    return [word.text for word in words]
+
+
 def served(worker, answers) -> threading.Thread:
     """A thread that answers each task of a worker."""
 
     def work():
-        for task in worker.tasks():
-            for answer in answers(task):
+        for task in worker.tasks(Word):
+            for answer in answers(task.text):
                 worker.report(answer)
         worker.leave(True)
 
@@ -57,11 +69,12 @@ def test_every_result_comes_and_the_end_waits_for_the_slowest(crew):
 
     def slowly(task):
         time.sleep(0.3 * (task == "b"))
-        yield from (task, task * 2, Finished(False))
+        yield from (Word(task), Word(task * 2), Finished(False))
 
     threads = [served(worker, slowly) for worker in workers]
     for _ in range(2):  # round after round
-        assert sorted(leader.share({1: "a", 2: "b"}, iter(["own"]))) == ["a", "aa", "b", "bb", "own"]
+        found = leader.share({1: Word("a"), 2: Word("b")}, iter([Word("own")]), Word)
+        assert sorted(texts(found)) == ["a", "aa", "b", "bb", "own"]
     leader.leave(True)
     for thread, worker in zip(threads, workers, strict=True):
         thread.join(5)
@@ -73,9 +86,9 @@ def test_a_failed_task_is_one_message_at_process_0(crew):
     served(first, lambda task: [Failed("no space left")])
     served(second, lambda task: [Finished(stopping.asked())])
     with pytest.raises(UserError, match=r"^process 1 \(8 on there\): no space left$"):
-        list(leader.share({1: "a", 2: "b"}, iter([])))
+        list(leader.share({1: Word("a"), 2: Word("b")}, iter([]), Word))
     with pytest.raises(UserError, match="no space left"):
-        list(leader.share({}, iter([])))
+        list(leader.share({}, iter([]), Word))
 
 
 def test_a_loss_is_noticed_while_process_0_works_and_after_what_had_arrived(crew):
@@ -83,17 +96,17 @@ def test_a_loss_is_noticed_while_process_0_works_and_after_what_had_arrived(crew
     served(second, lambda task: [Finished(False)])
 
     def own():
-        first.report("late")
+        first.report(Word("late"))
         first.leave(True)  # closes its connection without a word
         assert within(5, stopping.asked), "the device program ends after its call"
-        yield "own"
-        yield "of the call in flight"
+        yield Word("own")
+        yield Word("of the call in flight")
         raise stopping.Stopped
 
     taken = []
     with pytest.raises(UserError, match=f"^process 1 .* was lost; {AGAIN}$"):
-        for one in leader.share({1: "a", 2: "b"}, own()):
-            taken.append(one)  # noqa: PERF402
+        for one in leader.share({1: Word("a"), 2: Word("b")}, own(), Word):
+            taken.append(one.text)
     assert taken == ["own", "late", "of the call in flight"]
 
 
@@ -108,7 +121,7 @@ def test_a_loss_is_no_stop_although_nobody_waits_for_the_lost_any_more(crew):
         raise stopping.Stopped
 
     with pytest.raises(UserError, match="^process 1 .* was lost"):
-        list(leader.share({1: "a"}, own()))
+        list(leader.share({1: Word("a")}, own(), Word))
 
 
 def test_a_part_that_was_stopped_at_the_very_end_stops_all(crew):
@@ -118,7 +131,7 @@ def test_a_part_that_was_stopped_at_the_very_end_stops_all(crew):
     served(second, lambda task: [Finished(False)])
     taken = []
     with pytest.raises(stopping.Stopped):
-        taken.extend(leader.share({1: "a", 2: "b"}, iter(["own"])))
+        taken.extend(leader.share({1: Word("a"), 2: Word("b")}, iter([Word("own")]), Word))
 
 
 def test_a_worker_that_is_asked_to_stop_while_it_has_no_task_says_so(crew):
@@ -132,11 +145,11 @@ def test_a_worker_that_is_asked_to_stop_while_it_has_no_task_says_so(crew):
         stopping.check()
 
     with pytest.raises(stopping.Stopped):
-        list(leader.share({}, own()))
+        list(leader.share({}, own(), Word))
 
 
 def test_a_team_of_one_has_nothing_to_wait_for():
-    assert list(ALONE.share({}, iter([1, 2]))) == [1, 2] and ALONE._threads == []
+    assert list(ALONE.share({}, iter([1, 2]), int)) == [1, 2] and ALONE._threads == []
     with distributed.joined(None) as team:
         assert team is ALONE
 
@@ -157,7 +170,22 @@ def test_strangers_are_turned_away():
         with pytest.raises(AuthenticationError):
             Client(listener.address, authkey=b"another")
         with Client(listener.address, authkey=b"key") as friend:
-            friend.send(Hello(1, "there", 8))
+            wire.send(friend, Hello(1, "there", 8))
             assert found.get(timeout=5)[0] == Hello(1, "there", 8)
         closed.set()
     assert found.empty()
+
+
+def test_what_is_no_message_ends_the_team_with_a_word_about_it(crew):
+    leader, first, second = crew
+    served(second, lambda task: [Finished(stopping.asked())])
+    first._peers[0][1].send(Word("a pickle"))
+    with pytest.raises(UserError, match=f"^process 1 .* cannot be read .* same version .*{AGAIN}$"):
+        list(leader.share({1: Word("a"), 2: Word("b")}, iter([]), Word))
+
+
+def test_a_result_of_another_kind_is_refused(crew):
+    leader, first, _ = crew
+    served(first, lambda task: [Hello(1, "there", 8)])
+    with pytest.raises(UserError, match="'Hello' is not expected"):
+        list(leader.share({1: Word("a")}, iter([]), Word))
