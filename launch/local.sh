@@ -8,7 +8,12 @@
 # GPU, so the bits are those of a machine with one GPU (docs/launch.md).
 set -euo pipefail
 : "${1:?usage: [GPUS=0,1] [PROCESSES=2] launch/local.sh COMMAND --flags (see: lmeraser --help)}"
-if [ "${PROCESSES:-1}" -eq 1 ]; then
+PROCESSES="${PROCESSES:-1}"
+if ! [ "$PROCESSES" -ge 1 ] 2>/dev/null; then
+  echo "PROCESSES=$PROCESSES must be a number of processes, at least 1" >&2
+  exit 2
+fi
+if [ "$PROCESSES" -eq 1 ]; then
   if [ -n "${GPUS:-}" ]; then
     export CUDA_VISIBLE_DEVICES="$GPUS"
   fi
@@ -21,20 +26,28 @@ if [ -n "${GPUS:-}" ] && [ "${#gpus[@]}" -ne "$PROCESSES" ]; then
   exit 2
 fi
 port="${PORT:-$((20000 + RANDOM % 10000))}"
+one() { # runs a process; says its number, then its exit code, for a wait that a signal ends can lose the code
+  trap : TERM INT # passed on to the process below; Ctrl-C reaches all of them and must not end it at once
+  bash -c 'trap "" INT; echo "$$"; exec lmeraser "$@" >&3 3>&- </dev/null' lmeraser "$@" && echo 0 || echo "$?"
+}
 pids=()
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+ends=()
+stopped=
+trap 'stopped=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+exec 3>&1
 for ((i = 0; i < PROCESSES; i++)); do
+  if [ -n "$stopped" ]; then break; fi
   if [ -n "${GPUS:-}" ]; then
     export CUDA_VISIBLE_DEVICES="${gpus[i]}"
   fi
-  lmeraser "$@" --coordinator_address="127.0.0.1:$port" --num_processes="$PROCESSES" --process_id="$i" &
-  pids+=("$!")
+  exec {end}< <(one "$@" --coordinator_address="127.0.0.1:$port" --num_processes="$PROCESSES" --process_id="$i")
+  read -r pid <&"$end"
+  pids+=("$pid")
+  ends+=("$end")
 done
-code=0
-for pid in "${pids[@]}"; do
-  while kill -0 "$pid" 2>/dev/null; do # a signal ends a wait early
-    wait "$pid" && one=0 || one=$?
-  done
-  if [ "${one:-0}" -gt "$code" ]; then code=$one; fi
+highest=0
+for end in "${ends[@]}"; do
+  read -r code <&"$end" || code=1
+  if [ "$code" -gt "$highest" ]; then highest=$code; fi
 done
-exit "$code"
+exit "$highest"

@@ -23,7 +23,7 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from queue import Empty, SimpleQueue
 
-from lmeraser_jax import stopping
+from lmeraser_jax import stopping, wire
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.team import ALONE, Hello, Team
 
@@ -177,7 +177,7 @@ def _connect(place: Place) -> Team:
         address = (place.host, told["port"])
         try:
             connection = Client(address, authkey=bytes.fromhex(told["key"]))
-            connection.send(Hello(place.index, socket.gethostname(), os.getpid()))
+            wire.send(connection, Hello(place.index, socket.gethostname(), os.getpid()))
         except (OSError, EOFError, AuthenticationError) as error:
             raise UserError(
                 f"process {place.index} cannot reach process 0 at {address[0]}, port {address[1]}: {error}; the"
@@ -201,10 +201,9 @@ def _connect(place: Place) -> Team:
 def _accept(listener: Listener, found: "SimpleQueue[tuple[Hello, Connection]]", closed: threading.Event) -> None:
     """Lets in whoever knows the key; strangers are turned away."""
     while not closed.is_set():
-        with contextlib.suppress(AuthenticationError, EOFError, OSError):
+        with contextlib.suppress(AuthenticationError, EOFError, OSError, wire.Malformed):
             connection = listener.accept()
-            hello = connection.recv()
-            found.put((hello, connection))
+            found.put((wire.receive(connection).open(Hello), connection))
 
 
 def _arrived(found: "SimpleQueue[tuple[Hello, Connection]]", size: int) -> dict[int, tuple[Hello, Connection]]:

@@ -22,7 +22,7 @@ from lmeraser_jax.records.table import refuse_rotten
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, efficiency
 from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices
-from lmeraser_jax.store import requests
+from lmeraser_jax.store import requests, scratch
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
@@ -110,7 +110,11 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
 
 
 def sweep(run: Run) -> None:
-    """Removes what a killed writer left: scratch, image rows without a record. Slices are looked at by `adopt`."""
+    """Removes what a killed writer left: scratch, image rows without a record. Slices are looked at by `adopt`.
+
+    Afterwards no process of a command that is over can write into this workdir.
+    """
+    scratch.settle(run.layout)
     remove_others(run.layout.scratch, set())
     image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
 
@@ -165,7 +169,8 @@ def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
     while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
         targets = tuple(_started(run, chain[0]) for chain in waiting.values())
-        task = SliceTask(run.layout.root, problem, run.backbone.digest, program, features, labels, targets)
+        place = (run.layout.root, run.layout.slices)
+        task = SliceTask(*place, problem, run.backbone.digest, program, features, labels, targets)
         for made in share_slices(run.team, task, run.backbone, inputs, run.mesh):
             if made.failed_at is None:
                 _keep(run, wanted, made)

@@ -1,8 +1,9 @@
 """Work that the processes of a team share: features of images, and slices.
 
 A task holds all that its share needs but for the images and the backbone, which lie in the workdir that every process
-sees. Each process works on its own devices alone. A slice is written by the process that tuned it; only process 0,
-which has the catalog, registers it. With one process the same functions run, and nothing is sent.
+sees. Each process works on its own devices alone. A slice is written by the process that tuned it, at process 0 where
+slices lie, elsewhere into a folder of scratch; only process 0, which has the catalog, moves it from there and registers
+it. With one process the same functions run, and nothing is sent.
 """
 
 import dataclasses
@@ -33,7 +34,7 @@ from lmeraser_jax.records.cache import RowFile
 from lmeraser_jax.schedule import Target, pack
 from lmeraser_jax.slices import as_slice
 from lmeraser_jax.stopping import Stopped
-from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store import checkpoints, scratch
 from lmeraser_jax.store.layout import PRIVATE, Layout
 from lmeraser_jax.store.rows import SliceRow
 from lmeraser_jax.team import Failed, Finished, Team
@@ -66,21 +67,39 @@ class SliceTask:
 
     Attributes:
         root: the workdir.
+        folder: where they are written.
         problem: the static part of the program.
         backbone: digest of the frozen backbone.
         program: fingerprint that every process's program must have.
         features: the file of the features that the slices are made of; None where they are made of images.
         labels: int32 [N], of the image file's rows.
         targets: the slices; where a job carries on from another slice, it holds that.
+        starts: {cluster key: those slices' arrays}, in place of what the jobs hold, while the task is on its way.
     """
 
     root: Path
+    folder: Path
     problem: Problem
     backbone: str
     program: str
     features: Path | None
     labels: np.ndarray
     targets: tuple[Target, ...]
+    starts: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def packed(self, folder: Path) -> "SliceTask":
+        """The task as it is sent to a process that is to write into a folder."""
+        starts = {one.job.key: checkpoints.flatten(one.job.start) for one in self.targets if one.job.start is not None}
+        bare = tuple(dataclasses.replace(one, job=dataclasses.replace(one.job, start=None)) for one in self.targets)
+        return dataclasses.replace(self, folder=folder, targets=bare, starts=starts)
+
+    def unpacked(self) -> "SliceTask":
+        """The inverse, for a folder that is held. Raises `UserError` where a start or the folder is none."""
+        architecture, starts = self.problem.own_architecture, self.starts
+        slices = {key: as_slice(arrays, f"of {key[:12]}", architecture) for key, arrays in starts.items()}
+        jobs = [dataclasses.replace(one.job, start=slices.get(one.job.key)) for one in self.targets]
+        targets = tuple(dataclasses.replace(one, job=job) for one, job in zip(self.targets, jobs, strict=True))
+        return dataclasses.replace(self, folder=scratch.held(self.folder), targets=targets, starts={})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,7 +160,7 @@ def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tun
     if done.failed_at is None:
         notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params, "program": row.program}
         notes |= measured | {"epochs": {str(step): params for step, params in epochs.items()}}
-        checkpoints.save(Layout(task.root).slice(target.digest), arrays, notes, done.step, snapshots)
+        checkpoints.save(task.folder / target.digest, arrays, notes, done.step, snapshots)
     return Made(row, done.job.rows, epochs, done.failed_at)
 
 
@@ -238,22 +257,35 @@ def _same_program(wanted: str, tuning: Tuning) -> None:
 def share_slices(team: Team, task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Iterator[Made]:
     """Deals a task's slices to the processes, longest first, and yields each that is finished, here or elsewhere.
 
-    When it ends, every process has written its last slice.
+    When it ends, every process has written its last slice, and can write no more.
 
     Raises:
         UserError: a process was lost or failed.
         Stopped: some process was asked to stop.
     """
-    dealt = pack([target.job.steps for target in task.targets], team.size)
-    parts = [
-        dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt
-    ]
+    layout, parts = Layout(task.root), _dealt(team, task)
     own = make_slices(parts[0], backbone, inputs, mesh) if parts[0].targets else iter(())
+    others = {peer: part for peer, part in enumerate(parts) if peer and part.targets}
+    folder = scratch.begin(layout) if others else layout.slices
+    wanted, at_hand = ({target.digest for target in targets} for targets in (task.targets, parts[0].targets))
     made = set()
-    for one in team.share({peer: part for peer, part in enumerate(parts) if peer and part.targets}, own):
-        made.add(one.row.digest)
-        yield one
-    assert made == {target.digest for target in task.targets}, "whoever goes on publishes"
+    try:
+        for one in team.share({peer: part.packed(folder) for peer, part in others.items()}, own, Made):
+            if one.row.digest not in wanted:
+                raise UserError("a process made another slice than those that it was to make")
+            if one.failed_at is None and one.row.digest not in at_hand:
+                scratch.take(layout, folder, one.row.digest)
+            made.add(one.row.digest)
+            yield one
+    finally:
+        scratch.settle(layout)  # also what a process wrote that was lost before it could say so
+    assert made == wanted, "whoever goes on publishes"
+
+
+def _dealt(team: Team, task: SliceTask) -> list[SliceTask]:
+    """A part of the task for each process, some without targets: longest slices first, so that all end together."""
+    dealt = pack([target.job.steps for target in task.targets], team.size)
+    return [dataclasses.replace(task, targets=tuple(task.targets[index] for index in sorted(share))) for share in dealt]
 
 
 def share_features(team: Team, task: FeatureTask, extract: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -269,7 +301,9 @@ def share_features(team: Team, task: FeatureTask, extract: Callable[[np.ndarray]
         parts.append(dataclasses.replace(task, rows=rows, place=place))
         place += len(rows)
     own = (Found(0, extract(part.rows)) for part in parts[:1])
-    found = sorted(team.share(dict(enumerate(parts[1:], 1)), own), key=lambda part: part.place)
+    found = sorted(team.share(dict(enumerate(parts[1:], 1)), own, Found), key=lambda part: part.place)
+    if [(part.place, len(part.values)) for part in found] != [(part.place, len(part.rows)) for part in parts]:
+        raise UserError("the processes computed other features than those that they were to compute")
     return np.concatenate([part.values for part in found])
 
 
@@ -291,7 +325,7 @@ def serve(team: Team) -> int:
     """
     silence()
     os.umask(PRIVATE)  # as the writer lock does at process 0
-    for task in team.tasks():
+    for task in team.tasks(SliceTask, FeatureTask):
         try:
             for result in _results(task):
                 team.report(result)
@@ -310,7 +344,8 @@ def _results(task: SliceTask | FeatureTask) -> Iterator[Made | Found]:
     """What this process, which has no catalog, makes of a task."""
     if isinstance(task, SliceTask):
         _same_program(task.program, task.problem.tuning)
-        yield from make_slices(task, _backbone(task.root, task.backbone), _inputs(task), mesh_of())
+        backbone = _backbone(task.root, task.backbone)
+        yield from make_slices(task.unpacked(), backbone, _inputs(task), mesh_of())
         return
     _same_program(task.program, task.tuning)
     extract = _extractor(task.root, task.backbone, task.spec, task.batch, task.tuning.dtype)

@@ -1,8 +1,8 @@
 """The processes of one command: process 0 leads, the others do the tasks that it hands out.
 
-What goes over the connections are pickles of this program's own classes, between processes that share a key. A thread
-for each connection reads all the time, so that a lost process is noticed while others work: their device programs then
-end after the call in flight (`stopping`), and what they have finished is kept.
+Messages are dataclasses (`wire`): those below, and tasks and results, which only who works on them opens. A thread for
+each connection reads all the time, so that a lost process is noticed while others work: their device programs then end
+after the call in flight (`stopping`), and what they have finished is kept.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from lmeraser_jax import stopping
+from lmeraser_jax import stopping, wire
 from lmeraser_jax.errors import UserError
 
 POLL = 0.2  # seconds between two looks whether to stop
@@ -72,6 +72,9 @@ class _Lost:
     """Noted here: a connection ended."""
 
 
+OPENED = (Finished, Failed, Asked, Stop, End)  # by the thread that reads
+
+
 class Team:
     """A process's side of a team. A team of one has no connections and no threads.
 
@@ -87,7 +90,7 @@ class Team:
         self.end: End | None = None
         self._stopped = False  # some part of what is shared now was stopped before its end
         self._peers = dict(peers)
-        self._inbox: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        self._inbox: SimpleQueue[tuple[int, Any]] = SimpleQueue()  # wire.Sealed, or one of OPENED, or _Lost
         self._threads = [threading.Thread(target=self._listen, args=(peer,), daemon=True) for peer in self._peers]
         for _, connection in self._peers.values():
             _notice_silence(connection)
@@ -97,18 +100,22 @@ class Team:
     # the connections
     def _listen(self, peer: int) -> None:
         """Reads until the connection ends. Whatever must end work under way is noted before it is looked at."""
-        connection = self._peers[peer][1]
+        who, connection = self._peers[peer]
+        names, why = {kind.__name__ for kind in OPENED}, "was lost"
         while True:
             try:
-                message = connection.recv()
+                message = wire.receive(connection)
+                message = message.open(*OPENED) if message.name in names else message
             except (EOFError, OSError):
                 message = _Lost()
+            except wire.Malformed as error:
+                message, why = _Lost(), str(error)
             if isinstance(message, End):
                 self.end = message
             if isinstance(message, _Lost) and self.end is None and self.problem is None:
-                self.problem = f"{self._peers[peer][0]} was lost; {AGAIN}"
+                self.problem = f"{who} {why}; {AGAIN}"
             if isinstance(message, Failed) and self.problem is None:
-                self.problem = f"{self._peers[peer][0]}: {message.message}"
+                self.problem = f"{who}: {message.message}"
             if isinstance(message, _Lost | Failed | Asked | Stop | End) or message == Finished(stopped=True):
                 stopping.ask()
             self._inbox.put((peer, message))
@@ -118,7 +125,7 @@ class Team:
     def _send(self, peer: int, message: object) -> None:
         """Whoever cannot be reached any more is noticed by the thread that reads."""
         with contextlib.suppress(OSError):
-            self._peers[peer][1].send(message)
+            wire.send(self._peers[peer][1], message)
 
     def _take(self, timeout: float) -> tuple[int, Any] | None:
         try:
@@ -131,7 +138,7 @@ class Team:
             raise UserError(self.problem)
 
     # process 0
-    def share(self, tasks: Mapping[int, object], own: Iterable[Any]) -> Iterator[Any]:
+    def share(self, tasks: Mapping[int, object], own: Iterable[Any], kind: type) -> Iterator[Any]:
         """Hands out tasks, works on its own, and yields every result of everybody as it comes.
 
         When it ends, every task is done everywhere.
@@ -139,6 +146,7 @@ class Team:
         Args:
             tasks: {process: task}, for others than process 0.
             own: the results of this process's own part, made while they are taken.
+            kind: of results.
 
         Raises:
             UserError: a process was lost, or could not do its task. What was finished before was yielded.
@@ -151,7 +159,7 @@ class Team:
         try:
             for result in own:
                 yield result
-                yield from self._results(busy, 0)
+                yield from self._results(busy, kind, 0)
         except stopping.Stopped:
             self._stopped = True
         while busy:
@@ -159,12 +167,12 @@ class Team:
                 told = True
                 for peer in busy:
                     self._send(peer, Stop())
-            yield from self._results(busy, POLL)
+            yield from self._results(busy, kind, POLL)
         if self._stopped:
             self._check()
             raise stopping.Stopped
 
-    def _results(self, busy: set[int], timeout: float) -> Iterator[Any]:
+    def _results(self, busy: set[int], kind: type, timeout: float) -> Iterator[Any]:
         """What has arrived; a process that has finished is no longer busy. After a loss nobody is waited for."""
         while busy and (found := self._take(timeout)) is not None:
             peer, message = found
@@ -174,8 +182,8 @@ class Team:
             elif isinstance(message, Finished):
                 self._stopped |= message.stopped
                 busy.discard(peer)
-            elif not isinstance(message, Asked):
-                yield message
+            elif isinstance(message, wire.Sealed):
+                yield message.open(kind)
 
     def leave(self, ok: bool) -> None:
         """Ends the team. Process 0 tells the others and gives them a while to end what they are doing."""
@@ -193,8 +201,8 @@ class Team:
             thread.join(GOODBYE)  # none may ask this process to stop once its team is over
 
     # the others
-    def tasks(self) -> Iterator[Any]:
-        """The tasks of this process, until process 0 ends the team.
+    def tasks(self, *kinds: type) -> Iterator[Any]:
+        """The tasks of this process, each of one of the kinds, until process 0 ends the team.
 
         Raises:
             UserError: process 0 was lost.
@@ -210,7 +218,8 @@ class Team:
             if isinstance(found[1], End):
                 return
             self._check()
-            yield found[1]
+            if isinstance(found[1], wire.Sealed):
+                yield found[1].open(*kinds)
 
     def report(self, message: object) -> None:
         """Sends process 0 a result, or that a task is done."""

@@ -1,26 +1,38 @@
-"""One process of several, for tests/test_distributed.py: runs a command and notes every slice that it writes.
+"""One process of several, for tests/teams.py: runs a command and notes every slice that it writes.
 
-Arguments: a file to note in, a signal to send itself and after how many slices (0: never), then the command's own.
+Arguments: a file to note in; a signal to send itself (0: none), at which slice, and whether once that is written
+("after") or while it is being written ("during"); then the command's own.
 """
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 from lmeraser_jax.cli import main
 from lmeraser_jax.store import checkpoints
 
 if __name__ == "__main__":
-    notes, number, after = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    save, names = checkpoints.save, []
+    notes, number, at, moment = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    save, write, names, one_by_one = checkpoints.save, checkpoints._write, [], threading.Lock()
+
+    def blow(written: int, now: str) -> None:
+        if number and (written, now) == (at, moment):
+            os.kill(os.getpid(), number)
 
     def noted(folder, *rest):
-        save(folder, *rest)
-        if folder.parent.name == "slices":
+        if len(folder.name) != 64:  # a backbone
+            return save(folder, *rest)
+        with one_by_one:
+            save(folder, *rest)
             names.append(folder.name)
             notes.write_text("\n".join(names))
-            if len(names) == after:
-                os.kill(os.getpid(), number)
+            blow(len(names), "after")
 
-    checkpoints.save = noted
-    sys.exit(main.main(sys.argv[4:]))
+    def interrupted(manager, *rest):
+        if one_by_one.locked():
+            blow(len(names) + 1, "during")
+        write(manager, *rest)
+
+    checkpoints.save, checkpoints._write = noted, interrupted
+    sys.exit(main.main(sys.argv[5:]))

@@ -140,7 +140,7 @@ def _empty(dtype: str, shape: list[int]) -> np.ndarray:
 
 
 def _manager(folder: Path, create: bool, keep: int | None = None) -> ocp.CheckpointManager:
-    folder = folder.resolve()  # Orbax refuses relative paths
+    folder = folder.absolute()  # Orbax refuses relative paths; a link stays one (`scratch.held`)
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=create, max_to_keep=keep, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder, options=options, item_handlers=handlers)
