@@ -1,14 +1,13 @@
 """Seconds and images of an erasure: one record, unsampled and sampled, and batches of 10, 100 and 1,000.
 
-  python benchmarks/bench_unlearn.py [--data=FILE.npz | --workdir=DIR] [--quick] [--json=FILE]
+  python benchmarks/bench_unlearn.py [--data=FILE.npz --weights=FILE | --workdir=DIR] [--quick] [--json=FILE]
 
-Data: scikit-learn's digits with their backbone, or 4,000 images of an .npz at 16 px with a small random one, which is
-as fast as a trained one; or a trained workdir. Each request is served on a copy, warm: in a process that has served one
-before, so that nothing is compiled; and once cold, in processes of their own, the first without and the second with
-compiled programs on disk. Seconds are split into opening the workdir, planning, compiling, tuning, writing,
-publishing, purging. Beside it one record under other methods: one prompt and head for everything, SISA with ten
-shards, the whole network, heads on features. Batches larger than half of the records are left out.
---quick: few epochs, one repetition.
+Data: scikit-learn's digits with their backbone, or 4,000 images of an .npz at 32 px with published weights, or a
+trained workdir. Each request is served on a copy, warm: in a process that has served one before, so that nothing is
+compiled; and once cold, in processes of their own, the first without and the second with compiled programs on disk.
+Seconds are split into opening the workdir, planning, compiling, tuning, writing, publishing, purging. Beside it one
+record under other methods: one prompt and head for everything, SISA with ten shards, the whole network, heads on
+features. Batches larger than half of the records are left out. --quick: few epochs, one repetition.
 """
 
 import argparse
@@ -45,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="", help="a trained workdir; it is copied")
     parser.add_argument("--data", default="", help="an .npz, in place of the digits")
+    parser.add_argument("--weights", default="", help="the backbone for --data")
     parser.add_argument("--quick", action="store_true", help="few epochs, one repetition")
     parser.add_argument("--json", default="", help="file for the numbers")
     parser.add_argument("--cold", nargs=2, default=None, help="used by the script itself: a workdir and a record")
@@ -57,26 +57,27 @@ def main() -> None:
         workdir = Path(arguments.workdir or folder / "trained")
         if not arguments.workdir:
             base = folder / "base"
-            with prepared(base, settings_of(arguments.data, arguments.quick)) as (run, _):
+            with prepared(base, settings_of(arguments)) as (run, _):
                 run.features(run.catalog.live("train"))
-            trained(base, workdir, settings_of(arguments.data, arguments.quick))
+            trained(base, workdir, settings_of(arguments))
         result = surroundings("bench_unlearn.py", sys.argv[1:]) | measured(workdir, folder, arguments.quick)
         if base is not None:
-            settings = settings_of(arguments.data, arguments.quick)
+            settings = settings_of(arguments)
             result["others"] = {name: other(base, folder / name, methods.load(name).of(settings)) for name in OTHERS}
     print(json.dumps(result, indent=2))
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def settings_of(data: str, quick: bool) -> config.Config:
+def settings_of(arguments: argparse.Namespace) -> config.Config:
     """The digits as they are, or an .npz in clusters of about a hundred."""
-    tree: dict[str, dict] = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if quick else {}
-    if data:
-        tree["data"] = {"source": "npz", "path": data, "train_limit": 4000, "test_limit": 100}
-        tree["pretraining"] = {"epochs": 0}
+    tree: dict[str, dict] = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if arguments.quick else {}
+    if arguments.data:
+        limits = {"train_limit": 4000, "test_limit": 100}
+        tree["data"] = {"source": "npz", "path": arguments.data, "image_size": 32} | limits
+        tree["backbone"] = {"weights": arguments.weights, "heads": 3}
         tree["clustering"] = {"sample_size": 400, "cut": "auto:40", "max_members": 20, "min_members": 4}
-        tree["tuning"] = {"epochs": 2 if quick else 10}
+        tree["tuning"] = {"epochs": 2 if arguments.quick else 10}
     return config.from_dict(tree)
 
 
