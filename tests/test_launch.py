@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lmeraser_jax.cli import common, main, train
-from lmeraser_jax.distributed import Place, detect
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.places import BY_HAND, Place, detect
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SLURM = {
@@ -48,6 +48,10 @@ def test_a_plain_machine_is_alone():
         ("gpu[007-008]", "gpu007"),
         ("gpu[007,009-010],x", "gpu007"),
         ("a-b[3]", "a-b3"),
+        ("gpu[1-2]-ib", "gpu1-ib"),
+        ("gpu[3,5-6]-ib,other", "gpu3-ib"),
+        ("r[1-2]n[3-4]", "r1n3"),
+        ("r[01,07]n[12-14]-ib[0],r2n[3-4]", "r01n12-ib0"),
     ],
 )
 def test_slurm(nodes, first):
@@ -66,8 +70,47 @@ def test_open_mpi_and_before_slurm():
     assert detect(OPEN_MPI) == alone == detect(OPEN_MPI | SLURM)
     crowded = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
     assert detect(crowded).device == 3
-    with pytest.raises(UserError, match="--coordinator_address=HOST:PORT --num_processes=N --process_id=I"):
-        detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": ""})
+    both = "1531576320.0;tcp6://[fe80::1]:34912;tcp://10.96.0.1:34911"
+    assert detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": both}) == alone
+    for uri in ("1531576320.0;tcp6://[fe80::1]:34911", "nonsense"):
+        with pytest.raises(UserError, match=f"names no IPv4 address.*{BY_HAND}"):
+            detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri})
+
+
+@pytest.mark.parametrize(
+    ("environ", "names"),
+    [
+        (SLURM, ("SLURM_JOB_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST", "SLURM_LOCALID")),
+        (
+            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
+        ),
+    ],
+    ids=["Slurm", "Open MPI"],
+)
+@pytest.mark.parametrize("empty", [False, True])
+def test_variables_that_a_scheduler_left_out_are_named(environ, names, empty):
+    for name in names:
+        kept = {key: value for key, value in environ.items() if key != name} | ({name: ""} if empty else {})
+        with pytest.raises(UserError, match=f"does not set {name}; {BY_HAND}"):
+            detect(kept)
+
+
+def test_counts_must_be_numbers_and_empty_ones_are_not_set():
+    assert detect(OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": ""}) == detect(OPEN_MPI)
+    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        assert detect({name: "", "SLURM_PROCID": "0"}) is None
+        with pytest.raises(UserError, match=f"{name}='two' must be a whole number"):
+            detect({name: "two"})
+    for name in ("SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"):
+        with pytest.raises(UserError, match=f"{name}='x'"):
+            detect(SLURM | {name: "x"})
+    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
+        with pytest.raises(UserError, match="'x' is no number|at least 1, the index 0"):
+            detect(SLURM | {name: "x"})
+    for nodes in ("[", "[]", "[-2]", ",a", "]", "a[", "a[]", "a[-2]", "a[1"):
+        with pytest.raises(UserError, match=f"names no node; {BY_HAND}"):
+            detect(SLURM | {"SLURM_STEP_NODELIST": nodes})
 
 
 def test_the_ports_and_hosts_are_those_that_jax_takes(monkeypatch):
@@ -88,14 +131,25 @@ def test_kubernetes():
 
 
 def test_flags_come_first_and_together():
-    assert detect(SLURM, "[::1]:99", 3, 0) == Place("[::1]:99", 3, 0)
+    assert detect(SLURM, "10.0.0.1:99", 3, 0) == Place("10.0.0.1:99", 3, 0)
     with pytest.raises(UserError, match="--num_processes, --process_id missing"):
         detect({}, "host:99")
     with pytest.raises(UserError, match="--coordinator_address missing"):
         detect({}, "", 2, 1)
-    for given in (("host", 2, 0), ("host:99", 2, 2), ("host:99", 2, -1), ("host:99", 0, 0), ("a b:1", 2, 0)):
-        with pytest.raises(UserError, match="must be"):
+    for given in (("host:99", 2, 2), ("host:99", 2, -1), ("host:99", 0, 0)):
+        with pytest.raises(UserError, match="the number of processes must be at least 1, the index 0 to that"):
             detect({}, *given)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["host", "a b:1", ":99", "host:", "host:0", "host:65536", "host:99999", "host:123456", "host:-1", "host:x"]
+    + ["[::1]:99", "::1:99", "fe80::1"],
+)
+def test_an_address_is_a_host_and_a_port(address):
+    with pytest.raises(UserError, match="must be HOST:PORT, HOST a name or an IPv4 address, PORT between 1 and 65535"):
+        detect({}, address, 2, 0)
+    assert detect({}, "host:65535", 2, 0) == Place("host:65535", 2, 0)
 
 
 def test_the_command_line_takes_the_flags(capsys):

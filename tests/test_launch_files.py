@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from teams import within
 
-from lmeraser_jax.distributed import Place, detect
+from lmeraser_jax.places import Place, detect
 
 LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 SAYS = 'echo "$(basename "$0") $* [${CUDA_VISIBLE_DEVICES:-}]"; exit ${CODE:-0}'

@@ -14,8 +14,8 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.distributed import Place, detect
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.places import Place, detect
 from lmeraser_jax.team import ALONE, Team
 
 if TYPE_CHECKING:
