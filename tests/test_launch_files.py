@@ -28,7 +28,11 @@ def start(script: str, folder: Path, *arguments: str, programs: dict[str, str] |
     plain |= {"PATH": f"{folder}:{os.environ['PATH']}"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = ["bash", "-c", 'SCRIPT=$$ exec bash "$@"', "", str(LAUNCH / script), *arguments]
-    return subprocess.Popen(command, env=plain | environ, start_new_session=True, **pipes)
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)  # whoever runs the tests in the background ignores it
+    try:
+        return subprocess.Popen(command, env=plain | environ, start_new_session=True, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def run(script: str, folder: Path, *arguments: str, **how) -> subprocess.CompletedProcess:
