@@ -297,18 +297,17 @@ def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built
         which = np.array([keys.index(key) for key in records.clusters])
         pixels = centred(jnp.asarray(run.images[records.rows]), run.spec)
         labels, valid = jnp.asarray(records.labels + 10 * which, jnp.int32), jnp.ones(len(records), bool)
-        given = jax.tree.map(jnp.asarray, part)
-        loss, grads = jax.value_and_grad(tuning.cluster_loss)(
-            given, problem, run.backbone.params, pixels, labels, valid
+        given, slopes_of = (
+            jax.tree.map(jnp.asarray, part),
+            jax.jit(jax.value_and_grad(tuning.cluster_loss), static_argnums=1),
         )
+        loss, grads = slopes_of(given, problem, run.backbone.params, pixels, labels, valid)
         alone = dataclasses.replace(run.problem, tuning=dataclasses.replace(config.tuning, what="prompt+head"))
-        each, heads = [], 0.0
+        each, heads, plain = [], 0.0, jnp.asarray(records.labels)
         for k in range(len(keys)):
-            mine = np.flatnonzero(which == k)
-            own = given._replace(prompt=given.prompt[k])
-            args = (alone, run.backbone.params, pixels[mine], jnp.asarray(records.labels[mine]), valid[mine])
-            value, slopes = jax.value_and_grad(tuning.cluster_loss)(own, *args)
-            share = len(mine) / len(records)
+            mine, own = jnp.asarray(which == k), given._replace(prompt=given.prompt[k])
+            value, slopes = slopes_of(own, alone, run.backbone.params, pixels, plain, mine)
+            share = float(mine.sum()) / len(records)
             each.append(float(value) * share)
             heads = heads + slopes.kernel * share
             np.testing.assert_allclose(grads.prompt[k], slopes.prompt * share, atol=1e-6)
