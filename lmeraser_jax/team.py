@@ -29,6 +29,7 @@ class Hello:
     """The first message of a connection: who calls."""
 
     index: int
+    size: int  # number of processes, as it was told
     host: str
     pid: int
 
@@ -195,8 +196,7 @@ class Team:
             for thread in self._threads:
                 thread.join(max(0.0, end - time.monotonic()))
         for _, connection in self._peers.values():
-            with contextlib.suppress(OSError), _socket(connection) as raw:
-                raw.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads; closing would pull the rug from under it
+            hang_up(connection)
         for thread in self._threads:
             thread.join(GOODBYE)  # none may ask this process to stop once its team is over
 
@@ -238,6 +238,12 @@ def _notice_silence(connection: Connection) -> None:
         ):
             if hasattr(socket, name):  # not on every system
                 raw.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
+def hang_up(connection: Connection) -> None:
+    """Ends a connection and wakes the thread that reads from it; closing would pull the rug from under that."""
+    with contextlib.suppress(OSError), _socket(connection) as raw:
+        raw.shutdown(socket.SHUT_RDWR)
 
 
 def _socket(connection: Connection) -> socket.socket:

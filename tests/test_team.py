@@ -1,17 +1,14 @@
-"""A team without JAX, threads of this process on loopback: results, losses, stops, strangers."""
+"""A team without JAX, threads of this process on loopback: results, losses, stops."""
 
 import dataclasses
-import socket
 import threading
 import time
-from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Listener
-from queue import SimpleQueue
 
 import pytest
 from teams import within
 
-from lmeraser_jax import distributed, stopping, wire
+from lmeraser_jax import distributed, stopping
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.team import AGAIN, ALONE, Asked, End, Failed, Finished, Hello, Team
 
@@ -24,12 +21,12 @@ def crew():
         for index in (1, 2):
             thread = threading.Thread(
                 target=lambda i: workers.append(
-                    Team(i, 3, {0: (Hello(0, "here", 7), Client(listener.address, authkey=b"k"))})
+                    Team(i, 3, {0: (Hello(0, 3, "here", 7), Client(listener.address, authkey=b"k"))})
                 ),
                 args=(index,),
             )
             thread.start()
-            peers[index] = (Hello(index, "there", 8), listener.accept())
+            peers[index] = (Hello(index, 3, "there", 8), listener.accept())
             thread.join()
         leader = Team(0, 3, peers)
         yield leader, *workers
@@ -163,20 +160,6 @@ def test_a_team_that_is_over_asks_nobody_to_stop(crew):
         assert not any(thread.is_alive() for thread in team._threads)
 
 
-def test_strangers_are_turned_away():
-    found, closed = SimpleQueue(), threading.Event()
-    with Listener(("127.0.0.1", 0), authkey=b"key") as listener:
-        threading.Thread(target=distributed._accept, args=(listener, found, closed), daemon=True).start()
-        socket.create_connection(listener.address).close()
-        with pytest.raises(AuthenticationError):
-            Client(listener.address, authkey=b"another")
-        with Client(listener.address, authkey=b"key") as friend:
-            wire.send(friend, Hello(1, "there", 8))
-            assert found.get(timeout=5)[0] == Hello(1, "there", 8)
-        closed.set()
-    assert found.empty()
-
-
 def test_what_is_no_message_ends_the_team_with_a_word_about_it(crew):
     leader, first, second = crew
     served(second, lambda task: [Finished(stopping.asked())])
@@ -187,6 +170,6 @@ def test_what_is_no_message_ends_the_team_with_a_word_about_it(crew):
 
 def test_a_result_of_another_kind_is_refused(crew):
     leader, first, _ = crew
-    served(first, lambda task: [Hello(1, "there", 8)])
+    served(first, lambda task: [Hello(1, 3, "there", 8)])
     with pytest.raises(UserError, match="'Hello' is not expected"):
         list(leader.share({1: Word("a")}, iter([]), Word))

@@ -64,7 +64,7 @@ def slice_task(architecture, what="prompt+head", features: Path | None = None) -
 @pytest.mark.parametrize(
     "message",
     [
-        Hello(1, "hö st", 8),
+        Hello(1, 3, "hö st", 8),
         Finished(True),
         Failed("näh\n"),
         Asked(),
@@ -124,7 +124,7 @@ def head(value, *arrays) -> bytes:
     return json.dumps([value, list(arrays)]).encode()
 
 
-HELLO = {"Hello": {"index": 1, "host": "h", "pid": 2}}
+HELLO = {"Hello": {"index": 1, "size": 3, "host": "h", "pid": 2}}
 MANY, NONE = ["float32", [1 << 40]], ["int32", [0]]
 MADE = {"row": wire._plain(ROW, []), "rows": {"array": 0}, "epochs": {}, "failed_at": None}
 
@@ -142,7 +142,7 @@ MADE = {"row": wire._plain(ROW, []), "rows": {"array": 0}, "epochs": {}, "failed
         [head({})],
         [head({"Hello": 3})],
         [head({**HELLO, "End": {"ok": True}})],
-        [head({"Hello": {"index": 1, "host": "h"}})],
+        [head({"Hello": {"index": 1, "size": 3, "host": "h"}})],
         [head({"Hello": HELLO["Hello"] | {"more": 1}})],
         [head({"Hello": HELLO["Hello"] | {"index": True}})],
         [head({"Hello": HELLO["Hello"] | {"index": "1"}})],
