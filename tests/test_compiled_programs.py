@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 from jax._src.compilation_cache import decompress_executable
 from tuning_problem import GROUPS, problem_of, run, small_backbone, small_data
 
 from lmeraser_jax import profiling
 from lmeraser_jax.cli import main
+from lmeraser_jax.errors import UserError
 
 TUNED = """
 import json, sys
@@ -93,3 +95,27 @@ def test_a_trace_ends_with_a_tuning_that_fails(tmp_path):
         trace.next_call()
         raise KeyError
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("name", ["file/x", "/proc/nope", "/proc"])
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    folder = name if name.startswith("/") else str(tmp_path / name)
+    with pytest.raises(UserError, match=f"^--profile={folder} cannot be written: "), profiling.into(folder):
+        pytest.fail("the work began")
+
+
+@pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
+def test_a_trace_that_fails_costs_no_slice(tmp_path, monkeypatch, capsys, broken):
+    real = getattr(jax.profiler, broken)
+
+    def failing(*args):
+        if broken == "stop_trace":
+            real(*args)
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(jax.profiler, broken, failing)
+    with profiling.into(str(tmp_path / "new" / "folder")):
+        done = tune_in_calls(4)
+    assert done.keys() == GROUPS.keys()
+    assert capsys.readouterr().err == "warning: --profile: no trace was written: no room\n"
