@@ -1,21 +1,16 @@
 """Several processes on loopback: the bits of one process, losses that are told, work that is not lost."""
 
-import dataclasses
-import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
 from teams import FLAGS, Blow, own_run, together
 
-from lmeraser_jax import shares, unlearning
+from lmeraser_jax import unlearning
 from lmeraser_jax.audit import differences, state
-from lmeraser_jax.fingerprint import fingerprint
-from lmeraser_jax.planning import plan
 from lmeraser_jax.purge import leftovers
 from lmeraser_jax.reconcile import reconcile
-from lmeraser_jax.team import AGAIN, End, Finished
+from lmeraser_jax.team import AGAIN
 
 pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
 
@@ -111,56 +106,3 @@ def test_sigterm_to_one_process_ends_all_in_order(tmp_path, wanted, victim):
         outcome = reconcile(run)
         assert (outcome.adopted, outcome.reused) == (0, len(registered))
         assert differences(state(run), wanted) == []
-
-
-class Deaf:
-    """A team whose tasks and reports are lists."""
-
-    index, end, size = 1, End(False), 2
-
-    def __init__(self, *tasks):
-        self.given, self.reports = tasks, []
-
-    def tasks(self, *kinds):
-        return iter(self.given)
-
-    def report(self, message):
-        self.reports.append(message)
-
-
-def test_a_worker_refuses_another_program_backbone_or_workdir(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(shares, "silence", lambda: None)
-    monkeypatch.setattr(shares, "mesh_of", lambda: run.mesh)  # this test process has more devices
-    mask = os.umask(0o022)
-    with own_run(trained) as run:
-        k, tuning, program = run.config.clustering, run.config.tuning, fingerprint(run.config.tuning, run.mesh)
-        task = shares.FeatureTask(
-            run.layout.root,
-            run.spec,
-            run.backbone.digest,
-            program,
-            tuning,
-            k.feature_batch,
-            len(run.images),
-            np.arange(40),
-            3,
-        )
-        wanted = run.extractor()(run.images[:40])
-        bad = [
-            dataclasses.replace(task, program="another"),
-            dataclasses.replace(task, backbone="another"),
-            dataclasses.replace(task, count=10**6),
-            dataclasses.replace(task, root=tmp_path / "nowhere"),
-        ]
-        team = Deaf(task, *bad)
-        try:
-            assert shares.serve(team) == 1, "the leader failed"
-        finally:
-            os.umask(mask)
-        assert plan(run).missing == {}
-    found, end, *failures = team.reports
-    assert found.place == 3 and found.values.tobytes() == wanted.tobytes() and end == Finished(False)
-    for failure, words in zip(
-        failures, ("its program or devices", "is not the backbone", "of 1000000 rows", "nowhere"), strict=True
-    ):
-        assert words in failure.message

@@ -1,5 +1,6 @@
 """The files in launch/: scripts that lose neither a signal nor an exit code, and a manifest that the cluster knows."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import pytest
 from teams import within
 
@@ -171,12 +173,71 @@ def test_slurm_script_that_fails_after_sigterm_is_not_requeued(tmp_path):
 
 # ---- Kubernetes
 
+JOB = ("spec", "replicatedJobs", 0, "template", "spec")
+POD = (*JOB, "template", "spec")
 
-def test_jobset():
+
+@pytest.fixture
+def manifest():
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
-    made = yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
-    assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    spec = made["spec"]
+    return yaml.safe_load((LAUNCH / "k8s_jobset.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = json.loads(Path(__file__).with_name("jobset.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def structures(value) -> list[dict]:
+    """Every structure of a manifest, from the outside in; not the free maps of quantities."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [value] if isinstance(value, dict) else []
+    return found + [one for name, part in inside if name not in ("requests", "limits") for one in structures(part)]
+
+
+def test_jobset_has_fields_that_the_api_has(manifest, validator):
+    assert [error.message for error in validator.iter_errors(manifest)] == []
+    assert len(structures(manifest)) > 15
+    for one in structures(manifest):
+        one["surprise"] = 1
+        assert not validator.is_valid(manifest)
+        del one["surprise"]
+        for name in [name for name in ("apiVersion", "template", "spec", "name", "image", "mountPath") if name in one]:
+            value = one.pop(name)
+            assert not validator.is_valid(manifest), name
+            one[name] = value
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("apiVersion",), "jobset.x-k8s.io/v1alpha1"),
+        (("metadata", "name"), "LMEraser"),
+        (("spec", "network", "enableDNSHostnames"), "true"),
+        (("spec", "failurePolicy", "maxRestarts"), -1),
+        (("spec", "replicatedJobs"), {}),
+        ((*JOB, "completionMode"), "indexed"),
+        ((*JOB, "parallelism"), "4"),
+        ((*POD, "restartPolicy"), "Always"),
+        ((*POD, "containers", 0, "env", 2, "value"), 4),
+        ((*POD, "containers", 0, "args"), "lmeraser"),
+        ((*POD, "containers", 0, "resources", "limits", "nvidia.com/gpu"), "one"),
+        ((*POD, "containers", 0, "volumeMounts", 0, "mountPath"), "data"),
+    ],
+)
+def test_jobset_values_are_those_that_the_api_takes(manifest, validator, place, value):
+    inner = manifest
+    for step in place[:-1]:
+        inner = inner[step]
+    assert place[-1] in inner or isinstance(inner, list)
+    inner[place[-1]] = value
+    assert not validator.is_valid(manifest)
+
+
+def test_jobset_starts_the_processes_of_one_command(manifest):
+    made, spec = manifest, manifest["spec"]
     (group,) = spec["replicatedJobs"]
     job = group["template"]["spec"]
     assert group["replicas"] == 1 and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0

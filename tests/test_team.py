@@ -1,6 +1,7 @@
 """A team without JAX, threads of this process on loopback: results, losses, stops."""
 
 import dataclasses
+import socket
 import threading
 import time
 from multiprocessing.connection import Client, Listener
@@ -10,7 +11,7 @@ from teams import within
 
 from lmeraser_jax import distributed, stopping
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.team import AGAIN, ALONE, Asked, End, Failed, Finished, Hello, Team
+from lmeraser_jax.team import AGAIN, ALONE, Asked, End, Failed, Finished, Hello, Team, _socket
 
 
 @pytest.fixture
@@ -173,3 +174,16 @@ def test_a_result_of_another_kind_is_refused(crew):
     served(first, lambda task: [Hello(1, 3, "there", 8)])
     with pytest.raises(UserError, match="'Hello' is not expected"):
         list(leader.share({1: Word("a")}, iter([]), Word))
+
+
+def test_a_host_that_vanishes_without_a_word_is_noticed_within_half_a_minute(crew):
+    """Probes of an idle connection, and the wait for an answer to what was sent."""
+    if not hasattr(socket, "TCP_USER_TIMEOUT"):
+        pytest.skip("this system cannot be told")
+    for team in crew:
+        for _, connection in team._peers.values():
+            with _socket(connection) as raw:
+                assert raw.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                names = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
+                idle, between, count, unanswered = (raw.getsockopt(socket.IPPROTO_TCP, name) for name in names)
+                assert idle + between * count <= 30 and 0 < unanswered <= 30_000

@@ -1,0 +1,149 @@
+"""Work that is shared: dealt so that all end together, refused where bits would differ, checked when it comes back."""
+
+import dataclasses
+import itertools
+import os
+
+import numpy as np
+import pytest
+from helpers import small_run
+from test_wire import ROW, VIT, slice_task
+
+from lmeraser_jax import shares
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.fingerprint import fingerprint
+from lmeraser_jax.planning import plan
+from lmeraser_jax.schedule import Job, Target
+from lmeraser_jax.team import End, Finished
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir whose features are cached."""
+    folder = tmp_path_factory.mktemp("shares") / "run"
+    with small_run(folder) as run:
+        plan(run)
+    return folder
+
+
+class Deaf:
+    """A team whose tasks and reports are lists."""
+
+    index, end, size = 1, End(False), 2
+
+    def __init__(self, *tasks):
+        self.given, self.reports = tasks, []
+
+    def tasks(self, *kinds):
+        return iter(self.given)
+
+    def report(self, message):
+        self.reports.append(message)
+
+
+def test_a_worker_refuses_another_program_backbone_or_workdir(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(shares, "silence", lambda: None)
+    monkeypatch.setattr(shares, "mesh_of", lambda: run.mesh)  # this test process has more devices
+    mask = os.umask(0o022)
+    with small_run(trained) as run:
+        k, tuning, program = run.config.clustering, run.config.tuning, fingerprint(run.config.tuning, run.mesh)
+        task = shares.FeatureTask(
+            run.layout.root,
+            run.spec,
+            run.backbone.digest,
+            program,
+            tuning,
+            k.feature_batch,
+            len(run.images),
+            np.arange(40),
+            3,
+        )
+        wanted = run.extractor()(run.images[:40])
+        bad = [
+            dataclasses.replace(task, program="another"),
+            dataclasses.replace(task, backbone="another"),
+            dataclasses.replace(task, count=10**6),
+            dataclasses.replace(task, root=tmp_path / "nowhere"),
+        ]
+        team = Deaf(task, *bad)
+        try:
+            assert shares.serve(team) == 1, "the leader failed"
+        finally:
+            os.umask(mask)
+    found, end, *failures = team.reports
+    assert found.place == 3 and found.values.tobytes() == wanted.tobytes() and end == Finished(False)
+    for failure, words in zip(
+        failures, ("its program or devices", "is not the backbone", "of 1000000 rows", "nowhere"), strict=True
+    ):
+        assert words in failure.message
+
+
+class Given:
+    """A team of three whose others hand in what they are told to."""
+
+    index, size = 0, 3
+
+    def __init__(self, *results):
+        self.results, self.tasks = results, {}
+
+    def share(self, tasks, own, kind):
+        self.tasks = dict(tasks)
+        yield from own
+        yield from self.results
+
+
+def targets(steps) -> tuple[Target, ...]:
+    """A slice of so many steps for each number: batches of one image, one epoch."""
+    return tuple(
+        Target(f"{i:064d}", "", Job(f"k{i}", np.arange(count, dtype=np.int32), 1, 1)) for i, count in enumerate(steps)
+    )
+
+
+@pytest.mark.parametrize("steps", [(9, 7, 6, 5, 5, 4), (1, 1, 1, 9), (3, 3, 2, 2, 2), (5,), (4, 8, 1, 1, 1, 9, 2)])
+def test_slices_are_dealt_so_that_all_end_together(steps):
+    """Not longer than the best of all ways to deal them."""
+    task = dataclasses.replace(slice_task(VIT), targets=targets(steps))
+    parts = shares._dealt(Given(), task)
+    ways = itertools.product(range(3), repeat=len(steps))
+    best = min(max(sum(s for s, who in zip(steps, way, strict=True) if who == one) for one in range(3)) for way in ways)
+    assert max(sum(target.job.steps for target in part.targets) for part in parts) == best
+    assert sorted(target.digest for part in parts for target in part.targets) == [one.digest for one in task.targets]
+    assert all(part.labels is task.labels for part in parts)
+
+
+def shared(tmp_path, monkeypatch, team, steps=(1, 1, 1)):
+    """What comes of slices that are shared with a team; process 0's own are made at once."""
+    (tmp_path / "slices").mkdir(exist_ok=True)
+    task = dataclasses.replace(slice_task(VIT), root=tmp_path, folder=tmp_path / "slices", targets=targets(steps))
+
+    def make(part, *_):
+        yield from (shares.Made(ROW._replace(digest=one.digest), one.job.rows, {}, None) for one in part.targets)
+
+    monkeypatch.setattr(shares, "make_slices", make)
+    return list(shares.share_slices(team, task, None, None, None))
+
+
+@pytest.mark.parametrize("digest", ["../../elsewhere", "f" * 64])
+def test_a_slice_that_nobody_asked_for_is_refused(tmp_path, monkeypatch, digest):
+    (tmp_path / "elsewhere").mkdir()
+    made = shares.Made(ROW._replace(digest=digest), np.zeros(0, np.int32), {}, None)
+    with pytest.raises(UserError, match="another slice than those that it was to make"):
+        shared(tmp_path, monkeypatch, Given(made))
+    assert list((tmp_path / "slices").iterdir()) == [] == list((tmp_path / "scratch").iterdir())
+
+
+def test_a_slice_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    made = shares.Made(ROW._replace(digest=f"{2:064d}"), np.zeros(0, np.int32), {}, None)
+    with pytest.raises(UserError, match="is not there; is the workdir shared?"):
+        shared(tmp_path, monkeypatch, Given(made))
+
+
+@pytest.mark.parametrize("places", [(2, 2), (2, 3), (2,), (2, 4, 4)])
+def test_features_that_nobody_asked_for_are_refused(places):
+    whole = shares.FeatureTask(None, None, "", "", None, 1, 6, np.arange(6), 0)
+    found = [shares.Found(place, np.zeros((2, 4), np.float32)) for place in places]
+    with pytest.raises(UserError, match="other features than those that they were to compute"):
+        shares.share_features(Given(*found), whole, lambda rows: np.zeros((len(rows), 4), np.float32))
+    right = [shares.Found(place, np.full((2, 4), place, np.float32)) for place in (4, 2)]
+    values = shares.share_features(Given(*right), whole, lambda rows: np.zeros((len(rows), 4), np.float32))
+    assert values[:, 0].tolist() == [0, 0, 2, 2, 4, 4]
