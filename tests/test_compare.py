@@ -127,6 +127,27 @@ def test_an_interrupted_comparison_carries_on(tmp_path, monkeypatch):
     ]
 
 
+def test_what_methods_have_in_common_is_tuned_once(tmp_path, monkeypatch):
+    """The nearest one, the five nearest and a ridge head beside them: the same slices, and the same rows as alone."""
+    spent, kept = {}, experiments.reconcile
+
+    def counted(run):
+        outcome = kept(run)
+        spent[run.layout.root.name] = outcome.images
+        return outcome
+
+    monkeypatch.setattr(experiments, "reconcile", counted)
+    names = ("lmeraser", "lmeraser-top5", "lmeraser-ridge")
+    results = driver.compare(comparison(tmp_path / "c", names), "x")
+    assert [spent[f"methods_{name}_0"] > 0 for name in names] == [True, False, False]
+    assert not list((tmp_path / "c").glob("*tuned*"))
+    alone = driver.compare(comparison(tmp_path / "d", names[2:]), "x").rows[0]
+    (beside,) = rows(results, "methods", "lmeraser-ridge")
+    assert dataclasses.replace(beside, seconds_request=0.0, seconds_full=0.0) == dataclasses.replace(
+        alone, seconds_request=0.0, seconds_full=0.0
+    )
+
+
 def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
     one, _ = done
     other = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, epochs=7))

@@ -1,5 +1,6 @@
 """A comparison from beginning to end: a base workdir, the tasks one by one, rows on disk after each."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -55,6 +56,10 @@ class Comparison:
     def base(self, seed: int) -> Path:
         """The workdir that those of a seed begin as; one for all seeds where the backbone is not trained here."""
         return self.folder / ("base" if self.config.backbone.weights else f"base_{seed}")
+
+    def tuned(self, task: Task) -> Path:
+        """What several tasks that tune the same begin as, as long as there are such."""
+        return self.folder / f"tuned_{task.tunes}"
 
     def rows_of(self, task: Task) -> Path:
         return self.folder / "rows" / f"{task.name}.json"
@@ -129,20 +134,24 @@ def compare(comparison: Comparison, command: str) -> Results:
     write_json(comparison.folder / "comparison.json", _binding(comparison))
     every = comparison.tasks
     waiting = [task for task in every if not comparison.rows_of(task).is_file()]
+    to_come = collections.Counter(task.tunes for task in waiting)
     for number, task in enumerate(waiting, 1 + len(every) - len(waiting)):
         base, start = comparison.base(task.seed), time.perf_counter()
         _make_base(base, dataclasses.replace(comparison.config, seed=task.seed))
         with prepared(base, dataclasses.replace(comparison.config, seed=task.seed)) as (run, _):
             _enough(run, task)
-        folder = comparison.folder / task.name
-        found = rows(task, comparison.plan, base, folder)
+        folder, tuned = comparison.folder / task.name, comparison.tuned(task)
+        found = rows(task, comparison.plan, base, folder, tuned if tuned.exists() or to_come[task.tunes] > 1 else None)
         write_json(comparison.rows_of(task), [dataclasses.asdict(row) for row in found])
-        if not comparison.keep:
-            shutil.rmtree(folder)
+        to_come[task.tunes] -= 1
+        for path in [folder] * (not comparison.keep) + [tuned] * (not to_come[task.tunes]):
+            shutil.rmtree(path, ignore_errors=True)
         spent = time.perf_counter() - start
         what = f"accuracy {found[-1].accuracy:.4f}, {spent:.0f} s"
         print(f"[{number}/{len(every)}] {task.name.replace('_', ' ')}: {what}", file=sys.stderr, flush=True)
         save(comparison.folder, collected(comparison, command))
+    for path in comparison.folder.glob("tuned_*"):  # of an interrupted run that had more to do
+        shutil.rmtree(path, ignore_errors=True)
     results = collected(comparison, command)
     save(comparison.folder, results)
     return results

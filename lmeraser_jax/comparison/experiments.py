@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lmeraser_jax import config as settings
 from lmeraser_jax import report, unlearning
 from lmeraser_jax.artifacts import reference
 from lmeraser_jax.comparison import sequences
 from lmeraser_jax.comparison.costs import parameters, planned, served
 from lmeraser_jax.comparison.measurement import Measurement
 from lmeraser_jax.config import Config
-from lmeraser_jax.digests import philox
+from lmeraser_jax.digests import digest, philox
 from lmeraser_jax.evaluation import evaluate
 from lmeraser_jax.inference import Model, load_model, with_slices
 from lmeraser_jax.methods import Method
@@ -76,6 +77,13 @@ class Task:
         parts = (self.experiment, self.method.name, str(self.seed), self.variant.replace(":", "-").replace("/", "-"))
         return "_".join(part for part in parts if part)
 
+    @property
+    def tunes(self) -> str:
+        """Names what is tuned: tasks of the same name differ in who answers and in what is measured only."""
+        tree = settings.to_dict(self.config)
+        del tree["inference"], tree["common"]
+        return digest(tree)[:16]
+
 
 def tasks(experiment: str, method: Method, seed: int, config: Config, plan: Plan) -> list[Task]:
     """The tasks of an experiment with one method and seed."""
@@ -95,25 +103,40 @@ def tasks(experiment: str, method: Method, seed: int, config: Config, plan: Plan
     return found
 
 
-def rows(task: Task, plan: Plan, base: Path, folder: Path) -> list[Measurement]:
-    """Does a task in a folder, which begins as a copy of `base` and is left as the task leaves it."""
+def rows(task: Task, plan: Plan, base: Path, folder: Path, tuned: Path | None = None) -> list[Measurement]:
+    """Does a task in a folder, which begins as a copy of `base` and is left as the task leaves it.
+
+    Args:
+        task, plan: what to measure.
+        base: a workdir with images and a backbone.
+        folder: the task's workdir.
+        tuned: where other tasks that tune the same find the tuned workdir, or put it; None if there are none.
+    """
     if folder.exists() and _asked(folder, task):
         shutil.rmtree(folder)  # killed after its first erasure: the state before is what is to be measured
     if not folder.exists():
-        making = folder.with_name(f".{folder.name}.copy")
-        shutil.rmtree(making, ignore_errors=True)
-        shutil.copytree(base, making)
-        making.rename(folder)
-    with prepared(folder, task.config) as (run, _):
+        _copy(tuned if tuned is not None and tuned.exists() else base, folder)
+    with prepared(folder, task.config, retune=True) as (run, _):  # the common head may be another
         reconcile(run)
         picture = base.parent / MONTAGE
         if plan.montage and task.experiment == "methods" and not picture.exists():
             report.picture(run, picture)
+    if tuned is not None and not tuned.exists():
+        _copy(folder, tuned)
+    with prepared(folder, task.config) as (run, _):
         return list(EXPERIMENTS[task.experiment](run, task, plan))
 
 
+def _copy(source: Path, target: Path) -> None:
+    """The target is there completely or not at all."""
+    making = target.with_name(f".{target.name}.copy")
+    shutil.rmtree(making, ignore_errors=True)
+    shutil.copytree(source, making)
+    making.rename(target)
+
+
 def _asked(folder: Path, task: Task) -> bool:
-    with prepared(folder, task.config) as (run, _):
+    with prepared(folder, task.config, retune=True) as (run, _):
         return bool(requests.listed(run.catalog))
 
 
@@ -143,13 +166,14 @@ def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **ot
 def methods(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
     """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
     row, costs = _measured(run, task, plan), planned(run, plan.probes)
+    everything = row.images_full and costs.records.min() == row.records - 1  # served, it would only last as long again
     yield dataclasses.replace(
         row,
         images_request=0.0 if run.problem.on_features else float(costs.images.mean()),
         images_worst=0.0 if run.problem.on_features else float(costs.images.max()),
         records_request=float(costs.records.mean()),
         parameters_request=float(costs.slices.mean() * parameters(run)),
-        seconds_request=served(run, plan.requests if row.clusters > 1 else min(plan.requests, 1)),
+        seconds_request=row.seconds_full if everything else served(run, plan.requests),
     )
 
 

@@ -32,7 +32,8 @@ class Measurement:
             seconds. No image is for heads on features, which are computed once.
         images_request: mean over uniformly drawn records of the images an erasure of that record passes.
         images_worst: the largest of them.
-        seconds_request: mean seconds of requests that were really served.
+        seconds_request: mean seconds of requests that were really served; of the full tuning where every request
+            repeats it.
         records_request: mean over these records of the members of all slices that are made again.
         parameters_request: mean numbers in these slices.
         parameters: numbers in all slices.
