@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 import synthetic
+from reporting import add_json, deliver
 
 from lmeraser_jax import making, planning, purge, receipts, reconcile
 from lmeraser_jax.run import Run, opened
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--kept", default="", help="folder that keeps the made workdirs, to measure again with copies")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     records, clusters, sample = (100_000, 200, 1_000) if arguments.quick else (1_000_000, 2_000, 10_000)
     found: dict[str, Any] = {"records": records, "clusters": clusters, "sample": sample}
@@ -48,9 +49,7 @@ def main() -> None:
         synthetic.copied(Path(folder) / "run", arguments.kept, records, clusters, sample, "public")
         found |= public(Path(folder) / "run")
     result = synthetic.surroundings("bench_catalog.py", sys.argv[1:]) | found
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def private(workdir: Path) -> dict[str, Any]:

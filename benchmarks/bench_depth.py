@@ -9,17 +9,16 @@ Swin-S. CPU seconds, so that a busy machine matters less; median of interleaved 
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from reporting import add_json, deliver
 
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones import zoo
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", default="")
+    add_json(parser)
     flags = parser.parse_args()
     images = jnp.asarray(
         np.random.default_rng(1).standard_normal((flags.images, flags.size, flags.size, 3), np.float32)
@@ -134,9 +133,7 @@ def main() -> None:
         for name, found in rounds.items()
     }
     values = {**vars(flags), "device": jax.devices()[0].device_kind, "jax": jax.__version__, "cpu_seconds": result}
-    print(json.dumps(values, indent=2))
-    if flags.json:
-        Path(flags.json).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    deliver(values, flags.json)
 
 
 if __name__ == "__main__":

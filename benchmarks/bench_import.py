@@ -18,19 +18,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from reporting import add_json, commit, deliver
+
 SIDE, KEPT = 32, 64  # pixels: of an image in the .npz, of a stored image of the folder
 SMALLEST, LARGEST = 24, 192  # sides of the folder's images
 CLASSES, PIECE = 10, 10_000
 
 
 def main() -> None:
-    from synthetic import commit  # brings JAX, which the measured processes must do without
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200_000, help="images")
     parser.add_argument("--source", choices=["npz", "folder"], default="npz", help="where they come from")
     parser.add_argument("--threads", default="", help="folder: numbers of threads to compare, such as 1,2")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     parser.add_argument("--step", choices=["make", "import"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,9 +59,7 @@ def main() -> None:
         "source_bytes": made["bytes"],
         "runs": runs,
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def in_a_process(step: str, folder: str, *more: str) -> dict:

@@ -10,7 +10,6 @@ Without --workdir: scikit-learn's digits. --quick: few epochs, few calls.
 import argparse
 import dataclasses
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -21,8 +20,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from bench_unlearn import train
-from synthetic import surroundings
+from bench_unlearn import trained_digits
+from reporting import add_json, deliver, surroundings
 
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.images import centred
@@ -34,18 +33,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", default="", help="a trained workdir")
     parser.add_argument("--quick", action="store_true", help="few epochs, few calls")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         workdir = arguments.workdir or folder + "/trained"
         if not arguments.workdir:
-            train(Path(workdir), arguments.quick)
+            trained_digits(Path(workdir), arguments.quick)
         with opened(workdir) as run:
             batches = {size: measured(run, size, 20 if arguments.quick else 100) for size in (1, 16, 128)}
     result = surroundings("bench_predict.py", sys.argv[1:]) | {"batches": batches}
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def measured(run: Run, size: int, calls: int) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import add_json, deliver, spread, surroundings
 
 IMAGES = 16
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tenth of everything")
     parser.add_argument("--kept", default="", help="folder that keeps the made workdirs, to measure again with copies")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     parser.add_argument("--answer", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer:
@@ -43,19 +44,17 @@ def main() -> None:
         accepted, seen = measured(workdir, count)
     last = [max(0.0, seen["changes"][key][0] - start) for key, start, _ in accepted]
     first = [seen["changes"][key][1] - start for key, start, _ in accepted]
-    result = synthetic.surroundings("bench_quarantine.py", sys.argv[1:]) | {
+    result = surroundings("bench_quarantine.py", sys.argv[1:]) | {
         "records": records,
         "clusters": clusters,
         "images_per_call": IMAGES,
         "seconds_loading_the_model": round(seen["loading"], 1),
-        "to_the_last_answer_with_old_routing": synthetic.spread(last),
-        "to_the_first_answer_with_new_routing": synthetic.spread(first),
-        "accept": synthetic.spread([end - start for _, start, end in accepted]),
-        "answer": synthetic.spread(seen["answers"]),
+        "to_the_last_answer_with_old_routing": spread(last),
+        "to_the_first_answer_with_new_routing": spread(first),
+        "accept": spread([end - start for _, start, end in accepted]),
+        "answer": spread(seen["answers"]),
     }
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def measured(workdir: Path, count: int) -> tuple[list[tuple[str, float, float]], dict[str, Any]]:

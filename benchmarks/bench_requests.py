@@ -8,7 +8,6 @@ images of a full re-tune.
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
+from reporting import add_json, store, surroundings
 
 from lmeraser_jax import unlearning
 from lmeraser_jax.artifacts import load_clustering
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--workdir", required=True, help="a trained workdir")
     parser.add_argument("--count", type=int, default=20, help="requests")
     parser.add_argument("--audit", type=int, default=2, help="clusters to rebuild from scratch at the end")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "run"
@@ -72,18 +71,13 @@ def main() -> None:
         with opened(copy, write=True) as run:
             requests = one_by_one(run, arguments.count)
             verdict = audit(run, arguments.audit)
-    result = {
-        "command": "python benchmarks/bench_requests.py " + " ".join(sys.argv[1:]),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.processor() or platform.machine(),
-        "jax": jax.__version__,
+    result = surroundings("bench_requests.py", sys.argv[1:]) | {
         "summary": summary(requests),
         "audit": verdict.text(),
         "requests": requests,
     }
     print(json.dumps({"summary": result["summary"], "audit": result["audit"]}, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    store(result, arguments.json)
 
 
 if __name__ == "__main__":

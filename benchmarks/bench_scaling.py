@@ -14,13 +14,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from reporting import add_json, deliver, surroundings
 from sklearn.datasets import load_digits
-from synthetic import surroundings
 
 from lmeraser_jax import tuning
 from lmeraser_jax.backbones import backbone as frozen
@@ -37,7 +36,7 @@ INNER = "--devices="
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer clusters")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     parser.add_argument("--devices", type=int, default=0, help="used by the script itself: one measurement")
     arguments = parser.parse_args()
     if arguments.devices:
@@ -58,9 +57,7 @@ def main() -> None:
     result |= {"same_bits_on_several": all(one == several[0] for one in several)}
     result |= {"agrees_with_one": difference(rows[0]["slices"], several[0]) if several else None}
     result["scaling"] = [{k: v for k, v in row.items() if k != "slices"} for row in rows]
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def difference(a: dict[str, list], b: dict[str, list]) -> float:

@@ -9,13 +9,11 @@ batches are cut while the device works, so what counts for them is the time per 
 """
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
-from synthetic import surroundings
+from reporting import add_json, deliver, surroundings
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.schedule import Job, chunks, efficiency, make_job
@@ -29,7 +27,7 @@ SLOTS = 16
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one million records at most")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     found: dict[str, dict] = {"efficiency": {}, "bound": {}, "seconds": {}, "seconds_per_call": {}}
     for name, (clusters, records) in PAPER.items():
@@ -44,9 +42,7 @@ def main() -> None:
             records, clusters
         )
     result = surroundings("bench_schedule.py", sys.argv[1:]) | found
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def heavy_tailed(clusters: int, records: int, seed: int = 0) -> np.ndarray:

@@ -8,13 +8,13 @@ request: images passed forward and backward / (epochs x members of its cluster),
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
 from pathlib import Path
 
-from synthetic import surroundings, unsampled
+from reporting import add_json, store, surroundings
+from synthetic import unsampled
 
 from lmeraser_jax import config, unlearning
 from lmeraser_jax.config import Config
@@ -26,7 +26,7 @@ from lmeraser_jax.run import prepared
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two values of R, few epochs, 8 requests")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     stages, count = ((1, 4), 8) if arguments.quick else ((1, 2, 4, 8), 40)
     epochs, rows = 6 if arguments.quick else 30, []
@@ -41,9 +41,8 @@ def main() -> None:
                 f"R={slices}: {row['cost']:.3f} of a cluster (formula {row['formula']:.3f}), "
                 f"{row['seconds']:.2f} s, accuracy {row['accuracy']:.3f}, {row['slices']} slices"
             )
-    if arguments.json:
-        values = surroundings("bench_stages.py", ["--quick"] * arguments.quick) | {"requests": count, "stages": rows}
-        Path(arguments.json).write_text(json.dumps(values, indent=2) + "\n")
+    result = surroundings("bench_stages.py", ["--quick"] * arguments.quick) | {"requests": count, "stages": rows}
+    store(result, arguments.json)
 
 
 def settings(slices: int, epochs: int) -> Config:

@@ -7,7 +7,6 @@ without kept programs, with an empty cache, and with a filled one. --quick: thre
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -17,8 +16,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_unlearn import train
-from synthetic import surroundings, unsampled
+from bench_unlearn import trained_digits
+from reporting import add_json, deliver, surroundings
+from synthetic import unsampled
 
 from lmeraser_jax.run import opened
 
@@ -35,12 +35,12 @@ COMMANDS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three runs of each")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     times = 3 if arguments.quick else 9
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train(folder / "trained", quick=True)
+        trained_digits(folder / "trained", quick=True)
         with opened(folder / "trained", write=True) as run:
             (record,) = unsampled(run, 1)
         seconds: dict[str, list[float]] = {}
@@ -54,9 +54,7 @@ def main() -> None:
                     seconds.setdefault(" ".join(filter(None, (label, kind))), []).append(took)
     medians = {label: round(statistics.median(found), 3) for label, found in seconds.items()}
     result = surroundings("bench_start.py", sys.argv[1:]) | {"seconds": medians}
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def timed(command: list[str], folder: Path, record: str, cache: str) -> float:

@@ -12,14 +12,13 @@ those dropped. --quick: 3 drops.
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from bench_schedule import PAPER, heavy_tailed
-from synthetic import surroundings
+from reporting import add_json, deliver, surroundings
 
 from lmeraser_jax import clustering, theory
 from lmeraser_jax import config as settings
@@ -123,7 +122,7 @@ def main() -> None:
     parser.add_argument("--weights", default="", help="of a published backbone")
     parser.add_argument("--drops", type=int, default=40, help="sampled records dropped one by one")
     parser.add_argument("--quick", action="store_true", help="3 drops")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     found: dict[str, dict] = {"paper": {}, "real": {}}
     for name, (count, records) in PAPER.items():
@@ -138,9 +137,7 @@ def main() -> None:
         for part, rows in found.items()
     }
     result = surroundings("bench_theory.py", sys.argv[1:]) | rounded
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,17 @@ A Swin: --backbone=swin-b-22k --size=224. --quick: four blocks instead of all, s
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import torch
 import torch_tuning
 from flax import nnx
-from synthetic import surroundings
+from reporting import add_json, deliver, surroundings
 from torch import nn
 from torch_swin import swin_pair
 from torch_vit import frozen_vit
@@ -180,7 +178,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="images of a cluster per step")
     parser.add_argument("--steps", type=int, default=10, help="steps of a round, at least 5")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps = CHECKED
@@ -205,9 +203,7 @@ def main() -> None:
     blocks = architecture.depths if isinstance(architecture, SwinConfig) else architecture.depth
     result |= {"depth": blocks, "losses_differ_by": worst}
     result |= {"images_per_s": rates, "ratio": ratios, "seconds": seconds}
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from typing import Any
 
 import jax
 from jax import monitoring
-from synthetic import surroundings, unsampled
+from reporting import add_json, deliver, surroundings
+from synthetic import unsampled
 
 from lmeraser_jax import config, making, methods, reconcile, shares, unlearning
 from lmeraser_jax.run import opened, prepared
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--data", default="", help="an .npz, in place of the digits")
     parser.add_argument("--weights", default="", help="the backbone for --data")
     parser.add_argument("--quick", action="store_true", help="few epochs, one repetition")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     parser.add_argument("--cold", nargs=2, default=None, help="used by the script itself: a workdir and a record")
     arguments = parser.parse_args()
     if arguments.cold:
@@ -64,9 +65,7 @@ def main() -> None:
         if base is not None:
             settings = settings_of(arguments)
             result["others"] = {name: other(base, folder / name, methods.load(name).of(settings)) for name in OTHERS}
-    print(json.dumps(result, indent=2))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    deliver(result, arguments.json)
 
 
 def settings_of(arguments: argparse.Namespace) -> config.Config:
@@ -84,6 +83,13 @@ def settings_of(arguments: argparse.Namespace) -> config.Config:
 def trained(base: Path, workdir: Path, settings: config.Config) -> None:
     shutil.copytree(base, workdir)
     with prepared(workdir, settings) as (run, _):
+        reconcile.reconcile(run)
+
+
+def trained_digits(workdir: Path, quick: bool) -> None:
+    """Images, backbone and slices of the digits; few epochs where it must be quick."""
+    few = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if quick else {}
+    with prepared(workdir, config.from_dict(few)) as (run, _):
         reconcile.reconcile(run)
 
 

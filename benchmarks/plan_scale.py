@@ -13,9 +13,12 @@ requests at once (paper 5.3). A sampled record re-clusters: a share `--recluster
 import argparse
 import dataclasses
 import json
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
+from reporting import add_json, store, surroundings
 
 from lmeraser_jax.backbones import zoo
 from lmeraser_jax.backbones.swin import SwinConfig
@@ -26,6 +29,7 @@ CATALOG = 790  # bytes of a record in the catalog, of which the list of members 
 PLANNED = 2.4e-6  # seconds per member of a touched cluster that a plan looks at
 PUBLISHED = 6e-3  # seconds to publish and to register a re-tuned cluster, receipts included
 PURGED = 20e-3  # seconds to purge what one re-tuned cluster had
+IMPORTED = 5.9e-5  # seconds to import a small image that is decoded (import_200k_cpu.json)
 WRITTEN = 0.07  # seconds to write a slice (13 small files)
 FILES = 30_000  # bytes of a checkpoint beside its arrays
 
@@ -49,6 +53,7 @@ class Run:
     devices: int  # per host
     hosts: int
     flops_per_s: float  # that a device sustains in the tuning program
+    read_bytes_per_s: float  # that a host gets of its storage or its network
     max_share: float  # members of the largest cluster, in means
     requests_per_day: float
     window_hours: float
@@ -73,8 +78,11 @@ def training(run: Run) -> dict[str, float]:
     longest = run.sizes().max() * run.epochs  # one cluster's steps follow one another
     tuning = max(run.seconds(run.epochs * run.records), 2 * run.flops * longest / run.flops_per_s)
     writing = WRITTEN * run.clusters / run.hosts
-    hours = {"features_h": features, "tuning_h": tuning, "writing_h": writing}
-    total = features + max(tuning, writing)  # slices are written while others are tuned
+    importing = run.records * max(IMPORTED, run.image_bytes / run.read_bytes_per_s)  # by one process
+    read = run.image_bytes * run.records / run.hosts / run.read_bytes_per_s  # once
+    hours = {"import_h": importing, "features_h": max(features, read), "tuning_h": tuning, "writing_h": writing}
+    hours["reading_h"] = read * run.epochs  # as if no image were kept in memory
+    total = importing + max(features, read) + max(tuning, writing, read * run.epochs)  # all three at the same time
     return {name: value / 3600 for name, value in hours.items()} | {
         "total_h": total / 3600,
         "cost": total / 3600 * run.processors * run.price,
@@ -105,8 +113,9 @@ def month(run: Run) -> dict[str, float]:
     resampled = 1 - (1 - min(run.sample / run.records, 1.0)) ** n
     clusters = float(hit.sum() * scale) * (1 - resampled) + resampled * run.reclustered * run.clusters
     members = float((hit * sizes).sum() * scale) * (1 - resampled) + resampled * run.reclustered * run.records
+    read = run.epochs * members * run.image_bytes / run.hosts / run.read_bytes_per_s
     parts = {
-        "tuning": run.seconds(run.epochs * members),
+        "tuning": max(run.seconds(run.epochs * members), read),
         "host": PLANNED * members + (PUBLISHED + PURGED + WRITTEN / run.hosts) * clusters,
     }
     total = sum(parts.values())
@@ -169,6 +178,7 @@ def run_of(arguments: argparse.Namespace) -> Run:
         **{name: getattr(arguments, name) for name in ("epochs", "batch", "lanes", "devices", "hosts", "max_share")},
         **{name: getattr(arguments, name) for name in ("requests_per_day", "window_hours", "reclustered", "price")},
         flops_per_s=arguments.tflops * 1e12,
+        read_bytes_per_s=arguments.read * 1e9,
     )
 
 
@@ -226,6 +236,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8, help="per host")
     parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--tflops", type=float, default=300, help="that a device sustains in the tuning program")
+    parser.add_argument("--read", type=float, default=1.0, help="gigabytes a second that a host reads of its storage")
     parser.add_argument("--max_share", type=float, default=4, help="members of the largest cluster, in means")
     parser.add_argument("--requests_per_day", type=float, default=100)
     parser.add_argument("--window_hours", type=float, default=24, help="requests wait so long to be served together")
@@ -233,8 +244,13 @@ def main() -> None:
         "--reclustered", type=float, default=1.0, help="share of clusters that a new clustering changes"
     )
     parser.add_argument("--price", type=float, default=2.5, help="of a device for an hour")
-    parser.add_argument("--json", default="", help="file for the numbers")
+    add_json(parser)
     arguments = parser.parse_args()
+    zero_is_legal = ("check", "json", "stored", "sample", "requests_per_day", "reclustered", "price")
+    bad = [f"--{k}={v}" for k, v in vars(arguments).items() if k not in zero_is_legal and v in (0, 0.0)]
+    bad += [f"--{k}={v}" for k, v in vars(arguments).items() if isinstance(v, int | float) and not 0 <= v < math.inf]
+    if bad:
+        parser.error(f"{', '.join(bad)}: must be positive")
     if arguments.check:
         result = check()
     else:
@@ -244,8 +260,7 @@ def main() -> None:
         print(part)
         for name, value in values.items():
             print(f"  {name:<24}{value:>16,.3f}")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments)} | result, indent=2) + "\n")
+    store(surroundings("plan_scale.py", sys.argv[1:]) | {"arguments": vars(arguments)} | result, arguments.json)
 
 
 if __name__ == "__main__":

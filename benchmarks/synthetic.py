@@ -4,9 +4,7 @@ Cluster sizes fall as 1 / (rank + 10): with 1,000,000 records in 2,000 clusters 
 """
 
 import os
-import platform
 import shutil
-import subprocess
 import time
 from pathlib import Path
 
@@ -160,39 +158,3 @@ def unsampled(run: Run, count: int, seed: int = 1) -> list[str]:
     found = [row[0] for row in run.catalog.db.execute("SELECT id FROM records WHERE split='train' AND erased=''")]
     found = sorted(set(found) - sampled)
     return [found[i] for i in np.random.default_rng(seed).choice(len(found), count, replace=False)]
-
-
-def surroundings(script: str, arguments: list[str]) -> dict:
-    """What a result depends on beside the code."""
-    return {
-        "command": f"python benchmarks/{script} {' '.join(arguments)}".strip(),
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "load_average": [round(x, 1) for x in os.getloadavg()],  # also of other people's jobs
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "numpy": np.__version__,
-        "commit": commit(),
-    }
-
-
-def commit() -> str:
-    """The commit of the working tree, with a + where it has changes."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True).stdout
-        status = subprocess.run([*git, "status", "--porcelain"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return name.strip() + ("+" if status.strip() else "")
-
-
-def spread(seconds: list[float]) -> dict:
-    """Median, 99th percentile and worst, in milliseconds."""
-    values = np.array(seconds) * 1e3
-    return {
-        "count": len(values),
-        "median_ms": round(float(np.median(values)), 3),
-        "p99_ms": round(float(np.percentile(values, 99)), 3),
-        "worst_ms": round(float(values.max()), 3),
-    }

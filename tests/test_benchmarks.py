@@ -45,6 +45,23 @@ def test_the_terms_that_the_paper_leaves_out(monkeypatch, tmp_path):
         assert one["with_reclustering"] == pytest.approx(one["measured"], rel=0.02)
 
 
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.py") if "add_json(parser)" in path.read_text()))
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(monkeypatch, tmp_path, capsys, name):
+    needed = ["--workdir=x"] if name == "bench_requests.py" else []
+    monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
+    monkeypatch.setattr(sys, "argv", [name, *needed, f"--json={tmp_path / 'none' / 'found.json'}"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(FOLDER / name), run_name="__main__")
+    assert "found.json cannot be written: No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--records=0", "--clusters=-1", "--read=nan", "--devices=0"])
+def test_sizes_that_cannot_be_are_refused(monkeypatch, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        output(monkeypatch, tmp_path, "plan_scale.py", flag)
+    assert flag.split("=")[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("records", ["1e6", "1e9"])
 def test_larger_runs_cost_more(monkeypatch, tmp_path, records):
     small = output(monkeypatch, tmp_path, "plan_scale.py", f"--records={records}", "--clusters=1e5")
