@@ -167,6 +167,36 @@ def test_no_backbone_gradient_exists_in_the_program(backbone, data):
     assert ending and not shapes & ending
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_call_sends_no_image_where_all_fit_on_the_device(backbone, data, monkeypatch, fits):
+    """Images go to the device once. A call is given its batches' row numbers, and sends nothing while it runs."""
+    images, _ = data
+    changes = {} if fits else {"device_bytes": 1}
+    problem = problem_of(backbone, scan_steps=4, **changes)
+    kept, given, sent = tuning.compiled, [], []
+
+    def watched(problem, mesh):
+        program = kept(problem, mesh)
+
+        def call(*args):
+            given.append(args[1])
+            sent.append(sum(leaf.nbytes for leaf in jax.tree.leaves(args) if isinstance(leaf, np.ndarray)))
+            there = jax.device_put(args)
+            with jax.transfer_guard_host_to_device("disallow"):
+                return program(*there)
+
+        return call
+
+    monkeypatch.setattr(tuning, "compiled", watched)
+    run(problem, backbone, data, GROUPS)
+    assert len(given) > 3 and all(isinstance(leaf, jax.Array) for leaf in given)
+    assert (len({id(leaf) for leaf in given}) == 1) == fits
+    batches = problem.tuning.scan_steps * problem.tuning.lanes * problem.tuning.batch
+    assert max(sent) < 32 * batches < images.nbytes, "row numbers, places in the schedule: no pixels"
+    with pytest.raises(Exception, match="[Dd]isallowed"), jax.transfer_guard_host_to_device("disallow"):
+        jax.jit(jnp.sum)(np.ones(3))  # control: the guard works on this backend
+
+
 def snapped(problem):
     """The jobs of GROUPS with a snapshot after each epoch."""
     jobs = [make_job(key, rows, problem.tuning) for key, rows in GROUPS.items()]
