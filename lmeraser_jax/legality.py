@@ -3,9 +3,11 @@
 The schema and its defaults are in `config`, which calls this.
 """
 
+import functools
 import math
 import re
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -22,6 +24,46 @@ TUNED = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 AGGREGATES = ("mean", "vote")
 WHOLE = 2**63  # whole numbers lie below it
 SHOWN = 400  # characters of a value in a message
+
+CHOICES = {
+    "data.source": SOURCES,
+    "data.split_by": ("record", "owner"),
+    "data.augment": AUGMENTS,
+    "backbone.feature": ("auto", "cls", "pooler"),
+    "pretraining.augment": AUGMENTS,
+    "clustering.partition": PARTITIONS,
+    "clustering.sample_from": ("private", "public"),
+    "tuning.what": TUNED,
+    "common.what": ("none", *CLOSED_FORMS),
+    "inference.aggregate": AGGREGATES,
+    "tuning.optimizer": OPTIMIZERS,
+    "tuning.dtype": DTYPES,
+}
+AT_LEAST_ONE = {
+    "data": ("max_pixels", "image_size"),
+    "backbone": ("patch", "width", "depth"),
+    "pretraining": ("batch", "checkpoint_epochs"),
+    "clustering": ("shards", "sample_size", "feature_batch"),
+    "tuning": ("epochs", "slices", "batch", "lanes", "scan_steps"),
+    "checkpoints": ("keep",),
+    "inference": ("batch",),
+}
+ZERO_OR_MORE = {
+    "data": ("store_size", "store_width", "train_limit", "test_limit"),
+    "backbone": ("heads", "mlp"),
+    "pretraining": ("epochs", "rate", "weight_decay"),
+    "clustering": ("max_members", "min_members"),
+    "tuning": (
+        *("prompt_width", "prompt_init", "prompt_rate", "prompt_decay", "head_init", "head_rate", "head_decay"),
+        *("backbone_rate", "penalty", "expand", "min_steps", "device_bytes"),
+    ),
+    "common": ("penalty", "expand"),
+    "checkpoints": ("every_epochs",),
+    "inference": ("nearest",),
+}
+SHARES = {"data": ("holdout", "test_share"), "pretraining": ("warmup",), "tuning": ("warmup", "momentum")}
+
+Rule = tuple[bool, str, object, str]  # whether it holds, the flag, its value, what is legal
 
 
 def cut_of(cut: str) -> tuple[str, float]:
@@ -61,135 +103,84 @@ def _has_group(pattern: str) -> bool:
 
 def illegal(c: "Config") -> list[str]:
     """One line per illegal value: the value, what is legal, the flag to change."""
-    d, b, p, k, t, i = c.data, c.backbone, c.pretraining, c.clustering, c.tuning, c.inference
-    problems = []
+    rules = (_alone, _of_data, _of_backbone, _of_clustering, _of_tuning)
+    broken = [rule for part in rules for rule in part(c) if not rule[0]]
+    return [f"--config.{flag}={_short(value)}: must be {legal}" for _, flag, value, legal in broken]
 
-    def need(ok: bool, flag: str, value: object, legal: str) -> None:
-        if not ok:
-            text = str(value)
-            cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
-            problems.append(f"--config.{flag}={cut}: must be {legal}")
 
-    for flag, value, legal in (
-        ("data.source", d.source, SOURCES),
-        ("data.split_by", d.split_by, ("record", "owner")),
-        ("data.augment", d.augment, AUGMENTS),
-        ("backbone.feature", b.feature, ("auto", "cls", "pooler")),
-        ("pretraining.augment", p.augment, AUGMENTS),
-        ("clustering.partition", k.partition, PARTITIONS),
-        ("clustering.sample_from", k.sample_from, ("private", "public")),
-        ("tuning.what", t.what, TUNED),
-        ("common.what", c.common.what, ("none", *CLOSED_FORMS)),
-        ("inference.aggregate", i.aggregate, AGGREGATES),
-        ("tuning.optimizer", t.optimizer, OPTIMIZERS),
-        ("tuning.dtype", t.dtype, DTYPES),
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"
+
+
+def _alone(c: "Config") -> Iterator[Rule]:
+    """What each value must be whatever the others are."""
+
+    def value_of(flag: str):
+        return functools.reduce(getattr, flag.split("."), c)
+
+    for flag, legal in CHOICES.items():
+        yield value_of(flag) in legal, flag, repr(value_of(flag)), "one of " + ", ".join(legal)
+    yield c.seed >= 0, "seed", c.seed, "0 or more"
+    for table, test, legal in (
+        (AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+        (ZERO_OR_MORE, lambda value: 0 <= value < math.inf, "0 or more"),
+        (SHARES, lambda value: 0 <= value < 1, "in [0, 1)"),
     ):
-        need(value in legal, flag, repr(value), "one of " + ", ".join(legal))
-    for flag, value in (
-        ("data.max_pixels", d.max_pixels),
-        ("data.image_size", d.image_size),
-        ("backbone.patch", b.patch),
-        ("backbone.width", b.width),
-        ("backbone.depth", b.depth),
-        ("pretraining.batch", p.batch),
-        ("pretraining.checkpoint_epochs", p.checkpoint_epochs),
-        ("clustering.shards", k.shards),
-        ("clustering.sample_size", k.sample_size),
-        ("clustering.feature_batch", k.feature_batch),
-        ("tuning.epochs", t.epochs),
-        ("tuning.slices", t.slices),
-        ("tuning.batch", t.batch),
-        ("tuning.lanes", t.lanes),
-        ("tuning.scan_steps", t.scan_steps),
-        ("checkpoints.keep", c.checkpoints.keep),
-        ("inference.batch", i.batch),
-    ):
-        need(value >= 1, flag, value, "at least 1")
-    for flag, value in (
-        ("seed", c.seed),
-        ("data.store_size", d.store_size),
-        ("data.store_width", d.store_width),
-        ("data.train_limit", d.train_limit),
-        ("data.test_limit", d.test_limit),
-        ("backbone.heads", b.heads),
-        ("backbone.mlp", b.mlp),
-        ("pretraining.epochs", p.epochs),
-        ("pretraining.rate", p.rate),
-        ("pretraining.weight_decay", p.weight_decay),
-        ("clustering.max_members", k.max_members),
-        ("clustering.min_members", k.min_members),
-        ("tuning.prompt_width", t.prompt_width),
-        ("tuning.prompt_init", t.prompt_init),
-        ("tuning.head_init", t.head_init),
-        ("tuning.prompt_rate", t.prompt_rate),
-        ("tuning.head_rate", t.head_rate),
-        ("tuning.backbone_rate", t.backbone_rate),
-        ("tuning.penalty", t.penalty),
-        ("tuning.expand", t.expand),
-        ("common.penalty", c.common.penalty),
-        ("common.expand", c.common.expand),
-        ("tuning.prompt_decay", t.prompt_decay),
-        ("tuning.head_decay", t.head_decay),
-        ("tuning.min_steps", t.min_steps),
-        ("tuning.device_bytes", t.device_bytes),
-        ("checkpoints.every_epochs", c.checkpoints.every_epochs),
-        ("inference.nearest", i.nearest),
-    ):
-        need(0 <= value < float("inf"), flag, value, "0 or more")
-    for flag, value in (("tuning.warmup", t.warmup), ("pretraining.warmup", p.warmup), ("tuning.momentum", t.momentum)):
-        need(0 <= value < 1, flag, value, "in [0, 1)")
-    for flag, value in (("data.holdout", d.holdout), ("data.test_share", d.test_share)):
-        need(0 <= value < 1, flag, value, "in [0, 1)")
+        for flag in (f"{group}.{name}" for group, names in table.items() for name in names):
+            yield test(value_of(flag)), flag, value_of(flag), legal
+    yield 0 <= c.inference.common <= 1, "inference.common", c.inference.common, "in [0, 1]"
+
+
+def _of_data(c: "Config") -> Iterator[Rule]:
+    d = c.data
+    legal = f"0 or at least --config.data.image_size={d.image_size}"
+    yield d.resize_size == 0 or d.resize_size >= d.image_size, "data.resize_size", d.resize_size, legal
+    needs_path = d.source in ("npz", "folder")
+    yield bool(d.path) or not needs_path, "data.path", repr(d.path), f"set for data.source={d.source}"
+    named = "the name of a TFDS data set, such as cifar10"
+    yield bool(d.dataset) or d.source != "tfds", "data.dataset", repr(d.dataset), named
+    grouped = "a regular expression with a group"
+    yield _has_group(d.owner_pattern), "data.owner_pattern", repr(d.owner_pattern), grouped
+    columns = len(d.csv_columns.split(","))
+    legal = "two or three column names: file,label[,owner]"
+    yield columns in (2, 3), "data.csv_columns", repr(d.csv_columns), legal
+
+
+def _of_backbone(c: "Config") -> Iterator[Rule]:
+    b = c.backbone
     for flag, text, low in (("backbone.mean", b.mean, -math.inf), ("backbone.std", b.std, 0.0)):
         values = numbers(text)
-        legal = all(low < value < math.inf for value in values) and len(values) in (0, 1, 3)
-        need(legal, flag, repr(text), f"empty, or one number or three, finite{' and above 0' if low == 0 else ''}")
+        legal = f"empty, or one number or three, finite{' and above 0' if low == 0 else ''}"
+        ok = all(low < value < math.inf for value in values) and len(values) in (0, 1, 3)
+        yield ok, flag, repr(text), legal
     what = f"the weights of --config.backbone.name={b.name}: a folder or file, or hub to download"
     what += f" (lmeraser backbone --name={b.name} says what and from where)"
-    need(bool(b.weights) or not b.name, "backbone.weights", repr(b.weights), what)
-    need(
-        2 * t.prompt_width <= d.image_size,
-        "tuning.prompt_width",
-        t.prompt_width,
-        f"at most half of --config.data.image_size={d.image_size}",
-    )
-    need(
-        d.resize_size == 0 or d.resize_size >= d.image_size,
-        "data.resize_size",
-        d.resize_size,
-        f"0 or at least --config.data.image_size={d.image_size}",
-    )
-    need(
-        k.max_members == 0 or k.min_members <= k.max_members,
-        "clustering.min_members",
-        k.min_members,
-        f"at most --config.clustering.max_members={k.max_members}",
-    )
-    need(
-        t.what != "prompt" or t.prompt_width > 0,
-        "tuning.prompt_width",
-        t.prompt_width,
-        "above 0 for tuning.what=prompt",
-    )
-    need(t.what != "ridge" or t.penalty > 0, "tuning.penalty", t.penalty, "above 0")
-    need(c.common.what != "ridge" or c.common.penalty > 0, "common.penalty", c.common.penalty, "above 0")
-    need(t.expand == 0 or t.closed, "tuning.expand", t.expand, f"0 for tuning.what={t.what}")
-    need(0 <= i.common <= 1, "inference.common", i.common, "in [0, 1]")
-    stages = f"1 for tuning.what={t.what}: a closed form has no stages to repeat"
-    need(t.slices == 1 or not t.closed, "tuning.slices", t.slices, stages)
-    if d.source in ("npz", "folder"):
-        need(bool(d.path), "data.path", repr(d.path), f"set for data.source={d.source}")
-    if d.source == "tfds":
-        need(bool(d.dataset), "data.dataset", repr(d.dataset), "the name of a TFDS data set, such as cifar10")
-    need(_has_group(d.owner_pattern), "data.owner_pattern", repr(d.owner_pattern), "a regular expression with a group")
-    columns = len(d.csv_columns.split(","))
-    need(columns in (2, 3), "data.csv_columns", repr(d.csv_columns), "two or three column names: file,label[,owner]")
+    yield bool(b.weights) or not b.name, "backbone.weights", repr(b.weights), what
     if not b.weights and min(b.patch, b.width) > 0:  # else the weights decide
-        size, heads = d.image_size, b.heads or max(1, b.width // 16)
-        need(size % b.patch == 0, "data.image_size", size, f"a multiple of the patch size {b.patch}")
-        need(b.width % heads == 0, "backbone.heads", heads, f"a divisor of the width {b.width}")
+        size, heads = c.data.image_size, b.heads or max(1, b.width // 16)
+        yield size % b.patch == 0, "data.image_size", size, f"a multiple of the patch size {b.patch}"
+        yield b.width % heads == 0, "backbone.heads", heads, f"a divisor of the width {b.width}"
+
+
+def _of_clustering(c: "Config") -> Iterator[Rule]:
+    k = c.clustering
+    legal = f"at most --config.clustering.max_members={k.max_members}"
+    ok = k.max_members == 0 or k.min_members <= k.max_members
+    yield ok, "clustering.min_members", k.min_members, legal
     try:
         cut_of(k.cut)
     except ValueError:
-        need(False, "clustering.cut", repr(k.cut), "a distance of 0 or more, or auto:K with K >= 1")
-    return problems
+        yield False, "clustering.cut", repr(k.cut), "a distance of 0 or more, or auto:K with K >= 1"
+
+
+def _of_tuning(c: "Config") -> Iterator[Rule]:
+    t, width = c.tuning, c.tuning.prompt_width
+    legal = f"at most half of --config.data.image_size={c.data.image_size}"
+    yield 2 * width <= c.data.image_size, "tuning.prompt_width", width, legal
+    yield t.what != "prompt" or width > 0, "tuning.prompt_width", width, "above 0 for tuning.what=prompt"
+    yield t.what != "ridge" or t.penalty > 0, "tuning.penalty", t.penalty, "above 0"
+    yield c.common.what != "ridge" or c.common.penalty > 0, "common.penalty", c.common.penalty, "above 0"
+    yield t.expand == 0 or t.closed, "tuning.expand", t.expand, f"0 for tuning.what={t.what}"
+    stages = f"1 for tuning.what={t.what}: a closed form has no stages to repeat"
+    yield t.slices == 1 or not t.closed, "tuning.slices", t.slices, stages

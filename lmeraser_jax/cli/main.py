@@ -41,6 +41,9 @@ COMMANDS = {
 SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
 RESUMABLE = SHARED | {"pretrain", "compare"}
 PLACE = frozenset({"coordinator_address", "num_processes", "process_id"})
+SURROUNDINGS = frozenset(  # errors of disks and folders that people can mend
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+)
 INTERRUPTED = 130
 MISUSED = 2
 WHOLE = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
@@ -74,61 +77,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(__version__)
         return 0
-    who = ""
+    who: list[str] = []
     try:
-        if name not in COMMANDS:
-            near = difflib.get_close_matches(name, COMMANDS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(COMMANDS)}"
-            raise UserError(f"unknown command {name!r}; {hint}")
-        module = importlib.import_module(f"lmeraser_jax.cli.{name}")
-        from lmeraser_jax.cli import common
+        return _run(name, arguments[1:], who)
+    except (stopping.Stopped, UserError, KeyboardInterrupt, BrokenPipeError, OSError, sqlite3.DatabaseError) as error:
+        code, message = _ending(error, arguments)
+        if message:
+            print("".join(who) + message, file=sys.stderr)
+        return code
 
-        parsed = common.parse(module, ["lmeraser", *arguments[1:]])
-        if parsed is None:
+
+def _run(name: str, arguments: Sequence[str], who: list[str]) -> int:
+    """Runs a command; says in `who` which process this is, where it is not the first of several."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {name!r}; {hint}")
+    module = importlib.import_module(f"lmeraser_jax.cli.{name}")
+    from lmeraser_jax.cli import common
+
+    parsed = common.parse(module, ["lmeraser", *arguments])
+    if parsed is None:
+        return 0
+    place = common.place_of(parsed)
+    if place is not None and place.index:
+        who.append(f"process {place.index}: ")
+        if name not in SHARED:
             return 0
-        place = common.place_of(parsed)
-        if place is not None and place.index:
-            who = f"process {place.index}: "
-            if name not in SHARED:
-                return 0
-        with contextlib.ExitStack() as stack:
-            if name in RESUMABLE:
-                stack.enter_context(stopping.on_request())
-            team = stack.enter_context(distributed.joined(place if name in SHARED else None))
-            if team.index:
-                from lmeraser_jax import shares
+    with contextlib.ExitStack() as stack:
+        if name in RESUMABLE:
+            stack.enter_context(stopping.on_request())
+        team = stack.enter_context(distributed.joined(place if name in SHARED else None))
+        if team.index:
+            from lmeraser_jax import shares
 
-                return shares.serve(team)
-            return module.run(dataclasses.replace(parsed, team=team))
-    except stopping.Stopped as stopped:
-        again = str(stopped) or shlex.join(_of_one(arguments))
-        print(f"{who}stopped as asked; resume with: lmeraser {again}", file=sys.stderr)
-        return 0
-    except UserError as error:
-        print(f"{who}error: {error}", file=sys.stderr)
-        return MISUSED
-    except KeyboardInterrupt:
-        print(f"{who}interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        return 0
-    except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EROFS,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EIO,
-            errno.ENOTDIR,
-        ):
-            raise
+            return shares.serve(team)
+        return module.run(dataclasses.replace(parsed, team=team))
+
+
+def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
+    """The exit code of an error that is not ours, and what to tell people; raises any other again."""
+    if isinstance(error, stopping.Stopped):
+        again = str(error) or shlex.join(_of_one(arguments))
+        return 0, f"stopped as asked; resume with: lmeraser {again}"
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "interrupted; the same command goes on where it stopped"
+    if isinstance(error, BrokenPipeError):
+        return 0, ""
+    if isinstance(error, UserError):
+        return MISUSED, f"error: {error}"
+    if isinstance(error, sqlite3.DatabaseError):
+        return MISUSED, f"error: the catalog cannot be written or read: {error}; {_remedy(error)}"
+    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"{who}error: {error.strerror}{where}; {WHOLE}", file=sys.stderr)
-        return MISUSED
-    except sqlite3.DatabaseError as error:
-        print(f"{who}error: the catalog cannot be written or read: {error}; {_remedy(error)}", file=sys.stderr)
-        return MISUSED
+        return MISUSED, f"error: {error.strerror}{where}; {WHOLE}"
+    raise error
 
 
 def _remedy(error: sqlite3.DatabaseError) -> str:

@@ -6,11 +6,16 @@ Run again on the same workdir it resumes, or says that nothing is to do.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import some
+
+if TYPE_CHECKING:
+    from lmeraser_jax.reconcile import Outcome
+    from lmeraser_jax.store.importing import Imported
 
 MOST_NAMED = 1000  # images in a warning; --json has all
 
@@ -36,34 +41,14 @@ def run(arguments: common.Arguments) -> int:
         profiling.into(arguments["profile"]),
         prepared(workdir, config, team=arguments.team, **again) as (opened, imported),
     ):
-        lines = []
-        if imported:
-            erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
-            same = f", {imported.duplicates} with the pixels of another" if imported.duplicates else ""
-            lines.append(f"imported {imported.added} records{erased}{same}")
-            if imported.converted:
-                mode = "grey" if opened.spec.channels == 1 else "RGB"
-                lines.append(f"{imported.converted} images were not {mode} and were converted")
-            if imported.mended:
-                lines.append(f"{imported.mended} images had rotted and were read from the source again")
-            if imported.unreadable:
-                common.warn(
-                    f"{len(imported.unreadable)} images could not be read and were left out"
-                    f" ({some(imported.unreadable, MOST_NAMED)}); mended ones join with lmeraser train --reimport"
-                )
+        lines = _imported(imported, opened.spec.channels) if imported else []
         for message in repair(opened):
             common.warn(message)
         outcome = reconcile(opened)
         overview = report.overview(opened)
     for message in overview.warnings:
         common.warn(message)
-    if outcome.retuned or outcome.published:
-        lines.append(
-            f"tuned {outcome.retuned} clusters, reused {outcome.reused}:"
-            f" {outcome.images} images in {outcome.seconds:.1f} s, {outcome.efficiency:.0%} of the places filled"
-        )
-    else:
-        lines.append(f"nothing to do: all {outcome.clusters} clusters are tuned and published")
+    lines.append(_done(outcome))
     lines += [overview.class_table(), overview.cost()]
     shares = {"expected_share": overview.expected_share, "sampled_share": overview.sampled_share}
     classes = {"classes": overview.values()["classes"], "imbalance": overview.imbalance}
@@ -75,3 +60,29 @@ def run(arguments: common.Arguments) -> int:
     }
     common.show(arguments, "\n".join(lines), values)
     return 0
+
+
+def _imported(imported: "Imported", channels: int) -> list[str]:
+    """What an import did, for people; warns of images that could not be read."""
+    erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
+    same = f", {imported.duplicates} with the pixels of another" if imported.duplicates else ""
+    lines = [f"imported {imported.added} records{erased}{same}"]
+    if imported.converted:
+        lines.append(f"{imported.converted} images were not {'grey' if channels == 1 else 'RGB'} and were converted")
+    if imported.mended:
+        lines.append(f"{imported.mended} images had rotted and were read from the source again")
+    if imported.unreadable:
+        common.warn(
+            f"{len(imported.unreadable)} images could not be read and were left out"
+            f" ({some(imported.unreadable, MOST_NAMED)}); mended ones join with lmeraser train --reimport"
+        )
+    return lines
+
+
+def _done(outcome: "Outcome") -> str:
+    if not (outcome.retuned or outcome.published):
+        return f"nothing to do: all {outcome.clusters} clusters are tuned and published"
+    return (
+        f"tuned {outcome.retuned} clusters, reused {outcome.reused}:"
+        f" {outcome.images} images in {outcome.seconds:.1f} s, {outcome.efficiency:.0%} of the places filled"
+    )
