@@ -6,8 +6,8 @@
 Live records are erased in memory only: the workdir stays as it is, and no lock is taken. Every attack is also made on
 the published slices, which keep the records; one that fails there says nothing about the others. Targets are the
 records that slices which never saw them answer worst, or those that are named. It costs about 3 x shadows slices of
-half a cluster's size for each attacked cluster; loss, relearn, common and routing alone need about a dozen, relearn more
-where fewer than three clusters are attacked.
+half a cluster's size for each attacked cluster; loss, relearn, common and routing alone need about a dozen, and relearn
+more where fewer than four clusters are attacked.
 
 Exit code 0 where an attack that finds kept records finds no erased one, and no other does; 1 where an erased record is
 found; 3 where nothing can be said, since no attack finds even the kept ones. lmeraser audit is the stronger check: it
