@@ -26,7 +26,7 @@ from lmeraser_jax.store import requests, scratch
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
-from lmeraser_jax.store.rows import COMMON, Manifest
+from lmeraser_jax.store.rows import COMMON, Manifest, images_of
 from lmeraser_jax.taint import tainted
 from lmeraser_jax.tuning import Problem
 
@@ -46,6 +46,8 @@ class Outcome:
     version: int
     reclustered: bool
     adopted: int  # slices that an earlier command had written, but was killed before it registered them
+    images_spared: int  # of the clusters that were published and that no erased record was in; 0 if none was erased
+    images_changed: int  # of these, where another slice is in the cluster's place: a new clustering's doing
 
     @property
     def ratio(self) -> float:
@@ -89,6 +91,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     )
     changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
     lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
+    spared, altered = _spared(run, wanted, before)
     outcome = Outcome(
         clusters=len(wanted.entries.keys() - {COMMON}),
         retuned=len(missing.keys() - {COMMON}),
@@ -101,6 +104,8 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         version=before.version if before else 0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
         adopted=adopted,
+        images_spared=spared,
+        images_changed=altered,
     )
     version = _publish(run, wanted, before, outcome, served)
     purge(run)
@@ -139,6 +144,17 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
             missing[key] = tuple(rest)
     remove_others(run.layout.slices, set(run.catalog.slices()))
     return dataclasses.replace(wanted, missing=missing), adopted
+
+
+def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
+    """Images of the published clusters that no erased record was in, and of those that change all the same."""
+    hit = set(run.catalog.clusters_of(run.catalog.erased(wanted.requests)).values())
+    if before is None or not hit:
+        return 0, 0
+    made = run.catalog.slices()
+    images = {key: images_of(made, ref) for key, ref in before.clusters.items() if key not in hit}
+    altered = (images[key] for key in images if wanted.entries.get(key) != before.entries[key])
+    return sum(images.values()), sum(altered)
 
 
 def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
