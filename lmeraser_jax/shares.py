@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from lmeraser_jax import closed_form
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Backbone
 from lmeraser_jax.config import Tuning
@@ -145,12 +146,12 @@ def make_slices(task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: M
     jobs = [target.job for target in task.targets]
     for done in make(task.problem, backbone, jobs, inputs, task.labels, mesh):
         if done.final:
-            yield _written(task, targets[done.job.key], done, earlier.pop(done.job.key))
+            yield written(task, targets[done.job.key], done, earlier.pop(done.job.key))
         else:
             earlier[done.job.key].append(done)
 
 
-def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
+def written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
     """Writes a slice and its snapshots to disk, with all that `left_behind` has to know."""
     arrays = checkpoints.flatten(done.slice)
     snapshots = {part.step: checkpoints.flatten(part.slice) for part in earlier}
@@ -161,6 +162,8 @@ def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tun
         notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params, "program": row.program}
         notes |= measured | {"epochs": {str(step): params for step, params in epochs.items()}}
         checkpoints.save(task.folder / target.digest, arrays, notes, done.step, snapshots)
+    if done.tally is not None and done.failed_at is None:
+        closed_form.save_tally(task.folder / target.digest, done.tally)
     return Made(row, done.job.rows, epochs, done.failed_at)
 
 

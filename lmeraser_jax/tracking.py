@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from lmeraser_jax.closed_form import Tally
 from lmeraser_jax.schedule import Chunk, Job
 from lmeraser_jax.slices import Slice
 
@@ -23,6 +24,7 @@ class Tuned:
         loss: mean over the last epoch until then.
         failed_at: step at which the loss or the slice was no longer finite, None while all is well.
         seconds: of device time, the job's share until the call that handed the slice over was done.
+        tally: what a closed form was made of, where it is to be kept.
     """
 
     job: Job
@@ -31,6 +33,7 @@ class Tuned:
     loss: float
     failed_at: int | None
     seconds: float
+    tally: Tally | None = None
 
     @property
     def final(self) -> bool:
