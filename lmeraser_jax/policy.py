@@ -1,6 +1,6 @@
-"""What serving erasures at once, every hour, day or week would cost on a workdir: an estimate from its catalog alone.
+"""What serving erasures at once, every so often or so many at a time would cost on a workdir: an estimate.
 
-Reads what is published; needs no lock, no backbone and no device.
+Reads the catalog and the log of past work; needs no lock, no backbone and no device.
 """
 
 import contextlib
