@@ -1,13 +1,14 @@
 """A request's cost by the paper's formulas, with the terms that they leave out, and as measured, in shares of the data.
 
-  python benchmarks/bench_theory.py [--data=FILE.npz,FILE.npz --weights=FILE] [--drops=40] [--quick] [--json=FILE]
+  python benchmarks/bench_theory.py [--data=FILE.npz,FILE.npz --weights=FILE] [--drops=120] [--quick] [--json=FILE]
 
 Always: K and N as in the paper, heavy-tailed sizes (log-normal, sigma 1), 1,000 sampled records. With --data: features
 of a real backbone at 64 px, then sample, tree, cut and assignment as `lmeraser train` makes them, for the paper's plain
 cut and a balanced one. Some sampled records are dropped one by one, the next of the sample is admitted, everything is
 clustered again. `changed`: mean share of the data in clusters whose sampled ids or members are then others, the dropped
-record's own cluster left out. `measured`: what a uniform request re-tunes, unsampled records exactly, sampled ones by
-those dropped. --quick: 3 drops.
+record's own cluster left out; of one half of the drops, and what the formulas are given. `measured`: what a uniform
+request re-tunes, unsampled records exactly, sampled ones by the other half. Each with its standard error, as far as it
+is one of the drops. --quick: 4 drops.
 """
 
 import argparse
@@ -86,12 +87,13 @@ def grouped(features: np.ndarray, chosen: list[int], cut: settings.Clustering) -
 
 
 def measured(features: np.ndarray, cut: settings.Clustering, drops: int) -> dict[str, float]:
-    """The formulas for real clusters, and what dropping sampled records really changes."""
+    """The formulas for real clusters, given half of the drops, and what the other half really costs."""
     order = sorted(range(len(features)), key=lambda row: sample_rank(0, f"{row:05d}"))
     size, total = cut.sample_size, len(features)
     chosen, following = order[:size], order[size]
     before, clusters = grouped(features, chosen, cut)
     shares, costs = [], []
+    drops = min(drops, size)
     for row in philox(0, "drops").choice(chosen, drops, replace=False).tolist():
         left = np.delete(features, row, axis=0)
         renumbered = [other - (other > row) for other in [*chosen, following] if other != row]
@@ -102,10 +104,23 @@ def measured(features: np.ndarray, cut: settings.Clustering, drops: int) -> dict
         elsewhere = sum(map(len, rest.values()))
         shares.append(1 - same / elsewhere if elsewhere else 1.0)
         costs.append(1 - same / total)
+    (changed, changed_error), (cost, cost_error) = _mean(shares[: drops // 2]), _mean(costs[drops // 2 :])
     unsampled = float(((clusters.members - clusters.sampled) * clusters.members).sum()) / total
-    cost = (unsampled + size * float(np.mean(costs))) / total
-    found = formulas(clusters, float(np.mean(shares)))
-    return found | {"changed": float(np.mean(shares)), "changed_least": min(shares), "measured": cost}
+    found = formulas(clusters, changed)
+    least, most = (formulas(clusters, bound)["with_reclustering"] for bound in (0.0, 1.0))  # it is linear in c
+    return found | {
+        "changed": changed,
+        "changed_error": changed_error,
+        "changed_least": min(shares),
+        "with_reclustering_error": (most - least) * changed_error,
+        "measured": (unsampled + size * cost) / total,
+        "measured_error": size * cost_error / total,
+    }
+
+
+def _mean(values: list[float]) -> tuple[float, float]:
+    """The mean of at least two values, and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
 
 
 def _restored(grouping: Grouping, row: int) -> Grouping:
@@ -120,8 +135,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="", help="packs with train_images, separated by commas")
     parser.add_argument("--weights", default="", help="of a published backbone")
-    parser.add_argument("--drops", type=int, default=40, help="sampled records dropped one by one")
-    parser.add_argument("--quick", action="store_true", help="3 drops")
+    parser.add_argument("--drops", type=int, default=120, help="sampled records dropped one by one, at least 4")
+    parser.add_argument("--quick", action="store_true", help="4 drops")
     add_json(parser)
     arguments = parser.parse_args()
     found: dict[str, dict] = {"paper": {}, "real": {}}
@@ -130,7 +145,7 @@ def main() -> None:
     for path in filter(None, arguments.data.split(",")):
         features = features_of(Path(path), Path(arguments.weights))
         for name, cut in CUTS.items():
-            drops = 3 if arguments.quick else arguments.drops
+            drops = 4 if arguments.quick else arguments.drops
             found["real"][f"{Path(path).stem}, {name}"] = measured(features, cut, drops)
     rounded = {
         part: {name: {key: round(value, 5) for key, value in one.items()} for name, one in rows.items()}

@@ -140,7 +140,10 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
-    """A closed-form head of all private records, which answers together with the clusters; erasure is a subtraction."""
+    """A closed-form head of all private records, which answers together with the clusters.
+
+    Erasure is a subtraction; where features are expanded, all that are left are added up again.
+    """
 
     what: str = "none"  # none | ridge | ncm
     penalty: float = 0.1  # as tuning.penalty

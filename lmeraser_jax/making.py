@@ -8,8 +8,10 @@ from jax.sharding import Mesh
 
 from lmeraser_jax import closed_form
 from lmeraser_jax.backbones.backbone import Backbone
+from lmeraser_jax.closed_form import Tally
 from lmeraser_jax.progress import progress
 from lmeraser_jax.schedule import Job
+from lmeraser_jax.slices import Slice
 from lmeraser_jax.tracking import Tuned
 from lmeraser_jax.tuning import Problem, tune
 
@@ -30,11 +32,21 @@ def make(
     if not problem.tuning.closed:
         yield from tune(problem, backbone, jobs, inputs, labels, mesh)
         return
+    how = problem.tuning
     with progress("solve", len(jobs)) as shown:
         for job in jobs:
             start = time.perf_counter()
             features, answers = inputs[job.rows], labels[job.rows]
-            part, loss = closed_form.solve(problem.tuning, features, answers, problem.classes)
-            finite = all(np.isfinite(leaf).all() for leaf in (part.kernel, part.bias))
-            yield Tuned(job, job.steps, part, loss, None if finite else 0, time.perf_counter() - start)
+            if how.expand or len(job.rows) < closed_form.TALLIED:  # cosines have other bits in another company
+                part, loss = closed_form.solve(how, features, answers, problem.classes)
+                yield solved(job, part, loss, start)
+            else:
+                kept = closed_form.tally(features, answers, job.rows, problem.classes)
+                yield solved(job, *closed_form.head(how, kept.total), start, kept)
             shown.advance(1)
+
+
+def solved(job: Job, part: Slice, loss: float, start: float, kept: Tally | None = None) -> Tuned:
+    """A closed form that was begun at a time of `time.perf_counter`."""
+    finite = all(np.isfinite(leaf).all() for leaf in (part.kernel, part.bias))
+    return Tuned(job, job.steps, part, loss, None if finite else 0, time.perf_counter() - start, kept)

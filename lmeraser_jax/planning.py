@@ -20,7 +20,7 @@ from lmeraser_jax.records.table import RecordTable
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, make_job, snapshot_steps, stage_jobs
 from lmeraser_jax.store import requests
-from lmeraser_jax.store.rows import COMMON, Manifest, SliceRow
+from lmeraser_jax.store.rows import COMMON, Manifest, SliceRow, images_of
 from lmeraser_jax.taint import tainted
 
 ONE_HEAD = "one head"  # in the place of a cluster's key, where one slice is that of all clusters
@@ -254,7 +254,7 @@ def _planned(
         if rest and key not in pins:
             missing[key] = rest
     images = sum(target.job.images for chain in chains.values() for target in chain)
-    images += sum(_images_of(made, entries[key]) for key in untouched)
+    images += sum(images_of(made, entries[key]) for key in untouched)
     sizes = {key: len(table) for key, table in tables.items()} | dict(untouched)
     members = {key: tables[key] for key in missing}
     served = tuple(request.id for request in requests.listed(run.catalog, only_open=True))
@@ -348,12 +348,3 @@ def _missing(run: Run, made: Mapping[str, SliceRow], chain: tuple[Target, ...]) 
     """The end of a chain, from its first slice that does not exist."""
     gone = [index for index, target in enumerate(chain) if not _exists(run, made, target.digest)]
     return chain[gone[0] :] if gone else ()
-
-
-def _images_of(made: Mapping[str, SliceRow], ref: str) -> int:
-    """Images that went into a slice and the slices it was tuned on from."""
-    row, images = made.get(slice_of(ref)), 0
-    while row is not None:
-        images += row.images
-        row = made.get(row.parent)
-    return images

@@ -1,12 +1,11 @@
-"""What serving erasures at once, every hour, day or week would cost on a workdir: an estimate from its catalog alone.
+"""What serving erasures at once, every so often or so many at a time would cost on a workdir: an estimate.
 
-Reads what is published; needs no lock, no backbone and no device.
+Reads the catalog and the log of past work; needs no lock, no backbone and no device.
 """
 
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.simulation import Simulated
 from lmeraser_jax.store.catalog import Catalog
 from lmeraser_jax.store.layout import Layout, read_config
-from lmeraser_jax.store.rows import SliceRow
+from lmeraser_jax.store.rows import images_of
 from lmeraser_jax.theory import Batch, Clusters, Machine
 
 DAY = 24 * 3600.0  # seconds
 MONTH = 30.0  # days
 WINDOWS = {"at once": 0.0, "an hour": 1 / 24, "a day": 1.0, "a week": 7.0}  # days
+ONE = Batch(1, fixed=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,11 +31,13 @@ class Workload:
 
     Attributes:
         workdir, version: whose published state.
-        clusters: members, sampled members, images of each cluster's whole chain of stages.
+        clusters: members, sampled members, images of each cluster's whole chain of stages; clusters that share a
+            slice count as one.
         lanes: L of one device.
         stages: `tuning.slices`.
-        speed: images per second of a process, measured on slices of the published program; None where none was timed.
-        reclusterings: shares of all images that were re-tuned whenever the clustering changed.
+        speed: images per second of one device, measured on slices of the published program; None where none was timed.
+        reclusterings: for every erasure that changed the clustering, images of the clusters that no erased record was
+            in, and of those among them that were tuned again.
     """
 
     workdir: str
@@ -44,12 +46,21 @@ class Workload:
     lanes: int
     stages: int
     speed: float | None
-    reclusterings: tuple[float, ...]
+    reclusterings: tuple[tuple[float, float], ...]
 
     @property
     def changed(self) -> float:
-        """Share of the images that a new clustering re-tunes: the mean of past ones, or the bound 1."""
-        return float(np.mean(self.reclusterings)) if self.reclusterings else 1.0
+        """c, the share of the clusters nobody named that a new clustering re-tunes: of past ones, or the bound 1."""
+        spared, altered = (
+            (sum(part) for part in zip(*self.reclusterings, strict=True)) if self.reclusterings else (1, 1)
+        )
+        return altered / spared
+
+    def machine(self, devices: int, speed: float | None = None) -> Machine:
+        """So many devices: each as fast as those that made the slices, or of a given speed all together."""
+        speed = speed or (self.speed and self.speed * devices)
+        assert speed, "no slice was timed"
+        return Machine(self.lanes * devices, speed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +75,11 @@ class Paper:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Expected cost of serving together what arrives in a window. A batch is a window in which somebody asks.
+    """Expected cost of serving requests together: all of a window in which somebody asks, or always so many.
 
     Attributes:
-        name: the window in words.
-        window_days: T; 0: every request is served alone, at once.
+        name: when, in words.
+        window_days: T; of so many requests, mean days from the first to the last. 0: each is served alone, at once.
         any: probability that somebody asks within a window.
         requests, clusters, images: of a batch; clusters and images are those tuned again.
         share: images over those of a full re-tune.
@@ -101,11 +112,11 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Policies side by side, and windows of the given length drawn at random."""
+    """Policies side by side, and windows, or batches, of the given kind drawn at random."""
 
     workload: Workload
     rate: float  # requests a day
-    window: float  # days
+    batch: Batch
     machine: Machine
     changed: float
     policies: tuple[Policy, ...]
@@ -129,12 +140,13 @@ class Forecast:
             "reclustered_share": self.changed,
             "reclusterings_seen": len(w.reclusterings),
             "policies": [dataclasses.asdict(policy) for policy in self.policies],
-            "simulated": {"window_days": self.window} | dataclasses.asdict(self.simulated),
+            "simulated": {"window_days": _days(self.batch, self.rate)} | dataclasses.asdict(self.simulated),
             "estimates": self.estimates(),
         }
 
     def table(self) -> str:
-        w, clusters, drawn = self.workload, self.workload.clusters, self.simulated
+        w, clusters, drawn, b = self.workload, self.workload.clusters, self.simulated, self.batch
+        kind = f"batches of {b.requests:g} requests" if b.fixed else f"windows of {_days(b, self.rate):g} days"
         lines = [
             f"{w.workdir}: state {w.version}, {clusters.records:.0f} records ({clusters.sample:.0f} of them sampled)"
             f" in {len(clusters.members)} clusters; {self.rate:g} requests a day",
@@ -142,7 +154,7 @@ class Forecast:
             _row("requests served", [policy.name for policy in self.policies]),
             *(_row(name, [cell(policy) for policy in self.policies]) for name, cell in ROWS),
             "",
-            f"{drawn.windows} windows of {self.window:g} days drawn at random; 95 % of them tune"
+            f"{drawn.windows} {kind} drawn at random; 95 % of them tune"
             f" {drawn.retuned.low:.0f} to {drawn.retuned.high:.0f} clusters,"
             f" {drawn.images.low:.0f} to {drawn.images.high:.0f} images,"
             f" {_duration(drawn.seconds.low)} to {_duration(drawn.seconds.high)}",
@@ -153,9 +165,10 @@ class Forecast:
 
     def estimates(self) -> list[str]:
         """What the numbers rest on."""
-        w, lanes = self.workload, self.machine.lanes
+        w, lanes, devices = self.workload, self.machine.lanes, self.machine.lanes // self.workload.lanes
         speed = f"{self.machine.speed:.1f} images a second on {lanes} lane{'s' * (lanes > 1)}"
-        measured = "measured on this workdir's slices" if self.machine.speed == w.speed else "as given"
+        measured = "measured on this workdir's slices" + f", times {devices} devices" * (devices > 1)
+        measured = measured if w.speed and self.machine == w.machine(devices) else "as given"
         found = [
             "requests come independently, each for one training record drawn uniformly; owners are not looked at",
             f"{speed}, {measured}; tuning alone, lanes packed without a gap; start, planning and purge come on top",
@@ -165,7 +178,7 @@ class Forecast:
                 f"the mean of {len(w.reclusterings)} seen here" if w.reclusterings else "the bound, none was seen here"
             )
             origin = seen if self.changed == w.changed else "as given"
-            found.append(f"a new clustering re-tunes {self.changed:.0%} of all images: {origin}")
+            found.append(f"a new clustering re-tunes {self.changed:.0%} of what nobody named: {origin}")
         if w.stages > 1:
             found.append(f"a hit cluster counts with all its {w.stages} stages, up to 1.5 times too much")
         late = [policy.name for policy in self.policies if policy.busy >= 1]
@@ -219,17 +232,24 @@ def published(layout: Layout, catalog: Catalog) -> Workload:
         k = config.clustering
         private = k.partition == "adaptive" and k.sample_from == "private"  # shards have no sample
         sampled = Counter(catalog.sample("train", k.sample_size if private else 0).clusters)
-    keys = [key for key in manifest.entries if sizes.get(key)]
-    if not keys:
+    members, sampled_members = Counter(), Counter()
+    for key, ref in manifest.entries.items():
+        if sizes.get(key):
+            members[ref] += sizes[key]
+            sampled_members[ref] += sampled[key]
+    if not members:
         raise UserError(f"{layout.root} has no live private record in a published cluster: nobody can ask for one")
+    images = [images_of(made, ref) for ref in members]
+    if not sum(images):
+        raise UserError(f"{layout.root} makes its slices by a formula: an erasure tunes no image, nothing is to plan")
     timed = [row for row in made.values() if row.program == manifest.program and row.seconds > 0]
     return Workload(
         workdir=str(layout.root),
         version=manifest.version,
         clusters=Clusters(
-            members=np.array([sizes[key] for key in keys], np.float64),
-            sampled=np.array([sampled[key] for key in keys], np.float64),
-            images=np.array([_images(made, manifest.entries[key]) for key in keys], np.float64),
+            np.array(list(members.values()), np.float64),
+            np.array([sampled_members[ref] for ref in members], np.float64),
+            np.array(images, np.float64),
         ),
         lanes=config.tuning.lanes,
         stages=config.tuning.slices,
@@ -238,54 +258,51 @@ def published(layout: Layout, catalog: Catalog) -> Workload:
     )
 
 
-def _images(made: Mapping[str, SliceRow], ref: str) -> int:
-    """Images that went into a published slice, "digest" or "digest@step", and the stages before it."""
-    row, images = made.get(ref.partition("@")[0]), 0
-    while row is not None:
-        images += row.images
-        row = made.get(row.parent)
-    return images
-
-
-def _reclusterings(layout: Layout) -> tuple[float, ...]:
+def _reclusterings(layout: Layout) -> tuple[tuple[float, float], ...]:
     """From the log of past work."""
-    shares, path = [], layout.metrics
+    found, path = [], layout.metrics
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
-        with contextlib.suppress(ValueError, KeyError, TypeError, ZeroDivisionError):  # torn by a crash, or edited
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash, edited, or of an older release
             values = strict_json.loads(line)
-            if values["kind"] == "reconcile" and values["reclustered"] is True:
-                shares.append(float(np.clip(values["images"] / values["images_full"], 0, 1)))
-    return tuple(shares)
+            spared, altered = values["images_spared"], values["images_changed"]
+            if values["kind"] == "reconcile" and values["reclustered"] is True and 0 <= altered <= spared != 0:
+                found.append((float(spared), float(altered)))
+    return tuple(found)
 
 
-def forecast(workload: Workload, rate: float, window: float, machine: Machine, changed: float) -> Forecast:
-    """The cost of serving requests at once, every hour, day and week, and in windows of a given length.
+def forecast(workload: Workload, rate: float, batch: Batch, machine: Machine, changed: float) -> Forecast:
+    """The cost of serving requests at once, every hour, day and week, and as asked for.
 
     Args:
         workload: of a workdir.
         rate: lambda, requests a day, above 0.
-        window: T in days, above 0.
+        batch: what is served together: lambda T requests of a window, or exactly k.
         machine: that tunes a batch.
-        changed: share of all images that a new clustering re-tunes.
+        changed: c, share of the clusters nobody named that a new clustering re-tunes.
     """
-    clusters, windows = workload.clusters, dict(WINDOWS)
-    if window not in windows.values():
-        windows[f"{window:.4g} days"] = window
-    ordered = sorted(windows.items(), key=lambda one: one[1])
-    policies = tuple(_policy(name, days, clusters, rate, machine, changed) for name, days in ordered)
+    clusters = workload.clusters
+    batches = {name: Batch(rate * days) if days else ONE for name, days in WINDOWS.items()}
+    if batch not in batches.values():
+        batches[f"every {batch.requests:g}" if batch.fixed else f"{_days(batch, rate):.4g} days"] = batch
+    ordered = sorted(batches.items(), key=lambda one: _days(one[1], rate))
+    policies = tuple(_policy(name, one, clusters, rate, machine, changed) for name, one in ordered)
     count = simulation.windows_for(clusters)
-    drawn = simulation.simulate(clusters, Batch(rate * window), count, changed=changed, machine=machine)
-    return Forecast(workload, rate, window, machine, changed, policies, drawn)
+    drawn = simulation.simulate(clusters, batch, count, changed=changed, machine=machine)
+    return Forecast(workload, rate, batch, machine, changed, policies, drawn)
 
 
-def _policy(name: str, days: float, clusters: Clusters, rate: float, machine: Machine, changed: float) -> Policy:
+def _days(batch: Batch, rate: float) -> float:
+    """Length of a window; of k requests, mean days from the first to the last."""
+    return (batch.requests - batch.fixed) / rate
+
+
+def _policy(name: str, batch: Batch, clusters: Clusters, rate: float, machine: Machine, changed: float) -> Policy:
     """Expectations of a batch are those of a window over the probability that it is not empty (Eq. 18)."""
-    batch = Batch(rate * days) if days else Batch(1, fixed=True)
-    some, full = theory.any_affected(batch), float(clusters.images.sum())
+    some, full, days = theory.any_affected(batch), float(clusters.images.sum()), _days(batch, rate)
     images = theory.expected_images(clusters, batch, changed) / some
     seconds = theory.expected_makespan(clusters, batch, changed, machine.lanes) / machine.lane_speed / some
-    batches = MONTH * (some / days if days else rate)
+    batches = MONTH * rate * some / batch.requests
     single = float(clusters.images.mean()) / machine.lane_speed  # T_c
     by_paper = theory.expected_time(single, batch) / some
     return Policy(

@@ -15,19 +15,22 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.artifacts import AGAIN, expected_params, load_clustering, load_slice, save_clustering, slice_of
+from lmeraser_jax.closed_form import head, load_tally
+from lmeraser_jax.digests import arrays_digest, canonical_json
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.fingerprint import fingerprint
+from lmeraser_jax.making import solved
 from lmeraser_jax.planning import Plan, plan
 from lmeraser_jax.purge import kept, purge, with_parents
 from lmeraser_jax.records.table import refuse_rotten
 from lmeraser_jax.run import Run
 from lmeraser_jax.schedule import Target, efficiency
-from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices
-from lmeraser_jax.store import requests, scratch
+from lmeraser_jax.shares import Made, SliceTask, left_behind, share_slices, written
+from lmeraser_jax.store import checkpoints, requests, scratch
 from lmeraser_jax.store.importing import image_file
 from lmeraser_jax.store.layout import remove_others
 from lmeraser_jax.store.requests import Request
-from lmeraser_jax.store.rows import COMMON, Manifest
+from lmeraser_jax.store.rows import COMMON, Manifest, images_of
 from lmeraser_jax.taint import tainted
 from lmeraser_jax.tuning import Problem
 
@@ -47,6 +50,8 @@ class Outcome:
     version: int
     reclustered: bool
     adopted: int  # slices that an earlier command had written, but was killed before it registered them
+    images_spared: int  # of the clusters that were published and that no erased record was in; 0 if none was erased
+    images_changed: int  # of these, where another slice is in the cluster's place: a new clustering's doing
 
     @property
     def ratio(self) -> float:
@@ -90,6 +95,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     )
     changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
     lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
+    spared, altered = _spared(run, wanted, before)
     outcome = Outcome(
         clusters=len(wanted.entries.keys() - {COMMON}),
         retuned=len(missing.keys() - {COMMON}),
@@ -102,6 +108,8 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
         version=before.version if before else 0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
         adopted=adopted,
+        images_spared=spared,
+        images_changed=altered,
     )
     version = _publish(run, wanted, before, outcome, served)
     purge(run)
@@ -142,6 +150,17 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
     return dataclasses.replace(wanted, missing=missing), adopted
 
 
+def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
+    """Images of the published clusters that no erased record was in, and of those that change all the same."""
+    hit = set(run.catalog.clusters_of(run.catalog.erased(wanted.requests)).values())
+    if before is None or not hit:
+        return 0, 0
+    made = run.catalog.slices()
+    images = {key: images_of(made, ref) for key, ref in before.clusters.items() if key not in hit}
+    altered = (images[key] for key in images if wanted.entries.get(key) != before.entries[key])
+    return sum(images.values()), sum(altered)
+
+
 def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
     """Makes slices; each finished one is saved and registered at once, so that a kill loses little."""
     problem, common = run.problem, {key: chain for key, chain in missing.items() if key == COMMON}
@@ -162,16 +181,19 @@ def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[
     """Makes the slices of one kind; returns a line for each whose numbers are not finite."""
     labels, inputs, failed = np.zeros(run.catalog.rows_used(), np.int32), run.images, list[str]()
     for key, chain in missing.items():
-        refuse_rotten(run.images, wanted.members[key])
         labels[chain[-1].job.rows] = wanted.members[key].labels
-        inputs = run.inputs(wanted.members[key], problem)
     program = fingerprint(run.config.tuning, run.mesh)
     features = run.feature_file(program).path if problem.on_features else None
+    place = (run.layout.root, run.layout.slices)
+    whole = SliceTask(*place, problem, run.backbone.digest, program, features, labels, ())
+    if problem.tuning.closed:
+        missing = {key: chain for key, chain in missing.items() if not _subtracted(run, wanted, whole, chain[-1])}
+    for key in missing:
+        refuse_rotten(run.images, wanted.members[key])
+        inputs = run.inputs(wanted.members[key], problem)
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
     while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
-        targets = tuple(_started(run, chain[0]) for chain in waiting.values())
-        place = (run.layout.root, run.layout.slices)
-        task = SliceTask(*place, problem, run.backbone.digest, program, features, labels, targets)
+        task = dataclasses.replace(whole, targets=tuple(_started(run, chain[0]) for chain in waiting.values()))
         with contextlib.closing(share_slices(run.team, task, run.backbone, inputs, run.mesh)) as shared:
             for made in shared:
                 if made.failed_at is None:
@@ -181,6 +203,24 @@ def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[
                     waiting[made.row.cluster] = ()  # its later stages have nothing to start from
         waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
     return failed
+
+
+def _subtracted(run: Run, wanted: Plan, task: SliceTask, target: Target) -> bool:
+    """Makes a closed form of the sums beside the slice in its place, less whoever left, where that is exact."""
+    start, before, how = time.perf_counter(), run.catalog.manifest(), task.problem.tuning
+    old = run.catalog.slice(slice_of(before.entries.get(target.job.key, ""))) if before is not None else None
+    if old is None or (old.program, old.tuning) != (task.program, canonical_json(dataclasses.asdict(how))):
+        return False  # no slice, or one of other features or settings
+    kept, file = load_tally(run.layout.slice(old.digest)), run.feature_file(task.program)
+    if kept is None or arrays_digest(checkpoints.flatten(head(how, kept.total)[0])) != old.params or not len(file):
+        return False
+    kept = kept.without(target.job.rows, task.labels, file.view())
+    if kept is None:
+        return False
+    made = written(task, target, solved(target.job, *head(how, kept.total), start, kept), ())
+    if made.failed_at is None:
+        _keep(run, wanted, made)
+    return made.failed_at is None
 
 
 def _started(run: Run, target: Target) -> Target:

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from lmeraser_jax import closed_form
 from lmeraser_jax.backbones import backbone as frozen
 from lmeraser_jax.backbones.backbone import Backbone
 from lmeraser_jax.config import Tuning
@@ -152,7 +153,7 @@ def make_slices(task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: M
         jobs = [target.job for target in task.targets]
         for done in make(task.problem, backbone, jobs, inputs, task.labels, mesh):
             if done.final:
-                yield functools.partial(_written, task, targets[done.job.key], done, earlier.pop(done.job.key))
+                yield functools.partial(written, task, targets[done.job.key], done, earlier.pop(done.job.key))
             else:
                 earlier[done.job.key].append(done)
 
@@ -178,7 +179,7 @@ def _side_by_side(writes: Iterator[Callable[[], Made]]) -> Generator[Made, None,
         raise stopped
 
 
-def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
+def written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
     """Writes a slice and its snapshots to disk, with all that `left_behind` has to know."""
     arrays = checkpoints.flatten(done.slice)
     snapshots = {part.step: checkpoints.flatten(part.slice) for part in earlier}
@@ -189,6 +190,8 @@ def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tun
         notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params, "program": row.program}
         notes |= measured | {"epochs": {str(step): params for step, params in epochs.items()}}
         checkpoints.save(task.folder / target.digest, arrays, notes, done.step, snapshots)
+    if done.tally is not None and done.failed_at is None:
+        closed_form.save_tally(task.folder / target.digest, done.tally)
     return Made(row, done.job.rows, epochs, done.failed_at)
 
 

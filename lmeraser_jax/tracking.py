@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from lmeraser_jax.closed_form import Tally
 from lmeraser_jax.schedule import Chunk, Job
 from lmeraser_jax.slices import Slice
 
@@ -22,7 +23,8 @@ class Tuned:
         slice: float32 arrays on the host.
         loss: mean over the last epoch until then.
         failed_at: step at which the loss or the slice was no longer finite, None while all is well.
-        seconds: the job's share of the time until the call that handed the slice over was done.
+        seconds: of device time, the job's share until the call that handed the slice over was done.
+        tally: what a closed form was made of, where it is to be kept.
     """
 
     job: Job
@@ -31,6 +33,7 @@ class Tuned:
     loss: float
     failed_at: int | None
     seconds: float
+    tally: Tally | None = None
 
     @property
     def final(self) -> bool:
@@ -39,10 +42,10 @@ class Tuned:
 
 
 class Tracker:
-    """Follows losses and times of the jobs under way."""
+    """Follows losses and times of the jobs under way, on so many devices."""
 
-    def __init__(self, jobs: Sequence[Job]):
-        self.jobs = jobs
+    def __init__(self, jobs: Sequence[Job], devices: int):
+        self.jobs, self.devices = jobs, devices
         self.losses: dict[int, np.ndarray] = {}  # of the jobs under way, step by step
         self.seconds = np.zeros(len(jobs))
         self.last_loss, self.since = math.nan, time.perf_counter()
@@ -54,7 +57,7 @@ class Tracker:
         elapsed, self.since = now - self.since, now
         for index in np.unique(job[busy]).tolist():
             here = job == index
-            self.seconds[index] += elapsed * here.sum() / busy.sum()
+            self.seconds[index] += elapsed * self.devices * here.sum() / busy.sum()
             known = self.losses.setdefault(index, np.zeros(self.jobs[index].steps))
             known[chunk.step[: chunk.steps][here]] = values[here]
         self.last_loss = float(values[busy].mean())

@@ -311,7 +311,7 @@ def tune(
     params = on_device(backbone, compute_dtype(problem.tuning.dtype, mesh), mesh)
     program, state = compiled(problem, mesh), initial_state(problem, mesh)
     data = _Images(problem, images, labels, mesh)
-    tracker = Tracker(jobs)
+    tracker = Tracker(jobs, mesh.size)
     with progress("tune", sum(job.steps for job in jobs)) as shown, profiling.tracing() as trace:
         waiting = None  # results are fetched one call late, so that the device never waits for the host
 

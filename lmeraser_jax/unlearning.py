@@ -51,14 +51,14 @@ def estimate(run: Run, targets: Targets) -> Estimate:
     wanted = plan(run, targets.live)
     rows = run.catalog.slices().values()
     images, seconds = sum(row.images for row in rows), sum(row.seconds for row in rows)
-    before = run.catalog.manifest()
+    before, devices = run.catalog.manifest(), run.team.size * run.mesh.size
     return Estimate(
         records=len(targets.live),
         clusters=tuple(sorted(set(wanted.missing) - {COMMON})),
         vanishing=tuple(sorted(set(before.clusters) - set(wanted.entries))) if before else (),
         images=wanted.images_missing,
         images_full=wanted.images_full,
-        seconds=wanted.images_missing * seconds / images if images else 0.0,
+        seconds=wanted.images_missing * seconds / images / devices if images else 0.0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
     )
 

@@ -1,10 +1,12 @@
 """Benchmarks that need no measuring: the schedule keeps its promise, the model of large runs fits what was measured."""
 
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -41,8 +43,12 @@ def test_the_terms_that_the_paper_leaves_out(monkeypatch, tmp_path):
     for one in [*found.values(), *kept["real"].values()]:
         assert one["paper"] < one["size_biased"] < one["with_reclustering"]
         assert one["window_paper"] < one["window_unsampled"] < one["window_with_reclustering"]
-    for one in kept["real"].values():
-        assert one["with_reclustering"] == pytest.approx(one["measured"], rel=0.02)
+    gaps = []
+    for one in kept["real"].values():  # c is of one half of the drops, what is measured of the other
+        error = math.hypot(one["with_reclustering_error"], one["measured_error"], 1e-5)  # of rounding
+        gaps.append((one["with_reclustering"] - one["measured"]) / error)
+        assert error < 0.05 * one["measured"], "known well enough to say anything"
+    assert max(map(abs, gaps)) < 3 and 0.5 < np.sqrt(np.mean(np.square(gaps))) < 1.5, gaps
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from helpers import SMALL
@@ -78,8 +79,8 @@ def test_the_job_as_separate_commands(workdir, capsys, tmp_path):
     code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", "--dry_run")
     assert code == 0 and re.search(r"images to process: [1-9]\d* \(", out)
     code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", "--dry_run", "--json=-")
-    estimate = json.loads(out)
-    code, out, _ = call(capsys, "plan", f"--workdir={workdir}", "--rate=5", "--window=2", "--json=-")
+    estimate, plan = json.loads(out), ["--rate=5", "--window=2", f"--devices={jax.device_count()}"]
+    code, out, _ = call(capsys, "plan", f"--workdir={workdir}", *plan, "--json=-")
     planned = json.loads(out)
     assert (planned["records"], planned["sampled"], planned["clusters"]) == (sum(sizes), 30, len(sizes))
     assert planned["images_full"] == estimate["images_full"] + 2, "one record more, seen in 2 epochs"

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import json
 import shutil
 import sqlite3
 from collections import Counter
@@ -480,6 +481,29 @@ def test_an_estimate_changes_nothing_and_says_what_erase_then_does(tmp_path):
         done = unlearning.request_erasure(run, targets.live).outcome
         assert (estimate.images, len(estimate.clusters)) == (done.images, done.retuned)
         assert estimate.reclustered == done.reclustered and estimate.seconds > 0
+
+
+def test_what_a_new_clustering_changes_is_counted_where_nobody_was_erased(tmp_path):
+    """Against members: a cluster with an erased record is tuned again anyway and says nothing about the others."""
+    with small_run(tmp_path / "run") as run:
+        first = reconcile(run)
+        assert (first.images_spared, first.images_changed) == (0, 0), "nobody was erased"
+        before, sampled = run.catalog.manifest(), run.catalog.sample("train", 30).ids[0]
+        unsampled = [name for name in run.catalog.live("train").ids if name not in run.catalog.sample("train", 30).ids]
+        old = {
+            key: (run.catalog.members(key).ids, run.catalog.slice(ref).images) for key, ref in before.entries.items()
+        }
+        for names in ((unsampled[0],), (sampled, unsampled[1])):
+            done = unlearning.request_erasure(run, names).outcome
+            rest = {key: images for key, (ids, images) in old.items() if not set(ids) & set(names)}
+            new = {key: run.catalog.members(key).ids for key in run.catalog.manifest().entries}
+            other = [images for key, images in rest.items() if new.get(key) != old[key][0]]
+            assert (done.images_spared, done.images_changed) == (sum(rest.values()), sum(other))
+            assert bool(other) == done.reclustered == (sampled in names)
+            entries = run.catalog.manifest().entries
+            old = {key: (new[key], run.catalog.slice(ref).images) for key, ref in entries.items()}
+        logged = [json.loads(line) for line in run.layout.metrics.read_text().splitlines()]
+        assert logged[-1]["images_changed"] == done.images_changed < done.images, "the clusters hit are counted out"
 
 
 def test_holdout_records_are_never_tuned_on(tmp_path):

@@ -1,6 +1,7 @@
-"""lmeraser plan: an estimate of what serving erasures at once, hourly, daily, weekly or in windows of your own costs.
+"""lmeraser plan: an estimate of what serving erasures at once, hourly, daily, weekly or as you like costs.
 
   lmeraser plan --workdir=DIR --rate=REQUESTS_PER_DAY --window=DAYS [--images_per_second=X] [--figure=FILE.png]
+  lmeraser plan --workdir=DIR --rate=REQUESTS_PER_DAY --requests=K      (whenever exactly K requests have come)
 
 Reads the catalog alone: clusters, their sizes and sampled members, images and seconds of their slices. Changes nothing
 and waits for nobody. docs/theory.md has the formulas.
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 TAKES_CONFIG = False  # it is the workdir's
 NUMBERS = {"rate": "requests a day", "window": "days in which requests are collected", "images_per_second": "images"}
+OR_REQUESTS = "; or --requests=K, requests that are collected"
 FORMATS = (".png", ".svg", ".pdf")
 POINTS = 24  # values of lambda T in the picture
 
@@ -27,10 +29,13 @@ POINTS = 24  # values of lambda T in the picture
 def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_float("rate", None, "requests a day, above 0", flag_values=flags)
     absl_flags.DEFINE_float("window", None, "days in which requests are collected, above 0", flag_values=flags)
-    text = "images tuned per second by all devices together, above 0; by default what this workdir's slices took"
+    text = "in place of --window: requests that are collected, 1 to the number of records"
+    absl_flags.DEFINE_integer("requests", None, text, flag_values=flags)
+    text = "images tuned per second by all devices together, above 0; by default each does what those that made this"
+    text += " workdir's slices did"
     absl_flags.DEFINE_float("images_per_second", None, text, flag_values=flags)
     absl_flags.DEFINE_integer("devices", 1, "number of devices that tune, of all processes", flag_values=flags)
-    text = "share of all images that a new clustering re-tunes, 0 to 1; by default the mean of past ones, else 1"
+    text = "share of the clusters nobody named that a new clustering re-tunes, 0 to 1; by default of past ones, else 1"
     absl_flags.DEFINE_float("reclustered", None, text, flag_values=flags)
     text = "also draw formulas and simulated windows: a .png, .svg or .pdf"
     absl_flags.DEFINE_string("figure", "", text, flag_values=flags)
@@ -38,14 +43,13 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     from lmeraser_jax import policy
-    from lmeraser_jax.theory import Machine
+    from lmeraser_jax.theory import Batch
 
-    workload = _checked(arguments)
-    speed, changed = arguments["images_per_second"] or workload.speed, arguments["reclustered"]
-    assert speed is not None
-    machine = Machine(workload.lanes * arguments["devices"], speed)
+    workload, changed, count = _checked(arguments), arguments["reclustered"], arguments["requests"]
+    batch = Batch(count, fixed=True) if count else Batch(arguments["rate"] * arguments["window"])
+    machine = workload.machine(arguments["devices"], arguments["images_per_second"])
     changed = workload.changed if changed is None else changed
-    found = policy.forecast(workload, arguments["rate"], arguments["window"], machine, changed)
+    found = policy.forecast(workload, arguments["rate"], batch, machine, changed)
     if arguments["figure"]:
         _draw(arguments["figure"], found)
     common.show(arguments, found.table(), found.values())
@@ -62,6 +66,11 @@ def _checked(arguments: common.Arguments) -> "Workload":
             workload = policy.published(layout, catalog)
         if workload.speed is None and arguments["images_per_second"] is None:
             problems.append("--images_per_second=X is missing: images, above 0; no slice of this program was timed")
+        count = arguments["requests"]
+        if count is not None and count > workload.clusters.records:
+            problems.append(
+                f"--requests={count}: must be at most the number of records, {workload.clusters.records:.0f}"
+            )
     except UserError as error:
         problems.append(str(error))
     raise_all(problems)
@@ -70,13 +79,18 @@ def _checked(arguments: common.Arguments) -> "Workload":
 
 
 def _illegal(arguments: common.Arguments) -> list[str]:
-    problems = []
+    problems, count = [], arguments["requests"]
+    needed = {"rate"} if count is not None else {"rate", "window"}
     for name, what in NUMBERS.items():
         value = arguments[name]
-        if value is None and name != "images_per_second":
-            problems.append(f"--{name}=X is missing: {what}, a number above 0")
+        if value is None and name in needed:
+            problems.append(f"--{name}=X is missing: {what}, a number above 0" + OR_REQUESTS * (name == "window"))
         elif value is not None and not (value > 0 and math.isfinite(value)):
             problems.append(f"--{name}={value:g}: {what}, must be a number above 0")
+    if count is not None and arguments["window"] is not None:
+        problems.append(f"--requests={count} and --window={arguments['window']:g}: give one of them")
+    if count is not None and count < 1:
+        problems.append(f"--requests={count}: must be at least 1")
     if arguments["devices"] < 1:
         problems.append(f"--devices={arguments['devices']}: must be at least 1")
     share = arguments["reclustered"]

@@ -1,5 +1,6 @@
 """Rows of the catalog that others work with: trained slices and published states."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 COMMON = "common"  # in the place of a cluster's key: the head of all private records
@@ -15,7 +16,7 @@ class SliceRow(NamedTuple):
     images: int  # passed forward and backward
     steps: int
     loss: float | None  # mean over the last epoch
-    seconds: float  # its share of the device time
+    seconds: float  # of device time: its share of what all devices of the process spent
     program: str  # fingerprint of the program that made it
     created: float
     parent: str = ""  # digest of the slice that it was tuned on from
@@ -40,3 +41,12 @@ class Manifest(NamedTuple):
     def clusters(self) -> dict[str, str]:
         """The entries without the common head."""
         return {key: ref for key, ref in self.entries.items() if key != COMMON}
+
+
+def images_of(made: Mapping[str, SliceRow], ref: str) -> int:
+    """Images that went into a slice, "digest" or "digest@step", and into the slices that it was tuned on from."""
+    row, images = made.get(ref.partition("@")[0]), 0
+    while row is not None:
+        images += row.images
+        row = made.get(row.parent)
+    return images
