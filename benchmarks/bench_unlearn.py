@@ -34,7 +34,7 @@ from lmeraser_jax.run import opened, prepared
 OTHERS = ("single", "sisa-mean", "retrain", "linear-head", "ridge")
 PARTS = {
     "plan": (reconcile, "plan"),
-    "write": (shares, "_written"),
+    "write": (shares, "written"),
     "register": (reconcile, "_keep"),
     "publish": (reconcile, "_publish"),
     "purge": (reconcile, "purge"),

@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code.
 
     0 done, or a resumable command got SIGTERM and ended where nothing is lost; 1 an audit, a check or a receipt
-    failed, or process 0 of several did; 2 misused, or a process was lost; 130 interrupted.
+    failed, an attack found an erased record, or process 0 of several failed; 2 misused, or a process was lost; 3 an
+    attack that can say nothing; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
