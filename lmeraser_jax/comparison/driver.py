@@ -141,7 +141,9 @@ def _same_as_before(comparison: Comparison) -> None:
 
 def _binding(comparison: Comparison) -> dict[str, Any]:
     plan = dataclasses.asdict(comparison.plan)
-    for name in ("cuts", "sequences", "montage"):  # more of them are more tasks, and a picture is no number
+    for name in ("cuts", "sequences"):  # more of them are more tasks
+        del plan[name]
+    for name in ("requests", "montage"):  # no other number depends on these
         del plan[name]
     return {"config": settings.to_dict(comparison.config), "plan": plan}
 
