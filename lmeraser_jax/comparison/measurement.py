@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,11 @@ class Measurement:
         expected_share: of the data re-tuned by a uniform unsampled request, sum(m_k^2) / N^2.
         sampled_share: of the records that are sampled, whose erasure also re-clusters.
         spent: images passed since the start of a sequence, 0 elsewhere.
+        tested: test images; 0 where it is not known.
+        passes: forward passes through the backbone per prediction; 0 where it is not known.
+        seconds_unsampled, seconds_sampled: mean seconds of served requests for records of either kind, of which
+            `seconds_request` is the mean by `sampled_share`; 0 where it is not known.
+        source: name of the entry of `Results.sources` that it comes from; "" for the only one.
     """
 
     experiment: str
@@ -64,6 +69,11 @@ class Measurement:
     expected_share: float = 0.0
     sampled_share: float = 0.0
     spent: float = 0.0
+    tested: int = 0
+    passes: float = 0.0
+    seconds_unsampled: float = 0.0
+    seconds_sampled: float = 0.0
+    source: str = ""
 
     @property
     def point(self) -> tuple[str, str, str, str, int, float, str]:
@@ -73,22 +83,28 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All rows of a comparison, with the command and the machine that they come from."""
+    """All rows of a comparison, with the command and the machine that they come from.
+
+    Attributes:
+        sources: command, machine, commit and date by the `source` of rows that come from elsewhere.
+    """
 
     rows: tuple[Measurement, ...]
     command: str = ""
     machine: str = ""
+    sources: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
 
     def values(self) -> dict[str, Any]:
         rows = [dataclasses.asdict(row) for row in self.rows]
-        return {"command": self.command, "machine": self.machine, "rows": rows}
+        return {"command": self.command, "machine": self.machine, "sources": self.sources, "rows": rows}
 
 
 def load(path: Path) -> Results:
     """Reads results.json. Raises `UserError` where it is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
-        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]))
+        sources = tree.get("sources", {})
+        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} is not the results.json of a comparison: {error}") from error
 
