@@ -19,6 +19,9 @@ METHODS = {
     "ridge": (2.0, 1, 0.0),
     "ncm": (7.0, 1, 0.0),
 }
+PASSES = {"lmeraser-top5": 6.0, "sisa-vote": 10.0, "sisa-mean": 10.0} | dict.fromkeys(
+    ("single", "retrain", "linear-head", "ridge", "ncm", "rndpart"), 1.0
+)
 TITLES = {
     "lmeraser": "LMEraser",
     "lmeraser-top5": "LMEraser (5 nearest)",
@@ -86,6 +89,10 @@ def measured(experiment: str, dataset: str, method: str, seed: int, minus: float
         "parameters": 77_530 * clusters,
         "expected_share": share / 100,
         "sampled_share": 1000 / records,
+        "tested": 2000,
+        "passes": PASSES.get(method, 2.0),
+        "seconds_unsampled": request / 600 + 0.3,
+        "seconds_sampled": 3 * request / 600 + 0.5,
     }
     return row(experiment=experiment, dataset=dataset, method=method, seed=seed, **(values | changes))
 

@@ -19,14 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from numpy.testing import assert_allclose
 
-from lmeraser_jax.comparison import curves, figures, summary
-from lmeraser_jax.comparison.drawing import looks, picture
-from lmeraser_jax.comparison.labels import name_points, parted
+from lmeraser_jax import simulation
+from lmeraser_jax.comparison import curves, figures, measurement, summary, uncertainty
+from lmeraser_jax.comparison.drawing import looks
+from lmeraser_jax.comparison.labels import name_points, parted, side_by_side
+from lmeraser_jax.comparison.tradeoff import lowest_to_scale, tradeoff
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.plotting import picture
 
 DRAWN = [
     *(figures.accuracy, figures.backbones, figures.affected, figures.effort, figures.partitions, figures.heads),
-    *(figures.tradeoff, curves.epochs, curves.removal, curves.cut, curves.sequences),
+    *(tradeoff, curves.epochs, curves.removal, curves.cut, curves.sequences),
 ]
 
 
@@ -92,7 +95,7 @@ def test_curves_are_means_in_a_band_of_standard_deviations(drawn):
         heights = corners[np.isclose(corners[:, 0], 100 * share), 1]
         assert_allclose([heights.min(), heights.max()], [mean - sd, mean + sd])
     accuracy, clusters = drawn["cut"].axes
-    assert accuracy.get_ylabel() == "test accuracy (%)" and clusters.get_ylabel() == "clusters"
+    assert accuracy.get_ylabel().startswith("test accuracy (%)\n") and clusters.get_ylabel() == "clusters"
     assert_allclose(clusters.lines[0].get_ydata(), [int(900 * 0.6 ** (cut - 6)) for cut in (7, 8, 9, 10, 11)])
 
 
@@ -115,6 +118,141 @@ def test_many_curves_are_parted_by_their_series():
     assert titles == ["cifar10 · uniform"] * 2 + ["cifar10 · bursts"] * 2
 
 
+DIGITS = Path(__file__).resolve().parents[1] / "docs" / "results" / "digits" / "results.json"
+
+
+def test_bars_on_logarithmic_axes_go_from_the_lowest_to_the_highest_seed():
+    seconds = {"lmeraser": (1.0, 1.0, 10.0), "ncm": (0.01, 0.1, 1.0), "single": (30.0, 31.0, 32.0)}
+    assert np.mean(seconds["ncm"]) < np.std(seconds["ncm"], ddof=1) < np.mean(seconds["lmeraser"])
+    rows = [row(method=m, seed=i, seconds_request=s) for m, found in seconds.items() for i, s in enumerate(found)]
+    panel, images = figures.effort(rows).axes
+    order = [label.get_text() for label in panel.get_yticklabels()]
+    ends = np.array([bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()])
+    assert_allclose(ends, [(min(seconds[name]), max(seconds[name])) for name in order])
+    assert panel.get_xlim()[0] < ends.min() and ends.max() < panel.get_xlim()[1]
+    assert images.get_xlim()[0] > 0  # all alike: a bar of no length
+
+
+def test_a_bar_that_begins_at_nothing_begins_at_the_place_of_nothing():
+    panel = figures.effort([row(seed=s, images_request=x) for s, x in enumerate((0.0, 50.0, 100.0))]).axes[1]
+    ((start, end),) = [bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()]
+    assert panel.get_xticklabels()[0].get_text() == "0" and end == pytest.approx(100)
+    assert panel.get_xlim()[0] < start == pytest.approx(panel.get_xticks()[0])
+
+
+def test_bars_and_axes_stay_inside_of_what_is_possible():
+    rows = [row(method=m, seed=s, accuracy=a) for m in ("single", "ncm") for s, a in enumerate((1.0, 1.0, 0.9))]
+    rows += [row(method="low", seed=s, accuracy=a) for s, a in enumerate((0.0, 0.0, 0.1))]
+    panel = figures.accuracy(rows).axes[0]
+    ends = np.concatenate([bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()])
+    assert ends.min() == 0 and ends.max() == 100 and panel.get_xlim() == (0, 100)
+    assert panel.get_xlabel() == "test accuracy (%)"  # from 0, nothing to note
+
+
+@pytest.mark.parametrize("name", ["accuracy", "heads", "partitions", "tradeoff", "removal", "cut", "epochs"])
+def test_axes_that_are_zoomed_in_say_so(drawn, name):
+    found = []
+    for panel in drawn[name].axes:
+        for (_, high), title in ((panel.get_xlim(), panel.get_xlabel()), (panel.get_ylim(), panel.get_ylabel())):
+            if title.startswith("test accuracy"):
+                low, _, end = title.partition("zoomed in: ")[2].partition(" to ")
+                assert 0 < float(low) < float(end) <= 100 and high == pytest.approx(float(end))
+                found.append(title)
+    assert found
+
+
+def test_a_trade_off_is_drawn_to_scale_but_for_what_would_squeeze_the_rest():
+    rows = measurement.load(DIGITS).rows
+    figure = tradeoff(rows)
+    (panel,) = figure.axes
+    assert panel.get_xlim()[1] < 150 and panel.get_ylim()[1] <= 100  # no cost above 100 %, and half a marker
+    assert [label.get_text() for label in panel.get_xticklabels()][-1] == "100"
+    (line,) = {at.get_ydata()[0] for at in panel.lines if at.get_linestyle() == "--" and list(at.get_xdata()) == [0, 1]}
+    places = np.array([container.lines[0].get_xydata()[0] for container in panel.containers])
+    below = places[:, 1] < line
+    assert below.sum() == 1 and len(places) == 13
+    (text,) = [text.get_text() for text in panel.texts if "%" in text.get_text()]
+    assert text == "lmeraser-top5 (77.6 %)"
+    best = summary.spreads(rows, summary.ACCURACY, summary.by_method)
+    assert_allclose(np.sort(places[~below, 1]), sorted(s.mean for name, s in best.items() if name != "lmeraser-top5"))
+    assert np.ptp(places[~below, 1]) > 0.3 * np.ptp(panel.get_ylim())  # it was 0.1
+    pixels = panel.transData.transform(places)
+    distances = np.hypot(*(pixels[:, None] - pixels[None]).transpose(2, 0, 1))[~np.eye(13, dtype=bool)]
+    assert distances.min() > 6 * figure.dpi / 72  # no marker hides another
+    assert "Below a dashed line" in figure.get_supxlabel()
+    nothing, least = panel.get_xticks()[:2]
+    free = [x for x, _ in places if x < math.sqrt(nothing * least)]
+    assert len(free) == 3 and np.median(free) == pytest.approx(nothing)  # what costs nothing stands around 0
+
+
+@pytest.mark.parametrize(
+    ("means", "lowest"),
+    [
+        ([98.9, 98.0, 97.0, 96.4, 77.6], 96.4),
+        ([98.9, 98.0, 97.0, 77.6, 40.0], 97.0),  # two, far from each other
+        ([98.9, 98.0, 97.0, 93.5], 93.5),  # near enough
+        ([98.9, 98.9, 98.9, 98.5], 98.5),  # all alike
+        ([98.0, 97.0, 50.0], 50.0),  # two make no scale
+        ([98.0, 97.0, 96.0, 50.0, 49.0, 48.0, 47.0], 47.0),  # more than half
+        ([], 0.0),
+    ],
+)
+def test_the_lowest_accuracy_that_is_to_scale(means, lowest):
+    assert lowest_to_scale(means) == lowest
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30), st.integers(0, 20)), min_size=1, max_size=10))
+def test_what_would_cover_each_other_stands_side_by_side(found):
+    centres = np.array([(x, y) for x, y, _ in found], float)
+    bars = np.array([(y - reach, y + reach) for _, y, reach in found], float)
+    moved = centres[:, 0] + side_by_side(centres, bars, 6.0, 3.0)
+    assert moved[0] == centres[0, 0]
+    for i, j in itertools.combinations(range(len(found)), 2):
+        gap = abs(moved[i] - moved[j])
+        if abs(centres[i, 1] - centres[j, 1]) < 6:
+            assert gap >= 6 - 1e-6
+        elif bars[i, 0] < bars[j, 1] and bars[j, 0] < bars[i, 1]:
+            assert gap >= 3 - 1e-6
+    if len(found) == 1 or (np.diff(np.sort(centres[:, 0])) >= 6).all():
+        assert_allclose(moved, centres[:, 0])  # nothing is moved that need not be
+
+
+def test_methods_that_all_cost_nothing_have_an_axis_from_nothing_to_everything():
+    (panel,) = tradeoff([row(method=m, images_full=0, images_request=0.0) for m in ("ridge", "ncm")]).axes
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels[0] == "0" and labels[-1] == "100"
+    assert {container.lines[0].get_xdata()[0] < panel.get_xticks()[1] for container in panel.containers} == {True}
+
+
+def test_a_second_front_over_the_passes_of_a_prediction(drawn):
+    figure = drawn["tradeoff"]
+    assert [panel.get_xlabel() for panel in figure.axes[:2]] == [summary.COST.title, summary.PASSES.title]
+    rows = [
+        row(method=m, accuracy=a, passes=p, images_request=i)
+        for m, a, p, i in (("ncm", 0.7, 1.0, 0.0), ("lmeraser", 0.9, 2.0, 10.0), ("sisa-vote", 0.8, 10.0, 5.0))
+    ]
+    cost, passes = tradeoff(rows).axes
+    assert_allclose(fronts(cost)[0].get_ydata(), [70, 80, 90, 90])
+    assert_allclose(fronts(passes)[0].get_ydata(), [70, 90, 90])
+    assert_allclose(fronts(passes)[0].get_xdata()[:2], [1, 2])
+    unknown = [dataclasses.replace(r, passes=0.0) for r in rows]
+    assert len(tradeoff(unknown).axes) == 1  # not measured
+
+
+def test_figures_say_what_their_bars_are(drawn):
+    rows = [row(seed=s, tested=n) for s, n in ((0, 400), (1, 2500))]  # 0.9: 1.5 and 0.6 points
+    error = "Standard error from 400 to 2,500 test images alone: 0.6 to 1.5 points."
+    deviation, extent = "one standard deviation over seeds each way", "from the lowest to the highest seed"
+    accuracy, seconds = summary.ACCURACY, summary.SECONDS
+    assert uncertainty.bars(rows, [accuracy]) == f"Bars and bands: {deviation}. {error}"
+    assert uncertainty.bars(rows, [seconds]) == f"Bars and bands: {extent}."
+    both = f"Bars and bands: {deviation}; on logarithmic axes {extent}."
+    assert uncertainty.bars([row(), row(seed=1)], [seconds, accuracy]) == both
+    assert uncertainty.bars([row()], [accuracy]) == "One seed: no bars."
+    for figure in drawn.values():
+        assert figure.get_supxlabel().startswith("Bars and bands: ")
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
 def test_pareto_front_against_brute_force(points):
     def beaten(a):
@@ -129,6 +267,10 @@ def test_pareto_front_without_numbers_that_are_none():
     assert summary.pareto([(math.nan, 99.0), (1.0, math.nan), (2.0, 50.0), (math.inf, 60.0)]) == [2]
 
 
+def fronts(panel):
+    return [line for line in panel.lines if line.get_gid() == "front"]
+
+
 def test_the_front_that_is_drawn(drawn):
     rows, panel = results().rows, drawn["tradeoff"].axes[0]
     here = [r for r in rows if (r.experiment, r.dataset, r.backbone) == ("methods", "cifar10", "vit-b-22k")]
@@ -141,13 +283,15 @@ def test_the_front_that_is_drawn(drawn):
         for name, (cost, score) in means.items()
         if not any(c <= cost and s >= score and other != name for other, (c, s) in means.items())
     ]
-    (front,) = [line for line in panel.lines if line.get_gid() == "front"]
+    (front,) = fronts(panel)
     best.sort(key=lambda name: means[name][0])
     assert_allclose(front.get_ydata()[:-1], [means[name][1] for name in best])
     assert front.get_drawstyle() == "steps-post"
     costs = [means[name][0] for name in best]
     (gap,) = {
-        line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2
+        line.get_xdata()[0]
+        for line in panel.lines
+        if line.get_linestyle() == "--" and list(line.get_ydata()) == [0, 1]  # upright
     }
     assert costs[0] == 0  # which has a place of its own, behind a line
     assert panel.get_xlim()[0] < front.get_xdata()[0] < gap < min(cost for cost, _ in means.values() if cost)
@@ -169,7 +313,7 @@ def test_nothing_to_draw(draw):
         (figures.affected, [row(records_request=0.0, parameters_request=0.0)]),
         (figures.effort, [row(images_request=0.0, seconds_request=math.nan)]),
         (figures.accuracy, [row(experiment="cut")]),
-        (figures.tradeoff, [row(experiment="epochs")]),
+        (tradeoff, [row(experiment="epochs")]),
         (curves.epochs, [row(), row(experiment="epochs", x=math.nan)]),
         (curves.removal, [row(), row(experiment="cut")]),
     ],
@@ -181,7 +325,8 @@ def test_missing_experiments_give_none(draw, rows):
 def test_spread_is_what_numpy_says(rng):
     values = rng.normal(size=7)
     assert_allclose(summary.spread(values)[:2], [np.mean(values), np.std(values, ddof=1)])
-    assert summary.spread([3.5]) == (3.5, 0.0, 1)
+    assert summary.spread(values)[3:] == (min(values), max(values))
+    assert summary.spread([3.5]) == (3.5, 0.0, 1, 3.5, 3.5)
     for broken in ([], [1.0, math.nan], [math.inf], [-math.inf, math.inf]):
         assert not summary.spread(broken).known
 
@@ -194,7 +339,7 @@ def test_one_seed_and_numbers_that_are_none():
     assert deviations[0] == 0
     assert_allclose(dots_of(balanced)[0], [80.0, 80.0])
     assert len(picture(figure, "svg")) > 1000
-    figure = figures.tradeoff([row(), row(method="ncm", accuracy=math.inf)])
+    figure = tradeoff([row(), row(method="ncm", accuracy=math.inf)])
     assert [text.get_text() for text in figure.axes[0].texts] == ["lmeraser"]
 
 
@@ -236,6 +381,17 @@ def test_names_stay_inside_the_panel():
     for text, box in boxes_of(name_points(panel, corners, ["a long name"] * 9, ["black"] * 9, [])):
         assert panel.bbox.x0 <= box.x0 and box.x1 <= panel.bbox.x1, text
         assert panel.bbox.y0 <= box.y0 and box.y1 <= panel.bbox.y1, text
+
+
+def test_names_keep_clear_of_markers_in_a_crowd():
+    panel = Figure((5, 4)).subplots()
+    panel.set(xlim=(0, 1), ylim=(0, 1))
+    crowd = [(0.9, 0.9 - 0.035 * i) for i in range(8)]
+    named = boxes_of(name_points(panel, crowd, ["a method"] * 8, ["black"] * 8, []))
+    for text, box in named:
+        assert not any(box.contains(*panel.transData.transform(point)) for point in crowd), text
+    for (_, first), (_, second) in itertools.combinations(named, 2):
+        assert not first.shrunk(0.98, 0.9).overlaps(second.shrunk(0.98, 0.9))
 
 
 @given(st.lists(st.floats(-50, 150), min_size=1, max_size=8), st.floats(1, 12))
@@ -286,7 +442,7 @@ def test_names_of_any_kind(name):
     rows += [row(experiment="epochs", method=method, x=x, dataset=name) for x in (1.0, 2.0) for method in (name, "b")]
     shown = "".join(c if c.isprintable() else "�" for c in " ".join(name.split())) or "–"
     shown = shown if len(shown) <= 30 else shown[:29] + "…"
-    for figure in (figures.accuracy(rows), figures.tradeoff(rows), curves.epochs(rows)):
+    for figure in (figures.accuracy(rows), tradeoff(rows), curves.epochs(rows)):
         assert figure.axes[0].get_title() == shown
         ElementTree.fromstring(picture(figure, "svg"))
     assert shown in [label.get_text() for label in figures.accuracy(rows).axes[0].get_yticklabels()]
@@ -294,8 +450,9 @@ def test_names_of_any_kind(name):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=r"pip install 'lmeraser_jax\[plots\]'"):
-        figures.accuracy([row()])
+    for draw in (lambda: figures.accuracy([row()]), lambda: simulation._draw("x.png", [1.0], [])):
+        with pytest.raises(UserError, match=r"^figures need matplotlib; .* pip install 'lmeraser_jax\[plots\]'$"):
+            draw()
 
 
 def test_matplotlib_is_loaded_where_it_draws_and_pyplot_never():
@@ -304,8 +461,8 @@ import sys
 from lmeraser_jax.comparison import page
 assert "matplotlib" not in sys.modules and "jax" not in sys.modules
 from comparison_rows import row
-from lmeraser_jax.comparison.drawing import picture
-picture(page.figures.tradeoff([row()]), "png")
+from lmeraser_jax.plotting import picture
+picture(page.tradeoff.tradeoff([row()]), "png")
 assert "matplotlib.pyplot" not in sys.modules
 """
     here = Path(__file__).resolve().parent
