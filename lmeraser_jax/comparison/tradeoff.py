@@ -62,7 +62,8 @@ def tradeoff(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
     strips = any(mean < floors[name] for name, here in datasets.items() for mean in _means(here))
     places = list(itertools.product(datasets, quantities))
     note = f"{bars(chosen, [ACCURACY, COST])} {BESIDE}"
-    figure, axes = panels(len(places), 2, 4.6, f"{note} {STRIP}" if strips else note)
+    height = max(4.6, 0.42 * len(unique(map(by_method, chosen))))
+    figure, axes = panels(len(places), 2, height, f"{note} {STRIP}" if strips else note)
     points = []
     for panel, (name, quantity) in zip(axes, places):
         panel.set_title(titled(name, titles))
