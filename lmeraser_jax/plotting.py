@@ -84,6 +84,14 @@ def blank(width: float, height: float) -> "Figure":
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
 
 
+def ticked(value: float, _: int | None = None) -> str:
+    """A number at a tick: 0.5, 20, 3k, 40M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
 @styled
 def picture(figure: "Figure", kind: str) -> bytes:
     """A figure as png, svg or pdf: the same bytes whenever it is drawn."""

@@ -178,6 +178,8 @@ def _panels(
 
 @plotting.styled
 def _draw(path: str | Path, requests: Sequence[float], panels: Sequence[_Panel]) -> None:
+    from matplotlib.ticker import LogFormatter
+
     whole = plotting.blank(13, 5)
     for axes, panel in zip(whole.subplots(1, len(panels)), panels, strict=True):
         low, mean, high = (
@@ -189,5 +191,7 @@ def _draw(path: str | Path, requests: Sequence[float], panels: Sequence[_Panel])
         for (name, line), style in zip(panel.paper.items(), ("--", ":")):
             axes.plot(requests, line, style, color="black", label=name)
         axes.set(xscale="log", xlabel="expected requests of a window", title=panel.title, ylim=(0, None))
+        axes.xaxis.set_major_formatter(plotting.ticked)
+        axes.xaxis.set_minor_formatter(LogFormatter())  # where a decade is all there is
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     plotting.save(whole, path)

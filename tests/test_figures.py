@@ -342,6 +342,20 @@ def test_without_matplotlib(monkeypatch):
             draw()
 
 
+def test_the_picture_of_a_plan_has_ticks_for_people(monkeypatch):
+    kept = []
+    monkeypatch.setattr(simulation.plotting, "save", lambda figure, path: kept.append(figure))
+    band = simulation.Band(1.0, 0.1, 0.8, 1.2, 0.01)
+    panel = simulation._Panel("seconds", [1.0, 2.0], [band, band], 1.0, {})
+    for requests in ([0.1, 10.0], [2.0, 9.0]):
+        simulation._draw("x.png", requests, [panel, panel])
+        kept[-1].draw_without_rendering()
+        assert not any("$" in text.get_text() for text in kept[-1].findobj(Text))
+    wide, narrow = (figure.axes[0] for figure in kept)
+    assert {"0.1", "1", "10"} <= {label.get_text() for label in wide.get_xticklabels()}
+    assert {"3", "6"} <= {label.get_text() for label in narrow.get_xticklabels(minor=True)}
+
+
 def test_matplotlib_is_loaded_where_it_draws_and_pyplot_never():
     code = """
 import sys

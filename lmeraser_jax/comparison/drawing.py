@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lmeraser_jax.comparison.summary import MISSING, Quantity, Spread
-from lmeraser_jax.plotting import COLOURS, GREY, PALE, blank
+from lmeraser_jax.plotting import COLOURS, GREY, PALE, blank, ticked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,14 +50,6 @@ def panels(count: int, columns: int, height: float, note: str = "", **shared: An
     if lines:
         figure.supxlabel("\n".join(lines), fontsize=9, color=GREY)
     return figure, axes[:count]
-
-
-def ticked(value: float, _: int | None = None) -> str:
-    """A number at a tick: 0.5, 20, 3k, 40M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}"
 
 
 def scale(axes: "Axes", which: str, quantity: Quantity, found: Sequence[Spread]) -> float:
