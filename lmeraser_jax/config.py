@@ -161,7 +161,7 @@ class Inference:
 
     nearest: int = 1  # m: ask the m nearest clusters (1: paper); 0: all
     aggregate: str = "mean"  # of their probabilities | vote: the share of them whose first choice a class is
-    common: float = 0.5  # weight of the common head's probabilities, where there is one
+    common: float = 0.3  # weight of the common head's probabilities, where there is one
     batch: int = 128  # images per device and call
 
 

@@ -59,7 +59,8 @@ def vit_tiny_config(data: str, arg: str, file: str) -> Any:
 
     Args:
         data: name of an .npz.
-        arg: "", or "single" for one prompt and head for everything.
+        arg: ""; "single" for one prompt and head for everything; "frugal" for cheap erasures: few sampled records, each
+            a cluster of its own, so that a request re-tunes 2 or 3 % of the data, the sampled ones included.
         file: the experiment file, for the message.
 
     Raises:
@@ -87,6 +88,15 @@ def vit_tiny_config(data: str, arg: str, file: str) -> Any:
         config.clustering.cut = "auto:1"
         config.clustering.max_members = 0
         config.clustering.min_members = 0
+    elif arg == "frugal":
+        config.clustering.sample_size = 80
+        config.clustering.cut = "0"
+        config.clustering.max_members = 0
+        config.clustering.min_members = 0
+        config.clustering.shards = 40  # where a comparison asks for random parts: about as cheap
+        config.tuning.batch = 16  # clusters have some dozens of images
+        config.tuning.min_steps = 24
+        config.inference.nearest = 8
     elif arg:
-        raise ValueError(f"{file}:{arg}: the argument must be single or left out")
+        raise ValueError(f"{file}:{arg}: the argument must be single, frugal or left out")
     return config

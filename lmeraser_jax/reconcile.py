@@ -5,6 +5,7 @@ reconcile somewhere else and compare. A slice is addressed by the digest of its 
 erasure does not touch is found again instead of made again.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -171,12 +172,13 @@ def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[
         targets = tuple(_started(run, chain[0]) for chain in waiting.values())
         place = (run.layout.root, run.layout.slices)
         task = SliceTask(*place, problem, run.backbone.digest, program, features, labels, targets)
-        for made in share_slices(run.team, task, run.backbone, inputs, run.mesh):
-            if made.failed_at is None:
-                _keep(run, wanted, made)
-            else:
-                failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
-                waiting[made.row.cluster] = ()  # its later stages have nothing to start from
+        with contextlib.closing(share_slices(run.team, task, run.backbone, inputs, run.mesh)) as shared:
+            for made in shared:
+                if made.failed_at is None:
+                    _keep(run, wanted, made)
+                else:
+                    failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
+                    waiting[made.row.cluster] = ()  # its later stages have nothing to start from
         waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
     return failed
 

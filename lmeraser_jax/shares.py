@@ -13,7 +13,9 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from lmeraser_jax.tracking import Tuned
 from lmeraser_jax.tuning import Problem, mesh_of
 
 FAILED = 1
+WRITERS = 4  # slices written at a time: a write is mostly waiting for the disk
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,8 +98,8 @@ class SliceTask:
 
     def unpacked(self) -> "SliceTask":
         """The inverse, for a folder that is held. Raises `UserError` where a start or the folder is none."""
-        architecture, starts = self.problem.own_architecture, self.starts
-        slices = {key: as_slice(arrays, f"of {key[:12]}", architecture) for key, arrays in starts.items()}
+        kind = (self.problem.own_architecture, self.problem.tuning.one_head)
+        slices = {key: as_slice(arrays, f"of {key[:12]}", *kind) for key, arrays in self.starts.items()}
         jobs = [dataclasses.replace(one.job, start=slices.get(one.job.key)) for one in self.targets]
         targets = tuple(dataclasses.replace(one, job=job) for one, job in zip(self.targets, jobs, strict=True))
         return dataclasses.replace(self, folder=scratch.held(self.folder), targets=targets, starts={})
@@ -128,8 +131,10 @@ class Found:
 # what each process does
 
 
-def make_slices(task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Iterator[Made]:
-    """Makes a task's slices and writes each, with its snapshots, as soon as it is finished.
+def make_slices(task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Generator[Made, None, None]:
+    """Makes a task's slices, writes each, with its snapshots, as soon as it is finished, and yields what is written.
+
+    Closing the generator waits for what is being written: nobody may give up the writer lock before.
 
     Args:
         task: what to tune.
@@ -142,12 +147,35 @@ def make_slices(task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: M
     """
     targets = {target.job.key: target for target in task.targets}
     earlier: dict[str, list[Tuned]] = {key: [] for key in targets}
-    jobs = [target.job for target in task.targets]
-    for done in make(task.problem, backbone, jobs, inputs, task.labels, mesh):
-        if done.final:
-            yield _written(task, targets[done.job.key], done, earlier.pop(done.job.key))
-        else:
-            earlier[done.job.key].append(done)
+
+    def writes() -> Iterator[Callable[[], Made]]:
+        jobs = [target.job for target in task.targets]
+        for done in make(task.problem, backbone, jobs, inputs, task.labels, mesh):
+            if done.final:
+                yield functools.partial(_written, task, targets[done.job.key], done, earlier.pop(done.job.key))
+            else:
+                earlier[done.job.key].append(done)
+
+    if targets:
+        yield from _side_by_side(writes())
+
+
+def _side_by_side(writes: Iterator[Callable[[], Made]]) -> Generator[Made, None, None]:
+    """Does a few writes at a time while the next slices are made; yields their results in order."""
+    stopped = None
+    with ThreadPoolExecutor(WRITERS) as threads:
+        begun: deque[Future[Made]] = deque()
+        try:
+            for write in writes:
+                begun.append(threads.submit(write))
+                while begun and (begun[0].done() or len(begun) == WRITERS):
+                    yield begun.popleft().result()
+        except Stopped as asked:
+            stopped = asked
+        while begun:
+            yield begun.popleft().result()
+    if stopped is not None:
+        raise stopped
 
 
 def _written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
@@ -254,17 +282,19 @@ def _same_program(wanted: str, tuning: Tuning) -> None:
 # process 0
 
 
-def share_slices(team: Team, task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh) -> Iterator[Made]:
+def share_slices(
+    team: Team, task: SliceTask, backbone: Backbone, inputs: np.ndarray, mesh: Mesh
+) -> Generator[Made, None, None]:
     """Deals a task's slices to the processes, longest first, and yields each that is finished, here or elsewhere.
 
-    When it ends, every process has written its last slice, and can write no more.
+    When it ends, or is closed, every process has written its last slice, and can write no more.
 
     Raises:
         UserError: a process was lost or failed.
         Stopped: some process was asked to stop.
     """
     layout, parts = Layout(task.root), _dealt(team, task)
-    own = make_slices(parts[0], backbone, inputs, mesh) if parts[0].targets else iter(())
+    own = make_slices(parts[0], backbone, inputs, mesh)
     others = {peer: part for peer, part in enumerate(parts) if peer and part.targets}
     folder = scratch.begin(layout) if others else layout.slices
     wanted, at_hand = ({target.digest for target in targets} for targets in (task.targets, parts[0].targets))
@@ -278,6 +308,7 @@ def share_slices(team: Team, task: SliceTask, backbone: Backbone, inputs: np.nda
             made.add(one.row.digest)
             yield one
     finally:
+        own.close()
         scratch.settle(layout)  # also what a process wrote that was lost before it could say so
     assert made == wanted, "whoever goes on publishes"
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ class Points:
 
     def __init__(self, die_at: int | None = None, error: str = "", lasting: bool = False):
         self.die_at, self.error, self.lasting, self.labels = die_at, error, lasting, []
+        self.one_by_one = threading.Lock()
 
     def __call__(self, label: str, partly: Callable[[], Any] | None = None) -> None:
         """`partly` does a part of what comes next, so that it ends in its middle."""
-        self.labels.append(label)
-        passed = len(self.labels) - 1
+        with self.one_by_one:  # slices are written by several threads
+            self.labels.append(label)
+            passed = len(self.labels) - 1
         if self.die_at is None or passed < self.die_at or passed > self.die_at and not self.lasting:
             return
         if partly is not None and passed == self.die_at:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import jax
@@ -15,8 +17,8 @@ from sklearn.metrics import roc_auc_score
 from lmeraser_jax import unlearning
 from lmeraser_jax.artifacts import load_clustering, load_slice
 from lmeraser_jax.attacks import attack as attacks
+from lmeraser_jax.attacks import common_head, membership, routing, shadows, statistics, targets
 from lmeraser_jax.attacks import relearn as relearning
-from lmeraser_jax.attacks import routing, shadows, statistics, targets
 from lmeraser_jax.attacks.attack import ATTACKS, Options
 from lmeraser_jax.attacks.klom import klom
 from lmeraser_jax.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION
@@ -29,6 +31,7 @@ from lmeraser_jax.inference import load_model, predict
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import opened
 from lmeraser_jax.store.layout import Layout, writer_lock
+from lmeraser_jax.store.rows import COMMON
 
 LEARNT = {"tuning__lanes": shadows.LANES, "tuning__epochs": 40, "tuning__head_rate": 0.05}  # one program with shadows
 OPTIONS = Options(targets=16, shadows=16, seed=1)
@@ -137,9 +140,9 @@ def test_other_methods_are_attacked(method, tmp_path):
     with small_run(tmp_path / "run", noisy_source(), config) as run:
         reconcile(run)
         found = attacks.attack(run, OPTIONS)
-    assert found.skipped == (() if method == "heads" else ("relearn", "routing"))
-    assert found.leaks == () and not {"lira", "ulira"} & set(found.blind)
-    assert ("nothing to attack" in found.text()) == (method == "shards")
+    assert found.skipped == (("common",) if method == "heads" else ("relearn", "common", "routing"))
+    assert found.leaks == () and not {"lira", "ulira"} & {*found.blind, *found.powerless}
+    assert found.text().count("nothing to attack") == len(found.skipped)
 
 
 def test_who_takes_part(run, trials):
@@ -148,7 +151,7 @@ def test_who_takes_part(run, trials):
     splits, forgotten = {}, []
     for split in ("train", "test"):
         splits |= dict.fromkeys(run.catalog.live(split).ids, split)
-    for pool, _, roles, scores, cast in trials:
+    for pool, _, _, roles, scores, cast in trials:
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.members(pool.key).ids
         assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= targets.LEFT
         assert {splits[name] for name in pool.of(OUTSIDE, VALIDATION).ids} <= {"test"}
@@ -165,7 +168,7 @@ def test_who_takes_part(run, trials):
 
 def test_populations_are_tuned_on_whom_they_say(trials):
     """Who was drawn scores higher in shadows, nobody forgotten does in the slices that unlearned or never saw."""
-    for _, _, roles, _, cast in trials:
+    for _, _, _, roles, _, cast in trials:
         hard = np.isin(roles, (FORGOTTEN, OUTSIDE))
         gap = cast.shadows[:, hard][cast.inside[:, hard]].mean() - cast.shadows[:, hard][~cast.inside[:, hard]].mean()
         assert gap > 2
@@ -180,14 +183,18 @@ def test_populations_are_tuned_on_whom_they_say(trials):
 
 
 def test_the_controls_work_and_erased_records_are_not_found(result):
-    assert {one.name for one in result.findings} == set(ATTACKS)
+    assert {one.name for one in result.findings} == set(ATTACKS) - {"common"} and result.skipped == ("common",)
     found = {one.name: one.found for one in result.findings}
-    for name in ("rmia", "lira", "ulira", "klom", "relearn"):
+    for name in ("loss", "rmia", "lira", "ulira", "klom", "relearn"):
         assert found[name] == (True, False, False), name
-    assert result.leaks == () and not {"rmia", "lira", "ulira", "klom", "relearn"} & set(result.blind)
+    assert result.leaks == result.powerless == result.shifted == () and {*result.blind} <= {"routing"}
+    assert result.code == 0
+    ulira = next(one for one in result.findings if one.name == "ulira")
+    assert ulira.auc[0].low > 0.5 and ulira.auc[1].low < 0.6 and ulira.quality[0] < ulira.quality[1]
+    assert all(rate is None for rates in ulira.rates for rate in rates), "16 records, 256 pairs"
     shares = result.accuracies
     assert shares.forgotten[0] > shares.forgotten[1] + 0.2 and shares.gap[0] > shares.gap[1] and shares.gap[2] == 0
-    assert result.images > 0 and result.slices == (1 + 3 + 3 * 16) * result.clusters + targets.SCOUTS * 5
+    assert result.images > 0 and result.slices == (1 + 3 + 1 + 3 * 16) * result.clusters + targets.SCOUTS * 5
 
 
 def test_pretending_to_unlearn_is_found(run, trials):
@@ -195,10 +202,11 @@ def test_pretending_to_unlearn_is_found(run, trials):
     leaky = [(t.roles, dataclasses.replace(t.shadows, unlearned=t.shadows.shadows)) for t in trials]
     for name, attack in (("ulira", ulira), ("klom", klom)):
         assert attack(leaky, philox(0, name)).found == (True, True, False)
-    found = relearn(run, [t.pool for t in trials], [pretended(t).slices for t in trials], philox(0, "relearn"))
-    assert found.found[:2] == (True, True) and found.steps[1] == (0,) * len(trials)
-    for name in ("rmia", "lira"):
-        assert attacks._membership(name, [pretended(trial) for trial in trials]).found == (True, True, False)
+    found = relearn(run, [t.pool for t in trials], [pretended(t).slices for t in trials], [t.again for t in trials])
+    assert found.found[:2] == (True, True) and found.steps[1] == found.steps[0]
+    for name in ("loss", "rmia", "lira"):
+        played = [pretended(trial) for trial in trials]
+        assert attacks._membership(name, played, philox(0, name)).found == (True, True, False)
 
 
 def pretended(trial):
@@ -210,11 +218,25 @@ def pretended(trial):
 def test_relearning_watches_every_step(run, trials, monkeypatch):
     pool, slices, seen = trials[0].pool, trials[0].slices, []
     monkeypatch.setattr(relearning, "until", lambda losses, level: seen.append((losses, level)) or 0)
-    relearn(run, [pool], [slices], philox(0, "relearn"))
-    wanted = statistics.losses(shadows.scored(run, slices, pool.of(FORGOTTEN)).margins).mean(axis=1)
-    for (losses, level), start in zip(seen, wanted[1:], strict=True):
-        assert len(losses) >= relearning.STEPS + 1 and level == pytest.approx(wanted[0])
-        assert losses[0] == pytest.approx(start) and losses[1] < losses[0] and losses[-1] < 0.2 * losses[0]
+    relearn(run, [pool], [slices], [trials[0].again])
+    played = (trials[0].again, *slices)
+    level, *wanted = statistics.losses(shadows.scored(run, played, pool.of(FORGOTTEN)).margins).mean(axis=1)
+    for (losses, goal), start in zip(seen, wanted, strict=True):
+        assert len(losses) >= relearning.STEPS + 1 and goal == pytest.approx(level)
+        assert losses[0] == pytest.approx(start) and losses[1] < losses[0]
+    assert all(losses[-1] < 0.2 * losses[0] for losses, _ in seen[1:])
+
+
+def test_the_control_of_relearning_is_measured(run, trials):
+    """The level is that of another slice tuned with the records; a published one that forgot them fails there."""
+    for trial in trials:
+        assert not same_bits(trial.again, trial.slices[0])
+    cast = [trial.pool for trial in trials], [trial.again for trial in trials]
+    forgot = [(trial.slices[1], *trial.slices[1:]) for trial in trials]
+    found = relearn(run, cast[0], forgot, cast[1])
+    assert not found.found[0] and min(found.steps[0]) > 0 and found.steps[0] == found.steps[1]
+    alone = relearn(run, cast[0][:1], [trials[0].slices], cast[1][:1])
+    assert alone.least == 1 / (1 + len(trials[0].slices[2:])) > statistics.DOUBT and alone.found == (False,) * 3
 
 
 def test_a_residue_is_found(trials):
@@ -285,19 +307,93 @@ def test_the_command(workdir, capsys, tmp_path):
     assert not any(name in out + (tmp_path / "a.json").read_text() for name in ("digit-", "hand-"))
 
 
-def test_a_leak_and_a_blind_attack_are_said_loudly(result, workdir, monkeypatch, capsys):
-    lira = next(one for one in result.findings if one.name == "lira")
-    leaky = dataclasses.replace(lira, columns=(lira.columns[0], lira.columns[0], lira.columns[2]))
+def found_of(rng, *shifts):
+    """What LiRA finds where members lie so much above others in the three slices; the same noise in all."""
+    noise = rng.normal(size=120) + 0.3 * rng.normal(size=(3, 120))
+    return membership.membership("lira", noise[:, :60] + np.array(shifts)[:, None], noise[:, 60:], rng)
+
+
+def test_a_leak_is_found_also_where_training_images_differ_from_others(result, rng):
+    """A slice that never saw the records tells them from test images, too: what counts is what is above that."""
+    found = found_of(rng, 3.0, 2.5, 0.8)
+    assert [round(column.auc, 2) for column in found.columns] == pytest.approx([0.98, 0.96, 0.71], abs=0.04)
+    assert all(column.p < 1e-4 for column in found.columns)
+    leaky = dataclasses.replace(result, findings=(found,))
+    assert leaky.leaks == ("lira",) and leaky.code == 1 and not leaky.values()["ok"]
+    assert "FINDS ERASED RECORDS; SHIFTED REFERENCE" in leaky.text()
+    clean = dataclasses.replace(result, findings=(found_of(rng, 3.0, 0.8, 0.8),))
+    assert clean.leaks == () and clean.shifted == ("lira",) and clean.code == 0
+    assert "differs from test images already without having seen the records; beyond that it finds" in clean.text()
+    nothing = dataclasses.replace(result, findings=(found_of(rng, 1.2, 1.2, 1.2),))
+    assert nothing.blind == nothing.shifted == ("lira",) and nothing.code == 3 and not nothing.values()["ok"]
+    assert "INCONCLUSIVE: SHIFTED REFERENCE" in nothing.text() and "nothing can be said" in nothing.text()
+
+
+def test_a_leak_and_a_blind_attack_are_said_loudly(result, workdir, monkeypatch, capsys, rng):
+    leaky, blind = found_of(rng, 2.0, 2.0, 0.0), found_of(rng, 0.0, 0.0, 0.0)
     monkeypatch.setattr(attacks, "attack", lambda *_: dataclasses.replace(result, findings=(leaky,)))
     assert main(["attack", f"--workdir={workdir}"]) == 1
     text = capsys.readouterr().out
-    assert "FINDS ERASED RECORDS" in text and "LEAK: erased records found by lira" in text
-    blind = dataclasses.replace(lira, columns=lira.columns[2:] * 3)
-    text = dataclasses.replace(result, findings=(blind,)).text()
+    assert "FINDS ERASED RECORDS\n" in text and "LEAK: erased records found by lira" in text
+    monkeypatch.setattr(attacks, "attack", lambda *_: dataclasses.replace(result, findings=(blind,)))
+    assert main(["attack", f"--workdir={workdir}"]) == 3
+    text = capsys.readouterr().out
     assert "POSITIVE CONTROL FAILED" in text and "nothing can be said" in text
-    other = dataclasses.replace(lira, columns=lira.columns[:1] * 3)
-    shifted = dataclasses.replace(result, findings=(other,))
-    assert "training images differ from others" in shifted.text() and not shifted.leaks
+    alone = relearning.Relearn(((0,), (30,), (30,)), (0.25, 1.0, 1.0), 3)
+    few = dataclasses.replace(result, findings=(alone,))
+    assert few.powerless == ("relearn",) and few.blind == () and few.code == 3
+    assert "NO POWER" in few.text() and "no chance falls below 0.25" in few.text() and "FAILED" not in few.text()
+    working = dataclasses.replace(result, findings=(alone, found_of(rng, 2.0, 0.0, 0.0)))
+    assert working.code == 0 and "NO POWER" in working.text() and "no attack finds an erased record" in working.text()
+
+
+def test_the_figure_draws_without_pyplot(tmp_path):
+    """A program of its own: nothing else may have imported pyplot, and no backend is chosen for the caller."""
+    code = (
+        "import sys, numpy as np, matplotlib\n"
+        "from pathlib import Path\n"
+        "from lmeraser_jax.attacks import membership, report\n"
+        "from lmeraser_jax.simulation import drawing\n"
+        "scores = np.random.default_rng(0).normal(size=(3, 300))\n"
+        "found = membership.membership('lira', scores[:, :150] + 1, scores[:, 150:], np.random.default_rng(0))\n"
+        "report.figure(drawing(), [found], Path(sys.argv[1]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "folder" / "roc.png")], check=True)
+    assert (tmp_path / "folder" / "roc.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_figure_without_matplotlib_is_refused_before_the_work(workdir, monkeypatch, capsys):
+    monkeypatch.setattr(attacks, "attack", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["attack", f"--workdir={workdir}", "--figure=roc.png"]) == 2
+    assert "--figure needs matplotlib: python -m pip install 'lmeraser_jax[plots]'" in capsys.readouterr().err
+
+
+# the common head
+
+
+def test_the_common_head_is_attacked(tmp_path):
+    """What is played is what an erasure publishes; a head of all records by heart gives them away, until they go."""
+    config = small_config(**METHODS["heads"] | {"common__what": "ridge", "common__penalty": 1e-4, "common__expand": 64})
+    with small_run(tmp_path / "run", noisy_source(), config) as run:
+        reconcile(run)
+        options = dataclasses.replace(OPTIONS, attacks=("loss", "common"))
+        found = attacks.attack(run, options)
+        assert found.skipped == () and found.shadows == OPTIONS.shadows
+        one = found.findings[1]
+        assert one.name == "common" and one.found[:2] == (True, False) and one.columns[0].members == OPTIONS.targets
+        assert one.beyond[1].value == 0, "a formula has no random streams"
+        drawn = targets.draw(run, (), OPTIONS.targets, OPTIONS.seed)
+        pool = common_head.everybody(run, run.catalog.manifest().entries[COMMON], drawn.pools, OPTIONS.seed)
+        names = pool.of(FORGOTTEN).ids
+        assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.live("train").ids and len(names) == OPTIONS.targets
+        assert {run.catalog.live("test").ids.index(name) for name in pool.of(OUTSIDE).ids}
+        (played,), _ = shadows.tuned(run, run.common_problem, [shadows.unlearned_world(pool)])
+        kept = load_slice(run, pool.ref)
+        unlearning.request_erasure(run, names)
+        published = load_slice(run, run.catalog.manifest().entries[COMMON])
+        assert same_bits(played, published) and not same_bits(kept, published)
 
 
 def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
@@ -307,7 +403,7 @@ def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
         return capsys.readouterr().err
 
     message = refused("--attacks=lira,spy", "--shadows=3", "--targets=1")
-    assert "--attacks=spy" in message and "legal: loss, rmia, lira, ulira, klom, relearn, routing" in message
+    assert "--attacks=spy" in message and "legal: loss, rmia, lira, ulira, klom, relearn, common, routing" in message
     assert "--shadows=3: must be at least 4" in message and "--targets=1: must be at least 2" in message
     assert "--targets=5000: must be at most " in refused("--targets=5000")
     sampled = load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]
@@ -331,7 +427,8 @@ def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
         one_head = dataclasses.replace(
             run.config, tuning=dataclasses.replace(run.config.tuning, what="prompts+one head")
         )
-        assert "all clusters are one slice" in targets.problems(dataclasses.replace(run, config=one_head), (), 2)[0]
+        (message,) = targets.problems(dataclasses.replace(run, config=one_head), (), 2)
+        assert "all clusters are one slice" in message and "legal: --attacks=routing" in message
         unlearning.request_erasure(run, run.catalog.live("train").ids[:1], defer=True)
         with pytest.raises(UserError, match="an erasure is not finished"):
             attacks.attack(run, Options(attacks=("routing",)))

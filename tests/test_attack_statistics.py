@@ -1,12 +1,14 @@
 """What attacks are scored with, against scikit-learn, closed forms and literal transcriptions; known ground truth."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import special, stats
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from lmeraser_jax.attacks import membership, relearn, routing, statistics
+from lmeraser_jax.attacks import forgetting, membership, relearn, routing, statistics
 from lmeraser_jax.attacks.klom import BINS, EMPTY, Compared, klom
 from lmeraser_jax.attacks.pools import FORGOTTEN, RETAINED, VALIDATION
 from lmeraser_jax.attacks.shadows import Shadows, halves
@@ -47,8 +49,9 @@ def test_curves_against_scikit_learn(rng, digits):
         assert result.auc == pytest.approx(roc_auc_score(truth, scores))
         cuts = [((members >= cut).mean() + (others < cut).mean()) / 2 for cut in [*scores, np.inf]]
         assert result.accuracy == pytest.approx(max(cuts))
-        assert result.rates == (pytest.approx(true[false <= 0.01].max()), None)
-        assert statistics.rate_at(members, others, 1 / 111) == pytest.approx(true[false <= 1.001 / 111].max())
+        assert [rate and rate.value for rate in result.rates] == [pytest.approx(true[false <= 0.01].max()), None]
+        found = statistics.rate_at(members, others, 1 / 111)
+        assert found is not None and found.value == pytest.approx(true[false <= 1.001 / 111].max())
         assert statistics.rate_at(members, others, 1 / 112) is None  # one of 111 is more than that
 
 
@@ -82,6 +85,80 @@ def test_chance_is_told_from_an_effect(rng):
     assert statistics.separation(rng.normal(-1, 1, 50), rng.normal(0, 1, 50)).p > 0.9
     tiny = statistics.separation(np.array([3.0, 2.0]), np.array([1.0, 0.0]))
     assert tiny.auc == 1 and tiny.p > 0.1, "two records prove nothing"
+
+
+def test_rates_have_the_interval_of_a_binomial(rng):
+    """Clopper and Pearson by quantiles of beta distributions; of records, where scores are several of each."""
+    members, others = rng.normal(1, 1, 80), rng.normal(0, 1, 400)
+    for m, counts in ((80, None), (20, (20, 100))):
+        found = statistics.rate_at(members, others, 0.01, counts)
+        assert found is not None
+        k = round(found.value * m)
+        assert found.low == pytest.approx(stats.beta.ppf(0.025, k, m - k + 1))
+        assert found.high == pytest.approx(stats.beta.ppf(0.975, k + 1, m - k))
+    assert statistics.rate_at(members, others, 0.01, (20, 99)) is None
+    assert str(statistics.Estimate(0.5, 0.25, 0.75)) == "0.500 [0.25, 0.75]"
+    none = statistics.rate_at(np.full(30, -9.0), others, 0.01)
+    assert none is not None and (none.value, none.low) == (0, 0) and none.high == pytest.approx(1 - 0.025 ** (1 / 30))
+
+
+# one slice beside another
+
+
+def test_a_surplus_is_the_difference_of_areas_and_its_chance_that_of_exchanges(rng):
+    """Against all exchanges of ranks, record by record, for so few records that they can be listed."""
+    members, others = rng.normal(size=(2, 4)) + [[1.5], [0.5]], rng.normal(size=(2, 5))
+    truth, scores = np.repeat([1, 0], [4, 5]), np.concatenate([members, others], axis=1)
+    found = statistics.surplus(members, others, rng)
+    assert found.value == pytest.approx(roc_auc_score(truth, scores[0]) - roc_auc_score(truth, scores[1]))
+    ranks, every = stats.rankdata(scores, axis=1), []
+    for mask in np.indices((2,) * 9).reshape(9, -1).T.astype(bool):
+        pair = np.where(mask, ranks[1], ranks[0]), np.where(mask, ranks[0], ranks[1])
+        every.append(roc_auc_score(truth, pair[0]) - roc_auc_score(truth, pair[1]))
+    assert found.p == pytest.approx(np.mean(np.array(every) >= found.value - 1e-9), abs=0.05)
+    same = statistics.surplus(members[[0, 0]], others[[0, 0]], rng)
+    assert (same.value, same.p, same.least) == (0, 1, 1)
+    assert statistics.surplus(members[[0, 1], :2], others[[0, 1], :1] - 9, rng).least > 0.1, "few records prove nothing"
+
+
+def test_a_surplus_is_told_from_chance(rng):
+    """What both slices share, hard records and a shift, cancels; what the first alone knows is found."""
+
+    def scores(gain, seen=40):
+        share = rng.normal(0, 3, seen + 60)
+        both = share + 0.7 * rng.normal(size=(2, seen + 60))
+        both[0, :seen] += gain
+        both[:, :seen] += 2.0  # members differ from others under either
+        return both[:, :seen], both[:, seen:]
+
+    null = [statistics.surplus(*scores(0.0), rng).p for _ in range(100)]
+    assert stats.kstest(null, "uniform").pvalue > 0.001
+    members, others = scores(1.0)
+    assert statistics.surplus(members, others, rng).p < statistics.DOUBT
+    assert statistics.surplus(members[::-1], others[::-1], rng).p > 0.9
+
+
+def test_an_area_over_records_is_the_area_over_scores_with_a_wider_interval(rng):
+    owner, level = np.repeat(np.arange(40), 10), rng.normal(1, 2, 40)
+    members, others = level[owner] + rng.normal(size=400), rng.normal(size=400)
+    parts = [[scores[owner == i] for i in range(40)] for scores in (members, others)]
+    found = statistics.clustered_auc(*parts, rng)
+    assert found is not None
+    truth = np.repeat([1, 0], 400)
+    assert found.value == pytest.approx(roc_auc_score(truth, np.concatenate([members, others])))
+    draws = []
+    for _ in range(300):
+        chosen = np.concatenate([np.flatnonzero(owner == i) for i in rng.integers(40, size=40)])
+        draws.append(roc_auc_score(truth, np.concatenate([members[chosen], others[chosen]])))
+    assert [found.low, found.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.02)
+    alone = statistics.separation(members, others)
+    assert alone.high - alone.low < 0.6 * (found.high - found.low), "ten scores of a record are not ten records"
+    members = rng.normal(1, 1, 400)  # records alike: DeLong's interval
+    alone = statistics.separation(members, others)
+    parts = [[scores[owner == i] for i in range(40)] for scores in (members, others)]
+    found = statistics.clustered_auc(*parts, rng)
+    assert found is not None and found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.35)
+    assert statistics.clustered_auc([np.zeros(0)], [np.zeros(3)], rng) is None
 
 
 # moments and permutations
@@ -168,12 +245,14 @@ def test_lira_finds_as_much_as_there_is(rng, shift):
     """Gaussian margins: the best possible AUC is known. The loss alone sees little of it."""
     mean, spread, inside, shadows = shadow_margins(rng, 2000, 128, shift)
     member = np.arange(2000) < 1000
-    margins = (mean + spread * (rng.normal(size=2000) + shift * member))[None]
+    noise = mean + spread * rng.normal(size=(3, 2000))
+    margins = noise + spread * shift * member * np.array([[1], [0], [0]])
     scores = membership.lira(margins, shadows, inside)
-    result = membership.membership("lira", scores[:, member], scores[:, ~member])
+    result = membership.membership("lira", scores[:, member], scores[:, ~member], rng)
     assert result.columns[0].auc == pytest.approx(area(shift), abs=0.03)
-    assert result.found == (shift > 0,)
-    alone = membership.membership("loss", margins[:, member], margins[:, ~member])
+    assert result.beyond[0].value == pytest.approx(area(shift) - 0.5, abs=0.05)
+    assert result.found == (shift > 0, False, False)
+    alone = membership.membership("loss", margins[:, member], margins[:, ~member], rng)
     assert shift == 0 or alone.columns[0].auc < result.columns[0].auc - 0.1
 
 
@@ -201,10 +280,11 @@ def test_rmia_against_a_literal_transcription(rng):
 def test_rmia_finds_members(rng):
     mean, spread, inside, shadows = shadow_margins(rng, 1000, 8, 2.0)
     member = np.arange(1000) < 300
-    ratios = membership.relative((mean + spread * (rng.normal(size=1000) + 2.0 * member))[None], shadows, inside)
+    margins = mean + spread * (rng.normal(size=(3, 1000)) + 2.0 * member * np.array([[1], [0], [0]]))
+    ratios = membership.relative(margins, shadows, inside)
     scores = membership.rmia(ratios, ratios[:, 700:])
-    result = membership.membership("rmia", scores[:, member], scores[:, 300:700])
-    assert result.found == (True,) and result.columns[0].auc > 0.65
+    result = membership.membership("rmia", scores[:, member], scores[:, 300:700], rng)
+    assert result.found == (True, False, False) and result.columns[0].auc > 0.65
     far = membership.relative(np.full((1, 1), -900.0), np.full((2, 1), -900.0), np.array([[True], [False]]))
     assert np.isfinite(far).all(), "tiny probabilities must not end as infinite"
 
@@ -233,9 +313,10 @@ def test_ulira_and_klom_find_a_known_leak_and_nothing_else(rng, kept, unlearned)
     values = [part.value for part in found.forgotten]
     for value, shift in zip(values, (kept, unlearned, 0.0), strict=True):
         assert value == pytest.approx(stats.norm.cdf(shift / 2), abs=0.06)
-    for (rate, _), shift in zip(found.rates, (kept, unlearned, 0.0), strict=True):
-        assert rate == pytest.approx(stats.norm.sf(stats.norm.isf(0.01) - shift), abs=0.12)
-    assert found.rates[1][1] is not None and found.rates[2][1] is None, "1024 and 512 pairs that are no members"
+    assert found.rates == ((None, None),) * 3, "32 records, of however many slices each is asked"
+    for auc, shift in zip(found.auc, (kept, unlearned, 0.0), strict=True):
+        assert auc is not None and auc.low < auc.value < auc.high
+        assert auc.value == pytest.approx(area(shift), abs=0.06) and (auc.low > 0.5) == (shift > 0)
     assert all(part.value == pytest.approx(0.5, abs=0.06) and part.p > 0.001 for part in found.retained)
     floor = far.mean["forgotten"][2]
     assert (far.mean["forgotten"][0] > 1.5 * floor) == (kept > 0)
@@ -243,6 +324,15 @@ def test_ulira_and_klom_find_a_known_leak_and_nothing_else(rng, kept, unlearned)
     for role in ("retained", "validation"):
         assert far.mean[role][:2] == pytest.approx((far.mean[role][2],) * 2, rel=0.25)
         assert far.high[role][1] > far.mean[role][1]
+
+
+def test_ulira_tells_rates_where_records_are_many_enough(rng):
+    found = ulira(populations(rng, 2.0, 0.0, records=330), rng)
+    for rates, shift in zip(found.rates, (2.0, 0.0, 0.0), strict=True):
+        assert rates[0] is not None and rates[1] is None, "110 forgotten records"
+        assert rates[0].value == pytest.approx(stats.norm.sf(stats.norm.isf(0.01) - shift), abs=0.12)
+        assert rates[0].low <= rates[0].value <= rates[0].high and rates[0].high - rates[0].low > 0.03
+    assert found.quality[0] < found.quality[1] - 0.1 and found.quality[1] == pytest.approx(found.quality[2], abs=0.15)
 
 
 def test_ulira_accuracies_against_a_literal_transcription(rng):
@@ -302,6 +392,34 @@ def test_klom_comes_near_the_divergence_of_two_gaussians(rng):
     assert found[0] == pytest.approx(shift**2 / 2, rel=0.1)
 
 
+# forgetting quality
+
+
+def test_epsilon_is_that_of_the_best_threshold():
+    """Two tenths of either kind on the wrong side: log(0.8 / 0.2), wherever the threshold leaves none on a side."""
+    low, high = np.zeros(8), np.ones(8)
+    unlearned, never = np.append(high, low[:2]), np.append(low, high[:2])
+    assert forgetting.epsilon(unlearned, never) == pytest.approx(np.log(4))
+    assert forgetting.epsilon(never, unlearned) == pytest.approx(np.log(4)), "told from below as well"
+    assert forgetting.epsilon(high, low) == forgetting.epsilon(low, high) == np.inf
+    assert forgetting.epsilon(high, high) == forgetting.epsilon(unlearned, unlearned) == 0
+    assert forgetting.epsilon(high, unlearned) == 0, "a threshold at which one rate is 0 does not count"
+
+
+def test_epsilon_of_randomised_response(rng):
+    """A right answer with probability e / (1 + e): epsilon is 1 (Warner, 1965)."""
+    heads = rng.random((2, 100_000)) < np.e / (1 + np.e)
+    found = forgetting.epsilon(*(part.astype(float)[:2000] for part in (heads[0], ~heads[1])))
+    assert found == pytest.approx(1.0, abs=0.15)
+
+
+def test_quality_halves_from_bin_to_bin():
+    assert forgetting.quality(np.array([0.0, 0.49])) == 1
+    assert forgetting.quality(np.array([0.5, 0.99])) == 0.5
+    assert forgetting.quality(np.array([0.0, 1.2])) == (1 + 0.25) / 2
+    assert forgetting.quality(np.array([6.2])) == forgetting.quality(np.array([np.inf])) == 2.0**-12
+
+
 # relearning and routing
 
 
@@ -310,16 +428,28 @@ def test_relearning_counts_steps():
     assert relearn.until(np.array([2.0, 1.0, 0.11, 0.1]), 0.1) == 2
     assert relearn.until(np.array([2.0, 1.0, 0.12, 0.1]), 0.1) == 3
     assert relearn.until(np.full(relearn.STEPS + 1, 2.0), 0.1) == relearn.STEPS
-    assert relearn.Relearn(((0,) * 8, (5,) * 8, (5,) * 8), (2**-8, 1.0, 1.0)).found == (True, False, False)
+    assert relearn.Relearn(((0,) * 8, (5,) * 8, (5,) * 8), (2**-8, 1.0, 1.0), 3).found == (True, False, False)
+
+
+@pytest.mark.parametrize("clusters", [1, 2, 3, 4, 5, 20])
+def test_relearning_has_as_many_slices_as_it_takes(clusters):
+    count = relearn.scratch_for(clusters, 1000)
+    assert relearn.least(clusters, count) < statistics.DOUBT
+    assert count == 3 or relearn.least(clusters, count - 1) >= statistics.DOUBT
+    quickest = np.tile(np.arange(count + 1), (clusters, 1))
+    assert relearn.faster(quickest) == pytest.approx(relearn.least(clusters, count))
+    assert relearn.scratch_for(clusters, count) == count and relearn.scratch_for(clusters, 3) == 3
 
 
 def test_relearning_faster_is_told_from_chance(rng):
     """Each of four slices of a cluster is the fastest once in four times, where they are alike."""
     steps = np.array([[1, 5, 6, 7], [2, 4, 8, 9], [3, 9, 5, 4]])
-    assert relearn.faster(steps, rng) == pytest.approx(4**-3, abs=0.015)
-    assert relearn.faster(steps[:, ::-1], rng) > 0.8 and relearn.faster(np.full((9, 4), 3), rng) == 1
-    assert relearn.faster(np.tile(steps[:1], (9, 1)), rng) < statistics.DOUBT
-    null = [relearn.faster(rng.integers(0, 60, (5, 4)), rng) for _ in range(200)]
+    assert relearn.faster(steps) == pytest.approx(4**-3)
+    assert relearn.faster(steps[:, ::-1]) > 0.8 and relearn.faster(np.full((9, 4), 3)) == pytest.approx(1)
+    assert relearn.faster(np.tile(steps[:1], (9, 1))) == pytest.approx(4**-9)
+    deals = [sum(deal) for deal in itertools.product(*steps[:, [1, 0, 2, 3]].tolist())]
+    assert relearn.faster(steps[:, [1, 0, 2, 3]]) == pytest.approx(np.mean(np.array(deals) <= 5 + 4 + 9))
+    null = [relearn.faster(rng.integers(0, 60, (5, 4))) for _ in range(200)]
     assert stats.kstest(null, "uniform").pvalue > 0.01
 
 

@@ -45,7 +45,9 @@ def test_the_terms_that_the_paper_leaves_out(monkeypatch, tmp_path):
         assert one["with_reclustering"] == pytest.approx(one["measured"], rel=0.02)
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in FOLDER.glob("*.py") if "add_json(parser)" in path.read_text()))
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in FOLDER.glob("*.py") if "add_json(parser)" in path.read_text())
+)
 def test_a_file_that_cannot_be_written_is_refused_before_the_work(monkeypatch, tmp_path, capsys, name):
     needed = ["--workdir=x"] if name == "bench_requests.py" else []
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])

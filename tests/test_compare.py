@@ -1,17 +1,21 @@
 """Comparisons: rows that agree with what they measure, work that is resumed and never repeated, bad input refused."""
 
+import collections
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
 from helpers import small_config
 
+from lmeraser_jax import config as settings
 from lmeraser_jax import methods, stopping
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.comparison import driver, experiments, sequences
 from lmeraser_jax.comparison.experiments import Plan
 from lmeraser_jax.comparison.measurement import load
+from lmeraser_jax.digests import philox
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.planning import plan
 from lmeraser_jax.run import prepared
@@ -35,21 +39,32 @@ def comparison(folder, names=("ridge",), experiments=("methods",), seeds=1, conf
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """A finished comparison: (comparison, results)."""
-    names, every = ("lmeraser", "sisa-vote", "ridge"), ("methods", "removal", "cut", "epochs", "sequence")
-    one = comparison(tmp_path_factory.mktemp("compare") / "c", names, every)
-    return one, driver.compare(one, "the command")
+    """A finished comparison: (comparison, results), to which one method came with all other experiments."""
+    one = comparison(tmp_path_factory.mktemp("compare") / "c", ("lmeraser", "sisa-vote", "ridge"))
+    driver.compare(one, "the command")
+    every = tuple(experiments.EXPERIMENTS)
+    return one, driver.compare(comparison(one.folder, ("lmeraser",), every), "another command")
 
 
 def rows(results, experiment, method):
     return [row for row in results.rows if (row.experiment, row.method) == (experiment, method)]
 
 
+def timeless(found):
+    """Rows without what differs from run to run."""
+    names = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sampled")
+    return [dataclasses.replace(row, source="", **dict.fromkeys(names, 0.0)) for row in found]
+
+
 def test_every_task_gives_its_rows(done):
     one, results = done
-    assert load(one.folder / "results.json") == results and results.command == "the command"
+    assert load(one.folder / "results.json") == results and results.command == "another command"
+    made_by = {row.point[:4]: results.sources[row.source]["command"] for row in results.rows}
+    assert {what[0]: command for what, command in made_by.items()} == dict.fromkeys(
+        experiments.EXPERIMENTS, "another command"
+    ) | {"methods": "the command"}
     assert len({row.point for row in results.rows}) == len(results.rows)
-    counts = {name: len(rows(results, name, "lmeraser")) for name in one.experiments}
+    counts = {name: len(rows(results, name, "lmeraser")) for name in experiments.EXPERIMENTS}
     assert counts == {"methods": 1, "removal": 6, "cut": 2, "epochs": counts["epochs"], "sequence": 3}
     assert counts["epochs"] >= 2
     lines = (one.folder / "results.csv").read_text().splitlines()
@@ -69,10 +84,56 @@ def test_costs_are_those_of_real_erasures(done, tmp_path):
         assert row.images_full == whole.images and row.clusters == 3
         ids = run.catalog.live("train").ids
         every = [plan(run, frozenset({name})).images_missing for name in ids]
-        assert min(every) <= row.images_request <= max(every) and row.images_worst in every
+        probed = [every[i] for i in philox(0, "probe").choice(len(ids), SHORT.probes, replace=False)]
+        assert row.images_request == np.mean(probed) and row.images_worst == max(probed)
         first = request_erasure(run, [ids[7]]).outcome
         assert first.images == every[7]
     assert row.sampled_share == 0 and row.expected_share == pytest.approx(1 / 3, abs=0.05)
+
+
+def test_seconds_are_those_of_both_kinds_of_records(done):
+    (row,) = rows(done[1], "methods", "lmeraser")
+    assert row.seconds_full > 0 < row.seconds_unsampled and row.seconds_sampled > 0 < row.sampled_share < 1
+    share = row.sampled_share
+    assert row.seconds_request == (1 - share) * row.seconds_unsampled + share * row.seconds_sampled
+    (shards,) = rows(done[1], "methods", "sisa-vote")
+    assert shards.seconds_sampled == 0 and shards.seconds_request == shards.seconds_unsampled > 0
+    assert shards.passes == 3 and row.passes == 2 and row.tested == 30
+
+
+def test_a_request_that_makes_everything_again_is_not_timed_twice(tmp_path):
+    (row,) = driver.compare(comparison(tmp_path / "c", ("linear-head", "single")), "x").rows[1:]
+    assert row.method == "single" and row.seconds_request == row.seconds_full > 0 == row.seconds_unsampled
+
+
+def test_seeds_share_images_where_nothing_depends_on_the_seed(tmp_path):
+    """A hold-out is drawn with the seed; published weights are not."""
+    same = small_config(backbone__weights="x.npz", backbone__name="vit-ti")
+    split = dataclasses.replace(same, data=dataclasses.replace(same.data, holdout=0.2))
+    for config, shared in ((CONFIG, False), (same, True), (split, False)):
+        one = comparison(tmp_path, config=config)
+        assert (one.base(0) == one.base(1)) == shared
+
+
+def test_a_method_that_was_edited_does_not_pass_for_the_old_one(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    text = '"""Mine."""\nTITLE = "mine"\nCHANGES = {"clustering.partition": "one", "tuning.what": "ridge"'
+    file.write_text(text + "}\n")
+    driver.compare(comparison(tmp_path / "c", (str(file),)), "x")
+    file.write_text(text + ', "tuning.penalty": 1000.0}\n')
+    with pytest.raises(UserError, match=r"same name with other settings; delete them.*rows/methods_mine_0.json"):
+        driver.compare(comparison(tmp_path / "c", (str(file),)), "x")
+    (tmp_path / "ridge.py").write_text(text + "}\n")
+    with pytest.raises(UserError, match="ridge.py: a method is called so already"):
+        methods.load_all([str(tmp_path / "ridge.py")])
+
+
+def test_merged_rows_may_not_contradict_each_other(done):
+    results = done[1]
+    assert set(driver.merged(results, [results]).rows) == set(results.rows)
+    other = dataclasses.replace(results, rows=(dataclasses.replace(results.rows[0], accuracy=0.123),))
+    with pytest.raises(UserError, match=f"--merge: .* different results: {results.rows[0].experiment} of lmeraser"):
+        driver.merged(results, [other])
 
 
 def test_a_closed_form_costs_no_image(done):
@@ -121,10 +182,7 @@ def test_an_interrupted_comparison_carries_on(tmp_path, monkeypatch):
     monkeypatch.setitem(experiments.EXPERIMENTS, "methods", kept)
     results = driver.compare(one, "x")
     fresh = driver.compare(comparison(tmp_path / "d", ("ridge", "lmeraser")), "x")
-    timeless = {"seconds_full": 0.0, "seconds_request": 0.0}
-    assert [dataclasses.replace(row, **timeless) for row in results.rows] == [
-        dataclasses.replace(row, **timeless) for row in fresh.rows
-    ]
+    assert timeless(results.rows) == timeless(fresh.rows)
 
 
 def test_what_methods_have_in_common_is_tuned_once(tmp_path, monkeypatch):
@@ -143,9 +201,12 @@ def test_what_methods_have_in_common_is_tuned_once(tmp_path, monkeypatch):
     assert not list((tmp_path / "c").glob("*tuned*"))
     alone = driver.compare(comparison(tmp_path / "d", names[2:]), "x").rows[0]
     (beside,) = rows(results, "methods", "lmeraser-ridge")
-    assert dataclasses.replace(beside, seconds_request=0.0, seconds_full=0.0) == dataclasses.replace(
-        alone, seconds_request=0.0, seconds_full=0.0
-    )
+    assert timeless([beside]) == timeless([alone])
+    (plain,) = rows(results, "methods", "lmeraser")
+    head = beside.parameters - plain.parameters  # 16 features and a bias for each of ten classes
+    assert head == 17 * 10 and beside.parameters_request == plain.parameters_request + head
+    assert plain.records_request < beside.records_request == 79, "every record but the erased one, each once"
+    assert [row.passes for row in (plain, beside)] == [2, 1 + CONFIG.inference.nearest]
 
 
 def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
@@ -170,30 +231,44 @@ def test_everything_that_cannot_work_is_said_at_once(tmp_path):
         assert text in str(caught.value)
     assert not (tmp_path / "c").exists()
     with pytest.raises(UserError, match="--cuts is missing"):
-        driver.check(comparison(tmp_path / "c", experiments=("cut",), cuts=()))
+        driver.check(comparison(tmp_path / "c", ("lmeraser",), ("cut",), cuts=()))
+    for name, what, message in (
+        ("ridge", "cut", "ridge cuts no tree; its partition is one"),
+        ("ncm", "epochs", "ncm has a closed form and no epochs"),
+        ("sisa-vote", "epochs", "sisa-vote tunes in 2 stages"),
+    ):
+        with pytest.raises(UserError, match=f"--experiments={what}: {message}"):
+            driver.check(comparison(tmp_path / "c", (name,), (what,)))
+    with pytest.raises(UserError, match="2 methods are called ridge"):
+        driver.check(comparison(tmp_path / "c", ("ridge", "ridge")))
+    with pytest.raises(UserError, match="--split=holdout: there is none; set --config.data.holdout"):
+        driver.check(comparison(tmp_path / "c", split="holdout"))
+    with pytest.raises(UserError, match="--split=train: must be test or holdout"):
+        driver.check(comparison(tmp_path / "c", split="train"))
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"clustering__shards": 70}, r"too few for the method sisa-vote.*\n(.*\n)*.*shard \d+ of 70: no record"),
-        ({"data__train_limit": 12}, r"class \w+: [01] training records"),
+        ({"clustering__shards": 70}, r"too few: shard \d+ of 70 gets none with seed 1, which sisa-vote"),
+        ({"data__train_limit": 12}, r"too few: class \w+ has [01] of them, must have 2; use more data"),
     ],
 )
 def test_too_few_records_are_named(tmp_path, config, message):
     tree = {"data__train_limit": 80, "data__test_limit": 30, "clustering__sample_size": 10} | config
-    one = comparison(tmp_path / "c", ("sisa-vote",), config=small_config(**tree))
+    one = comparison(tmp_path / "c", ("sisa-vote",), config=small_config(**tree), seeds=2)
     with pytest.raises(UserError, match=message):
         driver.compare(one, "x")
+    assert not (one.folder / "rows").exists(), "said before the first seed is done"
 
 
 def test_a_method_of_one_s_own_is_a_small_file(tmp_path):
     file = tmp_path / "two_nearest.py"
-    file.write_text('"""Two."""\nTITLE = "two"\nCHANGES = {"inference.nearest": 2, "tuning.batch": "=tuning.lanes"}\n')
+    file.write_text('"""Two."""\nTITLE = "two"\nCHANGES = {"inference.nearest": 2, "tuning.batch": 3}\n')
     method = methods.load(str(file))
     assert (method.name, method.title) == ("two_nearest", "two")
     found = method.of(CONFIG)
-    assert found.inference.nearest == 2 and found.tuning.batch == CONFIG.tuning.lanes
+    assert found.inference.nearest == 2 and found.tuning.batch == 3 != CONFIG.tuning.batch
     for text, message in (
         ("TITLE = 3", "needs TITLE, a text, and CHANGES"),
         ("raise KeyError('x')", "KeyError"),
@@ -211,7 +286,11 @@ def test_a_method_of_one_s_own_is_a_small_file(tmp_path):
 def test_every_method_is_described_and_legal(name):
     method = methods.load(name)
     assert method.title and method.about and method.changes
-    assert method.of(CONFIG) != method.of(dataclasses.replace(CONFIG, seed=1))
+    tree, wanted = settings.to_dict(method.of(CONFIG)), settings.to_dict(CONFIG)
+    for setting, value in method.changes:
+        group, leaf = setting.split(".")
+        wanted[group][leaf] = value
+    assert tree == wanted, "these settings and no other"
 
 
 @pytest.mark.parametrize("kind", sequences.KINDS)
@@ -235,6 +314,31 @@ def test_sequences_ask_for_live_records_and_for_each_once(kind, done, tmp_path):
         assert len(gone) == len(set(gone)) and whole.issuperset(gone) and len(gone) < len(whole)
         if kind == "half":
             assert len(gone) == 40
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_few_owners_ask_for_most(known):
+    """Batches of one owner each, who come again; the records of a made-up owner lie side by side."""
+    number, random = 2000, np.random.default_rng(0)
+    sizes = np.ceil(random.pareto(1.16, number) + 1).astype(int)
+    owners = np.repeat(np.arange(number), sizes)[:number].astype(str) if known else [""] * number
+    ids = tuple(f"{i:05d}" for i in range(number))
+    clusters = tuple(f"c{i // 100:02d}" for i in range(number))
+    records = types.SimpleNamespace(ids=ids, owners=tuple(owners), clusters=clusters)
+    run = types.SimpleNamespace(
+        config=types.SimpleNamespace(seed=3), catalog=types.SimpleNamespace(live=lambda split: records)
+    )
+    batches = list(sequences.pareto(run, 100))
+    assert all(0 < len(batch) <= sequences.SIZE for batch in batches) and len(batches) == 100
+    assert sum(len(batch) == sequences.SIZE for batch in batches) > 20, "an owner drawn by chance has one or two"
+    where = [{clusters[ids.index(name)] for name in batch} for batch in batches if len(batch) > 1]
+    if known:
+        of = dict(zip(ids, owners, strict=True))
+        assert all(len({of[name] for name in batch}) == 1 for batch in batches)
+        asked = collections.Counter(of[batch[0]] for batch in batches)
+        assert asked.most_common(1)[0][1] >= 5
+    else:
+        assert np.mean([len(found) == 1 for found in where]) > 0.6, "of 20 clusters"
 
 
 def test_the_adaptive_sequence_asks_for_what_the_model_is_surest_of(done, tmp_path):
@@ -265,7 +369,7 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     assert main(["compare", *flags, "--seeds=2"]) == 0 and "[" not in capsys.readouterr().err.replace("[0", "")
     for wrong, message in (
         ("--seeds=0", "--seeds=0: must be at least 1"),
-        ("--methods=best", "'best' is no method; legal: dam-vp"),
+        ("--methods=best,ncm,worst", "'best', 'worst': no such method; legal: dam-vp"),
         ("--experiments=all", "--experiments: all unknown"),
         (f"--merge={tmp_path}", "is not the results.json of a comparison"),
     ):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax import artifacts, making, purge, receipts, unlearning
+from lmeraser_jax import artifacts, making, purge, receipts, shares, unlearning
 from lmeraser_jax import reconcile as build
 from lmeraser_jax.artifacts import load_clustering
 from lmeraser_jax.audit import differences, state
@@ -36,8 +36,9 @@ def wanted(tmp_path_factory):
 
 
 def stop_after(monkeypatch, count, error):
-    """Lets so many slices be saved, then raises."""
+    """Lets so many slices be saved, one at a time, then raises."""
     keep, saved = build._keep, []
+    monkeypatch.setattr(shares, "WRITERS", 1)
 
     def limited(*args):
         if len(saved) == count:

@@ -4,23 +4,21 @@ import base64
 import html
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import scipy.stats
-from comparison_rows import TITLES, results, row
+from comparison_rows import TITLES, digits, results, row
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from lmeraser_jax import stopping
 from lmeraser_jax.comparison import console, findings, page, tables
-from lmeraser_jax.comparison.measurement import Results, load
+from lmeraser_jax.comparison.measurement import Results
 from lmeraser_jax.comparison.page import write_report
 from lmeraser_jax.comparison.uncertainty import Claim, paired, verdict
 
-DIGITS = Path(__file__).resolve().parents[1] / "docs" / "results" / "digits" / "results.json"
 EVIL = "<script>alert('1')</script>\"'&<img src=x onerror=alert(2)>"
 ALONE = {"meta", "img"}
 
@@ -262,8 +260,8 @@ def test_the_seeds_share_their_split_and_are_compared_with_themselves():
 
 
 def test_the_digits_decide_little():
-    """Three seeds of the committed results: neither likeness nor order."""
-    rows = load(DIGITS).rows
+    """Three real seeds: neither likeness nor order."""
+    rows = digits()
     single, damvp = findings.accuracy(rows, {})[1:]
     assert single.endswith("digits: undecided, -0.33 points (95 % interval -1.17 to +0.50, 3 seeds).")
     assert damvp.endswith("digits: undecided, +0.89 points (95 % interval -0.84 to +2.62, 3 seeds).")

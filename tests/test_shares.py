@@ -1,8 +1,11 @@
 """Work that is shared: dealt so that all end together, refused where bits would differ, checked when it comes back."""
 
 import dataclasses
+import functools
 import itertools
 import os
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.fingerprint import fingerprint
 from lmeraser_jax.planning import plan
 from lmeraser_jax.schedule import Job, Target
+from lmeraser_jax.stopping import Stopped
 from lmeraser_jax.team import End, Finished
 
 
@@ -147,3 +151,60 @@ def test_features_that_nobody_asked_for_are_refused(places):
     right = [shares.Found(place, np.full((2, 4), place, np.float32)) for place in (4, 2)]
     values = shares.share_features(Given(*right), whole, lambda rows: np.zeros((len(rows), 4), np.float32))
     assert values[:, 0].tolist() == [0, 0, 2, 2, 4, 4]
+
+
+def writes(count, log, busy, ending=None):
+    """Callables that take a moment each; counts how many are at work."""
+
+    def write(number):
+        with busy:
+            log.append(("begins", number))
+        time.sleep(0.02 if number % 2 else 0.05)
+        with busy:
+            log.append(("ends", number))
+        return number
+
+    for number in range(count):
+        yield functools.partial(write, number)
+    if ending is not None:
+        raise ending
+
+
+def at_work(log):
+    """The most that were between their beginning and their end."""
+    running = itertools.accumulate(1 if what == "begins" else -1 for what, _ in log)
+    return max(running)
+
+
+def test_a_few_slices_are_written_at_a_time_and_come_in_order():
+    log, busy = [], threading.Lock()
+    assert list(shares._side_by_side(writes(12, log, busy))) == list(range(12))
+    assert 2 <= at_work(log) <= shares.WRITERS
+
+
+def test_whoever_is_asked_to_stop_first_ends_what_is_being_written():
+    log, busy, found = [], threading.Lock(), []
+    with pytest.raises(Stopped):
+        for number in shares._side_by_side(writes(6, log, busy, Stopped())):
+            found.append(number)
+    assert found == list(range(6))
+
+
+def test_nothing_is_being_written_any_more_once_the_writes_are_closed():
+    log, busy = [], threading.Lock()
+    begun = shares._side_by_side(writes(9, log, busy))
+    assert next(begun) == 0
+    begun.close()
+    assert sorted(n for what, n in log if what == "begins") == sorted(n for what, n in log if what == "ends")
+    assert len(log) < 2 * 9
+
+
+def test_a_write_that_fails_is_raised_and_the_others_end():
+    def failing():
+        raise OSError(28, "No space left on device")
+
+    log, busy, found = [], threading.Lock(), []
+    with pytest.raises(OSError, match="No space left"):
+        for number in shares._side_by_side(itertools.chain(writes(2, log, busy), [failing], writes(1, log, busy))):
+            found.append(number)
+    assert found == [0, 1] and sum(what == "begins" for what, _ in log) == sum(what == "ends" for what, _ in log)

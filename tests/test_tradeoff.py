@@ -3,20 +3,17 @@
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
-from comparison_rows import METHODS, TITLES, results, row
+from comparison_rows import METHODS, TITLES, digits, results, row
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from lmeraser_jax.comparison import measurement, summary
+from lmeraser_jax.comparison import summary
 from lmeraser_jax.comparison.labels import side_by_side
 from lmeraser_jax.comparison.tradeoff import lowest_to_scale, tradeoff
-
-DIGITS = Path(__file__).resolve().parents[1] / "docs" / "results" / "digits" / "results.json"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +58,7 @@ def test_the_front_that_is_drawn(drawn):
 
 
 def test_a_trade_off_is_drawn_to_scale_but_for_what_would_squeeze_the_rest():
-    rows = measurement.load(DIGITS).rows
+    rows = digits()
     figure = tradeoff(rows)
     (panel,) = figure.axes
     assert panel.get_xlim()[1] < 150 and panel.get_ylim()[1] <= 100  # no cost above 100 %, and half a marker

@@ -2,7 +2,8 @@
 
 Three slices of each attacked cluster are compared: the published one, which keeps the records and must be caught
 (positive control); the one that erasing them would publish; and one tuned from scratch without them under random
-streams of its own. Nothing is written, neither to the catalog nor to files, and no lock is taken.
+streams of its own, which is what the others are measured against. Nothing is written, neither to the catalog nor to
+files, and no lock is taken.
 """
 
 import dataclasses
@@ -14,10 +15,11 @@ import numpy as np
 
 from lmeraser_jax.artifacts import load_slice
 from lmeraser_jax.attacks import membership, pools, shadows, targets
+from lmeraser_jax.attacks.common_head import common_head
 from lmeraser_jax.attacks.klom import klom
 from lmeraser_jax.attacks.membership import Membership
 from lmeraser_jax.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
-from lmeraser_jax.attacks.relearn import SCRATCH, relearn
+from lmeraser_jax.attacks.relearn import relearn, scratch_for
 from lmeraser_jax.attacks.report import Accuracies, Attack, Finding
 from lmeraser_jax.attacks.routing import routing
 from lmeraser_jax.attacks.shadows import Scores, Shadows, World
@@ -29,10 +31,10 @@ from lmeraser_jax.progress import progress
 from lmeraser_jax.run import Run
 from lmeraser_jax.slices import Slice
 
-SHADOWED = ("rmia", "lira", "ulira", "klom")  # attacks that need shadow models
+SHADOWED = ("rmia", "lira", "ulira", "klom")  # attacks that need shadow models of clusters
 POPULATIONS = ("ulira", "klom")  # those that need slices that unlearned and that never saw
-SLICES = ("loss", "relearn", *SHADOWED)  # attacks on slices
-ATTACKS = ("loss", "rmia", "lira", "ulira", "klom", "relearn", "routing")
+SLICES = ("loss", "relearn", "common", *SHADOWED)  # attacks on slices
+ATTACKS = ("loss", "rmia", "lira", "ulira", "klom", "relearn", "common", "routing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +65,13 @@ class Options:
 class Trial(NamedTuple):
     """A pool with its slices (kept, unlearned, then from scratch), what the first three say, and its shadows.
 
-    `roles` int8 [w] are those of the watched records; `scores` have a leading axis of the three slices.
+    `again` is one more slice that keeps the records, None where nothing is learned again; `roles` int8 [w] are those
+    of the watched records; `scores` have a leading axis of the three slices.
     """
 
     pool: Pool
     slices: tuple[Slice, ...]
+    again: Slice | None
     roles: np.ndarray
     scores: Scores
     shadows: Shadows | None
@@ -99,7 +103,7 @@ def attack(run: Run, options: Options) -> Attack:
         clusters=len(trials),
         targets=sum(len(trial.pool.of(FORGOTTEN)) for trial in trials),
         outside=sum(len(trial.pool.of(OUTSIDE)) for trial in trials),
-        shadows=options.shadows if set(options.attacks) & set(SHADOWED) else 0,
+        shadows=options.shadows if set(options.attacks) & {*SHADOWED, "common"} else 0,
         slices=made,
         images=images,
         seconds=time.perf_counter() - start,
@@ -111,41 +115,52 @@ def attack(run: Run, options: Options) -> Attack:
 
 def _trials(run: Run, drawn: Drawn, options: Options) -> tuple[list[Trial], int, int]:
     """Tunes everything that the attacks on slices need; also says how many slices and images that were, in all."""
-    chosen, worlds = drawn.pools, [shadows.unlearned_world(pool) for pool in drawn.pools]
-    names = [f"scratch/{options.seed}/{i}" for i in range(SCRATCH)]
-    worlds += [World(f"{world.stream}/{name}", world.members) for name in names for world in worlds]
+    chosen, relearned = drawn.pools, "relearn" in options.attacks and not run.config.tuning.closed
+    references = scratch_for(len(chosen), options.shadows) if relearned else 1
+    worlds = [world for pool in chosen for world in _worlds(pool, options.seed, references, relearned)]
     rest, images = shadows.tuned(run, run.problem, worlds)
-    made, images, trials = drawn.slices + len(rest), drawn.images + images, []
+    made, images, trials, each = drawn.slices + len(rest), drawn.images + images, [], len(rest) // len(chosen)
     with progress("attacked clusters", len(chosen)) as shown:
         for place, pool in enumerate(chosen):
-            slices = (load_slice(run, pool.ref), *rest[place :: len(chosen)])
+            own = rest[place * each : (place + 1) * each]
+            slices = (load_slice(run, pool.ref), *own[: 1 + references])
             scores = shadows.scored(run, slices[:3], pool.records.take(pool.watched))
             cast = None
             if set(options.attacks) & set(SHADOWED):
                 both = bool(set(options.attacks) & set(POPULATIONS))
                 cast, more, passed = shadows.shadows(run, pool, options.shadows, options.seed, both)
                 made, images = made + more, images + passed
-            trials.append(Trial(pool, slices, pool.roles[pool.watched], scores, cast))
+            again = own[-1] if relearned else None
+            trials.append(Trial(pool, slices, again, pool.roles[pool.watched], scores, cast))
             shown.advance(1)
     return trials, made, images
 
 
+def _worlds(pool: Pool, seed: int, references: int, relearned: bool) -> list[World]:
+    """The cluster after the erasure, so many from scratch, and for relearning another one that keeps the records."""
+    after = shadows.unlearned_world(pool)
+    scratch = [World(f"{pool.key}/scratch/{seed}/{i}", after.members) for i in range(references)]
+    again = [World(f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED))]
+    return [after, *scratch, *again * relearned]
+
+
 def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> Finding | None:
     """What one attack finds; None where there is nothing that it could attack."""
+    rng, chosen = philox(options.seed, "attack", name), [trial.pool for trial in trials]
     if name in ("loss", "rmia", "lira"):
-        return _membership(name, trials)
-    rng = philox(options.seed, "attack", name)
+        return _membership(name, trials, rng)
     if name in POPULATIONS:
         cast = [(trial.roles, trial.shadows) for trial in trials if trial.shadows is not None]
         return ulira(cast, rng) if name == "ulira" else klom(cast, rng)
     if name == "routing":
         return routing(run, options.seed)
-    if run.config.tuning.closed:
-        return None
-    return relearn(run, [trial.pool for trial in trials], [trial.slices for trial in trials], rng)
+    if name == "common":
+        return common_head(run, chosen, options.shadows, options.seed)
+    again = [trial.again for trial in trials if trial.again is not None]
+    return relearn(run, chosen, [trial.slices for trial in trials], again) if again else None
 
 
-def _membership(name: str, trials: Sequence[Trial]) -> Membership:
+def _membership(name: str, trials: Sequence[Trial], rng: np.random.Generator) -> Membership:
     """Scores of the forgotten records against those outside, over all pools."""
     roles = np.concatenate([trial.roles for trial in trials])
     margins = np.concatenate([trial.scores.margins for trial in trials], axis=1)
@@ -157,7 +172,7 @@ def _membership(name: str, trials: Sequence[Trial]) -> Membership:
     else:
         ratios = np.concatenate([membership.relative(*parts) for parts in cast], axis=1)
         scores = membership.rmia(ratios, ratios[:, np.isin(roles, (OUTSIDE, VALIDATION))])
-    return membership.membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE])
+    return membership.membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE], rng)
 
 
 def _accuracies(trials: Sequence[Trial]) -> Accuracies:

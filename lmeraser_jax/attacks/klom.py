@@ -44,6 +44,10 @@ class Klom:
     def found(self) -> tuple[bool, ...]:
         return *(column.p < DOUBT for column in self.tested), False
 
+    @property
+    def least(self) -> float:
+        return self.tested[0].least
+
     def lines(self) -> list[tuple[str, ...]]:
         rows = [("mean, forgotten (by chance)", *map(str, self.tested), f"{self.mean['forgotten'][2]:.3f}")]
         rows += [(f"mean, {role}", *(f"{x:.3f}" for x in self.mean[role])) for role in ("retained", "validation")]

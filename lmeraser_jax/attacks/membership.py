@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.attacks import statistics
-from lmeraser_jax.attacks.statistics import DOUBT, Separation
+from lmeraser_jax.attacks.statistics import DOUBT, Separation, Tested
 
 INTERPOLATION = 0.3  # a, of RMIA without shadows that saw the record
 GAMMA = 2.0  # a record counts as more likely than another of the population from this ratio on
@@ -23,35 +23,52 @@ class Membership:
     """What one attack finds in the slices that are kept, unlearned and tuned from scratch.
 
     Attributes:
-        name: loss | rmia | lira.
+        name: loss | rmia | lira | common.
         columns: for each of the three.
+        beyond: AUC of the first two above that of the third.
         curves: for each of the three, false and true positive rates of the ROC curve.
     """
 
     name: str
     columns: tuple[Separation, ...]
+    beyond: tuple[Tested, ...]
     curves: tuple[tuple[np.ndarray, np.ndarray], ...]
 
     @property
     def found(self) -> tuple[bool, ...]:
-        return tuple(column.p < DOUBT for column in self.columns)
+        reference = self.columns[-1].p
+        return *(part.p < DOUBT for part in self.beyond), min(reference, 1 - reference) < DOUBT / 2
+
+    @property
+    def least(self) -> float:
+        return self.beyond[0].least
 
     def lines(self) -> list[tuple[str, ...]]:
         """Rows of the table: what is measured, and a cell for each column."""
         rows = [("AUC", *(f"{c.auc:.3f} [{c.low:.2f}, {c.high:.2f}]" for c in self.columns))]
+        rows.append(("above from scratch (by chance)", *map(str, self.beyond), ""))
         rows.append(("best balanced accuracy", *(f"{c.accuracy:.3f}" for c in self.columns)))
         return rows + statistics.rate_lines([c.rates for c in self.columns])
 
     def values(self) -> dict[str, Any]:
-        return {"columns": [dataclasses.asdict(column) for column in self.columns], "found": self.found}
+        columns, beyond = ([dataclasses.asdict(part) for part in parts] for parts in (self.columns, self.beyond))
+        return {"columns": columns, "beyond": beyond, "found": self.found}
 
 
-def membership(name: str, members: np.ndarray, others: np.ndarray) -> Membership:
-    """Scores of the forgotten records float [C, m] and of records that no slice saw float [C, n]."""
+def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Membership:
+    """What scores tell under three slices, the last of them the reference.
+
+    Args:
+        name: of the attack.
+        members: float [3, m], of the forgotten records.
+        others: float [3, n], of records that no slice saw.
+        rng: of permutations.
+    """
     pairs = list(zip(members, others, strict=True))
     return Membership(
         name,
         tuple(statistics.separation(*pair) for pair in pairs),
+        tuple(statistics.surplus(members[[c, -1]], others[[c, -1]], rng) for c in range(len(pairs) - 1)),
         tuple(statistics.roc(*pair) for pair in pairs),
     )
 

@@ -1,10 +1,14 @@
 """Relearn time (Golatkar et al., 2020): how soon do slices learn erased records again?
 
 A slice that keeps a residue of the records needs fewer steps than one tuned from scratch without them, until their
-loss is back where it was before they were erased.
+loss is where a slice has it that was tuned on them. That slice is one of its own, with other random streams, so that
+the published one, which must be quick, is measured and not compared with itself.
+
+Shapes: K clusters, S slices from scratch of each.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,8 +24,8 @@ from lmeraser_jax.slices import Slice
 from lmeraser_jax.tuning import Problem, tune
 
 STEPS = 64  # tried; longer is told as this
-SCRATCH = 3  # slices tuned from scratch that a slice is compared with
-BACK = 1.1  # the loss is back when it is at most so many times what it was
+SCRATCH = 3  # at least so many slices of a cluster are tuned from scratch
+BACK = 1.1  # the loss is back when it is at most so many times that of the slice that gives the level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,16 +35,22 @@ class Relearn:
     Attributes:
         steps: for each column, for each cluster.
         p: for each column, the chance of so few steps beside slices tuned from scratch.
+        scratch: S.
     """
 
     steps: tuple[tuple[int, ...], ...]
     p: tuple[float, ...]
+    scratch: int
 
     name = "relearn"
 
     @property
     def found(self) -> tuple[bool, ...]:
         return tuple(p < DOUBT for p in self.p)
+
+    @property
+    def least(self) -> float:
+        return least(len(self.steps[0]), self.scratch)
 
     def lines(self) -> list[tuple[str, ...]]:
         means = (f"{mean:.1f} (p = {p:.3f})" for mean, p in zip(np.mean(self.steps, axis=1), self.p, strict=True))
@@ -50,14 +60,25 @@ class Relearn:
         return dataclasses.asdict(self) | {"found": self.found}
 
 
-def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], rng: np.random.Generator) -> Relearn:
+def least(clusters: int, scratch: int) -> float:
+    """The smallest chance that K clusters with S slices from scratch can give: the quickest of S + 1 in each."""
+    return float(scratch + 1) ** -clusters
+
+
+def scratch_for(clusters: int, most: int) -> int:
+    """S for K clusters: as many slices as let the test find something, or `SCRATCH` where not even `most` would."""
+    count = max(SCRATCH, math.floor(DOUBT ** (-1 / clusters)))
+    return count if count <= most else SCRATCH
+
+
+def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], again: Sequence[Slice]) -> Relearn:
     """Tunes slices on the forgotten records alone and watches their loss.
 
     Args:
         run: an opened workdir.
         pools: K clusters.
-        slices: for each, the slice that keeps the records, that unlearned them, and `SCRATCH` from scratch.
-        rng: of the permutations.
+        slices: for each, the published slice, which keeps the records, that which unlearned them, and S from scratch.
+        again: for each, another one tuned with the records, whose loss on them is the level to reach.
     """
     problem = _problem(run.problem)
     records = [pool.of(FORGOTTEN) for pool in pools]
@@ -67,20 +88,19 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
         epochs = -(-STEPS * problem.tuning.batch // len(table))
         job = Job(f"{pools[k].key}/relearn", table.rows.astype(np.int32), epochs, problem.tuning.batch)
         job = dataclasses.replace(job, snapshots=tuple(range(1, min(STEPS + 1, job.steps))))
-        jobs |= {(k, place): dataclasses.replace(job, start=slices[k][place]) for place in range(1, len(slices[k]))}
+        jobs |= {(k, place): dataclasses.replace(job, start=start) for place, start in enumerate(slices[k])}
     places = {id(job): place for place, job in jobs.items()}
     passed = {(k, place): [slices[k][place]] for k, place in jobs}
     for done in tune(problem, run.backbone, list(jobs.values()), inputs, labels, run.mesh):
         if done.failed_at is not None:
             raise UserError("the loss became infinite or not a number while forgotten records were learned again")
         passed[places[id(done.job)]].append(done.slice)
-    steps = np.zeros((len(pools), 2 + SCRATCH), np.int64)
-    for k, table in enumerate(records):
-        level = float(_loss(run, slices[k][:1], table)[0])
-        steps[k, 1:] = [until(_loss(run, passed[k, place], table), level) for place in range(1, 2 + SCRATCH)]
+    levels = [float(_loss(run, [part], table)[0]) for part, table in zip(again, records, strict=True)]
+    counted = {(k, place): until(_loss(run, made, records[k]), levels[k]) for (k, place), made in passed.items()}
+    steps = np.array([[counted[k, place] for place in range(len(slices[k]))] for k in range(len(pools))])  # [K, 2 + S]
     columns = [np.delete(steps, [i for i in (0, 1) if i != column], axis=1) for column in (0, 1)]
-    chances = tuple(faster(column, rng) for column in (*columns, steps[:, 2:]))
-    return Relearn(tuple(map(tuple, steps[:, :3].T.tolist())), chances)
+    chances = tuple(faster(column) for column in (*columns, steps[:, 2:]))
+    return Relearn(tuple(map(tuple, steps[:, :3].T.tolist())), chances, steps.shape[1] - 2)
 
 
 def _problem(problem: Problem) -> Problem:
@@ -100,10 +120,12 @@ def until(losses: np.ndarray, level: float) -> int:
     return int(back[0]) if len(back) else STEPS
 
 
-def faster(steps: np.ndarray, rng: np.random.Generator) -> float:
-    """Permutation test: the chance that the first of each row's equals needs so few steps in all, int [K, 1 + others].
+def faster(steps: np.ndarray) -> float:
+    """The chance that the first of each row's equals needs so few steps in all: int [K, 1 + others].
 
-    Where slices are alike, any of a cluster's might have been the first.
+    Where slices are alike, any of a cluster's might have been the first: a permutation test, over all deals.
     """
-    deals = rng.permuted(np.repeat(steps[None], statistics.ROUNDS, axis=0), axis=2)[..., 0].sum(axis=1)
-    return float((1 + (deals <= steps[:, 0].sum()).sum()) / (1 + len(deals)))
+    chances = np.ones(1)  # of each sum
+    for row in steps:
+        chances = np.convolve(chances, np.bincount(row) / len(row))
+    return float(min(1.0, chances[: steps[:, 0].sum() + 1].sum()))

@@ -7,25 +7,36 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from lmeraser_jax.attacks.membership import Membership
 from lmeraser_jax.attacks.statistics import DOUBT, RATES
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLUMNS = ("kept = control", "unlearned", "from scratch")
 ROUTES = ("published", "after erasing", "from public records")
 WIDTHS = (10, 38, 26, 26, 26)
+FOUND, UNKNOWN = 1, 3  # exit codes
 
 
 class Finding(Protocol):
-    """What one attack found; `found` says of each column whether chance would hardly do as well."""
+    """What one attack found.
+
+    `found` says whether kept records are told beyond what from scratch gives, whether erased ones are, and whether
+    something is wrong with from scratch itself. For routing: whether each of its columns tells who was sampled.
+    `least` is the smallest chance that the test of the kept ones can give.
+    """
 
     @property
     def name(self) -> str: ...
     @property
     def found(self) -> tuple[bool, ...]: ...
+    @property
+    def least(self) -> float: ...
     def lines(self) -> list[tuple[str, ...]]: ...
     def values(self) -> dict[str, Any]: ...
 
@@ -75,20 +86,39 @@ class Attack:
 
     @property
     def leaks(self) -> tuple[str, ...]:
-        """Attacks that find erased records, and do not find them where no slice ever saw them."""
-        return tuple(one.name for one in self.findings if one.found[1] and not (one.found[2] and one.name != "routing"))
+        """Attacks that find erased records, beyond what they find where no slice ever saw them."""
+        return tuple(one.name for one in self.findings if one.found[1])
+
+    @property
+    def powerless(self) -> tuple[str, ...]:
+        """Attacks whose test could find nothing, whatever there is."""
+        return tuple(one.name for one in self.findings if one.least >= DOUBT)
 
     @property
     def blind(self) -> tuple[str, ...]:
-        """Attacks that miss even records that are kept."""
-        return tuple(one.name for one in self.findings if not one.found[0])
+        """Attacks that miss even records that are kept, though they could find them."""
+        return tuple(one.name for one in self.findings if not one.found[0] and one.least < DOUBT)
+
+    @property
+    def shifted(self) -> tuple[str, ...]:
+        """Attacks that tell something of slices that never saw the records."""
+        return tuple(one.name for one in self.findings if one.found[2] and one.name != "routing")
+
+    @property
+    def code(self) -> int:
+        """Exit code: 1 an attack finds erased records; 3 none can say anything; 0 one that works finds none."""
+        if self.leaks:
+            return FOUND
+        controlled = [one for one in self.findings if one.name != "routing"]
+        return UNKNOWN if controlled and not any(one.found[0] for one in controlled) else 0
 
     def values(self) -> dict[str, Any]:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.accuracies is not None:
             plain["accuracies"] = dataclasses.asdict(self.accuracies) | {"gap": self.accuracies.gap}
         plain["findings"] = {one.name: one.values() for one in self.findings}
-        return _finite(plain | {"blind": self.blind, "leaks": self.leaks, "ok": not self.leaks})
+        plain |= {name: getattr(self, name) for name in ("leaks", "blind", "powerless", "shifted")}
+        return _finite(plain | {"ok": self.code == 0})
 
     def text(self) -> str:
         return "\n".join([*self._head(), *self._rows(), "", *self._verdict()])
@@ -121,25 +151,39 @@ class Attack:
         yield from (f"{name + ':':<9} nothing to attack here" for name in self.skipped)
         if self.leaks:
             yield f"LEAK: erased records found by {', '.join(self.leaks)}; lmeraser audit says whether a bit is wrong"
-        elif len(self.blind) == len(self.findings):
-            yield "nothing can be said: every attack failed its positive control; raise --targets or --shadows"
+        elif self.code == UNKNOWN:
+            yield "nothing can be said: no attack finds even records that are kept; raise --targets or --shadows"
         else:
             yield f"no attack finds an erased record (found: less than {DOUBT:.1%} by chance)"
 
 
 def _verdict(one: Finding) -> str:
-    kept, unlearned, scratch = one.found
-    name = f"{one.name}:"
-    if one.name == "routing":
-        shown = "tell" if kept else "do not tell"
-        return f"{name:<9} the published prototypes {shown} who was sampled" + _single(one.values())
-    if unlearned and not scratch:
-        return f"{name:<9} FINDS ERASED RECORDS"
+    return f"{one.name + ':':<9} {_routed(one) if one.name == 'routing' else _said(one)}"
+
+
+def _said(one: Finding) -> str:
+    kept, unlearned, reference = one.found
+    missed = "misses records that are kept, so its silence means nothing"
+    told = "finds records that are kept, and not those that were erased"
     if unlearned:
-        return f"{name:<9} 'finds' them where no slice saw them: training images differ from others; compare columns"
-    if not kept:
-        return f"{name:<9} POSITIVE CONTROL FAILED: it misses records that are kept, so its silence means nothing"
-    return f"{name:<9} finds records that are kept, and not those that were erased"
+        return "FINDS ERASED RECORDS" + f"; {_shift(one)}" * reference
+    if one.least >= DOUBT:
+        few = f"with so few slices or records no chance falls below {one.least:.2g}"
+        return f"NO POWER: {few}, so it finds nothing, kept or erased; raise --shadows or --targets"
+    if reference:
+        return f"{_shift(one)}; beyond that it {told}" if kept else f"INCONCLUSIVE: {_shift(one)}, and it {missed}"
+    return told if kept else f"POSITIVE CONTROL FAILED: it {missed}"
+
+
+def _shift(one: Finding) -> str:
+    if isinstance(one, Membership):
+        return "SHIFTED REFERENCE: differs from test images already without having seen the records"
+    return "DOUBTFUL REFERENCE: slices that never saw the records differ from each other; try another --seed"
+
+
+def _routed(one: Finding) -> str:
+    shown = "tell" if one.found[0] else "do not tell"
+    return f"the published prototypes {shown} who was sampled" + _single(one.values())
 
 
 def _single(values: dict[str, Any]) -> str:
@@ -161,26 +205,31 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def figure(findings: Sequence[Finding], path: Path) -> None:
-    """Draws the ROC curves of the membership attacks on logarithmic axes, a panel for each column. PNG."""
-    import matplotlib
+def figure(canvas: "type[Figure]", findings: Sequence[Finding], path: Path) -> None:
+    """Draws the ROC curves of the membership attacks on logarithmic axes, a panel for each column. PNG.
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    Bars are the intervals of the true positive rates that the table has.
 
+    Args:
+        canvas: matplotlib's class of pictures.
+        findings: those of other attacks are not drawn.
+        path: the file.
+    """
     shown = [one for one in findings if isinstance(one, Membership)]
-    canvas, panels = pyplot.subplots(1, len(COLUMNS), figsize=(13, 4.4), sharey=True)
+    whole = canvas(figsize=(13, 4.4), layout="constrained")
+    panels = whole.subplots(1, len(COLUMNS), sharey=True)
     least = min((0.5 / one.columns[0].others for one in shown), default=1e-3)
     for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
         for one in shown:
             false, true = one.curves[place]
-            panel.plot(np.maximum(false, least), np.maximum(true, least), label=one.name)
+            (line,) = panel.plot(np.maximum(false, least), np.maximum(true, least), label=one.name)
+            for rate, told in zip(RATES, one.columns[place].rates, strict=True):
+                if told is not None:
+                    panel.vlines(rate, max(told.low, least), max(told.high, least), color=line.get_color())
         panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
         panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
         panel.set_xlabel("false positive rate")
     panels[0].set_ylabel("true positive rate")
     panels[0].legend(loc="lower right")
-    canvas.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.savefig(path, dpi=120)
-    pyplot.close(canvas)
+    whole.savefig(path, dpi=120)

@@ -40,6 +40,7 @@ class Routing:
     public: Separation | None
 
     name = "routing"
+    least = 0.0  # there is no control to be missed
 
     @property
     def found(self) -> tuple[bool, ...]:

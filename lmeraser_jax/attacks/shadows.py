@@ -128,15 +128,16 @@ def _compiled(problem: Problem, mesh: Mesh):
     return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(P(), axis, P()), out_specs=axis, check_vma=False))
 
 
-def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
+def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray, problem: Problem | None = None) -> np.ndarray:
     """Logits of images, as centre crops, under each of some slices: float32 [S, w, Y].
 
     Args:
         run: an opened workdir.
         slices: S slices on the host.
         rows: int [w], image rows.
+        problem: how the slices were made, if not by the run's own.
     """
-    problem = with_lanes(run.problem)
+    problem = with_lanes(problem or run.problem)
     program = _compiled(problem, run.mesh)
     params = on_device(run.backbone, compute_dtype(problem.tuning.dtype, run.mesh), run.mesh)
     wide, batch = problem.tuning.lanes * run.mesh.size, run.config.inference.batch
@@ -153,9 +154,9 @@ def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
     return found
 
 
-def scored(run: Run, slices: Sequence[Slice], records: RecordTable) -> Scores:
+def scored(run: Run, slices: Sequence[Slice], records: RecordTable, problem: Problem | None = None) -> Scores:
     """Margins and right answers of records under each of some slices."""
-    found = logits(run, slices, records.rows)
+    found = logits(run, slices, records.rows, problem)
     return Scores(statistics.margins(found, records.labels), found.argmax(axis=-1) == records.labels)
 
 

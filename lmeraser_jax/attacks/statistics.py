@@ -19,6 +19,18 @@ SMALLEST = 1e-6  # standard deviations are at least so large
 
 
 @dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A value with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclasses.dataclass(frozen=True)
 class Separation:
     """How well a score tells members from others.
 
@@ -36,19 +48,23 @@ class Separation:
     high: float
     p: float
     accuracy: float
-    rates: tuple[float | None, ...]
+    rates: tuple[Estimate | None, ...]
     members: int
     others: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Tested:
-    """A statistic, the interval that it lies in by chance, and the chance of reaching it (one-sided)."""
+    """A statistic, the interval that it lies in by chance, and the chance of reaching it (one-sided).
+
+    `least` is the smallest such chance that there could have been: with few slices or records no value is unlikely.
+    """
 
     value: float
     low: float
     high: float
     p: float
+    least: float
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.2f} to {self.high:.2f})"
@@ -77,17 +93,32 @@ def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.append(0.0, alarms / len(others)), np.append(0.0, hits / len(members))
 
 
-def rate_at(members: np.ndarray, others: np.ndarray, rate: float) -> float | None:
-    """The true positive rate at a false positive rate; None where one false positive is more than that already."""
-    if len(others) * rate < 1:
+def rate_at(
+    members: np.ndarray, others: np.ndarray, rate: float, counts: tuple[int, int] | None = None
+) -> Estimate | None:
+    """The true positive rate at a false positive rate, with its interval (Clopper and Pearson, 1934).
+
+    Args:
+        members: float [m], scores.
+        others: float [n].
+        rate: of false positives.
+        counts: independent members and others, where the scores are more than these; by default m and n.
+
+    Returns:
+        None where one false positive is more than the rate already.
+    """
+    m, n = counts or (len(members), len(others))
+    if m < 1 or n * rate < 1:
         return None
     false, true = roc(members, others)
-    return float(true[false <= rate].max())
+    found = float(true[false <= rate].max())
+    interval = stats.binomtest(round(found * m), m).proportion_ci(COVERED, "exact")
+    return Estimate(found, float(interval.low), float(interval.high))
 
 
-def rate_lines(rates: Sequence[Sequence[float | None]]) -> list[tuple[str, ...]]:
+def rate_lines(rates: Sequence[Sequence[Estimate | None]]) -> list[tuple[str, ...]]:
     """Rows of a table: true positive rates at each of `RATES`, a cell for each column."""
-    cells = [["-" if rate is None else f"{rate:.3f}" for rate in column] for column in rates]
+    cells = [["-" if rate is None else str(rate) for rate in column] for column in rates]
     return [(f"TPR at {rate:.1%} FPR", *(column[i] for column in cells)) for i, rate in enumerate(RATES)]
 
 
@@ -116,6 +147,50 @@ def delong(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     below = 1.0 - (ranks[m:] - stats.rankdata(others)) / m  # share of members above each other
     spread = sum(np.var(part, ddof=1) / len(part) if len(part) > 1 else 0.25 for part in (above, below))
     return float(above.mean()), float(np.sqrt(spread))
+
+
+def surplus(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Tested:
+    """By how much one slice's AUC is above another's: a paired permutation test (Bandos et al., 2005).
+
+    If neither knows the members better, a record's rank under the one might as well be its rank under the other. What
+    both have in common cancels: hard records, and members that differ from others whoever saw them.
+
+    Args:
+        members, others: float [2, m] and [2, n], the scores of the same records under either slice.
+        rng: of the exchanges.
+    """
+    ranks, m = stats.rankdata(np.concatenate([members, others], axis=1), axis=1), members.shape[1]
+    exchanged = rng.random((1 + ROUNDS, ranks.shape[1])) < 0.5
+    exchanged[0] = False
+    one, other = np.where(exchanged, ranks[1], ranks[0]), np.where(exchanged, ranks[0], ranks[1])
+    sums = (stats.rankdata(part, axis=1)[:, :m].sum(axis=1) for part in (one, other))  # halves: exact
+    return tested((next(sums) - next(sums)) / (m * others.shape[1]))
+
+
+def clustered_auc(
+    members: Sequence[np.ndarray], others: Sequence[np.ndarray], rng: np.random.Generator
+) -> Estimate | None:
+    """The area under the ROC curve of scores of which a record gives several, by a bootstrap over records.
+
+    Args:
+        members, others: for each of n records its scores as a member and as none, float [any].
+        rng: of the bootstrap.
+
+    Returns:
+        None where no record has scores of both kinds; records that do not are left out.
+    """
+    pairs = [(one, other) for one, other in zip(members, others, strict=True) if len(one) and len(other)]
+    if not pairs:
+        return None
+    sizes = np.array([(len(one), len(other)) for one, other in pairs], np.float64)  # [n, 2]
+    flat, n = np.concatenate([other for _, other in pairs]), len(pairs)
+    owner = np.repeat(np.arange(n), sizes[:, 1].astype(int))
+    wins = [((one[:, None] > flat) + 0.5 * (one[:, None] == flat)).sum(axis=0) for one, _ in pairs]
+    table = np.stack([np.bincount(owner, row, n) for row in wins])  # [n, n], one's members above another's others
+    weights = np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), ROUNDS)])
+    areas = ((weights @ table) * weights).sum(axis=1) / (weights @ sizes).prod(axis=1)
+    low, high = np.quantile(areas[1:], [0.5 - COVERED / 2, 0.5 + COVERED / 2])
+    return Estimate(float(areas[0]), float(low), float(high))
 
 
 def gaussian(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
@@ -172,4 +247,5 @@ def permuted(
 def tested(values: np.ndarray) -> Tested:
     """A statistic float [1 + rounds], as it is in front and under permutations, tested for being too large."""
     low, high = np.quantile(values[1:], [0.5 - COVERED / 2, 0.5 + COVERED / 2])
-    return Tested(float(values[0]), float(low), float(high), float((values >= values[0]).mean()))
+    least = float((values >= values.max()).mean())
+    return Tested(float(values[0]), float(low), float(high), float((values >= values[0]).mean()), least)

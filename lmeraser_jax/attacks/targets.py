@@ -47,7 +47,8 @@ def unready(run: Run) -> list[str]:
 def problems(run: Run, named: Sequence[str], targets: int) -> list[str]:
     """What of a published state makes an attack on these ids, or on so many records, impossible; a line each."""
     if run.config.tuning.one_head:
-        return [f"--config.tuning.what={run.config.tuning.what}: all clusters are one slice; only routing is attacked"]
+        text = "all clusters are one slice, so that every shadow would be a whole system; legal: --attacks=routing"
+        return [f"--config.tuning.what={run.config.tuning.what}: {text}"]
     found = []
     if not len(_never(run)):
         found.append(

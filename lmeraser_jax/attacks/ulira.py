@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.attacks import statistics
+from lmeraser_jax.attacks import forgetting, statistics
 from lmeraser_jax.attacks.pools import FORGOTTEN, RETAINED
 from lmeraser_jax.attacks.shadows import Shadows
-from lmeraser_jax.attacks.statistics import DOUBT, RATES, Tested
+from lmeraser_jax.attacks.statistics import DOUBT, RATES, Estimate, Tested
+
+Trials = Sequence[tuple[np.ndarray, Shadows]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +27,18 @@ class ULira:
 
     Attributes:
         forgotten, retained: mean accuracy over such records.
-        rates: for each column, true positive rates at the false positive rates `RATES`, over forgotten records and
-            slices together; None where there are too few to tell.
+        auc: for each column, of the likelihood ratios of forgotten records and slices together; its interval is from a
+            bootstrap over records. None where nothing could be fitted.
+        rates: for each column, true positive rates of the same at the false positive rates `RATES`; a record counts
+            once, in how many slices it is ever asked of: None where there are too few records to tell.
+        quality: for each column, the forgetting quality.
     """
 
     forgotten: tuple[Tested, ...]
     retained: tuple[Tested, ...]
-    rates: tuple[tuple[float | None, ...], ...]
+    auc: tuple[Estimate | None, ...]
+    rates: tuple[tuple[Estimate | None, ...], ...]
+    quality: tuple[float, ...]
 
     name = "ulira"
 
@@ -39,21 +46,27 @@ class ULira:
     def found(self) -> tuple[bool, ...]:
         return tuple(column.p < DOUBT for column in self.forgotten)
 
+    @property
+    def least(self) -> float:
+        return self.forgotten[0].least
+
     def lines(self) -> list[tuple[str, ...]]:
         rows = [("accuracy, forgotten (by chance)", *map(str, self.forgotten))]
+        rows.append(("AUC", *("-" if area is None else str(area) for area in self.auc)))
         rows += statistics.rate_lines(self.rates)
+        rows.append(("forgetting quality, 1 is best", *(f"{value:.3f}" for value in self.quality)))
         return [*rows, ("accuracy, retained (by chance)", *map(str, self.retained))]
 
     def values(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"found": self.found}
 
 
-def ulira(trials: Sequence[tuple[np.ndarray, Shadows]], rng: np.random.Generator) -> ULira:
+def ulira(trials: Trials, rng: np.random.Generator) -> ULira:
     """The attack over some pools.
 
     Args:
         trials: roles int [w] of a pool's watched records, and their scores under its shadows.
-        rng: of the permutations.
+        rng: of the permutations and bootstraps.
     """
     columns: dict[int, list[Tested]] = {FORGOTTEN: [], RETAINED: []}
     for role, found in columns.items():
@@ -63,8 +76,14 @@ def ulira(trials: Sequence[tuple[np.ndarray, Shadows]], rng: np.random.Generator
                 told = Told.of(scores, roles == role, role, column)
                 parts.append(statistics.permuted(told.accuracies, told.group, told.fitted, rng))
             found.append(statistics.tested(_mean(np.concatenate(parts, axis=1))))
-    rates = tuple(_rates(trials, column) for column in range(3))
-    return ULira(tuple(columns[FORGOTTEN]), tuple(columns[RETAINED]), rates)
+    asked = [_ratios(trials, column) for column in range(3)]
+    return ULira(
+        forgotten=tuple(columns[FORGOTTEN]),
+        retained=tuple(columns[RETAINED]),
+        auc=tuple(statistics.clustered_auc(*pair, rng) for pair in asked),
+        rates=tuple(_rates(*pair) for pair in asked),
+        quality=tuple(_quality(trials, column) for column in range(3)),
+    )
 
 
 def _mean(values: np.ndarray) -> np.ndarray:
@@ -72,15 +91,33 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0.0, values).sum(axis=1) / np.maximum((~np.isnan(values)).sum(axis=1), 1)
 
 
-def _rates(trials: Sequence[tuple[np.ndarray, Shadows]], column: int) -> tuple[float | None, ...]:
-    ones, twos = [], []
+def _ratios(trials: Trials, column: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Log-likelihood ratios, record by forgotten record, in slices of the column and in those that never saw it."""
+    ones: list[np.ndarray] = []
+    twos: list[np.ndarray] = []
     for roles, scores in trials:
         told = Told.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
-        ratio, is_one, is_two = (part[0] for part in told.ratios(told.group[None]))
-        ones.append(ratio[is_one & ~np.isnan(ratio)])
-        twos.append(ratio[is_two & ~np.isnan(ratio)])
+        ratio, *kinds = (part[0] for part in told.ratios(told.group[None]))
+        for found, counts in zip((ones, twos), kinds, strict=True):
+            found += [row[mask & ~np.isnan(row)] for row, mask in zip(ratio.T, counts.T, strict=True)]
+    return ones, twos
+
+
+def _rates(ones: list[np.ndarray], twos: list[np.ndarray]) -> tuple[Estimate | None, ...]:
+    counts = sum(len(part) > 0 for part in ones), sum(len(part) > 0 for part in twos)
     pair = np.concatenate(ones), np.concatenate(twos)
-    return tuple(statistics.rate_at(*pair, rate) if len(pair[0]) else None for rate in RATES)
+    return tuple(statistics.rate_at(*pair, rate, counts) for rate in RATES)
+
+
+def _quality(trials: Trials, column: int) -> float:
+    found = []
+    for roles, scores in trials:
+        told = Told.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
+        masks = told.group[:, None] & told.first, ~told.group[:, None] & told.second
+        for values, one, two in zip(told.margins.T, *(mask.T for mask in masks), strict=True):
+            if one.any() and two.any():
+                found.append(forgetting.epsilon(values[one], values[two]))
+    return forgetting.quality(np.array(found))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

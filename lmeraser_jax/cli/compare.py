@@ -29,8 +29,12 @@ def define(flags: common.Flags) -> None:
     text = "for sequence: uniform, burst, pareto, class, half, adaptive; empty: all"
     absl_flags.DEFINE_list("sequences", [], text, flag_values=flags)
     absl_flags.DEFINE_integer("length", 10, "for sequence: batches of requests", flag_values=flags)
+    text = "images that are asked about: test, or holdout to choose settings by"
+    absl_flags.DEFINE_string("split", "test", text, flag_values=flags)
     absl_flags.DEFINE_integer("probes", 100, "records whose erasure is planned, to know its cost", flag_values=flags)
-    absl_flags.DEFINE_integer("requests", 2, "erasures that are served and timed", flag_values=flags)
+    absl_flags.DEFINE_integer(
+        "requests", 2, "erasures that are served and timed, sampled and unsampled", flag_values=flags
+    )
     absl_flags.DEFINE_bool("keep", False, "keep the workdirs of the methods", flag_values=flags)
     text = "show the clusters of the first method in the report: private images, which no erasure reaches there"
     absl_flags.DEFINE_bool("montage", False, text, flag_values=flags)
@@ -45,7 +49,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax import methods, plotting
     from lmeraser_jax.comparison import console, driver, page, sequences
     from lmeraser_jax.comparison.experiments import MONTAGE, Plan
-    from lmeraser_jax.comparison.measurement import load
+    from lmeraser_jax.comparison.measurement import load, save
 
     plotting.required()  # refuses now, not in the end
     others = [load(Path(name) / "results.json") for name in arguments["merge"]]
@@ -54,8 +58,8 @@ def run(arguments: common.Arguments) -> int:
     dataset = data.dataset or (Path(data.path).stem if data.path else data.source)
     backbone = config.backbone.name or (Path(config.backbone.weights).name or "small ViT")
     kinds = tuple(arguments["sequences"]) or tuple(sequences.KINDS)
-    counted = {name: arguments[name] for name in ("probes", "requests", "length")}
-    chosen = tuple(methods.load(name) for name in arguments["methods"] or methods.names())
+    counted = {name: arguments[name] for name in ("split", "probes", "requests", "length")}
+    chosen = methods.load_all(arguments["methods"] or methods.names())
     comparison = driver.Comparison(
         Path(workdir),
         config,
@@ -70,6 +74,7 @@ def run(arguments: common.Arguments) -> int:
     command = shlex.join(["lmeraser", "compare", *sys.argv[2:]])
     results = driver.compare(comparison, command)
     results = driver.merged(results, others)
+    save(comparison.folder, results)
     titles = {name: methods.load(name).title for name in methods.names()} | {m.name: m.title for m in chosen}
     picture = comparison.folder / MONTAGE
     montage = picture.read_bytes() if arguments["montage"] and picture.exists() else None

@@ -1,6 +1,7 @@
-"""What an erasure costs: planned for many records, served for a few."""
+"""What an erasure costs: planned for many records, served for a few; what an answer costs."""
 
 import dataclasses
+import json
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from lmeraser_jax.planning import plan, sampled
 from lmeraser_jax.progress import progress
 from lmeraser_jax.run import Run
 from lmeraser_jax.store import checkpoints
+from lmeraser_jax.store.rows import COMMON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,42 +22,78 @@ class Planned:
     Attributes:
         images: float64 [n], images passed forward and backward.
         records: float64 [n], members of all slices that are made again.
-        slices: float64 [n], these slices.
+        parameters: float64 [n], numbers in these slices.
     """
 
     images: np.ndarray
     records: np.ndarray
-    slices: np.ndarray
+    parameters: np.ndarray
 
 
 def planned(run: Run, count: int) -> Planned:
     """Plans the erasure of `count` live records, drawn uniformly, each on its own. Changes nothing."""
     ids = run.catalog.live("train").ids
     chosen = philox(run.config.seed, "probe").choice(len(ids), min(count, len(ids)), replace=False)
-    rows = []
+    rows, (own, common) = [], sizes(run)
     with progress("plan", len(chosen)) as shown:
         for index in chosen:
             wanted = plan(run, frozenset({ids[index]}))
-            again = [wanted.members[key] for key in wanted.missing]
-            rows.append((wanted.images_missing, sum(map(len, again)), len(again)))
+            again = [wanted.members[key].rows for key in wanted.missing]
+            records = len(np.unique(np.concatenate(again))) if again else 0
+            numbers = sum(common if key == COMMON else own for key in wanted.missing)
+            rows.append((wanted.images_missing, records, numbers))
             shown.advance(1)
     return Planned(*np.array(rows, np.float64).reshape(-1, 3).T)
 
 
-def served(run: Run, count: int) -> float:
-    """Erases `count` records that are not sampled, one request after the other: mean seconds of a request."""
-    sample, seconds = set(sampled(run)[0].ids), []
-    ids = [name for name in run.catalog.live("train").ids if name not in sample]
-    for index in philox(run.config.seed, "served").choice(len(ids), min(count, len(ids)), replace=False):
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """Mean seconds of requests that were carried out, from the plan to the purge; 0 where none was."""
+
+    unsampled: float
+    sampled: float
+
+
+def served(run: Run, count: int) -> Served:
+    """Erases `count` records that are not sampled and as many that are, one request after the other."""
+    live, sample = list(run.catalog.live("train").ids), set(sampled(run)[0].ids)
+    strata = {"unsampled": [name for name in live if name not in sample], "sampled": sorted(sample.intersection(live))}
+    return Served(**{name: _mean_seconds(run, name, ids, count) for name, ids in strata.items()})
+
+
+def _mean_seconds(run: Run, stratum: str, ids: list[str], count: int) -> float:
+    seconds = []
+    for index in philox(run.config.seed, "served", stratum).choice(len(ids), min(count, len(ids)), replace=False):
         outcome = unlearning.request_erasure(run, [ids[index]]).outcome
         assert outcome is not None
         seconds.append(outcome.seconds)
     return float(np.mean(seconds)) if seconds else 0.0
 
 
-def parameters(run: Run) -> int:
-    """Numbers in one slice; all slices of a run have as many."""
+def seconds_spent(run: Run) -> float:
+    """Of all that was made in a workdir so far, features left out."""
+    lines = map(json.loads, run.layout.metrics.read_text("utf-8").splitlines())
+    return sum(line["seconds"] for line in lines if line["kind"] == "reconcile")
+
+
+def sizes(run: Run) -> tuple[int, int]:
+    """Numbers in the slice of a cluster, all of which have as many, and in the common head, 0 where there is none."""
     manifest = run.catalog.manifest()
     assert manifest is not None
-    part = load_slice(run, next(iter(manifest.clusters.values())))
-    return sum(leaf.size for leaf in checkpoints.flatten(part).values())
+    some = next(iter(manifest.clusters.values()))
+    return _numbers(run, some), _numbers(run, manifest.entries[COMMON]) if COMMON in manifest.entries else 0
+
+
+def _numbers(run: Run, reference: str) -> int:
+    return sum(leaf.size for leaf in checkpoints.flatten(load_slice(run, reference)).values())
+
+
+def passes(run: Run, clusters: int) -> float:
+    """Images passed forward through the backbone for one answer of K clusters (`inference.routed_probabilities`)."""
+    asked, tuning = run.config.inference, run.config.tuning
+    nearest = min(asked.nearest or clusters, clusters)
+    if tuning.border == 0 and not run.problem.own_architecture:
+        return 1.0  # the feature that every head sees
+    everyone = clusters if asked.nearest == 0 or run.problem.own_architecture else nearest
+    routed = run.config.clustering.partition == "adaptive" or bool(asked.common and run.config.common.what != "none")
+    return float(everyone + routed)

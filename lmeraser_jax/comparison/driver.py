@@ -2,29 +2,31 @@
 
 import collections
 import dataclasses
+import datetime
 import json
 import os
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmeraser_jax import clustering
+from lmeraser_jax import __version__, clustering
 from lmeraser_jax import config as settings
 from lmeraser_jax.comparison import sequences
 from lmeraser_jax.comparison.experiments import EXPERIMENTS, Plan, Task, rows, tasks
-from lmeraser_jax.comparison.measurement import Results, load_rows, save
+from lmeraser_jax.comparison.measurement import Done, Results, load_done, save
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.legality import cut_of
 from lmeraser_jax.methods import Method
 from lmeraser_jax.run import Run, prepared
+from lmeraser_jax.store.importing import import_settings
 from lmeraser_jax.store.layout import write_json
 
 
@@ -54,8 +56,9 @@ class Comparison:
         return [task for e, m, s in every for task in tasks(e, m, s, self.config, self.plan)]
 
     def base(self, seed: int) -> Path:
-        """The workdir that those of a seed begin as; one for all seeds where the backbone is not trained here."""
-        return self.folder / ("base" if self.config.backbone.weights else f"base_{seed}")
+        """The workdir that those of a seed begin as; one for all where neither backbone nor records depend on it."""
+        bound = not self.config.backbone.weights or "seed" in import_settings(self.config)
+        return self.folder / (f"base_{seed}" if bound else "base")
 
     def tuned(self, task: Task) -> Path:
         """What several tasks that tune the same begin as, as long as there are such."""
@@ -70,7 +73,7 @@ def check(comparison: Comparison) -> None:
 
     Raises:
         UserError: names every unknown experiment, cut or kind of sequence, every method that does not go with the
-            config, and settings other than those that the folder's rows were made with.
+            config or with an experiment, and settings other than those that the folder's rows were made with.
     """
     plan, problems = comparison.plan, []
     for flag, given, legal in (
@@ -88,13 +91,30 @@ def check(comparison: Comparison) -> None:
             problems.append(f"--cuts={text}: must be a distance of 0 or more, or auto:K with K >= 1")
     if "cut" in comparison.experiments and not plan.cuts:
         problems.append("--cuts is missing: the values of clustering.cut to try, such as auto:5,auto:10,auto:20")
+    if plan.split not in ("test", "holdout"):
+        problems.append(f"--split={plan.split}: must be test or holdout")
+    if plan.split == "holdout" and not (comparison.config.data.holdout or comparison.config.data.holdout_split):
+        problems.append("--split=holdout: there is none; set --config.data.holdout, the share that is held out")
+    for name, count in collections.Counter(method.name for method in comparison.methods).items():
+        if count > 1:
+            problems.append(f"--methods: {count} methods are called {name}; a file's name is its method's")
     for method in comparison.methods:
         try:
-            method.of(comparison.config)
+            problems += _senseless(method, method.of(comparison.config), comparison.experiments)
         except UserError as error:
             problems.append(str(error))
     raise_all(problems)
     _same_as_before(comparison)
+
+
+def _senseless(method: Method, config: Config, experiments: Sequence[str]) -> Iterator[str]:
+    """Experiments that say nothing about a method."""
+    if "cut" in experiments and config.clustering.partition != "adaptive":
+        yield f"--experiments=cut: {method.name} cuts no tree; its partition is {config.clustering.partition}"
+    if "epochs" in experiments and config.tuning.closed:
+        yield f"--experiments=epochs: {method.name} has a closed form and no epochs"
+    if "epochs" in experiments and config.tuning.slices > 1:
+        yield f"--experiments=epochs: {method.name} tunes in {config.tuning.slices} stages, each with epochs of its own"
 
 
 def _same_as_before(comparison: Comparison) -> None:
@@ -113,6 +133,10 @@ def _same_as_before(comparison: Comparison) -> None:
         raise UserError(
             f"--workdir={comparison.folder} holds other files and no comparison; name a new or an empty folder"
         )
+    paths = {task: comparison.rows_of(task) for task in comparison.tasks}
+    stale = [path for task, path in paths.items() if path.is_file() and load_done(path).settings != task.settings]
+    what = "made by a method of the same name with other settings; delete them, or give the method's file another name:"
+    raise_all([f"{what} {some([str(path) for path in stale])}"] if stale else [])
 
 
 def _binding(comparison: Comparison) -> dict[str, Any]:
@@ -135,14 +159,12 @@ def compare(comparison: Comparison, command: str) -> Results:
     every = comparison.tasks
     waiting = [task for task in every if not comparison.rows_of(task).is_file()]
     to_come = collections.Counter(task.tunes for task in waiting)
+    _make_bases(comparison, waiting)
     for number, task in enumerate(waiting, 1 + len(every) - len(waiting)):
         base, start = comparison.base(task.seed), time.perf_counter()
-        _make_base(base, dataclasses.replace(comparison.config, seed=task.seed))
-        with prepared(base, dataclasses.replace(comparison.config, seed=task.seed)) as (run, _):
-            _enough(run, task)
         folder, tuned = comparison.folder / task.name, comparison.tuned(task)
         found = rows(task, comparison.plan, base, folder, tuned if tuned.exists() or to_come[task.tunes] > 1 else None)
-        write_json(comparison.rows_of(task), [dataclasses.asdict(row) for row in found])
+        Done(task.settings, _source(command), tuple(found)).save(comparison.rows_of(task))
         to_come[task.tunes] -= 1
         for path in [folder] * (not comparison.keep) + [tuned] * (not to_come[task.tunes]):
             shutil.rmtree(path, ignore_errors=True)
@@ -159,8 +181,15 @@ def compare(comparison: Comparison, command: str) -> Results:
 
 def collected(comparison: Comparison, command: str) -> Results:
     """The rows that are on disk, of all tasks that were ever done in the folder, in the order of their names."""
-    paths = sorted((comparison.folder / "rows").glob("*.json"))
-    return Results(tuple(row for path in paths for row in load_rows(path)), command, machine())
+    done = [load_done(path) for path in sorted((comparison.folder / "rows").glob("*.json"))]
+    rows_ = tuple(dataclasses.replace(row, source=one.name) for one in done for row in one.rows)
+    return Results(rows_, command, machine(), {one.name: one.source for one in done})
+
+
+def _source(command: str) -> dict[str, str]:
+    """Where rows come from that are made now."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"command": command, "machine": machine(), "version": __version__, "date": today}
 
 
 def machine() -> str:
@@ -173,9 +202,19 @@ def machine() -> str:
 
 
 def merged(results: Results, others: Sequence[Results]) -> Results:
-    """Results with the rows of other comparisons."""
-    rows_ = {row.point: row for one in (*others, results) for row in one.rows}
-    return dataclasses.replace(results, rows=tuple(rows_.values()))
+    """Results with the rows of other comparisons.
+
+    Raises:
+        UserError: two of them say different things about the same point.
+    """
+    rows_, clashes = {}, []
+    for row in (row for one in (*others, results) for row in one.rows):
+        if rows_.setdefault(row.point, row) != row:
+            clashes.append(f"{row.experiment} of {row.method}, {row.dataset}, seed {row.seed}")
+    what = "--merge: two comparisons measured the same with different results: "
+    raise_all([what + some(sorted(set(clashes)))] if clashes else [])
+    sources = {name: source for one in (*others, results) for name, source in one.sources.items()}
+    return dataclasses.replace(results, rows=tuple(rows_.values()), sources=sources)
 
 
 def _make_base(folder: Path, config: Config) -> None:
@@ -188,13 +227,32 @@ def _make_base(folder: Path, config: Config) -> None:
     making.rename(folder)
 
 
-def _enough(run: Run, task: Task) -> None:
-    """Refuses data with a class or a shard that gets too few training records."""
+def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:
+    """Makes what the tasks begin as, and looks whether every task has enough records, before the first is done."""
+    problems = []
+    for seed in sorted({task.seed for task in waiting}):
+        base, config = comparison.base(seed), dataclasses.replace(comparison.config, seed=seed)
+        _make_base(base, config)
+        with prepared(base, config) as (run, _):
+            for task in {task.method.name: task for task in waiting if task.seed == seed}.values():
+                problems += _too_few(run, task)
+    raise_all(list(dict.fromkeys(problems)))
+
+
+def _too_few(run: Run, task: Task) -> list[str]:
+    """Classes and shards that get too few training records."""
     records, k = run.catalog.live("train"), task.config.clustering
     counts = np.bincount(records.labels, minlength=len(run.classes))
-    few = [f"class {run.classes[label]}: {counts[label]} training records" for label in np.flatnonzero(counts < 2)]
+    have = f"{len(records)} training records are too few:"
+    few = [
+        f"{have} class {run.classes[label]} has {counts[label]} of them, must have 2; use more data"
+        for label in np.flatnonzero(counts < 2)
+    ]
     if k.partition == "random":
         sizes = np.bincount(clustering.shard_of(records.ids, k.shards, task.seed), minlength=k.shards)
-        few += [f"shard {shard} of {k.shards}: no record" for shard in np.flatnonzero(sizes == 0)]
-    what = f"{len(records)} training records are too few for the method {task.method.name}, seed {task.seed};"
-    raise_all(few, f"{what} use more data or fewer --config.clustering.shards:" if few else "")
+        few += [
+            f"{have} shard {shard} of {k.shards} gets none with seed {task.seed}, which {task.method.name} cannot do"
+            " with; use more data or fewer --config.clustering.shards"
+            for shard in np.flatnonzero(sizes == 0)
+        ]
+    return few

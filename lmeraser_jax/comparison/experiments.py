@@ -13,7 +13,7 @@ from lmeraser_jax import config as settings
 from lmeraser_jax import report, unlearning
 from lmeraser_jax.artifacts import reference
 from lmeraser_jax.comparison import sequences
-from lmeraser_jax.comparison.costs import parameters, planned, served
+from lmeraser_jax.comparison.costs import Served, passes, planned, seconds_spent, served, sizes
 from lmeraser_jax.comparison.measurement import Measurement
 from lmeraser_jax.config import Config
 from lmeraser_jax.digests import digest, philox
@@ -36,7 +36,8 @@ class Plan:
     Attributes:
         dataset, backbone: names for people.
         probes: records whose erasure is planned.
-        requests: erasures that are really served and timed.
+        split: images that are asked about: test, or holdout to choose settings by.
+        requests: erasures that are really served and timed, of records that are sampled and of such that are not.
         cuts: values of clustering.cut.
         sequences: kinds of sequences.
         length: batches of a sequence.
@@ -45,6 +46,7 @@ class Plan:
 
     dataset: str
     backbone: str
+    split: str = "test"
     probes: int = 100
     requests: int = 2
     cuts: tuple[str, ...] = ()
@@ -76,6 +78,11 @@ class Task:
         """Names its folder and its rows: rows of a task are there all together or not at all."""
         parts = (self.experiment, self.method.name, str(self.seed), self.variant.replace(":", "-").replace("/", "-"))
         return "_".join(part for part in parts if part)
+
+    @property
+    def settings(self) -> str:
+        """Names all settings that its rows depend on."""
+        return digest(settings.to_dict(self.config))
 
     @property
     def tunes(self) -> str:
@@ -142,8 +149,9 @@ def _asked(folder: Path, task: Task) -> bool:
 
 def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **others: object) -> Measurement:
     """A row of the published state, or of what `model` holds, without what requests cost."""
-    found, made = evaluate(run, linear=False, model=model), run.catalog.slices()
-    shown, size = report.overview(run), parameters(run)
+    found, made = evaluate(run, plan.split, linear=False, model=model), run.catalog.slices()
+    shown, (own, common) = report.overview(run), sizes(run)
+    slices = len({cluster.slice for cluster in shown.clusters})
     facts = {
         "experiment": task.experiment,
         "dataset": plan.dataset,
@@ -155,25 +163,33 @@ def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **ot
         "accuracy": found.accuracy,
         "balanced": found.balanced,
         "images_full": 0 if run.problem.on_features else sum(row.images for row in made.values()),
-        "seconds_full": sum(row.seconds for row in made.values()),
-        "parameters": size * len({cluster.slice for cluster in shown.clusters}),
+        "parameters": own * slices + common,
         "expected_share": shown.expected_share,
         "sampled_share": shown.sampled_share,
+        "tested": found.images,
+        "passes": passes(run, len(shown.clusters)),
     }
     return Measurement(**(facts | others))  # pyright: ignore[reportArgumentType]
 
 
 def methods(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
     """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
-    row, costs = _measured(run, task, plan), planned(run, plan.probes)
-    everything = row.images_full and costs.records.min() == row.records - 1  # served, it would only last as long again
+    spent, row, costs = seconds_spent(run), _measured(run, task, plan), planned(run, plan.probes)
+    images = costs.images * (not run.problem.on_features)
+    # Served, a request that makes everything again would only last as long again.
+    everything = row.images_full > 0 and images.min() > 0.999 * row.images_full * (1 - 1 / row.records)
+    found = Served(0.0, 0.0) if everything else served(run, plan.requests)
+    strata = (1 - row.sampled_share) * found.unsampled + row.sampled_share * found.sampled
     yield dataclasses.replace(
         row,
-        images_request=0.0 if run.problem.on_features else float(costs.images.mean()),
-        images_worst=0.0 if run.problem.on_features else float(costs.images.max()),
+        seconds_full=spent,
+        images_request=float(images.mean()),
+        images_worst=float(images.max()),
         records_request=float(costs.records.mean()),
-        parameters_request=float(costs.slices.mean() * parameters(run)),
-        seconds_request=row.seconds_full if everything else served(run, plan.requests),
+        parameters_request=float(costs.parameters.mean()),
+        seconds_request=spent if everything else strata,
+        seconds_unsampled=found.unsampled,
+        seconds_sampled=found.sampled,
     )
 
 

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lmeraser_jax.digests import digest
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.store.layout import write_bytes
-
-EXPERIMENTS = ("methods", "removal", "cut", "epochs", "sequence")
+from lmeraser_jax.store.layout import write_bytes, write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,24 +26,25 @@ class Measurement:
         series: which of several curves of an experiment, such as the kind of a sequence; "" for the only one.
         records: live training records.
         clusters: K, slices that predict.
-        accuracy, balanced: shares of right answers on the test images; balanced is the mean over the classes.
-        images_full, seconds_full: images passed forward and backward through the backbone to tune everything, and its
-            seconds. No image is for heads on features, which are computed once.
+        accuracy, balanced: shares of right answers on the images asked about; balanced is the mean over the classes.
+        images_full, seconds_full: images passed forward and backward through the backbone to make everything, and the
+            seconds of that, from the plan to the purge (of the methods only; 0 elsewhere). No image is for heads on
+            features, which are computed once.
         images_request: mean over uniformly drawn records of the images an erasure of that record passes.
         images_worst: the largest of them.
-        seconds_request: mean seconds of requests that were really served; of the full tuning where every request
-            repeats it.
+        seconds_request: seconds of a uniformly drawn request, from the plan to the purge: the mean of the next two, as
+            frequent as their records are; `seconds_full` where every request makes everything again.
         records_request: mean over these records of the members of all slices that are made again.
         parameters_request: mean numbers in these slices.
         parameters: numbers in all slices.
         expected_share: of the data re-tuned by a uniform unsampled request, sum(m_k^2) / N^2.
         sampled_share: of the records that are sampled, whose erasure also re-clusters.
         spent: images passed since the start of a sequence, 0 elsewhere.
-        tested: test images; 0 where it is not known.
-        passes: forward passes through the backbone per prediction; 0 where it is not known.
-        seconds_unsampled, seconds_sampled: mean seconds of served requests for records of either kind, of which
-            `seconds_request` is the mean by `sampled_share`; 0 where it is not known.
-        source: name of the entry of `Results.sources` that it comes from; "" for the only one.
+        tested: images that were asked about.
+        passes: images passed forward through the backbone for one answer.
+        seconds_unsampled, seconds_sampled: mean seconds of requests that were really served, for a record that is not
+            sampled and for one that is, whose erasure also re-clusters; 0 where none was served.
+        source: names the entry of `Results.sources` that says where the row comes from; "" where that is not known.
     """
 
     experiment: str
@@ -59,7 +59,7 @@ class Measurement:
     accuracy: float
     balanced: float
     images_full: int
-    seconds_full: float
+    seconds_full: float = 0.0
     images_request: float = 0.0
     images_worst: float = 0.0
     seconds_request: float = 0.0
@@ -83,10 +83,12 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All rows of a comparison, with the command and the machine that they come from.
+    """All rows of a comparison.
 
     Attributes:
-        sources: command, machine, commit and date by the `source` of rows that come from elsewhere.
+        rows: at most one of a `point`.
+        command, machine: the last command, and where it ran.
+        sources: {name: {"command", "machine", "version", "date"}} of the commands that the rows come from.
     """
 
     rows: tuple[Measurement, ...]
@@ -96,24 +98,43 @@ class Results:
 
     def values(self) -> dict[str, Any]:
         rows = [dataclasses.asdict(row) for row in self.rows]
-        return {"command": self.command, "machine": self.machine, "sources": self.sources, "rows": rows}
+        return {"command": self.command, "machine": self.machine, "sources": dict(self.sources), "rows": rows}
 
 
 def load(path: Path) -> Results:
     """Reads results.json. Raises `UserError` where it is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
-        sources = tree.get("sources", {})
+        sources = {str(name): {str(k): str(v) for k, v in one.items()} for name, one in tree["sources"].items()}
         return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not the results.json of a comparison: {error}") from error
 
 
-def load_rows(path: Path) -> tuple[Measurement, ...]:
-    """Reads a list of rows. Raises `UserError` where it is none."""
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a task has left: its rows, the digest of the settings they were made with, and where they come from."""
+
+    settings: str
+    source: Mapping[str, str]
+    rows: tuple[Measurement, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the source."""
+        return digest(dict(self.source))[:12]
+
+    def save(self, path: Path) -> None:
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        write_json(path, {"settings": self.settings, "source": dict(self.source), "rows": rows})
+
+
+def load_done(path: Path) -> Done:
+    """Reads what a task has left. Raises `UserError` where it is none."""
     try:
-        return _rows(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        tree = json.loads(path.read_text("utf-8"))
+        return Done(tree["settings"], tree["source"], _rows(tree["rows"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{path} holds no rows of a comparison ({error}); delete it, and it is made again") from error
 
 

@@ -5,7 +5,7 @@ after the batch before, which breaks the guarantees of methods that are exact in
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -35,16 +35,36 @@ def burst(run: Run, count: int) -> Iterator[list[str]]:
 
 
 def pareto(run: Run, count: int) -> Iterator[list[str]]:
-    """An owner at a time, few of whom ask for most; records count as their own owners where none are known."""
+    """Some records of one owner at a time, of whoever owns a record drawn uniformly: few own, and ask for, most.
+
+    Where no owners are known there are made-up ones, whose records look alike: neighbours in a cluster, in numbers
+    that are Pareto distributed.
+    """
     records = run.catalog.live("train")
-    groups: dict[str, list[str]] = {}
-    for name, owner in zip(records.ids, records.owners, strict=True):
-        groups.setdefault(owner or f"record {name}", []).append(name)
     random = philox(run.config.seed, "sequence", "pareto")
-    owners = [sorted(groups)[i] for i in random.permutation(len(groups))]
-    weights = np.arange(1, len(owners) + 1) ** -PARETO
-    chosen = random.choice(len(owners), min(count, len(owners)), replace=False, p=weights / weights.sum())
-    yield from (groups[owners[i]] for i in chosen)
+    owners = records.owners if any(records.owners) else _made_up(records.clusters, random)
+    left = {name: owner or f"record {name}" for name, owner in zip(records.ids, owners, strict=True)}
+    for _ in range(count):
+        if len(left) <= SIZE:
+            return
+        names = sorted(left)
+        asking = left[names[random.integers(len(names))]]
+        own = [name for name in names if left[name] == asking]
+        batch = [own[i] for i in random.permutation(len(own))[:SIZE]]
+        for name in batch:
+            del left[name]
+        yield batch
+
+
+def _made_up(clusters: Sequence[str], random: np.random.Generator) -> list[str]:
+    """Owners of N records: each has a run of them in the order of their clusters."""
+    order = np.lexsort((random.permutation(len(clusters)), np.array(clusters, np.str_)))
+    sizes = np.ceil(random.pareto(PARETO, len(order)) + 1)
+    ends = np.cumsum(sizes)  # as many owners as needed
+    of_place = np.searchsorted(ends, np.arange(len(order)), side="right")
+    found = np.empty(len(order), np.int64)
+    found[order] = of_place
+    return [f"owner {number}" for number in found.tolist()]
 
 
 def by_class(run: Run, count: int) -> Iterator[list[str]]:

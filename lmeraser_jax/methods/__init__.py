@@ -1,20 +1,22 @@
 """Methods to compare: each is a small file of settings to change, on top of any experiment's config.
 
 A file holds a docstring, `TITLE`, and `CHANGES`, {"group.setting": value}. One more file here is one more method; one
-that lies elsewhere is named by its path. A change of the form "=group.setting" takes over another setting's value.
+that lies elsewhere is named by its path.
 """
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, raise_all, some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,25 +37,28 @@ class Method:
         raise_all(settings.unknown_names(name for name, _ in self.changes), f"the method {self.name}:")
         tree = settings.to_dict(config)
         for name, value in self.changes:
-            if isinstance(value, str) and value.startswith("="):
-                value = _at(tree, value[1:])
-            group, leaf = name.rsplit(".", 1)
-            _at(tree, group)[leaf] = value
+            *groups, leaf = name.split(".")
+            functools.reduce(dict.__getitem__, groups, tree)[leaf] = value
         try:
             return settings.from_dict(tree)
         except UserError as error:
             raise UserError(f"the method {self.name} does not go with this config: {error}") from None
 
 
-def _at(tree: Any, path: str) -> Any:
-    for part in path.split("."):
-        tree = tree[part]
-    return tree
-
-
 def names() -> tuple[str, ...]:
     """The methods that are here."""
     return tuple(sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__)))
+
+
+def load_all(wanted: Sequence[str]) -> tuple[Method, ...]:
+    """Methods by their names or by the paths of their files. Raises `UserError` that names all that are none."""
+    unknown = [name for name in wanted if not name.endswith(".py") and name not in names()]
+    shadows = [name for name in wanted if name.endswith(".py") and Path(name).stem.replace("_", "-") in names()]
+    legal = f"legal: {', '.join(names())}, or FILE.py"
+    problems = [f"--methods: {some(map(repr, unknown))}: no such method; {legal}"] if unknown else []
+    problems += [f"--methods: {name}: a method is called so already; give the file another name" for name in shadows]
+    raise_all(problems)
+    return tuple(load(name) for name in wanted)
 
 
 def load(name: str) -> Method:

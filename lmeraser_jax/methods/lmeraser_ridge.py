@@ -1,9 +1,8 @@
-"""LMEraser with a common head: as many nearest clusters as the config says, and 0.3 of a ridge head of all records."""
+"""LMEraser with a common head: the nearest clusters and a ridge head of all records, weighted as the config says."""
 
 TITLE = "LMEraser + ridge"
 CHANGES = {
     "clustering.partition": "adaptive",
     "tuning.what": "prompt+head",
     "common.what": "ridge",
-    "inference.common": 0.3,
 }
