@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmeraser_jax import theory
+from lmeraser_jax import plotting, theory
 from lmeraser_jax.digests import philox
-from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import progress
 from lmeraser_jax.theory import Batch, Clusters, Machine
 
@@ -177,8 +176,11 @@ def _panels(
     ]
 
 
+@plotting.styled
 def _draw(path: str | Path, requests: Sequence[float], panels: Sequence[_Panel]) -> None:
-    whole = drawing()(figsize=(13, 5), layout="constrained")
+    from matplotlib.ticker import LogFormatter
+
+    whole = plotting.blank(13, 5)
     for axes, panel in zip(whole.subplots(1, len(panels)), panels, strict=True):
         low, mean, high = (
             panel.scale * np.array([getattr(band, name) for band in panel.bands]) for name in ("low", "mean", "high")
@@ -189,14 +191,15 @@ def _draw(path: str | Path, requests: Sequence[float], panels: Sequence[_Panel])
         for (name, line), style in zip(panel.paper.items(), ("--", ":")):
             axes.plot(requests, line, style, color="black", label=name)
         axes.set(xscale="log", xlabel="expected requests of a window", title=panel.title, ylim=(0, None))
+        axes.xaxis.set_major_formatter(plotting.ticked)
+        axes.xaxis.set_minor_formatter(LogFormatter())  # where a decade is all there is
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
-    whole.savefig(path)
+    plotting.save(whole, path)
 
 
 def drawing() -> Any:
-    """matplotlib's class of pictures. Raises `UserError` where it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("--figure needs matplotlib: python -m pip install 'lmeraser_jax[plots]'") from error
+    """matplotlib's class of pictures, for `attacks.report`. Raises `UserError` where it is not installed."""
+    plotting.required()
+    from matplotlib.figure import Figure
+
     return Figure

@@ -19,14 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from numpy.testing import assert_allclose
 
-from lmeraser_jax.comparison import curves, figures, summary
-from lmeraser_jax.comparison.drawing import looks, picture
+from lmeraser_jax import simulation
+from lmeraser_jax.comparison import curves, figures, summary, uncertainty
+from lmeraser_jax.comparison.drawing import looks
 from lmeraser_jax.comparison.labels import name_points, parted
+from lmeraser_jax.comparison.tradeoff import tradeoff
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.plotting import picture
 
 DRAWN = [
     *(figures.accuracy, figures.backbones, figures.affected, figures.effort, figures.partitions, figures.heads),
-    *(figures.tradeoff, curves.epochs, curves.removal, curves.cut, curves.sequences),
+    *(tradeoff, curves.epochs, curves.removal, curves.cut, curves.sequences),
 ]
 
 
@@ -92,7 +95,7 @@ def test_curves_are_means_in_a_band_of_standard_deviations(drawn):
         heights = corners[np.isclose(corners[:, 0], 100 * share), 1]
         assert_allclose([heights.min(), heights.max()], [mean - sd, mean + sd])
     accuracy, clusters = drawn["cut"].axes
-    assert accuracy.get_ylabel() == "test accuracy (%)" and clusters.get_ylabel() == "clusters"
+    assert accuracy.get_ylabel().startswith("test accuracy (%)\n") and clusters.get_ylabel() == "clusters"
     assert_allclose(clusters.lines[0].get_ydata(), [int(900 * 0.6 ** (cut - 6)) for cut in (7, 8, 9, 10, 11)])
 
 
@@ -115,6 +118,60 @@ def test_many_curves_are_parted_by_their_series():
     assert titles == ["cifar10 · uniform"] * 2 + ["cifar10 · bursts"] * 2
 
 
+def test_bars_on_logarithmic_axes_go_from_the_lowest_to_the_highest_seed():
+    seconds = {"lmeraser": (1.0, 1.0, 10.0), "ncm": (0.01, 0.1, 1.0), "single": (30.0, 31.0, 32.0)}
+    assert np.mean(seconds["ncm"]) < np.std(seconds["ncm"], ddof=1) < np.mean(seconds["lmeraser"])
+    rows = [row(method=m, seed=i, seconds_request=s) for m, found in seconds.items() for i, s in enumerate(found)]
+    panel, images = figures.effort(rows).axes
+    order = [label.get_text() for label in panel.get_yticklabels()]
+    ends = np.array([bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()])
+    assert_allclose(ends, [(min(seconds[name]), max(seconds[name])) for name in order])
+    assert panel.get_xlim()[0] < ends.min() and ends.max() < panel.get_xlim()[1]
+    assert images.get_xlim()[0] > 0  # all alike: a bar of no length
+
+
+def test_a_bar_that_begins_at_nothing_begins_at_the_place_of_nothing():
+    panel = figures.effort([row(seed=s, images_request=x) for s, x in enumerate((0.0, 50.0, 100.0))]).axes[1]
+    ((start, end),) = [bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()]
+    assert panel.get_xticklabels()[0].get_text() == "0" and end == pytest.approx(100)
+    assert panel.get_xlim()[0] < start == pytest.approx(panel.get_xticks()[0])
+
+
+def test_bars_and_axes_stay_inside_of_what_is_possible():
+    rows = [row(method=m, seed=s, accuracy=a) for m in ("single", "ncm") for s, a in enumerate((1.0, 1.0, 0.9))]
+    rows += [row(method="low", seed=s, accuracy=a) for s, a in enumerate((0.0, 0.0, 0.1))]
+    panel = figures.accuracy(rows).axes[0]
+    ends = np.concatenate([bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()])
+    assert ends.min() == 0 and ends.max() == 100 and panel.get_xlim() == (0, 100)
+    assert panel.get_xlabel() == "test accuracy (%)"  # from 0, nothing to note
+
+
+@pytest.mark.parametrize("name", ["accuracy", "heads", "partitions", "tradeoff", "removal", "cut", "epochs"])
+def test_axes_that_are_zoomed_in_say_so(drawn, name):
+    found = []
+    for panel in drawn[name].axes:
+        for (_, high), title in ((panel.get_xlim(), panel.get_xlabel()), (panel.get_ylim(), panel.get_ylabel())):
+            if title.startswith("test accuracy"):
+                low, _, end = title.partition("zoomed in: ")[2].partition(" to ")
+                assert 0 < float(low) < float(end) <= 100 and high == pytest.approx(float(end))
+                found.append(title)
+    assert found
+
+
+def test_figures_say_what_their_bars_are(drawn):
+    rows = [row(seed=s, tested=n) for s, n in ((0, 400), (1, 2500))]  # 0.9: 1.5 and 0.6 points
+    error = "Standard error from 400 to 2,500 test images alone: 0.6 to 1.5 points."
+    deviation, extent = "one standard deviation over seeds each way", "from the lowest to the highest seed"
+    accuracy, seconds = summary.ACCURACY, summary.SECONDS
+    assert uncertainty.bars(rows, [accuracy]) == f"Bars and bands: {deviation}. {error}"
+    assert uncertainty.bars(rows, [seconds]) == f"Bars and bands: {extent}."
+    both = f"Bars and bands: {deviation}; on logarithmic axes {extent}."
+    assert uncertainty.bars([row(), row(seed=1)], [seconds, accuracy]) == both
+    assert uncertainty.bars([row()], [accuracy]) == "One seed: no bars."
+    for figure in drawn.values():
+        assert figure.get_supxlabel().startswith("Bars and bands: ")
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
 def test_pareto_front_against_brute_force(points):
     def beaten(a):
@@ -127,32 +184,6 @@ def test_pareto_front_against_brute_force(points):
 
 def test_pareto_front_without_numbers_that_are_none():
     assert summary.pareto([(math.nan, 99.0), (1.0, math.nan), (2.0, 50.0), (math.inf, 60.0)]) == [2]
-
-
-def test_the_front_that_is_drawn(drawn):
-    rows, panel = results().rows, drawn["tradeoff"].axes[0]
-    here = [r for r in rows if (r.experiment, r.dataset, r.backbone) == ("methods", "cifar10", "vit-b-22k")]
-    means = {
-        name: np.mean([(100 * r.images_request / r.images_full, 100 * r.accuracy) for r in here if r.method == name], 0)
-        for name in METHODS
-    }
-    best = [
-        name
-        for name, (cost, score) in means.items()
-        if not any(c <= cost and s >= score and other != name for other, (c, s) in means.items())
-    ]
-    (front,) = [line for line in panel.lines if line.get_gid() == "front"]
-    best.sort(key=lambda name: means[name][0])
-    assert_allclose(front.get_ydata()[:-1], [means[name][1] for name in best])
-    assert front.get_drawstyle() == "steps-post"
-    costs = [means[name][0] for name in best]
-    (gap,) = {
-        line.get_xdata()[0] for line in panel.lines if line.get_linestyle() == "--" and len(line.get_xdata()) == 2
-    }
-    assert costs[0] == 0  # which has a place of its own, behind a line
-    assert panel.get_xlim()[0] < front.get_xdata()[0] < gap < min(cost for cost, _ in means.values() if cost)
-    assert_allclose(front.get_xdata()[1:-1], costs[1:])
-    assert [label.get_text() for label in panel.get_xticklabels()][:2] == ["0", "1"]
 
 
 @pytest.mark.parametrize("draw", DRAWN)
@@ -169,7 +200,7 @@ def test_nothing_to_draw(draw):
         (figures.affected, [row(records_request=0.0, parameters_request=0.0)]),
         (figures.effort, [row(images_request=0.0, seconds_request=math.nan)]),
         (figures.accuracy, [row(experiment="cut")]),
-        (figures.tradeoff, [row(experiment="epochs")]),
+        (tradeoff, [row(experiment="epochs")]),
         (curves.epochs, [row(), row(experiment="epochs", x=math.nan)]),
         (curves.removal, [row(), row(experiment="cut")]),
     ],
@@ -181,7 +212,8 @@ def test_missing_experiments_give_none(draw, rows):
 def test_spread_is_what_numpy_says(rng):
     values = rng.normal(size=7)
     assert_allclose(summary.spread(values)[:2], [np.mean(values), np.std(values, ddof=1)])
-    assert summary.spread([3.5]) == (3.5, 0.0, 1)
+    assert summary.spread(values)[3:] == (min(values), max(values))
+    assert summary.spread([3.5]) == (3.5, 0.0, 1, 3.5, 3.5)
     for broken in ([], [1.0, math.nan], [math.inf], [-math.inf, math.inf]):
         assert not summary.spread(broken).known
 
@@ -194,7 +226,7 @@ def test_one_seed_and_numbers_that_are_none():
     assert deviations[0] == 0
     assert_allclose(dots_of(balanced)[0], [80.0, 80.0])
     assert len(picture(figure, "svg")) > 1000
-    figure = figures.tradeoff([row(), row(method="ncm", accuracy=math.inf)])
+    figure = tradeoff([row(), row(method="ncm", accuracy=math.inf)])
     assert [text.get_text() for text in figure.axes[0].texts] == ["lmeraser"]
 
 
@@ -236,6 +268,17 @@ def test_names_stay_inside_the_panel():
     for text, box in boxes_of(name_points(panel, corners, ["a long name"] * 9, ["black"] * 9, [])):
         assert panel.bbox.x0 <= box.x0 and box.x1 <= panel.bbox.x1, text
         assert panel.bbox.y0 <= box.y0 and box.y1 <= panel.bbox.y1, text
+
+
+def test_names_keep_clear_of_markers_in_a_crowd():
+    panel = Figure((5, 4)).subplots()
+    panel.set(xlim=(0, 1), ylim=(0, 1))
+    crowd = [(0.9, 0.9 - 0.035 * i) for i in range(8)]
+    named = boxes_of(name_points(panel, crowd, ["a method"] * 8, ["black"] * 8, []))
+    for text, box in named:
+        assert not any(box.contains(*panel.transData.transform(point)) for point in crowd), text
+    for (_, first), (_, second) in itertools.combinations(named, 2):
+        assert not first.shrunk(0.98, 0.9).overlaps(second.shrunk(0.98, 0.9))
 
 
 @given(st.lists(st.floats(-50, 150), min_size=1, max_size=8), st.floats(1, 12))
@@ -286,7 +329,7 @@ def test_names_of_any_kind(name):
     rows += [row(experiment="epochs", method=method, x=x, dataset=name) for x in (1.0, 2.0) for method in (name, "b")]
     shown = "".join(c if c.isprintable() else "�" for c in " ".join(name.split())) or "–"
     shown = shown if len(shown) <= 30 else shown[:29] + "…"
-    for figure in (figures.accuracy(rows), figures.tradeoff(rows), curves.epochs(rows)):
+    for figure in (figures.accuracy(rows), tradeoff(rows), curves.epochs(rows)):
         assert figure.axes[0].get_title() == shown
         ElementTree.fromstring(picture(figure, "svg"))
     assert shown in [label.get_text() for label in figures.accuracy(rows).axes[0].get_yticklabels()]
@@ -294,8 +337,23 @@ def test_names_of_any_kind(name):
 
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=r"pip install 'lmeraser_jax\[plots\]'"):
-        figures.accuracy([row()])
+    for draw in (lambda: figures.accuracy([row()]), lambda: simulation._draw("x.png", [1.0], [])):
+        with pytest.raises(UserError, match=r"^figures need matplotlib; .* pip install 'lmeraser_jax\[plots\]'$"):
+            draw()
+
+
+def test_the_picture_of_a_plan_has_ticks_for_people(monkeypatch):
+    kept = []
+    monkeypatch.setattr(simulation.plotting, "save", lambda figure, path: kept.append(figure))
+    band = simulation.Band(1.0, 0.1, 0.8, 1.2, 0.01)
+    panel = simulation._Panel("seconds", [1.0, 2.0], [band, band], 1.0, {})
+    for requests in ([0.1, 10.0], [2.0, 9.0]):
+        simulation._draw("x.png", requests, [panel, panel])
+        kept[-1].draw_without_rendering()
+        assert not any("$" in text.get_text() for text in kept[-1].findobj(Text))
+    wide, narrow = (figure.axes[0] for figure in kept)
+    assert {"0.1", "1", "10"} <= {label.get_text() for label in wide.get_xticklabels()}
+    assert {"3", "6"} <= {label.get_text() for label in narrow.get_xticklabels(minor=True)}
 
 
 def test_matplotlib_is_loaded_where_it_draws_and_pyplot_never():
@@ -304,8 +362,8 @@ import sys
 from lmeraser_jax.comparison import page
 assert "matplotlib" not in sys.modules and "jax" not in sys.modules
 from comparison_rows import row
-from lmeraser_jax.comparison.drawing import picture
-picture(page.figures.tradeoff([row()]), "png")
+from lmeraser_jax.plotting import picture
+picture(page.tradeoff.tradeoff([row()]), "png")
 assert "matplotlib.pyplot" not in sys.modules
 """
     here = Path(__file__).resolve().parent

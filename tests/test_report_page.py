@@ -6,15 +6,18 @@ import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
-from comparison_rows import TITLES, results, row
+import scipy.stats
+from comparison_rows import TITLES, digits, results, row
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from lmeraser_jax import stopping
-from lmeraser_jax.comparison import findings, page, tables
-from lmeraser_jax.comparison.findings import Claim, verdict
+from lmeraser_jax.comparison import console, findings, page, tables
 from lmeraser_jax.comparison.measurement import Results
 from lmeraser_jax.comparison.page import write_report
-from lmeraser_jax.comparison.summary import spread
+from lmeraser_jax.comparison.uncertainty import Claim, paired, verdict
 
 EVIL = "<script>alert('1')</script>\"'&<img src=x onerror=alert(2)>"
 ALONE = {"meta", "img"}
@@ -177,6 +180,23 @@ def test_table_of_requests():
     assert '<th scope="col">SVHN</th>' in text and text.count("<table>") == 2
 
 
+def test_table_of_requests_for_both_kinds_of_records():
+    rows = [row(seconds_request=3.0, seconds_unsampled=2.0, seconds_sampled=7.0), row(method="single")]
+    read = Reader(tables.requests(rows, {}))
+    names = [text for text in read.text if text.startswith("time per request")]
+    assert names == [f"time per request (s){kind}" for kind in ("", ", record not sampled", ", sampled record")]
+    assert [text for text, _ in read.cells][:6] == ["3", "0.500", "2", "–", "7", "–"]
+
+
+def test_passes_of_a_prediction_and_the_error_of_the_test_set_are_columns():
+    rows = [row(passes=2.0, tested=2500), row(method="sisa-vote", passes=10.0, tested=2500)]
+    read = Reader(tables.methods(rows, {}))
+    assert ("2", True) in read.cells and ("10", False) in read.cells and "forward passes per prediction" in read.text
+    assert ("0.60", False) in read.cells and "standard error of the test set (points)" in read.text
+    without = Reader(tables.methods([row()], {})).text
+    assert "forward passes per prediction" not in without and "standard error of the test set (points)" not in without
+
+
 def test_numbers_that_are_none_are_named():
     rows = [row(), row(method="ncm", seed=3, accuracy=float("nan"), spent=float("inf"))]
     read = Reader(tables.not_numbers(rows, TITLES))
@@ -184,46 +204,143 @@ def test_numbers_that_are_none_are_named():
     assert tables.not_numbers([row()], {}) == ""
 
 
-A, B = (91.0, 92.0, 93.0), (89.8, 90.8, 91.8)  # means 92 and 90.8, the difference deviates by sqrt(2)
-LOW = (70.0, 71.0, 72.0)
+def seeded(*values):
+    return dict(enumerate(values))
+
+
+A = seeded(91.0, 92.0, 93.0)
+ABOVE, BELOW = seeded(90.0, 90.9, 92.1), seeded(92.0, 93.1, 93.9)  # by about 1 point in every seed
+NEAR, APART = seeded(91.1, 91.9, 93.1), seeded(89.0, 92.5, 95.5)
+BESIDE = seeded(90.4, 91.35, 92.45)  # less than 1 point, but perhaps more
 
 
 @pytest.mark.parametrize(
-    ("sign", "first", "second", "text"),
+    ("sign", "second", "text"),
     [
-        ("~", A, B, "holds, 92.0 against 90.8 %"),
-        ("~", A, LOW, "does not hold, 92.0 against 71.0 %"),
-        ("~", LOW, A, "does not hold, 71.0 against 92.0 %"),
-        (">", A, B, "undecided, within one standard deviation, 92.0 against 90.8 %"),
-        (">", B, A, "undecided, within one standard deviation, 90.8 against 92.0 %"),
-        (">", A, (89.5, 90.5, 91.5), "holds, 92.0 against 90.5 %"),
-        (">", A, LOW, "holds, 92.0 against 71.0 %"),
-        (">", LOW, A, "does not hold, 71.0 against 92.0 %"),
-        ("~", A, (91.0,), "cannot be judged from one seed, 92.0 against 91.0 %"),
-        (">", (92.0,), (91.0,), "points that way, with one seed, 92.0 against 91.0 %"),
-        (">", (91.0,), (92.0,), "points the other way, with one seed, 91.0 against 92.0 %"),
-        (">", A, (), "not measured"),
-        ("~", (float("nan"),), A, "not measured"),
+        (">", ABOVE, "holds, +1.00 points (95 % interval +0.75 to +1.25, 3 seeds)"),
+        (">", BELOW, "contradicted, -1.00 points (95 % interval -1.25 to -0.75, 3 seeds)"),
+        (">", NEAR, "undecided, -0.03 points (95 % interval -0.32 to +0.25, 3 seeds)"),
+        ("~", NEAR, "holds, -0.03 points (95 % interval -0.32 to +0.25, 3 seeds)"),
+        ("~", ABOVE, "differs, +1.00 points (95 % interval +0.75 to +1.25, 3 seeds)"),
+        ("~", BELOW, "differs, -1.00 points (95 % interval -1.25 to -0.75, 3 seeds)"),
+        ("~", BESIDE, "holds, +0.60 points (95 % interval +0.48 to +0.72, 3 seeds)"),
+        ("~", APART, "undecided, -0.33 points (95 % interval -5.93 to +5.27, 3 seeds)"),  # noise confirms nothing
+        (">", APART, "undecided, -0.33 points (95 % interval -5.93 to +5.27, 3 seeds)"),
+        ("~", seeded(91.0), "one seed decides nothing, +0.00 points"),
+        (">", seeded(90.0), "one seed decides nothing, +1.00 points"),
+        (">", {2: 92.0, 7: 1.0}, "one seed decides nothing, +1.00 points"),  # the only one in common
+        (">", seeded(90.0, 91.0, 92.0), "undecided, +1.00 points in each of 3 seeds"),
+        (">", {}, "not measured"),
+        ("~", {5: 91.0}, "not measured"),
+        ("~", seeded(91.0, float("nan")), "not measured"),
     ],
 )
-def test_verdicts(sign, first, second, text):
-    assert verdict(Claim("a", sign, "b"), {"a": spread(first), "b": spread(second)}) == text
-    assert verdict(Claim("a", sign, "c"), {"a": spread(first)}) == "not measured"
+def test_verdicts(sign, second, text):
+    assert verdict(Claim("a", sign, "b"), {"a": A, "b": second}) == text
+    assert verdict(Claim("a", sign, "c"), {"a": A}) == "not measured"
+
+
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)), min_size=2, max_size=9))
+def test_intervals_of_paired_differences_against_scipy(values):
+    first, second = np.array(values, float).T / 10
+    assume(np.ptp(first - second) > 0)
+    found = paired(seeded(*first), seeded(*second))
+    expected = scipy.stats.ttest_rel(first, second).confidence_interval(0.95)
+    assert found.seeds == len(values) and found.mean == pytest.approx(np.mean(first - second))
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_the_seeds_share_their_split_and_are_compared_with_themselves():
+    """What differs between seeds alike for both methods is no doubt about which is better."""
+    both = [row(method=m, seed=s, accuracy=a / 100 + (m == "lmeraser") * d / 100)
+            for s, (a, d) in enumerate(((60, 2.0), (75, 2.2), (90, 1.8))) for m in ("rndpart", "lmeraser")]  # fmt: skip
+    assert findings.partitions(both, {})[0].endswith(
+        "cifar10: holds, +2.00 points (95 % interval +1.50 to +2.50, 3 seeds)."
+    )
+
+
+def test_the_digits_decide_little():
+    """Three real seeds: neither likeness nor order."""
+    rows = digits()
+    single, damvp = findings.accuracy(rows, {})[1:]
+    assert single.endswith("digits: undecided, -0.33 points (95 % interval -1.17 to +0.50, 3 seeds).")
+    assert damvp.endswith("digits: undecided, +0.89 points (95 % interval -0.84 to +2.62, 3 seeds).")
 
 
 def test_orderings_of_the_paper():
     rows = [
-        row(method=m, dataset=d, seed=s, accuracy=(a + s) / 100)
+        row(method=m, dataset=d, seed=s, accuracy=(a + s * (1 + (a - 80) / 100)) / 100)
         for m, a in (("lmeraser", 90), ("rndpart", 80))
         for d in ("x", "y")
         for s in range(3)
         if (m, d) != ("rndpart", "y")
     ]
     assert findings.partitions(rows, TITLES) == [
-        "Paper: LMEraser is more accurate than random partition. Here: x: holds, 91.0 against 81.0 %; y: not measured."
+        "Paper: LMEraser is more accurate than random partition. Here:"
+        " x: holds, +10.10 points (95 % interval +9.85 to +10.35, 3 seeds); y: not measured."
     ]
     assert findings.heads(rows, {})[0].endswith("Here: x: not measured; y: not measured.")
     assert findings.heads([], {})[0].endswith("Here: not measured.")
+
+
+def test_cuts_are_compared_seed_by_seed():
+    rows = [
+        row(experiment="cut", x=x, clusters=k, seed=s, accuracy=(50 + 10 * s + gain + s * gain / 10) / 100)
+        for x, k, gain in ((2.0, 40, 0.0), (3.0, 20, 0.5), (4.0, 10, 2.0))
+        for s in range(3)
+    ]
+    assert findings.cut(rows, {})[0].endswith(
+        "10 (cut 4) against 40 (cut 2): holds, +2.20 points (95 % interval +1.70 to +2.70, 3 seeds)."
+    )
+
+
+def test_the_page_and_the_console_say_what_deviations_are(tmp_path):
+    known = Results(tuple(row(method=m, seed=s, tested=2500) for m in ("lmeraser", "ncm") for s in (0, 1)))
+    for results_, sampling in ((known, True), (Results((row(), row(seed=1))), False)):
+        write_report(tmp_path, results_)
+        shown = "".join(Reader((tmp_path / "report.html").read_text("utf-8")).text)
+        assert "± is one sample standard deviation (n - 1) over seeds" in shown and "sqrt(p (1 - p) / n)" in shown
+        assert "Student's 95 % interval" in shown and "inside ±1 point" in shown
+        lines = console.table(results_, {})
+        assert "±: one standard deviation over seeds" in lines
+        for text in (shown, lines):
+            assert ("Standard error from 2,500 test images alone: 0.6 points." in text) == sampling
+
+
+def sourced(*names):
+    return [row(method=f"m{i}", source=name) for i, name in enumerate(names)]
+
+
+def test_the_commands_under_a_figure_are_those_of_its_rows(tmp_path):
+    sources = {name: {"command": f"compare --methods='{name}'", "machine": f"box {name}"} for name in "abcde"}
+    rows = [*sourced("a", "b", "a", ""), row(experiment="removal", source="c"), row(experiment="removal", x=0.5)]
+    rows += [row(experiment="epochs", x=x, source=name) for x, name in enumerate("edcb")]
+    write_report(tmp_path, Results(tuple(rows), "compare <all>", "box", sources))
+    text = (tmp_path / "report.html").read_text("utf-8")
+
+    def under(heading):
+        source = text.partition(f"<h2>{heading}")[2].partition('<p class="source">')[2].partition("</p>")[0]
+        return html.unescape(source.replace("<code>", "").replace("</code>", ""))
+
+    assert under("Accuracy (paper") == (
+        "seeds per point: 1 · machine: box a; box b; box"
+        " · command: compare --methods='a'; compare --methods='b'; compare <all>"
+    )
+    assert under("Removal").endswith("command: compare --methods='c'; compare <all>")
+    assert under("Accuracy over epochs").endswith(
+        "compare --methods='e'; compare --methods='d'; compare --methods='c' and 1 more, see results.json"
+    )
+    unknown = Results(tuple(sourced("gone")), "compare", "")
+    write_report(tmp_path, unknown)
+    assert "machine: – · command: <code>compare</code>" in (tmp_path / "report.html").read_text("utf-8")
+
+
+def test_the_commands_under_a_pair_are_those_of_its_two_methods(tmp_path):
+    sources = {name: {"command": f"command-{name}", "machine": name} for name in "abc"}
+    rows = [row(source="a"), row(method="one-head", source="b"), row(method="ncm", source="c")]
+    write_report(tmp_path, Results(tuple(rows), "other", "other", sources))
+    under = (tmp_path / "report.html").read_text("utf-8").partition("<h2>One head or many")[2]
+    assert "command-a" in under and "command-b" in under and "command-c" not in under
 
 
 def test_the_best_method_that_is_cheap():
@@ -239,6 +356,8 @@ def test_the_best_method_that_is_cheap():
     assert "at a cost of at most 3 %, LMEraser is the most accurate (93.0 %; a request passes 3 % of" in first
     assert first.endswith("cheapest first: nearest class mean, LMEraser, costly, single prompt.")
     assert "svhn: at a cost of at most 3 %, there is no method." in second
+    rows = [row(method=m, accuracy=a, passes=p) for m, a, p in (("a", 0.8, 1.0), ("b", 0.9, 2.0), ("c", 0.7, 3.0))]
+    assert findings.tradeoff(rows, {})[0].endswith(" By passes per prediction: a, b.")
 
 
 def test_savings_fall_and_spending():

@@ -46,13 +46,12 @@ def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     counts = {"seeds": 1, "length": 1, "probes": 1, "requests": 0}
     raise_all([f"--{n}={arguments[n]}: must be at least {low}" for n, low in counts.items() if arguments[n] < low])
-    from lmeraser_jax import methods
-    from lmeraser_jax.comparison import console, drawing, driver, page, sequences
+    from lmeraser_jax import methods, plotting
+    from lmeraser_jax.comparison import console, driver, page, sequences
     from lmeraser_jax.comparison.experiments import MONTAGE, Plan
     from lmeraser_jax.comparison.measurement import load, save
 
-    with drawing.style():  # refuses now, not in the end, where matplotlib is missing
-        pass
+    plotting.required()  # refuses now, not in the end
     others = [load(Path(name) / "results.json") for name in arguments["merge"]]
     common.log_devices()
     data = config.data

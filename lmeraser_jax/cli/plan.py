@@ -105,10 +105,10 @@ def _undrawable(target: str) -> list[str]:
         return []
     if Path(target).suffix not in FORMATS:
         return [f"--figure={target}: must end in one of {', '.join(FORMATS)}"]
-    from lmeraser_jax import simulation
+    from lmeraser_jax import plotting
 
     try:
-        simulation.drawing()
+        plotting.required()
         common.check_target("figure", target)
     except UserError as error:
         return [str(error)]

@@ -15,8 +15,10 @@ from lmeraser_jax.comparison.summary import (
     unique,
 )
 from lmeraser_jax.comparison.summary import of as of_experiment
+from lmeraser_jax.comparison.uncertainty import test_error
 
 COLUMNS = ((ACCURACY, "accuracy, %"), (BALANCED, "balanced, %"), (COST, "images, % of all"), (SECONDS, "s a request"))
+PLUS_MINUS = "±: one standard deviation over seeds; without the error of a test set that all seeds share."
 
 
 def table(results: Results, titles: Titles) -> str:
@@ -34,6 +36,7 @@ def table(results: Results, titles: Titles) -> str:
         for name in names:
             cells = [quantity.shown(found[name]) for (quantity, _), found in zip(COLUMNS, columns, strict=True)]
             lines.append(f"  {titled(name, titles):<{width}}" + "".join(f"{cell:>18}" for cell in cells))
+        lines += [f"  {line}" for line in (PLUS_MINUS, test_error(here)) if line]
     if chosen:
         lines += findings.accuracy(results.rows, titles) + findings.tradeoff(results.rows, titles)
     for name, say in (("removal", findings.removal), ("cut", findings.cut), ("sequence", findings.sequences)):

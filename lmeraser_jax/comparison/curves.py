@@ -6,7 +6,7 @@ As in `figures`: from rows to a `Figure`, or to None where the rows do not hold 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lmeraser_jax.comparison.drawing import DASHES, Curve, Look, curves, looks, panels, styled
+from lmeraser_jax.comparison.drawing import DASHES, Curve, Look, curves, looks, panels
 from lmeraser_jax.comparison.labels import part_names, settle
 from lmeraser_jax.comparison.measurement import Measurement
 from lmeraser_jax.comparison.summary import (
@@ -25,6 +25,8 @@ from lmeraser_jax.comparison.summary import (
     titled,
     unique,
 )
+from lmeraser_jax.comparison.uncertainty import bars
+from lmeraser_jax.plotting import styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +74,7 @@ def _along(
         for quantity in quantities
     ]
     short = max(len(line.label) for _, _, lines in drawn for line in lines) <= SHORT
-    figure, axes = panels(len(drawn), 2 if short else 1, height)
+    figure, axes = panels(len(drawn), 2 if short else 1, height, bars(rows, quantities))
     ends = []
     for panel, (title, quantity, lines) in zip(axes, drawn):
         ends.append(curves(panel, lines, quantity, x_title))

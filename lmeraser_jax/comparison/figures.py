@@ -1,7 +1,7 @@
 """The figures of a comparison: from rows to a `Figure`, or to None where the rows do not hold the experiment.
 
-Everywhere: mean over the seeds, and one sample standard deviation (n - 1) each way. `titles` names methods, data sets
-and backbones for people.
+Everywhere: mean over the seeds, and the bar that `summary.Quantity.bar` says. `titles` names methods, data sets and
+backbones for people.
 """
 
 import math
@@ -10,25 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmeraser_jax.comparison.drawing import (
-    COLOURS,
-    GREY,
-    PALE,
-    Group,
-    Look,
-    dots,
-    legend,
-    looks,
-    panels,
-    scale,
-    styled,
-)
-from lmeraser_jax.comparison.labels import name_points, settle
+from lmeraser_jax.comparison.drawing import Group, Look, dots, legend, looks, panels
 from lmeraser_jax.comparison.measurement import Measurement
 from lmeraser_jax.comparison.summary import (
     ACCURACY,
     BALANCED,
-    COST,
     IMAGES,
     PARAMETERS,
     RECORDS,
@@ -41,17 +27,18 @@ from lmeraser_jax.comparison.summary import (
     by_method,
     main,
     on_several,
-    pareto,
     spreads,
     titled,
     unique,
 )
+from lmeraser_jax.comparison.uncertainty import bars
+from lmeraser_jax.plotting import COLOURS, styled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Place = tuple[float, float]
+PARTITIONS = ("lmeraser", "rndpart")
+HEADS = ("lmeraser", "one-head")
 
 
 @styled
@@ -62,7 +49,8 @@ def accuracy(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
         return None
     methods = _ordered(chosen, ACCURACY)
     datasets = unique(row.dataset for row in chosen)
-    figure, axes = panels(len(datasets), 3, 1.1 + 0.34 * len(methods), sharey=True)
+    note = bars(chosen, [ACCURACY])
+    figure, axes = panels(len(datasets), 3, 1.1 + 0.34 * len(methods), note, sharey=True)
     for panel, dataset in zip(axes, datasets):
         here = [row for row in chosen if row.dataset == dataset]
         groups = [
@@ -84,7 +72,8 @@ def backbones(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
         return None
     datasets = unique(map(by_dataset, methods))
     look = looks(names)
-    figure, axes = panels(len(several), 2, 1.2 + len(datasets) * _row_height(len(names)), sharey=True)
+    height = 1.2 + len(datasets) * _row_height(len(names))
+    figure, axes = panels(len(several), 2, height, bars(methods, [ACCURACY]), sharey=True)
     for panel, method in zip(axes, several):
         here = [row for row in methods if row.method == method]
         found = {name: spreads([row for row in here if row.backbone == name], ACCURACY, by_dataset) for name in names}
@@ -100,7 +89,7 @@ def affected(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
     """Records and parameters that a mean request affects (paper Fig. 7)."""
     chosen = main(rows)
     return _compared(
-        chosen, titles, _measured(chosen, [RECORDS, PARAMETERS]), by_method, by_dataset, _looks(rows, by_dataset)
+        chosen, titles, measured(chosen, [RECORDS, PARAMETERS]), by_method, by_dataset, looks_of(rows, by_dataset)
     )
 
 
@@ -109,78 +98,36 @@ def effort(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
     """Time and images of a mean request (paper Table 3)."""
     chosen = main(rows)
     return _compared(
-        chosen, titles, _measured(chosen, [SECONDS, IMAGES]), by_method, by_dataset, _looks(rows, by_dataset)
+        chosen, titles, measured(chosen, [SECONDS, IMAGES]), by_method, by_dataset, looks_of(rows, by_dataset)
     )
 
 
 def partitions(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
     """Adaptive clusters against a random partition: accuracy and cost (paper Fig. 8)."""
-    return pair(rows, "lmeraser", "rndpart", titles)
+    return pair(rows, *PARTITIONS, titles)
 
 
 def heads(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
     """A head for every cluster against one head for all: accuracy and cost (paper Fig. 9)."""
-    return pair(rows, "lmeraser", "one-head", titles)
+    return pair(rows, *HEADS, titles)
 
 
 @styled
 def pair(rows: Rows, first: str, second: str, titles: Titles = UNTITLED) -> "Figure | None":
     """Accuracy and cost of two methods on the data sets where both were measured."""
+    chosen = rows_of_pair(rows, first, second)
+    costs = measured(chosen, [SECONDS, IMAGES])
+    return _compared(chosen, titles, [ACCURACY, *costs], by_dataset, by_method, looks_of(rows, by_method))
+
+
+def rows_of_pair(rows: Rows, first: str, second: str) -> list[Measurement]:
+    """Those that `pair` draws, of the first method first."""
     chosen = [row for row in main(rows) if row.method in (first, second)]
     both = {row.dataset for row in chosen if row.method == first} & {r.dataset for r in chosen if r.method == second}
-    chosen = sorted((row for row in chosen if row.dataset in both), key=lambda row: row.method != first)
-    costs = _measured(chosen, [SECONDS, IMAGES])
-    return _compared(chosen, titles, [ACCURACY, *costs], by_dataset, by_method, _looks(rows, by_method))
+    return sorted((row for row in chosen if row.dataset in both), key=lambda row: row.method != first)
 
 
-@styled
-def tradeoff(rows: Rows, titles: Titles = UNTITLED) -> "Figure | None":
-    """Accuracy against the expected cost of a request, with the line of the best trade-offs (Pareto front)."""
-    chosen = main(rows)
-    if not chosen:
-        return None
-    look = _looks(rows, by_method)
-    datasets = unique(map(by_dataset, chosen))
-    figure, axes = panels(len(datasets), 2, 4.6)
-    drawn = [
-        _trade(panel, [row for row in chosen if row.dataset == dataset], look) for panel, dataset in zip(axes, datasets)
-    ]
-    for panel, dataset in zip(axes, datasets):
-        panel.set_title(titled(dataset, titles))
-    settle(figure)
-    for panel, (points, lines) in zip(axes, drawn):
-        labels = [titled(name, titles) for name in points]
-        name_points(panel, list(points.values()), labels, [look[name].colour for name in points], lines)
-    return figure
-
-
-def _trade(panel: "Axes", rows: Rows, look: Mapping[str, Look]) -> tuple[dict[str, Place], list[np.ndarray]]:
-    """Draws one data set; returns the points of the methods as placed on the axes, and the lines beside them."""
-    costs, scores = spreads(rows, COST, by_method), spreads(rows, ACCURACY, by_method)
-    names = [name for name in costs if costs[name].known and scores[name].known]
-    zero = scale(panel, "x", COST, [costs[name] for name in names])
-    scale(panel, "y", ACCURACY, [])
-    points = {name: (costs[name].mean or zero, scores[name].mean) for name in names}
-    lines = []
-    for name, (x, y) in points.items():
-        colour, marker, _ = look[name]
-        wide, high = costs[name].sd, scores[name].sd
-        panel.errorbar(x, y, high, wide, marker, color=colour, markersize=7, elinewidth=1, capsize=2)
-        lines += [np.array([(x, y - high), (x, y + high)]), np.array([(max(x - wide, x / 10), y), (x + wide, y)])]
-    panel.grid(True, color=PALE, linewidth=0.8)
-    panel.margins(y=0.12)
-    left, right = panel.get_xlim()
-    panel.set_xlim(left, right * (right / left) ** 0.2 if left > 0 else right)  # room for names
-    front = [points[names[i]] for i in pareto([(costs[name].mean, scores[name].mean) for name in names])]
-    if front:
-        end = (panel.get_xlim()[1], front[-1][1])
-        panel.plot(*zip(*front, end), drawstyle="steps-post", color=GREY, linewidth=1.2, zorder=1, gid="front")
-        corners = [(x, y) for (_, y), (x, _) in zip(front, [*front[1:], end])]
-        lines.append(np.array([vertex for pair in zip(front, corners) for vertex in pair]))
-    return points, lines
-
-
-def _looks(rows: Rows, name: Callable[[Measurement], str]) -> dict[str, Look]:
+def looks_of(rows: Rows, name: Callable[[Measurement], str]) -> dict[str, Look]:
     """One look for a method or a data set in all figures of the same rows."""
     return looks(unique(map(name, rows)))
 
@@ -192,7 +139,7 @@ def _ordered(rows: Rows, quantity: Quantity) -> list[str]:
     return sorted(found, key=lambda name: sign * found[name].mean if found[name].known else math.inf)
 
 
-def _measured(rows: Rows, quantities: Iterable[Quantity]) -> list[Quantity]:
+def measured(rows: Rows, quantities: Iterable[Quantity]) -> list[Quantity]:
     """Those that some row holds: no column of zeros that nobody measured."""
     return [q for q in quantities if any(np.isfinite(q.of(row)) and q.of(row) > 0 for row in rows)]
 
@@ -216,7 +163,7 @@ def _compared(
     names = _ordered(rows, quantities[0]) if by is by_method else unique(map(by, rows))
     groups = unique(map(group, rows))
     height = 1.2 + len(names) * _row_height(len(groups))
-    figure, axes = panels(len(quantities), 3, height, sharey=True)
+    figure, axes = panels(len(quantities), 3, height, bars(rows, quantities), sharey=True)
     for panel, quantity in zip(axes, quantities):
         shown = [
             Group(titled(name, titles), spreads([r for r in rows if group(r) == name], quantity, by), look[name])

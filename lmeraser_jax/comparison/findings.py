@@ -1,13 +1,9 @@
 """What each figure shows, in sentences computed from the rows; plain text, not yet escaped for a page.
 
-An ordering of the paper "holds" where it does by more than one standard deviation of the difference,
-sqrt(sd_1^2 + sd_2^2); two methods are alike where they differ by no more than that. One seed has no deviation, so
-nothing more than a direction is said of it.
+Orderings of the paper are judged as `uncertainty` says.
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import Literal, NamedTuple
 
 from lmeraser_jax.comparison.measurement import Measurement
 from lmeraser_jax.comparison.summary import (
@@ -15,8 +11,8 @@ from lmeraser_jax.comparison.summary import (
     CLUSTERS,
     COST,
     IMAGES,
-    MISSING,
     PARAMETERS,
+    PASSES,
     RECORDS,
     SECONDS,
     SPENT,
@@ -26,6 +22,7 @@ from lmeraser_jax.comparison.summary import (
     Titles,
     amount,
     by_method,
+    by_seed,
     main,
     of,
     on_several,
@@ -34,45 +31,20 @@ from lmeraser_jax.comparison.summary import (
     titled,
     unique,
 )
+from lmeraser_jax.comparison.uncertainty import NOT_MEASURED, Claim, verdict
 
 CHEAP = 3.0  # percent of a full tuning
 OURS = "lmeraser"
-NOT_MEASURED = "not measured"
-UNSURE = "cannot be judged from one seed"
-
-
-class Claim(NamedTuple):
-    """An ordering of accuracies that the paper reports."""
-
-    first: str
-    sign: Literal[">", "~"]
-    second: str
-
-
-def verdict(claim: Claim, found: Mapping[str, Spread]) -> str:
-    """Whether a claim holds among mean accuracies, in a few words."""
-    first, second = found.get(claim.first, MISSING), found.get(claim.second, MISSING)
-    if not (first.known and second.known):
-        return NOT_MEASURED
-    difference, deviation = first.mean - second.mean, math.hypot(first.sd, second.sd)
-    numbers = f"{first.mean:.1f} against {second.mean:.1f} %"
-    if min(first.seeds, second.seeds) < 2:
-        way = "points that way" if difference > 0 else "points the other way"
-        return f"{UNSURE}, {numbers}" if claim.sign == "~" else f"{way}, with one seed, {numbers}"
-    if abs(difference) <= deviation:
-        return f"holds, {numbers}" if claim.sign == "~" else f"undecided, within one standard deviation, {numbers}"
-    return f"holds, {numbers}" if claim.sign == ">" and difference > 0 else f"does not hold, {numbers}"
 
 
 def ordering(claim: Claim, rows: Rows, titles: Titles) -> str:
     """A claim with its verdict on every data set."""
     words = "is more accurate than" if claim.sign == ">" else "is as accurate as"
     head = f"Paper: {titled(claim.first, titles)} {words} {titled(claim.second, titles)}. Here: "
-    found = spreads(rows, ACCURACY, lambda row: (row.dataset, row.method))
-    parts = []
-    for dataset in unique(row.dataset for row in rows):
-        here = {method: value for (name, method), value in found.items() if name == dataset}
-        parts.append(f"{titled(dataset, titles)}: {verdict(claim, here)}")
+    parts = [
+        f"{titled(dataset, titles)}: {verdict(claim, by_seed(here, ACCURACY, by_method))}"
+        for dataset, here in _by(rows, "dataset")
+    ]
     return head + ("; ".join(parts) or NOT_MEASURED) + "."
 
 
@@ -98,7 +70,7 @@ def backbones(rows: Rows, titles: Titles) -> list[str]:
     for large, small in [(name, name.replace("22k", "1k")) for name in names if "22k" in name]:
         for method, here in _by([row for row in several if row.backbone in (large, small)], "method"):
             parts = [
-                f"{titled(dataset, titles)}: {verdict(Claim(large, '>', small), spreads(there, ACCURACY, _backbone))}"
+                f"{titled(dataset, titles)}: {verdict(Claim(large, '>', small), by_seed(there, ACCURACY, _backbone))}"
                 for dataset, there in _by(here, "dataset")
             ]
             claim = f"Paper: {titled(large, titles)} is more accurate than {titled(small, titles)}"
@@ -141,7 +113,8 @@ def cut(rows: Rows, titles: Titles) -> list[str]:
     sentences = []
     for dataset, here in _by(of(rows, "cut"), "dataset"):
         clusters = dict(_curves(here, titles, CLUSTERS))
-        for name, found in _curves(here, titles):
+        for name, line in _lines(here, titles):
+            found = by_seed(line, ACCURACY, lambda row: row.x)
             count = {x: clusters[name][x].mean for x in found if x in clusters.get(name, {})}
             few, many = min(count, key=lambda x: count[x]), max(count, key=lambda x: count[x])
             says = verdict(Claim("few", ">", "many"), {"few": found[few], "many": found[many]} if few != many else {})
@@ -207,14 +180,19 @@ def tradeoff(rows: Rows, titles: Titles) -> list[str]:
             text = f"{titled(best, titles)} is the most accurate ({_of(scores[best])}; {price})"
         else:
             text = "no method was measured" if not names else "there is no method"
-        front = [names[i] for i in pareto([(costs[name].mean, scores[name].mean) for name in names])]
-        line = (
-            f" The best trade-offs, cheapest first: {', '.join(titled(name, titles) for name in front)}."
-            if front
-            else ""
-        )
+        line = f" The best trade-offs, cheapest first: {', '.join(_front(here, COST, titles))}." if names else ""
+        passes = _front(here, PASSES, titles)
+        line += f" By passes per prediction: {', '.join(passes)}." if passes else ""
         sentences.append(f"{titled(dataset, titles)}: at a cost of at most {CHEAP:g} %, {text}.{line}")
     return sentences
+
+
+def _front(rows: Rows, quantity: Quantity, titles: Titles) -> list[str]:
+    """The methods on the front of accuracy against a cost, the cheapest first."""
+    costs, scores = _known(rows, quantity), _known(rows, ACCURACY)
+    names = [name for name in costs if name in scores]
+    front = pareto([(costs[name].mean, scores[name].mean) for name in names])
+    return [titled(names[i], titles) for i in front]
 
 
 def sequences(rows: Rows, titles: Titles) -> list[str]:
@@ -248,17 +226,22 @@ def _known(rows: Rows, quantity: Quantity) -> dict[str, Spread]:
     return {name: found for name, found in spreads(rows, quantity, by_method).items() if found.known}
 
 
+def _lines(rows: Rows, titles: Titles) -> list[tuple[str, list[Measurement]]]:
+    """Rows of every method and backbone of one data set; named by the backbone, too, where several are."""
+    backbones, series = (len({getattr(row, field) for row in rows}) > 1 for field in ("backbone", "series"))
+    lines = []
+    for line in unique((row.method, row.backbone, row.series) for row in rows):
+        parts = (line[0], line[1] if backbones else "", line[2] if series else "")
+        here = [row for row in rows if (row.method, row.backbone, row.series) == line]
+        lines.append((" · ".join(titled(part, titles) for part in parts if part), here))
+    return lines
+
+
 def _curves(rows: Rows, titles: Titles, quantity: Quantity = ACCURACY) -> list[tuple[str, dict[float, Spread]]]:
-    """The known points of every method and backbone of one data set; named by the backbone, too, where several are."""
-    several = len({row.backbone for row in rows}) > 1
-    curves = []
-    for method, backbone, series in unique((row.method, row.backbone, row.series) for row in rows):
-        here = [row for row in rows if (row.method, row.backbone, row.series) == (method, backbone, series)]
-        found = {x: s for x, s in spreads(here, quantity, lambda row: row.x).items() if s.known}
-        if found:
-            parts = (method, backbone if several else "", series if len({row.series for row in rows}) > 1 else "")
-            curves.append((" · ".join(titled(part, titles) for part in parts if part), found))
-    return curves
+    """The known points of `_lines`, where there are any."""
+    curves = [(name, spreads(here, quantity, lambda row: row.x)) for name, here in _lines(rows, titles)]
+    known = [(name, {x: found for x, found in curve.items() if found.known}) for name, curve in curves]
+    return [(name, curve) for name, curve in known if curve]
 
 
 def _of(found: Spread) -> str:

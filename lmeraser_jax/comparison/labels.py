@@ -14,6 +14,7 @@ Lines = Sequence[np.ndarray]
 SPACING = 1.25  # lines of text, from one to the next
 DISTANCES = (9, 14, 20, 28, 38, 50, 64, 80, 100)  # points from a point to its name, nearest first
 DIRECTIONS = 16
+ROUNDS = 3  # in which every name is placed anew beside the others
 
 
 def settle(figure: "Figure") -> None:
@@ -47,6 +48,28 @@ def parted(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
     return np.clip(found, low, max(low, high - steps[-1])) + steps
 
 
+def side_by_side(centres: np.ndarray, bars: np.ndarray, marker: float, line: float) -> np.ndarray:
+    """Shifts [n] along x, about as small as it goes, with which no marker and no upright bar covers another one.
+
+    Args:
+        centres: of the markers [n, 2]; the first ones stay where they are.
+        bars: lower and upper ends of their bars in y [n, 2].
+        marker: distance between markers.
+        line: distance along x between bars, and markers, beside each other.
+    """
+    shifts = np.zeros(len(centres))
+    for i, (x, y) in enumerate(centres):
+        level = np.abs(centres[:i, 1] - y) < marker
+        beside = level | ((bars[:i, 0] < bars[i, 1]) & (bars[i, 0] < bars[:i, 1]))
+        gaps = np.where(level, marker, np.where(beside, line, 0.0))
+        taken = centres[:i, 0] + shifts[:i]
+        for step in range(1 + 8 * i):
+            shifts[i] = (step + 1) // 2 * (1, -1)[step % 2] * line  # to the left, to the right, further
+            if (np.abs(taken - x - shifts[i]) >= gaps - 1e-6).all():
+                break
+    return shifts
+
+
 def name_points(
     axes: "Axes", points: Sequence[tuple[float, float]], names: Sequence[str], colours: Sequence[str], lines: Lines
 ) -> "list[Annotation]":
@@ -64,23 +87,22 @@ def name_points(
     pixels = figure.dpi / 72
     centres = axes.transData.transform(np.asarray(points))
     on_lines = np.concatenate([np.zeros((0, 2)), *(_along(axes.transData.transform(line)) for line in lines)])
-    marks = _boxes(centres, 10 * pixels)
-    taken = np.concatenate([marks, _boxes(on_lines, 2 * pixels)])
+    marks, thin = _boxes(centres, 10 * pixels), _boxes(on_lines, 2 * pixels)
     panel = axes.bbox.get_points().ravel()
-    placed = []
-    for i in _from_outside(centres, 60 * pixels):
-        name = _written(axes, points[i], names[i], colours[i])
-        size = _extent(name) + np.array([6, 2]) * pixels  # with room between neighbours
-        shifts, distances = _candidates(size, pixels)
-        boxes = np.concatenate([centres[i] + shifts - size / 2, centres[i] + shifts + size / 2], axis=1)
-        others = np.delete(np.concatenate([marks, taken[len(marks) + len(on_lines) :]]), i, axis=0)
-        crossed = _crossed(centres[i], shifts, others)
+    written = [_written(axes, *one) for one in zip(points, names, colours)]
+    sizes = [_extent(name) + np.array([6, 2]) * pixels for name in written]  # with room between neighbours
+    boxes, leaders = np.zeros((len(names), 4)), {i: np.zeros((0, 2)) for i in range(len(names))}
+    for i in _from_outside(centres, 60 * pixels) * ROUNDS:
+        shifts, distances = _candidates(sizes[i], pixels)
+        tried = np.concatenate([centres[i] + shifts - sizes[i] / 2, centres[i] + shifts + sizes[i] / 2], axis=1)
+        solid = np.delete(np.concatenate([marks, boxes]), [i, len(marks) + i], axis=0)
+        others = _boxes(np.concatenate([leaders[j] for j in leaders if j != i] + [np.zeros((0, 2))]), 2 * pixels)
+        hidden = 5 * _covered(tried, solid) + _covered(tried, np.concatenate([thin, others, marks[i : i + 1]]))
         far = 0.1 * distances**2  # a name far away is about as bad as one that touches a line
-        best = int(np.argmin(_covered(boxes, taken) + 5 * _outside(boxes, panel) + crossed + far))
-        name.set_position((float(shifts[best, 0] / pixels), float(shifts[best, 1] / pixels)))
-        taken = np.concatenate([taken, boxes[best : best + 1]])
-        placed.append(name)
-    return placed
+        best = int(np.argmin(hidden + 5 * _outside(tried, panel) + 5 * _crossed(centres[i], shifts, solid) + far))
+        boxes[i], leaders[i] = tried[best], _along(centres[i] + np.stack([0 * shifts[best], shifts[best]]))
+        written[i].set_position((float(shifts[best, 0] / pixels), float(shifts[best, 1] / pixels)))
+    return written
 
 
 def _from_outside(centres: np.ndarray, near: float) -> list[int]:

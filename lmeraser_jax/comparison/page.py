@@ -6,16 +6,28 @@ lets a browser load nothing and run nothing.
 
 import base64
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lmeraser_jax import stopping
-from lmeraser_jax.comparison import curves, figures, findings, tables
-from lmeraser_jax.comparison.drawing import picture
+from lmeraser_jax.comparison import curves, figures, findings, tables, tradeoff, uncertainty
 from lmeraser_jax.comparison.measurement import Measurement, Results
-from lmeraser_jax.comparison.summary import ABSENT, ACCURACY, UNTITLED, Rows, Titles, of, printable, spreads, unique
+from lmeraser_jax.comparison.summary import (
+    ABSENT,
+    ACCURACY,
+    UNTITLED,
+    Rows,
+    Titles,
+    main,
+    of,
+    on_several,
+    printable,
+    spreads,
+    unique,
+)
 from lmeraser_jax.comparison.tables import escaped, listed
+from lmeraser_jax.plotting import picture
 from lmeraser_jax.progress import progress
 from lmeraser_jax.store.layout import write_bytes
 
@@ -45,33 +57,48 @@ code { white-space: pre-wrap; }
 .source { color: var(--soft); font-size: 0.875rem; overflow-wrap: anywhere; }
 ul { padding-left: 1.2rem; }
 """
+MOST = 3  # commands or machines under a figure
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 class Plate(NamedTuple):
-    """A figure of the page: the name of its files, its heading, experiment, drawing, and what is said of it."""
+    """A figure of the page: the name of its files, its heading, the rows in it, its drawing, and what is said of it."""
 
     name: str
     heading: str
-    experiment: str
+    rows: Callable[[Rows], Rows]
     draw: "Callable[[Rows, Titles], Figure | None]"
     says: Callable[[Rows, Titles], list[str]]
 
 
+def _of(experiment: str) -> Callable[[Rows], Rows]:
+    return lambda rows: of(rows, experiment)
+
+
 PLATES = (
-    Plate("accuracy", "Accuracy (paper Fig. 3)", "methods", figures.accuracy, findings.accuracy),
-    Plate("tradeoff", "Accuracy against the cost of a request", "methods", figures.tradeoff, findings.tradeoff),
-    Plate("backbones", "Backbones (paper Fig. 4)", "methods", figures.backbones, findings.backbones),
-    Plate("epochs", "Accuracy over epochs (paper Fig. 5)", "epochs", curves.epochs, findings.epochs),
-    Plate("removal", "Removal of data (paper Fig. 6, left)", "removal", curves.removal, findings.removal),
-    Plate("cut", "Number of clusters (paper Fig. 6, right)", "cut", curves.cut, findings.cut),
-    Plate("affected", "What a request affects (paper Fig. 7)", "methods", figures.affected, findings.affected),
-    Plate("effort", "Time and images of a request (paper Table 3)", "methods", figures.effort, findings.effort),
+    Plate("accuracy", "Accuracy (paper Fig. 3)", main, figures.accuracy, findings.accuracy),
+    Plate("tradeoff", "Accuracy against cost", main, tradeoff.tradeoff, findings.tradeoff),
+    Plate("backbones", "Backbones (paper Fig. 4)", on_several, figures.backbones, findings.backbones),
+    Plate("epochs", "Accuracy over epochs (paper Fig. 5)", _of("epochs"), curves.epochs, findings.epochs),
+    Plate("removal", "Removal of data (paper Fig. 6, left)", _of("removal"), curves.removal, findings.removal),
+    Plate("cut", "Number of clusters (paper Fig. 6, right)", _of("cut"), curves.cut, findings.cut),
+    Plate("affected", "What a request affects (paper Fig. 7)", main, figures.affected, findings.affected),
+    Plate("effort", "Time and images of a request (paper Table 3)", main, figures.effort, findings.effort),
     Plate(
-        "partitions", "Adaptive clusters or random (paper Fig. 8)", "methods", figures.partitions, findings.partitions
+        "partitions",
+        "Adaptive clusters or random (paper Fig. 8)",
+        lambda rows: figures.rows_of_pair(rows, *figures.PARTITIONS),
+        figures.partitions,
+        findings.partitions,
     ),
-    Plate("heads", "One head or many (paper Fig. 9)", "methods", figures.heads, findings.heads),
-    Plate("sequences", "Sequences of requests", "sequence", curves.sequences, findings.sequences),
+    Plate(
+        "heads",
+        "One head or many (paper Fig. 9)",
+        lambda rows: figures.rows_of_pair(rows, *figures.HEADS),
+        figures.heads,
+        findings.heads,
+    ),
+    Plate("sequences", "Sequences of requests", _of("sequence"), curves.sequences, findings.sequences),
 )
 
 
@@ -80,7 +107,7 @@ def write_report(folder: Path, results: Results, titles: Titles = UNTITLED, mont
 
     Args:
         folder: made if need be; files of an earlier report are replaced, figures that are no longer there removed.
-        results: rows, and the command and machine that they come from.
+        results: rows, and the commands and machines that they come from.
         titles: what people read in place of a method's, data set's or backbone's name.
         montage: PNG of clusters and prompts to show, such as `report.picture` draws. It holds private images.
 
@@ -122,10 +149,9 @@ def _page(results: Results, titles: Titles, shown: Mapping[str, tuple], montage:
         parts.append(f"<h2>Clusters and prompts</h2><p>{note}</p><figure>{_image(montage, 'png', note)}</figure>")
     head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
     head += '<meta name="viewport" content="width=device-width"><title>Comparison of unlearning methods</title>'
-    intro = "Means over seeds ± one sample standard deviation (n - 1), where seeds differ. ★: the best mean."
-    rule = "An ordering holds where the means differ by more than one standard deviation of their difference;"
-    rule += " two methods are as accurate as each other where they differ by no more."
-    body = f"<h1>Comparison of unlearning methods</h1><p>{intro} {rule}</p>{_source(results, rows)}{''.join(parts)}"
+    notes = ("Means over seeds. ★: the best mean. " + uncertainty.SEEDS, uncertainty.test_error(rows), uncertainty.RULE)
+    intro = "".join(f"<p>{escaped(note)}</p>" for note in notes if note)
+    body = f"<h1>Comparison of unlearning methods</h1>{intro}{_source(results, rows)}{''.join(parts)}"
     return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n'
 
 
@@ -135,11 +161,27 @@ def _image(data: bytes, kind: str, alternative: str, size: str = "") -> str:
 
 
 def _source(results: Results, rows: Rows) -> str:
-    """Where numbers come from: seeds, machine, command."""
+    """Where the numbers of some rows come from: seeds, machines, commands."""
     counts = [found.seeds for found in spreads(rows, ACCURACY, _place).values()]
     seeds = " to ".join(map(str, unique((min(counts), max(counts))))) if counts else "0"
-    machine, command = escaped(results.machine) or ABSENT, html.escape(printable(results.command)) or ABSENT
-    return f'<p class="source">seeds per point: {seeds} · machine: {machine} · command: <code>{command}</code></p>'
+    plain = {"command": results.command, "machine": results.machine}
+    sources = [plain | dict(results.sources.get(row.source, {})) for row in rows] or [plain]
+    machines = _few((source["machine"] for source in sources), escaped)
+    commands = _few(
+        (source["command"] for source in sources), lambda text: f"<code>{html.escape(printable(text))}</code>"
+    )
+    return f'<p class="source">seeds per point: {seeds} · machine: {machines} · command: {commands}</p>'
+
+
+def _code(text: str) -> str:
+    return f"<code>{html.escape(printable(text))}</code>"
+
+
+def _few(texts: Iterable[str], written: Callable[[str], str]) -> str:
+    """The first of several different texts, and how many more there are."""
+    different = unique(filter(None, texts))
+    more = f" and {len(different) - MOST} more, see results.json" if len(different) > MOST else ""
+    return "; ".join(map(written, different[:MOST])) + more or ABSENT
 
 
 def _place(row: Measurement) -> tuple:
@@ -147,7 +189,7 @@ def _place(row: Measurement) -> tuple:
 
 
 def _plate(plate: Plate, results: Results, titles: Titles, svg: bytes, width: float, height: float) -> str:
-    rows = of(results.rows, plate.experiment)
+    rows = plate.rows(results.rows)
     says = plate.says(results.rows, titles)
     size = f' width="{96 * width:.0f}" height="{96 * height:.0f}"'  # CSS pixels to the inch
     image = _image(svg, "svg", f"{plate.heading}. {' '.join(says)}", size)

@@ -1,4 +1,4 @@
-"""Rows to numbers: means and standard deviations over seeds, quantities with their units, the best trade-offs."""
+"""Rows to numbers: means, deviations and ranges over seeds, quantities with their units, the best trade-offs."""
 
 import dataclasses
 import math
@@ -18,26 +18,29 @@ UNTITLED: Titles = {}
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation (n - 1) of one number per seed; not a number where one of them is none."""
+    """Mean, sample standard deviation (n - 1) and range of one number per seed; no numbers where one is none."""
 
     mean: float
     sd: float  # 0 for one seed
     seeds: int
+    low: float
+    high: float
 
     @property
     def known(self) -> bool:
         return math.isfinite(self.mean)
 
 
-MISSING = Spread(math.nan, math.nan, 0)
+MISSING = Spread(math.nan, math.nan, 0, math.nan, math.nan)
 
 
 def spread(values: Iterable[float]) -> Spread:
     """Of the values of some seeds; without any, or with one that is not finite, the mean is not a number."""
     found = np.asarray(list(values), np.float64)
     if not len(found) or not np.isfinite(found).all():
-        return Spread(math.nan, math.nan, len(found))
-    return Spread(float(found.mean()), float(found.std(ddof=1)) if len(found) > 1 else 0.0, len(found))
+        return MISSING._replace(seeds=len(found))
+    deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    return Spread(float(found.mean()), deviation, len(found), float(found.min()), float(found.max()))
 
 
 def percent(value: float, like: float | None = None) -> str:
@@ -63,6 +66,7 @@ class Quantity:
         best: which of several means is the best; None where none is better.
         text: a number for people, with the decimals of a second one.
         logarithmic: whether an axis of it is.
+        highest: what it cannot exceed.
     """
 
     title: str
@@ -70,6 +74,7 @@ class Quantity:
     best: Callable[[Iterable[float]], float] | None = min
     text: Callable[[float, float], str] = amount
     logarithmic: bool = True
+    highest: float = math.inf
 
     def shown(self, found: Spread) -> str:
         """Mean and, where the seeds differ, standard deviation."""
@@ -77,6 +82,16 @@ class Quantity:
             return ABSENT
         mean = self.text(found.mean, found.mean)
         return f"{mean} ± {self.text(found.sd, found.mean)}" if found.sd > 0 else mean
+
+    def bar(self, found: Spread) -> tuple[float, float]:
+        """Ends of the bar at a mean: one standard deviation each way, as far as there are such numbers.
+
+        On a logarithmic axis, where the mean less a deviation may have no place, the lowest and the highest seed.
+        """
+        if self.logarithmic:
+            return found.low, found.high
+        low, high = found.mean - found.sd, found.mean + found.sd
+        return max(low, min(found.mean, 0.0)), min(high, max(found.mean, self.highest))
 
 
 def cost(row: Measurement) -> float:
@@ -86,20 +101,30 @@ def cost(row: Measurement) -> float:
     return 0.0 if row.images_request == 0 else math.nan
 
 
-def _seconds(value: float) -> float:
-    return value if value > 0 else math.nan  # nothing takes no time: it was not measured
+def _measured(value: float) -> float:
+    return value if value > 0 else math.nan  # nothing takes no time, predicts without a pass: it was not measured
 
 
-ACCURACY = Quantity("test accuracy (%)", lambda row: 100 * row.accuracy, max, percent, logarithmic=False)
-BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent, logarithmic=False)
+def _test_error(row: Measurement) -> float:
+    """Standard error in points of an accuracy on so many test images, sqrt(p (1 - p) / n)."""
+    spread = row.accuracy * (1 - row.accuracy)
+    return 100 * math.sqrt(spread / row.tested) if row.tested > 0 and spread >= 0 else math.nan
+
+
+ACCURACY = Quantity("test accuracy (%)", lambda row: 100 * row.accuracy, max, percent, logarithmic=False, highest=100)
+BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent, False, 100)
+TEST_ERROR = Quantity("standard error of the test set (points)", _test_error, None, percent, logarithmic=False)
 CLUSTERS = Quantity("clusters", lambda row: row.clusters, None, amount, logarithmic=False)
-COST = Quantity("images per request (% of a full tuning)", cost)
+COST = Quantity("images per request (% of a full tuning)", cost, highest=100)
 IMAGES = Quantity("images passed per request", lambda row: row.images_request)
 WORST = Quantity("images at worst", lambda row: row.images_worst)
-SECONDS = Quantity("time per request (s)", lambda row: _seconds(row.seconds_request))
+PASSES = Quantity("forward passes per prediction", lambda row: _measured(row.passes))
+SECONDS = Quantity("time per request (s)", lambda row: _measured(row.seconds_request))
+UNSAMPLED = Quantity("time per request (s), record not sampled", lambda row: _measured(row.seconds_unsampled))
+SAMPLED = Quantity("time per request (s), sampled record", lambda row: _measured(row.seconds_sampled))
 RECORDS = Quantity("records affected per request", lambda row: row.records_request)
 PARAMETERS = Quantity("parameters affected per request", lambda row: row.parameters_request)
-FULL = Quantity("time of a full tuning (s)", lambda row: _seconds(row.seconds_full))
+FULL = Quantity("time of a full tuning (s)", lambda row: _measured(row.seconds_full))
 SPENT = Quantity("images passed since the start", lambda row: row.spent)
 
 
@@ -146,6 +171,16 @@ def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Meas
     for row in rows:
         values.setdefault(key(row), []).append(quantity.of(row))
     return {name: spread(found) for name, found in values.items()}
+
+
+def by_seed(
+    rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Name]
+) -> dict[Name, dict[int, float]]:
+    """The number of every seed, over the rows with the same key."""
+    found: dict[Name, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(key(row), {})[row.seed] = quantity.of(row)
+    return found
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

@@ -14,8 +14,12 @@ from lmeraser_jax.comparison.summary import (
     IMAGES,
     MISSING,
     PARAMETERS,
+    PASSES,
     RECORDS,
+    SAMPLED,
     SECONDS,
+    TEST_ERROR,
+    UNSAMPLED,
     WORST,
     Quantity,
     Rows,
@@ -29,7 +33,7 @@ from lmeraser_jax.comparison.summary import (
     unique,
 )
 
-COLUMNS = (ACCURACY, BALANCED, COST, WORST, SECONDS, RECORDS, PARAMETERS, FULL, CLUSTERS)
+COLUMNS = (ACCURACY, TEST_ERROR, BALANCED, COST, WORST, SECONDS, PASSES, RECORDS, PARAMETERS, FULL, CLUSTERS)
 NAME = 200  # characters of a name
 
 
@@ -62,11 +66,14 @@ def methods(rows: Rows, titles: Titles) -> str:
 
 
 def requests(rows: Rows, titles: Titles) -> str:
-    """Paper Table 3, time per request, and images: a row for every method, a column for every data set."""
+    """Paper Table 3, time per request, and images; a row for every method, a column for every data set.
+
+    The time, too, of requests for records that are not sampled and for sampled ones, where it is known.
+    """
     chosen, tables = main(rows), []
     datasets, names = unique(row.dataset for row in chosen), unique(row.method for row in chosen)
     heads, stubs = [named(dataset, titles) for dataset in datasets], [named(name, titles) for name in names]
-    for quantity in (SECONDS, IMAGES):
+    for quantity in (SECONDS, UNSAMPLED, SAMPLED, IMAGES):
         found = [spreads([row for row in chosen if row.dataset == d], quantity, by_method) for d in datasets]
         if any(value.known for column in found for value in column.values()):
             cells = [_column(quantity, column, names) for column in found]
