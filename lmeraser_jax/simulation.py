@@ -195,11 +195,3 @@ def _draw(path: str | Path, requests: Sequence[float], panels: Sequence[_Panel])
         axes.xaxis.set_minor_formatter(LogFormatter())  # where a decade is all there is
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15))
     plotting.save(whole, path)
-
-
-def drawing() -> Any:
-    """matplotlib's class of pictures, for `attacks.report`. Raises `UserError` where it is not installed."""
-    plotting.required()
-    from matplotlib.figure import Figure
-
-    return Figure

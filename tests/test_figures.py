@@ -95,7 +95,7 @@ def test_curves_are_means_in_a_band_of_standard_deviations(drawn):
         heights = corners[np.isclose(corners[:, 0], 100 * share), 1]
         assert_allclose([heights.min(), heights.max()], [mean - sd, mean + sd])
     accuracy, clusters = drawn["cut"].axes
-    assert accuracy.get_ylabel().startswith("test accuracy (%)\n") and clusters.get_ylabel() == "clusters"
+    assert accuracy.get_ylabel().startswith("accuracy (%)\n") and clusters.get_ylabel() == "clusters"
     assert_allclose(clusters.lines[0].get_ydata(), [int(900 * 0.6 ** (cut - 6)) for cut in (7, 8, 9, 10, 11)])
 
 
@@ -143,7 +143,7 @@ def test_bars_and_axes_stay_inside_of_what_is_possible():
     panel = figures.accuracy(rows).axes[0]
     ends = np.concatenate([bar[:, 0] for bar in panel.containers[0].lines[2][0].get_segments()])
     assert ends.min() == 0 and ends.max() == 100 and panel.get_xlim() == (0, 100)
-    assert panel.get_xlabel() == "test accuracy (%)"  # from 0, nothing to note
+    assert panel.get_xlabel() == "accuracy (%)"  # from 0, nothing to note
 
 
 @pytest.mark.parametrize("name", ["accuracy", "heads", "partitions", "tradeoff", "removal", "cut", "epochs"])
@@ -151,7 +151,7 @@ def test_axes_that_are_zoomed_in_say_so(drawn, name):
     found = []
     for panel in drawn[name].axes:
         for (_, high), title in ((panel.get_xlim(), panel.get_xlabel()), (panel.get_ylim(), panel.get_ylabel())):
-            if title.startswith("test accuracy"):
+            if title.startswith("accuracy"):
                 low, _, end = title.partition("zoomed in: ")[2].partition(" to ")
                 assert 0 < float(low) < float(end) <= 100 and high == pytest.approx(float(end))
                 found.append(title)

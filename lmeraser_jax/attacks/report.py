@@ -7,15 +7,13 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from lmeraser_jax import plotting
 from lmeraser_jax.attacks.membership import Membership
 from lmeraser_jax.attacks.statistics import DOUBT, RATES
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COLUMNS = ("kept = control", "unlearned", "from scratch")
 ROUTES = ("published", "after erasing", "from public records")
@@ -205,18 +203,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def figure(canvas: "type[Figure]", findings: Sequence[Finding], path: Path) -> None:
+@plotting.styled
+def figure(findings: Sequence[Finding], path: Path) -> None:
     """Draws the ROC curves of the membership attacks on logarithmic axes, a panel for each column. PNG.
 
     Bars are the intervals of the true positive rates that the table has.
 
     Args:
-        canvas: matplotlib's class of pictures.
         findings: those of other attacks are not drawn.
         path: the file.
     """
     shown = [one for one in findings if isinstance(one, Membership)]
-    whole = canvas(figsize=(13, 4.4), layout="constrained")
+    whole = plotting.blank(13, 4.4)
     panels = whole.subplots(1, len(COLUMNS), sharey=True)
     least = min((0.5 / one.columns[0].others for one in shown), default=1e-3)
     for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
@@ -229,7 +227,9 @@ def figure(canvas: "type[Figure]", findings: Sequence[Finding], path: Path) -> N
         panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
         panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
         panel.set_xlabel("false positive rate")
+        panel.xaxis.set_major_formatter(plotting.ticked)
     panels[0].set_ylabel("true positive rate")
+    panels[0].yaxis.set_major_formatter(plotting.ticked)
     panels[0].legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
-    whole.savefig(path, dpi=120)
+    plotting.save(whole, path)

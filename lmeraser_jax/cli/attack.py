@@ -38,12 +38,13 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     figure = _checked(arguments["figure"], arguments["attacks"])
+    from lmeraser_jax import plotting
     from lmeraser_jax.attacks import report
     from lmeraser_jax.attacks.attack import ATTACKS, Options, attack
     from lmeraser_jax.run import opened
-    from lmeraser_jax.simulation import drawing
 
-    canvas = drawing() if figure is not None else None  # refuses now, not in the end, where matplotlib is missing
+    if figure is not None:
+        plotting.required()  # refuses now, not in the end
     options = Options(
         targets=arguments["targets"],
         shadows=arguments["shadows"],
@@ -54,8 +55,8 @@ def run(arguments: common.Arguments) -> int:
     common.log_devices()
     with opened(workdir, config) as run_:
         result = attack(run_, options)
-    if figure is not None and canvas is not None:
-        report.figure(canvas, result.findings, figure)
+    if figure is not None:
+        report.figure(result.findings, figure)
     common.show(arguments, result.text(), result.values())
     return result.code
 

@@ -56,6 +56,7 @@ def run(arguments: common.Arguments) -> int:
     common.log_devices()
     data = config.data
     dataset = data.dataset or (Path(data.path).stem if data.path else data.source)
+    dataset += ", held out" if arguments["split"] == "holdout" else ""
     backbone = config.backbone.name or (Path(config.backbone.weights).name or "small ViT")
     kinds = tuple(arguments["sequences"]) or tuple(sequences.KINDS)
     counted = {name: arguments[name] for name in ("split", "probes", "requests", "length")}

@@ -105,7 +105,8 @@ def load(path: Path) -> Results:
     """Reads results.json. Raises `UserError` where it is none."""
     try:
         tree = json.loads(path.read_text("utf-8"))
-        sources = {str(name): {str(k): str(v) for k, v in one.items()} for name, one in tree["sources"].items()}
+        sources = tree.get("sources", {}).items()  # none in files of earlier versions
+        sources = {str(name): {str(k): str(v) for k, v in one.items()} for name, one in sources}
         return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not the results.json of a comparison: {error}") from error

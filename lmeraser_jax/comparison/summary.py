@@ -111,7 +111,7 @@ def _test_error(row: Measurement) -> float:
     return 100 * math.sqrt(spread / row.tested) if row.tested > 0 and spread >= 0 else math.nan
 
 
-ACCURACY = Quantity("test accuracy (%)", lambda row: 100 * row.accuracy, max, percent, logarithmic=False, highest=100)
+ACCURACY = Quantity("accuracy (%)", lambda row: 100 * row.accuracy, max, percent, logarithmic=False, highest=100)
 BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent, False, 100)
 TEST_ERROR = Quantity("standard error of the test set (points)", _test_error, None, percent, logarithmic=False)
 CLUSTERS = Quantity("clusters", lambda row: row.clusters, None, amount, logarithmic=False)
