@@ -31,7 +31,7 @@ def table(results: Results, titles: Titles) -> str:
         columns = [spreads(here, quantity, by_method) for quantity, _ in COLUMNS]
         names = sorted(columns[0], key=lambda name: -columns[0][name].mean)
         width = max(len(titled(name, titles)) for name in names)
-        lines.append(f"{titled(dataset, titles)}, {titled(here[0].backbone, titles)}, {seeds} seeds")
+        lines.append(f"{titled(dataset, titles)}, {titled(here[0].backbone, titles)}, {seeds} seed{'s' * (seeds > 1)}")
         lines.append(f"  {'':<{width}}" + "".join(f"{heading:>18}" for _, heading in COLUMNS))
         for name in names:
             cells = [quantity.shown(found[name]) for (quantity, _), found in zip(COLUMNS, columns, strict=True)]
