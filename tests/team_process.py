@@ -9,11 +9,14 @@ import sys
 import threading
 from pathlib import Path
 
+from lmeraser_jax import shares
 from lmeraser_jax.cli import main
 from lmeraser_jax.store import checkpoints
 
 if __name__ == "__main__":
     notes, number, at, moment = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+    if number:
+        shares.WRITERS = 1  # none is tuned or written any more while the signal comes
     save, write, names, one_by_one = checkpoints.save, checkpoints._write, [], threading.Lock()
 
     def blow(written: int, now: str) -> None:
