@@ -214,6 +214,8 @@ def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
     other = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, epochs=7))
     with pytest.raises(UserError, match=r"other settings.*\n.*config.tuning.epochs: 2 -> 7"):
         driver.compare(dataclasses.replace(one, config=other), "x")
+    with pytest.raises(UserError, match=r"\n- --length: 2 -> 3$"):
+        driver.compare(dataclasses.replace(one, plan=dataclasses.replace(SHORT, length=3)), "x")
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="holds other files and no comparison"):
         driver.compare(comparison(tmp_path), "x")

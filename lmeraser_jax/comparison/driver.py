@@ -125,7 +125,8 @@ def _same_as_before(comparison: Comparison) -> None:
             before = json.loads(path.read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); name another --workdir") from error
-        lines = settings.differences(before, now)
+        found = settings.differences(before, now)
+        lines = [f"--{line.removeprefix('plan.')}" for line in found]  # each names the flag to change
         raise_all(
             lines, f"{comparison.folder} compares with other settings; name another --workdir or drop:" * bool(lines)
         )
