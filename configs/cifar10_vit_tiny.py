@@ -13,7 +13,8 @@ One prompt and head for everything, the same otherwise:
 
 Cheap erasures (2.7 % of the data re-tuned by an unsampled request, 3.7 % in the mean), as accurate as a linear head:
   lmeraser compare --config=configs/cifar10_vit_tiny.py:frugal --config.data.train_limit=2500 \\
-    --config.tuning.epochs=8 --config.data.test_limit=1000 --methods=lmeraser-ridge,linear-head,sisa-vote --workdir=runs/compare-cifar10
+    --config.tuning.epochs=8 --config.data.test_limit=1000 \\
+    --methods=lmeraser-ridge,linear-head,sisa-vote --workdir=runs/compare-cifar10
   LMEraser and a ridge head of all 0.487, linear head 0.480, SISA's vote 0.421 (docs/reproduce.md, also what was tried)
 
 Result (5,000 training images at 64 px, one run, seed 0, CPU; test accuracy on 2,000 images):

@@ -10,7 +10,8 @@ Command:
 
 Cheap erasures (2.1 % of the data re-tuned by an unsampled request, 1.8 % in the mean of 100 drawn):
   lmeraser compare --config=configs/ham10000_vit_tiny.py:frugal --config.data.train_limit=2500 \\
-    --config.tuning.epochs=8 --config.data.test_limit=1000 --methods=lmeraser-ridge,linear-head --workdir=runs/compare-ham10000
+    --config.tuning.epochs=8 --config.data.test_limit=1000 \\
+    --methods=lmeraser-ridge,linear-head --workdir=runs/compare-ham10000
   LMEraser and a ridge head of all 0.705 (balanced 0.274), linear head 0.711 (0.363) (docs/reproduce.md)
 
 Result (one run, seed 0, CPU, 9 minutes; 19 clusters; test images):
