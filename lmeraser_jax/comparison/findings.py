@@ -206,11 +206,8 @@ def sequences(rows: Rows, titles: Titles) -> list[str]:
             head = ", ".join(titled(part, titles) for part in (dataset, series) if part)
             ends = ", ".join(f"{name} {amount(total[name])}" for name in sorted(total, key=lambda name: total[name]))
             end = f"after {max(row.x for row in here):g} requests, images passed: {ends or NOT_MEASURED}"
-            moved = (
-                f"accuracy changed by between {min(change):+.1f} and {max(change):+.1f} points"
-                if change
-                else NOT_MEASURED
-            )
+            ends_at = " to ".join(dict.fromkeys(f"{one(change):+.1f}" for one in (min, max))) if change else ""
+            moved = f"accuracy changed by {ends_at} points" if change else NOT_MEASURED
             sentences.append(f"{head}: {end}; {moved}.")
     return sentences
 
