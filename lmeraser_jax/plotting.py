@@ -92,6 +92,11 @@ def ticked(value: float, _: int | None = None) -> str:
     return f"{value:g}"
 
 
+def unlabelled(value: float, _: int | None = None) -> str:
+    """No number: for the ticks between those of a logarithmic axis."""
+    return ""
+
+
 @styled
 def picture(figure: "Figure", kind: str) -> bytes:
     """A figure as png, svg or pdf: the same bytes whenever it is drawn."""

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +210,16 @@ def test_what_methods_have_in_common_is_tuned_once(tmp_path, monkeypatch):
     assert [row.passes for row in (plain, beside)] == [2, 1 + CONFIG.inference.nearest]
 
 
+def test_a_refused_comparison_does_not_bind_its_folder(tmp_path):
+    tree = {"data__train_limit": 12, "data__test_limit": 30, "clustering__sample_size": 10}
+    refused = comparison(tmp_path / "c", config=small_config(**tree))
+    with pytest.raises(UserError, match="too few"):
+        driver.compare(refused, "x")
+    assert refused.base(0).is_dir()
+    (row,) = driver.compare(comparison(tmp_path / "c"), "x").rows
+    assert row.records == 80, "no longer the images of before"
+
+
 def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
     one, _ = done
     other = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, epochs=7))
@@ -245,6 +256,10 @@ def test_everything_that_cannot_work_is_said_at_once(tmp_path):
         driver.check(comparison(tmp_path / "c", ("ridge", "ridge")))
     with pytest.raises(UserError, match="--split=holdout: there is none; set --config.data.holdout"):
         driver.check(comparison(tmp_path / "c", split="holdout"))
+    with pytest.raises(UserError, match="--experiments: name at least one"):
+        driver.check(comparison(tmp_path / "c", experiments=()))
+    with pytest.raises(UserError, match="--workdir=/dev/null/x cannot be made: Not a directory"):
+        driver.compare(comparison(Path("/dev/null/x")), "x")
     with pytest.raises(UserError, match="--split=train: must be test or holdout"):
         driver.check(comparison(tmp_path / "c", split="train"))
 
@@ -252,7 +267,10 @@ def test_everything_that_cannot_work_is_said_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"clustering__shards": 70}, r"too few: shard \d+ of 70 gets none with seed 1, which sisa-vote"),
+        (
+            {"clustering__shards": 70},
+            r"too few: of 70 shards \d+ get none with seed 1 \(shard \d+(.*\n?.*)which sisa-vote",
+        ),
         ({"data__train_limit": 12}, r"too few: class \w+ has [01] of them, must have 2; use more data"),
     ],
 )

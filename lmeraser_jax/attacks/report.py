@@ -107,8 +107,7 @@ class Attack:
         """Exit code: 1 an attack finds erased records; 3 none can say anything; 0 one that works finds none."""
         if self.leaks:
             return FOUND
-        controlled = [one for one in self.findings if one.name != "routing"]
-        return UNKNOWN if controlled and not any(one.found[0] for one in controlled) else 0
+        return 0 if any(one.found[0] for one in self.findings if one.name != "routing") else UNKNOWN
 
     def values(self) -> dict[str, Any]:
         plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -150,7 +149,9 @@ class Attack:
         if self.leaks:
             yield f"LEAK: erased records found by {', '.join(self.leaks)}; lmeraser audit says whether a bit is wrong"
         elif self.code == UNKNOWN:
-            yield "nothing can be said: no attack finds even records that are kept; raise --targets or --shadows"
+            asked = {one.name for one in self.findings} - {"routing"}
+            why = "no attack finds even records that are kept; raise --targets or --shadows"
+            yield f"nothing can be said of erased records: {why if asked else 'routing does not look for them'}"
         else:
             yield f"no attack finds an erased record (found: less than {DOUBT:.1%} by chance)"
 
@@ -216,7 +217,7 @@ def figure(findings: Sequence[Finding], path: Path) -> None:
     shown = [one for one in findings if isinstance(one, Membership)]
     whole = plotting.blank(13, 4.4)
     panels = whole.subplots(1, len(COLUMNS), sharey=True)
-    least = min((0.5 / one.columns[0].others for one in shown), default=1e-3)
+    least = min([0.05, *(0.5 / one.columns[0].others for one in shown)])  # a decade at least
     for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
         for one in shown:
             false, true = one.curves[place]
@@ -227,9 +228,10 @@ def figure(findings: Sequence[Finding], path: Path) -> None:
         panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
         panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
         panel.set_xlabel("false positive rate")
-        panel.xaxis.set_major_formatter(plotting.ticked)
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_formatter(plotting.ticked)
+            axis.set_minor_formatter(plotting.unlabelled)
     panels[0].set_ylabel("true positive rate")
-    panels[0].yaxis.set_major_formatter(plotting.ticked)
     panels[0].legend(loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)
     plotting.save(whole, path)

@@ -27,7 +27,7 @@ from lmeraser_jax.legality import cut_of
 from lmeraser_jax.methods import Method
 from lmeraser_jax.run import Run, prepared
 from lmeraser_jax.store.importing import import_settings
-from lmeraser_jax.store.layout import write_json
+from lmeraser_jax.store.layout import write_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +82,9 @@ def check(comparison: Comparison) -> None:
     ):
         unknown = [name for name in given if name not in legal]
         problems += [f"--{flag}: {some(unknown)} unknown; legal: {', '.join(legal)}"] if unknown else []
-    if not comparison.methods:
-        problems.append("--methods: name at least one")
+    for flag in ("methods", "experiments"):
+        if not getattr(comparison, flag):
+            problems.append(f"--{flag}: name at least one")
     for text in plan.cuts:
         try:
             cut_of(text)
@@ -120,7 +121,7 @@ def _senseless(method: Method, config: Config, experiments: Sequence[str]) -> It
 def _same_as_before(comparison: Comparison) -> None:
     """Rows of other settings must not stand beside new ones."""
     path, now = comparison.folder / "comparison.json", _binding(comparison)
-    if path.is_file():
+    if path.is_file() and _any_row(comparison):
         try:
             before = json.loads(path.read_text("utf-8"))
         except ValueError as error:
@@ -130,7 +131,7 @@ def _same_as_before(comparison: Comparison) -> None:
         raise_all(
             lines, f"{comparison.folder} compares with other settings; name another --workdir or drop:" * bool(lines)
         )
-    elif comparison.folder.is_dir() and any(comparison.folder.iterdir()):
+    elif not path.is_file() and comparison.folder.is_dir() and any(comparison.folder.iterdir()):
         raise UserError(
             f"--workdir={comparison.folder} holds other files and no comparison; name a new or an empty folder"
         )
@@ -138,6 +139,10 @@ def _same_as_before(comparison: Comparison) -> None:
     stale = [path for task, path in paths.items() if path.is_file() and load_done(path).settings != task.settings]
     what = "made by a method of the same name with other settings; delete them, or give the method's file another name:"
     raise_all([f"{what} {some([str(path) for path in stale])}"] if stale else [])
+
+
+def _any_row(comparison: Comparison) -> bool:
+    return any((comparison.folder / "rows").glob("*.json"))
 
 
 def _binding(comparison: Comparison) -> dict[str, Any]:
@@ -157,8 +162,7 @@ def compare(comparison: Comparison, command: str) -> Results:
         Stopped: the process was asked to stop; the same command carries on.
     """
     check(comparison)
-    comparison.folder.mkdir(parents=True, exist_ok=True)
-    write_json(comparison.folder / "comparison.json", _binding(comparison))
+    _begin(comparison)
     every = comparison.tasks
     waiting = [task for task in every if not comparison.rows_of(task).is_file()]
     to_come = collections.Counter(task.tunes for task in waiting)
@@ -180,6 +184,20 @@ def compare(comparison: Comparison, command: str) -> Results:
     results = collected(comparison, command)
     save(comparison.folder, results)
     return results
+
+
+def _begin(comparison: Comparison) -> None:
+    """Notes what is compared; what an earlier try without a row was about is forgotten."""
+    folder, note = comparison.folder, comparison.folder / "comparison.json"
+    now = json.dumps(_binding(comparison), indent=2, sort_keys=True) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from error
+    if note.is_file() and not _any_row(comparison) and note.read_text("utf-8") != now:
+        for path in (*folder.glob("*base*"), *folder.glob("tuned_*")):
+            shutil.rmtree(path)
+    write_bytes(note, now.encode())
 
 
 def collected(comparison: Comparison, command: str) -> Results:
@@ -253,9 +271,9 @@ def _too_few(run: Run, task: Task) -> list[str]:
     ]
     if k.partition == "random":
         sizes = np.bincount(clustering.shard_of(records.ids, k.shards, task.seed), minlength=k.shards)
+        empty = np.flatnonzero(sizes == 0)
         few += [
-            f"{have} shard {shard} of {k.shards} gets none with seed {task.seed}, which {task.method.name} cannot do"
-            " with; use more data or fewer --config.clustering.shards"
-            for shard in np.flatnonzero(sizes == 0)
-        ]
+            f"{have} of {k.shards} shards {len(empty)} get none with seed {task.seed} (shard {some(empty)}), which"
+            f" {task.method.name} cannot do with; use more data or fewer --config.clustering.shards"
+        ] * bool(len(empty))
     return few
