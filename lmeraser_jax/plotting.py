@@ -51,7 +51,7 @@ def required() -> None:
         import matplotlib.figure
         import matplotlib.style  # noqa: F401
     except ImportError as error:
-        raise UserError("figures need matplotlib; install it with: pip install 'lmeraser_jax[plots]'") from error
+        raise UserError("figures need matplotlib; install it with: pip install matplotlib") from error
 
 
 @contextlib.contextmanager
