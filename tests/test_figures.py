@@ -338,7 +338,7 @@ def test_names_of_any_kind(name):
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
     for draw in (lambda: figures.accuracy([row()]), lambda: simulation._draw("x.png", [1.0], [])):
-        with pytest.raises(UserError, match=r"^figures need matplotlib; .* pip install 'lmeraser_jax\[plots\]'$"):
+        with pytest.raises(UserError, match=r"^figures need matplotlib; .* pip install matplotlib$"):
             draw()
 
 
