@@ -349,8 +349,11 @@ def test_ulira_accuracies_against_a_literal_transcription(rng):
 
 def test_few_shadows_say_nothing_rather_than_nonsense(rng):
     found = ulira(populations(rng, 5.0, 0.0, models=4), rng)
-    assert all(0 <= part.value <= 1 for part in (*found.forgotten, *found.retained))
+    assert all(part is None or 0 <= part.value <= 1 for part in (*found.forgotten, *found.retained))
     assert not found.found[1]
+    alone = ulira(populations(rng, 5.0, 0.0, models=2), rng)
+    assert alone.forgotten[0] is None is alone.retained[0] and alone.found == (False,) * 3 and alone.least == 1
+    assert {line[1] for line in alone.lines() if line[0].startswith("accuracy")} == {"-"}
 
 
 def divergences(margins, oracles):

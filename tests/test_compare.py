@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import small_config
+from published import VIT, hub_folder, hugging_face_vit, settings_of
 
 from lmeraser_jax import config as settings
 from lmeraser_jax import methods, stopping
@@ -67,7 +68,8 @@ def test_every_task_gives_its_rows(done):
     assert len({row.point for row in results.rows}) == len(results.rows)
     counts = {name: len(rows(results, name, "lmeraser")) for name in experiments.EXPERIMENTS}
     assert counts == {"methods": 1, "removal": 6, "cut": 2, "epochs": counts["epochs"], "sequence": 3}
-    assert counts["epochs"] >= 2
+    every = experiments.tasks("epochs", one.methods[0], 0, CONFIG, SHORT)[0].config.checkpoints.every_epochs
+    assert counts["epochs"] == len(range(0, CONFIG.tuning.epochs, every)), "as many, however small a cluster is"
     lines = (one.folder / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + len(results.rows) and lines[0].startswith("experiment,dataset,backbone,method,seed")
     assert not [path for path in one.folder.iterdir() if path.is_dir() and path.name not in ("base_0", "rows")]
@@ -116,6 +118,23 @@ def test_seeds_share_images_where_nothing_depends_on_the_seed(tmp_path):
         assert (one.base(0) == one.base(1)) == shared
 
 
+def test_each_seed_holds_out_images_of_its_own(tmp_path):
+    """Published weights, a hold-out and two seeds: what is asked was not tuned on."""
+    pytest.importorskip("safetensors")
+    weights = hub_folder(tmp_path / "vit", hugging_face_vit(prefix="vit."), settings_of(VIT))
+    data = {"data__train_limit": 80, "data__test_limit": 30, "data__holdout": 0.25}
+    config = small_config(backbone__weights=str(weights), clustering__sample_size=20, **data)
+    one = comparison(tmp_path / "c", config=config, seeds=2, split="holdout")
+    found = driver.compare(one, "x").rows
+    assert [(row.seed, row.records + row.tested) for row in found] == [(0, 80), (1, 80)]
+    held = []
+    for seed in (0, 1):
+        with prepared(one.base(seed), dataclasses.replace(config, seed=seed)) as (run, _):
+            held.append(set(run.catalog.live("holdout").ids))
+            assert held[-1].isdisjoint(run.catalog.live("train").ids)
+    assert held[0] != held[1]
+
+
 def test_a_method_that_was_edited_does_not_pass_for_the_old_one(tmp_path, capsys):
     file = tmp_path / "mine.py"
     text = '"""Mine."""\nTITLE = "mine"\nCHANGES = {"clustering.partition": "one", "tuning.what": "ridge"'
@@ -153,6 +172,20 @@ def test_removal_and_sequences_end_with_fewer_records(done):
 def test_the_cut_sets_the_number_of_prompts(done):
     found = {row.x: row.clusters for row in rows(done[1], "cut", "lmeraser")}
     assert found[2.0] < found[10.0]
+
+
+def test_epochs_are_shares_of_a_cluster_s_own_steps():
+    """A small cluster makes more steps than its epochs say: half of the way is half of these."""
+    catalog = types.SimpleNamespace(
+        epochs={"whole": {2: "", 4: ""}, "long": dict.fromkeys(range(1, 13), ""), "one": {}}.get
+    )
+    run = types.SimpleNamespace(catalog=catalog)
+    made = {
+        name: types.SimpleNamespace(digest=name, steps=steps)
+        for name, steps in (("whole", 6), ("long", 13), ("one", 1))
+    }
+    found = {name: [experiments.snapshot(run, row, share) for share in (1 / 3, 2 / 3)] for name, row in made.items()}
+    assert found == {"whole": ["whole@2", "whole@4"], "long": ["long@4", "long@9"], "one": ["one", "one"]}
 
 
 def test_nothing_is_done_twice_and_a_method_joins(done, monkeypatch):
@@ -290,7 +323,7 @@ def test_a_method_of_one_s_own_is_a_small_file(tmp_path):
     found = method.of(CONFIG)
     assert found.inference.nearest == 2 and found.tuning.batch == 3 != CONFIG.tuning.batch
     for text, message in (
-        ("TITLE = 3", "needs TITLE, a text, and CHANGES"),
+        ("TITLE = 3", r"TITLE is 3; must be a text\n.*CHANGES is None; must be a dict"),
         ("raise KeyError('x')", "KeyError"),
         ('TITLE = "t"\nCHANGES = {"tuning.epoch": 1}', "did you mean tuning.epochs"),
         ('TITLE = "t"\nCHANGES = {"tuning.epochs": 0}', "does not go with this config.*at least 1"),
@@ -386,7 +419,9 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     assert written >= {"results.csv", "results.json", "report.html", "figures", "clusters.png"}
     assert "lmeraser compare" in (tmp_path / "c" / "report.html").read_text()
     assert len(json.loads((tmp_path / "found.json").read_text())["rows"]) == 4
-    assert main(["compare", *flags, "--seeds=2"]) == 0 and "[" not in capsys.readouterr().err.replace("[0", "")
+    without = [flag for flag in flags if not flag.startswith("--config")]
+    for again in (flags, without):  # a folder knows its own settings
+        assert main(["compare", *again, "--seeds=2"]) == 0 and "[" not in capsys.readouterr().err.replace("[0", "")
     for wrong, message in (
         ("--seeds=0", "--seeds=0: must be at least 1"),
         ("--methods=best,ncm,worst", "'best', 'worst': no such method; legal: dam-vp"),
@@ -400,11 +435,26 @@ def test_damaged_rows_are_named(done, tmp_path):
     path = tmp_path / "results.json"
     whole = json.loads((done[0].folder / "results.json").read_text())
     whole["rows"][0]["accuracy"] = "high"
-    for text in (
-        "{",
-        json.dumps({"rows": [{"experiment": "methods"}], "command": "", "machine": ""}),
-        json.dumps(whole),
+    header = {"command": "", "machine": ""}
+    for text, why in (
+        ("{", "Expecting property name"),
+        (json.dumps(header), "'rows' is missing"),
+        (json.dumps(header | {"rows": [{"experiment": "methods"}]}), "row 0 has no accuracy, backbone, balanced"),
+        (
+            json.dumps(header | {"rows": whole["rows"][1:] + [whole["rows"][1] | {"speed": 1}]}),
+            r"row \d+ has speed, which",
+        ),
+        (json.dumps(whole), "row 0: accuracy is 'high'"),
     ):
         path.write_text(text)
-        with pytest.raises(UserError, match="is not the results.json of a comparison"):
+        with pytest.raises(UserError, match=f"is not the results.json of a comparison: {why}"):
             load(path)
+
+
+def test_damaged_settings_of_a_folder_are_named(tmp_path, capsys):
+    for text, why in (("{", "Expecting"), ('{"config": {}}', "'plan' is missing"), ("3", "not subscriptable")):
+        (tmp_path / "comparison.json").write_text(text)
+        for flags in ([], ["--config=configs/digits.py"]):
+            assert main(["compare", *flags, f"--workdir={tmp_path}"]) == 2
+            err = capsys.readouterr().err
+            assert "comparison.json is damaged" in err and why in err and "name another --workdir" in err

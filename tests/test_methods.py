@@ -14,6 +14,7 @@ from lmeraser_jax import closed_form, clustering, inference, rollback, tuning, u
 from lmeraser_jax.artifacts import load_slice
 from lmeraser_jax.audit import audit, differences, state
 from lmeraser_jax.backbones import backbone as frozen
+from lmeraser_jax.comparison.costs import passes
 from lmeraser_jax.doctor import examine
 from lmeraser_jax.evaluation import evaluate
 from lmeraser_jax.images import centred
@@ -360,6 +361,42 @@ def test_methods_are_evaluated_like_any_other(name, built, tmp_path):
 def test_combinations_that_make_no_sense_are_refused(changes, message):
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         small_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest", "expected"),
+    [
+        ("single prompt", 1, 1),
+        ("DAM-VP", 1, 2),
+        ("DAM-VP", 0, 5),
+        ("SISA", 0, 3),
+        ("retrain", 1, 1),
+        ("ridge of clusters", 0, 1),
+        ("a common head beside clusters", 2, 3),
+        ("a common head beside shards", 0, 4),
+    ],
+)
+def test_the_passes_of_an_answer_are_those_that_the_program_makes(
+    name, nearest, expected, built, tmp_path, monkeypatch
+):
+    folder, config = built(name, tmp_path / "run")
+    config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, nearest=nearest))
+    counted, kept = [], frozen.features
+
+    def features(architecture, params, pixels):
+        counted.append(len(pixels))
+        return kept(architecture, params, pixels)
+
+    with small_run(folder, config=config) as run:
+        model = load_model(run)
+        count = len(model.keys)
+        clusters = jax.tree.map(lambda leaf: leaf[:count], (model.stack, model.prototypes, model.present))
+        draws = None if config.clustering.partition == "adaptive" else np.zeros((2, count), np.float32)
+        monkeypatch.setattr(frozen, "features", features)
+        with jax.disable_jit():
+            asked = (run.problem, model.question, model.params, *clusters, model.common)
+            inference.routed_probabilities(*asked, run.images[:2], draws)
+        assert sum(counted) / 2 == passes(run, count) == expected
 
 
 def test_one_program_answers_all_batches(built, tmp_path, monkeypatch):

@@ -188,6 +188,18 @@ def test_table_of_requests_for_both_kinds_of_records():
     assert [text for text, _ in read.cells][:6] == ["3", "0.500", "2", "–", "7", "–"]
 
 
+def test_who_affects_all_records_and_passes_few_images_is_named():
+    whole = {"records": 100, "records_request": 99.0, "images_full": 1000}
+    rows = [
+        row(records=100, records_request=10.0),
+        row(method="beside", images_request=100.0, **whole),
+        row(method="single", images_request=990.0, **whole),
+        row(method="ridge", images_request=0.0, **whole | {"images_full": 0}),
+    ]
+    assert findings.affected(rows, {"beside": "beside it"})[-1].endswith("passes no image: beside it, ridge.")
+    assert len(findings.affected(rows[::2], {})) == len(findings.affected(rows, {})) - 1
+
+
 def test_passes_of_a_prediction_and_the_error_of_the_test_set_are_columns():
     rows = [row(passes=2.0, tested=2500), row(method="sisa-vote", passes=10.0, tested=2500)]
     read = Reader(tables.methods(rows, {}))

@@ -26,7 +26,7 @@ class ULira:
     """The attack on slices that keep the records, on those that unlearned them, and on those that never saw them.
 
     Attributes:
-        forgotten, retained: mean accuracy over such records.
+        forgotten, retained: mean accuracy over such records; None where too few slices were there to fit.
         auc: for each column, of the likelihood ratios of forgotten records and slices together; its interval is from a
             bootstrap over records. None where nothing could be fitted.
         rates: for each column, true positive rates of the same at the false positive rates `RATES`; a record counts
@@ -34,8 +34,8 @@ class ULira:
         quality: for each column, the forgetting quality.
     """
 
-    forgotten: tuple[Tested, ...]
-    retained: tuple[Tested, ...]
+    forgotten: tuple[Tested | None, ...]
+    retained: tuple[Tested | None, ...]
     auc: tuple[Estimate | None, ...]
     rates: tuple[tuple[Estimate | None, ...], ...]
     quality: tuple[float, ...]
@@ -44,21 +44,24 @@ class ULira:
 
     @property
     def found(self) -> tuple[bool, ...]:
-        return tuple(column.p < DOUBT for column in self.forgotten)
+        return tuple(column is not None and column.p < DOUBT for column in self.forgotten)
 
     @property
     def least(self) -> float:
-        return self.forgotten[0].least
+        return self.forgotten[0].least if self.forgotten[0] else 1.0
 
     def lines(self) -> list[tuple[str, ...]]:
-        rows = [("accuracy, forgotten (by chance)", *map(str, self.forgotten))]
-        rows.append(("AUC", *("-" if area is None else str(area) for area in self.auc)))
+        rows = [("accuracy, forgotten (by chance)", *_shown(self.forgotten)), ("AUC", *_shown(self.auc))]
         rows += statistics.rate_lines(self.rates)
         rows.append(("forgetting quality, 1 is best", *(f"{value:.3f}" for value in self.quality)))
-        return [*rows, ("accuracy, retained (by chance)", *map(str, self.retained))]
+        return [*rows, ("accuracy, retained (by chance)", *_shown(self.retained))]
 
     def values(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"found": self.found}
+
+
+def _shown(columns: Sequence[Tested | Estimate | None]) -> tuple[str, ...]:
+    return tuple("-" if column is None else str(column) for column in columns)
 
 
 def ulira(trials: Trials, rng: np.random.Generator) -> ULira:
@@ -68,14 +71,15 @@ def ulira(trials: Trials, rng: np.random.Generator) -> ULira:
         trials: roles int [w] of a pool's watched records, and their scores under its shadows.
         rng: of the permutations and bootstraps.
     """
-    columns: dict[int, list[Tested]] = {FORGOTTEN: [], RETAINED: []}
+    columns: dict[int, list[Tested | None]] = {FORGOTTEN: [], RETAINED: []}
     for role, found in columns.items():
         for column in range(3):
             parts = []
             for roles, scores in trials:
                 told = Told.of(scores, roles == role, role, column)
                 parts.append(statistics.permuted(told.accuracies, told.group, told.fitted, rng))
-            found.append(statistics.tested(_mean(np.concatenate(parts, axis=1))))
+            values = np.concatenate(parts, axis=1)
+            found.append(None if np.isnan(values[0]).all() else statistics.tested(_mean(values)))
     asked = [_ratios(trials, column) for column in range(3)]
     return ULira(
         forgotten=tuple(columns[FORGOTTEN]),

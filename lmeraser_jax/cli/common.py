@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -68,7 +68,7 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     raise_all(settings.unknown_names(overrides))
     try:
         if getattr(module, "TAKES_CONFIG", True):
-            _define_config(flags, argv)
+            _define_config(flags, argv, getattr(module, "stored_config", _config_of_run))
         rest = flags(argv)
     except UserError:
         raise
@@ -114,7 +114,7 @@ def _name(module: ModuleType) -> str:
     return module.__name__.rsplit(".", 1)[-1]
 
 
-def _define_config(flags: Flags, argv: list[str]) -> None:
+def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str], dict[str, Any] | None]) -> None:
     """--config=FILE.py, or the workdir's own config, or the defaults; each open to --config.x.y=value."""
     try:
         from ml_collections import config_dict, config_flags
@@ -129,12 +129,16 @@ def _define_config(flags: Flags, argv: list[str]) -> None:
             )
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
         return
-    from lmeraser_jax.store.layout import Layout, read_config
-
     workdir = _early(argv, "workdir")
-    stored = read_config(Layout(workdir)) if workdir else None
+    stored = stored_config(workdir) if workdir else None
     base = stored if stored is not None else settings.to_dict(Config())
     config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(base), flag_values=flags, sys_argv=argv)
+
+
+def _config_of_run(workdir: str) -> dict[str, Any] | None:
+    from lmeraser_jax.store.layout import Layout, read_config
+
+    return read_config(Layout(workdir))
 
 
 def _early(argv: list[str], name: str) -> str:
@@ -164,15 +168,25 @@ def workdir_of(arguments: Arguments) -> str:
 
 
 def _help(module: ModuleType, flags: Flags) -> str:
+    texts = {name: _described(flags[name]) for name in flags if name not in ("undefok", "flagfile")}
+    configurable = getattr(module, "TAKES_CONFIG", True)
+    if configurable:
+        texts["config"] = "experiment file, for example configs/digits.py; by default the workdir's own settings"
+    width = max(map(len, texts)) + 2
     lines = [(module.__doc__ or "").strip(), "", "flags:"]
-    for name in sorted(flags):
-        if name not in ("", "undefok", "flagfile"):
-            lines.append(f"  --{name:<16}{flags[name].help}")
-    if not getattr(module, "TAKES_CONFIG", True):
+    lines += [f"  --{name:<{width}}{texts[name]}" for name in sorted(texts)]
+    if not configurable:
         return "\n".join(lines)
-    lines += ["  --config          experiment file, for example configs/digits.py", "", "settings and defaults:"]
+    lines += ["", "settings and defaults:"]
     lines += [f"  --config.{key}={value}" for key, value in _leaves(settings.to_dict(Config()))]
     return "\n".join(lines)
+
+
+def _described(flag: absl_flags.Flag) -> str:
+    """A flag's help, and its default where that is not nothing."""
+    value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
+    shown = value is not None and value is not False and value != ""
+    return f"{flag.help} (default: {value})" if shown else str(flag.help)
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -12,6 +12,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -40,6 +41,14 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_bool("montage", False, text, flag_values=flags)
     text = "folders of other comparisons whose rows join the report, joined by commas"
     absl_flags.DEFINE_list("merge", [], text, flag_values=flags)
+
+
+def stored_config(workdir: str) -> dict[str, Any] | None:
+    """The settings that a folder compares with; None where nothing was compared yet."""
+    from lmeraser_jax.comparison.measurement import bound
+
+    found = bound(Path(workdir))
+    return None if found is None else found["config"]
 
 
 def run(arguments: common.Arguments) -> int:

@@ -89,11 +89,14 @@ def _numbers(run: Run, reference: str) -> int:
 
 
 def passes(run: Run, clusters: int) -> float:
-    """Images passed forward through the backbone for one answer of K clusters (`inference.routed_probabilities`)."""
-    asked, tuning = run.config.inference, run.config.tuning
-    nearest = min(asked.nearest or clusters, clusters)
-    if tuning.border == 0 and not run.problem.own_architecture:
+    """Images passed forward through the backbone for one answer of K clusters (`inference.routed_probabilities`).
+
+    What is passed to fill up a batch or the stack of clusters is not counted.
+    """
+    asked, own = run.config.inference, run.problem.own_architecture
+    joined = bool(asked.common and run.config.common.what != "none")
+    if run.config.tuning.border == 0 and not own:
         return 1.0  # the feature that every head sees
-    everyone = clusters if asked.nearest == 0 or run.problem.own_architecture else nearest
-    routed = run.config.clustering.partition == "adaptive" or bool(asked.common and run.config.common.what != "none")
-    return float(everyone + routed)
+    prompted = clusters if asked.nearest == 0 or own else min(asked.nearest, clusters)
+    routed = run.config.clustering.partition == "adaptive" and asked.nearest > 0
+    return float(prompted + (routed or joined))

@@ -20,7 +20,7 @@ from lmeraser_jax import __version__, clustering
 from lmeraser_jax import config as settings
 from lmeraser_jax.comparison import sequences
 from lmeraser_jax.comparison.experiments import EXPERIMENTS, Plan, Task, rows, tasks
-from lmeraser_jax.comparison.measurement import Done, Results, load_done, save
+from lmeraser_jax.comparison.measurement import NOTE, Done, Results, bound, load_done, save
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.legality import cut_of
@@ -120,18 +120,14 @@ def _senseless(method: Method, config: Config, experiments: Sequence[str]) -> It
 
 def _same_as_before(comparison: Comparison) -> None:
     """Rows of other settings must not stand beside new ones."""
-    path, now = comparison.folder / "comparison.json", _binding(comparison)
-    if path.is_file() and _any_row(comparison):
-        try:
-            before = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); name another --workdir") from error
-        found = settings.differences(before, now)
+    before = bound(comparison.folder)
+    if before is not None and _any_row(comparison):
+        found = settings.differences(before, _binding(comparison))
         lines = [f"--{line.removeprefix('plan.')}" for line in found]  # each names the flag to change
         raise_all(
             lines, f"{comparison.folder} compares with other settings; name another --workdir or drop:" * bool(lines)
         )
-    elif not path.is_file() and comparison.folder.is_dir() and any(comparison.folder.iterdir()):
+    elif before is None and comparison.folder.is_dir() and any(comparison.folder.iterdir()):
         raise UserError(
             f"--workdir={comparison.folder} holds other files and no comparison; name a new or an empty folder"
         )
@@ -188,7 +184,7 @@ def compare(comparison: Comparison, command: str) -> Results:
 
 def _begin(comparison: Comparison) -> None:
     """Notes what is compared; what an earlier try without a row was about is forgotten."""
-    folder, note = comparison.folder, comparison.folder / "comparison.json"
+    folder, note = comparison.folder, comparison.folder / NOTE
     now = json.dumps(_binding(comparison), indent=2, sort_keys=True) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -23,10 +23,12 @@ from lmeraser_jax.methods import Method
 from lmeraser_jax.reconcile import reconcile
 from lmeraser_jax.run import Run, prepared
 from lmeraser_jax.store import requests
+from lmeraser_jax.store.rows import SliceRow
 
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the records (paper, Fig. 6 left)
 MONTAGE = "clusters.png"
 SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last
+EVERY = 10**6  # snapshots of a slice that are kept: all, at most one a step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,7 @@ def tasks(experiment: str, method: Method, seed: int, config: Config, plan: Plan
         if experiment == "epochs":
             every = max(1, own.tuning.epochs // (SNAPSHOTS + 1))
             own = dataclasses.replace(
-                own, checkpoints=dataclasses.replace(own.checkpoints, every_epochs=every, keep=99)
+                own, checkpoints=dataclasses.replace(own.checkpoints, every_epochs=every, keep=EVERY)
             )
         found.append(Task(experiment, method, seed, variant, own))
     return found
@@ -215,15 +217,24 @@ def _axis(text: str) -> str:
 
 
 def epochs(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
-    """Accuracy over the epochs of tuning, from the snapshots of every cluster (Fig. 5)."""
-    manifest = run.catalog.manifest()
+    """Accuracy over the epochs of tuning, from the snapshots of every cluster (Fig. 5).
+
+    After x of e epochs a cluster is as it was after x / e of its own steps, which `tuning.min_steps` makes more for a
+    small one; the snapshot nearest to that.
+    """
+    manifest, made, every = run.catalog.manifest(), run.catalog.slices(), run.config.checkpoints.every_epochs
     assert manifest is not None
-    steps = {digest: sorted(run.catalog.epochs(digest)) for digest in manifest.clusters.values()}
-    every = run.config.checkpoints.every_epochs
-    for index in range(min(map(len, steps.values()))):
-        then = {key: reference(digest, steps[digest][index]) for key, digest in manifest.clusters.items()}
-        yield _measured(run, task, plan, with_slices(load_model(run), then), x=float(every * (index + 1)))
+    for x in range(every, run.config.tuning.epochs, every):
+        then = {key: snapshot(run, made[name], x / run.config.tuning.epochs) for key, name in manifest.clusters.items()}
+        yield _measured(run, task, plan, with_slices(load_model(run), then), x=float(x))
     yield _measured(run, task, plan, x=float(run.config.tuning.epochs))
+
+
+def snapshot(run: Run, made: SliceRow, share: float) -> str:
+    """Reference of a slice as it was after about such a share of its steps; of equally near ones the earlier."""
+    steps = (*run.catalog.epochs(made.digest), made.steps)
+    nearest = min(steps, key=lambda step: (abs(step - share * made.steps), step))
+    return reference(made.digest, nearest % made.steps)
 
 
 def sequence(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:

@@ -126,7 +126,19 @@ def cut(rows: Rows, titles: Titles) -> list[str]:
 
 def affected(rows: Rows, titles: Titles) -> list[str]:
     """Records and parameters of LMEraser's requests, and how many times as many elsewhere (Fig. 7)."""
-    return _savings(rows, titles, {RECORDS: "records", PARAMETERS: "parameters"}, "affects", ("retrain", "sisa-vote"))
+    others = ("retrain", "sisa-vote")
+    return [
+        *_savings(rows, titles, {RECORDS: "records", PARAMETERS: "parameters"}, "affects", others),
+        *_on_features_of_all(rows, titles),
+    ]
+
+
+def _on_features_of_all(rows: Rows, titles: Titles) -> list[str]:
+    """Who affects all records and is cheap all the same."""
+    here = [row for row in main(rows) if row.records_request > 0.99 * (row.records - 1)]
+    cheap = [titled(name, titles) for name, found in _known(here, COST).items() if found.mean < 99]
+    what = "All records count where a head on features of all is made again, which passes no image: "
+    return [what + ", ".join(cheap) + "."] if cheap else []
 
 
 def effort(rows: Rows, titles: Titles) -> list[str]:

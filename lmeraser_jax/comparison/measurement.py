@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.digests import digest
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import UserError, some
 from lmeraser_jax.store.layout import write_bytes, write_json
+
+NOTE = "comparison.json"  # what a folder compares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,25 @@ def load(path: Path) -> Results:
         sources = {str(name): {str(k): str(v) for k, v in one.items()} for name, one in sources}
         return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not the results.json of a comparison: {error}") from error
+        raise UserError(f"{path} is not the results.json of a comparison: {_why(error)}") from error
+
+
+def bound(folder: Path) -> dict[str, Any] | None:
+    """What a folder's comparison is bound to: {"config", "plan"}; None where nothing was compared yet.
+
+    Raises:
+        UserError: the file that says it is damaged.
+    """
+    path = folder / NOTE
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        if not all(isinstance(tree[name], dict) for name in ("config", "plan")):
+            raise TypeError("config and plan must be objects")
+        return tree
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {_why(error)}; name another --workdir") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,17 +156,28 @@ def load_done(path: Path) -> Done:
         tree = json.loads(path.read_text("utf-8"))
         return Done(tree["settings"], tree["source"], _rows(tree["rows"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} holds no rows of a comparison ({error}); delete it, and it is made again") from error
+        what = f"{path} holds no rows of a comparison: {_why(error)}; delete it, and it is made again"
+        raise UserError(what) from error
 
 
-def _rows(values: list[dict[str, Any]]) -> tuple[Measurement, ...]:
-    found = tuple(Measurement(**row) for row in values)
-    for row in found:
-        for field in dataclasses.fields(Measurement):
-            value, text = getattr(row, field.name), field.type in ("str", str)
-            if isinstance(value, bool) or not isinstance(value, str if text else int | float):
-                raise TypeError(f"{field.name} is {value!r}")
-    return found
+def _why(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:
+    """Raises `ValueError` or `TypeError` that names what is missing, unknown or of another type."""
+    fields = {field.name: field for field in dataclasses.fields(Measurement)}
+    needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    for number, row in enumerate(values):
+        if missing := sorted(needed - set(row)):
+            raise ValueError(f"row {number} has no {some(missing)}")
+        if unknown := sorted(set(row) - set(fields)):
+            raise ValueError(f"row {number} has {some(unknown)}, which this version does not know")
+        for name, value in row.items():
+            legal = str if fields[name].type in ("str", str) else int | float
+            if isinstance(value, bool) or not isinstance(value, legal):
+                raise TypeError(f"row {number}: {name} is {value!r}")
+    return tuple(Measurement(**row) for row in values)
 
 
 def save(folder: Path, results: Results) -> None:

@@ -88,6 +88,11 @@ def _from_file(path: Path) -> ModuleType:
 
 def _method(name: str, module: ModuleType) -> Method:
     title, changes = getattr(module, "TITLE", None), getattr(module, "CHANGES", None)
-    if not isinstance(title, str) or not isinstance(changes, dict):
-        raise UserError(f"--methods: {name}: needs TITLE, a text, and CHANGES, a dict of settings")
+    problems = []
+    if not isinstance(title, str):
+        problems.append(f"--methods: {name}: TITLE is {title!r}; must be a text")
+    if not isinstance(changes, dict):
+        problems.append(f"--methods: {name}: CHANGES is {changes!r}; must be a dict of settings")
+    raise_all(problems)
+    assert isinstance(title, str) and isinstance(changes, dict)
     return Method(name, title, (module.__doc__ or "").strip(), tuple(changes.items()))
