@@ -297,7 +297,7 @@ def routed_probabilities(
         seen = expanded(plain, problem.tuning.expand)
         logits = jnp.einsum("bd,bmdy->bmy", seen, stack.kernel[index]) + stack.bias[index]
     elif question.everyone or stack.backbone is not None:
-        logits = jnp.take_along_axis(_of_all(problem, params, stack, pixels), index[..., None], axis=1)
+        logits = jnp.take_along_axis(_of_all(problem, params, stack, present, pixels), index[..., None], axis=1)
     else:
         logits = _of_chosen(problem, params, stack, pixels, index)
     chosen = present[index]  # [B, m]
@@ -322,13 +322,17 @@ def _of_chosen(problem: Problem, params: Any, stack: Slice, pixels: jax.Array, i
     return jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
 
 
-def _of_all(problem: Problem, params: Any, stack: Slice, pixels: jax.Array) -> jax.Array:
-    """Logits [B, K, Y] of all clusters, one after the other."""
+def _of_all(problem: Problem, params: Any, stack: Slice, present: jax.Array, pixels: jax.Array) -> jax.Array:
+    """Logits [B, K, Y] of all clusters that are present, one after the other; zeros of the others."""
 
-    def one(part: Slice) -> jax.Array:
+    def answer(part: Slice) -> jax.Array:
         return features_of(part, problem, params, pixels) @ part.kernel + part.bias[None]
 
-    return jnp.swapaxes(jax.lax.map(one, stack), 0, 1)
+    def nothing(part: Slice) -> jax.Array:
+        return jnp.zeros((len(pixels), part.bias.shape[-1]), part.bias.dtype)
+
+    logits = jax.lax.map(lambda one: jax.lax.cond(one[1], answer, nothing, one[0]), (stack, present))  # [K, B, Y]
+    return jnp.swapaxes(logits, 0, 1)
 
 
 @functools.lru_cache(maxsize=8)
