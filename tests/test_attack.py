@@ -411,6 +411,8 @@ def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
     assert f"--records={sampled}: sampled for the clustering" in message
     assert "--figure=a.jpg" in refused("--figure=a.jpg")
     assert "ROC curves are those of" in refused("--figure=a.png", "--attacks=ulira,klom")
+    (tmp_path / "file").write_text("")
+    assert "roc.png cannot be written" in refused(f"--figure={tmp_path}/file/roc.png")
     with small_run(tmp_path / "empty", noisy_source()):
         pass
     workdir = tmp_path / "empty"

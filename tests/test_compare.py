@@ -14,7 +14,7 @@ from published import VIT, hub_folder, hugging_face_vit, settings_of
 from lmeraser_jax import config as settings
 from lmeraser_jax import methods, stopping
 from lmeraser_jax.cli.main import main
-from lmeraser_jax.comparison import driver, experiments, sequences
+from lmeraser_jax.comparison import costs, driver, experiments, sequences
 from lmeraser_jax.comparison.experiments import Plan
 from lmeraser_jax.comparison.measurement import load
 from lmeraser_jax.digests import philox
@@ -53,9 +53,7 @@ def rows(results, experiment, method):
 
 
 def timeless(found):
-    """Rows without what differs from run to run."""
-    names = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sampled")
-    return [dataclasses.replace(row, source="", **dict.fromkeys(names, 0.0)) for row in found]
+    return [driver._timeless(row) for row in found]
 
 
 def test_every_task_gives_its_rows(done):
@@ -104,9 +102,26 @@ def test_seconds_are_those_of_both_kinds_of_records(done):
     assert shards.passes == 3 and row.passes == 2 and row.tested == 30
 
 
-def test_a_request_that_makes_everything_again_is_not_timed_twice(tmp_path):
-    (row,) = driver.compare(comparison(tmp_path / "c", ("linear-head", "single")), "x").rows[1:]
-    assert row.method == "single" and row.seconds_request == row.seconds_full > 0 == row.seconds_unsampled
+@pytest.mark.parametrize("requests", [0, 3])
+def test_a_request_that_makes_everything_again_is_served_once_at_most(tmp_path, requests, monkeypatch):
+    served, kept = [], costs.unlearning.request_erasure
+    monkeypatch.setattr(costs.unlearning, "request_erasure", lambda *args: served.append(args) or kept(*args))
+    (row,) = driver.compare(comparison(tmp_path / "c", ("single",), requests=requests), "x").rows
+    assert row.seconds_full > 0 and len(served) == min(requests, 1)
+    assert row.seconds_request == row.seconds_unsampled and (row.seconds_request > 0) == (requests > 0)
+
+
+def test_seconds_of_an_interrupted_attempt_count(tmp_path):
+    """Its slices were there before the attempt that was logged began."""
+    with prepared(tmp_path / "run", CONFIG) as (run, _):
+        from lmeraser_jax.reconcile import reconcile
+
+        reconcile(run)
+        made = sum(row.seconds for row in run.catalog.slices().values()) / run.mesh.size
+        line = json.loads(run.layout.metrics.read_text().splitlines()[-1])
+        assert costs.seconds_spent(run) == line["seconds"] > made > 0
+        run.layout.metrics.write_text(json.dumps(line | {"seconds": 0.001}) + "\n")
+        assert costs.seconds_spent(run) == pytest.approx(made + 0.001)
 
 
 def test_seeds_share_images_where_nothing_depends_on_the_seed(tmp_path):
@@ -150,10 +165,12 @@ def test_a_method_that_was_edited_does_not_pass_for_the_old_one(tmp_path, capsys
 
 def test_merged_rows_may_not_contradict_each_other(done):
     results = done[1]
-    assert set(driver.merged(results, [results]).rows) == set(results.rows)
-    other = dataclasses.replace(results, rows=(dataclasses.replace(results.rows[0], accuracy=0.123),))
-    with pytest.raises(UserError, match=f"--merge: .* different results: {results.rows[0].experiment} of lmeraser"):
-        driver.merged(results, [other])
+    first = results.rows[0]
+    slower = dataclasses.replace(results, rows=(dataclasses.replace(first, seconds_full=99.0, source="s"),))
+    assert set(driver.merged(results, {"a": results, "b": slower}).rows) == set(results.rows)
+    other = dataclasses.replace(results, rows=(dataclasses.replace(first, accuracy=0.123),))
+    with pytest.raises(UserError, match=f"--merge: .* different results; .*: b: {first.experiment} of lmeraser"):
+        driver.merged(results, {"a": results, "b": other})
 
 
 def test_a_closed_form_costs_no_image(done):
@@ -253,6 +270,29 @@ def test_a_refused_comparison_does_not_bind_its_folder(tmp_path):
     assert row.records == 80, "no longer the images of before"
 
 
+def test_an_interrupted_try_does_not_bind_its_folder(tmp_path, monkeypatch):
+    """A method was under way and nothing done: other settings start afresh."""
+    first = comparison(tmp_path / "c")
+
+    def killed(run, task, what):
+        raise stopping.Stopped
+
+    monkeypatch.setitem(experiments.EXPERIMENTS, "methods", killed)
+    with pytest.raises(stopping.Stopped):
+        driver.compare(first, "x")
+    assert (first.folder / "methods_ridge_0").is_dir()
+    monkeypatch.undo()
+    fewer = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, train_limit=70))
+    (row,) = driver.compare(comparison(first.folder, config=fewer), "x").rows
+    assert row.records == 70
+
+
+def test_a_hold_out_without_images_is_told_before_the_work(tmp_path):
+    config = small_config(data__train_limit=80, data__holdout=0.0005, clustering__sample_size=20)
+    with pytest.raises(UserError, match="--split=holdout: no image of seed 0 is in it; --config.data.holdout"):
+        driver.compare(comparison(tmp_path / "c", config=config, split="holdout"), "x")
+
+
 def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
     one, _ = done
     other = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, epochs=7))
@@ -260,6 +300,8 @@ def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
         driver.compare(dataclasses.replace(one, config=other), "x")
     with pytest.raises(UserError, match=r"\n- --length: 2 -> 3$"):
         driver.compare(dataclasses.replace(one, plan=dataclasses.replace(SHORT, length=3)), "x")
+    with pytest.raises(UserError, match=r"\n- --requests: 1 -> 2$"):
+        driver.compare(dataclasses.replace(one, plan=dataclasses.replace(SHORT, requests=2)), "x")
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="holds other files and no comparison"):
         driver.compare(comparison(tmp_path), "x")
@@ -325,6 +367,9 @@ def test_a_method_of_one_s_own_is_a_small_file(tmp_path):
     for text, message in (
         ("TITLE = 3", r"TITLE is 3; must be a text\n.*CHANGES is None; must be a dict"),
         ("raise KeyError('x')", "KeyError"),
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ('TITLE = "t"\nCHANGES = {5: 1, "tuning": {}}', r"has 5: 1; must be like.*\n.*has 'tuning': {}; must be like"),
+        ('TITLE = "t"\nCHANGES = {"seed": 3, "data.path": "x"}', r"has seed, which all.*\n.*has data.path, which all"),
         ('TITLE = "t"\nCHANGES = {"tuning.epoch": 1}', "did you mean tuning.epochs"),
         ('TITLE = "t"\nCHANGES = {"tuning.epochs": 0}', "does not go with this config.*at least 1"),
     ):
@@ -369,15 +414,11 @@ def test_sequences_ask_for_live_records_and_for_each_once(kind, done, tmp_path):
             assert len(gone) == 40
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_a_few_owners_ask_for_most(known):
-    """Batches of one owner each, who come again; the records of a made-up owner lie side by side."""
-    number, random = 2000, np.random.default_rng(0)
-    sizes = np.ceil(random.pareto(1.16, number) + 1).astype(int)
-    owners = np.repeat(np.arange(number), sizes)[:number].astype(str) if known else [""] * number
-    ids = tuple(f"{i:05d}" for i in range(number))
-    clusters = tuple(f"c{i // 100:02d}" for i in range(number))
-    records = types.SimpleNamespace(ids=ids, owners=tuple(owners), clusters=clusters)
+def test_a_few_owners_ask_for_most():
+    """Batches of one owner each, who come again; an owner's records lie side by side."""
+    ids = tuple(f"{i:05d}" for i in range(2000))
+    clusters = tuple(f"c{i // 100:02d}" for i in range(2000))
+    records = types.SimpleNamespace(ids=ids, clusters=clusters)
     run = types.SimpleNamespace(
         config=types.SimpleNamespace(seed=3), catalog=types.SimpleNamespace(live=lambda split: records)
     )
@@ -385,13 +426,10 @@ def test_a_few_owners_ask_for_most(known):
     assert all(0 < len(batch) <= sequences.SIZE for batch in batches) and len(batches) == 100
     assert sum(len(batch) == sequences.SIZE for batch in batches) > 20, "an owner drawn by chance has one or two"
     where = [{clusters[ids.index(name)] for name in batch} for batch in batches if len(batch) > 1]
-    if known:
-        of = dict(zip(ids, owners, strict=True))
-        assert all(len({of[name] for name in batch}) == 1 for batch in batches)
-        asked = collections.Counter(of[batch[0]] for batch in batches)
-        assert asked.most_common(1)[0][1] >= 5
-    else:
-        assert np.mean([len(found) == 1 for found in where]) > 0.6, "of 20 clusters"
+    assert np.mean([len(found) == 1 for found in where]) > 0.6, "of 20 clusters"
+    of = dict(zip(ids, sequences._made_up(clusters, philox(3, "sequence", "pareto")), strict=True))
+    assert all(len({of[name] for name in batch}) == 1 for batch in batches)
+    assert collections.Counter(of[batch[0]] for batch in batches).most_common(1)[0][1] >= 5
 
 
 def test_the_adaptive_sequence_asks_for_what_the_model_is_surest_of(done, tmp_path):
@@ -422,6 +460,9 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     without = [flag for flag in flags if not flag.startswith("--config")]
     for again in (flags, without):  # a folder knows its own settings
         assert main(["compare", *again, "--seeds=2"]) == 0 and "[" not in capsys.readouterr().err.replace("[0", "")
+    (tmp_path / "c" / "clusters.png").unlink()
+    assert main(["compare", *without, "--montage"]) == 0
+    assert "delete" in (err := capsys.readouterr().err) and "methods_ridge_0.json to do it again" in err
     for wrong, message in (
         ("--seeds=0", "--seeds=0: must be at least 1"),
         ("--methods=best,ncm,worst", "'best', 'worst': no such method; legal: dam-vp"),

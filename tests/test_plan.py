@@ -308,11 +308,12 @@ def test_slices_that_are_formulas_need_no_plan(capsys, layout):
 
 
 BAD = {
-    "--rate=0": "--rate=0: requests a day, must be a number above 0",
-    "--rate=inf": "--rate=inf: requests a day, must be a number above 0",
-    "--window=-1": "--window=-1: days in which requests are collected, must be a number above 0",
-    "--window=nan": "--window=nan: days in which requests are collected, must be a number above 0",
-    "--images_per_second=0": "--images_per_second=0: images, must be a number above 0",
+    "--rate=0": "--rate=0: requests a day, must be a number from 1e-09 to 1e+09",
+    "--rate=1e-200": "--rate=1e-200: requests a day, must be a number from 1e-09 to 1e+09",
+    "--rate=inf": "--rate=inf: requests a day, must be a number from 1e-09 to 1e+09",
+    "--window=-1": "--window=-1: days in which requests are collected, must be a number from 1e-09 to 1e+09",
+    "--window=nan": "--window=nan: days in which requests are collected, must be a number from 1e-09 to 1e+09",
+    "--images_per_second=0": "--images_per_second=0: images, must be a number from 1e-09 to 1e+09",
     "--devices=0": "--devices=0: must be at least 1",
     "--reclustered=1.5": "--reclustered=1.5: must be a share from 0 to 1",
     "--reclustered=nan": "--reclustered=nan: must be a share from 0 to 1",

@@ -233,5 +233,4 @@ def figure(findings: Sequence[Finding], path: Path) -> None:
             axis.set_minor_formatter(plotting.unlabelled)
     panels[0].set_ylabel("true positive rate")
     panels[0].legend(loc="lower right")
-    path.parent.mkdir(parents=True, exist_ok=True)
     plotting.save(whole, path)

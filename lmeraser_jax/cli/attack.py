@@ -45,6 +45,7 @@ def run(arguments: common.Arguments) -> int:
 
     if figure is not None:
         plotting.required()  # refuses now, not in the end
+        common.check_target("figure", str(figure))
     options = Options(
         targets=arguments["targets"],
         shadows=arguments["shadows"],
@@ -55,9 +56,9 @@ def run(arguments: common.Arguments) -> int:
     common.log_devices()
     with opened(workdir, config) as run_:
         result = attack(run_, options)
+    common.show(arguments, result.text(), result.values())
     if figure is not None:
         report.figure(result.findings, figure)
-    common.show(arguments, result.text(), result.values())
     return result.code
 
 

@@ -61,13 +61,14 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.comparison.measurement import load, save
 
     plotting.required()  # refuses now, not in the end
-    others = [load(Path(name) / "results.json") for name in arguments["merge"]]
+    others = {name: load(Path(name) / "results.json") for name in arguments["merge"]}
     common.log_devices()
     data = config.data
     dataset = data.dataset or (Path(data.path).stem if data.path else data.source)
     dataset += ", held out" if arguments["split"] == "holdout" else ""
     backbone = config.backbone.name or (Path(config.backbone.weights).name or "small ViT")
-    kinds = tuple(arguments["sequences"]) or tuple(sequences.KINDS)
+    kinds = tuple(dict.fromkeys(arguments["sequences"])) or tuple(sequences.KINDS)
+    cuts = tuple(dict.fromkeys(arguments["cuts"]))
     counted = {name: arguments[name] for name in ("split", "probes", "requests", "length")}
     chosen = methods.load_all(arguments["methods"] or methods.names())
     comparison = driver.Comparison(
@@ -75,18 +76,21 @@ def run(arguments: common.Arguments) -> int:
         config,
         chosen,
         tuple(range(arguments["seeds"])),
-        tuple(arguments["experiments"]),
-        Plan(
-            dataset, backbone, cuts=tuple(arguments["cuts"]), sequences=kinds, montage=arguments["montage"], **counted
-        ),
+        tuple(dict.fromkeys(arguments["experiments"])),
+        Plan(dataset, backbone, cuts=cuts, sequences=kinds, montage=arguments["montage"], **counted),
         arguments["keep"],
     )
     command = shlex.join(["lmeraser", "compare", *sys.argv[2:]])
+    driver.check(comparison)
+    driver.merged(driver.collected(comparison, command), others)  # refuses now, what is known now
     results = driver.compare(comparison, command)
     results = driver.merged(results, others)
     save(comparison.folder, results)
     titles = {name: methods.load(name).title for name in methods.names()} | {m.name: m.title for m in chosen}
     picture = comparison.folder / MONTAGE
+    if arguments["montage"] and not picture.exists():
+        row = comparison.rows_of(comparison.tasks[0])
+        common.warn(f"no cluster was drawn: the first method was done without --montage; delete {row} to do it again")
     montage = picture.read_bytes() if arguments["montage"] and picture.exists() else None
     written = page.write_report(comparison.folder, results, titles, montage)
     lines = [console.table(results, titles)] + [f"wrote {os.path.relpath(path)}" for path in written]

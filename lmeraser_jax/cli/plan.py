@@ -22,7 +22,7 @@ TAKES_CONFIG = False  # it is the workdir's
 NUMBERS = {"rate": "requests a day", "window": "days in which requests are collected", "images_per_second": "images"}
 OR_REQUESTS = "; or --requests=K, requests that are collected"
 FORMATS = (".png", ".svg", ".pdf")
-MOST = 1e9  # of any of the numbers
+LEAST, MOST = 1e-9, 1e9  # of any of the numbers
 POINTS = 24  # values of lambda T in the picture
 
 
@@ -85,8 +85,8 @@ def _illegal(arguments: common.Arguments) -> list[str]:
         value = arguments[name]
         if value is None and name in needed:
             problems.append(f"--{name}=X is missing: {what}, a number above 0" + OR_REQUESTS * (name == "window"))
-        elif value is not None and not 0 < value <= MOST:
-            problems.append(f"--{name}={value:g}: {what}, must be a number above 0 and at most {MOST:g}")
+        elif value is not None and not LEAST <= value <= MOST:
+            problems.append(f"--{name}={value:g}: {what}, must be a number from {LEAST:g} to {MOST:g}")
     if count is not None and arguments["window"] is not None:
         problems.append(f"--requests={count} and --window={arguments['window']:g}: give one of them")
     if count is not None and count < 1:

@@ -18,6 +18,12 @@ from lmeraser_jax.comparison.summary import of as of_experiment
 from lmeraser_jax.comparison.uncertainty import test_error
 
 COLUMNS = ((ACCURACY, "accuracy, %"), (BALANCED, "balanced, %"), (COST, "images, % of all"), (SECONDS, "s a request"))
+CURVES = {
+    "removal": findings.removal,
+    "cut": findings.cut,
+    "epochs": findings.epochs,
+    "sequence": findings.sequences,
+}
 PLUS_MINUS = "±: one standard deviation over seeds; without the error of a test set that all seeds share."
 
 
@@ -39,6 +45,6 @@ def table(results: Results, titles: Titles) -> str:
         lines += [f"  {line}" for line in (PLUS_MINUS, test_error(here)) if line]
     if chosen:
         lines += findings.accuracy(results.rows, titles) + findings.tradeoff(results.rows, titles)
-    for name, say in (("removal", findings.removal), ("cut", findings.cut), ("sequence", findings.sequences)):
+    for name, say in CURVES.items():
         lines += say(results.rows, titles) if of_experiment(results.rows, name) else []
     return "\n".join(lines)

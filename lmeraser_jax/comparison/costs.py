@@ -71,9 +71,15 @@ def _mean_seconds(run: Run, stratum: str, ids: list[str], count: int) -> float:
 
 
 def seconds_spent(run: Run) -> float:
-    """Of all that was made in a workdir so far, features left out."""
-    lines = map(json.loads, run.layout.metrics.read_text("utf-8").splitlines())
-    return sum(line["seconds"] for line in lines if line["kind"] == "reconcile")
+    """Of all that was made in a workdir so far, features left out.
+
+    An attempt that was interrupted logged nothing; of it the slices count that it left.
+    """
+    lines = [json.loads(line) for line in run.layout.metrics.read_text("utf-8").splitlines()]
+    lines = [line for line in lines if line["kind"] == "reconcile"]
+    start = lines[0]["at"] - lines[0]["seconds"]
+    left = sum(row.seconds for row in run.catalog.slices().values() if row.created < start)
+    return left / run.mesh.size + sum(line["seconds"] for line in lines)
 
 
 def sizes(run: Run) -> tuple[int, int]:

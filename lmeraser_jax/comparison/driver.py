@@ -9,7 +9,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import numpy as np
 from lmeraser_jax import __version__, clustering
 from lmeraser_jax import config as settings
 from lmeraser_jax.comparison import sequences
-from lmeraser_jax.comparison.experiments import EXPERIMENTS, Plan, Task, rows, tasks
-from lmeraser_jax.comparison.measurement import NOTE, Done, Results, bound, load_done, save
+from lmeraser_jax.comparison.experiments import EXPERIMENTS, MONTAGE, Plan, Task, rows, tasks
+from lmeraser_jax.comparison.measurement import NOTE, Done, Measurement, Results, bound, load_done, save
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all, some
 from lmeraser_jax.legality import cut_of
@@ -143,9 +143,7 @@ def _any_row(comparison: Comparison) -> bool:
 
 def _binding(comparison: Comparison) -> dict[str, Any]:
     plan = dataclasses.asdict(comparison.plan)
-    for name in ("cuts", "sequences"):  # more of them are more tasks
-        del plan[name]
-    for name in ("requests", "montage"):  # no other number depends on these
+    for name in ("cuts", "sequences", "montage"):  # more of them are more tasks; no number depends on the picture
         del plan[name]
     return {"config": settings.to_dict(comparison.config), "plan": plan}
 
@@ -191,8 +189,10 @@ def _begin(comparison: Comparison) -> None:
     except OSError as error:
         raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from error
     if note.is_file() and not _any_row(comparison) and note.read_text("utf-8") != now:
-        for path in (*folder.glob("*base*"), *folder.glob("tuned_*")):
-            shutil.rmtree(path)
+        (folder / MONTAGE).unlink(missing_ok=True)
+        for pattern in ("*base*", "*tuned_*", ".*.copy", *(f"{name}_*" for name in EXPERIMENTS)):
+            for path in folder.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
     write_bytes(note, now.encode())
 
 
@@ -218,20 +218,26 @@ def machine() -> str:
     )
 
 
-def merged(results: Results, others: Sequence[Results]) -> Results:
-    """Results with the rows of other comparisons.
+def merged(results: Results, others: Mapping[str, Results]) -> Results:
+    """Results with the rows of other comparisons, {folder: results}; of a point in several the first one's row.
 
     Raises:
-        UserError: two of them say different things about the same point.
+        UserError: two of them say different things about the same point, time apart.
     """
-    rows_, clashes = {}, []
-    for row in (row for one in (*others, results) for row in one.rows):
-        if rows_.setdefault(row.point, row) != row:
-            clashes.append(f"{row.experiment} of {row.method}, {row.dataset}, seed {row.seed}")
-    what = "--merge: two comparisons measured the same with different results: "
+    rows_, clashes = {row.point: row for row in results.rows}, []
+    for folder, row in ((folder, row) for folder, one in others.items() for row in one.rows):
+        if _timeless(rows_.setdefault(row.point, row)) != _timeless(row):
+            clashes.append(f"{folder}: {row.experiment} of {row.method}, {row.dataset}, seed {row.seed}")
+    what = "--merge: measured in another of these folders as well, with different results; leave one of them out: "
     raise_all([what + some(sorted(set(clashes)))] if clashes else [])
-    sources = {name: source for one in (*others, results) for name, source in one.sources.items()}
+    sources = {name: source for one in (*others.values(), results) for name, source in one.sources.items()}
     return dataclasses.replace(results, rows=tuple(rows_.values()), sources=sources)
+
+
+def _timeless(row: Measurement) -> Measurement:
+    """A row without what differs from run to run."""
+    seconds = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sampled")
+    return dataclasses.replace(row, source="", **dict.fromkeys(seconds, 0.0))
 
 
 def _make_base(folder: Path, config: Config) -> None:
@@ -251,6 +257,12 @@ def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:
         base, config = comparison.base(seed), dataclasses.replace(comparison.config, seed=seed)
         _make_base(base, config)
         with prepared(base, config) as (run, _):
+            if not len(run.catalog.live(comparison.plan.split)):
+                split = comparison.plan.split
+                hint = (
+                    "--config.data.holdout or holdout_split must leave some" if split == "holdout" else "use more data"
+                )
+                problems.append(f"--split={split}: no image of seed {seed} is in it; {hint}")
             for task in {task.method.name: task for task in waiting if task.seed == seed}.values():
                 problems += _too_few(run, task)
     raise_all(list(dict.fromkeys(problems)))

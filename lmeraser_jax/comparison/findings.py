@@ -58,6 +58,8 @@ def accuracy(rows: Rows, titles: Titles) -> list[str]:
             best = f"{titled(ranks[0], titles)} is the most accurate of {len(ranks)} methods ({_of(found[ranks[0]])})"
             if OURS in ranks[1:]:
                 best += f", {titled(OURS, titles)} comes at place {ranks.index(OURS) + 1} ({_of(found[OURS])})"
+            known = [100 * row.majority for row in here if row.majority > 0]
+            best += f"; always the largest class has {max(known):.1f} %" if known else ""
             sentences.append(f"{titled(dataset, titles)}: {best}.")
     claims = Claim("single", "~", OURS), Claim(OURS, ">", "dam-vp")
     return [*sentences, *(ordering(claim, chosen, titles) for claim in claims)]

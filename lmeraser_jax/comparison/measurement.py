@@ -30,12 +30,12 @@ class Measurement:
         clusters: K, slices that predict.
         accuracy, balanced: shares of right answers on the images asked about; balanced is the mean over the classes.
         images_full, seconds_full: images passed forward and backward through the backbone to make everything, and the
-            seconds of that, from the plan to the purge (of the methods only; 0 elsewhere). No image is for heads on
-            features, which are computed once.
+            seconds of that, from the plan to the purge, compiling included (of the methods only; 0 elsewhere). No
+            image is for heads on features, which are computed once.
         images_request: mean over uniformly drawn records of the images an erasure of that record passes.
         images_worst: the largest of them.
         seconds_request: seconds of a uniformly drawn request, from the plan to the purge: the mean of the next two, as
-            frequent as their records are; `seconds_full` where every request makes everything again.
+            frequent as their records are; 0 where none was served.
         records_request: mean over these records of the members of all slices that are made again.
         parameters_request: mean numbers in these slices.
         parameters: numbers in all slices.
@@ -46,6 +46,7 @@ class Measurement:
         passes: images passed forward through the backbone for one answer.
         seconds_unsampled, seconds_sampled: mean seconds of requests that were really served, for a record that is not
             sampled and for one that is, whose erasure also re-clusters; 0 where none was served.
+        majority: share of right answers of who always names the class with the most training records; 0: not known.
         source: names the entry of `Results.sources` that says where the row comes from; "" where that is not known.
     """
 
@@ -75,6 +76,7 @@ class Measurement:
     passes: float = 0.0
     seconds_unsampled: float = 0.0
     seconds_sampled: float = 0.0
+    majority: float = 0.0
     source: str = ""
 
     @property

@@ -167,9 +167,7 @@ def _source(results: Results, rows: Rows) -> str:
     plain = {"command": results.command, "machine": results.machine}
     sources = [plain | dict(results.sources.get(row.source, {})) for row in rows] or [plain]
     machines = _few((source["machine"] for source in sources), escaped)
-    commands = _few(
-        (source["command"] for source in sources), lambda text: f"<code>{html.escape(printable(text))}</code>"
-    )
+    commands = _few((source["command"] for source in sources), _code)
     return f'<p class="source">seeds per point: {seeds} · machine: {machines} · command: {commands}</p>'
 
 

@@ -37,13 +37,12 @@ def burst(run: Run, count: int) -> Iterator[list[str]]:
 def pareto(run: Run, count: int) -> Iterator[list[str]]:
     """Some records of one owner at a time, of whoever owns a record drawn uniformly: few own, and ask for, most.
 
-    Where no owners are known there are made-up ones, whose records look alike: neighbours in a cluster, in numbers
-    that are Pareto distributed.
+    The owners are made up, whoever owns the records: theirs look alike, neighbours in a cluster, in numbers that are
+    Pareto distributed.
     """
     records = run.catalog.live("train")
     random = philox(run.config.seed, "sequence", "pareto")
-    owners = records.owners if any(records.owners) else _made_up(records.clusters, random)
-    left = {name: owner or f"record {name}" for name, owner in zip(records.ids, owners, strict=True)}
+    left = dict(zip(records.ids, _made_up(records.clusters, random), strict=True))
     for _ in range(count):
         if len(left) <= SIZE:
             return

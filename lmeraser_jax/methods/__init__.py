@@ -18,6 +18,8 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all, some
 
+GROUPS = ("clustering", "tuning", "common", "inference", "checkpoints")  # what methods may differ in
+
 
 @dataclasses.dataclass(frozen=True)
 class Method:
@@ -81,7 +83,7 @@ def _from_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a file may raise anything
+    except (Exception, SystemExit) as error:  # a file may raise anything
         raise UserError(f"--methods: {path}: {type(error).__name__}: {error}") from error
     return module
 
@@ -93,6 +95,14 @@ def _method(name: str, module: ModuleType) -> Method:
         problems.append(f"--methods: {name}: TITLE is {title!r}; must be a text")
     if not isinstance(changes, dict):
         problems.append(f"--methods: {name}: CHANGES is {changes!r}; must be a dict of settings")
+    for setting, value in changes.items() if isinstance(changes, dict) else ():
+        if not isinstance(setting, str) or isinstance(value, dict):
+            problems.append(f'--methods: {name}: CHANGES has {setting!r}: {value!r}; must be like "tuning.epochs": 30')
+        elif setting.partition(".")[0] not in GROUPS and setting != "data.augment":
+            problems.append(
+                f"--methods: {name}: CHANGES has {setting}, which all methods of a comparison share; legal:"
+                f" {', '.join(f'{group}.*' for group in GROUPS)}, data.augment"
+            )
     raise_all(problems)
     assert isinstance(title, str) and isinstance(changes, dict)
     return Method(name, title, (module.__doc__ or "").strip(), tuple(changes.items()))
