@@ -281,6 +281,24 @@ def test_names_keep_clear_of_markers_in_a_crowd():
         assert not first.shrunk(0.98, 0.9).overlaps(second.shrunk(0.98, 0.9))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_lines_from_names_to_points_do_not_cross(seed):
+    """In a crowd; crossings by solving for them."""
+    panel = Figure((5, 4)).subplots()
+    panel.set(xlim=(0, 1), ylim=(0, 1))
+    crowd = [(float(x), float(y)) for x, y in np.random.default_rng(seed).uniform(0.05, 0.35, (10, 2))]
+    pixels = panel.figure.dpi / 72
+    lines = [
+        (panel.transData.transform(name.xy), np.array(name.get_position()) * pixels)
+        for name in name_points(panel, crowd, ["a long method"] * 10, ["black"] * 10, [])
+    ]
+    for (a, along), (b, beside) in itertools.combinations(lines, 2):
+        both = np.stack([along, -beside], axis=1)
+        if abs(np.linalg.det(both)) > 1e-6:
+            parts = np.linalg.solve(both, b - a)
+            assert not ((0 < parts) & (parts < 1)).all(), (a, b)
+
+
 @given(st.lists(st.floats(-50, 150), min_size=1, max_size=8), st.floats(1, 12))
 def test_parted_places(wanted, gap):
     wanted = sorted(wanted)

@@ -15,6 +15,7 @@ SPACING = 1.25  # lines of text, from one to the next
 DISTANCES = (9, 14, 20, 28, 38, 50, 64, 80, 100)  # points from a point to its name, nearest first
 DIRECTIONS = 16
 ROUNDS = 3  # in which every name is placed anew beside the others
+CROSSING = 2000  # what a line that crosses another costs, in square pixels of a name that is covered
 
 
 def settle(figure: "Figure") -> None:
@@ -96,11 +97,14 @@ def name_points(
         shifts, distances = _candidates(sizes[i], pixels)
         tried = np.concatenate([centres[i] + shifts - sizes[i] / 2, centres[i] + shifts + sizes[i] / 2], axis=1)
         solid = np.delete(np.concatenate([marks, boxes]), [i, len(marks) + i], axis=0)
-        others = _boxes(np.concatenate([leaders[j] for j in leaders if j != i] + [np.zeros((0, 2))]), 2 * pixels)
-        hidden = 5 * _covered(tried, solid) + _covered(tried, np.concatenate([thin, others, marks[i : i + 1]]))
+        others = [leaders[j] for j in leaders if j != i and len(leaders[j])]
+        drawn = _boxes(np.concatenate([np.zeros((0, 2)), *map(_along, others)]), 4 * pixels)
+        hidden = 5 * _covered(tried, np.concatenate([solid, drawn]))
+        hidden += _covered(tried, np.concatenate([thin, marks[i : i + 1]]))
         far = 0.1 * distances**2  # a name far away is about as bad as one that touches a line
-        best = int(np.argmin(hidden + 5 * _outside(tried, panel) + 5 * _crossed(centres[i], shifts, solid) + far))
-        boxes[i], leaders[i] = tried[best], _along(centres[i] + np.stack([0 * shifts[best], shifts[best]]))
+        crossed = 5 * _crossed(centres[i], shifts, solid) + CROSSING * _crossings(centres[i], shifts, others)
+        best = int(np.argmin(hidden + 5 * _outside(tried, panel) + crossed + far))
+        boxes[i], leaders[i] = tried[best], centres[i] + np.stack([0 * shifts[best], shifts[best]])
         written[i].set_position((float(shifts[best, 0] / pixels), float(shifts[best, 1] / pixels)))
     return written
 
@@ -119,6 +123,20 @@ def _crossed(centre: np.ndarray, shifts: np.ndarray, others: np.ndarray) -> np.n
     parts = np.linspace(0.15, 0.85, 12)
     places = (centre + shifts[:, None] * parts[None, :, None]).reshape(-1, 2)
     return _covered(_boxes(places, 4.0), others).reshape(len(shifts), -1).sum(axis=1)
+
+
+def _crossings(centre: np.ndarray, shifts: np.ndarray, lines: Sequence[np.ndarray]) -> np.ndarray:
+    """For every shift [n, 2], how many of the lines [2, 2] a line from there to the point crosses."""
+    if not lines:
+        return np.zeros(len(shifts))
+    (starts, ends), tips = np.moveaxis(np.array(lines), 1, 0), centre + shifts  # [m, 2], [n, 2]
+
+    def side(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+        return np.sign((b - a)[..., 0] * (c - a)[..., 1] - (b - a)[..., 1] * (c - a)[..., 0])
+
+    here, there = starts[None], ends[None]  # [1, m, 2]
+    apart = side(centre, tips[:, None], here) != side(centre, tips[:, None], there)  # [n, m]
+    return (apart & (side(here, there, centre) != side(here, there, tips[:, None]))).sum(axis=1)
 
 
 def _written(axes: "Axes", point: tuple[float, float], text: str, colour: str) -> "Annotation":
