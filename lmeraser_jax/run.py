@@ -89,9 +89,12 @@ class Run:
         return image_file(self.layout, self.catalog).view()[: self.catalog.rows_used()]
 
     def feature_file(self, program: str) -> RowFile:
-        """The cache of the features that a program, named by its fingerprint, computes with this backbone."""
-        batch = self.config.clustering.feature_batch
-        identity = digest([self.backbone.digest, dataclasses.asdict(self.spec), batch, program])
+        """The cache of the features that a program, named by its fingerprint, computes with this backbone.
+
+        They are of images that are not augmented: all settings of `augment` share it.
+        """
+        spec = dataclasses.asdict(dataclasses.replace(self.spec, augment="none"))
+        identity = digest([self.backbone.digest, spec, self.config.clustering.feature_batch, program])
         return RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
 
     def extractor(self) -> Extractor:

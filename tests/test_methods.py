@@ -340,6 +340,16 @@ def test_the_backbone_is_tuned_and_the_frozen_one_stays(built, tmp_path):
         assert frozen.load(run.layout.backbone)[0].digest == run.backbone.digest
 
 
+def test_features_are_computed_once_for_all_augmentations(tmp_path, monkeypatch):
+    """They are of images as they are: a comparison's base has them for heads on features as well."""
+    found = {}
+    for augment in ("paper", "none"):
+        with small_run(tmp_path / "run", config=small_config(data__augment=augment)) as run:
+            found[augment] = run.features(run.catalog.live("train"))
+            monkeypatch.setattr(type(run), "extractor", lambda run: pytest.fail("features are computed again"))
+    np.testing.assert_array_equal(found["paper"], found["none"])
+
+
 @pytest.mark.parametrize("name", ["SISA", "retrain", "ridge"])
 def test_methods_are_evaluated_like_any_other(name, built, tmp_path):
     folder, config = built(name, tmp_path / "run")
