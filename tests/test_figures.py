@@ -214,6 +214,7 @@ def test_spread_is_what_numpy_says(rng):
     assert_allclose(summary.spread(values)[:2], [np.mean(values), np.std(values, ddof=1)])
     assert summary.spread(values)[3:] == (min(values), max(values))
     assert summary.spread([3.5]) == (3.5, 0.0, 1, 3.5, 3.5)
+    assert summary.spread([0.463] * 5).sd == 0, "whatever the sum rounds to"
     for broken in ([], [1.0, math.nan], [math.inf], [-math.inf, math.inf]):
         assert not summary.spread(broken).known
 

@@ -39,7 +39,7 @@ def spread(values: Iterable[float]) -> Spread:
     found = np.asarray(list(values), np.float64)
     if not len(found) or not np.isfinite(found).all():
         return MISSING._replace(seeds=len(found))
-    deviation = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    deviation = float(found.std(ddof=1)) if np.ptp(found) > 0 else 0.0  # of equal numbers the sum may round
     return Spread(float(found.mean()), deviation, len(found), float(found.min()), float(found.max()))
 
 
