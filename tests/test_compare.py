@@ -376,7 +376,7 @@ def test_a_method_of_one_s_own_is_a_small_file(tmp_path):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
             methods.load(str(file)).of(CONFIG)
-    with pytest.raises(UserError, match="'lmerase' is no method; legal: dam-vp, linear-head, lmeraser"):
+    with pytest.raises(UserError, match="'lmerase' is no method; legal: dam-vp, heads-ridge, linear-head, lmeraser"):
         methods.load("lmerase")
 
 
