@@ -81,7 +81,6 @@ def run(arguments: common.Arguments) -> int:
         arguments["keep"],
     )
     command = shlex.join(["lmeraser", "compare", *sys.argv[2:]])
-    driver.check(comparison)
     driver.merged(driver.collected(comparison, command), others)  # refuses now, what is known now
     results = driver.compare(comparison, command)
     results = driver.merged(results, others)
