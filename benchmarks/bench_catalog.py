@@ -22,13 +22,14 @@ import numpy as np
 import synthetic
 from reporting import add_json, deliver
 
-from lmeraser_jax import making, planning, purge, receipts, reconcile
-from lmeraser_jax.run import Run, opened
-from lmeraser_jax.slices import init_slice
-from lmeraser_jax.store import checkpoints, requests
-from lmeraser_jax.store.catalog import Catalog
-from lmeraser_jax.store.layout import disk_use
-from lmeraser_jax.tuning import Tuned
+from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.workdir import disk_use
+from lmeraser_jax.training import making
+from lmeraser_jax.training.slices import init_slice
+from lmeraser_jax.training.tune import Tuned
+from lmeraser_jax.unlearning import build, plan, purge, receipts
+from lmeraser_jax.unlearning.run import Run, opened
 
 TIMES = 5  # of what is measured more than once
 
@@ -59,22 +60,22 @@ def private(workdir: Path) -> dict[str, Any]:
         names = synthetic.unsampled(run, 1_200)
         few, many = names[:200], names[200:]
         show(found)
-        found["plan_1000_to_come"] = repeated(lambda: planning.plan(run, many))
+        found["plan_1000_to_come"] = repeated(lambda: plan.plan(run, many))
         sampled = run.catalog.sample("train", run.config.clustering.sample_size).ids[0]
         show(found)
-        found["plan_1000_with_a_sampled_one_s"] = round(timed(lambda: planning.plan(run, [*many[1:], sampled])), 1)
+        found["plan_1000_with_a_sampled_one_s"] = round(timed(lambda: plan.plan(run, [*many[1:], sampled])), 1)
         show(found)
         found["accept_1"] = synthetic.spread([accepting(run, [name], False) for name in few[:100]])
         found["accept_1_quarantine"] = synthetic.spread([accepting(run, [name], True) for name in few[100:]])
         found["resolve_1000_ms"] = round(1e3 * timed(lambda: requests.resolve(run.catalog, many)), 1)
         found["accept_1000_ms"] = round(1e3 * accepting(run, many, True), 1)
         show(found)
-        found["plan_1200_accepted"] = repeated(lambda: planning.plan(run))
+        found["plan_1200_accepted"] = repeated(lambda: plan.plan(run))
         show(found)
         found["serve_1200"] = serving(run)
         found["catalog_after_mb"] = round(disk_use(run.layout.catalog) / 1e6, 1)
         show(found)
-        found["plan_nothing"] = repeated(lambda: planning.plan(run))
+        found["plan_nothing"] = repeated(lambda: plan.plan(run))
     return found
 
 
@@ -83,7 +84,7 @@ def public(workdir: Path) -> dict[str, Any]:
     with opened(workdir, devices=jax.devices()[:1], write=True) as run:
         ids = run.catalog.live("train").ids
         chosen = [ids[i] for i in np.random.default_rng(2).choice(len(ids), 1_000, replace=False)]
-        return {"plan_1000_sample_from_public": repeated(lambda: planning.plan(run, chosen))}
+        return {"plan_1000_sample_from_public": repeated(lambda: plan.plan(run, chosen))}
 
 
 def opening(workdir: Path) -> float:
@@ -103,27 +104,27 @@ def serving(run: Run) -> dict[str, float]:
     seconds: dict[str, float] = {}
     tune = making.tune
     slice_ = jax.device_get(init_slice(jax.random.key(1), run.config.tuning, run.backbone.config, len(run.classes)))
-    reconcile.refuse_rotten = lambda *_: None  # the made-up records have no pixels of their own
+    build.refuse_rotten = lambda *_: None  # the made-up records have no pixels of their own
     making.tune = lambda problem, backbone, jobs, *rest: (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
     parts = [
-        (reconcile, "sweep"),
-        (reconcile, "plan"),
-        (reconcile, "adopt"),
-        (reconcile, "_publish"),
-        (reconcile, "_condemned"),
+        (build, "sweep"),
+        (build, "plan"),
+        (build, "adopt"),
+        (build, "_publish"),
+        (build, "_condemned"),
     ]
-    parts += [(reconcile, "purge"), (purge, "kept"), (purge, "_overwrite"), (checkpoints, "save")]
+    parts += [(build, "purge"), (purge, "kept"), (purge, "_overwrite"), (checkpoints, "save")]
     parts += [(Catalog, "add_slice"), (Catalog, "publish"), (Catalog, "drop_slice"), (Catalog, "forget")]
     parts += [(Catalog, "flush"), (receipts, "write")]
     kept = [(owner, name, getattr(owner, name)) for owner, name in parts]
     try:
         for owner, name, function in kept:
             setattr(owner, name, counted(seconds, f"{owner.__name__.rsplit('.')[-1]}.{name}", function))
-        outcome: reconcile.Outcome | None = None
+        outcome: build.Outcome | None = None
 
         def serve() -> None:
             nonlocal outcome
-            outcome = reconcile.reconcile(run)
+            outcome = build.reconcile(run)
 
         total = timed(serve)
     finally:

@@ -20,12 +20,12 @@ import numpy as np
 from flax import nnx
 from reporting import add_json, deliver
 
-from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.backbones import zoo
-from lmeraser_jax.backbones.layers import patches
-from lmeraser_jax.backbones.swin import Block as SwinBlock
-from lmeraser_jax.backbones.swin import SwinConfig
-from lmeraser_jax.backbones.vit import Block, ViT, ViTConfig
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import zoo
+from lmeraser_jax.models.layers import patches
+from lmeraser_jax.models.swin import Block as SwinBlock
+from lmeraser_jax.models.swin import SwinConfig
+from lmeraser_jax.models.vit import Block, ViT, ViTConfig
 
 STEPS = 2
 

@@ -116,12 +116,12 @@ def load(arguments: argparse.Namespace, folder: Path) -> dict:
 
     import lmeraser_jax
     from lmeraser_jax.config import Config, Data
-    from lmeraser_jax.records import decode, sources
-    from lmeraser_jax.records import folder as images_in_folders
-    from lmeraser_jax.records import npz as images_in_npz
-    from lmeraser_jax.store.catalog import Catalog
-    from lmeraser_jax.store.importing import import_source
-    from lmeraser_jax.store.layout import Layout
+    from lmeraser_jax.data import decode, load
+    from lmeraser_jax.data import folder as images_in_folders
+    from lmeraser_jax.data import npz as images_in_npz
+    from lmeraser_jax.storage.catalog import Catalog
+    from lmeraser_jax.storage.ingest import import_source
+    from lmeraser_jax.storage.workdir import Layout
 
     assert images_in_folders and images_in_npz  # loaded before memory is measured
     decode.THREADS = int(arguments.threads or decode.THREADS)
@@ -132,7 +132,7 @@ def load(arguments: argparse.Namespace, folder: Path) -> dict:
     before = resident()
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         start, busy = time.perf_counter(), time.process_time()
-        source = sources.load(config.data)
+        source = load.load(config.data)
         listed, listed_bytes = time.perf_counter(), resident()
         imported = import_source(layout, catalog, source, config)
         end, busy = time.perf_counter(), time.process_time() - busy

@@ -23,10 +23,10 @@ import numpy as np
 from bench_unlearn import trained_digits
 from reporting import add_json, deliver, surroundings
 
-from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.images import centred
-from lmeraser_jax.inference import load_model, predict
-from lmeraser_jax.run import Run, opened
+from lmeraser_jax.data.transforms import centred
+from lmeraser_jax.evaluation.predict import load_model, predict
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.unlearning.run import Run, opened
 
 
 def main() -> None:

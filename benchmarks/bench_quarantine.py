@@ -59,8 +59,8 @@ def main() -> None:
 
 def measured(workdir: Path, count: int) -> tuple[list[tuple[str, float, float]], dict[str, Any]]:
     """(cluster, start and end of `accept`) of each request, and what the answering process saw."""
-    from lmeraser_jax.store import requests
-    from lmeraser_jax.store.catalog import Catalog
+    from lmeraser_jax.storage import requests
+    from lmeraser_jax.storage.catalog import Catalog
 
     command = [sys.executable, __file__, f"--answer={workdir}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -83,8 +83,8 @@ def answer(workdir: Path) -> None:
     """Answers until standard input ends; then prints when which cluster left routing, and the times of the calls."""
     import jax
 
-    from lmeraser_jax.run import opened
-    from lmeraser_jax.serving import Predictor
+    from lmeraser_jax.evaluation.serving import Predictor
+    from lmeraser_jax.unlearning.run import opened
 
     stop, changes, answers = threading.Event(), {}, []
     with opened(workdir, devices=jax.devices()[:1]) as run:

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from reporting import add_json, store, surroundings
 
-from lmeraser_jax import unlearning
-from lmeraser_jax.artifacts import load_clustering
-from lmeraser_jax.audit import audit
-from lmeraser_jax.digests import philox
-from lmeraser_jax.run import Run, opened
+from lmeraser_jax.hashing import philox
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.audit import audit
+from lmeraser_jax.unlearning.run import Run, opened
 
 
 def one_by_one(run: Run, count: int) -> list[dict]:
@@ -33,7 +33,7 @@ def one_by_one(run: Run, count: int) -> list[dict]:
         assert manifest is not None
         sampled = ids[i] in load_clustering(run.layout, manifest.clustering).sample
         start = time.perf_counter()
-        o = unlearning.request_erasure(run, [ids[i]]).outcome
+        o = erase.request_erasure(run, [ids[i]]).outcome
         entry = {"sampled": sampled, "retuned": o.retuned, "reused": o.reused, "images": o.images, "ratio": o.ratio}
         requests.append(entry | {"seconds": time.perf_counter() - start})
         print(json.dumps(requests[-1]), file=sys.stderr, flush=True)

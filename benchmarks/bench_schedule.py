@@ -16,7 +16,7 @@ import numpy as np
 from reporting import add_json, deliver, surroundings
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.schedule import Job, chunks, efficiency, make_job
+from lmeraser_jax.training.jobs import Job, chunks, efficiency, make_job
 
 PAPER = {"cifar10": (194, 40_000), "cifar100": (347, 40_000), "svhn": (30, 58_605), "gtsrb": (90, 21_312)}
 TUNING = Tuning(batch=64, epochs=50, lanes=1)

@@ -16,11 +16,12 @@ from pathlib import Path
 from reporting import add_json, store, surroundings
 from synthetic import unsampled
 
-from lmeraser_jax import config, unlearning
+from lmeraser_jax import config
 from lmeraser_jax.config import Config
-from lmeraser_jax.evaluation import evaluate
-from lmeraser_jax.reconcile import reconcile
-from lmeraser_jax.run import prepared
+from lmeraser_jax.evaluation.accuracy import evaluate
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.run import prepared
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def measured(folder: Path, slices: int, count: int, epochs: int) -> dict[str, fl
         costs, seconds = [], []
         for name in unsampled(run, count):
             (home,) = run.catalog.clusters_of([name]).values()
-            outcome = unlearning.request_erasure(run, [name]).outcome
+            outcome = erase.request_erasure(run, [name]).outcome
             assert outcome is not None
             costs.append(outcome.images / (epochs * run.catalog.sizes()[home]))
             seconds.append(outcome.seconds)

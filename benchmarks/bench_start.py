@@ -20,7 +20,7 @@ from bench_unlearn import trained_digits
 from reporting import add_json, deliver, surroundings
 from synthetic import unsampled
 
-from lmeraser_jax.run import opened
+from lmeraser_jax.unlearning.run import opened
 
 COMMANDS = {
     "help": ["--help"],

@@ -21,15 +21,16 @@ import numpy as np
 from bench_schedule import PAPER, heavy_tailed
 from reporting import add_json, deliver, surroundings
 
-from lmeraser_jax import clustering, theory
 from lmeraser_jax import config as settings
-from lmeraser_jax.backbones import convert
-from lmeraser_jax.digests import philox
-from lmeraser_jax.features import Extractor
-from lmeraser_jax.images import ImageSpec
-from lmeraser_jax.store.catalog import sample_rank
-from lmeraser_jax.theory import Batch, Clusters
-from lmeraser_jax.tuning import mesh_of
+from lmeraser_jax.data.transforms import ImageSpec
+from lmeraser_jax.experiments import cost_model
+from lmeraser_jax.experiments.cost_model import Batch, Clusters
+from lmeraser_jax.hashing import philox
+from lmeraser_jax.models import convert
+from lmeraser_jax.storage.catalog import sample_rank
+from lmeraser_jax.training import clustering
+from lmeraser_jax.training.features import Extractor
+from lmeraser_jax.training.tune import mesh_of
 
 SAMPLE, SIDE, WINDOW = 1000, 64, 50  # sampled records, pixels, requests of a window
 CUTS = {  # the first two are the paper's: no limits
@@ -51,14 +52,14 @@ def formulas(clusters: Clusters, changed: float) -> dict[str, float]:
         "clusters": len(clusters.members),
         "largest": float(clusters.members.max()) / clusters.records,
         "paper": single / full,
-        "size_biased": theory.size_biased_images(clusters) / full,
-        "with_reclustering": theory.expected_images(clusters, one, changed) / full,
-        "window_paper_clusters": theory.expected_affected(clusters.members, window),
-        "window_paper": theory.expected_affected(clusters.members, window) * single / full,
-        "window_unsampled": theory.expected_images(plain, window) / full,
-        "window_with_reclustering": theory.expected_images(clusters, window, changed) / full,
-        "window_seconds_over_paper": theory.expected_makespan(clusters, window, changed, lanes=8)
-        / theory.expected_time(single, window),
+        "size_biased": cost_model.size_biased_images(clusters) / full,
+        "with_reclustering": cost_model.expected_images(clusters, one, changed) / full,
+        "window_paper_clusters": cost_model.expected_affected(clusters.members, window),
+        "window_paper": cost_model.expected_affected(clusters.members, window) * single / full,
+        "window_unsampled": cost_model.expected_images(plain, window) / full,
+        "window_with_reclustering": cost_model.expected_images(clusters, window, changed) / full,
+        "window_seconds_over_paper": cost_model.expected_makespan(clusters, window, changed, lanes=8)
+        / cost_model.expected_time(single, window),
     }
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, dict] = {"paper": {}, "real": {}}
     for name, (count, records) in PAPER.items():
-        found["paper"][name] = formulas(theory.clusters_of(heavy_tailed(count, records), SAMPLE), changed=1.0)
+        found["paper"][name] = formulas(cost_model.clusters_of(heavy_tailed(count, records), SAMPLE), changed=1.0)
     for path in filter(None, arguments.data.split(",")):
         features = features_of(Path(path), Path(arguments.weights))
         for name, cut in CUTS.items():

@@ -26,15 +26,15 @@ from torch import nn
 from torch_swin import swin_pair
 from torch_vit import frozen_vit
 
-from lmeraser_jax import tuning
-from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.backbones import zoo
-from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.swin import SwinConfig
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.features import Extractor, compute_dtype
-from lmeraser_jax.images import ImageSpec
-from lmeraser_jax.schedule import Job, batches, chunks, make_job
+from lmeraser_jax.data.transforms import ImageSpec
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import zoo
+from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.models.swin import SwinConfig
+from lmeraser_jax.training import tune
+from lmeraser_jax.training.features import Extractor, compute_dtype
+from lmeraser_jax.training.jobs import Job, batches, chunks, make_job
 
 CLASSES = 10
 CHECKED = 5  # steps whose losses must agree
@@ -45,7 +45,7 @@ TOLERANCE = {"cpu": 1e-3, "gpu": 5e-2}  # of a loss, relative; bfloat16 on GPU
 class Ours:
     """A tuning problem: as many clusters as lanes, of equal size, so that every step is a full batch."""
 
-    problem: tuning.Problem
+    problem: tune.Problem
     backbone: Backbone
     network: nn.Module  # the same in PyTorch
     jobs: list[Job]
@@ -55,21 +55,21 @@ class Ours:
 
     @functools.cached_property
     def mesh(self):
-        return tuning.mesh_of(jax.devices()[:1])
+        return tune.mesh_of(jax.devices()[:1])
 
     def tune(self) -> None:
         """What a request pays for, from host arrays to finished slices."""
-        for _ in tuning.tune(self.problem, self.backbone, self.jobs, self.images, self.labels, self.mesh):
+        for _ in tune.tune(self.problem, self.backbone, self.jobs, self.images, self.labels, self.mesh):
             pass
 
     def losses(self) -> np.ndarray:
         """Mean over the clusters of each of the first steps' losses."""
-        program, t = tuning.compiled(self.problem, self.mesh), self.problem.tuning
-        params = tuning.on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
+        program, t = tune.compiled(self.problem, self.mesh), self.problem.tuning
+        params = tune.on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
         chunk = next(chunks(self.jobs, 1, t, self.problem.slots, self.problem.seed))
         rows = (chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
-        data = (self.images, self.labels, np.int32(CHECKED), tuning.initial_state(self.problem, self.mesh))
-        return np.asarray(program(params, *data, tuning.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
+        data = (self.images, self.labels, np.int32(CHECKED), tune.initial_state(self.problem, self.mesh))
+        return np.asarray(program(params, *data, tune.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
 
 
 def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
@@ -103,7 +103,7 @@ def ours(arguments: argparse.Namespace) -> Ours:
         batch=arguments.batch,
         lanes=arguments.lanes,
     )
-    problem = tuning.Problem(config, spec, settings, CLASSES, seed=0)
+    problem = tune.Problem(config, spec, settings, CLASSES, seed=0)
     members = arguments.steps * arguments.batch
     rng = np.random.default_rng(0)
     tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3))
@@ -126,7 +126,7 @@ def task_of(mine: Ours) -> torch_tuning.Task:
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     rows = np.stack([batches(job, mine.problem.seed)[0] for job in mine.jobs], axis=1)  # [steps, G, B]
     total = mine.jobs[0].steps
-    factors = [tuning.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
+    factors = [tune.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
     return torch_tuning.Task(
         network=mine.network.to(device, dtype),
         images=mine.images,

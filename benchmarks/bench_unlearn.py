@@ -28,16 +28,19 @@ from jax import monitoring
 from reporting import add_json, deliver, surroundings
 from synthetic import unsampled
 
-from lmeraser_jax import config, making, methods, reconcile, shares, unlearning
-from lmeraser_jax.run import opened, prepared
+from lmeraser_jax import config
+from lmeraser_jax.experiments import methods
+from lmeraser_jax.training import making, slice_files
+from lmeraser_jax.unlearning import build, erase
+from lmeraser_jax.unlearning.run import opened, prepared
 
 OTHERS = ("single", "sisa-mean", "retrain", "linear-head", "ridge")
 PARTS = {
-    "plan": (reconcile, "plan"),
-    "write": (shares, "written"),
-    "register": (reconcile, "_keep"),
-    "publish": (reconcile, "_publish"),
-    "purge": (reconcile, "purge"),
+    "plan": (build, "plan"),
+    "write": (slice_files, "written"),
+    "register": (build, "_keep"),
+    "publish": (build, "_publish"),
+    "purge": (build, "purge"),
 }
 
 
@@ -83,14 +86,14 @@ def settings_of(arguments: argparse.Namespace) -> config.Config:
 def trained(base: Path, workdir: Path, settings: config.Config) -> None:
     shutil.copytree(base, workdir)
     with prepared(workdir, settings) as (run, _):
-        reconcile.reconcile(run)
+        build.reconcile(run)
 
 
 def trained_digits(workdir: Path, quick: bool) -> None:
     """Images, backbone and slices of the digits; few epochs where it must be quick."""
     few = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if quick else {}
     with prepared(workdir, config.from_dict(few)) as (run, _):
-        reconcile.reconcile(run)
+        build.reconcile(run)
 
 
 def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float]:
@@ -100,7 +103,7 @@ def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float
         trained(base, workdir, settings)
     with opened(workdir, write=True) as run:
         rows = run.catalog.slices().values()
-        outcome = unlearning.request_erasure(run, unsampled(run, 1, seed=1)).outcome
+        outcome = erase.request_erasure(run, unsampled(run, 1, seed=1)).outcome
     assert outcome is not None
     full = {"full_seconds": round(sum(row.seconds for row in rows), 3), "images_full": sum(row.images for row in rows)}
     return full | {"seconds": round(outcome.seconds, 3), "images": outcome.images}
@@ -139,7 +142,7 @@ def _served(copy: Path, ids: list[str], clock: "Clock") -> dict[str, float]:
     with opened(copy, write=True) as run:
         jax.block_until_ready(run.backbone.params)
         clock.seconds["open"] = time.perf_counter() - start
-        outcome = unlearning.request_erasure(run, ids).outcome
+        outcome = erase.request_erasure(run, ids).outcome
     assert outcome is not None
     total = {"total": time.perf_counter() - start}
     images = {"images": outcome.images, "images_full": outcome.images_full, "clusters": outcome.retuned}

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from reporting import add_json, store, surroundings
 
-from lmeraser_jax.backbones import zoo
-from lmeraser_jax.backbones.swin import SwinConfig
-from lmeraser_jax.slices import border_size
+from lmeraser_jax.models import zoo
+from lmeraser_jax.models.swin import SwinConfig
+from lmeraser_jax.training.slices import border_size
 
 RESULTS = Path(__file__).parent / "results"
 CATALOG = 790  # bytes of a record in the catalog, of which the list of members is a fifth (catalog_1m_cpu.json)

@@ -13,23 +13,23 @@ import numpy as np
 from flax import nnx
 
 from lmeraser_jax import config as settings
-from lmeraser_jax import planning
-from lmeraser_jax.artifacts import save_clustering
-from lmeraser_jax.backbones import backbone as frozen
-from lmeraser_jax.backbones.vit import ViT, ViTConfig
-from lmeraser_jax.clustering import Clustering
 from lmeraser_jax.config import Config
-from lmeraser_jax.digests import arrays_digest, digest
-from lmeraser_jax.fingerprint import fingerprint
-from lmeraser_jax.records.source import Item
-from lmeraser_jax.records.table import RecordTable
-from lmeraser_jax.run import Run, opened
-from lmeraser_jax.slices import Slice, init_slice
-from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.catalog import Catalog, sample_rank
-from lmeraser_jax.store.importing import import_settings
-from lmeraser_jax.store.layout import Layout, write_json
-from lmeraser_jax.store.rows import SliceRow
+from lmeraser_jax.data.record_table import RecordTable
+from lmeraser_jax.data.source import Item
+from lmeraser_jax.hashing import arrays_digest, digest
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models.vit import ViT, ViTConfig
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.catalog import Catalog, sample_rank
+from lmeraser_jax.storage.ingest import import_settings
+from lmeraser_jax.storage.rows import SliceRow
+from lmeraser_jax.storage.workdir import Layout, write_json
+from lmeraser_jax.training.clustering import Clustering
+from lmeraser_jax.training.fingerprint import fingerprint
+from lmeraser_jax.training.slices import Slice, init_slice
+from lmeraser_jax.unlearning import plan
+from lmeraser_jax.unlearning.artifacts import save_clustering
+from lmeraser_jax.unlearning.run import Run, opened
 
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
 
@@ -119,7 +119,7 @@ def _publish(run: Run, names: list[str], homes: np.ndarray, chosen: list[str], l
     order = np.argsort(keys)
     rank = np.argsort(order).astype(np.int32)  # place of cluster k among the sorted keys
     prototypes = np.stack([features[labels == k].mean(axis=0) for k in order]).astype(np.float32)
-    name = planning.sampled(run)[1]
+    name = plan.sampled(run)[1]
     save_clustering(run.layout, Clustering(name, tuple(chosen), rank[labels], tuple(sorted(keys)), prototypes))
     slices = {key: digest(["slice", key]) for key in keys}
     arrays = _write_slices(run, list(slices.values()))
@@ -131,7 +131,7 @@ def _publish(run: Run, names: list[str], homes: np.ndarray, chosen: list[str], l
                 slices[key], key, arrays_digest(arrays), len(mine), len(mine), 1, 0.5, 0.01, "synthetic", time.time()
             )
             run.catalog.add_slice(row, mine)
-        inputs = digest(planning._recipe(run, "", RecordTable.empty()))
+        inputs = digest(plan._recipe(run, "", RecordTable.empty()))
         moved = [(name, keys[k]) for name, k in zip(names, homes)]
         run.catalog.publish(name, "synthetic", inputs, slices, moved)
 

@@ -7,9 +7,9 @@ import transformers
 from torch import nn
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.backbones import convert
-from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.swin import SwinConfig
+from lmeraser_jax.models import convert
+from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.models.swin import SwinConfig
 
 
 class TorchSwin(nn.Module):

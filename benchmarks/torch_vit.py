@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lmeraser_jax.backbones.backbone import Backbone
-from lmeraser_jax.backbones.vit import ViTConfig
+from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.models.vit import ViTConfig
 
 
 class Block(nn.Module):

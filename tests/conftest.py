@@ -9,7 +9,7 @@ import pytest
 from absl import flags
 from hypothesis import HealthCheck, settings
 
-from lmeraser_jax import stopping
+from lmeraser_jax import interrupt
 
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
@@ -48,6 +48,6 @@ def rng() -> np.random.Generator:
 def _nobody_is_asked_to_stop():
     """A test that leaves the process asked to stop would end the next one's work."""
     yield
-    left = stopping.asked()
-    stopping._asked.clear()
+    left = interrupt.asked()
+    interrupt._asked.clear()
     assert not left

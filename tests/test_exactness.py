@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 from helpers import changed, files_of, small_config, small_run, small_source, without
 
-from lmeraser_jax import rollback, schedule, tuning, unlearning
-from lmeraser_jax.artifacts import load_clustering
-from lmeraser_jax.audit import audit, differences, state
-from lmeraser_jax.digests import arrays_digest
-from lmeraser_jax.learning import add
-from lmeraser_jax.reconcile import reconcile
-from lmeraser_jax.records.source import Pixels
-from lmeraser_jax.store import checkpoints
-from lmeraser_jax.store.requests import any_open
+from lmeraser_jax.data.source import Pixels
+from lmeraser_jax.hashing import arrays_digest
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.requests import any_open
+from lmeraser_jax.training import tune
+from lmeraser_jax.unlearning import erase, rollback
+from lmeraser_jax.unlearning.add import add
+from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.audit import audit, differences, state
+from lmeraser_jax.unlearning.build import reconcile
 
 DEVICES = [1, 8]
 
@@ -108,7 +109,7 @@ def trained_state(workdir, source, devices, config=None):
 def erased_state(workdir, requests, devices, config=None, source=None):
     """Erases request by request; returns the state and the number of slices tuned and reused."""
     with small_run(workdir, source, config, devices) as run:
-        outcomes = [unlearning.request_erasure(run, ids).outcome for ids in requests]
+        outcomes = [erase.request_erasure(run, ids).outcome for ids in requests]
         return state(run), outcomes
 
 
@@ -146,8 +147,8 @@ def test_with_everything_on(tmp_path, devices):
         rollback.rollback(run, key, version.ref)
         asked = [unsampled_record(run)[0], sampled_record(run)[0], owner(run)[0]]
         for number, ids in enumerate(asked):
-            unlearning.request_erasure(run, ids, request=f"r{number}", quarantine=True, defer=True)
-        _, served = unlearning.process(run)
+            erase.request_erasure(run, ids, request=f"r{number}", quarantine=True, defer=True)
+        _, served = erase.process(run)
         assert len(served) == 3 and run.catalog.pins() == {} and not run.catalog.quarantined()
         found = state(run)
     gone = {name for ids in asked for name in ids}
@@ -230,7 +231,7 @@ def test_erasing_everything_leaves_an_empty_state(copy, tmp_path):
 def test_the_audit_agrees_and_sees_a_changed_bit(copy, monkeypatch):
     workdir, devices = copy
     with small_run(workdir, devices=devices) as run:
-        unlearning.request_erasure(run, sampled_record(run)[0])
+        erase.request_erasure(run, sampled_record(run)[0])
         good = audit(run)
         assert good.ok and good.checked == good.clusters
         key, name = sorted(run.catalog.manifest().entries.items())[1]
@@ -249,14 +250,14 @@ def tuning_slice(run, name):
 
 def test_unlearning_compiles_nothing_new(tmp_path, monkeypatch):
     """One trace for training and every request; the seed makes the problem new to this process."""
-    counted = chex.assert_max_traces(tuning.device_program, n=1)
-    monkeypatch.setattr(tuning, "device_program", counted)
+    counted = chex.assert_max_traces(tune.device_program, n=1)
+    monkeypatch.setattr(tune, "device_program", counted)
     config = small_config(seed=77)
     with small_run(tmp_path / "run", config=config) as run:
         reconcile(run)
         for kind in (unsampled_record, sampled_record, owner):
-            assert unlearning.request_erasure(run, kind(run)[0]).outcome.retuned > 0
-        program = tuning.compiled(run.problem, run.mesh)
+            assert erase.request_erasure(run, kind(run)[0]).outcome.retuned > 0
+        program = tune.compiled(run.problem, run.mesh)
         assert program._cache_size() == 1
 
 
@@ -265,17 +266,17 @@ def test_a_global_step_count_fails_the_contract(tmp_path, monkeypatch):
 
     def coupled(jobs, *args):
         total = sum(job.steps for job in jobs)
-        for chunk in schedule.chunks(jobs, *args):
+        for chunk in jobs.chunks(jobs, *args):
             yield dataclasses.replace(chunk, total=np.full_like(chunk.total, total))
 
     assert not breaks_the_contract(tmp_path / "uncoupled"), "the control of the control"
-    monkeypatch.setattr(tuning, "chunks", coupled)
+    monkeypatch.setattr(tune, "chunks", coupled)
     assert breaks_the_contract(tmp_path)
 
 
 def test_a_loss_mean_over_all_lanes_fails_the_contract(tmp_path, monkeypatch):
     """Negative control: the gradient is divided by the valid images of all lanes, as one mixed batch would."""
-    step = tuning.cluster_step
+    step = tune.cluster_step
 
     def coupled(problem, params, images, labels, starts, state, batch):
         share = jax.lax.pmean(batch.valid.sum() / batch.valid.size, "lane")
@@ -283,7 +284,7 @@ def test_a_loss_mean_over_all_lanes_fails_the_contract(tmp_path, monkeypatch):
         mixed = jax.tree.map(lambda a, b: a + (b - a) * share, state.slice, new.slice)
         return new._replace(slice=mixed), loss
 
-    monkeypatch.setattr(tuning, "cluster_step", coupled)
+    monkeypatch.setattr(tune, "cluster_step", coupled)
     vmap = jax.vmap
     monkeypatch.setattr(jax, "vmap", lambda f, *a, **k: vmap(f, *a, **({"axis_name": "lane"} | k)))
     assert breaks_the_contract(tmp_path)
@@ -291,7 +292,7 @@ def test_a_loss_mean_over_all_lanes_fails_the_contract(tmp_path, monkeypatch):
 
 def breaks_the_contract(tmp_path) -> bool:
     """Whether the state after an erasure differs from a state trained without the record."""
-    tuning.compiled.cache_clear()
+    tune.compiled.cache_clear()
     try:
         with small_run(tmp_path / "coupled") as run:
             reconcile(run)
@@ -299,7 +300,7 @@ def breaks_the_contract(tmp_path) -> bool:
         found, _ = erased_state(tmp_path / "coupled", [ids], 1)
         wanted = trained_state(tmp_path / "scratch", without(small_source(), set(ids)), 1)
     finally:
-        tuning.compiled.cache_clear()
+        tune.compiled.cache_clear()
     return any(line.startswith("parameters") for line in differences(found, wanted))
 
 

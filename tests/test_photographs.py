@@ -7,8 +7,8 @@ import pytest
 
 from lmeraser_jax import config as settings
 from lmeraser_jax import presets
-from lmeraser_jax.backbones import zoo
 from lmeraser_jax.cli.main import main
+from lmeraser_jax.models import zoo
 
 pytest.importorskip("ml_collections", reason="experiment files need ml_collections")
 

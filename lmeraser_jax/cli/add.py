@@ -23,13 +23,13 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax import learning
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.unlearning import add
+    from lmeraser_jax.unlearning.run import opened
 
     with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
-        source = learning.open_source(run_, arguments["source"], arguments["labels"])
+        source = add.open_source(run_, arguments["source"], arguments["labels"])
         common.log_devices()
-        imported, outcome = learning.add(run_, source)
+        imported, outcome = add.add(run_, source)
     if imported.unreadable:
         common.warn(f"{len(imported.unreadable)} images could not be read and were left out")
     values = {"imported": dataclasses.asdict(imported), **dataclasses.asdict(outcome)}

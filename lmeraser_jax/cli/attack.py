@@ -38,10 +38,10 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     figure = _checked(arguments["figure"], arguments["attacks"])
-    from lmeraser_jax import plotting
-    from lmeraser_jax.attacks import report
-    from lmeraser_jax.attacks.attack import ATTACKS, Options, attack
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.evaluation import plotting
+    from lmeraser_jax.evaluation.attacks import report
+    from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options, attack
+    from lmeraser_jax.unlearning.run import opened
 
     if figure is not None:
         plotting.required()  # refuses now, not in the end

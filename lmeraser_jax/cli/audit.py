@@ -23,8 +23,8 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.audit import audit
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.unlearning.audit import audit
+    from lmeraser_jax.unlearning.run import opened
 
     common.log_devices()
     with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:

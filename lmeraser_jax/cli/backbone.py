@@ -37,9 +37,9 @@ def run(arguments: common.Arguments) -> int:
         return _list(arguments)
     out = _out(arguments["out"])
     config = _merged(arguments)
-    from lmeraser_jax.backbones import backbone as frozen
-    from lmeraser_jax.backbones import convert
-    from lmeraser_jax.store import checkpoints
+    from lmeraser_jax.models import backbone as frozen
+    from lmeraser_jax.models import convert
+    from lmeraser_jax.storage import checkpoints
 
     made, provenance = convert.load(config, arguments["image_size"])
     inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
@@ -65,7 +65,7 @@ def _merged(arguments: common.Arguments) -> settings.Backbone:
     tree = arguments["config"].to_dict()
     given = {**tree.get("backbone", {}), **{name: arguments[name] for name in ("name", "weights") if arguments[name]}}
     if not given.get("weights"):
-        from lmeraser_jax.backbones import zoo
+        from lmeraser_jax.models import zoo
 
         how = zoo.how_to_get(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
         raise UserError(f"--weights is missing: {how}")
@@ -100,8 +100,8 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def _list(arguments: common.Arguments) -> int:
-    from lmeraser_jax.backbones import backbone as frozen
-    from lmeraser_jax.backbones import zoo
+    from lmeraser_jax.models import backbone as frozen
+    from lmeraser_jax.models import zoo
 
     rows = {
         name: {

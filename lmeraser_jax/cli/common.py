@@ -15,13 +15,13 @@ from absl import flags as absl_flags
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.places import Place, detect
-from lmeraser_jax.team import ALONE, Team
+from lmeraser_jax.training.places import Place, detect
+from lmeraser_jax.training.team import ALONE, Team
 
 if TYPE_CHECKING:
-    from lmeraser_jax.reconcile import Outcome
-    from lmeraser_jax.store.catalog import Catalog
-    from lmeraser_jax.store.layout import Layout
+    from lmeraser_jax.storage.catalog import Catalog
+    from lmeraser_jax.storage.workdir import Layout
+    from lmeraser_jax.unlearning.build import Outcome
 
 Flags = absl_flags.FlagValues
 
@@ -136,7 +136,7 @@ def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str],
 
 
 def _config_of_run(workdir: str) -> dict[str, Any] | None:
-    from lmeraser_jax.store.layout import Layout, read_config
+    from lmeraser_jax.storage.workdir import Layout, read_config
 
     return read_config(Layout(workdir))
 
@@ -211,8 +211,8 @@ def define_profile(flags: Flags) -> None:
 @contextlib.contextmanager
 def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
     """A workdir's catalog alone: no lock, no backbone, no JAX. Raises `UserError` when it is no workdir."""
-    from lmeraser_jax.store.catalog import Catalog
-    from lmeraser_jax.store.layout import Layout
+    from lmeraser_jax.storage.catalog import Catalog
+    from lmeraser_jax.storage.workdir import Layout
 
     layout = Layout(workdir)
     layout.require()
@@ -242,7 +242,7 @@ def warn(message: str) -> None:
 
 def warn_if_unfinished(run: Any) -> None:
     """Says that the published state still holds what an accepted erasure will remove."""
-    from lmeraser_jax.store import requests
+    from lmeraser_jax.storage import requests
 
     if requests.any_open(run.catalog):
         warn(f"an accepted erasure is not finished; finish it with: lmeraser process --workdir={run.layout.root}")

@@ -45,7 +45,7 @@ def define(flags: common.Flags) -> None:
 
 def stored_config(workdir: str) -> dict[str, Any] | None:
     """The settings that a folder compares with; None where nothing was compared yet."""
-    from lmeraser_jax.comparison.measurement import bound
+    from lmeraser_jax.experiments.results import bound
 
     found = bound(Path(workdir))
     return None if found is None else found["config"]
@@ -55,10 +55,10 @@ def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     counts = {"seeds": 1, "length": 1, "probes": 1, "requests": 0}
     raise_all([f"--{n}={arguments[n]}: must be at least {low}" for n, low in counts.items() if arguments[n] < low])
-    from lmeraser_jax import methods, plotting
-    from lmeraser_jax.comparison import console, driver, page, sequences
-    from lmeraser_jax.comparison.experiments import MONTAGE, Plan
-    from lmeraser_jax.comparison.measurement import load, save
+    from lmeraser_jax.evaluation import plotting
+    from lmeraser_jax.experiments import console, methods, page, runner, sequences
+    from lmeraser_jax.experiments.measure import MONTAGE, Plan
+    from lmeraser_jax.experiments.results import load, save
 
     plotting.required()  # refuses now, not in the end
     others = {name: load(Path(name) / "results.json") for name in arguments["merge"]}
@@ -71,7 +71,7 @@ def run(arguments: common.Arguments) -> int:
     cuts = tuple(dict.fromkeys(arguments["cuts"]))
     counted = {name: arguments[name] for name in ("split", "probes", "requests", "length")}
     chosen = methods.load_all(arguments["methods"] or methods.names())
-    comparison = driver.Comparison(
+    comparison = runner.Comparison(
         Path(workdir),
         config,
         chosen,
@@ -81,9 +81,9 @@ def run(arguments: common.Arguments) -> int:
         arguments["keep"],
     )
     command = shlex.join(["lmeraser", "compare", *sys.argv[2:]])
-    driver.merged(driver.collected(comparison, command), others)  # refuses now, what is known now
-    results = driver.compare(comparison, command)
-    results = driver.merged(results, others)
+    runner.merged(runner.collected(comparison, command), others)  # refuses now, what is known now
+    results = runner.compare(comparison, command)
+    results = runner.merged(results, others)
     save(comparison.folder, results)
     titles = {name: methods.load(name).title for name in methods.names()} | {m.name: m.title for m in chosen}
     picture = comparison.folder / MONTAGE

@@ -18,7 +18,7 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     config = common.config_of(arguments)
     workdir = arguments["workdir"] or time.strftime("runs/demo-%Y%m%d-%H%M%S")
-    from lmeraser_jax import demo
+    from lmeraser_jax.experiments import demo
 
     common.log_devices()
     result = demo.demo(workdir, config)

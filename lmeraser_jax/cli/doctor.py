@@ -10,8 +10,8 @@ import dataclasses
 
 from absl import flags as absl_flags
 
-from lmeraser_jax import doctor
 from lmeraser_jax.cli import common
+from lmeraser_jax.unlearning import doctor
 
 TAKES_CONFIG = False  # it may be damaged
 

@@ -15,12 +15,12 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax import evaluation
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.evaluation import accuracy
+    from lmeraser_jax.unlearning.run import opened
 
     common.log_devices()
     with opened(workdir, config) as run_:
         common.warn_if_unfinished(run_)
-        result = evaluation.evaluate(run_, arguments["split"], linear=arguments["linear"])
+        result = accuracy.evaluate(run_, arguments["split"], linear=arguments["linear"])
     common.show(arguments, result.table(), result.values())
     return 0

@@ -14,13 +14,13 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax import report
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.evaluation import overview
+    from lmeraser_jax.unlearning.run import opened
 
     with opened(workdir, config) as run_:
         if arguments["records"]:
-            common.show(arguments, *report.record_list(run_))
+            common.show(arguments, *overview.record_list(run_))
         else:
-            overview = report.overview(run_)
+            overview = overview.overview(run_)
             common.show(arguments, overview.table(), overview.values())
     return 0

@@ -14,8 +14,9 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 
-from lmeraser_jax import __version__, distributed, stopping
+from lmeraser_jax import __version__, interrupt
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.training import distributed
 
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
@@ -28,7 +29,7 @@ COMMANDS = {
     "add": "new private records join; only the clusters they touch are tuned",
     "unlearn": "erase records or an owner and re-tune what they touched",
     "process": "serve the erasure requests that wait, in one re-tuning",
-    "plan": "what serving erasures at once, daily or weekly would cost",
+    "forecast": "what serving erasures at once, daily or weekly would cost",
     "requests": "erasure requests, their states and receipts",
     "verify": "check receipts against the workdir",
     "rollback": "give one cluster an earlier slice, keep it there, list what there is",
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     who: list[str] = []
     try:
         return _run(name, arguments[1:], who)
-    except (stopping.Stopped, UserError, KeyboardInterrupt, BrokenPipeError, OSError, sqlite3.DatabaseError) as error:
+    except (interrupt.Stopped, UserError, KeyboardInterrupt, BrokenPipeError, OSError, sqlite3.DatabaseError) as error:
         code, message = _ending(error, arguments)
         if message:
             print("".join(who) + message, file=sys.stderr)
@@ -107,18 +108,18 @@ def _run(name: str, arguments: Sequence[str], who: list[str]) -> int:
             return 0
     with contextlib.ExitStack() as stack:
         if name in RESUMABLE:
-            stack.enter_context(stopping.on_request())
+            stack.enter_context(interrupt.on_request())
         team = stack.enter_context(distributed.joined(place if name in SHARED else None))
         if team.index:
-            from lmeraser_jax import shares
+            from lmeraser_jax.training import slice_files
 
-            return shares.serve(team)
+            return slice_files.serve(team)
         return module.run(dataclasses.replace(parsed, team=team))
 
 
 def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
     """The exit code of an error that is not ours, and what to tell people; raises any other again."""
-    if isinstance(error, stopping.Stopped):
+    if isinstance(error, interrupt.Stopped):
         again = str(error) or shlex.join(_of_one(arguments))
         return 0, f"stopped as asked; resume with: lmeraser {again}"
     if isinstance(error, KeyboardInterrupt):

@@ -22,10 +22,10 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.records import folder
-    from lmeraser_jax.records.decode import decoded
-    from lmeraser_jax.run import opened
-    from lmeraser_jax.serving import Predictor
+    from lmeraser_jax.data import folder
+    from lmeraser_jax.data.decode import decoded
+    from lmeraser_jax.evaluation.serving import Predictor
+    from lmeraser_jax.unlearning.run import opened
 
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
     with opened(workdir, config) as run_:

@@ -36,12 +36,12 @@ def run(arguments: common.Arguments) -> int:
     data_dir = arguments["data_dir"] or (data.path if data.source == "tfds" else "")
     if not dataset:
         raise UserError(f"{FLAG}=NAME is missing: the name of a TFDS data set, such as cifar10")
-    from lmeraser_jax.records import tfds, tfds_folders
+    from lmeraser_jax.data import tfds, tfds_paths
 
-    folder = tfds_folders.located(dataset, data_dir, FLAG)
+    folder = tfds_paths.located(dataset, data_dir, FLAG)
     new = folder is None
     if folder is None:
-        folder = _prepare(dataset, tfds_folders.root(data_dir))
+        folder = _prepare(dataset, tfds_paths.root(data_dir))
     prepared = tfds.opened(folder)
     classes = prepared.fields().class_names
     following = _next(dataset, data_dir, prepared.name)
@@ -79,7 +79,7 @@ def missing() -> list[str]:
 
 def _prepare(dataset: str, root: Path) -> Path:
     """Downloads and writes a data set; returns its folder. What was downloaded is kept if something fails."""
-    from lmeraser_jax.records import tfds, tfds_folders
+    from lmeraser_jax.data import tfds, tfds_paths
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length
     builder = _builder(dataset, root)
@@ -96,7 +96,7 @@ def _prepare(dataset: str, root: Path) -> Path:
             builder.download_and_prepare(file_format="array_record", download_config=options)
     except Exception as error:  # a builder may raise anything
         raise UserError(_failure(dataset, root, builder, error)) from error
-    folder = tfds_folders.located(dataset, str(root), FLAG)
+    folder = tfds_paths.located(dataset, str(root), FLAG)
     assert folder is not None, builder.data_dir
     return folder
 
@@ -105,12 +105,12 @@ def _builder(dataset: str, root: Path) -> Any:
     """TFDS's builder. Raises `UserError`: no such name, config or version, or what writing needs is not installed."""
     import tensorflow_datasets
 
-    from lmeraser_jax.records import tfds_folders
+    from lmeraser_jax.data import tfds_paths
 
-    name, config, _ = tfds_folders.parsed(dataset, FLAG)
-    known = tfds_folders.known_names()
+    name, config, _ = tfds_paths.parsed(dataset, FLAG)
+    known = tfds_paths.known_names()
     if name not in known:
-        raise tfds_folders.unknown(name, FLAG, "", known)
+        raise tfds_paths.unknown(name, FLAG, "", known)
     if absent := missing():
         raise UserError(
             f"writing {dataset} needs {' and '.join(absent)}: python -m pip install 'lmeraser_jax[prepare]'"

@@ -15,7 +15,7 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.run import prepared
+    from lmeraser_jax.unlearning.run import prepared
 
     common.log_devices()
     with prepared(workdir, config) as (opened, imported):

@@ -16,7 +16,7 @@ from absl import flags as absl_flags
 from lmeraser_jax.cli import common
 
 if TYPE_CHECKING:
-    from lmeraser_jax.store.requests import Due
+    from lmeraser_jax.storage.requests import Due
 
 
 def define(flags: common.Flags) -> None:
@@ -30,15 +30,16 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.store import requests
+    from lmeraser_jax.storage import requests
 
     with common.catalog_of(workdir) as (layout, catalog):
         due = requests.due(catalog, arguments["max_wait"], arguments["max_batch"])
     if not due.now:
         common.show(arguments, _waiting_text(due), {"due": dataclasses.asdict(due), "served": [], "outcome": None})
         return 0
-    from lmeraser_jax import profiling, unlearning
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.training import profiling
+    from lmeraser_jax.unlearning import erase
+    from lmeraser_jax.unlearning.run import opened
 
     print(f"{_some(due.waiting)}; the oldest is {_time(due.age)} old", file=sys.stderr)
     with (
@@ -46,7 +47,7 @@ def run(arguments: common.Arguments) -> int:
         opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
     ):
         common.log_devices()
-        outcome, finished = unlearning.process(run_)
+        outcome, finished = erase.process(run_)
     receipts = [str(layout.receipt(request.id)) for request in finished]
     lines = [f"served {len(finished)} requests", common.outcome_text(outcome)]
     lines += [f"receipt: {receipt}" for receipt in receipts]

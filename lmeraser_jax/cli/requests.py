@@ -12,8 +12,8 @@ from absl import flags as absl_flags
 from lmeraser_jax.cli import common
 
 if TYPE_CHECKING:
-    from lmeraser_jax.store.layout import Layout
-    from lmeraser_jax.store.requests import Request
+    from lmeraser_jax.storage.requests import Request
+    from lmeraser_jax.storage.workdir import Layout
 
 COLUMNS = ("id", "state", "age", "records", "tuned", "requester", "reason", "receipt")
 LONGEST = 32  # characters of requester and reason in the table
@@ -25,7 +25,7 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
-    from lmeraser_jax.store import requests
+    from lmeraser_jax.storage import requests
 
     with common.catalog_of(workdir) as (layout, catalog):
         rows = [_row(layout, request) for request in requests.listed(catalog, only_open=arguments["open"])]

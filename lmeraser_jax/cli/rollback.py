@@ -31,8 +31,8 @@ def run(arguments: common.Arguments) -> int:
         raise UserError("--cluster=KEY is missing: the cluster to roll back (lmeraser inspect lists them)")
     if sum([arguments["list"], arguments["unpin"], bool(arguments["to"])]) > 1:
         raise UserError("--list, --unpin and --to exclude each other")
-    from lmeraser_jax import rollback
-    from lmeraser_jax.run import opened
+    from lmeraser_jax.unlearning import rollback
+    from lmeraser_jax.unlearning.run import opened
 
     with opened(workdir, config, write=not arguments["list"], wait=arguments["wait"], team=arguments.team) as run_:
         key = rollback.cluster_key(run_.catalog, arguments["cluster"])

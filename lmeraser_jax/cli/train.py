@@ -14,8 +14,8 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.errors import some
 
 if TYPE_CHECKING:
-    from lmeraser_jax.reconcile import Outcome
-    from lmeraser_jax.store.importing import Imported
+    from lmeraser_jax.storage.ingest import Imported
+    from lmeraser_jax.unlearning.build import Outcome
 
 MOST_NAMED = 1000  # images in a warning; --json has all
 
@@ -31,9 +31,10 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax import profiling, report
-    from lmeraser_jax.reconcile import reconcile, repair
-    from lmeraser_jax.run import prepared
+    from lmeraser_jax.evaluation import overview
+    from lmeraser_jax.training import profiling
+    from lmeraser_jax.unlearning.build import reconcile, repair
+    from lmeraser_jax.unlearning.run import prepared
 
     common.log_devices()
     again = {name: arguments[name] for name in ("reimport", "retune", "wait")}
@@ -45,7 +46,7 @@ def run(arguments: common.Arguments) -> int:
         for message in repair(opened):
             common.warn(message)
         outcome = reconcile(opened)
-        overview = report.overview(opened)
+        overview = overview.overview(opened)
     for message in overview.warnings:
         common.warn(message)
     lines.append(_done(outcome))

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
-from lmeraser_jax import stopping
+from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lmeraser_jax.store.catalog import Catalog
-    from lmeraser_jax.store.requests import Request
-    from lmeraser_jax.unlearning import Erasure, Estimate
+    from lmeraser_jax.storage.catalog import Catalog
+    from lmeraser_jax.storage.requests import Request
+    from lmeraser_jax.unlearning.erase import Erasure, Estimate
 
 STRAY = "ids are given as --records=ID,ID"
 
@@ -50,7 +50,7 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
     common.config_of(arguments)  # illegal settings are told before anything is accepted
-    from lmeraser_jax.store import requests
+    from lmeraser_jax.storage import requests
 
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
@@ -74,9 +74,10 @@ def run(arguments: common.Arguments) -> int:
 def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     print(f"accepted: request {accepted.id}", file=sys.stderr, flush=True)
-    from lmeraser_jax import profiling, unlearning
-    from lmeraser_jax.run import opened
-    from lmeraser_jax.store import requests
+    from lmeraser_jax.storage import requests
+    from lmeraser_jax.training import profiling
+    from lmeraser_jax.unlearning import erase
+    from lmeraser_jax.unlearning.run import opened
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     with (
@@ -88,14 +89,14 @@ def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> in
         others = len(requests.listed(run_.catalog, only_open=True)) - 1
         if others > 0:
             common.warn(f"{others} other requests wait; they are served with this one")
-        done = unlearning.serve(run_, accepted.id)
+        done = erase.serve(run_, accepted.id)
     common.show(arguments, _text(done, receipt), {**dataclasses.asdict(done), "receipt": receipt})
     return 0
 
 
 def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str], list[str]]:
     """Ids, owners and content hashes that the flags name; what an image stands for is printed at once."""
-    from lmeraser_jax import request_files
+    from lmeraser_jax.unlearning import request_files
 
     ids, owners, contents = list(arguments["records"]), list(arguments["owner"]), []
     if arguments["records_file"]:
@@ -109,13 +110,13 @@ def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], 
 
 
 def _dry_run(arguments: common.Arguments, named: tuple[list[str], list[str], list[str]]) -> int:
-    from lmeraser_jax import unlearning
-    from lmeraser_jax.run import opened
-    from lmeraser_jax.store import requests
+    from lmeraser_jax.storage import requests
+    from lmeraser_jax.unlearning import erase
+    from lmeraser_jax.unlearning.run import opened
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
-        estimate = unlearning.estimate(run_, requests.resolve(run_.catalog, *named))
+        estimate = erase.estimate(run_, requests.resolve(run_.catalog, *named))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0
 
@@ -130,8 +131,8 @@ def _says_accepted(request: "Request", workdir: str) -> Iterator[None]:
             f"{error}\nrequest {request.id} is accepted all the same: it will be served by the writer's next command"
             f" or by lmeraser process --workdir={workdir}"
         ) from error
-    except stopping.Stopped:
-        raise stopping.Stopped(f"process --workdir={workdir}") from None
+    except interrupt.Stopped:
+        raise interrupt.Stopped(f"process --workdir={workdir}") from None
 
 
 def _accepted_text(request: "Request", receipt: str, kept_out: int) -> str:

@@ -17,7 +17,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lmeraser_jax.verification import Verdict
+    from lmeraser_jax.unlearning.verify import Verdict
 
 TAKES_FILES = True
 
@@ -30,13 +30,13 @@ def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
     if arguments["all"] == bool(arguments.files):
         raise UserError("name receipts or give --all: lmeraser verify RECEIPT.json ... --workdir=DIR")
-    from lmeraser_jax import verification
+    from lmeraser_jax.unlearning import verify
 
     with common.catalog_of(workdir) as (layout, catalog):
         if arguments["all"]:
-            found = verification.verify_all(layout, catalog)
+            found = verify.verify_all(layout, catalog)
         else:
-            found = verification.verify(layout, catalog, [Path(name) for name in arguments.files])
+            found = verify.verify(layout, catalog, [Path(name) for name in arguments.files])
     broken = [verdict for verdict in found if not verdict.ok]
     values = {"ok": not broken, "verdicts": [{**dataclasses.asdict(verdict), "ok": verdict.ok} for verdict in found]}
     common.show(arguments, "\n".join(line for verdict in found for line in _lines(verdict)), values)

@@ -1,1 +1,0 @@
-"""Frozen feature extractors: architectures, conversion of published weights, public pretraining."""

@@ -1,1 +1,0 @@
-"""Simpler methods on the same frozen features, for an honest comparison."""

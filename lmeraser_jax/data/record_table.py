@@ -1,0 +1,90 @@
+"""The live records of one split, sorted by id: the only view of the data that the numbers may depend on."""
+
+import dataclasses
+
+import numpy as np
+
+from lmeraser_jax.data.source import content_hash
+from lmeraser_jax.errors import UserError, some
+
+
+@dataclasses.dataclass(frozen=True)
+class RecordTable:
+    """Columns of N records, sorted by id.
+
+    Attributes:
+        ids: N strings.
+        rows: int64 [N], places in the image file; never part of a digest or a result.
+        labels: int32 [N].
+        owners: N strings, may be empty.
+        contents: N content hashes.
+        clusters: N published cluster keys, "" where none is published yet.
+    """
+
+    ids: tuple[str, ...]
+    rows: np.ndarray
+    labels: np.ndarray
+    owners: tuple[str, ...]
+    contents: tuple[str, ...]
+    clusters: tuple[str, ...]
+
+    @staticmethod
+    def empty() -> "RecordTable":
+        return RecordTable((), np.zeros(0, np.int64), np.zeros(0, np.int32), (), (), ())
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, index: np.ndarray) -> "RecordTable":
+        """The records at the given positions, in that order."""
+
+        def pick(column: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(column[i] for i in index)
+
+        return RecordTable(
+            pick(self.ids),
+            self.rows[index],
+            self.labels[index],
+            pick(self.owners),
+            pick(self.contents),
+            pick(self.clusters),
+        )
+
+    def plus(self, other: "RecordTable") -> "RecordTable":
+        """The records of both, sorted by id."""
+        if not len(other):
+            return self
+        both = RecordTable(
+            self.ids + other.ids,
+            np.concatenate([self.rows, other.rows]),
+            np.concatenate([self.labels, other.labels]),
+            self.owners + other.owners,
+            self.contents + other.contents,
+            self.clusters + other.clusters,
+        )
+        return both.take(np.array(sorted(range(len(both)), key=both.ids.__getitem__), np.int64))
+
+    def without(self, ids: frozenset[str]) -> "RecordTable":
+        """The records whose id is not among `ids`."""
+        if not ids:
+            return self
+        return self.take(np.array([i for i, name in enumerate(self.ids) if name not in ids], np.int64))
+
+
+def refuse_rotten(images: np.ndarray, records: RecordTable) -> None:
+    """Refuses records whose stored pixels are no longer those that were imported: a digest would name other bytes.
+
+    Args:
+        images: uint8 [N, h, w, c], the rows of the image file.
+        records: those whose pixels are about to be used.
+
+    Raises:
+        UserError: names them.
+    """
+    pairs = zip(records.ids, records.rows, records.contents, strict=True)
+    rotten = [name for name, row, content in pairs if content_hash(images[row]) != content]
+    if rotten:
+        raise UserError(
+            f"the stored pixels of {len(rotten)} records are not those that were imported: {some(rotten, 50)}; read"
+            " them from the source again with lmeraser train --reimport, or erase these records with lmeraser unlearn"
+        )

@@ -1,0 +1,343 @@
+"""Any image classification set of TensorFlow Datasets (TFDS), read from array_record files without TensorFlow.
+
+Ids are "<base split>/<the set's own id>", or "<base split>/<index>" where the set has no id. The base split is
+always there, because file names and numbers repeat across the splits of many sets; the index counts from the start
+of the base split. So the id of an image never depends on how the splits are cut into roles.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmeraser_jax.config import Data
+from lmeraser_jax.data import tfds_paths
+from lmeraser_jax.data.decode import decode
+from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.progress import progress
+
+DEFAULTS = {"train": "train", "holdout": "", "test": "test", "public": ""}
+ID_FEATURES = ("id", "image_id", "image/id", "file_name", "image/filename", "filename", "name")  # the first that fits
+PROBE = 1000  # records in which an id may not repeat: "name" is the name of an image here, of a species there
+SMALL = 64  # pixels; images of one known size up to this are kept as they are
+PIECE = 512  # records in memory at a time
+
+
+class Span(NamedTuple):
+    """Images start..stop of a base split, and what they are used for."""
+
+    role: str
+    split: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+    """Which features hold image and label; height, width or channels are None where images differ."""
+
+    image: str
+    label: str
+    shape: tuple[int | None, int | None, int | None]
+    class_names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A prepared data set: its full name such as cifar10/3.0.2, its folder and what TFDS knows about it."""
+
+    name: str
+    folder: Path
+    builder: Any
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of images of every base split."""
+        return {name: split.num_examples for name, split in self.builder.info.splits.items()}
+
+    def fields(self) -> Fields:
+        return fields(self.name, self.builder.info)
+
+    def reader(self, split: str) -> Any:
+        """Random access to the serialized records of a base split."""
+        import tensorflow_datasets as tfds
+
+        try:
+            return self.builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise self.damaged(f"split {split}: {error}") from error
+
+    def damaged(self, what: str) -> UserError:
+        return UserError(
+            f"{self.name} in {self.folder} cannot be read: {what}; if its files are damaged, remove this folder and"
+            f" prepare the data set again with: {tfds_paths.command(self.name.rpartition('/')[0])}"
+        )
+
+
+def load(data: Data) -> Source:
+    """Finds the prepared data set, and reads its labels and ids; pixels are decoded when they are read.
+
+    Args:
+        data: `dataset`, `path` (TFDS's data folder), the four `*_split`, the limits and the stored size.
+
+    Raises:
+        UserError: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
+            labels that are hidden.
+    """
+    prepared = opened(tfds_paths.required(data.dataset, data.path))
+    fields = prepared.fields()
+    spans = [span for span in _limited(_spans(prepared, data), data) if span.stop > span.start]
+    readers = {split: prepared.reader(split) for split in dict.fromkeys(span.split for span in spans)}
+    items = _items(prepared, fields, readers, spans, data)
+    height, width = _stored_size(fields, data)
+    channels = 1 if fields.shape[2] == 1 else 3
+    ends = list(itertools.accumulate(span.stop - span.start for span in spans))
+    parser = _Parser(prepared, (fields.image,))
+
+    def read(start: int, stop: int) -> Pixels:
+        files: list[bytes] = []
+        for span, end in zip(spans, ends, strict=True):
+            shift = span.stop - end  # from a position in `items` to one in the base split
+            first, last = max(start + shift, span.start), min(stop + shift, span.stop)
+            if first < last:
+                records = _records(prepared, readers, span.split, first, last)
+                files += [(parser(record) or {}).get(fields.image, b"") for record in records]
+        return decode(files, height, width, channels, data.max_pixels)
+
+    return Source(prepared.name, fields.class_names, (height, width, channels), items, read)
+
+
+def opened(folder: Path) -> Prepared:
+    """Opens a prepared data set.
+
+    Raises:
+        UserError: not readable, or kept in another format than array_record.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder_from_directory(str(folder))
+        formats = {kind.value for kind in builder.info.available_file_formats()}
+    except Exception as error:  # TFDS has no one exception for damaged descriptions
+        raise UserError(f"{folder} holds no readable TFDS data set: {type(error).__name__}: {error}") from error
+    if "array_record" not in formats:
+        raise UserError(
+            f"{folder} keeps {builder.info.full_name} as {some(sorted(formats)) or 'nothing'}, which cannot be read"
+            " without TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as array_record"
+            f" with: {tfds_paths.command(str(builder.info.full_name).rpartition('/')[0])}"
+        )
+    return Prepared(str(builder.info.full_name), folder, builder)
+
+
+def fields(name: str, info: Any) -> Fields:
+    """Finds the image and the label among the features of a data set (a `tfds.core.DatasetInfo`).
+
+    Raises:
+        UserError: there is no image, no class label, or no way to tell which one is meant.
+    """
+    import tensorflow_datasets as tfds
+
+    features, problems = dict(info.features), []
+    keys = [key for key in (info.supervised_keys or ()) if isinstance(key, str)]
+    images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
+    plain = [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)]
+    labels = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
+    image, label = _chosen(plain, keys, "image"), _chosen(labels, keys, "label")
+    has = some(f"{key} ({type(kind).__name__})" for key, kind in sorted(features.items()))
+    for kind, found, chosen in (("image", plain, image), ("class label", labels, label)):
+        if not chosen:
+            which = f"several features of the kind {kind}, none the main one" if found else f"no {kind}"
+            problems.append(f"{name} is no image classification set: it has {which}; its features: {has}")
+    raise_all(problems)
+    shape, dtype = features[image].shape, np.dtype(features[image].np_dtype)
+    if len(shape) != 3 or dtype != np.uint8:
+        raise UserError(
+            f"{name} cannot be used: its images (feature {image}) are {dtype} {list(shape)};"
+            " uint8 [height, width, channels] is needed"
+        )
+    return Fields(image, label, (shape[0], shape[1], shape[2]), tuple(features[label].names))
+
+
+def _chosen(found: Sequence[str], supervised: Sequence[str], usual: str) -> str:
+    """The feature that TFDS names as input or target, else the one with the usual name, else the only one, or ""."""
+    ranked = [key for key in (*supervised, usual) if key in found]
+    return ranked[0] if ranked else found[0] if len(found) == 1 else ""
+
+
+def _stored_size(fields: Fields, data: Data) -> tuple[int, int]:
+    """Height and width of a stored image: as configured, but small images of one size stay as they are."""
+    height, width = fields.shape[:2]
+    if height and width and not (data.store_size or data.store_width):
+        if max(height, width) <= max(SMALL, data.image_size):
+            return height, width
+    size = data.store_size or data.image_size
+    return size, data.store_width or size
+
+
+def _spans(prepared: Prepared, data: Data) -> list[Span]:
+    """The roles' splits in absolute numbers. Raises `UserError` naming all that do not exist, are empty or overlap."""
+    import tensorflow_datasets as tfds
+
+    sizes, spans, problems = prepared.sizes, [], []
+    has = some(f"{name} ({count})" for name, count in sizes.items()) or "none"
+    for role in DEFAULTS:
+        spec = _spec(role, data, sizes)
+        if not spec:
+            continue
+        flag = f"--config.data.{role}_split={spec}"
+        try:
+            cuts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(prepared.builder.info.splits)
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).strip().splitlines()[-1].partition(". ")[0]  # without links
+            problems.append(f"{flag} cannot be used: {reason.rstrip('.')}; {prepared.name} has the splits {has}")
+            continue
+        new = [Span(role, cut.splitname, cut.from_ or 0, _end(cut.to, sizes[cut.splitname])) for cut in cuts]
+        if not any(span.stop > span.start for span in new):
+            problems.append(f"{flag} holds no image; {prepared.name} has the splits {has}")
+        spans += new
+    raise_all(problems or _overlaps(spans, data, sizes))
+    return spans
+
+
+def _spec(role: str, data: Data, sizes: dict[str, int]) -> str:
+    """The split of a role, "" for none; the set's own test split is left alone where test images are to be drawn."""
+    default = "" if role == "test" and (data.test_share or "test" not in sizes) else DEFAULTS[role]
+    return getattr(data, f"{role}_split") or default
+
+
+def _end(to: int | None, size: int) -> int:
+    return size if to is None else to
+
+
+def _overlaps(spans: Sequence[Span], data: Data, sizes: dict[str, int]) -> list[str]:
+    """A line for every two specs that share images: an image that was trained on must not be tested on."""
+    shared: dict[tuple[str, str], list[Span]] = {}
+    for one, other in itertools.combinations(spans, 2):
+        start, stop = max(one.start, other.start), min(one.stop, other.stop)
+        if one.split == other.split and start < stop:
+            shared.setdefault((one.role, other.role), []).append(Span("", one.split, start, stop))
+    problems = []
+    for (one, other), common in shared.items():
+        first, second = (f"--config.data.{role}_split={_spec(role, data, sizes)}" for role in (one, other))
+        count = sum(span.stop - span.start for span in common)
+        where = some(f"{span.split}[{span.start}:{span.stop}]" for span in common)
+        if one == other:
+            problems.append(f"{first} names {count} images twice: {where}")
+        else:
+            problems.append(f"{first} and {second} share {count} images: {where}; an image has one role only")
+    return problems
+
+
+def _limited(spans: Sequence[Span], data: Data) -> Iterator[Span]:
+    """The spans cut to the first so many images of train and test, as the import would: nothing is read in vain."""
+    left = {"train": data.train_limit, "test": data.test_limit}
+    left = {role: limit for role, limit in left.items() if limit}
+    for span in spans:
+        if span.role in left:
+            span = span._replace(stop=min(span.stop, span.start + left[span.role]))
+            left[span.role] -= max(0, span.stop - span.start)
+        yield span
+
+
+def _items(
+    prepared: Prepared, fields: Fields, readers: dict[str, Any], spans: Sequence[Span], data: Data
+) -> list[Item]:
+    """Ids and labels of all spans, in their order."""
+    own = _own_id(prepared)
+    parser = _Parser(prepared, (fields.label, own) if own else (fields.label,))
+    items, damaged, hidden = [], [], dict.fromkeys(spans, 0)
+    with progress(f"{prepared.name}: labels", sum(span.stop - span.start for span in spans)) as shown:
+        for span in spans:
+            for first in range(span.start, span.stop, PIECE):
+                last = min(first + PIECE, span.stop)
+                for index, record in enumerate(_records(prepared, readers, span.split, first, last), first):
+                    values = parser(record)
+                    if values is None:
+                        damaged.append(f"{span.split}[{index}]")
+                        continue
+                    label = int(values[fields.label])
+                    hidden[span] += label < 0
+                    name = _text(values[own]) if own else index
+                    items.append(Item(f"{span.split}/{name}", span.role, label))
+                shown.advance(last - first)
+    if damaged:
+        raise prepared.damaged(f"no whole records: {some(damaged)}")
+    raise_all([_hidden(prepared, fields, span, count, data) for span, count in hidden.items() if count])
+    return items
+
+
+def _hidden(prepared: Prepared, fields: Fields, span: Span, count: int, data: Data) -> str:
+    """What to do about a split without labels, such as the test split of a competition."""
+    sizes, flag = prepared.sizes, f"--config.data.{span.role}_split="
+    taken = {other.split for other in _spans(prepared, data)}
+    free = [name for name in sorted(sizes, key=lambda name: name != "validation") if name not in taken and sizes[name]]
+    hints = [f", such as {flag}{name}" for name in free]
+    if span.role == "test":
+        hints.append(", or draw some of the training images with --config.data.test_share=0.1 and without a test_split")
+    return (
+        f"{prepared.name} hides labels of its split {span.split} (feature {fields.label} is negative in {count} of"
+        f" {span.stop - span.start} images); use images with labels{(*hints, '')[0]}"
+    )
+
+
+def _own_id(prepared: Prepared) -> str:
+    """The feature that names every image, or "". Looks at the same records whatever the roles are."""
+    import tensorflow_datasets as tfds
+
+    features, sizes = prepared.builder.info.features, prepared.sizes
+    candidates = [
+        name
+        for name in ID_FEATURES
+        if name in features
+        and not isinstance(features[name], tfds.features.ClassLabel)
+        and features[name].shape == ()
+        and (isinstance(features[name], tfds.features.Text) or np.dtype(features[name].np_dtype).kind in "iu")
+    ]
+    largest = max(sorted(sizes), key=lambda name: sizes[name])
+    if not candidates:
+        return ""
+    parser, count = _Parser(prepared, tuple(candidates)), min(PROBE, sizes[largest])
+    records = _records(prepared, {largest: prepared.reader(largest)}, largest, 0, count)
+    found = [values for values in map(parser, records) if values is not None]
+    for name in candidates:
+        texts = [_text(values[name]) for values in found]
+        if len(set(texts)) == len(texts) and all(texts):
+            return name
+    return ""
+
+
+def _records(prepared: Prepared, readers: dict[str, Any], split: str, start: int, stop: int) -> Sequence[bytes]:
+    """Serialized records start..stop of a base split; no file stays open: large sets have too many."""
+    try:
+        with readers[split].data_source:
+            return readers[split].__getitems__(list(range(start, stop)))
+    except (RuntimeError, OSError, IndexError, ValueError) as error:
+        raise prepared.damaged(f"{split}[{start}:{stop}]: {error}") from error
+
+
+class _Parser:
+    """Takes some features out of a serialized record: numbers as they are, bytes for texts and (encoded) images."""
+
+    def __init__(self, prepared: Prepared, names: Sequence[str]):
+        import tensorflow_datasets as tfds
+
+        chosen = {name: prepared.builder.info.features[name] for name in names}
+        images = [name for name, kind in chosen.items() if isinstance(kind, tfds.features.Image)]
+        self.features = tfds.features.FeaturesDict(chosen)
+        self.decoders = {name: tfds.decode.SkipDecoding() for name in images}
+
+    def __call__(self, record: bytes) -> dict[str, Any] | None:
+        """{feature: value}; None for a damaged record, such as the empty ones of a file that was cut off."""
+        try:
+            values: Any = self.features.deserialize_example_np(record, decoders=self.decoders)
+        except Exception:  # protobuf and TFDS raise many kinds over bytes that are no example
+            return None
+        return None if any(value is None for value in values.values()) else values
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,119 @@
+"""Accuracy of a published state, overall, per class and per cluster, beside a plain linear head."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import linear_head as linear_head
+from lmeraser_jax.evaluation.predict import Model, load_model, predict
+from lmeraser_jax.unlearning.run import Run
+
+HINTS = {"holdout": "--config.data.holdout", "test": "--config.data.test_share"}
+
+
+class ClassScore(NamedTuple):
+    """One class: images of it, and the share of them that were right (None without images)."""
+
+    name: str
+    images: int
+    accuracy: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Shares in [0, 1] of right answers; "balanced" is the mean over the classes of the accuracy within the class.
+
+    Attributes:
+        split: images that were used.
+        images: their number.
+        accuracy, balanced: of the published state.
+        linear, linear_balanced: of the plain linear head, None where it was not asked for.
+        largest: the class with the most training records; the first of several.
+        majority, majority_balanced: of always answering `largest`.
+        classes: one score per class, in the order of the classes.
+        clusters: (key, images routed there, accuracy), most images first.
+    """
+
+    split: str
+    images: int
+    accuracy: float
+    balanced: float
+    linear: float | None
+    linear_balanced: float | None
+    largest: str
+    majority: float
+    majority_balanced: float
+    classes: tuple[ClassScore, ...]
+    clusters: tuple[tuple[str, int, float], ...]
+
+    def values(self) -> dict[str, Any]:
+        scores = {score.name: {"images": score.images, "accuracy": score.accuracy} for score in self.classes}
+        return dataclasses.asdict(self) | {"classes": scores}
+
+    def table(self) -> str:
+        rows = [("LMEraser", self.accuracy, self.balanced)]
+        if self.linear is not None:
+            rows.append(("plain linear head", self.linear, self.linear_balanced or 0.0))
+        rows.append((f"always {self.largest}, the largest class", self.majority, self.majority_balanced))
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"{self.split}: {self.images} images", f"  {'':<{width}}{'accuracy':>10}{'balanced':>10}"]
+        lines += [f"  {name:<{width}}{accuracy:>10.4f}{balanced:>10.4f}" for name, accuracy, balanced in rows]
+        lines.append(f"  {'cluster':<14}{'images':>8}{'accuracy':>10}")
+        lines += [f"  {key[:12]:<14}{count:>8}{share:>10.4f}" for key, count, share in self.clusters]
+        return "\n".join(lines)
+
+
+def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | None = None) -> Evaluation:
+    """Evaluates the published state.
+
+    Args:
+        run: an opened workdir.
+        split: test | holdout | train.
+        linear: also fit the plain linear head on the features of the live training records.
+        model: what answers; by default the published state.
+
+    Raises:
+        UserError: the split has no images, or nothing is published.
+    """
+    records, train = run.catalog.live(split), run.catalog.live("train")
+    if not len(records):
+        hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
+        raise UserError(f"--split={split}: the workdir has no such images{hint}")
+    found = predict(model or load_model(run), run.images[records.rows])
+    right = found.labels == records.labels
+    first = found.clusters[:, 0]
+    clusters = [(found.keys[k], int((first == k).sum()), float(right[first == k].mean())) for k in np.unique(first)]
+    largest = int(np.bincount(train.labels, minlength=len(run.classes)).argmax())
+    always = np.full_like(records.labels, largest)
+    answers = linear_head.fit_predict(run.features(train), train.labels, run.features(records)) if linear else None
+    return Evaluation(
+        split=split,
+        images=len(records),
+        accuracy=float(right.mean()),
+        balanced=balanced_accuracy(records.labels, found.labels),
+        linear=None if answers is None else float((answers == records.labels).mean()),
+        linear_balanced=None if answers is None else balanced_accuracy(records.labels, answers),
+        largest=run.classes[largest],
+        majority=float((always == records.labels).mean()),
+        majority_balanced=balanced_accuracy(records.labels, always),
+        classes=class_scores(records.labels, found.labels, run.classes),
+        clusters=tuple(sorted(clusters, key=lambda row: (-row[1], row[0]))),
+    )
+
+
+def balanced_accuracy(labels: np.ndarray, answers: np.ndarray) -> float:
+    """Mean over the classes that occur of the share of right answers; both int [N], N > 0."""
+    return float(np.mean([(answers[labels == label] == label).mean() for label in np.unique(labels)]))
+
+
+def class_scores(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) -> tuple[ClassScore, ...]:
+    """Scores of all classes, also of those without images; labels and answers int [N]."""
+    counts = np.bincount(labels, minlength=len(names))
+    rights = np.bincount(labels[answers == labels], minlength=len(names))
+    return tuple(
+        ClassScore(name, int(count), float(hits / count) if count else None)
+        for name, count, hits in zip(names, counts, rights, strict=True)
+    )

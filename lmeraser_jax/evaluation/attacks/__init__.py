@@ -1,0 +1,1 @@
+"""Attempts to find erased records in a model."""

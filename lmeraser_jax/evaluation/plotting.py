@@ -1,0 +1,111 @@
+"""Pictures drawn with matplotlib: one style for all of them, their bytes, and what is said where matplotlib is missing.
+
+No global state of pyplot; matplotlib is imported where it is used, so that nothing else needs it.
+"""
+
+import contextlib
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage.workdir import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 150
+# Okabe and Ito's colours for all kinds of colour vision, without the yellow, which is faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY, PALE = "#555555", "#dddddd"
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9.5,
+    "legend.fontsize": 9.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "text.parse_math": False,  # names are names, also with $ in them
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lmeraser",
+}
+DATES = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # left out of the bytes
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def required() -> None:
+    """Raises `UserError` where matplotlib is missing: for commands, to refuse before the work and not in the end."""
+    try:
+        import matplotlib.figure
+        import matplotlib.style  # noqa: F401
+    except ImportError as error:
+        raise UserError("figures need matplotlib; install it with: pip install matplotlib") from error
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's defaults with `STYLE`, whatever the user's settings are. Raises `UserError` without matplotlib."""
+    required()
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in any script; shown as boxes
+        yield
+
+
+def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Runs a function that draws in `style`."""
+
+    @functools.wraps(draw)
+    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        with style():
+            return draw(*args, **kwargs)
+
+    return inside
+
+
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches that lays itself out. For `styled` functions."""
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+
+
+def ticked(value: float, _: int | None = None) -> str:
+    """A number at a tick: 0.5, 20, 3k, 40M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def unlabelled(value: float, _: int | None = None) -> str:
+    """No number: for the ticks between those of a logarithmic axis."""
+    return ""
+
+
+@styled
+def picture(figure: "Figure", kind: str) -> bytes:
+    """A figure as png, svg or pdf: the same bytes whenever it is drawn."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=DATES[kind])
+    return buffer.getvalue()
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Writes a picture of the kind that the ending says, completely or not at all."""
+    path = Path(path)
+    write_bytes(path, picture(figure, path.suffix.removeprefix(".")))

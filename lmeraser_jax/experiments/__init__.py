@@ -1,0 +1,1 @@
+"""Comparisons, costs and the demo."""

@@ -1,0 +1,119 @@
+"""The whole job in one function: train, evaluate, three erasures, evaluate, audit, picture."""
+
+import dataclasses
+import time
+from collections import Counter
+from typing import Any
+
+from lmeraser_jax.config import Config
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import overview
+from lmeraser_jax.evaluation.accuracy import Evaluation, evaluate
+from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.audit import Verdict, audit
+from lmeraser_jax.unlearning.build import Outcome, reconcile
+from lmeraser_jax.unlearning.run import Run, prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One erasure of the demo."""
+
+    name: str
+    records: int
+    outcome: Outcome
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Everything the demo's table shows."""
+
+    workdir: str
+    picture: str
+    before: Evaluation
+    after: Evaluation
+    trained: Outcome
+    expected_share: float
+    requests: tuple[Request, ...]
+    verdict: Verdict
+    audit_seconds: float
+    seconds: float
+
+    def values(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"ok": self.verdict.ok}
+
+    def table(self) -> str:
+        full = self.trained
+        lines = [
+            "",
+            f"{'test accuracy':<34}{'before':>10}{'after':>10}",
+            f"{'  LMEraser':<34}{self.before.accuracy:>10.4f}{self.after.accuracy:>10.4f}",
+            f"{'  plain linear head, same features':<34}{self.before.linear:>10.4f}{self.after.linear:>10.4f}",
+            "",
+            f"{'work':<26}{'records':>8}{'clusters':>10}{'re-tuned':>10}{'reused':>8}{'images':>9}{'ratio':>8}{'seconds':>9}",
+            _line("train", 0, full),
+            *(_line(f"erase {r.name}", r.records, r.outcome) for r in self.requests),
+            "",
+            f"expected share of the data to re-tune per request: {self.expected_share:.1%}",
+            f"audit: {self.verdict.text()} ({self.audit_seconds:.1f} s)",
+            f"picture: {self.picture}",
+            f"workdir: {self.workdir}",
+            f"total: {self.seconds:.0f} s",
+        ]
+        return "\n".join(lines)
+
+
+def _line(name: str, records: int, o: Outcome) -> str:
+    count = str(records or "")
+    return (
+        f"{name:<26}{count:>8}{o.clusters:>10}{o.retuned:>10}{o.reused:>8}{o.images:>9}{o.ratio:>8.1%}{o.seconds:>9.1f}"
+    )
+
+
+def demo(workdir: str, config: Config) -> Demo:
+    """Runs the demo in a new workdir. Raises `UserError` when the workdir is in use already."""
+    if Layout(workdir).catalog.exists():
+        raise UserError(f"--workdir={workdir} holds a run already; the demo erases records, so name a new folder")
+    start = time.perf_counter()
+    with prepared(workdir, config) as (run, _):
+        trained = reconcile(run)
+        before = evaluate(run)
+        share = overview.overview(run).expected_share
+        requests = tuple(_request(run, name, ids) for name, ids in _choose(run))
+        after = evaluate(run)
+        audit_start = time.perf_counter()
+        verdict = audit(run)
+        audit_seconds = time.perf_counter() - audit_start
+        picture = run.layout.picture
+        overview.picture(run, picture)
+    seconds = time.perf_counter() - start
+    return Demo(
+        str(run.layout.root), str(picture), before, after, trained, share, requests, verdict, audit_seconds, seconds
+    )
+
+
+def _choose(run: Run) -> list[tuple[str, list[str]]]:
+    """An unsampled record, a sampled record, and all records of one owner, of typical clusters."""
+    manifest = run.catalog.manifest()
+    assert manifest is not None
+    sample = set(load_clustering(run.layout, manifest.clustering).sample)
+    records = run.catalog.live("train")
+    sizes = Counter(records.clusters)
+    middle = sorted(sizes, key=lambda key: (sizes[key], key))[len(sizes) // 2]
+    inside = [name for name, cluster in zip(records.ids, records.clusters, strict=True) if cluster == middle]
+    choices = [
+        ("an unsampled record", [name for name in inside if name not in sample][:1]),
+        ("a sampled record", [name for name in inside if name in sample][:1]),
+    ]
+    owners = sorted(set(filter(None, records.owners)))
+    if owners:
+        choices.append(("an owner", run.catalog.owned(owners[len(owners) // 2])))
+    return [(name, ids) for name, ids in choices if ids]
+
+
+def _request(run: Run, name: str, ids: list[str]) -> Request:
+    done = erase.request_erasure(run, ids)
+    assert done.outcome is not None
+    return Request(name, done.records, done.outcome)

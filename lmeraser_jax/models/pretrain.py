@@ -1,0 +1,183 @@
+"""Supervised training of the backbone on public data (paper Eq. 2), data-parallel over all devices.
+
+AdamW with warm-up and cosine; parameters and optimizer are replicated, the batch is split over the mesh.
+A checkpoint every few epochs makes the run resumable: orders and augmentation are derived from (seed,
+epoch, step), so a resumed run computes what an uninterrupted one would have.
+"""
+
+import functools
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmeraser_jax import interrupt
+from lmeraser_jax.config import Config
+from lmeraser_jax.data.transforms import ImageSpec, augmented
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.hashing import arrays_digest, digest, philox
+from lmeraser_jax.legality import numbers
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.models.convert import misfits, per_channel
+from lmeraser_jax.models.vit import ViT, ViTConfig
+from lmeraser_jax.progress import progress
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.workdir import Layout
+
+
+def architecture(config: Config, channels: int, classes: int) -> ViTConfig:
+    """The ViT that the config describes, with a public classifier. Raises `UserError` if it cannot be."""
+    b = config.backbone
+    vit = ViTConfig(
+        image_size=config.data.image_size,
+        patch=b.patch,
+        channels=channels,
+        width=b.width,
+        depth=b.depth,
+        heads=b.heads or max(1, b.width // 16),
+        mlp=b.mlp or 4 * b.width,
+        feature="cls" if b.feature == "auto" else b.feature,
+        classes=classes,
+    )
+    raise_all(misfits(vit, config.data.image_size))
+    return vit
+
+
+def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    """AdamW; linear warm-up and cosine to zero over `steps`; no decay on biases, norms and embeddings."""
+    p = config.pretraining
+    warmup = max(1, int(p.warmup * steps))
+    rate = optax.warmup_cosine_decay_schedule(0.0, p.rate, warmup, max(steps, warmup + 1))
+
+    def matrices(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf.ndim == 2, params)
+
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=p.weight_decay, mask=matrices))
+
+
+def pretrain(
+    layout: Layout, images: np.ndarray, labels: np.ndarray, classes: int, config: Config, mesh: Mesh
+) -> tuple[Backbone, float]:
+    """Trains the backbone; also returns the training accuracy of the last epoch.
+
+    Args:
+        layout: the workdir.
+        images: public images, uint8 [N, h, w, c].
+        labels: int32 [N].
+        classes: Y.
+        config: the run's config.
+        mesh: 1-D mesh over the devices.
+
+    Returns:
+        (Backbone, accuracy): accuracy in [0, 1] on augmented public images.
+
+    Raises:
+        UserError: there are no public images, or the loss is not finite.
+    """
+    p = config.pretraining
+    if not len(images):
+        raise UserError(
+            "there are no public images to pretrain on; name a backbone with --config.backbone.weights=FILE"
+        )
+    vit = architecture(config, channels=images.shape[3], classes=classes)
+    mean, std = (numbers(text) or (0.5,) for text in (config.backbone.mean, config.backbone.std))
+    mean, std = per_channel(mean, std, images.shape[3])
+    spec = ImageSpec(
+        *images.shape[1:],
+        size=config.data.image_size,
+        resize=config.data.resize_size or config.data.image_size,
+        out_channels=images.shape[3],
+        mean=mean,
+        std=std,
+        augment=p.augment,
+    )
+    batch = -(-p.batch // mesh.size) * mesh.size
+    steps = -(-len(images) // batch)
+    tx = optimizer(config, p.epochs * steps)
+    epoch_fn = _epoch_function(vit, spec, tx, mesh)
+    public = arrays_digest({"images": images, "labels": labels})
+    identity = digest([str(vit), str(spec), str(p), config.seed, batch, public])
+    state, first = _start(layout, vit, tx, config.seed, identity)
+    replicated = NamedSharding(mesh, P())
+    state, data, targets = jax.device_put((state, images, np.asarray(labels, np.int32)), replicated)
+    accuracy = jnp.zeros(())
+    with progress("pretrain", p.epochs) as shown:
+        shown.advance(first)
+        for epoch in range(first, p.epochs):
+            rows, valid = _epoch_rows(config.seed, epoch, len(images), batch)
+            key = jax.random.fold_in(jax.random.key(config.seed), epoch)
+            state, loss, accuracy = epoch_fn(state, data, targets, rows, valid, key)
+            if not np.isfinite(float(loss)):
+                raise UserError(f"pretraining: the loss is {loss} in epoch {epoch}; lower --config.pretraining.rate")
+            shown.advance(1, f"loss {float(loss):.3f} accuracy {float(accuracy):.3f}")
+            stop, done = interrupt.asked(), epoch + 1
+            if done < p.epochs and (stop or done % p.checkpoint_epochs == 0):
+                checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, done)
+                interrupt.check()
+    backbone = frozen.make(vit, jax.device_get(state[0]), mean, std)
+    return backbone, float(accuracy)
+
+
+def _start(layout: Layout, vit: ViTConfig, tx: optax.GradientTransformation, seed: int, identity: str):
+    """(params, optimizer state) and the epoch to go on with.
+
+    1. A readable checkpoint of the same training in the workdir. 2. Otherwise from scratch.
+    """
+    params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(seed)), nnx.Param)[1])
+    state = (params, tx.init(params))
+    if not layout.pretraining.exists():
+        return state, 0
+    try:
+        arrays, metadata, epoch = checkpoints.load(layout.pretraining)
+        if metadata["identity"] == identity:
+            return checkpoints.unflatten(arrays, state), epoch
+    except UserError:
+        pass  # the first save was cut short
+    shutil.rmtree(layout.pretraining)
+    return state, 0
+
+
+def _epoch_rows(seed: int, epoch: int, count: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows [T, B] in a new order for each epoch, and which of them are real."""
+    steps = -(-count // batch)
+    order = philox(seed, "pretrain", str(epoch)).permutation(count)
+    rows = np.resize(order, steps * batch).astype(np.int32).reshape(steps, batch)
+    valid = (np.arange(steps * batch) < count).reshape(steps, batch)
+    return rows, valid
+
+
+def _epoch_function(vit: ViTConfig, spec: ImageSpec, tx: optax.GradientTransformation, mesh: Mesh):
+    """One compiled epoch: a scan over its steps."""
+    split = NamedSharding(mesh, P(None, mesh.axis_names[0]))
+
+    def loss_fn(params, images, labels, valid):
+        logits = frozen.logits(vit, params, images)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        right = (jnp.argmax(logits, -1) == labels) & valid
+        weights = valid.astype(losses.dtype)
+        return jnp.sum(losses * weights) / jnp.sum(weights), jnp.sum(right)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def epoch(state, images, labels, rows, valid, key):
+        rows, valid = jax.lax.with_sharding_constraint((rows, valid), split)
+
+        def step(state, batch):
+            params, opt = state
+            rows, valid, index = batch
+            pixels = augmented(images[rows], spec, jax.random.fold_in(key, index))
+            (loss, right), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, pixels, labels[rows], valid)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+                updates, opt = tx.update(grads, opt, params)
+            return (optax.apply_updates(params, updates), opt), (loss, right)
+
+        state, (losses, right) = jax.lax.scan(step, state, (rows, valid, jnp.arange(len(rows))))
+        return state, jnp.mean(losses), jnp.sum(right) / jnp.sum(valid)
+
+    return epoch

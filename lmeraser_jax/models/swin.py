@@ -1,0 +1,202 @@
+"""Swin Transformer (Liu et al., 2021) as a Flax NNX module; the feature is the mean token.
+
+Attention inside windows, every second block with windows shifted by half their side; patch merging halves
+the grid between stages. An input whose grid is no multiple of the window is padded after the LayerNorm, as
+the public implementations do. A grid smaller than the window gets one window of the grid's size, which
+uses the part of the bias table that belongs to its distances.
+
+Shapes: B batch, H W grid, D width of the stage, A heads, w side of a window, M windows of an image.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lmeraser_jax.models.layers import MLP, Gelu, LayerNorm, attend, patches
+
+OUTSIDE = -100.0  # score of a pair that shifting brought into one window; the published weights know this value
+MERGE_EPSILON = 1e-5  # of the LayerNorms around embedding and merging, whatever the blocks have
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwinConfig:
+    """Architecture of one Swin.
+
+    Attributes:
+        image_size: side of the square input, in pixels; a multiple of `patch`.
+        patch: side of a patch, in pixels.
+        channels: colour channels of the input.
+        width: D of the first stage; it doubles with each.
+        depths: blocks of each stage.
+        heads: attention heads of each stage.
+        window: side of a window, in patches.
+        mlp_ratio: hidden width of a block's MLP over D.
+        classes: outputs of the public classifier; 0 leaves it out.
+        epsilon: of the blocks' and the last LayerNorm.
+        gelu: "erf" (exact) or "tanh".
+    """
+
+    image_size: int
+    patch: int
+    width: int
+    depths: tuple[int, ...]
+    heads: tuple[int, ...]
+    window: int
+    mlp_ratio: float = 4.0
+    channels: int = 3
+    classes: int = 0
+    epsilon: float = 1e-5
+    gelu: Gelu = "erf"
+
+    @property
+    def feature(self) -> str:
+        """What the feature is."""
+        return "mean"
+
+    @property
+    def feature_size(self) -> int:
+        """D of the feature."""
+        return self.width * 2 ** (len(self.depths) - 1)
+
+    def build(self, rngs: nnx.Rngs) -> "Swin":
+        """The module with random parameters."""
+        return Swin(self, rngs)
+
+
+class WindowAttention(nnx.Module):
+    """Attention inside windows with a learned bias for every distance between two patches."""
+
+    def __init__(self, config: SwinConfig, width: int, heads: int, rngs: nnx.Rngs):
+        self.heads, self.window = heads, config.window
+        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.table = nnx.Param(jnp.zeros(((2 * config.window - 1) ** 2, heads)))
+
+    def __call__(self, x: jax.Array, side: int, mask: np.ndarray | None) -> jax.Array:
+        """[B * M, w * w, D] -> the same; `side` is w, `mask` float32 [M, w * w, w * w] or None."""
+        bias = self.table[...][distances(side, self.window)].astype(jnp.float32)  # [w * w, w * w, A]
+        bias = jnp.moveaxis(bias, -1, 0)  # [A, w * w, w * w]
+        if mask is not None:
+            count, tokens = len(mask), side * side
+            bias = bias[None] + jnp.asarray(mask)[:, None]  # [M, A, w * w, w * w]
+            shape = (x.shape[0] // count, count, self.heads, tokens, tokens)
+            bias = jnp.broadcast_to(bias[None], shape).reshape(-1, self.heads, tokens, tokens)
+        return self.out(attend(self.qkv(x), self.heads, bias))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)) in windows, then x + mlp(norm(x))."""
+
+    def __init__(self, config: SwinConfig, width: int, heads: int, shifted: bool, rngs: nnx.Rngs):
+        self.window, self.shifted = config.window, shifted
+        self.norm1 = LayerNorm(width, config.epsilon, rngs)
+        self.attention = WindowAttention(config, width, heads, rngs)
+        self.norm2 = LayerNorm(width, config.epsilon, rngs)
+        self.mlp = MLP(width, int(config.mlp_ratio * width), config.gelu, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, D] -> [B, H, W, D]
+        x = x + self._attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def _attention(self, x: jax.Array) -> jax.Array:
+        b, h, w, d = x.shape
+        side = min(self.window, h, w)
+        shift = side // 2 if self.shifted and min(h, w) > self.window else 0
+        high, wide = -(-h // side) * side, -(-w // side) * side
+        x = jnp.pad(x, ((0, 0), (0, high - h), (0, wide - w), (0, 0)))
+        x = jnp.roll(x, (-shift, -shift), (1, 2))
+        x = x.reshape(b, high // side, side, wide // side, side, d).transpose(0, 1, 3, 2, 4, 5)
+        mask = shift_mask(high, wide, side, shift) if shift else None
+        x = self.attention(x.reshape(-1, side * side, d), side, mask)
+        x = x.reshape(b, high // side, wide // side, side, side, d).transpose(0, 1, 3, 2, 4, 5)
+        x = jnp.roll(x.reshape(b, high, wide, d), (shift, shift), (1, 2))
+        return x[:, :h, :w]
+
+
+class Merging(nnx.Module):
+    """Joins 2 x 2 patches into one of twice the width; an odd grid is padded with zeros."""
+
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.norm = LayerNorm(4 * width, MERGE_EPSILON, rngs)
+        self.reduction = nnx.Linear(4 * width, 2 * width, use_bias=False, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, D] -> [B, H/2, W/2, 2D]
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        corners = [x[:, row::2, column::2] for column in range(2) for row in range(2)]
+        return self.reduction(self.norm(jnp.concatenate(corners, axis=-1)))
+
+
+class Stage(nnx.Module):
+    """Blocks of one width, then merging (not after the last stage)."""
+
+    def __init__(self, config: SwinConfig, index: int, rngs: nnx.Rngs):
+        width, heads = config.width * 2**index, config.heads[index]
+        depth = config.depths[index]
+        self.blocks = nnx.List([Block(config, width, heads, bool(i % 2), rngs) for i in range(depth)])
+        if index + 1 < len(config.depths):
+            self.merging = Merging(width, rngs)
+
+
+class Swin(nnx.Module):
+    """The whole network: `features` is the frozen part, `head` the public classifier (may be absent)."""
+
+    def __init__(self, config: SwinConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Linear(config.patch**2 * config.channels, config.width, rngs=rngs)
+        self.embed_norm = LayerNorm(config.width, MERGE_EPSILON, rngs)
+        self.stages = nnx.List([Stage(config, index, rngs) for index in range(len(config.depths))])
+        self.norm = LayerNorm(config.feature_size, config.epsilon, rngs)
+        if config.classes:
+            self.head = nnx.Linear(config.feature_size, config.classes, rngs=rngs)
+
+    def states(self, images: jax.Array) -> list[jax.Array]:
+        """Grid [B, H, W, D] before the first stage and after each one (after its merging)."""
+        found = [self.embed_norm(self.embed(patches(images, self.config.patch)))]
+        for stage in self.stages:
+            x = found[-1]
+            for block in stage.blocks:
+                x = block(x)
+            found.append(stage.merging(x) if hasattr(stage, "merging") else x)
+        return found
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Mean token after the last LayerNorm.
+
+        Args:
+            images: [B, H, W, C] float, normalised; H = W = `config.image_size`.
+
+        Returns:
+            [B, D] in the dtype of the images.
+        """
+        return jnp.mean(self.norm(self.states(images)[-1]), axis=(1, 2))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of the public classifier: [B, H, W, C] -> [B, classes]."""
+        return self.head(self.features(images))
+
+
+@functools.lru_cache(maxsize=64)
+def distances(side: int, window: int) -> np.ndarray:
+    """Row of the bias table for each pair of patches of a window of `side`, int [w * w, w * w].
+
+    The table has a row for each distance (dy, dx) of a window of side `window`, dy and dx in -window + 1 ..
+    window - 1, row by row.
+    """
+    y, x = (axis.reshape(-1) for axis in np.mgrid[:side, :side])
+    dy, dx = y[:, None] - y[None] + window - 1, x[:, None] - x[None] + window - 1
+    return dy * (2 * window - 1) + dx
+
+
+@functools.lru_cache(maxsize=64)
+def shift_mask(high: int, wide: int, side: int, shift: int) -> np.ndarray:
+    """float32 [M, w * w, w * w]: `OUTSIDE` for pairs of patches that only the cyclic shift made neighbours."""
+    y, x = np.arange(high), np.arange(wide)
+    band_y = (y >= high - side).astype(int) + (y >= high - shift)
+    band_x = (x >= wide - side).astype(int) + (x >= wide - shift)
+    region = 3 * band_y[:, None] + band_x[None]
+    windows = region.reshape(high // side, side, wide // side, side).transpose(0, 2, 1, 3).reshape(-1, side * side)
+    return np.where(windows[:, :, None] == windows[:, None], 0.0, OUTSIDE).astype(np.float32)

@@ -1,0 +1,180 @@
+"""Vision Transformer (Dosovitskiy et al., 2020) as a Flax NNX module.
+
+Pre-norm blocks, class token, learned position embedding. The patch embedding is a reshape and one matrix
+product, so that a `vmap` over lanes leaves a single large product for the whole device.
+
+Shapes: B batch, H W C image, N tokens (1 + number of patches), D width, A heads.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lmeraser_jax.models.layers import MLP, Gelu, LayerNorm, attend, attended, outputs, patches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Architecture of one ViT.
+
+    Attributes:
+        image_size: side of the square input, in pixels; a multiple of `patch`.
+        patch: side of a patch, in pixels.
+        channels: colour channels of the input.
+        width: D, a multiple of `heads`.
+        depth: number of blocks.
+        heads: attention heads.
+        mlp: hidden width of the block's MLP.
+        feature: "cls" (class token after the final LayerNorm) or "pooler" (tanh of a dense layer on it,
+            the feature that ViT-B trained on ImageNet-22K has).
+        classes: outputs of the public classifier; 0 leaves it out.
+        epsilon: of every LayerNorm, as the checkpoint's origin has it.
+        gelu: "erf" (exact) or "tanh", as the checkpoint's origin has it.
+    """
+
+    image_size: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    mlp: int
+    channels: int = 3
+    feature: str = "cls"
+    classes: int = 0
+    epsilon: float = 1e-6
+    gelu: Gelu = "erf"
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch
+
+    @property
+    def feature_size(self) -> int:
+        """D of the feature."""
+        return self.width
+
+    def build(self, rngs: nnx.Rngs) -> "ViT":
+        """The module with random parameters."""
+        return ViT(self, rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention over all tokens."""
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        self.heads = config.heads
+        self.qkv = nnx.Linear(config.width, 3 * config.width, rngs=rngs)
+        self.out = nnx.Linear(config.width, config.width, rngs=rngs)
+
+    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:  # [B, N, D] -> [B, queries or N, D]
+        if queries is None:
+            return self.out(attend(self.qkv(x), self.heads))
+        b, n, d = x.shape
+        q = outputs(self.qkv, x[:, :queries], slice(d)).reshape(b, queries, self.heads, -1)
+        k, v = jnp.moveaxis(outputs(self.qkv, x, slice(d, None)).reshape(b, n, 2, self.heads, -1), 2, 0)
+        return self.out(attended(q, k, v))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        self.norm1 = LayerNorm(config.width, config.epsilon, rngs)
+        self.attention = Attention(config, rngs)
+        self.norm2 = LayerNorm(config.width, config.epsilon, rngs)
+        self.mlp = MLP(config.width, config.mlp, config.gelu, rngs)
+
+    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:  # [B, N, D] -> [B, queries or N, D]
+        """All tokens; or only the first so many of them, which still attend to all."""
+        x = x[:, :queries] + self.attention(self.norm1(x), queries)
+        return x + self.mlp(self.norm2(x))
+
+
+class ViT(nnx.Module):
+    """The whole network: `features` is the frozen part, `head` the public classifier (may be absent)."""
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        self.config = config
+        inputs = config.patch * config.patch * config.channels
+        tokens = 1 + config.grid**2
+        self.embed = nnx.Linear(inputs, config.width, rngs=rngs)
+        self.cls = nnx.Param(jnp.zeros((1, 1, config.width)))
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width)))
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
+        self.norm = LayerNorm(config.width, config.epsilon, rngs)
+        if config.feature == "pooler":
+            self.pooler = nnx.Linear(config.width, config.width, rngs=rngs)
+        if config.classes:
+            self.head = nnx.Linear(config.width, config.classes, rngs=rngs)
+
+    def states(self, images: jax.Array, blocks: int | None = None) -> list[jax.Array]:
+        """Tokens [B, N, D] before the first block and after each of the first `blocks`; images as in `features`."""
+        x = self.embed(patches(images, self.config.patch))
+        x = x.reshape(len(x), -1, x.shape[-1])  # [B, N-1, D]
+        cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
+        found = [jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)]  # [B, N, D]
+        for block in list(self.blocks)[:blocks]:
+            found.append(block(found[-1]))
+        return found
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """Feature of each image.
+
+        Args:
+            images: [B, H, W, C] float, normalised; H = W = `config.image_size`.
+
+        Returns:
+            [B, D] in the dtype of the images.
+        """
+        x = self.blocks[-1](self.states(images, len(self.blocks) - 1)[-1], queries=1)  # what the feature needs of it
+        x = self.norm(x)[:, 0]  # [B, D]
+        return jnp.tanh(self.pooler(x)) if self.config.feature == "pooler" else x
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits of the public classifier: [B, H, W, C] -> [B, classes]."""
+        return self.head(self.features(images))
+
+
+def interpolate_positions(positions: np.ndarray, grid: int, antialias: bool = True) -> np.ndarray:
+    """Resizes a position embedding to another number of patches (bicubic; class token kept).
+
+    Args:
+        positions: [1, 1 + g * g, D] float.
+        grid: wanted patches along a side.
+        antialias: as timm and Pillow do it (kernel a = -0.5, widened when it shrinks), else as PyTorch's
+            interpolate and with it transformers (a = -0.75, four neighbours).
+
+    Returns:
+        [1, 1 + grid * grid, D] float32.
+    """
+    old = math.isqrt(positions.shape[1] - 1)
+    assert old * old == positions.shape[1] - 1, positions.shape
+    positions = np.asarray(positions, np.float32)
+    if old == grid:
+        return positions
+    weights = cubic_matrix(old, grid, antialias)
+    cls, patch = positions[:, :1], positions[0, 1:].reshape(old, old, -1)
+    patch = np.einsum("yh,xw,hwd->yxd", weights, weights, patch, optimize=True)
+    return np.concatenate([cls, patch.reshape(1, grid * grid, -1).astype(np.float32)], axis=1)
+
+
+def cubic_matrix(old: int, new: int, antialias: bool) -> np.ndarray:
+    """Weights [new, old] float64 of a bicubic resize; rows sum to 1."""
+    a, scale = (-0.5, max(old / new, 1.0)) if antialias else (-0.75, 1.0)
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    taps = np.floor(centres)[:, None] + np.arange(-2 * math.ceil(scale), 2 * math.ceil(scale) + 2)  # [new, taps]
+    x = np.abs(taps - centres[:, None]) / scale
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * x**3 - 5 * a * x**2 + 8 * a * x - 4 * a
+    values = np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+    if antialias:  # what lies outside counts nothing; PyTorch's plain kernel repeats the edge
+        values = np.where((taps >= 0) & (taps < old), values, 0.0)
+    columns = np.clip(taps, 0, old - 1).astype(int)
+    weights = np.zeros((new, old))
+    np.add.at(weights, (np.arange(new)[:, None], columns), values)
+    return weights / weights.sum(axis=1, keepdims=True)

@@ -1,1 +1,0 @@
-"""Private, test and public images as records: where they come from and how they are kept."""

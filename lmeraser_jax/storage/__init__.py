@@ -1,0 +1,1 @@
+"""The workdir: catalog, checkpoints, requests."""

@@ -1,0 +1,371 @@
+"""The catalog: one SQLite file that says what is live, what is published and what was asked for.
+
+It is the only source of truth. Files are written first; a change becomes true in one transaction here.
+"""
+
+import contextlib
+import json
+import operator
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.data.record_table import RecordTable
+from lmeraser_jax.data.source import Item
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import keyed_hash
+from lmeraser_jax.storage import schema
+from lmeraser_jax.storage.rows import Manifest, SliceRow
+
+COLUMNS = "id,row,label,owner,content,cluster"
+
+
+class Catalog:
+    """A connection to the catalog of one workdir. Readers are never blocked by the writer (WAL)."""
+
+    def __init__(self, path: Path):
+        if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < 512):  # SQLite takes that for an empty one
+            raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
+        self.path = path
+        with contextlib.ExitStack() as undo, schema.readable(path):
+            self.db, self._frozen = schema.connect(path)
+            undo.callback(self.db.close)
+            self.db.execute("PRAGMA secure_delete=ON")
+            self.db.execute("PRAGMA synchronous=FULL")
+            if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
+                schema.create(self.db)
+            schema.migrate(self.db, path)
+            self.salt: str = self.get("salt")
+            self.reading = False
+            undo.pop_all()
+
+    def close(self) -> None:
+        self.db.close()
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All or nothing; nests into an outer transaction."""
+        assert not self.reading, "a snapshot is undone at its end, and what is written in it with it"
+        if self.db.in_transaction:
+            yield
+            return
+        with schema.readable(self.path):
+            self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.db.execute("COMMIT")
+        except BaseException:
+            if self.db.in_transaction:  # SQLite has rolled back by itself when the disk is full
+                self.db.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Everything read inside is of one moment, whatever other processes commit meanwhile. No writes."""
+        assert not self.db.in_transaction
+        self.db.execute("BEGIN")
+        self.reading = True
+        try:
+            yield
+        finally:
+            self.reading = False
+            self.db.execute("ROLLBACK")
+
+    def stamp(self) -> tuple[int, int]:
+        """Changes whenever something was committed, here or by another connection. Costs microseconds.
+
+        Raises:
+            UserError: something was committed, and this connection cannot follow (`schema.connect`).
+        """
+        schema.refuse_change(self.path, self._frozen)
+        return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
+
+    def flush(self) -> None:
+        """Moves everything committed into the file itself and empties the log, where old pages would linger.
+
+        Raises:
+            UserError: another process has been reading for so long that the log could not be emptied.
+        """
+        busy, _, _ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        if busy:
+            raise UserError(
+                "another process has been reading the catalog for too long, so that old pages could not be removed yet;"
+                " the erasure is published but not purged: run lmeraser process on the workdir again"
+            )
+
+    # meta and events
+    def get(self, key: str) -> Any:
+        """A value of the meta table, or None."""
+        row = self.db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def set(self, key: str, value: object) -> None:
+        self.db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, json.dumps(value)))
+
+    def event(self, kind: str, **body: object) -> None:
+        self.db.execute("INSERT INTO events VALUES(?,?,?)", (time.time(), kind, json.dumps(body, sort_keys=True)))
+
+    def salted(self, purpose: str, name: str) -> str:
+        """A keyed hash that recognises a name without saying it: the salt never leaves the catalog."""
+        return keyed_hash(self.salt, purpose, name).hex()
+
+    # records
+    def add_records(self, items: Iterable[Item], rows: Iterable[int], contents: Iterable[str]) -> None:
+        """New live records; whoever adds some outside an import ranks them before the next plan."""
+        seed = self.get("rank_seed")
+        self.db.executemany(
+            "INSERT INTO records(id,split,label,owner,row,content,rank) VALUES(?,?,?,?,?,?,?)",
+            (
+                (*item, row, content, b"" if seed is None else sample_rank(seed, item.id))
+                for item, row, content in zip(items, rows, contents, strict=True)
+            ),
+        )
+
+    def rank(self, seed: int) -> None:
+        """Makes sure that every record has the rank in sampling that the seed gives it."""
+        if self.get("rank_seed") == seed:
+            return
+        with self.transaction():
+            names = [row[0] for row in self.db.execute("SELECT id FROM records")]
+            self.db.executemany(
+                "UPDATE records SET rank=? WHERE id=?", ((sample_rank(seed, name), name) for name in names)
+            )
+            self.set("rank_seed", seed)
+
+    def sample(self, split: str, count: int, leaving: Collection[str] = ()) -> RecordTable:
+        """The `count` live records of a split with the smallest ranks, sorted by id.
+
+        Removing a record that is not among them changes nothing; removing one that is admits the next.
+
+        Args:
+            split: train or public.
+            count: n_s.
+            leaving: ids that count as erased already.
+        """
+        query = f"SELECT {COLUMNS} FROM records WHERE split=? AND erased='' ORDER BY rank,id LIMIT ?"
+        found = [row for row in self.db.execute(query, (split, count + len(leaving))) if row[0] not in leaving]
+        return _table(sorted(found[:count]))
+
+    def live(self, *splits: str) -> RecordTable:
+        """The live records of the given splits, sorted by id."""
+        marks = ",".join("?" * len(splits))
+        query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND split IN ({marks}) ORDER BY id"
+        return _table(self.db.execute(query, splits).fetchall())
+
+    def at(self, rows: Iterable[int]) -> RecordTable:
+        """The live private records in the given image rows, sorted by id."""
+        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND split='train' AND erased=''"
+        found = (self.db.execute(query, (int(row),)).fetchone() for row in rows)
+        return _table(sorted(row for row in found if row))
+
+    def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
+        """The live private records of one published cluster, sorted by id; with "" those of none yet.
+
+        Args:
+            cluster: its key.
+            leaving: ids that count as erased already.
+        """
+        query = (
+            "SELECT id,row,label,owner,content FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
+        )
+        return _table([row for row in self.db.execute(query, (cluster,)) if row[0] not in leaving], cluster)
+
+    def touched(self) -> frozenset[str]:
+        """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
+        query = "SELECT DISTINCT cluster FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"
+        return frozenset(row[0] for row in self.db.execute(query))
+
+    def sizes(self) -> dict[str, int]:
+        """{published cluster: live members}; "" counts records that are in none yet."""
+        query = "SELECT cluster,count(*) FROM records WHERE split='train' AND erased='' GROUP BY cluster"
+        return dict(self.db.execute(query))
+
+    def counts(self) -> dict[str, int]:
+        """{split: live records}."""
+        return dict(self.db.execute("SELECT split,count(*) FROM records WHERE erased='' GROUP BY split"))
+
+    def clusters_of(self, ids: Iterable[str]) -> dict[str, str]:
+        """{id: published cluster} of those ids that are in one, erased or not."""
+        query = "SELECT cluster FROM records WHERE id=? AND split='train'"
+        found = ((name, self.db.execute(query, (name,)).fetchone()) for name in ids)
+        return {name: row[0] for name, row in found if row and row[0]}
+
+    def rows_used(self) -> int:
+        """Rows of the image file that belong to a record or to an erased one's place."""
+        return self.get("rows") or 0
+
+    def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
+        """{id: (split, content, label, erased)} of those ids that the catalog holds."""
+        query = "SELECT split,content,label,erased!='' FROM records WHERE id=?"
+        found = ((name, self.db.execute(query, (name,)).fetchone()) for name in ids)
+        return {name: (*row[:3], bool(row[3])) for name, row in found if row}
+
+    def rows(self, ids: Iterable[str]) -> dict[str, int]:
+        """{id: image row} of those ids that the catalog holds."""
+        found = ((name, self.db.execute("SELECT row FROM records WHERE id=?", (name,)).fetchone()) for name in ids)
+        return {name: row[0] for name, row in found if row}
+
+    def owned(self, owner: str) -> list[str]:
+        """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
+        query = "SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id"
+        return [row[0] for row in self.db.execute(query, (owner,))]
+
+    def same_pixels(self, content: str) -> list[str]:
+        """Ids of private records with this content hash, sorted; also erased ones that are not purged yet."""
+        query = "SELECT id FROM records WHERE content=? AND split!='public' ORDER BY id"
+        return [row[0] for row in self.db.execute(query, (content,))]
+
+    def erase(self, ids: Iterable[str], request: str) -> None:
+        """Marks records erased by a request and leaves tombstones: from here on no build may see them."""
+        for name in ids:
+            self.db.execute("UPDATE records SET erased=? WHERE id=?", (request, name))
+            self.bury("tombstone", name)
+
+    def erased(self, requests: Iterable[str] | None = None) -> dict[str, int]:
+        """{id: row} of records that are erased but not yet purged; of the given requests only."""
+        if requests is None:
+            return dict(self.db.execute("SELECT id,row FROM records WHERE erased!=''"))
+        query = "SELECT id,row FROM records WHERE erased=? AND erased!=''"
+        return {name: row for request in requests for name, row in self.db.execute(query, (request,))}
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """Removes the rows of the records that these requests erased; their tombstones stay."""
+        self.db.executemany("DELETE FROM records WHERE erased=? AND erased!=''", [(name,) for name in requests])
+
+    def bury(self, purpose: str, name: str) -> None:
+        """Leaves a salted hash that says "erased before" of an id (tombstone) or an owner without saying which."""
+        self.db.execute("INSERT OR IGNORE INTO tombstones VALUES(?)", (self.salted(purpose, name),))
+
+    def graves(self) -> int:
+        """How many ids and owners were erased so far."""
+        return self.db.execute("SELECT count(*) FROM tombstones").fetchone()[0]
+
+    def is_tombstoned(self, name: str, purpose: str = "tombstone") -> bool:
+        """Whether an id, or with purpose "owner" an owner, was erased before."""
+        query = "SELECT 1 FROM tombstones WHERE hash=?"
+        return bool(self.db.execute(query, (self.salted(purpose, name),)).fetchone())
+
+    # slices and manifests
+    def add_slice(self, row: SliceRow, rows: Iterable[int]) -> None:
+        """Registers a slice whose checkpoint is on disk, with the image rows of its members."""
+        self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
+        self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
+
+    def add_epochs(self, digest: str, params: dict[int, str]) -> None:
+        """Registers earlier epochs of a slice: {step: digest of the parameters' bytes}."""
+        self.db.executemany(
+            "INSERT OR REPLACE INTO epochs VALUES(?,?,?)", [(digest, step, params[step]) for step in sorted(params)]
+        )
+
+    def epochs(self, digest: str) -> dict[int, str]:
+        """{step: digest of the parameters' bytes} of a slice's earlier epochs."""
+        return dict(self.db.execute("SELECT step,params FROM epochs WHERE slice=? ORDER BY step", (digest,)))
+
+    def slice(self, digest: str) -> SliceRow | None:
+        row = self.db.execute("SELECT * FROM slices WHERE digest=?", (digest,)).fetchone()
+        return SliceRow(*row) if row else None
+
+    def slices(self) -> dict[str, SliceRow]:
+        return {row[0]: SliceRow(*row) for row in self.db.execute("SELECT * FROM slices")}
+
+    def drop_slice(self, digest: str) -> None:
+        self.db.execute("DELETE FROM slices WHERE digest=?", (digest,))
+        self.db.execute("DELETE FROM members WHERE slice=?", (digest,))
+        self.db.execute("DELETE FROM epochs WHERE slice=?", (digest,))
+
+    def rows_of(self, digest: str) -> np.ndarray:
+        """int64 [m]: image rows of a slice's members, ascending."""
+        query = "SELECT row FROM members WHERE slice=? ORDER BY row"
+        return np.array([row[0] for row in self.db.execute(query, (digest,))], np.int64)
+
+    def slices_of(self, rows: Iterable[int]) -> frozenset[str]:
+        """Digests of slices that have a member in one of the image rows."""
+        query = "SELECT slice FROM members WHERE row=?"
+        return frozenset(name for row in rows for (name,) in self.db.execute(query, (int(row),)))
+
+    def called_for(self, clustering: str, digests: Iterable[str]) -> None:
+        """Notes that the members of these slices follow from a clustering."""
+        query = "UPDATE slices SET clustering=? WHERE digest=? AND clustering!=?"
+        self.db.executemany(query, ((clustering, digest, clustering) for digest in digests))
+
+    def orphaned_slices(self) -> frozenset[str]:
+        """Published slices that have seen an image row which belongs to no record any more. There should be none."""
+        query = (
+            "SELECT DISTINCT slice FROM members WHERE slice IN (SELECT substr(slice,1,64) FROM entries WHERE version="
+            "(SELECT max(version) FROM manifests)) AND row NOT IN (SELECT row FROM records)"
+        )
+        return frozenset(row[0] for row in self.db.execute(query))
+
+    def manifest(self) -> Manifest | None:
+        """The published state, or None before the first."""
+        found = self._manifests("LIMIT 1")
+        return found[0] if found else None
+
+    def manifests(self) -> list[Manifest]:
+        """All states that are still kept, newest first."""
+        return self._manifests("")
+
+    def _manifests(self, limit: str) -> list[Manifest]:
+        heads = self.db.execute(
+            f"SELECT version,created,clustering,program,inputs FROM manifests ORDER BY version DESC {limit}"
+        )
+        query = "SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster"
+        return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads.fetchall()]
+
+    def publish(
+        self,
+        clustering: str,
+        program: str,
+        inputs: str,
+        entries: dict[str, str],
+        moved: Iterable[tuple[str, str]],
+    ) -> int:
+        """Makes a state the current one: its entries, and the cluster of each record that moved, as (id, key)."""
+        head = (time.time(), clustering, program, inputs)
+        cursor = self.db.execute("INSERT INTO manifests(created,clustering,program,inputs) VALUES(?,?,?,?)", head)
+        version = int(cursor.lastrowid or 0)
+        self.db.executemany(
+            "INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())]
+        )
+        self.db.executemany("UPDATE records SET cluster=? WHERE id=?", ((key, name) for name, key in moved))
+        return version
+
+    def drop_manifest(self, version: int) -> None:
+        self.db.execute("DELETE FROM entries WHERE version=?", (version,))
+        self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
+
+    # pins and quarantine
+    def pin(self, cluster: str, ref: str) -> None:
+        """Keeps a cluster at a slice, or an earlier epoch of it, whatever its recipe calls for."""
+        self.db.execute("INSERT OR REPLACE INTO pins VALUES(?,?,?)", (cluster, ref, time.time()))
+
+    def unpin(self, clusters: Iterable[str]) -> None:
+        self.db.executemany("DELETE FROM pins WHERE cluster=?", [(cluster,) for cluster in clusters])
+
+    def pins(self) -> dict[str, str]:
+        """{cluster: slice reference} of pinned clusters."""
+        return dict(self.db.execute("SELECT cluster,slice FROM pins ORDER BY cluster"))
+
+    def doubt(self) -> None:
+        """Makes the next plan look at every cluster."""
+        self.db.execute("UPDATE manifests SET inputs=''")
+
+    def quarantined(self) -> frozenset[str]:
+        """Clusters that no prediction may use until the requests that touch them are published."""
+        return frozenset(row[0] for row in self.db.execute("SELECT DISTINCT cluster FROM quarantine"))
+
+
+def sample_rank(seed: int, name: str) -> bytes:
+    """Where an id stands in the order of sampling (paper Algorithm 1, line 3): a keyed hash, smallest first."""
+    return keyed_hash(seed, "sample", name)
+
+
+def _table(found: Sequence[tuple[Any, ...]], cluster: str | None = None) -> RecordTable:
+    """Rows of `COLUMNS` as columns; without the last one if all records are of one cluster."""
+    columns = (tuple(map(operator.itemgetter(i), found)) for i in range(5))  # zip(*found) is slow for long tables
+    ids, rows, labels, owners, contents = columns
+    clusters = tuple(row[5] for row in found) if cluster is None else (cluster,) * len(found)
+    return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

@@ -1,0 +1,355 @@
+"""Erasure requests as the catalog keeps them: accepted in one transaction, followed to the purge.
+
+Accepting needs no writer lock: a person's request is durable, and with quarantine in force, while another
+process trains. Nothing here loads JAX.
+"""
+
+import dataclasses
+import json
+import re
+import time
+import uuid
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from lmeraser_jax.data.names import lookalikes
+from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.hashing import digest
+from lmeraser_jax.storage.catalog import Catalog
+
+STATES = ("accepted", "planned", "re-tuning", "published", "purged")
+LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+LONGEST_TEXT = 500  # characters of a requester or a reason
+EMPTY: dict[str, Any] = {
+    **{"asked": "", "requester": "", "reason": "", "owners": [], "quarantine": False},
+    **{"records": [], "erased_before": [], "shared": [], "members": {}, "states": [], "clusters": []},
+    "work": {
+        **{"images": 0, "images_full": 0, "steps": 0, "seconds": 0.0},
+        **{"clusters_tuned": 0, "program": "", "batch": []},
+    },
+    "manifest": {"before": 0, "after": 0},
+    "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The records that a request names.
+
+    Attributes:
+        live: ids that are erased with it.
+        erased: ids that were erased before: nothing to do for them.
+        pending: ids that another request, accepted before, erases.
+        owners: the owners it names.
+    """
+
+    live: tuple[str, ...]
+    erased: tuple[str, ...] = ()
+    pending: tuple[str, ...] = ()
+    owners: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """Whether waiting requests are to be served now.
+
+    Attributes:
+        waiting: requests that are not finished.
+        age: seconds since the oldest of them was accepted.
+        now: it is time.
+        left: seconds until the oldest has waited long enough; None where no time limit was given.
+        room: requests that may still arrive before so many are served at once; None where no limit was given.
+    """
+
+    waiting: int
+    age: float
+    now: bool
+    left: float | None = None
+    room: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One erasure request.
+
+    Attributes:
+        id: given by whoever asked, or made up; the name of its receipt.
+        created: seconds since the epoch.
+        state: one of `STATES`.
+        body: what the receipt will say; grows from state to state, holds salted hashes instead of ids.
+    """
+
+    id: str
+    created: float
+    state: str
+    body: dict[str, Any]
+
+    @property
+    def open(self) -> bool:
+        return self.state != "purged"
+
+
+def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), contents: Sequence[str] = ()) -> Targets:
+    """Looks up what a request names.
+
+    Args:
+        catalog: of the workdir.
+        ids: record ids.
+        owners: also all records of these owners, hold-out and test images included.
+        contents: also all private records whose pixels have these content hashes.
+
+    Raises:
+        UserError: lists every unknown id and owner; nothing is erased then.
+    """
+    raise_all(_garbled(ids, owners))
+    owners = tuple(dict.fromkeys(owners))
+    owned = {owner: catalog.owned(owner) for owner in owners}
+    strangers = [name for name in owners if not owned[name] and not catalog.is_tombstoned(name, "owner")]
+    alike = {content: catalog.same_pixels(content) for content in contents}
+    groups = [ids, *owned.values(), *alike.values()]
+    names = list(dict.fromkeys(name for group in groups for name in group))
+    known = catalog.known(names)
+    erased = [name for name in names if name not in known and catalog.is_tombstoned(name)]
+    pending = [name for name in names if name in known and known[name][3]]
+    unknown = [name for name in names if name not in known and name not in set(erased)]
+    public = [name for name in known if known[name][0] == "public"]
+    found = [_unknown(catalog, unknown)] if unknown else []
+    if strangers:
+        why = "unknown, erased before, or the owner of public images only"
+        found.append(f"--owner={some(strangers, 50)}: owns no live private record ({why})")
+    if not all(alike.values()):
+        found.append("--like: no live record has exactly these pixels")
+    if public:
+        found.append(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
+    raise_all(found, "nothing is erased:" if found else "")
+    gone = {*erased, *pending}
+    return Targets(tuple(name for name in names if name not in gone), tuple(erased), tuple(pending), owners)
+
+
+def _unknown(catalog: Catalog, unknown: Sequence[str]) -> str:
+    everyone = (row[0] for row in catalog.db.execute("SELECT id FROM records WHERE split!='public'"))
+    near = [
+        f"did you mean {some(known, 3)} (another Unicode form)?" for known in lookalikes(unknown, everyone).values()
+    ]
+    hint = " ".join([*near[:5], "(lmeraser inspect --records lists the ids)"])
+    return f"unknown records: {some(unknown, 50)} {hint}"
+
+
+def accept(
+    catalog: Catalog,
+    ids: Sequence[str] = (),
+    owners: Sequence[str] = (),
+    request: str = "",
+    requester: str = "",
+    reason: str = "",
+    quarantine: bool = False,
+    contents: Sequence[str] = (),
+) -> Request:
+    """Accepts an erasure in one transaction: its records are erased for every later build, and for good.
+
+    Args:
+        catalog: of the workdir; the writer lock is not needed.
+        ids: record ids.
+        owners: also everything of these owners; their later images are refused, too.
+        request: an id that makes asking twice the same as asking once; made up where empty.
+        requester, reason: kept in the receipt for good, so no personal data belongs here.
+        quarantine: take the clusters of these records out of routing from this moment on.
+        contents: also all private records whose pixels have these content hashes.
+
+    Returns:
+        The request; the earlier one if its id was used before for the same erasure, with quarantine where that is
+        asked for now.
+
+    Raises:
+        UserError: unknown records, nothing named, an id in use for another erasure. Nothing is changed then.
+    """
+    raise_all(_illegal([*ids, *contents], owners, request, requester, reason))
+    name = request or f"r-{uuid.uuid4().hex[:20]}"
+    asked = catalog.salted("asked", digest([sorted(set(named)) for named in (ids, owners, contents)]))
+    with catalog.transaction():
+        earlier = get(catalog, name)
+        if earlier is not None:
+            _refuse_another(earlier, asked, requester, reason)
+            return _quarantined(catalog, earlier) if quarantine else earlier
+        targets = resolve(catalog, ids, owners, contents)
+        clusters = catalog.clusters_of(targets.live)
+        body = EMPTY | {
+            "asked": asked,
+            "requester": requester,
+            "reason": reason,
+            "quarantine": quarantine,
+            "records": [catalog.salted("tombstone", record) for record in targets.live],
+            "erased_before": [catalog.salted("tombstone", record) for record in targets.erased],
+            "shared": [catalog.salted("tombstone", record) for record in targets.pending],
+            "owners": [catalog.salted("owner", owner) for owner in targets.owners],
+            "members": dict(sorted(Counter(clusters.values()).items())),
+        }
+        catalog.erase(targets.live, name)
+        for owner in targets.owners:
+            catalog.bury("owner", owner)
+        if quarantine:
+            _keep_out(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
+        return _write(catalog, Request(name, time.time(), "accepted", body))
+
+
+def _refuse_another(earlier: Request, asked: str, requester: str, reason: str) -> None:
+    """Refuses an id that an earlier, different request has."""
+    body, found = earlier.body, []
+    if body["asked"] != asked:
+        found.append("for another erasure")
+    if requester and requester != body["requester"]:
+        found.append("by another requester")
+    if reason and reason != body["reason"]:
+        found.append("for another reason")
+    if found:
+        raise UserError(f"--request={earlier.id}: was used {' and '.join(found)}; give this one another id, or none")
+
+
+def _quarantined(catalog: Catalog, request: Request) -> Request:
+    """A request that was accepted without quarantine, with it from now on; one that is published needs none."""
+    if request.body["quarantine"] or STATES.index(request.state) >= STATES.index("published"):
+        return request
+    _keep_out(catalog, request.id, _homes(catalog, request))
+    return _store(catalog, dataclasses.replace(request, body=request.body | {"quarantine": True}))
+
+
+def _keep_out(catalog: Catalog, name: str, clusters: Iterable[str]) -> None:
+    rows = [(key, name) for key in sorted(set(clusters) - {""})]
+    catalog.db.executemany("INSERT OR IGNORE INTO quarantine VALUES(?,?)", rows)
+
+
+def _homes(catalog: Catalog, request: Request) -> dict[str, int]:
+    """{published cluster: its members that a request erases}; where it shares records, those of all that wait, too."""
+    query = (
+        "SELECT cluster,sum(erased=?) FROM records WHERE erased!='' AND split='train' AND cluster!='' GROUP BY cluster"
+    )
+    found = dict(catalog.db.execute(query, (request.id,)))
+    return {key: count for key, count in sorted(found.items()) if count or request.body["shared"]}
+
+
+def relocate(catalog: Catalog, served: Collection[str]) -> None:
+    """Follows the records of requests that were not served into the clusters that a publication put them in."""
+    for request in listed(catalog, only_open=True):
+        if request.id in served or request.state == "published":
+            continue
+        homes = _homes(catalog, request)
+        if request.body["quarantine"]:
+            _keep_out(catalog, request.id, homes)
+        members = {key: count for key, count in homes.items() if count}
+        _store(catalog, dataclasses.replace(request, body=request.body | {"members": members}))
+
+
+def kept_out(catalog: Catalog, name: str) -> int:
+    """How many clusters a request keeps out of predictions."""
+    return catalog.db.execute("SELECT count(*) FROM quarantine WHERE request=?", (name,)).fetchone()[0]
+
+
+def _illegal(ids: Sequence[str], owners: Sequence[str], request: str, requester: str, reason: str) -> list[str]:
+    found = _garbled(ids, owners)
+    if not ids and not owners:
+        found.append("say what to erase: --records=ID,ID, --records_file=FILE, --like=IMAGE or --owner=NAME")
+    if request and not LEGAL_NAME.fullmatch(request):
+        legal = "1 to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit"
+        found.append(f"--request={ascii(request[:80])}: must be {legal}")
+    for flag, text in (("requester", requester), ("reason", reason)):
+        if len(text) > LONGEST_TEXT or not text.isprintable():
+            found.append(
+                f"--{flag}={ascii(text[:80])}: must be one line of at most {LONGEST_TEXT} printable characters"
+            )
+    return found
+
+
+def _garbled(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
+    """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
+    assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
+    bad = [ascii(name[:80]) for name in (*ids, *owners) if not name or not _is_text(name)]
+    return [f"ids and owners must be text in UTF-8 and not empty; these are not: {some(bad)}"] if bad else []
+
+
+def _is_text(name: str) -> bool:
+    return name.isascii() or name.encode(errors="replace").decode() == name
+
+
+def get(catalog: Catalog, name: str) -> Request | None:
+    row = catalog.db.execute("SELECT id,created,state,body FROM requests WHERE id=?", (name,)).fetchone()
+    return _request(row) if row else None
+
+
+def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
+    """All requests, or those that are not purged yet, oldest first."""
+    where = "WHERE state!='purged'" if only_open else ""
+    rows = catalog.db.execute(f"SELECT id,created,state,body FROM requests {where} ORDER BY created,id")
+    return [_request(row) for row in rows.fetchall()]
+
+
+def any_open(catalog: Catalog) -> bool:
+    """Whether an accepted erasure is not finished."""
+    return bool(catalog.db.execute("SELECT 1 FROM requests WHERE state!='purged' LIMIT 1").fetchone())
+
+
+def due(catalog: Catalog, max_wait: float | None = None, max_batch: int | None = None) -> Due:
+    """Whether it is time to serve what waits: a limit is reached, or there is no limit.
+
+    Args:
+        catalog: of the workdir.
+        max_wait: seconds that the oldest request may wait.
+        max_batch: serve at once when so many wait.
+    """
+    waiting = listed(catalog, only_open=True)
+    if not waiting:
+        return Due(0, 0.0, False)
+    age = max(0.0, time.time() - waiting[0].created)  # a clock may be set back
+    left = None if max_wait is None else max(0.0, max_wait - age)
+    room = None if max_batch is None else max(0, max_batch - len(waiting))
+    limits = [limit for limit in (left, room) if limit is not None]
+    return Due(len(waiting), age, not limits or min(limits) <= 0, left, room)
+
+
+def advance(catalog: Catalog, names: Iterable[str], state: str, facts: Collection[tuple[str, Any]] = ()) -> None:
+    """Brings requests to a later state; one that is there already, or further, stays as it is.
+
+    Args:
+        catalog: of the workdir.
+        names: request ids.
+        state: one of `STATES`.
+        facts: what this step adds to their bodies.
+    """
+    with catalog.transaction():
+        for name in names:
+            request = get(catalog, name)
+            if request is not None and STATES.index(request.state) < STATES.index(state):
+                _write(catalog, dataclasses.replace(request, state=state, body=request.body | dict(facts)))
+
+
+def lift_quarantine(catalog: Catalog, names: Iterable[str]) -> None:
+    """Lets predictions use the clusters again that these requests kept out."""
+    catalog.db.executemany("DELETE FROM quarantine WHERE request=?", [(name,) for name in names])
+
+
+def followed(states: list[Any], state: str) -> list[Any]:
+    """The states with their times and one more, reached now; the clock may have been set back meanwhile."""
+    return [*states, [state, max([time.time(), *(at for _, at in states[-1:])])]]
+
+
+def _write(catalog: Catalog, request: Request) -> Request:
+    states = followed(request.body["states"], request.state)
+    request = _store(catalog, dataclasses.replace(request, body=request.body | {"states": states}))
+    catalog.event("request", request=request.id, state=request.state)
+    return request
+
+
+def _store(catalog: Catalog, request: Request) -> Request:
+    text = json.dumps(request.body, sort_keys=True)
+    catalog.db.execute(
+        "INSERT INTO requests VALUES(?,?,?,?) ON CONFLICT(id) DO UPDATE SET state=excluded.state,body=excluded.body",
+        (request.id, request.created, request.state, text),
+    )
+    return request
+
+
+def _request(row: tuple[Any, ...]) -> Request:
+    body = json.loads(row[3])
+    if "states" not in body:  # of catalog version 1, which counted records and named none
+        body = {}
+    return Request(*row[:3], body=EMPTY | body)

@@ -1,0 +1,251 @@
+"""Where things lie in a workdir, how files are written so that a crash cannot tear them, and the lock."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lmeraser_jax import interrupt
+from lmeraser_jax.errors import UserError, raise_all, some
+
+PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
+CONFIG_BYTES = 1 << 20  # no config is larger
+HOLDER_BYTES = 200  # of the lock file that a message shows
+POLL = 0.1  # seconds between two attempts to get the lock
+
+
+class Layout:
+    """Paths below one workdir; makes nothing."""
+
+    def __init__(self, workdir: str | Path):
+        self.root = Path(workdir).expanduser().resolve()
+        self.config = self.root / "config.json"
+        self.catalog = self.root / "catalog.db"
+        self.backbone = self.root / "backbone"
+        self.pretraining = self.root / "pretraining"
+        self.records = self.root / "records"
+        self.images = self.records / "images.u8"
+        self.clusterings = self.root / "clusterings"
+        self.slices = self.root / "slices"
+        self.scratch = self.root / "scratch"
+        self.metrics = self.root / "metrics.jsonl"
+        self.picture = self.root / "clusters.png"
+        self.receipts = self.root / "receipts"
+        self.lock = self.root / "lock"
+
+    def features(self, digest: str) -> Path:
+        return self.records / f"features-{digest[:16]}.f32"
+
+    def slice(self, digest: str) -> Path:
+        return self.slices / digest
+
+    def clustering(self, digest: str) -> Path:
+        return self.clusterings / digest
+
+    def receipt(self, request: str) -> Path:
+        return self.receipts / f"{request}.json"
+
+    def prepare(self) -> None:
+        """Makes the workdir, or refuses a folder that holds something else."""
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"--workdir={self.root} is a file, not a folder")
+        self._refuse_without_catalog()
+        if self.root.is_dir() and not self.catalog.exists() and any(path != self.lock for path in self.root.iterdir()):
+            raise UserError(f"--workdir={self.root} holds other files and is no workdir; name a new or an empty folder")
+        _make_private(self.root)
+
+    def _refuse_without_catalog(self) -> None:
+        """A workdir that lost its catalog says so, instead of looking like a foreign folder."""
+        if not self.catalog.exists() and self.config.exists() and self.backbone.exists():
+            raise UserError(f"{self.catalog} is missing: restore it, or start again in a new workdir")
+
+    def require(self) -> None:
+        """Raises `UserError` unless this is a workdir."""
+        self._refuse_without_catalog()
+        if not self.catalog.exists():
+            what = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
+            raise UserError(f"--workdir={self.root} {what}; make one with: lmeraser train --workdir={self.root}")
+
+
+def read_config(layout: Layout) -> dict[str, Any] | None:
+    """The settings that a workdir was made with; None before it has any. Raises `UserError` when damaged."""
+    if not layout.config.is_file():
+        return None
+    try:
+        if layout.config.stat().st_size > CONFIG_BYTES:
+            raise ValueError(f"it is larger than {CONFIG_BYTES} bytes")
+        found = json.loads(layout.config.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds no group of settings but {type(found).__name__}")
+        return found
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(
+            f"{layout.config} is damaged ({error}); delete it and run lmeraser train --workdir={layout.root}"
+            " with the experiment's --config=FILE.py"
+        ) from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replaces a JSON file in one step: readers see the old or the new text."""
+    write_bytes(path, (json.dumps(value, indent=2, sort_keys=True) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes to a file beside it, syncs, renames."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def publish_folder(temporary: Path, final: Path) -> None:
+    """Syncs everything below `temporary` and renames it to `final`; an older `final` is replaced."""
+    for folder, _, files in os.walk(temporary):
+        for name in files:
+            with open(Path(folder) / name, "rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(folder))
+    old = final.with_name(f".{final.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        os.replace(final, old)
+    os.replace(temporary, final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_others(folder: Path, kept: Collection[str]) -> None:
+    """Removes every folder and file in `folder` whose name is not among `kept`, and makes that durable."""
+    if not folder.exists():
+        return
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and removals in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def disk_use(path: Path) -> int:
+    """Bytes of all files below a path; 0 where it is absent, and for files that a writer removes meanwhile."""
+    if path.is_file():
+        return path.stat().st_size
+    size = 0
+    for folder, _, files in os.walk(path):
+        for name in files:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(Path(folder) / name).st_size
+    return size
+
+
+def refuse_links(layout: Layout) -> None:
+    """Refuses a workdir in which a file or folder is a symbolic link: what is written or purged must lie inside.
+
+    Looks at the entries of the workdir and of its folders; deeper ones are never written in place, and a removal
+    does not follow links. The workdir itself may be reached through a link.
+
+    Raises:
+        UserError: names the links.
+    """
+    inside = list(os.scandir(layout.root))
+    folders = [entry for entry in inside if entry.is_dir(follow_symlinks=False)]
+    entries = [*inside, *(deeper for folder in folders for deeper in os.scandir(folder))]
+    links = sorted(os.path.relpath(entry.path, layout.root) for entry in entries if entry.is_symlink())
+    what = f"{layout.root} holds symbolic links, through which files outside could be overwritten or deleted"
+    raise_all([f"{what}: {some(map(ascii, links))}; put the files themselves there"] if links else [])
+
+
+@contextlib.contextmanager
+def writer_lock(layout: Layout, wait: float = 0) -> Iterator[None]:
+    """One writer at a time; the kernel frees the lock when the process ends, however it ends.
+
+    As long as it is held, new files and folders of this process are the user's own (0600 and 0700).
+
+    Args:
+        layout: the workdir; its folder is made if need be, and closed to others.
+        wait: seconds to wait for another writer.
+
+    Raises:
+        UserError: another process holds it, also after the wait (the message names its pid and host), or the
+            workdir holds symbolic links.
+    """
+    _make_private(layout.root)
+    with _lock_file(layout) as file:
+        _acquire(layout, file, wait)
+        refuse_links(layout)  # not before: the other writer may be renaming folders
+        file.truncate(0)
+        os.pwrite(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        mask = os.umask(PRIVATE)
+        try:
+            yield
+        finally:
+            os.umask(mask)
+            file.truncate(0)
+
+
+def _make_private(root: Path) -> None:
+    """Makes the workdir, open to its user alone; its parents are made as the user's umask says."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    root.mkdir(mode=0o777 & ~PRIVATE, exist_ok=True)
+    mode = root.stat().st_mode
+    if mode & PRIVATE:
+        with contextlib.suppress(PermissionError):  # somebody else's folder that this user may write to
+            root.chmod(mode & 0o777 & ~PRIVATE)
+
+
+def _lock_file(layout: Layout) -> BinaryIO:
+    """The lock file, made if need be, open without following a link."""
+    try:
+        return os.fdopen(os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b", buffering=0)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            refuse_links(layout)
+        if error.errno == errno.EISDIR:
+            raise UserError(
+                f"{layout.lock} must be a file that locks the workdir; remove it: {error.strerror}"
+            ) from error
+        raise
+
+
+def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
+    """Takes the lock, or raises `UserError` when another process still holds it after so many seconds."""
+    end, said = time.monotonic() + wait, False
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        interrupt.check()
+        holder = f"{layout.root} is being written by {_holder(file)}"
+        if time.monotonic() >= end:
+            waited = f", still after {wait:g} s" if wait else ""
+            raise UserError(f"{holder}{waited}; wait for it with --wait=SECONDS")
+        if not said:
+            print(f"{holder}; waiting for it, {wait:g} s at most", file=sys.stderr)
+            said = True
+        time.sleep(POLL)
+
+
+def _holder(file: BinaryIO) -> str:
+    """What the lock file says of the process that holds it, whatever somebody has put there."""
+    text = os.pread(file.fileno(), HOLDER_BYTES, 0).decode(errors="replace").strip()
+    return text if text.startswith("process ") and text.isprintable() else "another process"

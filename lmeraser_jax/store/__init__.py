@@ -1,1 +1,0 @@
-"""A run's workdir: catalog (SQLite), checkpoints (Orbax), image cache; the only code that writes to it."""

@@ -1,0 +1,1 @@
+"""Features, clusters and the tuning program."""

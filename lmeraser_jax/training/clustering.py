@@ -1,0 +1,204 @@
+"""Partitions of private data: clusters (paper Algorithms 1 and 2, Eqs. 3 and 4) with a balanced cut, or shards.
+
+Sample -> average-linkage tree -> cut -> keys and prototypes; then every other record goes to the
+nearest prototype. Nothing but the sampled records' ids and features enters the tree, so erasing an
+unsampled record moves nothing here. Shards (SISA) look at no feature: a keyed hash of its id deals a record to one.
+
+Shapes: S sampled records, K clusters, D feature width, N records.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.hashing import digest, keyed_hash
+from lmeraser_jax.legality import cut_of
+
+PIECE = 512  # records per call of the routing program
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clustering:
+    """A partition of the feature space.
+
+    Attributes:
+        digest: of the inputs: settings, backbone and the sample.
+        sample: S record ids, sorted.
+        labels: int32 [S], index of each sampled record's cluster.
+        keys: K cluster keys, sorted; a key is the digest of the cluster's sampled ids.
+        prototypes: float32 [K, D], mean feature of the sampled members (Eq. 3).
+    """
+
+    digest: str
+    sample: tuple[str, ...]
+    labels: np.ndarray
+    keys: tuple[str, ...]
+    prototypes: np.ndarray
+
+
+def tree(features: np.ndarray) -> np.ndarray:
+    """Average-linkage tree of Euclidean distances (Algorithm 2), scipy's linkage matrix [S - 1, 4].
+
+    Args:
+        features: float32 [S, D], S >= 1.
+    """
+    if len(features) < 2:
+        return np.zeros((0, 4))
+    from scipy.cluster import hierarchy  # costs a fifth of a command's start; most requests need no tree
+    from scipy.spatial import distance
+
+    return hierarchy.linkage(distance.pdist(features.astype(np.float64)), "average")
+
+
+def cut_tree(links: np.ndarray, how: tuple[str, float], max_members: int = 0) -> list[list[int]]:
+    """Clusters of a tree, as sorted lists of positions in the sample.
+
+    Args:
+        links: linkage matrix [S - 1, 4]; merges in the order of their height.
+        how: ("threshold", t) undoes every merge above t (Algorithm 2, line 13); ("auto", K) undoes the
+            last K - 1 merges.
+        max_members: a node with more members than this is undone too; 0: no limit.
+    """
+    leaves = len(links) + 1
+    kind, value = how
+    first_undone = leaves - int(value) if kind == "auto" else int(np.searchsorted(links[:, 2], value, side="right"))
+    clusters, stack = [], [2 * leaves - 2]
+    while stack:
+        node = stack.pop()
+        members = _members(links, node)
+        too_big = 0 < max_members < len(members)
+        if node >= leaves and (node - leaves >= first_undone or too_big):
+            stack += [int(links[node - leaves, 0]), int(links[node - leaves, 1])]
+        else:
+            clusters.append(members)
+    return sorted(clusters)
+
+
+def _members(links: np.ndarray, node: int) -> list[int]:
+    leaves, found, stack = len(links) + 1, [], [node]
+    while stack:
+        node = stack.pop()
+        if node < leaves:
+            found.append(node)
+        else:
+            stack += [int(links[node - leaves, 0]), int(links[node - leaves, 1])]
+    return sorted(found)
+
+
+def merge_small(clusters: list[list[int]], features: np.ndarray, min_members: int, max_members: int) -> list[list[int]]:
+    """Merges clusters with fewer than `min_members` into the nearest one, smallest first.
+
+    Nearest by prototype, among those that stay within `max_members` after the merge, or among all where
+    there is no such cluster. Ties go to the cluster with the smaller first member.
+    """
+    means = {tuple(members): _mean(features, members) for members in clusters}
+    while len(means) > 1:
+        small = min(means, key=lambda members: (len(members), members))
+        if len(small) >= min_members:
+            break
+        others = sorted(members for members in means if members != small)
+        fitting = [m for m in others if not max_members or len(m) + len(small) <= max_members] or others
+        gaps = np.linalg.norm(np.stack([means[members] for members in fitting]) - means[small][None], axis=1)
+        target = fitting[int(np.argmin(gaps))]
+        merged = tuple(sorted(target + small))
+        del means[target], means[small]
+        means[merged] = _mean(features, merged)
+    return sorted(list(members) for members in means)
+
+
+def _mean(features: np.ndarray, members: Sequence[int]) -> np.ndarray:
+    return features[list(members)].astype(np.float64).mean(axis=0)
+
+
+def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clustering, name: str) -> Clustering:
+    """Algorithm 1, lines 5 to 11: the partition that a sample calls for.
+
+    Args:
+        sample: S record ids, sorted.
+        features: float32 [S, D] in the order of `sample`.
+        config: cut and limits.
+        name: the clustering's digest.
+    """
+    groups = cut_tree(tree(features), _clamped(cut_of(config.cut), len(sample)), config.max_members)
+    groups = merge_small(groups, features, config.min_members, config.max_members)
+    keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
+    labels = np.zeros(len(sample), np.int32)
+    for k, (_, members) in enumerate(keyed):
+        labels[members] = k
+    prototypes = np.stack([_mean(features, members) for _, members in keyed]).astype(np.float32)
+    return Clustering(name, sample, labels, tuple(key for key, _ in keyed), prototypes)
+
+
+def shards(count: int, width: int, name: str) -> Clustering:
+    """A partition into S shards without a sample; prototypes are zeros [S, D], which route nothing.
+
+    Args:
+        count: S.
+        width: D.
+        name: the clustering's digest.
+    """
+    keys = tuple(sorted(digest(["shard", number]) for number in range(count)))
+    return Clustering(name, (), np.zeros(0, np.int32), keys, np.zeros((count, width), np.float32))
+
+
+def shard_of(ids: Sequence[str], count: int, seed: int) -> np.ndarray:
+    """Index of each record's shard, a keyed hash of its id: int32 [N], each below `count`."""
+    hashes = (int.from_bytes(keyed_hash(seed, "shard", name), "little") for name in ids)
+    return np.array([value % count for value in hashes], np.int32)
+
+
+def _clamped(how: tuple[str, float], count: int) -> tuple[str, float]:
+    return (how[0], min(how[1], count)) if how[0] == "auto" else how
+
+
+def squared_distances(features: jax.Array, prototypes: jax.Array, present: jax.Array) -> jax.Array:
+    """Squared Euclidean distances [B, K]; infinite where a prototype is padding.
+
+    Args:
+        features: float32 [B, D].
+        prototypes: float32 [K, D].
+        present: bool [K].
+    """
+    gaps = jnp.sum((features[:, None] - prototypes[None]) ** 2, axis=-1)  # [B, K]
+    return jnp.where(present[None], gaps, jnp.inf)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _nearest(features: jax.Array, prototypes: jax.Array, present: jax.Array, count: int) -> jax.Array:
+    return jax.lax.top_k(-squared_distances(features, prototypes, present), count)[1]
+
+
+def padded(prototypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Prototypes filled up to a power of two, and which are real: a re-cluster rarely changes the shape."""
+    size = max(8, 1 << (len(prototypes) - 1).bit_length())
+    full = np.zeros((size, prototypes.shape[1]), np.float32)
+    full[: len(prototypes)] = prototypes
+    return full, np.arange(size) < len(prototypes)
+
+
+def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
+    """Index of the nearest prototype of each feature (Eq. 4): float32 [N, D], [K, D] -> int32 [N]."""
+    full, present = padded(prototypes)
+    found = np.zeros(len(features), np.int32)
+    for start in range(0, len(features), PIECE):
+        piece = np.zeros((PIECE, features.shape[1]), np.float32)
+        real = features[start : start + PIECE]
+        piece[: len(real)] = real
+        found[start : start + PIECE] = np.asarray(_nearest(piece, full, present, 1))[: len(real), 0]
+    return found
+
+
+def expected_share(sizes: Sequence[int], again: Sequence[int] = ()) -> float:
+    """Expected share of the data that a uniform unsampled request re-tunes: sum(m_k^2) / N^2.
+
+    Args:
+        sizes: m_k, members of each cluster.
+        again: records that are tuned again with a member of each, where that is not m_k.
+    """
+    total = sum(sizes)
+    return sum(size * more for size, more in zip(sizes, again or sizes, strict=True)) / max(total, 1) ** 2

@@ -1,0 +1,113 @@
+"""Features for clustering and routing: the un-prompted, un-augmented centre crop through the backbone.
+
+Every call has the same shape (short batches are padded), so a record's feature has the same bits
+whatever stands beside it. Features are cached in a row file beside the images.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmeraser_jax import interrupt
+from lmeraser_jax.data.row_file import RowFile
+from lmeraser_jax.data.transforms import ImageSpec, centred
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models.backbone import Architecture, Backbone
+from lmeraser_jax.progress import progress
+
+PIECE = 16_384  # images in memory at a time
+
+
+def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
+    """`tuning.dtype` as a dtype; auto is float32 on CPU and bfloat16 elsewhere."""
+    platform = mesh.devices.flat[0].platform
+    return jnp.dtype("float32" if platform == "cpu" else "bfloat16") if name == "auto" else jnp.dtype(name)
+
+
+def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
+    """The backbone's parameters in the compute dtype, once on every device of the mesh."""
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), backbone.params)
+    return jax.device_put(cast, NamedSharding(mesh, P()))
+
+
+@functools.lru_cache(maxsize=16)
+def feature_function(architecture: Architecture, spec: ImageSpec, mesh: Mesh):
+    """Compiled `(params, uint8 [devices * batch, h, w, c]) -> float32 [devices * batch, D]`."""
+    axis = mesh.axis_names[0]
+
+    def one_device(params, images):
+        return frozen.features(architecture, params, centred(images, spec))
+
+    return jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
+
+
+class Extractor:
+    """Features of images at one fixed batch shape.
+
+    Args:
+        backbone: the frozen network.
+        spec: how images become input.
+        batch: images per device and call.
+        mesh: 1-D mesh.
+        dtype: compute dtype.
+    """
+
+    def __init__(self, backbone: Backbone, spec: ImageSpec, batch: int, mesh: Mesh, dtype: np.dtype):
+        self.function = feature_function(backbone.config, spec, mesh)
+        self.params, self.width = on_device(backbone, dtype, mesh), backbone.config.feature_size
+        self.size = batch * mesh.size
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [N, h, w, c] -> float32 [N, D]."""
+        found = np.zeros((len(images), self.width), np.float32)
+        with progress("features", len(images)) as shown:
+            for start in range(0, len(images), self.size):
+                interrupt.check()
+                piece = images[start : start + self.size]
+                padded = np.zeros((self.size, *images.shape[1:]), np.uint8)
+                padded[: len(piece)] = piece
+                found[start : start + self.size] = np.asarray(self.function(self.params, padded))[: len(piece)]
+                shown.advance(len(piece))
+        return found
+
+
+def cached(
+    file: RowFile, rows: np.ndarray, count: int, compute: Callable[[np.ndarray], np.ndarray], piece: int, write: bool
+) -> np.ndarray:
+    """Features of the given rows, computed where the cache does not hold them yet (NaN).
+
+    Args:
+        file: the cache, a row for each row of the image file.
+        rows: int64 [n], rows wanted.
+        count: N, rows of the image file.
+        compute: rows int64 [k] -> float32 [k, D]; called only if something is missing.
+        piece: rows computed between two writes.
+        write: grow and fill the cache. Only the holder of the writer lock may: a reader could put back the
+            feature of a record that is being erased.
+
+    Returns:
+        float32 [n, D], in the order of `rows`.
+    """
+    if write:
+        file.truncate(min(len(file), count))
+        if len(file) < count:
+            file.append(np.full((count - len(file), *file.shape), np.nan, np.float32))
+    found = np.full((len(rows), *file.shape), np.nan, np.float32)
+    there = np.flatnonzero(rows < len(file))
+    if len(there):
+        found[there] = file.view()[rows[there]]
+    missing = np.flatnonzero(np.isnan(found).any(axis=1))
+    for start in range(0, len(missing), piece):
+        chosen = missing[start : start + piece]
+        found[chosen] = compute(rows[chosen])
+        if write:
+            view = file.view("r+")
+            view[rows[chosen]] = found[chosen]
+            view.flush()
+    return found

@@ -1,0 +1,159 @@
+"""A slice: the tuned parameters of one cluster, a border prompt (paper Def. 1) and a classifier head.
+
+Shapes: P prompt width, H W C input image, D feature, Y classes, n = 2P(H + W - 2P)C border numbers.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.data.transforms import ImageSpec
+from lmeraser_jax.errors import raise_all
+from lmeraser_jax.hashing import digest
+from lmeraser_jax.models.backbone import Architecture, from_flat, misfits
+
+RECIPE_VERSION = 2  # raise it when the same recipe starts to give other bits
+OWN = "backbone/"  # begins the names of a slice's own backbone in a checkpoint
+NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the numbers
+
+
+class Slice(NamedTuple):
+    """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host.
+
+    Where all clusters share a head (`tuning.what=prompts+one head`) there is one slice, and its prompt is [K, n].
+    `backbone` are the parameters of a backbone of the slice's own (`tuning.what=backbone`), None elsewhere.
+    """
+
+    prompt: Any
+    kernel: Any
+    bias: Any
+    backbone: Any = None
+
+
+def as_slice(
+    arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None, prompts: bool = False
+) -> Slice:
+    """The slice of a checkpoint's arrays, on the host.
+
+    Args:
+        arrays: whatever a checkpoint holds, by name.
+        name: what a message calls the slice.
+        architecture: of the slice's own backbone; None where it has none.
+        prompts: whether it has a prompt for each cluster.
+
+    Raises:
+        UserError: names every array that is missing, left over or of another dtype or shape.
+    """
+    wanted = {"prompt": 2 if prompts else 1, "kernel": 2, "bias": 1}
+    own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if architecture and field.startswith(OWN)}
+    arrays = {field: leaf for field, leaf in arrays.items() if not architecture or not field.startswith(OWN)}
+    problems = [f"{field} is missing" for field in wanted if field not in arrays]
+    problems += [f"{ascii(field)[:80]} is no part of a slice" for field in arrays if field not in wanted]
+    problems += [f"backbone: {line}" for line in misfits(architecture, own)] if architecture else []
+    for field in wanted.keys() & arrays.keys():
+        leaf = arrays[field]
+        if leaf.dtype != np.float32 or leaf.ndim != wanted[field]:
+            what = f"float32 of {wanted[field]} dimensions"
+            problems.append(f"{field} must be {what}, is {leaf.dtype} {list(leaf.shape)}")
+    if not problems and arrays["kernel"].shape[1:] != arrays["bias"].shape:
+        shapes = [list(arrays[field].shape) for field in ("kernel", "bias")]
+        problems.append(f"kernel {shapes[0]} and bias {shapes[1]} have different numbers of classes")
+    raise_all(sorted(problems), f"slice {name} is damaged:" if problems else "")
+    return Slice(**arrays, backbone=from_flat(architecture, own, name) if architecture else None)
+
+
+def border_size(size: int, width: int, channels: int) -> int:
+    """Numbers in a border of the given width around a square image: 2P(H + W - 2P)C."""
+    return 2 * width * (2 * size - 2 * width) * channels
+
+
+def lay_prompt(border: jax.Array, size: int, width: int, channels: int) -> jax.Array:
+    """The border on an otherwise zero image: [n] -> [H, W, C]. Order: top, bottom, left, right."""
+    inner = size - 2 * width
+    cuts = [width * size * channels, 2 * width * size * channels]
+    cuts.append(cuts[1] + inner * width * channels)
+    top, bottom, left, right = jnp.split(border, cuts)
+    middle = [
+        left.reshape(inner, width, channels),
+        jnp.zeros((inner, inner, channels), border.dtype),
+        right.reshape(inner, width, channels),
+    ]
+    rows = [top.reshape(width, size, channels), jnp.concatenate(middle, axis=1), bottom.reshape(width, size, channels)]
+    return jnp.concatenate(rows, axis=0)
+
+
+def init_slice(
+    key: jax.Array,
+    tuning: Tuning,
+    architecture: Architecture,
+    classes: int,
+    mapping: Sequence[int] = (),
+    prompts: int = 0,
+) -> Slice:
+    """First values of a slice; a function of its key alone, never of its members.
+
+    Args:
+        key: random key.
+        tuning: settings.
+        architecture: of the backbone.
+        classes: Y.
+        mapping: Y features, each the logit of a class; empty: a head of its own.
+        prompts: K, where the slice has a prompt for each cluster; 0: one prompt.
+    """
+    key_prompt, key_head = jax.random.split(key)
+    n = border_size(architecture.image_size, tuning.border, architecture.channels)
+    prompt, kernel = jnp.zeros((prompts, n) if prompts else (n,)), jnp.zeros((architecture.feature_size, classes))
+    if tuning.prompt_init:
+        prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape)
+    if tuning.head_init:
+        kernel = tuning.head_init * jax.random.normal(key_head, kernel.shape)
+    if mapping:
+        kernel = jnp.zeros_like(kernel).at[np.array(mapping), np.arange(classes)].set(1.0)
+    return Slice(prompt, kernel, jnp.zeros((classes,)))
+
+
+def recipe(
+    key: str,
+    members: Sequence[tuple[str, str, int]],
+    tuning: Tuning,
+    backbone: str,
+    spec: ImageSpec,
+    classes: int,
+    seed: int,
+    stage: int = 1,
+    parent: str = "",
+    feature_batch: int = 0,
+) -> dict[str, Any]:
+    """Everything that a slice's bits depend on, given the program.
+
+    Args:
+        key: cluster key.
+        members: (id, content hash, label) of each member in the parts up to `stage`, sorted by id.
+        tuning: settings; those that never reach the numbers are left out.
+        backbone: digest of the frozen backbone.
+        spec: image pipeline.
+        classes: Y.
+        seed: the run's seed.
+        stage: the latest part that the members are from.
+        parent: digest of the recipe of the cluster's stage before, whose slice is the start; empty: none.
+        feature_batch: images per call with which the features were computed that it is made of; 0: made of images.
+    """
+    numbers = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in NOT_IN_RECIPE}
+    made_of = {"feature_batch": feature_batch} if feature_batch else {}
+    return made_of | {
+        "version": RECIPE_VERSION,
+        "cluster": key,
+        "stage": stage,
+        "parent": parent,
+        "members": digest(list(members)),
+        "tuning": numbers,
+        "backbone": backbone,
+        "images": dataclasses.asdict(spec),
+        "classes": classes,
+        "seed": seed,
+    }

@@ -1,0 +1,1 @@
+"""The build, and what changes its live records."""

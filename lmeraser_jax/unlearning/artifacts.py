@@ -1,0 +1,91 @@
+"""What a run keeps in files and what a reader loads: slices, their earlier epochs, and clusterings.
+
+A manifest names a slice by a reference: its digest, or "digest@step" for an earlier epoch of it.
+"""
+
+import io
+
+import numpy as np
+
+from lmeraser_jax.data.stream import DAMAGE
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import arrays_digest
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.rows import COMMON
+from lmeraser_jax.storage.workdir import Layout, write_bytes
+from lmeraser_jax.training.clustering import Clustering
+from lmeraser_jax.training.slices import Slice, as_slice
+from lmeraser_jax.unlearning.run import Run
+
+AGAIN = "; lmeraser train on the same workdir makes it again"
+
+
+def reference(digest: str, step: int = 0) -> str:
+    """How a manifest names a slice; step 0 is the finished one."""
+    return f"{digest}@{step}" if step else digest
+
+
+def parts_of(ref: str) -> tuple[str, int]:
+    """The digest and the step of a reference."""
+    digest, _, step = ref.partition("@")
+    return digest, int(step or 0)
+
+
+def slice_of(ref: str) -> str:
+    """The digest of a reference."""
+    return parts_of(ref)[0]
+
+
+def expected_params(catalog: Catalog, ref: str) -> str | None:
+    """The digest that the parameters of a slice must have; None where the catalog does not know it."""
+    name, step = parts_of(ref)
+    if not step:
+        row = catalog.slice(name)
+        return row.params if row else None
+    return catalog.epochs(name).get(step)
+
+
+def load_slice(run: Run, ref: str) -> Slice:
+    """One slice from its checkpoint, checked against the digest in the catalog.
+
+    Raises:
+        UserError: the checkpoint is missing or damaged.
+    """
+    name, step = parts_of(ref)
+    params = expected_params(run.catalog, ref)
+    if params is None:
+        raise UserError(f"slice {name[:12]} is not in the catalog{AGAIN}")
+    try:
+        arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
+    except UserError as error:
+        raise UserError(f"{error}{AGAIN}") from error
+    if arrays_digest(arrays) != params:
+        raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
+    row = run.catalog.slice(name)
+    if row is not None and row.cluster == COMMON:
+        return as_slice(arrays, name[:12])
+    return as_slice(arrays, name[:12], run.problem.own_architecture, run.config.tuning.one_head)
+
+
+def save_clustering(layout: Layout, clustering: Clustering) -> None:
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        sample=np.array(clustering.sample, np.str_),
+        labels=clustering.labels,
+        keys=np.array(clustering.keys, np.str_),
+        prototypes=clustering.prototypes,
+    )
+    write_bytes(layout.clustering(clustering.digest) / "clustering.npz", buffer.getvalue())
+
+
+def load_clustering(layout: Layout, name: str) -> Clustering:
+    """A saved clustering. Raises `UserError` when it is missing or damaged."""
+    path = layout.clustering(name) / "clustering.npz"
+    try:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+            sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
+            return Clustering(name, sample, file["labels"], keys, file["prototypes"])
+    except (*DAMAGE, KeyError) as error:
+        raise UserError(f"{path} cannot be read: {error}{AGAIN}") from error

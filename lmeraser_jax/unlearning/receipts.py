@@ -1,0 +1,100 @@
+"""Receipts: one JSON file per erasure request, chained by hash.
+
+A receipt holds salted hashes where the thing itself must not be remembered: of erased ids, and of slices and
+clusterings that were removed. The salt stays in the catalog. receipt.schema.json describes every field;
+verification.py checks receipts against the workdir.
+"""
+
+import dataclasses
+import datetime
+from typing import TYPE_CHECKING, Any
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.hashing import digest
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.requests import Request, followed
+from lmeraser_jax.storage.workdir import write_json
+
+if TYPE_CHECKING:
+    from lmeraser_jax.unlearning.run import Run  # loads JAX; whoever lists or checks receipts goes without
+
+SCHEMA = 1
+PRIVATE = 0o600  # a receipt is its operator's own
+OUT_OF_REACH = (
+    "the source files that the records were imported from",
+    "models, predictions and pictures exported from the workdir before",
+    "copies and snapshots of the workdir made outside, and blocks that the file system or the disk has released"
+    " but not overwritten",
+    "processes that loaded the model before and do not follow the workdir",
+    "what the requester and reason fields of this receipt say",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A receipt's place in the chain, as the catalog keeps it."""
+
+    sequence: int
+    request: str
+    digest: str
+
+
+def chain(catalog: Catalog) -> list[Link]:
+    """All receipts of a workdir, oldest first."""
+    return [Link(*row) for row in catalog.db.execute("SELECT * FROM receipts ORDER BY sequence")]
+
+
+def write(run: "Run", requests: list[Request]) -> list[Link]:
+    """Writes the receipts of purged requests behind those that exist; a repeated call replaces its own files.
+
+    Returns:
+        Their links, to be entered in the catalog.
+    """
+    links = chain(run.catalog)
+    last, new = (links[-1] if links else Link(0, "", "")), []
+    for request in requests:
+        values = _receipt(run, request, last)
+        values["digest"] = digest(values)
+        path = run.layout.receipt(request.id)
+        write_json(path, values)
+        path.chmod(PRIVATE)
+        last = Link(last.sequence + 1, request.id, values["digest"])
+        new.append(last)
+    return new
+
+
+def enter(catalog: Catalog, links: list[Link]) -> None:
+    """Makes written receipts part of the chain."""
+    catalog.db.executemany("INSERT INTO receipts VALUES(?,?,?)", [dataclasses.astuple(link) for link in links])
+
+
+def _receipt(run: "Run", request: Request, last: Link) -> dict[str, Any]:
+    body = request.body | {"states": followed(request.body["states"], "purged")}
+    return {
+        "schema": SCHEMA,
+        "sequence": last.sequence + 1,
+        "previous": last.digest,
+        **told(dataclasses.replace(request, body=body)),
+        "config": digest(settings.to_dict(run.config)),
+        "backbone": run.backbone.digest,
+        "out_of_reach": list(OUT_OF_REACH),
+        "audit": f"lmeraser audit --workdir={run.layout.root}",
+    }
+
+
+def told(request: Request) -> dict[str, Any]:
+    """The parts of a receipt that the catalog's row of the request says, too."""
+    body = request.body
+    return {
+        "request": {
+            "id": request.id,
+            **{name: body[name] for name in ("requester", "reason", "owners", "quarantine")},
+            "states": [{"state": state, "at": _time(at)} for state, at in body["states"]],
+        },
+        "records": {name: body[name] for name in ("records", "erased_before", "shared")},
+        **{name: body[name] for name in ("clusters", "work", "manifest", "purged")},
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,319 @@
+"""A run: one workdir opened with its config, data, backbone and devices.
+
+Everything after this line of the program works on a `Run`; making one imports the data and pretrains or
+converts the backbone if the workdir does not have them yet.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
+from lmeraser_jax.data import load
+from lmeraser_jax.data.record_table import RecordTable, refuse_rotten
+from lmeraser_jax.data.row_file import RowFile
+from lmeraser_jax.data.source import Source
+from lmeraser_jax.data.transforms import ImageSpec
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.hashing import digest
+from lmeraser_jax.legality import cut_of
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import convert, pretrain
+from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_settings, import_source
+from lmeraser_jax.storage.workdir import Layout, read_config, write_json, writer_lock
+from lmeraser_jax.training.features import Extractor, cached, compute_dtype
+from lmeraser_jax.training.fingerprint import fingerprint
+from lmeraser_jax.training.label_mapping import noise_activation
+from lmeraser_jax.training.slice_files import FeatureTask, piece, share_features
+from lmeraser_jax.training.slices import NOT_IN_RECIPE
+from lmeraser_jax.training.team import ALONE, Team
+from lmeraser_jax.training.tune import Problem, mesh_of
+
+FREE = ("inference", "checkpoints")  # settings that no published number depends on
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """An opened workdir with its frozen backbone; `writable` if this process holds the writer lock.
+
+    Where several processes work on one command, the run is at process 0 and `team` leads to the others.
+    """
+
+    layout: Layout
+    config: Config
+    catalog: Catalog
+    backbone: Backbone
+    mesh: Mesh
+    writable: bool
+    team: Team = ALONE
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.catalog.get("dataset")["classes"])
+
+    @functools.cached_property
+    def spec(self) -> ImageSpec:
+        """The image pipeline of tuning, features and inference."""
+        return image_spec(self.config, self.catalog.get("dataset")["shape"], self.backbone)
+
+    @functools.cached_property
+    def problem(self) -> Problem:
+        """The static part of the tuning program."""
+        tuning, classes = self.config.tuning, len(self.classes)
+        mapping = noise_activation(self.backbone, classes) if tuning.what == "prompt" else ()
+        return Problem(self.backbone.config, self.spec, tuning, classes, self.config.seed, mapping)
+
+    @functools.cached_property
+    def common_problem(self) -> Problem:
+        """The static part of how the common head is made."""
+        common, tuning = self.config.common, self.config.tuning
+        how = dataclasses.replace(tuning, what=common.what, penalty=common.penalty, expand=common.expand, slices=1)
+        return dataclasses.replace(self.problem, tuning=how, mapping=())
+
+    @property
+    def images(self) -> np.ndarray:
+        """uint8 [N, h, w, c]: the rows of the image file that the catalog knows."""
+        return image_file(self.layout, self.catalog).view()[: self.catalog.rows_used()]
+
+    def feature_file(self, program: str) -> RowFile:
+        """The cache of the features that a program, named by its fingerprint, computes with this backbone.
+
+        They are of images that are not augmented: all settings of `augment` share it.
+        """
+        spec = dataclasses.asdict(dataclasses.replace(self.spec, augment="none"))
+        identity = digest([self.backbone.digest, spec, self.config.clustering.feature_batch, program])
+        return RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
+
+    def extractor(self) -> Extractor:
+        """Un-prompted features of images, computed."""
+        dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
+        return Extractor(self.backbone, self.spec, self.config.clustering.feature_batch, self.mesh, dtype)
+
+    def features(self, records: RecordTable) -> np.ndarray:
+        """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
+        program, images = fingerprint(self.config.tuning, self.mesh), self.images
+        k, file, made = self.config.clustering, self.feature_file(program), functools.cache(self.extractor)
+        whole = (self.layout.root, self.spec, self.backbone.digest, program, self.config.tuning, k.feature_batch)
+        place = {row: index for index, row in enumerate(records.rows.tolist())}
+
+        def compute(rows: np.ndarray) -> np.ndarray:
+            refuse_rotten(images, records.take(np.array([place[row] for row in rows.tolist()])))  # they would be cached
+            task = FeatureTask(*whole, len(images), rows, 0)
+            return share_features(self.team, task, lambda own: made()(images[own]))
+
+        return cached(file, records.rows, len(images), compute, piece(self.team), write=self.writable)
+
+    def inputs(self, records: RecordTable, problem: Problem) -> np.ndarray:
+        """What slices with these members are made of: the image file, or features in its place.
+
+        Returns:
+            uint8 [N, h, w, c], or float32 [N, D], which may be anything in the rows of other records.
+        """
+        if not problem.on_features:
+            return self.images
+        found = self.features(records)
+        if self.writable:
+            return self.feature_file(fingerprint(self.config.tuning, self.mesh)).view()[: self.catalog.rows_used()]
+        rows = np.full((self.catalog.rows_used(), found.shape[1]), np.nan, np.float32)
+        rows[records.rows] = found
+        return rows
+
+    def log(self, kind: str, **values: object) -> None:
+        """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""
+        with open(self.layout.metrics, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": time.time(), "kind": kind, **values}) + "\n")
+
+
+def image_spec(config: Config, shape: Sequence[int], backbone: Backbone) -> ImageSpec:
+    """The image pipeline for stored images [h, w, c] and a backbone."""
+    channels = backbone.config.channels
+    if shape[2] > channels:
+        raise UserError(
+            f"the images have {shape[2]} channels, the backbone takes {channels}; convert the images to grey"
+        )
+    return ImageSpec(
+        *shape,
+        size=config.data.image_size,
+        resize=config.data.resize_size or config.data.image_size,
+        out_channels=channels,
+        mean=backbone.mean,
+        std=backbone.std,
+        augment=config.data.augment,
+    )
+
+
+def stored_config(layout: Layout) -> Config | None:
+    """The config a workdir was made with, or None."""
+    tree = read_config(layout)
+    return settings.from_dict(tree) if tree is not None else None
+
+
+@contextlib.contextmanager
+def opened(
+    workdir: str | Path,
+    config: Config | None = None,
+    devices: Sequence[Any] | None = None,
+    write: bool = False,
+    wait: float = 0,
+    team: Team = ALONE,
+) -> Iterator[Run]:
+    """Opens a finished workdir.
+
+    Args:
+        workdir: an existing workdir.
+        config: may differ from the stored one in `FREE` only.
+        devices: all by default.
+        write: take the writer lock.
+        wait: seconds to wait for another writer.
+        team: processes to share the work with.
+
+    Raises:
+        UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
+    """
+    layout = Layout(workdir)
+    layout.require()
+    stored = stored_config(layout)
+    if stored is None or not layout.backbone.exists():
+        raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
+    if config is not None:
+        _check_same(layout, stored, config, FREE)
+    lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
+    with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
+        check_images(layout, catalog)
+        backbone, _ = frozen.load(layout.backbone)
+        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write, team)
+
+
+@contextlib.contextmanager
+def prepared(
+    workdir: str | Path,
+    config: Config,
+    devices: Sequence[Any] | None = None,
+    source: Source | None = None,
+    reimport: bool = False,
+    retune: bool = False,
+    wait: float = 0,
+    team: Team = ALONE,
+) -> Iterator[tuple[Run, Imported | None]]:
+    """Opens a workdir for writing and makes what it lacks: data, then backbone.
+
+    A config binds a workdir as far as the workdir has come: what the images and the backbone were made with
+    from the moment they exist, everything but `FREE` from the first published state on. While an erasure
+    is open `tuning` may change, so that one whose loss was not finite can be finished.
+
+    Args:
+        workdir: new, empty or an existing workdir.
+        config: the run's config.
+        devices: all by default.
+        source: the data; by default what `config.data` names.
+        retune: let `tuning` differ from the published state's; the old slices stay for rollback.
+        reimport: read the source again although the workdir has data; new records join, erased ones do not.
+        wait: seconds to wait for another writer.
+        team: processes to share the work with.
+
+    Yields:
+        The run, and what an import did (None when nothing was imported).
+
+    Raises:
+        UserError: anything in config, data, weights or workdir that cannot work; nothing is lost.
+    """
+    layout = Layout(workdir)
+    layout.prepare()
+    with writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
+        stored, manifest = stored_config(layout), catalog.manifest()
+        check_images(layout, catalog)
+        if stored is not None and manifest is not None:
+            _check_same(layout, stored, config, FREE + ("tuning", "common") * (retune or requests.any_open(catalog)))
+        _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
+        mesh, imported = mesh_of(devices), None
+        converted = None
+        if layout.backbone.exists():
+            backbone, inputs = frozen.load(layout.backbone)
+            _check_made(layout, "backbone", inputs, backbone_inputs(config), "")
+        if stored != config:  # before anything can fail: the same command without --config must not mean another run
+            write_json(layout.config, settings.to_dict(config))
+        if not layout.backbone.exists() and config.backbone.weights:
+            converted = convert.load(config.backbone, config.data.image_size)
+        if catalog.get("dataset") is None or reimport:
+            imported = import_source(layout, catalog, source or load.load(config.data), config)
+        _check_data(config, catalog, first=manifest is None)
+        if not layout.backbone.exists():
+            _make_backbone(layout, config, catalog, mesh, converted)
+        backbone, _ = frozen.load(layout.backbone)
+        yield Run(layout, config, catalog, backbone, mesh, True, team), imported
+
+
+def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:
+    """Refuses a config that differs from the stored one in any group that is not free."""
+    old, new = ({k: v for k, v in settings.to_dict(c).items() if k not in free} for c in (stored, config))
+    for tree in (old, new):
+        for name in ("skip_unreadable", "max_pixels"):  # which files are read, not what the records are
+            tree["data"].pop(name)
+        for name in NOT_IN_RECIPE:
+            tree.get("tuning", {}).pop(name, None)
+    _check_made(layout, "state", old, new, "")
+
+
+def _check_made(layout: Layout, what: str, old: dict | None, new: dict, prefix: str) -> None:
+    """Refuses settings that contradict those that a part of the workdir was made with."""
+    lines = settings.differences(old, new, prefix) if old is not None else []
+    heading = (
+        f"the {what} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
+    )
+    raise_all(lines, heading if lines else "")
+
+
+def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
+    """What the config asks of the data; the sample may only outgrow it later, by erasures."""
+    k = config.clustering
+    split = "train" if k.sample_from == "private" else "public"
+    count = catalog.counts().get(split, 0)
+    problems = []
+    if k.partition != "adaptive":
+        return
+    if first and k.sample_size > count and not requests.any_open(catalog):
+        what = f"at most the number of {k.sample_from} records, {count}"
+        problems.append(f"--config.clustering.sample_size={k.sample_size}: must be {what}")
+    kind, value = cut_of(k.cut)
+    if kind == "auto" and value > k.sample_size:
+        problems.append(f"--config.clustering.cut={k.cut}: K must be at most clustering.sample_size={k.sample_size}")
+    raise_all(problems)
+
+
+def backbone_inputs(config: Config) -> dict[str, Any]:
+    """The settings that a backbone depends on."""
+    inputs = {"backbone": dataclasses.asdict(config.backbone), "data": {"image_size": config.data.image_size}}
+    if not config.backbone.weights:
+        inputs |= {"pretraining": dataclasses.asdict(config.pretraining), "seed": config.seed}
+        inputs["data"]["resize_size"] = config.data.resize_size
+    return inputs
+
+
+def _make_backbone(
+    layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: tuple[Backbone, convert.Provenance] | None
+) -> None:
+    """Saves the converted backbone, or pretrains one on the public records."""
+    if converted is not None:
+        backbone, provenance = converted
+        image_spec(config, catalog.get("dataset")["shape"], backbone)
+        frozen.save(layout.backbone, backbone, backbone_inputs(config), dataclasses.asdict(provenance))
+        return
+    public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
+    images = image_file(layout, catalog).view()[public.rows]
+    backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
+    frozen.save(layout.backbone, backbone, backbone_inputs(config), {"origin": "pretrained in the workdir"})
+    shutil.rmtree(layout.pretraining, ignore_errors=True)
+    catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)

@@ -1,0 +1,219 @@
+"""lmeraser backbone: what it writes is the backbone that the original weights give, at every image size."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from published import SWIN, VIT, hub_folder, hugging_face_swin, hugging_face_vit, settings_of
+
+from lmeraser_jax.cli.main import main
+from lmeraser_jax.config import Backbone
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import convert, zoo
+from lmeraser_jax.storage.checkpoints import flatten
+
+pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
+
+
+def call(capsys, *arguments):
+    """(exit code, standard output, standard error) of the command."""
+    code = main(["backbone", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def refused(capsys, *arguments) -> str:
+    code, out, err = call(capsys, *arguments)
+    assert code == 2 and err.startswith("error: ") and "Traceback" not in err and not out, (code, out, err)
+    return err
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    folder = hub_folder(tmp_path_factory.mktemp("original"), hugging_face_vit(prefix="vit."), settings_of(VIT))
+    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory, original) -> Path:
+    """The original converted by the command at the size it was published for."""
+    folder = tmp_path_factory.mktemp("written") / "deep" / "vit"
+    assert main(["backbone", f"--weights={original}", f"--out={folder}"]) == 0
+    return folder
+
+
+def made(path: Path, image_size: int = 0, **chosen) -> frozen.Backbone:
+    return convert.load(Backbone(weights=str(path), **chosen), image_size)[0]
+
+
+def assert_same(one: frozen.Backbone, two: frozen.Backbone) -> None:
+    assert (one.config, one.mean, one.std, one.digest) == (two.config, two.mean, two.std, two.digest)
+    for name, array in flatten(one.params).items():
+        np.testing.assert_array_equal(array, flatten(two.params)[name], err_msg=name)
+
+
+@pytest.mark.parametrize("size", [0, 16, 24, 8])
+def test_the_folder_gives_what_the_original_gives(original, written, size):
+    assert_same(made(written, size), made(original, size))
+
+
+@pytest.mark.parametrize(
+    "chosen", [{"feature": "cls"}, {"feature": "pooler"}, {"mean": "0.7", "std": "1,2,3"}], ids=str
+)
+def test_settings_still_count(original, written, chosen):
+    assert_same(made(written, **chosen), made(original, **chosen))
+
+
+def test_the_folder_is_read_as_a_saved_backbone(original, written):
+    backbone, inputs = frozen.load(written)
+    assert_same(backbone, made(original))
+    assert inputs["backbone"]["weights"] == str(original) and inputs["image_size"] == 0
+
+
+def test_a_folder_written_for_another_size(capsys, tmp_path, original):
+    """It holds what the original gives at that size; at a third one positions would be interpolated twice."""
+    out = tmp_path / "at24"
+    assert call(capsys, f"--weights={original}", f"--out={out}", "--image_size=24")[0] == 0
+    assert_same(made(out), made(original, 24))
+    assert_same(made(out, 24), made(original, 24))
+    with pytest.raises(UserError, match="was converted for 24 px from weights for 16 px; convert the original for 40"):
+        made(out, 40)
+    again = tmp_path / "again"  # a folder made from the folder knows where it comes from
+    assert call(capsys, f"--weights={out}", f"--out={again}")[0] == 0
+    with pytest.raises(UserError, match="from weights for 16 px"):
+        made(again, 40)
+
+
+def test_folders_below_the_current_one(capsys, tmp_path, original, monkeypatch):
+    """As the README names them."""
+    monkeypatch.chdir(tmp_path)
+    assert call(capsys, f"--weights={original}", "--out=backbones/mine")[0] == 0
+    assert_same(made("backbones/mine"), made(original))
+
+
+def test_a_normalisation_chosen_at_conversion_stays(capsys, tmp_path, original, monkeypatch):
+    """A name gives way to it, and flags still win."""
+    out = tmp_path / "out"
+    flags = ("--config.backbone.mean=0.3", "--config.backbone.std=0.2,0.3,0.4")
+    assert call(capsys, f"--weights={original}", f"--out={out}", *flags)[0] == 0
+    entry = dataclasses.replace(zoo.ZOO["vit-b-22k"], architecture=made(original).config)
+    monkeypatch.setitem(zoo.ZOO, "vit-b-22k", entry)
+    named = Backbone(name="vit-b-22k", weights=str(out))
+    assert convert.load(named)[0].mean == (0.3,) and convert.load(named)[0].std == (0.2, 0.3, 0.4)
+    assert convert.load(dataclasses.replace(named, mean="0.7"))[0].mean == (0.7,)
+    assert convert.load(dataclasses.replace(named, weights=str(original)))[0].mean == zoo.HALF[0]
+
+
+def test_the_recorded_sha256_is_that_of_the_file(original):
+    wanted = hashlib.sha256((original / "model.safetensors").read_bytes()).hexdigest()
+    assert convert.load(Backbone(weights=str(original)))[1].sha256 == wanted
+
+
+def test_swin_is_the_same_at_every_size(capsys, tmp_path):
+    original = hub_folder(tmp_path / "swin", hugging_face_swin(prefix="swin."), settings_of(SWIN))
+    assert call(capsys, f"--weights={original}", f"--out={tmp_path / 'out'}", "--image_size=24")[0] == 0
+    for size in (24, 32, 8):
+        assert_same(made(tmp_path / "out", size), made(original, size))
+
+
+def test_what_is_printed(capsys, tmp_path, original):
+    code, out, err = call(capsys, f"--weights={original}", f"--out={tmp_path / 'out'}", f"--json={tmp_path / 'v.json'}")
+    assert (code, err) == (0, "")
+    backbone = made(original)
+    count = sum(leaf.size for leaf in flatten(backbone.params).values())
+    values = json.loads((tmp_path / "v.json").read_text())
+    assert values["parameters"] == count and f"{count:,}" in out
+    assert values["digest"] == backbone.digest and backbone.digest in out
+    assert (values["feature"], values["feature_size"]) == ("pooler", 16) and "pooler, 16 numbers" in out
+    assert values["architecture"]["family"] == "vit" and values["architecture"]["heads"] == 2
+    assert (values["mean"], values["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    assert values["source_origin"] == "Hugging Face ViT" and values["source_origin"] in out
+    assert values["source_left_out"] == ["head/bias", "head/kernel"] and "head/kernel" in out
+    assert len(values["source_sha256"]) == 64 and values["source_sha256"][:12] in out
+    assert f"--config.backbone.weights={tmp_path / 'out'}" in out
+
+
+def test_json_alone(capsys, tmp_path, original):
+    code, out, _ = call(capsys, f"--weights={original}", f"--out={tmp_path / 'out'}", "--json=-")
+    assert code == 0 and json.loads(out)["digest"] == made(original).digest
+
+
+def test_settings_of_the_config_and_flags_go_together(capsys, tmp_path, original):
+    out = tmp_path / "out"
+    code, _, _ = call(
+        capsys, f"--config.backbone.weights={original}", "--config.backbone.feature=cls", f"--out={out}", "--json=-"
+    )
+    assert code == 0 and made(out).config.feature == "cls"
+
+
+def test_a_name_is_held_against_the_weights(capsys, tmp_path, monkeypatch, original):
+    assert "is not vit-b-22k" in refused(capsys, f"--weights={original}", "--name=vit-b-22k", f"--out={tmp_path}/o")
+    assert not (tmp_path / "o").exists()
+    entry = dataclasses.replace(zoo.ZOO["vit-b-22k"], architecture=VIT)
+    monkeypatch.setitem(zoo.ZOO, "vit-b-22k", entry)
+    code, _, _ = call(capsys, f"--weights={original}", "--name=vit-b-22k", f"--out={tmp_path}/o")
+    assert code == 0 and made(tmp_path / "o").mean == (0.5, 0.5, 0.5)
+
+
+def test_the_list(capsys):
+    code, out, err = call(capsys, "--list")
+    assert (code, err) == (0, "")
+    for name, entry in zoo.ZOO.items():
+        line = next(line for line in out.splitlines() if line.startswith(f"{name} "))
+        assert entry.hub in line and entry.architecture.feature in line and entry.about in line
+    code, out, _ = call(capsys, "--list", "--json=-")
+    rows = json.loads(out)
+    assert code == 0 and rows.keys() == zoo.ZOO.keys()
+    assert rows["vit-b-22k"]["revision"] == zoo.ZOO["vit-b-22k"].revision and rows["swin-t"]["licence"]
+
+
+# -- what a user can get wrong --
+
+
+def test_what_is_missing(capsys, tmp_path, original):
+    assert "--out=DIR is missing" in refused(capsys, f"--weights={original}")
+    assert "--weights is missing" in refused(capsys, f"--out={tmp_path}/o")
+    message = refused(capsys, f"--out={tmp_path}/o", "--name=swin-b-22k")
+    assert "--weights is missing" in message and zoo.ZOO["swin-b-22k"].hub in message
+    assert "--out=DIR is missing" in refused(capsys)
+
+
+def test_a_folder_that_exists_is_not_written_over(capsys, tmp_path, original):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("full", "file"):
+        assert f"--out={tmp_path / name} exists already" in refused(
+            capsys, f"--weights={original}", f"--out={tmp_path / name}"
+        )
+    assert (tmp_path / "full" / "mine").read_text() == (tmp_path / "file").read_text() == "precious"
+    (tmp_path / "empty").mkdir()
+    assert call(capsys, f"--weights={original}", f"--out={tmp_path / 'empty'}")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights=absent"], "no such file or folder"),
+        (["--weights=absent", "--name=vit-b-1k"], "google/vit-base-patch16-224"),
+        (["--weights=absent", "--name=vit-b-1"], "unknown; did you mean vit-b-1k?"),
+        (["--image_size=17"], "must be a multiple of the patch size 4"),
+        (["--image_size=-1"], "image_size"),
+        (["--image_size=x"], "image_size"),
+        (["--config.backbone.feature=x"], "auto, cls, pooler"),
+        (["--config.backbone.mean=x"], "one number or three"),
+        (["stray"], "name them as --weights=FILE_OR_FOLDER"),
+        (["--nmae=vit-s"], "nmae"),
+    ],
+    ids=str,
+)
+def test_refused(capsys, tmp_path, original, arguments, message):
+    weights = [] if any(argument.startswith("--weights") for argument in arguments) else [f"--weights={original}"]
+    assert message in refused(capsys, *weights, f"--out={tmp_path}/o", *arguments)
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,159 @@
+"""Names of records are text and nothing else: what is illegal is refused, what is legal never becomes a path."""
+
+import os
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from helpers import small_config, small_run, small_source, with_items
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmeraser_jax.data.names import LONGEST, fault, lookalikes, shown
+from lmeraser_jax.data.source import Item, Pixels, Source, problems
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import requests
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.build import reconcile
+
+BIG = "x" * 10_000_000
+
+
+def source_of(*items: Item, classes=("a", "b")) -> Source:
+    good = [Item("good 1", "train", 0), Item("good 2", "train", 1)]
+    return Source("x", classes, (2, 2, 1), [*good, *items], lambda a, b: Pixels(np.zeros((b - a, 2, 2, 1), np.uint8)))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("a\0b", "a control character"),
+        ("a\nb", "a control character"),
+        ("a\x85b", "a control character"),
+        ("\x1b[2Jgone", "a control character"),
+        ("user\u202etxt.exe", "an invisible formatting character"),
+        ("a\u200bb", "an invisible formatting character"),
+        ("a\ufeff", "an invisible formatting character"),
+        ("a\u2028b", "a line separator"),
+        ("a\ud800", "not text in UTF-8"),
+        ("ü" * 513, "longer than 1024 bytes"),
+        (BIG, "longer than 1024 bytes"),
+        ("\0" + BIG, "longer than 1024 bytes"),
+    ],
+)
+@pytest.mark.parametrize("what", ["id", "owner"])
+def test_illegal(name, why, what):
+    item = Item(name, "train", 0) if what == "id" else Item("fine", "train", 0, name)
+    (line,) = problems(source_of(item))
+    assert why in line and shown(name) in line and line.isprintable() and len(line) < 500
+
+
+def test_empty_ids_are_refused_and_empty_owners_are_not():
+    assert problems(source_of(Item("3", "train", 0, ""))) == []
+    (line,) = problems(source_of(Item("", "train", 0)))
+    assert "ids must not be empty" in line and "2 of train" in line
+
+
+def test_other_complaints_are_short_too():
+    """Every line of the message, whichever complaint shows the name."""
+    lines = problems(source_of(Item(BIG, "train", 7), Item(BIG, "test", 0), classes=("a", "b\0", BIG)))
+    assert len(lines) == 3 and sum(map(len, lines)) < 1500 and all(map(str.isprintable, lines))
+
+
+def test_class_names_may_join_letters():
+    assert problems(source_of(classes=("می\u200cخواهم", "b"))) == []
+    assert "class 'b\\x07' (has a control character)" in problems(source_of(classes=("a", "b\x07")))[0]
+
+
+@given(st.text(alphabet=st.characters(), max_size=400))
+def test_fault_against_its_definition(name):
+    """An independent definition: sizes and categories of every character."""
+    categories = {unicodedata.category(character) for character in name}
+    legal = not categories & {"Cc", "Cf", "Cs", "Zl", "Zp"} and len(name.encode(errors="replace")) <= LONGEST
+    assert (fault(name) == "") == legal
+    assert shown(name).isprintable() and len(shown(name)) < 1000
+
+
+LEGAL = [
+    "../x",
+    "../../../../canary",
+    "/etc/passwd",
+    "'; DROP TABLE records; --",
+    'a"b',
+    "a b",
+    "a,b",
+    "naïve/ß",
+    "%s{0}",
+]
+
+
+def test_legal():
+    for name in (*LEGAL, "a" * LONGEST, "é" * (LONGEST // 2), "\U00010348" * 256):
+        assert fault(name) == "", name
+
+
+@given(st.text(min_size=1, max_size=20), st.sampled_from(["NFC", "NFD", "NFKC", "NFKD"]))
+def test_lookalikes_are_equal_names_in_another_form(name, form):
+    """Against the Unicode standard's own relation, for every name of `known` by itself."""
+    known = [name, name.upper(), "quite another", unicodedata.normalize(form, name)]
+    unknown = unicodedata.normalize(form, name + "\u212b")  # the Angstrom sign, whose NFKC is a letter
+    found = lookalikes([unknown], [*known, name + "Å", unknown])
+    assert unknown not in found.get(unknown, ())
+    if unknown != name + "Å":
+        assert name + "Å" in found[unknown]
+    assert all(set(others) <= {*known, name + "Å"} for others in found.values())
+
+
+def test_lookalikes():
+    known = ["Å", "file", "plain", "PLAIN"]
+    assert lookalikes(["A\u030a", "ﬁle", "none", "plaIN", "pla\u200bin"], known) == {
+        "A\u030a": ("Å",),
+        "ﬁle": ("file",),
+        "plaIN": ("PLAIN", "plain"),
+        "pla\u200bin": ("PLAIN", "plain"),
+    }
+    assert lookalikes([], known) == {} == lookalikes(["x"], [])
+
+
+def named(names) -> Source:
+    """The small source with other names for its first training records; owners likewise."""
+    source, left = small_source(), list(names)
+    images, items = source.read(0, len(source.items)).images, []
+    for item in source.items:
+        if item.split == "train" and left:
+            item = item._replace(id=left.pop(0), owner=f"of {left[:1]}")
+        items.append(item)
+    return with_items(source, items, images)
+
+
+def test_legal_names_work_everywhere_and_are_no_paths(tmp_path, monkeypatch):
+    """Import, lookup and erasure; every path that a file is opened at is recorded, and none holds a name."""
+    looks = ["Å1", "A\u030a1"]  # equal under NFKC: two records all the same
+    names = [*LEGAL, *looks]
+    (tmp_path / "canary").write_text("alive")
+    paths: list[str] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple) -> None:
+        if watching and event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"):
+            paths.extend(os.fsdecode(part) for part in arguments if isinstance(part, str | bytes))
+
+    sys.addaudithook(watch)  # stays until the process ends
+    try:
+        with small_run(tmp_path / "deep" / "er" / "run", named(names), small_config(tuning__epochs=1)) as run:
+            assert set(names) <= set(run.catalog.live("train").ids)
+            reconcile(run)
+            assert requests.resolve(run.catalog, [*LEGAL, looks[0]]).live == (*LEGAL, looks[0])
+            done = erase.request_erasure(run, [*LEGAL, looks[0]])
+            assert done.records == len(LEGAL) + 1 and not {*LEGAL, looks[0]} & set(run.catalog.live("train").ids)
+            assert looks[1] in run.catalog.live("train").ids
+            assert requests.resolve(run.catalog, LEGAL).erased == tuple(LEGAL)
+            with pytest.raises(UserError, match="unknown records"):
+                requests.resolve(run.catalog, ["' OR 1=1; --"])
+    finally:
+        watching.clear()
+    assert (tmp_path / "canary").read_text() == "alive" and sorted(os.listdir(tmp_path)) == ["canary", "deep"]
+    workdir = str(tmp_path / "deep" / "er" / "run")
+    assert sum(path.startswith(workdir) for path in paths) > 50
+    assert not [path for path in paths for name in names if name in path]

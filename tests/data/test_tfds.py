@@ -1,0 +1,327 @@
+"""TensorFlow Datasets as a source: sets really written as array_record files are read back, without TensorFlow."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tf_datasets
+from helpers import small_source
+from PIL import Image
+from tfds_sets import (
+    KINDS,
+    NAMES,
+    RECORDS,
+    data_of,
+    encoded,
+    example,
+    labelled,
+    load,
+    pixels_of,
+    python,
+    refusal,
+    write,
+    write_standard,
+)
+
+from lmeraser_jax.config import Config
+from lmeraser_jax.data import load as load_module
+from lmeraser_jax.data.decode import decode
+from lmeraser_jax.data.source import Source, limited, problems
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import image_file, import_source
+from lmeraser_jax.storage.workdir import Layout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """TFDS's data folder with the sets `plain` and `named`."""
+    root = tmp_path_factory.mktemp("tfds")
+    write_standard(root)
+    return root
+
+
+@contextlib.contextmanager
+def workdir(folder: Path):
+    layout = Layout(folder / "run")
+    layout.prepare()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        yield layout, catalog
+
+
+def images_of(source: Source, step: int = 7) -> dict[str, np.ndarray]:
+    """{id: pixels}, read in pieces that do not fit the splits."""
+    pieces = [source.read(i, min(i + step, len(source.items))) for i in range(0, len(source.items), step)]
+    assert not any(piece.unreadable or piece.converted for piece in pieces)
+    return {
+        item.id: image for item, image in zip(source.items, np.concatenate([p.images for p in pieces]), strict=True)
+    }
+
+
+# what was written is what is read
+def test_items_and_pixels_are_those_that_were_written(folder):
+    source = load(folder)
+    assert (source.name, source.class_names, source.shape) == ("plain/1.2.0", NAMES, (8, 6, 3))
+    assert problems(source) == []
+    wanted = [(f"{split}/{i}", split, i % 3, "") for split in ("train", "test") for i in range(RECORDS[split])]
+    assert [tuple(item) for item in source.items] == wanted  # validation has no role unless it is given one
+    for name, image in images_of(source).items():
+        split, _, index = name.partition("/")
+        np.testing.assert_array_equal(image, pixels_of(split, int(index)))
+
+
+def test_ids_of_the_set_itself(folder):
+    """They repeat in every split here, so the base split is part of the id."""
+    source = load(folder, "named", holdout_split="validation")
+    assert problems(source) == []
+    assert [item.id for item in source.items][:2] == ["train/img_0", "train/img_1"]
+    assert {item.id for item in source.items if item.split == "holdout"} == {f"validation/img_{i}" for i in range(8)}
+    np.testing.assert_array_equal(images_of(source)["test/img_5"], pixels_of("test", 5))
+
+
+SLICES = [
+    {"train": ("train[:25]", ["train", 0, 25]), "holdout": ("train[25:]", ["train", 25, 40])},
+    {"train": ("train[30:]", ["train", 30, 40]), "public": ("train[:30]", ["train", 0, 30])},
+    {"train": ("train[:50%]", ["train", 0, 20]), "public": ("train[-10:]", ["train", 30, 40])},
+    {"train": ("train[80%:]", ["train", 32, 40]), "holdout": ("train[:80%]", ["train", 0, 32])},
+    {
+        "train": ("train[5:9]+validation[2:]+train[20:22]", ["train", 5, 9], ["validation", 2, 8], ["train", 20, 22]),
+        "test": ("test[11:]+validation[:2]", ["test", 11, 12], ["validation", 0, 2]),
+    },
+]
+
+
+@pytest.mark.parametrize("dataset", ["plain", "named"])
+@pytest.mark.parametrize("roles", SLICES)
+def test_slices_never_change_an_id(folder, dataset, roles):
+    source = load(folder, dataset, **{f"{role}_split": spec for role, (spec, *_) in roles.items()})
+    wanted = {"test": [("test", i) for i in range(12)]}
+    wanted |= {
+        role: [(split, i) for split, *ends in spans for i in range(*ends)] for role, (_, *spans) in roles.items()
+    }
+    own = "img_" if dataset == "named" else ""
+    for role, images in wanted.items():
+        assert [item.id for item in source.items if item.split == role] == [f"{s}/{own}{i}" for s, i in images]
+    assert len(source.items) == sum(map(len, wanted.values()))
+    for name, image in images_of(source).items():
+        split, _, index = name.partition("/")
+        np.testing.assert_array_equal(image, pixels_of(split, int(index.removeprefix(own))))
+
+
+def test_limits_are_those_of_the_import(folder):
+    """Labels beyond the limits are not even read, and what is left is what the import would have kept."""
+    splits = {"train_split": "validation+train[5:]", "holdout_split": "train[:5]"}
+    whole, cut = load(folder, **splits), load(folder, **splits, train_limit=11, test_limit=4)
+    assert cut.items == [whole.items[i] for i in limited(whole.items, 11, 4)] and len(cut.items) == 11 + 5 + 4
+    expected = images_of(whole)
+    assert all(np.array_equal(image, expected[name]) for name, image in images_of(cut).items())
+
+
+# splits that cannot be
+def test_an_image_has_one_role(folder):
+    message = refusal(folder, train_split="train", test_split="train[80%:]", holdout_split="validation[3:]+test")
+    assert message == (
+        "--config.data.train_split=train and --config.data.test_split=train[80%:] share 8 images: train[32:40];"
+        " an image has one role only"
+    )
+    message = refusal(folder, train_split="train[:20]+train[15:]", public_split="test[11:]")
+    assert message.splitlines()[1:] == [
+        "- --config.data.train_split=train[:20]+train[15:] names 5 images twice: train[15:20]",
+        "- --config.data.test_split=test and --config.data.public_split=test[11:] share 1 images: test[11:12];"
+        " an image has one role only",
+    ]
+    assert len(load(folder, train_split="train[:39]", holdout_split="train[39:]").items) == 40 + 12
+
+
+def test_splits_that_do_not_exist_are_all_named(folder):
+    message = refusal(
+        folder, train_split="trian", test_split="test[:13]", holdout_split="train[", public_split="test[5:5]"
+    )
+    has = "plain/1.2.0 has the splits train (40), test (12), validation (8)"
+    assert message.splitlines()[1:] == [
+        f"- --config.data.train_split=trian cannot be used: Unknown split 'trian'; {has}",
+        f"- --config.data.holdout_split=train[ cannot be used: Unrecognized split format: 'train['; {has}",
+        "- --config.data.test_split=test[:13] cannot be used: Requested slice [:13] incompatible with 12 examples;"
+        f" {has}",
+        f"- --config.data.public_split=test[5:5] holds no image; {has}",
+    ]
+
+
+def test_a_set_without_a_test_split(tmp_path):
+    write(tmp_path, "only", labelled(), {"train": [example("train", i) for i in range(6)]})
+    assert {item.split for item in load(tmp_path, "only").items} == {"train"}
+    assert "cannot be used: Unknown split 'test'" in refusal(tmp_path, "only", test_split="test")
+
+
+def test_hidden_labels_are_refused(tmp_path):
+    hidden = [example("test", i) | {"label": -1} for i in range(5)]
+    some_hidden = [example("train", i) | {"label": -1 if i == 7 else i % 3} for i in range(9)]
+    shown = [example("validation", i) for i in range(5)]
+    write(tmp_path, "contest", labelled(), {"train": some_hidden, "test": hidden, "validation": shown})
+    message = refusal(tmp_path, "contest", train_split="train[:7]+train[8:]")
+    assert message == (
+        "contest/1.2.0 hides labels of its split test (feature label is negative in 5 of 5 images);"
+        " use images with labels, such as --config.data.test_split=validation"
+    )
+    message = refusal(tmp_path, "contest", test_split="validation")
+    assert "of its split train (feature label is negative in 1 of 9 images); use images with labels, such as" in message
+    message = refusal(tmp_path, "contest", train_split="validation", holdout_split="train[:7]")
+    assert message.endswith("training images with --config.data.test_share=0.1 and without a test_split")
+    drawn = load(tmp_path, "contest", train_split="validation", holdout_split="train[:7]", test_share=0.1)
+    assert {item.split for item in drawn.items} == {"train", "holdout"}
+    message = refusal(tmp_path, "contest", test_split="validation", holdout_split="test[:0]+test[4:]")
+    assert "of its split train" in message and "of its split test (feature label is negative in 1 of 1" in message
+    source = load(tmp_path, "contest", train_split="train[:7]+train[8:]", test_split="validation")
+    assert len(source.items) == 8 + 5 and not any(item.label < 0 for item in source.items)
+
+
+# images
+def test_one_small_size_is_kept_and_a_given_size_wins(tmp_path, folder):
+    sizes = [(224, 0, 0), (4, 0, 0), (16, 5, 0), (16, 5, 7)]
+    found = [load(folder, image_size=size, store_size=height, store_width=width) for size, height, width in sizes]
+    assert [source.shape for source in found] == [(8, 6, 3), (8, 6, 3), (5, 5, 3), (5, 7, 3)]
+    files = [encoded(pixels_of("train", i)).getvalue() for i in range(2)]
+    np.testing.assert_array_equal(found[3].read(0, 2).images, decode(files, 5, 7, 3).images)
+    large = {"image": encoded(np.zeros((70, 65, 3), np.uint8)), "label": 0}
+    write(tmp_path, "large", labelled(shape=(70, 65, 3)), {"train": [large]})
+    assert load(tmp_path, "large", image_size=32).shape == (32, 32, 3)
+    assert load(tmp_path, "large", image_size=70).shape == (70, 65, 3)
+
+
+def test_mixed_sizes_and_formats(tmp_path, rng):
+    """Photographs: PNG and JPEG, grey ones among them, of every size."""
+    shapes = [(9, 12, 3), (30, 7, 3), (16, 16, 3), (5, 5, 3), (21, 40)]
+    files = [
+        encoded(rng.integers(0, 256, shape, np.uint8), "JPEG" if i % 2 else "PNG") for i, shape in enumerate(shapes)
+    ]
+    records = [{"image": file, "label": i % 3} for i, file in enumerate(files)]
+    write(tmp_path, "mixed", labelled(shape=(None, None, 3)), {"train": records})
+    source = load(tmp_path, "mixed", image_size=16)
+    assert source.shape == (16, 16, 3)
+    found = source.read(0, 5)
+    np.testing.assert_array_equal(found.images, decode([file.getvalue() for file in files], 16, 16, 3).images)
+    assert found.unreadable == {} and found.converted == 1
+    rgb = np.asarray(Image.open(files[2]))
+    np.testing.assert_array_equal(found.images[2], rgb)
+
+
+def test_grey_images_stay_grey(tmp_path):
+    records = [{"image": encoded(pixels_of("train", i, (28, 28, 1))), "label": i % 3} for i in range(5)]
+    write(tmp_path, "grey", labelled(shape=(28, 28, 1)), {"train": records, "test": records[:2]})
+    source = load(tmp_path, "grey")
+    assert source.shape == (28, 28, 1)
+    np.testing.assert_array_equal(source.read(4, 7).images[0], pixels_of("train", 4, (28, 28, 1)))
+
+
+def test_corrupt_images_are_reported_not_dropped(tmp_path):
+    def broken(index: int) -> io.BytesIO:
+        content = encoded(pixels_of("train", index)).getvalue()
+        return io.BytesIO({2: content[:60], 4: b"no image"}.get(index, content))
+
+    records = [{"image": broken(i), "label": i % 3} for i in range(6)]
+    write(tmp_path, "broken", labelled(), {"train": records})
+    source = load(tmp_path, "broken")
+    assert len(source.items) == 6
+    found = source.read(1, 6)
+    assert sorted(found.unreadable) == [1, 3] and not found.images[[1, 3]].any()
+    assert all("0x" not in reason for reason in found.unreadable.values())
+    for position in (0, 2, 4):
+        np.testing.assert_array_equal(found.images[position], pixels_of("train", position + 1))
+    config = Config(data=data_of(tmp_path, "broken"))
+    with workdir(tmp_path) as (layout, catalog):
+        with pytest.raises(UserError, match="(?s)train/2.*train/4"):
+            import_source(layout, catalog, load_module.load(config.data), config)
+        lenient = Config(data=data_of(tmp_path, "broken", skip_unreadable=True))
+        imported = import_source(layout, catalog, load_module.load(lenient.data), lenient)
+        assert (imported.added, imported.unreadable) == (4, ("train/2", "train/4"))
+
+
+def test_files_do_not_stay_open(tmp_path):
+    """ImageNet has more files than a process may hold open."""
+    write(tmp_path, "spread", labelled(), {"train": [example("train", i) for i in range(40)]}, shards=20)
+    assert len(list(tmp_path.rglob("*array_record*"))) == 20
+    before = len(os.listdir("/dev/fd"))
+    source = load(tmp_path, "spread")
+    np.testing.assert_array_equal(images_of(source)["train/33"], pixels_of("train", 33))
+    assert len(os.listdir("/dev/fd")) == before
+
+
+# TFDS's own mock
+def test_under_tfds_own_mock(folder):
+    """A user's tests may replace the records by TFDS's means."""
+    home = folder / "plain" / "1.2.0"
+
+    def records(self, split, **_):
+        return Listed([self.info.features.serialize_example(example("mock", i)) for i in range(RECORDS[split])])
+
+    with tf_datasets.testing.mock_data(data_dir=str(home), as_data_source_fn=records):
+        source = load(folder)
+        np.testing.assert_array_equal(source.read(0, 3).images[2], pixels_of("mock", 2))
+    assert len(source.items) == 52
+
+
+class Listed(list):
+    data_source = contextlib.nullcontext()
+
+    def __getitems__(self, keys):
+        return [self[key] for key in keys]
+
+
+# without TensorFlow
+POISON = """
+import importlib.abc, importlib.machinery, sys
+
+class Poison(importlib.abc.MetaPathFinder, importlib.abc.Loader):  # TensorFlow is found, and fails when it is loaded
+    def find_spec(self, name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name.partition(".")[0] == "tensorflow" else None
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        raise SystemExit("TensorFlow was imported")
+
+sys.meta_path.insert(0, Poison())
+"""
+
+
+def test_nothing_imports_tensorflow(folder):
+    code = POISON + (
+        "from lmeraser_jax.config import Data\n"
+        "from lmeraser_jax.records import sources\n"
+        "source = sources.load(Data(source='tfds', dataset='named', holdout_split='validation'))\n"
+        "pixels = source.read(0, len(source.items))\n"
+        "print(len(source.items), source.items[0].id, int(pixels.images.sum()), len(pixels.unreadable))\n"
+        "assert 'tensorflow' not in sys.modules and 'tensorflow_datasets' in sys.modules\n"
+        "assert 'jax' not in sys.modules\n"
+    )
+    total = sum(int(pixels_of(split, i).sum()) for split, count in RECORDS.items() for i in range(count))
+    assert python(code, TFDS_DATA_DIR=str(folder)).split() == ["60", "train/img_0", str(total), "0"]
+
+
+# the whole path
+def test_a_workdir_of_a_written_set(tmp_path):
+    """The digits through array_record files: the workdir holds their very pixels, labels and owners."""
+    plain = small_source(train=60, test=12, public=20)
+    images = plain.read(0, len(plain.items)).images
+    records: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "public": []}
+    for item, image in zip(plain.items, images, strict=True):
+        records[item.split].append({"image": encoded(image), "label": item.label, "id": f"{item.owner}.{item.id}"})
+    write(tmp_path, "scans", labelled(plain.class_names, plain.shape, id=KINDS.Text()), records)
+    config = Config(data=data_of(tmp_path, "scans", public_split="public", owner_pattern="(hand-[0-9]+)"))
+    with workdir(tmp_path) as (layout, catalog):
+        assert import_source(layout, catalog, load_module.load(config.data), config).added == 92
+        assert import_source(layout, catalog, load_module.load(config.data), config).known == 92
+        stored = image_file(layout, catalog).view()
+        for split in ("train", "test", "public"):
+            wanted = {f"{split}/{i.owner}.{i.id}": (i, p) for i, p in zip(plain.items, images) if i.split == split}
+            table = catalog.live(split)
+            assert sorted(wanted) == list(table.ids)
+            for name, row, label, owner in zip(table.ids, table.rows, table.labels, table.owners, strict=True):
+                item, image = wanted[name]
+                assert (label, owner) == (item.label, item.owner)
+                np.testing.assert_array_equal(stored[row], image)

@@ -1,0 +1,220 @@
+"""Resize, crop, flip and normalise against Pillow and against every crop that could have been made."""
+
+import dataclasses
+import io
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmeraser_jax.data.decode import decode
+from lmeraser_jax.data.transforms import ImageSpec, augmented, centred, resize_matrix
+from lmeraser_jax.models import zoo
+
+# height, width, channels, size, resize: shrunk and enlarged, wide and high, with and without a border to crop
+SHAPES = [
+    (20, 20, 1, 8, 8),
+    (8, 8, 1, 16, 16),
+    (30, 21, 3, 8, 8),
+    (21, 30, 3, 12, 14),
+    (10, 13, 1, 16, 18),
+    (64, 40, 3, 24, 27),
+    (9, 25, 3, 9, 9),
+]
+
+
+def spec_of(height, width, channels, size, resize, **more) -> ImageSpec:
+    return ImageSpec(height, width, channels, size=size, resize=resize, out_channels=channels, **more)
+
+
+def pixels_of(spec: ImageSpec, count: int, seed: int = 0) -> np.ndarray:
+    """Random noise on a slope: every crop differs from every other and from its mirror image."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 128, spec.width)[None, None, :, None]
+    noise = rng.integers(0, 128, (count, spec.height, spec.width, spec.channels))
+    return (slope + noise).astype(np.uint8)
+
+
+def pillow_resized(image: np.ndarray, spec: ImageSpec, exact: bool) -> np.ndarray:
+    """Shorter side to `spec.resize` by Pillow's BILINEAR; in floating point if `exact`, else in uint8."""
+    h, w, c = image.shape
+    shorter = min(h, w)
+    new_w, new_h = round(w * spec.resize / shorter), round(h * spec.resize / shorter)
+    if exact:
+        planes = [Image.fromarray(image[..., i].astype(np.float32)) for i in range(c)]
+        return np.stack([np.asarray(p.resize((new_w, new_h), Image.Resampling.BILINEAR)) for p in planes], axis=-1)
+    pillow = Image.fromarray(image[..., 0] if c == 1 else image)
+    return np.asarray(pillow.resize((new_w, new_h), Image.Resampling.BILINEAR)).reshape(new_h, new_w, c)
+
+
+def middle(image: np.ndarray, size: int) -> np.ndarray:
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def levels(output: jax.Array, spec: ImageSpec) -> np.ndarray:
+    """Undoes the normalisation: back to 0..255, float64."""
+    return (np.asarray(output, np.float64) * spec.std + spec.mean) * 255
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_centred_is_pillows_resize_and_centre_crop(shape):
+    spec = spec_of(*shape)
+    images = pixels_of(spec, 3)
+    got = levels(centred(images, spec), spec)
+    assert got.shape == (3, spec.size, spec.size, spec.channels)
+    for image, mine in zip(images, got, strict=True):
+        exact = middle(pillow_resized(image, spec, exact=True), spec.size)
+        np.testing.assert_allclose(mine, exact, atol=2e-3)
+        rounded = middle(pillow_resized(image, spec, exact=False).astype(np.float64), spec.size)
+        assert np.abs(mine - rounded).mean() <= 1.0  # grey levels, of 255
+        assert np.abs(mine - rounded).max() <= 2.0
+
+
+def test_equal_sizes_change_nothing_but_the_scale():
+    spec = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
+    images = pixels_of(spec, 4)
+    np.testing.assert_allclose(np.asarray(centred(images, spec)), (images / 255.0 - 0.4) / 0.25, atol=1e-6)
+
+
+def test_each_channel_has_its_own_normalisation():
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    spec = spec_of(21, 30, 3, 12, 14, mean=mean, std=std, augment="paper")
+    plain = dataclasses.replace(spec, mean=(0.0,), std=(1.0,))
+    images, key = pixels_of(spec, 4), jax.random.key(2)
+    for run in (lambda spec: centred(images, spec), lambda spec: augmented(images, spec, key)):
+        got, scaled = np.asarray(run(spec)), np.asarray(run(plain))
+        assert np.ptp(scaled) <= 1.0
+        for channel in range(3):
+            want = (scaled[..., channel] - mean[channel]) / std[channel]
+            np.testing.assert_allclose(got[..., channel], want, atol=1e-5)
+
+
+def test_one_number_normalises_every_channel():
+    one = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
+    three = dataclasses.replace(one, mean=(0.4,) * 3, std=(0.25,) * 3)
+    images = pixels_of(one, 2)
+    np.testing.assert_array_equal(np.asarray(centred(images, one)), np.asarray(centred(images, three)))
+
+
+def test_resize_matrix_rows_are_averages():
+    for old, new in ((7, 7), (5, 12), (40, 9), (1, 6), (6, 1)):
+        matrix = resize_matrix(old, new)
+        assert matrix.shape == (new, old) and matrix.dtype == np.float32
+        assert (matrix >= 0).all()
+        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-6)
+        np.testing.assert_array_equal(matrix, matrix[::-1, ::-1])  # neither end is favoured
+
+
+def test_grey_fills_three_channels():
+    grey = spec_of(10, 13, 1, 8, 9, augment="paper")
+    colour = dataclasses.replace(grey, out_channels=3)
+    images, key = pixels_of(grey, 5), jax.random.key(3)
+    for run in (lambda spec: centred(images, spec), lambda spec: augmented(images, spec, key)):
+        one, three = np.asarray(run(grey)), np.asarray(run(colour))
+        assert one.shape == (5, 8, 8, 1) and three.shape == (5, 8, 8, 3)
+        for channel in range(3):
+            np.testing.assert_array_equal(three[..., channel], one[..., 0])
+
+
+def test_centred_gives_an_image_the_same_bits_wherever_it_stands():
+    spec = spec_of(21, 30, 3, 12, 14)
+    images = pixels_of(spec, 9)
+    order = np.random.default_rng(1).permutation(9)
+    run = jax.jit(lambda x: centred(x, spec))
+    np.testing.assert_array_equal(np.asarray(run(images[order])), np.asarray(run(images))[order])
+
+
+def test_no_augmentation_is_the_centre_crop_bit_for_bit():
+    spec = spec_of(21, 30, 3, 12, 14, augment="none")
+    images = pixels_of(spec, 3)
+    plain = np.asarray(centred(images, spec))
+    np.testing.assert_array_equal(np.asarray(augmented(images, spec, jax.random.key(0))), plain)
+    np.testing.assert_array_equal(np.asarray(augmented(images, spec, jax.random.key(1))), plain)
+
+
+def candidates(image: np.ndarray, spec: ImageSpec) -> dict[tuple[int, int, bool], np.ndarray]:
+    """Every output that augmentation may give: (top, left, flipped) -> pixels."""
+    full = pillow_resized(image, spec, exact=True)
+    size, reach = spec.size, spec.size // 8
+    starts = []
+    for axis in (0, 1):
+        slack = full.shape[axis] - size
+        if spec.augment == "flip":
+            starts.append([slack // 2])
+        elif slack:
+            starts.append(list(range(slack + 1)))
+        else:
+            pad = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
+            full = np.pad(full, pad, mode="edge")
+            starts.append(list(range(2 * reach + 1)))
+    found = {}
+    for top in starts[0]:
+        for left in starts[1]:
+            crop = full[top : top + size, left : left + size]
+            found[top, left, False] = crop
+            if spec.augment in ("flip", "paper"):
+                found[top, left, True] = crop[:, ::-1]
+    return found
+
+
+def choices(images: np.ndarray, spec: ImageSpec, key: jax.Array) -> tuple[list[tuple[int, int, bool]], set]:
+    """Which candidate each augmented image is (it must be exactly one), and all candidates' names."""
+    chosen, names = [], set()
+    for image, got in zip(images, levels(augmented(images, spec, key), spec), strict=True):
+        every = candidates(image, spec)
+        close = [name for name, pixels in every.items() if np.abs(pixels - got).max() < 2e-3]
+        assert len(close) == 1, f"{len(close)} of {len(every)} possible crops match"
+        chosen += close
+        names |= every.keys()
+    return chosen, names
+
+
+@pytest.mark.parametrize("augment", ["crop", "flip", "paper"])
+@pytest.mark.parametrize("shape", [(10, 13, 1, 16, 18), (24, 24, 3, 16, 16), (20, 17, 3, 16, 16)], ids=str)
+def test_augmented_images_are_possible_crops_and_all_kinds_occur(shape, augment):
+    spec = spec_of(*shape, augment=augment)
+    images = pixels_of(spec, 96)
+    chosen, names = choices(images, spec, jax.random.key(7))
+    for part in range(3):  # top, left, flipped: the whole range is used
+        assert {name[part] for name in chosen} == {name[part] for name in names}
+    if augment != "crop":
+        assert 24 < sum(flipped for _, _, flipped in chosen) < 72  # 48 expected, 5 sigma
+    if augment != "flip":
+        assert len(set(chosen)) > len(names) / 4
+
+
+def test_the_key_decides_and_neighbours_do_not():
+    spec = spec_of(10, 13, 1, 16, 18, augment="paper")
+    images, others, key = pixels_of(spec, 12), pixels_of(spec, 12, seed=1), jax.random.key(5)
+    first = np.asarray(augmented(images, spec, key))
+    np.testing.assert_array_equal(np.asarray(augmented(images, spec, key)), first)
+    assert not np.array_equal(np.asarray(augmented(images, spec, jax.random.key(6))), first)
+    assert choices(images, spec, key)[0] == choices(others, spec, key)[0]  # the crop is drawn, not looked for
+    mixed = others.copy()
+    mixed[4] = images[4]
+    np.testing.assert_array_equal(np.asarray(augmented(mixed, spec, key))[4], first[4])
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "store"),
+    [(32, 32, None), (450, 600, (256, 341)), (15, 15, (256, 256)), (250, 250, (256, 256)), (40, 25, (256, 256))],
+    ids=["CIFAR", "HAM10000", "smallest sign", "largest sign", "slim sign"],
+)
+def test_the_papers_transform_at_its_real_size(height, width, store):
+    """Shorter side to 256, centre 224, ImageNet normalisation: from the file to the device, against Pillow alone."""
+    rng = np.random.default_rng(1)
+    rough = rng.integers(0, 256, (max(height // 4, 3), max(width // 4, 3), 3), np.uint8)
+    picture = Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)  # as smooth as photographs
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    stored = decode([file.getvalue()], *store, 3).images if store else np.asarray(picture)[None]
+    mean, std = zoo.IMAGENET
+    spec = spec_of(*stored.shape[1:], 224, 256, mean=mean, std=std)
+    got = np.asarray(centred(stored, spec))[0]
+    scale = 256 / min(height, width)
+    reference = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+    reference = middle(np.asarray(reference), 224) / 255.0
+    error = np.abs(got * np.asarray(std) + np.asarray(mean) - reference).mean()
+    assert error <= 1 / 255, error * 255

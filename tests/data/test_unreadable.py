@@ -1,0 +1,160 @@
+"""Images that cannot be read: refused together, or left out and counted; a damaged file leaves the workdir alone."""
+
+import contextlib
+import dataclasses
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from helpers import SMALL
+from imports import check_pixels, made, refusal, with_items
+from PIL import Image
+
+from lmeraser_jax.config import Config, Data
+from lmeraser_jax.data import npz
+from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.storage import ingest
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import Imported, image_file, import_source
+from lmeraser_jax.storage.workdir import Layout
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    layout = Layout(tmp_path / "run")
+    layout.prepare()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        yield layout, catalog
+
+
+def unreadable(source, broken, converted=0) -> Source:
+    """The source with some ids unreadable, and so many converted images in every piece."""
+
+    def read(start, stop):
+        found = {i - start: "torn" for i in range(start, stop) if source.items[i].id in broken}
+        return Pixels(source.read(start, stop).images, found, converted)
+
+    return dataclasses.replace(source, read=read)
+
+
+SKIP = Config(data=Data(skip_unreadable=True))
+TORN = ("id-00003", "id-00008", "id-00009", "id-00021")
+
+
+def test_unreadable_images_are_refused_together(workdir, monkeypatch):
+    monkeypatch.setattr(ingest, "PIECE", 8)
+    lines = refusal(workdir, unreadable(made(), TORN)).splitlines()
+    assert lines[0] == (
+        "made cannot be imported; images that cannot be read are left out with --config.data.skip_unreadable:"
+    )
+    assert lines[1:] == [f"- {name}: torn" for name in TORN]
+
+
+def test_unreadable_images_can_be_left_out(workdir, monkeypatch):
+    monkeypatch.setattr(ingest, "PIECE", 8)
+    layout, catalog = workdir
+    imported = import_source(layout, catalog, unreadable(made(), TORN, converted=2), SKIP)
+    assert imported == Imported(26, 0, 0, 0, TORN, 8)
+    assert not {*TORN} & {*catalog.live("train", "test", "public").ids} and catalog.rows_used() == 26
+    check_pixels(layout, catalog)
+    ((kind, body),) = catalog.db.execute("SELECT kind, body FROM events")
+    assert kind == "import" and json.loads(body)["unreadable"] == 4 and json.loads(body)["converted"] == 8
+    assert "id-" not in body  # events outlive erasures
+    mended = import_source(layout, catalog, unreadable(made(), TORN[:1]), SKIP)
+    assert mended == Imported(3, 26, 0, 0, TORN[:1]) and catalog.rows_used() == 29
+    check_pixels(layout, catalog)
+    assert import_source(layout, catalog, made(), Config()) == Imported(1, 29, 0, 0)
+
+
+def test_unreadable_copies_of_records(workdir):
+    """A record keeps its pixels; an erased one needs no file; without the flag a known one is refused."""
+    layout, catalog = workdir
+    import_source(layout, catalog, made(), Config())
+    catalog.erase(["id-00003"], "r")
+    catalog.forget(["r"])
+    source = unreadable(made(32), ("id-00003", "id-00004", "id-00031"))
+    message = refusal(workdir, source)
+    assert "id-00003" not in message and "- id-00004: torn" in message and "- id-00031: torn" in message
+    assert import_source(layout, catalog, source, SKIP) == Imported(1, 29, 1, 0, ("id-00031",))
+    check_pixels(layout, catalog)
+
+
+def test_too_few_images_left(workdir):
+    names = {item.id for item in made().items if item.split == "train" and item.label}
+    message = refusal(workdir, unreadable(made(), names), SKIP)
+    assert f"{len(names)} images that cannot be read leave 1 of 3 classes to train on; at least 2 are needed" in message
+    message = refusal(workdir, made(), Config(data=Data(holdout=0.999)))
+    assert "--config.data.holdout=0.999 leave 0 of 3 classes to train on" in message
+
+
+def test_only_wanted_images_are_read(workdir):
+    """A limit leaves gaps: what lies in them may be broken, and is not counted."""
+    items = [Item(f"id-{i:05d}", "train" if i < 20 else "test", i % 3) for i in range(40)]
+    source = unreadable(with_items(items), {item.id for item in items[6:20]}, converted=1)
+    imported = import_source(*workdir, source, Config(data=Data(train_limit=6)))
+    assert imported == Imported(26, 0, 0, 0, (), 2)
+    check_pixels(*workdir)
+
+
+@pytest.mark.parametrize("how", [zipfile.ZIP_STORED, zipfile.ZIP_LZMA])
+def test_damage_found_while_streaming_leaves_the_workdir(workdir, tmp_path, rng, how):
+    images = rng.integers(0, 256, (2000, 6, 6, 3), np.uint8)
+    arrays = {"train_images": images, "train_labels": np.arange(2000) % 3}
+    arrays |= {"test_images": images[:3] ^ 1, "test_labels": np.arange(3)}
+    for limit in (1000, 0):  # nothing in the workdir, then some records
+        with zipfile.ZipFile(tmp_path / "a.npz", "w", how) as file:
+            for key, array in arrays.items():
+                with file.open(f"{key}.npy", "w") as member:
+                    np.lib.format.write_array(member, array)
+                if key == "train_images":
+                    end = file.fp.tell()  # pyright: ignore[reportOptionalMemberAccess]
+        whole = bytearray((tmp_path / "a.npz").read_bytes())
+        torn = whole.copy()
+        torn[end - 4000] ^= 0x55
+        (tmp_path / "a.npz").write_bytes(torn)
+        source = npz.load(str(tmp_path / "a.npz"))
+        message = refusal(workdir, source)
+        assert "a.npz is damaged: rows 1" in message and "of train_images.npy" in message
+        (tmp_path / "a.npz").write_bytes(whole)
+        import_source(*workdir, source, Config(data=Data(train_limit=limit)))
+    layout, catalog = workdir
+    assert len(catalog.live("train")) == 2000
+    table = catalog.live("train")
+    order = [int(name.removeprefix("train/")) for name in table.ids]
+    np.testing.assert_array_equal(image_file(layout, catalog).view()[table.rows], images[order])
+
+
+def test_the_command_says_what_it_left_out(tmp_path, rng, capsys, request, monkeypatch):
+    """Refused with the flag named; with it trained without them, named and counted."""
+    pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
+    from lmeraser_jax.cli.main import main
+
+    monkeypatch.chdir(request.config.rootpath)
+    sizes = {"train": 30, "test": 10, "public": 8}
+    files = [tmp_path / "images" / split / "ab"[i % 2] / f"{i:02d}.png" for split in sizes for i in range(sizes[split])]
+    for i, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).convert("L" if i > 38 else "RGB").save(file)
+    for file in files[:12]:
+        file.write_bytes(b"torn")
+    small = [f"--config.{group}.{name}={value}" for group, values in SMALL.items() for name, value in values.items()]
+    flags = ["--config=configs/digits.py:smoke", *small, "--config.clustering.sample_size=15"]
+    flags += ["--config.data.source=folder", f"--config.data.path={tmp_path / 'images'}", f"--workdir={tmp_path / 'w'}"]
+    flags += ["--config.clustering.cut=auto:2", "--config.clustering.min_members=0"]
+    assert main(["train", *flags]) == 2
+    message = capsys.readouterr().err
+    assert "--config.data.skip_unreadable" in message and message.count("- train/") == 12
+    assert main(["train", *flags, "--config.data.skip_unreadable", f"--json={tmp_path / 'out.json'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "imported 36 records" in out and "\n9 images were not RGB and were converted\n" in out
+    assert "training records by class: 2 classes" in out
+    assert "warning: 12 images could not be read and were left out (train/a/00.png, train/a/02.png, " in err
+    assert "train/b/11.png); mended ones join with lmeraser train --reimport" in err and err.count(".png") == 12
+    imported = json.loads((tmp_path / "out.json").read_text())["imported"]
+    assert (len(imported["unreadable"]), imported["added"], imported["converted"]) == (12, 36, 9)
+    # the flag says what to do with broken files, so a published workdir takes it or leaves it
+    assert main(["train", *flags]) == 0
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(files[0])
+    assert main(["train", *flags, "--reimport", "--config.data.skip_unreadable"]) == 0
+    assert "imported 1 records" in capsys.readouterr().out

@@ -1,0 +1,114 @@
+"""Prediction against a literal loop over images: route, prompt, classify, average the m nearest."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import small_run
+from scipy.special import softmax
+
+from lmeraser_jax.data.transforms import centred
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import predict
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.training.slices import lay_prompt
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
+from lmeraser_jax.unlearning.build import reconcile
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with small_run(tmp_path_factory.mktemp("inference") / "run") as run:
+        reconcile(run)
+        yield run
+
+
+def with_nearest(run, nearest):
+    config = dataclasses.replace(run.config, inference=dataclasses.replace(run.config.inference, nearest=nearest))
+    return dataclasses.replace(run, config=config)
+
+
+def reference(run, images, nearest, quarantined=frozenset()):
+    """Probabilities and the keys of the nearest healthy clusters, one image at a time."""
+    manifest, vit = run.catalog.manifest(), run.backbone.config
+    clustering = load_clustering(run.layout, manifest.clustering)
+    features = jax.jit(lambda x: frozen.features(vit, run.backbone.params, x))
+    parts = {key: load_slice(run, name) for key, name in manifest.entries.items()}
+    probabilities, clusters = [], []
+    for image in images:
+        pixels = centred(jnp.asarray(image[None]), run.spec)
+        gaps = np.linalg.norm(np.asarray(features(pixels), np.float64) - clustering.prototypes, axis=1)
+        chosen = [key for k in np.argsort(gaps) if (key := clustering.keys[k]) not in quarantined][:nearest]
+        each = []
+        for key in chosen:
+            prompt = lay_prompt(jnp.asarray(parts[key].prompt), vit.image_size, run.config.tuning.prompt_width, 1)
+            feature = np.asarray(features(pixels + prompt[None]), np.float64)[0]
+            each.append(softmax(feature @ parts[key].kernel + parts[key].bias))
+        probabilities.append(np.mean(each, axis=0))
+        clusters.append(chosen)
+    return np.array(probabilities), clusters
+
+
+@pytest.mark.parametrize("nearest", [1, 3])
+def test_equals_a_literal_loop(run, nearest):
+    images = run.images[run.catalog.live("test").rows]
+    model = predict.load_model(with_nearest(run, nearest))
+    found = predict.predict(model, images)
+    probabilities, clusters = reference(run, images, nearest)
+    assert [[model.keys[k] for k in row] for row in found.clusters] == clusters
+    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5)
+    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-5)
+
+
+def test_ragged_batches_and_neighbours_change_nothing_and_compile_nothing(run):
+    images = run.images[run.catalog.live("test", "train").rows]
+    model = predict.load_model(run)
+    whole = predict.predict(model, images)
+    program = predict.compiled(run.problem, 1, run.mesh)
+    traces = program._cache_size()
+    for count in (1, 5, 16, 17, 33):
+        part = predict.predict(model, images[:count])
+        assert np.array_equal(part.probabilities, whole.probabilities[:count])
+        assert len(part.labels) == count
+    backwards = predict.predict(model, images[::-1])
+    assert np.array_equal(backwards.probabilities[::-1], whole.probabilities)
+    assert program._cache_size() == traces
+
+
+def test_no_images_no_predictions(run):
+    empty = predict.predict(predict.load_model(run), run.images[:0])
+    assert empty.probabilities.shape == (0, 10) and empty.labels.shape == (0,)
+
+
+def test_more_nearest_than_clusters_uses_all(run):
+    model = predict.load_model(with_nearest(run, 99))
+    assert predict.predict(model, run.images[:3]).clusters.shape == (3, len(model.keys))
+
+
+def test_eight_devices_agree(run):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    from lmeraser_jax.training.tune import mesh_of
+
+    images = run.images[run.catalog.live("test").rows]
+    one = predict.predict(predict.load_model(run), images)
+    wide = predict.load_model(dataclasses.replace(run, mesh=mesh_of(jax.devices()[:8])))
+    eight = predict.predict(wide, images)
+    assert np.array_equal(one.clusters, eight.clusters)
+    np.testing.assert_allclose(one.probabilities, eight.probabilities, atol=1e-5)
+
+
+def test_a_damaged_slice_is_refused_by_name(run):
+    name = next(iter(run.catalog.manifest().entries.values()))
+    arrays, metadata, step = checkpoints.load(run.layout.slice(name))
+    broken = dict(arrays) | {"bias": arrays["bias"] + 1}
+    checkpoints.save(run.layout.slice(name), broken, metadata, step)
+    try:
+        with pytest.raises(UserError, match=f"slice {name[:12]} is damaged"):
+            predict.load_model(run)
+    finally:
+        checkpoints.save(run.layout.slice(name), arrays, metadata, step)
+    assert predict.load_model(run).keys

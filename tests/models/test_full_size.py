@@ -1,0 +1,65 @@
+"""ViT-B/16 and Swin-B at 224 px, random weights in Hugging Face's form: convert, train, predict, erase on a CPU."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from helpers import small_config, small_source, with_items
+
+from lmeraser_jax.evaluation.predict import load_model, predict
+from lmeraser_jax.models import zoo
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.run import prepared
+
+transformers = pytest.importorskip("transformers", reason="the models are made by transformers")
+torch = pytest.importorskip("torch", reason="the weights are made by PyTorch (extra test)")
+
+
+def saved(name: str, folder) -> str:
+    """A random model of the named backbone's architecture, written as the hub has it."""
+    torch.manual_seed(0)
+    if name == "vit-b-22k":
+        model = transformers.ViTModel(transformers.ViTConfig())
+    else:
+        settings = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
+        model = transformers.SwinForImageClassification(transformers.SwinConfig(**settings, num_labels=1000))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit-b-22k", "swin-b-1k"])
+def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
+    """The public path at the real size; two steps of two images."""
+    whole = small_source(train=6, test=2, public=0)
+    images = np.repeat(whole.read(0, len(whole.items)).images, 28, axis=1).repeat(28, axis=2)  # 224 x 224
+    source = dataclasses.replace(with_items(whole, whole.items, images), shape=(224, 224, 1))
+    config = small_config(
+        backbone__name=name,
+        backbone__heads=0,
+        backbone__weights=saved(name, tmp_path / "weights"),
+        data__image_size=224,
+        clustering__sample_size=4,
+        clustering__cut="auto:2",
+        clustering__min_members=0,
+        clustering__feature_batch=2,
+        tuning__prompt_width=30,
+        tuning__batch=2,
+        tuning__lanes=1,
+        tuning__epochs=1,
+        tuning__min_steps=1,
+        inference__batch=2,
+    )
+    with prepared(tmp_path / "run", config, devices=jax.devices()[:1], source=source) as (run, imported):
+        assert imported.added == 8
+        wanted = dataclasses.replace(zoo.entry(name).architecture, image_size=224)
+        assert run.backbone.config == dataclasses.replace(wanted, epsilon=run.backbone.config.epsilon)
+        assert (run.spec.mean, run.spec.std) == zoo.entry(name).normalisation
+        outcome = reconcile(run)
+        assert outcome.retuned == outcome.clusters == 2
+        found = predict(load_model(run), run.images[:3])
+        assert found.probabilities.shape == (3, 10) and np.isfinite(found.probabilities).all()
+        erased = erase.request_erasure(run, [run.catalog.live("train").ids[0]])
+        assert erased.records == 1 and erased.outcome.retuned >= 1

@@ -1,0 +1,313 @@
+"""Public pretraining on a few digits: it learns, resumes bit for bit, agrees across devices, and is stored safely."""
+
+import contextlib
+import dataclasses
+import functools
+import gc
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.data import digits
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import pretrain
+from lmeraser_jax.models.vit import ViT, ViTConfig
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.checkpoints import flatten
+from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.training.tune import mesh_of
+
+CLASSES = 10
+EPOCHS = 12
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+    """Equal programs are compiled once for the whole file."""
+    real = pretrain.optimizer
+
+    @functools.lru_cache
+    def optimizer(pretraining, steps):
+        return real(settings.Config(pretraining=pretraining), steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "optimizer", lambda config, steps: optimizer(config.pretraining, steps))
+        patch.setattr(pretrain, "_epoch_function", functools.lru_cache(pretrain._epoch_function))
+        yield
+
+
+@pytest.fixture(scope="module")
+def public() -> tuple[np.ndarray, np.ndarray]:
+    """390 real scans: not a multiple of the batch."""
+    source = digits.load()
+    rows = [i for i, item in enumerate(source.items) if item.split == "public"][:390]
+    labels = np.array([source.items[i].label for i in rows], np.int32)
+    return source.read(0, len(source.items)).images[rows], labels
+
+
+def config_with(seed: int = 0, **more) -> settings.Config:
+    return settings.Config(
+        seed=seed,
+        data=settings.Data(image_size=8),
+        backbone=settings.Backbone(patch=2, width=16, depth=1, heads=2),
+        pretraining=settings.Pretraining(
+            **{"epochs": EPOCHS, "batch": 16, "rate": 1e-2, "checkpoint_epochs": 1, **more}
+        ),
+    )
+
+
+def train(folder, public, config, devices: int = 1) -> tuple[frozen.Backbone, float]:
+    return pretrain.pretrain(Layout(folder), *public, CLASSES, config, mesh_of(jax.devices()[:devices]))
+
+
+class Whole(NamedTuple):
+    """An uninterrupted training."""
+
+    folder: Path
+    backbone: frozen.Backbone
+    accuracy: float
+    epochs: list[tuple[float, float]]  # loss and accuracy
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[float, float]]]:
+    """Collects loss and accuracy of every epoch trained in the block."""
+    epochs, make = [], pretrain._epoch_function
+
+    def watched(*args):
+        def epoch(*state):
+            out = make(*args)(*state)
+            epochs.append((float(out[1]), float(out[2])))
+            return out
+
+        return epoch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "_epoch_function", watched)
+        yield epochs
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, public) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    with recorded() as epochs:
+        backbone, accuracy = train(folder, public, config_with())
+    frozen.save(Layout(folder).backbone, backbone, {"seed": 0}, {"origin": "the test"})
+    return Whole(folder, backbone, accuracy, epochs)
+
+
+@functools.lru_cache
+def answers(vit: ViTConfig):
+    """Compiled logits of ten images."""
+
+    def run(params, images):
+        return frozen.logits(vit, params, (images.astype(np.float32) / 255 - 0.5) / 0.5)
+
+    return jax.jit(run)
+
+
+def stop_after_the_first_checkpoint(folder: Path, public, devices: int = 1) -> None:
+    save = checkpoints.save_step
+
+    def save_and_stop(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save_step", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, public, config_with(), devices)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, public) -> Path:
+    """The workdir of a training that was interrupted after its first epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    stop_after_the_first_checkpoint(folder, public)
+    return folder
+
+
+def assert_same(one: frozen.Backbone, two: frozen.Backbone) -> None:
+    for name, array in flatten(one.params).items():
+        np.testing.assert_array_equal(array, flatten(two.params)[name], err_msg=name)
+    assert one.digest == two.digest
+
+
+def test_the_loss_falls_and_the_accuracy_rises(whole):
+    assert len(whole.epochs) == EPOCHS and whole.accuracy == whole.epochs[-1][1]
+    assert abs(whole.epochs[0][0] - np.log(CLASSES)) < 1.0  # starts at about chance
+    assert whole.epochs[-1][0] < 0.8 * whole.epochs[0][0]
+    assert whole.accuracy > 0.3  # chance is 0.1
+    assert whole.backbone.config.classes == 0 and "head" not in whole.backbone.params
+
+
+@pytest.fixture
+def trained_epochs(monkeypatch) -> list[int]:
+    """The epochs that were trained, as they come."""
+    epochs, make = [], pretrain._epoch_rows
+    monkeypatch.setattr(pretrain, "_epoch_rows", lambda *args: epochs.append(args[1]) or make(*args))
+    return epochs
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, public, whole, stopped, trained_epochs):
+    layout = Layout(shutil.copytree(stopped, tmp_path / "run"))
+    assert not layout.backbone.exists()
+    assert checkpoints.load(layout.pretraining)[2] == 1
+    backbone, accuracy = train(layout.root, public, config_with())
+    assert trained_epochs == list(range(1, EPOCHS))  # the first epoch was not trained again
+    assert_same(backbone, whole.backbone)
+    assert accuracy == whole.accuracy
+
+
+@pytest.mark.parametrize("what", ["seed", "images", "labels"])
+def test_a_checkpoint_of_another_training_is_not_used(tmp_path, public, whole, stopped, trained_epochs, what):
+    images, labels = public
+    config = config_with(seed=1 if what == "seed" else 0)
+    data = (images[::-1] if what == "images" else images, labels[::-1] if what == "labels" else labels)
+    shutil.copytree(stopped, tmp_path / "used")
+    backbone, _ = train(tmp_path / "used", data, config)
+    assert trained_epochs == list(range(EPOCHS))
+    assert backbone.digest != whole.backbone.digest
+    if what == "seed":
+        assert_same(backbone, train(tmp_path / "scratch", data, config)[0])
+
+
+def test_eight_devices_train_as_one_does(tmp_path, public, stopped):
+    """After one epoch the losses are alike to rounding, and so are the networks' answers."""
+    stop_after_the_first_checkpoint(tmp_path, public, devices=8)
+    vit = pretrain.architecture(config_with(), channels=1, classes=CLASSES)
+    logits = []
+    for folder in (stopped, tmp_path):
+        arrays = checkpoints.load(Layout(folder).pretraining)[0]
+        params = {name.removeprefix("0/"): array for name, array in arrays.items() if name.startswith("0/")}
+        logits.append(np.asarray(answers(vit)(frozen.from_flat(vit, params, "checkpoint"), public[0][:10])))
+    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
+    assert np.ptp(logits[0], axis=1).mean() > 0.1  # they say something
+
+
+def test_each_epoch_shows_every_image_once():
+    orders = []
+    for epoch in range(3):
+        rows, valid = pretrain._epoch_rows(0, epoch, 70, 32)
+        assert rows.shape == valid.shape == (3, 32)
+        assert sorted(rows[valid]) == list(range(70)) and rows.max() < 70
+        orders.append(tuple(rows[valid]))
+    assert len(set(orders)) == 3
+
+
+def test_a_saved_backbone_is_the_same_backbone(whole):
+    backbone = whole.backbone
+    read, inputs = frozen.load(Layout(whole.folder).backbone)
+    assert read.config == backbone.config and inputs == {"seed": 0}
+    assert (read.mean, read.std) == (backbone.mean, backbone.std)
+    assert_same(read, backbone)
+    with pytest.raises(UserError, match="does not exist"):
+        frozen.load(Layout(whole.folder / "elsewhere").backbone)
+
+
+# After a failed read Orbax leaves coroutines of a closed event loop to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_backbone_is_refused(tmp_path, whole):
+    """Flips a byte in the middle of each file that holds something, one at a time."""
+    original = Layout(whole.folder).backbone
+    digest, noticed = whole.backbone.digest, 0
+    for source in sorted(path for path in original.rglob("*") if path.is_file() and path.stat().st_size):
+        shutil.rmtree(tmp_path / "backbone", ignore_errors=True)
+        shutil.copytree(original, tmp_path / "backbone")
+        target = tmp_path / "backbone" / source.relative_to(original)
+        content = bytearray(target.read_bytes())
+        content[len(content) // 2] ^= 0x55
+        target.write_bytes(content)
+        try:
+            read, _ = frozen.load(Layout(tmp_path).backbone)
+        except UserError as error:
+            assert "backbone" in str(error)
+            noticed += source.stat().st_size
+        else:  # this byte says nothing about the parameters
+            assert read.digest == digest
+            assert_same(read, whole.backbone)
+    assert noticed > sum(array.nbytes for array in flatten(whole.backbone.params).values()) / 2
+    gc.collect()
+
+
+def test_a_backbone_with_other_parameters_under_its_digest_is_refused(tmp_path, whole):
+    backbone = whole.backbone
+    changed = jax.tree.map(np.copy, backbone.params)
+    changed["norm"]["bias"][3] += 1e-3
+    described = frozen.described(backbone.config)
+    metadata = {"config": described, "mean": [0.5], "std": [0.5], "digest": backbone.digest, "inputs": {}}
+    layout = Layout(tmp_path)
+    checkpoints.save(layout.backbone, flatten(changed), metadata)
+    with pytest.raises(UserError, match="damaged"):
+        frozen.load(layout.backbone)
+    checkpoints.save(layout.backbone, flatten(backbone.params), {**metadata, "mean": [0.4]})
+    with pytest.raises(UserError, match="damaged"):
+        frozen.load(layout.backbone)
+    checkpoints.save(layout.backbone, flatten(backbone.params), json.loads(json.dumps(metadata)))
+    assert_same(frozen.load(layout.backbone)[0], backbone)
+    checkpoints.save(layout.backbone, flatten(backbone.params), {"digest": backbone.digest})
+    with pytest.raises(UserError, match="damaged"):
+        frozen.load(layout.backbone)
+
+
+def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):
+    """Ten images in batches of 16: the first loss is their own mean, not the padding's; then it runs away."""
+    images, labels = public[0][:10], public[1][:10]
+    config = config_with(rate=1e30, augment="none")
+    with recorded() as epochs, pytest.raises(UserError, match="the loss is (nan|inf)") as caught:
+        train(tmp_path, (images, labels), config)
+    assert "--config.pretraining.rate" in str(caught.value)
+    vit = pretrain.architecture(config, channels=1, classes=CLASSES)
+    params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(config.seed)), nnx.Param)[1])
+    logits = np.asarray(answers(vit)(params, images), np.float64)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(10), labels]
+    assert epochs[0][0] == pytest.approx(losses.mean(), abs=1e-4)
+    assert epochs[0][1] == pytest.approx(np.mean(logits.argmax(axis=1) == labels), abs=1e-6)
+
+
+def test_the_architecture_that_the_settings_describe():
+    b = settings.Backbone(width=32, depth=3, patch=4)
+    made = pretrain.architecture(settings.Config(backbone=b, data=settings.Data(image_size=12)), 3, 7)
+    assert made == ViTConfig(
+        image_size=12, patch=4, width=32, depth=3, heads=2, mlp=128, channels=3, feature="cls", classes=7
+    )
+    b = settings.Backbone(width=32, heads=4, mlp=48, feature="pooler")
+    made = pretrain.architecture(settings.Config(backbone=b), 1, 7)
+    assert (made.heads, made.mlp, made.feature) == (4, 48, "pooler")
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "found"),
+    [("", "", ((0.5,), (0.5,))), ("0.2", "0.3", ((0.2,), (0.3,))), ("0.2,0.3,0.7", "1", ((0.4,), (1.0,)))],
+    ids=["default", "one number", "colours for grey images"],
+)
+def test_the_normalisation_of_the_settings_is_kept(tmp_path, public, mean, std, found):
+    config = config_with(epochs=0)
+    config = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, mean=mean, std=std))
+    backbone, _ = train(tmp_path, public, config)
+    for got, want in zip((backbone.mean, backbone.std), found, strict=True):
+        assert got == pytest.approx(want)
+
+
+def test_no_public_images(tmp_path):
+    nothing = np.zeros((0, 8, 8, 1), np.uint8), np.zeros(0, np.int32)
+    with pytest.raises(UserError, match=r"no public images.*--config\.backbone\.weights"):
+        train(tmp_path, nothing, config_with())
+
+
+def test_an_architecture_that_cannot_be(tmp_path, public):
+    config = settings.Config(
+        data=settings.Data(image_size=8), backbone=settings.Backbone(patch=3, width=16, depth=1, heads=5)
+    )
+    with pytest.raises(UserError) as caught:
+        train(tmp_path, public, config)
+    assert "--config.data.image_size=8" in str(caught.value) and "--config.backbone.heads=5" in str(caught.value)

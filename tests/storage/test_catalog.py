@@ -1,0 +1,351 @@
+"""The catalog: it changes in whole transactions, forgets what was erased, and refuses files that are not its own."""
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lmeraser_jax.data.source import Item
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import keyed_hash
+from lmeraser_jax.storage import requests, schema
+from lmeraser_jax.storage.catalog import Catalog, sample_rank
+from lmeraser_jax.storage.rows import SliceRow
+
+ITEMS = [
+    Item("b", "train", 1, "ann"),
+    Item("a", "train", 0, "ann"),
+    Item("é", "train", 0),
+    Item("Z", "holdout", 1, "ann"),
+    Item("t", "test", 1, "ann"),
+    Item("p", "public", 0, "ann"),
+]
+
+VERSION_1 = """
+CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE records(
+  id TEXT PRIMARY KEY, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
+  owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '', erased INTEGER NOT NULL DEFAULT 0
+) WITHOUT ROWID;
+CREATE INDEX records_owner ON records(owner);
+CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE slices(
+  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
+  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
+  created REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
+CREATE INDEX members_row ON members(row);
+CREATE TABLE manifests(
+  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL
+);
+CREATE TABLE entries(
+  version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
+) WITHOUT ROWID;
+CREATE TABLE requests(
+  id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
+INSERT INTO meta VALUES('salt','"pepper"');
+INSERT INTO records VALUES('a', 0, 'train', 1, 'ann', 'h', 'k1', 0), ('b', 1, 'train', 0, 'ann', 'h', 'k1', 1);
+INSERT INTO requests VALUES('done', 1.0, 'purged', '{}'), ('open', 2.0, 'accepted', '{"records": 1}');
+INSERT INTO slices VALUES('s1', 'k1', 'p', 2, 20, 5, 0.5, 0.1, 'cpu', 1.0);
+INSERT INTO members VALUES('s1', 0), ('s1', 1);
+INSERT INTO manifests VALUES(4, 1.0, 'tree', 'cpu');
+INSERT INTO entries VALUES(4, 'k1', 's1');
+INSERT INTO tombstones VALUES('HASH');
+PRAGMA user_version=1;
+""".replace("HASH", keyed_hash("pepper", "tombstone", "b").hex())
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    """A catalog with six records in rows 10, 11, ..."""
+    found = Catalog(tmp_path / "catalog.db")
+    found.add_records(ITEMS, range(10, 16), [f"hash-{item.id}" for item in ITEMS])
+    yield found
+    found.close()
+
+
+def slice_row(digest, cluster="k", loss=0.5) -> SliceRow:
+    return SliceRow(digest, cluster, "params", 2, 20, 5, loss, 0.1, "cpu", 1.0)
+
+
+# transactions and meta
+def test_rollback_on_exception(catalog):
+    with pytest.raises(KeyboardInterrupt), catalog.transaction():
+        catalog.set("x", 1)
+        catalog.erase(["a"], "r")
+        raise KeyboardInterrupt
+    assert catalog.get("x") is None and catalog.erased() == {} and not catalog.is_tombstoned("a")
+    with catalog.transaction():
+        catalog.set("x", {"deep": [1, None]})
+    assert catalog.get("x") == {"deep": [1, None]}
+
+
+def test_nested_transactions_commit_together(catalog):
+    with pytest.raises(RuntimeError), catalog.transaction():
+        with catalog.transaction():
+            catalog.set("x", 1)
+        assert catalog.get("x") == 1
+        raise RuntimeError
+    assert catalog.get("x") is None
+
+
+def test_failed_commit_leaves_nothing_open(catalog):
+    """A transaction that SQLite itself gave up is not rolled back twice and does not swallow the next one."""
+    with pytest.raises(sqlite3.OperationalError, match="full"), catalog.transaction():
+        catalog.set("x", 1)
+        catalog.db.execute("ROLLBACK")
+        raise sqlite3.OperationalError("database or disk is full")
+    with catalog.transaction():
+        catalog.set("y", 2)
+    assert (catalog.get("x"), catalog.get("y"), catalog.db.in_transaction) == (None, 2, False)
+
+
+def test_readers_see_whole_states(catalog, tmp_path):
+    reader = Catalog(tmp_path / "catalog.db")
+    with catalog.transaction():
+        catalog.erase(["a"], "r")
+        assert reader.live("train").ids == ("a", "b", "é")
+    assert reader.live("train").ids == ("b", "é")
+    reader.close()
+
+
+def test_reopened(catalog, tmp_path):
+    catalog.set("rows", 16)
+    catalog.erase(["a"], "r")
+    catalog.close()
+    again = Catalog(tmp_path / "catalog.db")
+    assert again.rows_used() == 16 and again.is_tombstoned("a") and again.erased() == {"a": 11}
+    again.close()
+
+
+# records
+def test_live_sorted_by_id(catalog):
+    table = catalog.live("train")
+    assert table.ids == ("a", "b", "é") and table.rows.tolist() == [11, 10, 12] and table.labels.tolist() == [0, 1, 0]
+    assert table.owners == ("ann", "ann", "") and table.contents == ("hash-a", "hash-b", "hash-é")
+    assert table.clusters == ("", "", "") and (table.rows.dtype, table.labels.dtype) == (np.int64, np.int32)
+
+
+def test_live_filters_splits(catalog):
+    assert catalog.live("public").ids == ("p",)
+    assert catalog.live("train", "holdout").ids == tuple(sorted(["a", "b", "é", "Z"]))
+    empty = catalog.live("nothing")
+    assert len(empty) == len(catalog.live()) == 0 and empty.rows.shape == (0,) and empty.labels.dtype == np.int32
+
+
+def test_known_and_owned(catalog):
+    assert catalog.owned("ann") == ["Z", "a", "b", "t"] and catalog.owned("bob") == [], "all but public ones"
+    catalog.erase(["b"], "r")
+    assert catalog.owned("ann") == ["Z", "a", "b", "t"], "an erasure that is not purged can be asked for again"
+    catalog.forget(["r"])
+    assert catalog.owned("ann") == ["Z", "a", "t"]
+    catalog.add_records([Item("b", "train", 1, "ann")], [99], ["hash-b"])
+    catalog.erase(["b"], "r")
+    assert catalog.known(["b", "p", "unknown"]) == {
+        "b": ("train", "hash-b", 1, True),
+        "p": ("public", "hash-p", 0, False),
+    }
+
+
+@pytest.mark.parametrize("items", [[Item("a", "train", 0)], [Item("new", "train", 0)]])
+def test_ids_and_rows_are_unique(catalog, items):
+    with pytest.raises(sqlite3.IntegrityError):
+        catalog.add_records(items, [10], ["x"])
+
+
+def test_erase_forget_tombstone(catalog):
+    catalog.erase(["a"], "first")
+    catalog.erase(["é"], "second")
+    assert catalog.erased() == {"a": 11, "é": 12} and catalog.live("train").ids == ("b",)
+    assert catalog.erased(["second", "other"]) == {"é": 12} and catalog.erased([]) == {}
+    catalog.forget(["first", ""])  # no request is named "": live records stay
+    assert catalog.erased() == {"é": 12} and catalog.known(["a", "b"]).keys() == {"b"}
+    assert [catalog.is_tombstoned(name) for name in ("a", "é", "b")] == [True, True, False]
+    catalog.erase(["a"], "r")
+    assert catalog.db.execute("SELECT count(*) FROM tombstones").fetchone()[0] == 2
+
+
+def test_forgotten_id_is_nowhere(tmp_path):
+    """No file of the catalog holds a forgotten id in the clear, and its tombstone is salted per workdir."""
+    secret, hashes = "patient-4711-unmistakable", []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        catalog = Catalog(tmp_path / name / "catalog.db")
+        catalog.add_records([Item(secret, "train", 0, secret)], [0], ["x"])
+        assert any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
+        catalog.erase([secret], "r")
+        catalog.forget(["r"])
+        hashes.append(catalog.salted("tombstone", secret))
+        catalog.close()
+        assert not any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
+    assert hashes[0] != hashes[1]
+
+
+# slices, manifests, requests
+def test_slices_of_rows(catalog):
+    catalog.add_slice(slice_row("s1"), [10, 11])
+    catalog.add_slice(slice_row("s2"), np.array([12]))
+    catalog.add_slice(slice_row("s3", loss=None), [11, 12])
+    assert catalog.slices_of([]) == catalog.slices_of([13]) == set()
+    assert catalog.slices_of([11]) == {"s1", "s3"} and catalog.slices_of(np.array([10, 12])) == {"s1", "s2", "s3"}
+    catalog.drop_slice("s1")
+    assert catalog.slices_of([11]) == {"s3"}
+    assert catalog.slices() == {"s2": slice_row("s2"), "s3": slice_row("s3", loss=None)}
+
+
+def test_publish_and_manifest(catalog):
+    assert catalog.manifest() is None and catalog.manifests() == []
+    first = catalog.publish("tree1", "program", "i", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
+    second = catalog.publish("tree2", "other", "i", {"k1": "s3"}, [("b", "k1")])
+    head = catalog.manifest()
+    assert (head.version, head.clustering, head.program, head.entries) == (second, "tree2", "other", {"k1": "s3"})
+    assert [manifest.version for manifest in catalog.manifests()] == [second, first] and second > first
+    assert catalog.live("train").clusters == ("k1", "k1", "")
+
+
+def test_drop_manifest(catalog):
+    versions = [catalog.publish("tree", "p", "i", {"k1": f"s{i}", "k2": "s"}, []) for i in range(3)]
+    catalog.drop_manifest(versions[1])
+    assert [manifest.version for manifest in catalog.manifests()] == [versions[2], versions[0]]
+    assert {row[0] for row in catalog.db.execute("SELECT version FROM entries")} == {versions[0], versions[2]}
+    catalog.drop_manifest(versions[2])
+    assert catalog.publish("tree", "p", "i", {}, []) > versions[2], "versions are never used twice"
+
+
+def test_the_sample_is_the_smallest_keyed_hashes(catalog):
+    """As a literal sort has it; the unsampled do not matter, a sampled one admits the next; ranks follow the seed."""
+    items = [Item(f"r{i:03d}", "train", 0) for i in range(200)]
+    catalog.add_records(items, range(100, 300), ["x"] * 200)
+    for seed in (3, 4):
+        catalog.rank(seed)
+        live = list(catalog.live("train").ids)
+        order = sorted(live, key=lambda name: (sample_rank(seed, name), name))
+        assert catalog.sample("train", 40).ids == tuple(sorted(order[:40]))
+        assert catalog.sample("train", 40, order[40:90]).ids == tuple(sorted(order[:40]))
+        assert catalog.sample("train", 40, order[:1]).ids == tuple(sorted(order[1:41]))
+    catalog.erase(order[:2], "r")
+    assert catalog.sample("train", 40).ids == tuple(sorted(order[2:42])) and catalog.sample("train", 999).ids[0] == "a"
+    late = Item("late", "train", 0)
+    catalog.add_records([late], [999], ["x"])
+    assert catalog.db.execute("SELECT rank FROM records WHERE id='late'").fetchone()[0] == sample_rank(4, "late")
+
+
+def test_version_1_is_migrated_after_a_copy(tmp_path):
+    path = tmp_path / "catalog.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    with contextlib.closing(Catalog(path)) as found:
+        assert found.live("train").ids == ("a",) and found.live("train").clusters == ("k1",)
+        assert found.erased() == {"b": 1} and found.erased(["open"]) == {"b": 1}
+        assert [request.id for request in requests.listed(found, only_open=True)] == ["open"]
+        assert found.manifest().entries == {"k1": "s1"} and found.slice("s1").parent == "" and found.is_tombstoned("b")
+        found.rank(0)
+        assert found.sample("train", 9).ids == ("a",)
+    with contextlib.closing(sqlite3.connect(schema.backup_of(path))) as copy:
+        assert copy.execute("PRAGMA user_version").fetchone() == (1,)
+        assert copy.execute("SELECT id,erased FROM records ORDER BY id").fetchall() == [("a", 0), ("b", 1)]
+    fresh = Catalog(tmp_path / "fresh.db")
+    shapes = []
+    for db in (fresh.db, sqlite3.connect(path)):
+        shapes.append(set(db.execute("SELECT type,name,tbl_name FROM sqlite_master")))
+        db.close()
+    assert shapes[0] == shapes[1], "a migrated catalog has the tables and indexes of a new one"
+
+
+def test_a_migration_that_fails_leaves_the_old_catalog(tmp_path, monkeypatch):
+    path = tmp_path / "catalog.db"
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript(VERSION_1)
+    monkeypatch.setattr(schema, "FROM_1", schema.FROM_1 + "SELECT * FROM nothing;")
+    with pytest.raises(sqlite3.OperationalError, match="nothing"):
+        Catalog(path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM records").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+
+
+# files that are no catalog
+@pytest.mark.parametrize("content", [b"x", b"hello" * 100, b"hello" * 500, b"SQLite format 3\x00" + b"\xff" * 2000])
+def test_foreign_file_refused(tmp_path, content):
+    path = tmp_path / "catalog.db"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is not a readable catalog"):
+        Catalog(path)
+    assert path.read_bytes() == content
+
+
+READ_ONLY = """
+import subprocess, sys
+from pathlib import Path
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.store.catalog import Catalog
+place, seen = Path(sys.argv[1]), Path(sys.argv[2])
+subprocess.run(["mount", "--bind", str(place), str(seen)], check=True)
+subprocess.run(["mount", "-o", "remount,ro,bind", str(seen)], check=True)
+reader = Catalog(seen / "catalog.db")  # nobody has it open: it shows this moment
+assert reader.get("dataset") == 1 and reader.stamp() == reader.stamp()
+writer = Catalog(place / "catalog.db")
+writer.set("dataset", 2)
+try:
+    reader.stamp()
+except UserError as error:
+    assert "cannot follow changes" in str(error)
+else:
+    raise AssertionError("the change went unnoticed")
+follower = Catalog(seen / "catalog.db")  # a writer has it open: its log can be followed
+before = follower.stamp()
+assert follower.get("dataset") == 2
+writer.set("dataset", 3)
+assert follower.stamp() != before and follower.get("dataset") == 3
+print("followed")
+"""
+
+
+def test_a_read_only_file_system_can_be_read_and_never_shows_an_old_state(tmp_path):
+    """Where SQLite can follow a writer it does; where it cannot, a later look is refused."""
+    place, seen = tmp_path / "place", tmp_path / "seen"
+    place.mkdir()
+    seen.mkdir()
+    Catalog(place / "catalog.db").close()
+    with contextlib.closing(Catalog(place / "catalog.db")) as catalog:
+        catalog.set("dataset", 1)
+    call = ["unshare", "--mount", sys.executable, "-c", READ_ONLY, str(place), str(seen)]
+    try:
+        subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"file systems cannot be mounted here: {error}")
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.stdout == "followed\n", done.stderr
+
+
+def test_folder_as_catalog_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a readable catalog"):
+        Catalog(tmp_path)
+
+
+@pytest.mark.parametrize("version", [0, schema.VERSION + 1])
+def test_other_version_refused(tmp_path, version):
+    db = sqlite3.connect(tmp_path / "catalog.db")
+    db.execute("CREATE TABLE theirs(x)")
+    db.execute(f"PRAGMA user_version={version}")
+    db.close()
+    with pytest.raises(UserError, match=f"has catalog version {version}; this release reads versions 1 to 2"):
+        Catalog(tmp_path / "catalog.db")
+
+
+def test_catalog_killed_while_made(tmp_path):
+    """An empty file, or one that only has its journal mode, is what a kill leaves; the next command goes on."""
+    for name, statement in (("empty.db", "SELECT 1"), ("wal.db", "PRAGMA journal_mode=WAL")):
+        (tmp_path / name).touch()
+        db = sqlite3.connect(tmp_path / name)
+        db.execute(statement)
+        db.close()
+        catalog = Catalog(tmp_path / name)
+        assert catalog.get("salt") and len(catalog.live("train")) == 0
+        catalog.close()

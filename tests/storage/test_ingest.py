@@ -1,0 +1,270 @@
+"""Import: the source's images become records completely or not at all, and what was erased never comes back."""
+
+import contextlib
+import dataclasses
+
+import numpy as np
+import pytest
+from imports import check_pixels, made, pixels, refusal, snapshot, with_items
+from PIL import Image
+
+from lmeraser_jax.config import Config, Data
+from lmeraser_jax.data import digits, folder
+from lmeraser_jax.data.source import Item, Pixels
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import ingest, requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import Imported, add_source, image_file, import_source
+from lmeraser_jax.storage.workdir import Layout
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    layout = Layout(tmp_path / "run")
+    layout.prepare()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        yield layout, catalog
+
+
+def test_counts_and_pixels(workdir):
+    assert import_source(*workdir, made(), Config()) == Imported(30, 0, 0, 0)
+    layout, catalog = workdir
+    assert [len(catalog.live(split)) for split in ("train", "test", "public", "holdout")] == [18, 6, 6, 0]
+    assert catalog.rows_used() == 30 == len(image_file(layout, catalog))
+    dataset = catalog.get("dataset")
+    assert (dataset["classes"], dataset["shape"], dataset["name"]) == (["a", "b", "c"], [3, 4, 1], "made")
+    table = catalog.live("train")
+    assert table.owners[0] == "owner-0" and table.labels[0] == 2
+    check_pixels(*workdir)
+
+
+def test_digits(workdir):
+    source = digits.load()
+    assert import_source(*workdir, source, Config()).added == 1797
+    layout, catalog = workdir
+    np.testing.assert_array_equal(image_file(layout, catalog).view(), source.read(0, 1797).images)
+
+
+def test_reimport_changes_nothing(workdir):
+    import_source(*workdir, made(), Config())
+    tables, images = snapshot(*workdir)
+    assert import_source(*workdir, made(), Config()) == Imported(0, 30, 0, 0)
+    again, images_again = snapshot(*workdir)
+    assert again[:2] == tables[:2] and images_again == images
+
+
+def test_new_records_join(workdir):
+    import_source(*workdir, made(30), Config())
+    assert import_source(*workdir, made(40), Config()) == Imported(10, 30, 0, 0)
+    check_pixels(*workdir)
+
+
+def test_order_of_the_source_does_not_matter(tmp_path):
+    tables = []
+    for name, items in (("one", made().items), ("other", made().items[::-1])):
+        layout = Layout(tmp_path / name)
+        layout.prepare()
+        with contextlib.closing(Catalog(layout.catalog)) as catalog:
+            import_source(layout, catalog, with_items(items), Config(data=Data(holdout=0.3)))
+            table = catalog.live("train")
+            tables.append((table.ids, table.labels.tolist(), table.owners, table.contents))
+    assert tables[0] == tables[1] and len(tables[0][0]) > 5
+
+
+@pytest.mark.parametrize("purged", [False, True])
+def test_erased_stays_out(workdir, purged):
+    layout, catalog = workdir
+    import_source(layout, catalog, made(), Config())
+    catalog.erase(["id-00002", "id-00003"], "r")
+    if purged:
+        catalog.forget(["r"])
+    assert import_source(layout, catalog, made(), Config()) == Imported(0, 28, 2, 0)
+    assert not {"id-00002", "id-00003"} & set(catalog.live("train").ids)
+    assert import_source(layout, catalog, made(35), Config()) == Imported(5, 28, 2, 0)
+    check_pixels(layout, catalog)
+
+
+def test_changed_pixels_refused(workdir):
+    import_source(*workdir, made(), Config())
+
+    def read(start, stop):
+        images = made(40).read(start, stop).images
+        images[[3, 7], 0, 0] ^= 1
+        return Pixels(images)
+
+    message = refusal(workdir, made(40, read=read))
+    assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
+
+
+def test_changed_label_refused(workdir):
+    import_source(*workdir, made(), Config())
+    items = list(made().items)
+    items[4] = items[4]._replace(label=2)
+    assert "id-00004 has other pixels or another label" in refusal(workdir, with_items(items))
+
+
+def test_twice_the_same_id_refused(workdir):
+    items = [*made().items, Item("id-00007", "train", 1)]
+    message = refusal(workdir, with_items(items))
+    assert (
+        "made cannot be imported" in message and "ids must be unique; these occur more than once: id-00007" in message
+    )
+
+
+def test_other_shape_and_classes_refused(workdir):
+    import_source(*workdir, made(), Config())
+    message = refusal(workdir, made(shape=(4, 3, 1), class_names=("a", "b", "d")))
+    assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
+    assert "classes that the workdir does not have: d; it has a, b, c" in message
+
+
+def test_a_source_without_an_erased_class_still_joins(workdir):
+    """Labels are matched by class name: the files of a class may be gone."""
+    import_source(*workdir, made(), Config())
+    items = [Item("id-00100", "train", 0), Item("id-00101", "train", 1)]
+    assert import_source(*workdir, with_items(items, class_names=("b", "c")), Config()).added == 2
+    table = workdir[1].live("train")
+    assert [table.labels[table.ids.index(item.id)] for item in items] == [1, 2]
+
+
+def test_class_names_must_be_unique(workdir):
+    assert "class names must be unique: a, b, a" in refusal(workdir, made(class_names=("a", "b", "a")))
+
+
+def test_duplicates_counted(workdir):
+    items = list(made(10).items)
+
+    def read(start, stop):
+        return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)]))
+
+    assert import_source(*workdir, made(10, read=read), Config()) == Imported(10, 0, 0, 2)
+
+
+def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
+    monkeypatch.setattr(ingest, "PIECE", 8)
+    layout, catalog = workdir
+
+    def read(start, stop):
+        if start >= 16:
+            raise KeyboardInterrupt
+        return Pixels(255 - made(40).read(start, stop).images)
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            import_source(layout, catalog, made(40, read=read), Config())
+        assert len(catalog.live("train", "test", "public")) == 0 and catalog.get("dataset") is None
+        assert layout.images.stat().st_size == 16 * 12  # bytes that nothing points at
+    assert import_source(layout, catalog, made(30), Config()) == Imported(30, 0, 0, 0)
+    with pytest.raises(KeyboardInterrupt):
+        import_source(layout, catalog, made(40, read=lambda start, stop: read(16, 17)), Config())
+    assert import_source(layout, catalog, made(40), Config()) == Imported(10, 30, 0, 0)
+    assert layout.images.stat().st_size == 40 * 12
+    check_pixels(layout, catalog)
+
+
+def test_a_rotten_row_is_mended(workdir):
+    layout, catalog = workdir
+    import_source(layout, catalog, made(), Config())
+    view = image_file(layout, catalog).view("r+")
+    view[7] ^= 1
+    view[9] = 0
+    del view
+    imported = import_source(layout, catalog, made(), Config())
+    assert (imported.added, imported.known, imported.mended) == (0, 30, 2)
+    check_pixels(layout, catalog)
+
+
+def test_later_images_of_an_erased_owner_stay_out(workdir):
+    """Private ones, purged or not; what the workdir has of them, public images, stays."""
+    layout, catalog = workdir
+    import_source(layout, catalog, made(22), Config())
+    requests.accept(catalog, owners=["owner-5"], request="r")  # 20 is public, 21 test, 22 and 23 train
+    for _ in range(2):
+        assert import_source(layout, catalog, made(24), Config()) == Imported(0, 21, 3, 0)
+        catalog.forget(["r"])
+    assert catalog.live("public").ids[-1] == "id-00020" and "id-00022" not in catalog.live("train").ids
+
+
+def test_owners_keep_their_side(workdir):
+    layout, catalog = workdir
+    config = Config(data=Data(split_by="owner", holdout=0.2))
+    items = [Item(f"id-{i:05d}", "train", i % 3, f"owner-{i // 4}") for i in range(40)]
+    import_source(layout, catalog, with_items(items[:30]), config)
+    assert add_source(layout, catalog, with_items(items), config).added == 10
+    held = set(catalog.live("holdout").owners)
+    assert held and not held & set(catalog.live("train").owners)
+    catalog.db.execute("UPDATE records SET split='test' WHERE owner='owner-2'")
+    late = [*items, Item("id-00040", "train", 0, "owner-2")]
+    with pytest.raises(UserError, match=r"on both sides: owner-2 \(test in the workdir, train here\)"):
+        add_source(layout, catalog, with_items(late), config)
+
+
+def test_many_changed_records_are_counted(workdir, monkeypatch):
+    monkeypatch.setattr(ingest, "LISTED", 3)
+    import_source(*workdir, made(), Config())
+    items = [item._replace(label=(item.label + 1) % 3) for item in made().items]
+    message = refusal(workdir, with_items(items))
+    assert message.count("has other pixels or another label") == 3 and "and more than 3 records in all" in message
+
+
+def test_damaged_image_file_refused(workdir):
+    layout, _ = workdir
+    import_source(*workdir, made(), Config())
+    layout.images.write_bytes(layout.images.read_bytes()[: 20 * 12])
+    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, made(40))
+
+
+def test_limits(workdir):
+    config = Config(data=Data(train_limit=4, test_limit=2))
+    layout, catalog = workdir
+    assert import_source(layout, catalog, made(), config) == Imported(12, 0, 0, 0)
+    assert catalog.live("train").ids == ("id-00002", "id-00003", "id-00004", "id-00007")
+    assert catalog.live("test").ids == ("id-00001", "id-00006") and len(catalog.live("public")) == 6
+    check_pixels(layout, catalog)
+    assert import_source(layout, catalog, made(), Config()) == Imported(18, 12, 0, 0)
+    check_pixels(layout, catalog)
+
+
+def test_holdout(workdir):
+    layout, catalog = workdir
+    import_source(layout, catalog, made(200), Config(data=Data(holdout=0.5)))
+    held, kept = set(catalog.live("holdout").ids), set(catalog.live("train").ids)
+    assert len(held | kept) == 120 and not held & kept and 40 < len(held) < 80
+    assert len(catalog.live("test")) == len(catalog.live("public")) == 40
+    check_pixels(layout, catalog)
+
+
+@pytest.mark.parametrize("limit", [0, 3])
+def test_pieces_are_bounded(workdir, limit):
+    """More than one piece, none longer than PIECE, also when the limits leave wide gaps; every pixel in its row."""
+    count, asked = ingest.PIECE * 2 + 30, []
+    items = [Item(f"id-{i:05d}", "train" if i < count - 9 else "test", i % 3) for i in range(count)]
+    source = with_items(items)
+
+    def read(start, stop):
+        asked.append(stop - start)
+        return source.read(start, stop)
+
+    config = Config(data=Data(train_limit=limit))
+    imported = import_source(*workdir, dataclasses.replace(source, read=read), config)
+    assert imported.added == (12 if limit else count) and max(asked) <= ingest.PIECE
+    check_pixels(*workdir)
+
+
+def test_corrupt_images_of_all_pieces_listed(workdir, tmp_path, monkeypatch, rng):
+    monkeypatch.setattr(ingest, "PIECE", 4)
+    bad = ("train/b/0.png", "train/b/2.png", "test/b/3.png")  # the first piece is good: it is taken back
+    for split in ("train", "test"):
+        for i in range(8):
+            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i // 2}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).save(path)
+    for name in bad:
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    data = Data(source="folder", path=str(tmp_path / "images"), store_size=6)
+    message = refusal(workdir, folder.load(data))
+    assert all(f"- {name}: " in message for name in bad) and message.count(".png: ") == 3
+    assert "images that cannot be read are left out with --config.data.skip_unreadable:" in message
+    for name in bad:
+        (tmp_path / "images" / name).unlink()
+    assert import_source(*workdir, folder.load(data), Config()).added == 13

@@ -1,0 +1,85 @@
+"""A small real problem for the tests: a few dozen digits, a random frozen ViT, seconds to tune."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
+from lmeraser_jax.data import digits
+from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.unlearning.run import Run, prepared
+
+SMALL = {
+    "data": {"image_size": 8},
+    "backbone": {"patch": 4, "width": 16, "depth": 1, "heads": 2, "mlp": 32},
+    "pretraining": {"epochs": 0},  # a random backbone is as frozen as a trained one
+    "clustering": {"sample_size": 30, "cut": "auto:5", "max_members": 10, "min_members": 3, "feature_batch": 16},
+    "tuning": {"prompt_width": 1, "batch": 4, "lanes": 2, "epochs": 2, "min_steps": 5, "scan_steps": 8},
+    "inference": {"batch": 16},
+}
+
+
+def small_config(**overrides: Any) -> Config:
+    """The small config; overrides are named group__setting, or seed."""
+    tree = {group: dict(values) for group, values in SMALL.items()}
+    for name, value in overrides.items():
+        group, _, setting = name.partition("__")
+        if setting:
+            tree.setdefault(group, {})[setting] = value
+        else:
+            tree[group] = value
+    return settings.from_dict(tree)
+
+
+def small_source(train: int = 100, test: int = 20, public: int = 40) -> Source:
+    """The first so many digits of each split."""
+    whole = digits.load()
+    left = {"train": train, "test": test, "public": public}
+    kept = []
+    for position, item in enumerate(whole.items):
+        if left[item.split] > 0:
+            left[item.split] -= 1
+            kept.append(position)
+    images = whole.read(0, len(whole.items)).images[kept]
+    return with_items(whole, [whole.items[i] for i in kept], images)
+
+
+def with_items(source: Source, items: Sequence[Item], images: np.ndarray) -> Source:
+    return dataclasses.replace(source, items=list(items), read=lambda start, stop: Pixels(images[start:stop]))
+
+
+def without(source: Source, ids: set[str]) -> Source:
+    """The source as if the records had never been there."""
+    keep = [i for i, item in enumerate(source.items) if item.id not in ids]
+    return with_items(source, [source.items[i] for i in keep], source.read(0, len(source.items)).images[keep])
+
+
+def changed(source: Source, ids: set[str], label: Callable[[int], int]) -> Source:
+    """The source with other pixels and labels for some records."""
+    images = source.read(0, len(source.items)).images.copy()
+    items = []
+    for i, item in enumerate(source.items):
+        if item.id in ids:
+            images[i] = 255 - images[i]
+            item = item._replace(label=label(item.label))
+        items.append(item)
+    return with_items(source, items, images)
+
+
+@contextlib.contextmanager
+def small_run(workdir, source: Source | None = None, config: Config | None = None, devices: int = 1):
+    """An opened small run on the first so many devices."""
+    config, source = config or small_config(), source or small_source()
+    with prepared(workdir, config, devices=jax.devices()[:devices], source=source) as (run, _):
+        yield run
+
+
+def files_of(run: Run, name: str) -> dict[str, tuple[int, int]]:
+    """{file: (inode, time of change)} below a slice: equal only if nothing was written again."""
+    folder = run.layout.slice(name)
+    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}

@@ -1,0 +1,57 @@
+"""Small sources with pixels that tests can make again, and what an import must leave as it was."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from lmeraser_jax.config import Config
+from lmeraser_jax.data.source import Item, Pixels, Source, content_hash
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage.ingest import image_file, import_source
+
+SHAPE = (3, 4, 1)
+
+
+def made(count=30, **changes) -> Source:
+    """Records 0, 1, ...: every fifth public, the one after it a test image. Pixels depend on the position."""
+    splits = ("public", "test", "train", "train", "train")
+    items = [Item(f"id-{i:05d}", splits[i % 5], i % 3, f"owner-{i // 4}") for i in range(count)]
+    return with_items(items, **changes)
+
+
+def with_items(items, **changes) -> Source:
+    def read(start, stop):
+        return Pixels(np.stack([pixels(item) for item in items[start:stop]]))
+
+    return dataclasses.replace(Source("made", ("a", "b", "c"), SHAPE, items, read), **changes)
+
+
+def pixels(item) -> np.ndarray:
+    seed = int(item.id.removeprefix("id-"))
+    return np.random.default_rng(seed).integers(0, 256, SHAPE, np.uint8)
+
+
+def snapshot(layout, catalog) -> tuple:
+    tables = [
+        catalog.db.execute(f"SELECT * FROM {name} ORDER BY 1").fetchall() for name in ("records", "meta", "events")
+    ]
+    return tables, layout.images.read_bytes() if layout.images.exists() else b""
+
+
+def check_pixels(layout, catalog):
+    """Every live record's row holds its own pixels."""
+    table = catalog.live("train", "holdout", "test", "public")
+    view = image_file(layout, catalog).view()
+    for name, row, content in zip(table.ids, table.rows, table.contents, strict=True):
+        np.testing.assert_array_equal(view[row], pixels(Item(name, "", 0)))
+        assert content == content_hash(view[row])
+
+
+def refusal(workdir, source, config=Config()) -> str:  # noqa: B008
+    """The message of an import that must fail and leave everything as it was."""
+    before = snapshot(*workdir)
+    with pytest.raises(UserError) as caught:
+        import_source(*workdir, source, config)
+    assert snapshot(*workdir) == before
+    return str(caught.value)

@@ -1,0 +1,197 @@
+"""Random weights under the names and in the layouts in which checkpoints are published. NumPy only."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.models.swin import SwinConfig
+from lmeraser_jax.models.vit import ViTConfig
+
+Arrays = dict[str, np.ndarray]
+VIT = ViTConfig(image_size=16, patch=4, width=16, depth=2, heads=2, mlp=24, feature="pooler", epsilon=1e-5, classes=5)
+# 3 stages of odd and even depths. At 32 px the last grid is as large as the window.
+SWIN = SwinConfig(image_size=32, patch=2, width=16, depths=(2, 1, 2), heads=(2, 4, 4), window=4, mlp_ratio=2, classes=5)
+
+
+def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Arrays:
+    """Random float32 arrays, spread so that every one of them shows in the output: sharp attention, strong biases."""
+    rng = np.random.default_rng(seed)
+    return {name: (rng.normal(*spread(name), shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+def spread(name: str) -> tuple[float, float]:
+    """(mean, standard deviation) that a random array of that name is drawn with."""
+    if "norm" in name.lower() and name.endswith(("weight", "scale")):
+        return 1.0, 0.25
+    return 0.0, 1.0 if name.endswith("table") else 0.25
+
+
+def _dense(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+
+def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def hugging_face_vit(c: ViTConfig = VIT, prefix: str = "", seed: int = 0) -> Arrays:
+    """As transformers saves a ViTModel (with its pooler, if the feature is that)."""
+    shapes = {
+        "embeddings.cls_token": (1, 1, c.width),
+        "embeddings.position_embeddings": (1, 1 + c.grid**2, c.width),
+        "embeddings.patch_embeddings.projection.weight": (c.width, c.channels, c.patch, c.patch),
+        "embeddings.patch_embeddings.projection.bias": (c.width,),
+    }
+    for i in range(c.depth):
+        shapes |= _block(f"encoder.layer.{i}", "attention", c.width, c.mlp)
+    shapes |= _norm("layernorm", c.width)
+    if c.feature == "pooler":
+        shapes |= _dense("pooler.dense", c.width, c.width)
+    arrays = {prefix + name: array for name, array in drawn(shapes, seed).items()}
+    return arrays | (drawn(_dense("classifier", c.width, c.classes), seed + 1) if prefix else {})
+
+
+def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> Arrays:
+    """As transformers saves a SwinModel."""
+    shapes = {
+        "embeddings.patch_embeddings.projection.weight": (c.width, c.channels, c.patch, c.patch),
+        "embeddings.patch_embeddings.projection.bias": (c.width,),
+        **_norm("embeddings.norm", c.width),
+    }
+    for stage, (depth, heads) in enumerate(zip(c.depths, c.heads, strict=True)):
+        width, stem = c.width * 2**stage, f"encoder.layers.{stage}"
+        for i in range(depth):
+            shapes |= _block(f"{stem}.blocks.{i}", "self", width, int(c.mlp_ratio * width))
+            shapes[f"{stem}.blocks.{i}.attention.self.relative_position_bias_table"] = (2 * c.window - 1) ** 2, heads
+        if stage + 1 < len(c.depths):
+            shapes |= _norm(f"{stem}.downsample.norm", 4 * width)
+            shapes[f"{stem}.downsample.reduction.weight"] = 2 * width, 4 * width
+    shapes |= _norm("layernorm", c.feature_size)
+    arrays = {prefix + name: array for name, array in drawn(shapes, seed).items()}
+    return arrays | (drawn(_dense("classifier", c.feature_size, c.classes), seed + 1) if prefix else {})
+
+
+def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[int, ...]]:
+    shapes = _norm(f"{stem}.layernorm_before", width) | _norm(f"{stem}.layernorm_after", width)
+    for part in ("query", "key", "value"):
+        shapes |= _dense(f"{stem}.attention.{attention}.{part}", width, width)
+    shapes |= _dense(f"{stem}.attention.output.dense", width, width)
+    return shapes | _dense(f"{stem}.intermediate.dense", width, mlp) | _dense(f"{stem}.output.dense", mlp, width)
+
+
+def settings_of(c: ViTConfig | SwinConfig) -> dict[str, Any]:
+    """config.json of a transformers folder."""
+    shared = {
+        "image_size": c.image_size,
+        "patch_size": c.patch,
+        "num_channels": c.channels,
+        "layer_norm_eps": c.epsilon,
+        "hidden_act": "gelu" if c.gelu == "erf" else "gelu_new",
+    }
+    if isinstance(c, ViTConfig):
+        sizes = {"hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.heads}
+        return {"model_type": "vit", "intermediate_size": c.mlp, **sizes, **shared}
+    sizes = {"embed_dim": c.width, "depths": list(c.depths), "num_heads": list(c.heads), "window_size": c.window}
+    return {"model_type": "swin", "mlp_ratio": c.mlp_ratio, **sizes, **shared}
+
+
+def hub_folder(folder: Path, arrays: Arrays, settings: Mapping[str, Any] | None, shards: int = 1) -> Path:
+    """A folder of the hub's form: config.json beside model.safetensors, or beside shards and their index."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if settings is not None:
+        (folder / "config.json").write_text(json.dumps(settings))
+    if shards == 1:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / "model.safetensors")
+        return folder
+    where = {name: f"model-{i % shards + 1:05d}-of-{shards:05d}.safetensors" for i, name in enumerate(arrays)}
+    for shard in set(where.values()):
+        save_file({name: arrays[name] for name in arrays if where[name] == shard}, folder / shard)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def flax_tree(arrays: Arrays) -> dict[str, Any]:
+    """PyTorch arrays of transformers as the nested tree of its Flax models: kernels [in, out], HWIO, scales."""
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split(".")
+        if leaf == "weight" and array.ndim > 1:
+            leaf, array = "kernel", array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        elif leaf == "weight":
+            leaf = "scale"
+        place = tree
+        for part in path:
+            place = place.setdefault(part, {})
+        place[leaf] = np.ascontiguousarray(array)
+    return tree
+
+
+def timm_swin(arrays: Arrays, merging: str = "timm") -> Arrays:
+    """A transformers Swin under timm's names; merging stands in the next stage, or, for "microsoft", in its own."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        name = name.removeprefix("swin.").replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
+        name = name.replace("embeddings.norm", "patch_embed.norm").removeprefix("encoder.")
+        for old, new in (
+            ("layernorm_before", "norm1"),
+            ("layernorm_after", "norm2"),
+            ("attention.self.relative", "attn.relative"),
+            ("attention.output.dense", "attn.proj"),
+            ("intermediate.dense", "mlp.fc1"),
+            ("output.dense", "mlp.fc2"),
+            ("classifier", "head.fc" if merging == "timm" else "head"),
+        ):
+            name = name.replace(old, new)
+        if name.startswith("layernorm"):
+            name = name.replace("layernorm", "norm")
+        if ".downsample." in name and merging == "timm":
+            _, stage, rest = name.split(".", 2)
+            name = f"layers.{int(stage) + 1}.{rest}"
+        if ".self.query." in name:
+            stem, kind = name.split("attention.self.query.")
+            qkv = [arrays[key] for key in _siblings(arrays, array)]
+            found[f"{stem}attn.qkv.{kind}"] = np.concatenate(qkv)
+        elif ".self.key." not in name and ".self.value." not in name:
+            found[name] = array
+    return found
+
+
+def _siblings(arrays: Arrays, query: np.ndarray) -> list[str]:
+    """Names of the query, key and value that belong to a query array."""
+    name = next(name for name, array in arrays.items() if array is query)
+    return [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+
+
+def vision_transformer(c: ViTConfig, seed: int = 0) -> Arrays:
+    """As the npz files of google-research/vision_transformer have a ViT; pre_logits if the feature is the pooler's."""
+    head = c.width // c.heads
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls": (1, 1, c.width),
+        "embedding/kernel": (c.patch, c.patch, c.channels, c.width),
+        "embedding/bias": (c.width,),
+        "Transformer/posembed_input/pos_embedding": (1, 1 + c.grid**2, c.width),
+    }
+    norms = ["Transformer/encoder_norm"]
+    for i in range(c.depth):
+        stem = f"Transformer/encoderblock_{i}"
+        norms += [f"{stem}/LayerNorm_0", f"{stem}/LayerNorm_2"]
+        for part in ("query", "key", "value"):
+            shapes[f"{stem}/MultiHeadDotProductAttention_1/{part}/kernel"] = c.width, c.heads, head
+            shapes[f"{stem}/MultiHeadDotProductAttention_1/{part}/bias"] = c.heads, head
+        shapes[f"{stem}/MultiHeadDotProductAttention_1/out/kernel"] = c.heads, head, c.width
+        shapes[f"{stem}/MultiHeadDotProductAttention_1/out/bias"] = (c.width,)
+        shapes |= {f"{stem}/MlpBlock_3/Dense_0/kernel": (c.width, c.mlp), f"{stem}/MlpBlock_3/Dense_0/bias": (c.mlp,)}
+        shapes |= {f"{stem}/MlpBlock_3/Dense_1/kernel": (c.mlp, c.width), f"{stem}/MlpBlock_3/Dense_1/bias": (c.width,)}
+    for norm in norms:
+        shapes |= {f"{norm}/scale": (c.width,), f"{norm}/bias": (c.width,)}
+    if c.feature == "pooler":
+        shapes |= {"pre_logits/kernel": (c.width, c.width), "pre_logits/bias": (c.width,)}
+    if c.classes:
+        shapes |= {"head/kernel": (c.width, c.classes), "head/bias": (c.classes,)}
+    return drawn(shapes, seed)

@@ -1,0 +1,213 @@
+"""Published models written out in float64 NumPy, from the published arrays: explicit windows, patches and heads.
+
+They share nothing with the code under test: no reshaped windows, no rolled grids, no joined attention.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from scipy import special
+
+from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models.swin import SwinConfig
+from lmeraser_jax.models.vit import ViTConfig
+
+Arrays = Mapping[str, np.ndarray]
+TOLERANCE = 2e-4  # of the largest number of the reference; both sides in float32, or the reference in float64
+
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # a third of the time
+
+
+def apart(got: Any, want: Any) -> float:
+    """Largest difference over the largest number of the reference."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, (got.shape, want.shape)
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=QUICKLY)
+@jax.default_matmul_precision("highest")  # a GPU would round to fewer digits
+def outputs(config: frozen.Architecture, params: Any, images: jax.Array, slope: bool = False) -> dict[str, Any]:
+    """Ours: all states, the feature, logits where there is a classifier; with slope d(feature * `scalar`)/d(images)."""
+
+    def total(images):
+        found = frozen.features(config, params, images)
+        return jnp.sum(found * scalar(*found.shape))
+
+    found = {"states": nnx.merge(frozen.graph(config)[0], params).states(images)}
+    found["features"] = frozen.features(config, params, images)
+    if config.classes:
+        found["logits"] = frozen.logits(config, params, images)
+    if slope:
+        found["gradient"] = jax.grad(total)(images)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+@jax.default_matmul_precision("highest")
+def features(config: frozen.Architecture, params: Any, images: jax.Array) -> jax.Array:
+    """Ours: the feature alone."""
+    return frozen.features(config, params, images)
+
+
+def scalar(count: int, width: int) -> np.ndarray:
+    """Weights [count, width] float32 that make one number of features."""
+    return np.random.default_rng(5).normal(size=(count, width)).astype(np.float32)
+
+
+def pictures(count: int, size: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(1).normal(size=(count, size, size, channels)).astype(np.float32)
+
+
+def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, epsilon: float) -> np.ndarray:
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max())
+    return weights / weights.sum()
+
+
+def exact_gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + special.erf(x / math.sqrt(2))) / 2
+
+
+def tanh_gelu(x: np.ndarray) -> np.ndarray:
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+class Swin:
+    """A transformers Swin, one image at a time; the state is {(row, column): [D]}."""
+
+    def __init__(self, arrays: Arrays, config: SwinConfig):
+        self.arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
+        self.config = config
+
+    def dense(self, x: np.ndarray, name: str) -> np.ndarray:
+        y = self.arrays[f"{name}.weight"] @ x
+        return y + self.arrays[f"{name}.bias"] if f"{name}.bias" in self.arrays else y
+
+    def norm(self, x: np.ndarray, name: str, epsilon: float) -> np.ndarray:
+        return layer_norm(x, self.arrays[f"{name}.weight"], self.arrays[f"{name}.bias"], epsilon)
+
+    def __call__(self, image: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+        """([H, W, C]) -> (states [h, w, D] before the first stage and after each one, feature [D])."""
+        c, side = self.config, len(image) // self.config.patch
+        kernel = self.arrays["embeddings.patch_embeddings.projection.weight"]  # OIHW
+        grid = {}
+        for y in range(side):
+            for x in range(side):
+                patch = image[y * c.patch : (y + 1) * c.patch, x * c.patch : (x + 1) * c.patch].astype(np.float64)
+                value = np.einsum("oihw,hwi->o", kernel, patch)
+                value += self.arrays["embeddings.patch_embeddings.projection.bias"]
+                grid[y, x] = self.norm(value, "embeddings.norm", 1e-5)
+        states = [self.picture(grid, side)]
+        for stage, depth in enumerate(c.depths):
+            stem = f"encoder.layers.{stage}"
+            for i in range(depth):
+                grid = self.block(grid, side, f"{stem}.blocks.{i}", c.heads[stage], shifted=i % 2 == 1)
+            if stage + 1 < len(c.depths):
+                grid, side = self.merged(grid, side, f"{stem}.downsample"), -(-side // 2)
+            states.append(self.picture(grid, side))
+        tokens = [self.norm(value, "layernorm", c.epsilon) for value in grid.values()]
+        return states, np.mean(tokens, axis=0)
+
+    @staticmethod
+    def picture(grid: dict[tuple[int, int], np.ndarray], side: int) -> np.ndarray:
+        return np.array([[grid[y, x] for x in range(side)] for y in range(side)])
+
+    def merged(self, grid, side: int, name: str):
+        """Patches above, below, right above and right below each other become one; outside there are zeros."""
+        nothing = np.zeros_like(grid[0, 0])
+        found = {}
+        for y in range(0, side, 2):
+            for x in range(0, side, 2):
+                corners = [grid.get(at, nothing) for at in ((y, x), (y + 1, x), (y, x + 1), (y + 1, x + 1))]
+                found[y // 2, x // 2] = self.dense(
+                    self.norm(np.concatenate(corners), f"{name}.norm", 1e-5), f"{name}.reduction"
+                )
+        return found
+
+    def block(self, grid, side: int, name: str, heads: int, shifted: bool):
+        normed = {at: self.norm(value, f"{name}.layernorm_before", self.config.epsilon) for at, value in grid.items()}
+        mixed = self.attention(normed, side, f"{name}.attention", heads, shifted)
+        found = {}
+        for at, value in grid.items():
+            value = value + mixed[at]
+            hidden = self.norm(value, f"{name}.layernorm_after", self.config.epsilon)
+            hidden = exact_gelu(self.dense(hidden, f"{name}.intermediate.dense"))
+            found[at] = value + self.dense(hidden, f"{name}.output.dense")
+        return found
+
+    def attention(self, grid, side: int, name: str, heads: int, shifted: bool):
+        """Each patch looks at those of its window; windows that a shift moved over the edge fall apart."""
+        window = min(self.config.window, side)
+        shift = window // 2 if shifted and side > self.config.window else 0
+        whole = -(-side // window) * window  # with padding below and on the right
+        nothing = np.zeros_like(next(iter(grid.values())))
+        found = {}
+        for top in range(0, whole, window):
+            for left in range(0, whole, window):
+                rows = range(top + shift, top + shift + window)
+                columns = range(left + shift, left + shift + window)
+                cells = [(y, x) for y in rows for x in columns]  # beyond the edge they go on at the other side
+                values = [grid.get((y % whole, x % whole), nothing) for y, x in cells]
+                mixed = self.window(cells, values, whole, name, heads)
+                found |= {(y % whole, x % whole): value for (y, x), value in zip(cells, mixed, strict=True)}
+        return found
+
+    def window(self, cells, values, whole: int, name: str, heads: int) -> list[np.ndarray]:
+        q, k, v = ([self.dense(x, f"{name}.self.{part}") for x in values] for part in ("query", "key", "value"))
+        table, reach = self.arrays[f"{name}.self.relative_position_bias_table"], self.config.window - 1
+        size = len(values[0]) // heads
+        found = []
+        for i, (y, x) in enumerate(cells):
+            mixed = []
+            for head in range(heads):
+                part = slice(head * size, (head + 1) * size)
+                scores = []
+                for j, (other_y, other_x) in enumerate(cells):
+                    row = (y - other_y + reach) * (2 * reach + 1) + (x - other_x + reach)
+                    torn = (y < whole) != (other_y < whole) or (x < whole) != (other_x < whole)
+                    scores.append(q[i][part] @ k[j][part] / math.sqrt(size) + table[row, head] - 100 * torn)
+                mixed.append(sum(weight * v[j][part] for j, weight in enumerate(softmax(np.array(scores)))))
+            found.append(self.dense(np.concatenate(mixed), f"{name}.output.dense"))
+        return found
+
+
+def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray, gelu: Callable = tanh_gelu) -> np.ndarray:
+    """Feature [D] of google-research/vision_transformer's model: its npz as it is, one head at a time."""
+    p = {name: array.astype(np.float64) for name, array in arrays.items()}
+
+    def norm(x, name):
+        return layer_norm(x, p[f"{name}/scale"], p[f"{name}/bias"], 1e-6)
+
+    tokens = [p["cls"][0, 0]]
+    for y in range(0, len(image), config.patch):
+        for x in range(0, len(image), config.patch):
+            patch = image[y : y + config.patch, x : x + config.patch]
+            tokens.append(np.einsum("hwi,hwio->o", patch, p["embedding/kernel"]) + p["embedding/bias"])
+    x = np.stack(tokens) + p["Transformer/posembed_input/pos_embedding"][0]
+    for i in range(config.depth):
+        stem = f"Transformer/encoderblock_{i}"
+        name, normed = f"{stem}/MultiHeadDotProductAttention_1", norm(x, f"{stem}/LayerNorm_0")
+        for head in range(config.heads):
+            q, k, v = (
+                normed @ p[f"{name}/{part}/kernel"][:, head] + p[f"{name}/{part}/bias"][head]
+                for part in ("query", "key", "value")
+            )
+            weights = np.stack([softmax(row) for row in q @ k.T / math.sqrt(q.shape[1])])
+            x = x + weights @ v @ p[f"{name}/out/kernel"][head]
+        x = x + p[f"{name}/out/bias"]
+        hidden = norm(x, f"{stem}/LayerNorm_2") @ p[f"{stem}/MlpBlock_3/Dense_0/kernel"]
+        hidden = gelu(hidden + p[f"{stem}/MlpBlock_3/Dense_0/bias"])
+        x = x + hidden @ p[f"{stem}/MlpBlock_3/Dense_1/kernel"] + p[f"{stem}/MlpBlock_3/Dense_1/bias"]
+    x = norm(x, "Transformer/encoder_norm")[0]
+    return np.tanh(x @ p["pre_logits/kernel"] + p["pre_logits/bias"]) if "pre_logits/kernel" in p else x

@@ -1,0 +1,309 @@
+"""Adding records: the state is that of training on everything at once; only touched slices are tuned."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from helpers import changed, files_of, small_config, small_run, small_source, with_items, without
+from PIL import Image
+
+from lmeraser_jax.cli.main import main
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.catalog import sample_rank
+from lmeraser_jax.storage.requests import any_open
+from lmeraser_jax.unlearning import build as build
+from lmeraser_jax.unlearning import erase, rollback
+from lmeraser_jax.unlearning.add import add, open_source
+from lmeraser_jax.unlearning.audit import audit, differences, state
+from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.run import opened
+
+SEED, SAMPLED = 0, 30
+
+
+def ranked():
+    """Private ids in the order of sampling."""
+    ids = [item.id for item in small_source().items if item.split == "train"]
+    return sorted(ids, key=lambda name: sample_rank(SEED, name))
+
+
+def part(ids):
+    """The whole source's records with these ids."""
+    source = small_source()
+    return without(source, {item.id for item in source.items} - set(ids))
+
+
+UNSAMPLED, MIXED = tuple(ranked()[-3:]), tuple(ranked()[:6] + ranked()[-6:])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """{added ids: a workdir trained without them}, and the state of a training on everything."""
+    folder, found = tmp_path_factory.mktemp("trained"), {}
+    for number, ids in enumerate((UNSAMPLED, MIXED)):
+        with small_run(folder / f"run{number}", without(small_source(), set(ids))) as run:
+            reconcile(run)
+        found[ids] = folder / f"run{number}"
+    with small_run(folder / "whole") as run:
+        reconcile(run)
+        return found, state(run)
+
+
+@contextlib.contextmanager
+def copied(workdir, target):
+    shutil.copytree(workdir, target, copy_function=shutil.copy2)
+    with opened(target, devices=jax.devices()[:1], write=True) as run:
+        yield run
+
+
+@pytest.mark.parametrize("ids", [UNSAMPLED, MIXED], ids=["unsampled", "mixed"])
+def test_adding_equals_training_on_everything_and_the_second_time_does_nothing(trained, tmp_path, ids):
+    with copied(trained[0][ids], tmp_path / "run") as run:
+        dataset, config = run.catalog.get("dataset"), run.layout.config.read_bytes()
+        imported, outcome = add(run, part(ids))
+        assert (imported.added, imported.known, outcome.published) == (len(ids), 0, True)
+        assert differences(state(run), trained[1]) == []
+        assert run.catalog.get("dataset") == dataset and run.layout.config.read_bytes() == config
+        imported, outcome = add(run, part(ids))
+        assert (imported.added, imported.known) == (0, len(ids))
+        assert (outcome.published, outcome.retuned) == (False, 0)
+
+
+def test_unsampled_records_tune_only_the_clusters_they_join(trained, tmp_path):
+    with copied(trained[0][UNSAMPLED], tmp_path / "run") as run:
+        before, files = state(run), {n: files_of(run, n) for n in run.catalog.manifest().entries.values()}
+        _, outcome = add(run, part(UNSAMPLED))
+        after = state(run)
+        joined = {after["assignment"][name] for name in UNSAMPLED}
+        assert {key for key in after["slices"] if before["slices"][key] != after["slices"][key]} == joined
+        assert (outcome.retuned, outcome.reclustered) == (len(joined), False) and len(joined) < outcome.clusters
+        for key in set(after["slices"]) - joined:
+            assert files_of(run, after["slices"][key]) == files[before["slices"][key]]
+
+
+def test_sampled_records_cluster_again(trained, tmp_path):
+    with copied(trained[0][MIXED], tmp_path / "run") as run:
+        before = state(run)["sample"]
+        _, outcome = add(run, part(MIXED))
+        assert outcome.reclustered and set(state(run)["sample"]) - set(before) == set(MIXED[:6])
+
+
+def test_adding_and_erasing_is_never_having_added(trained, tmp_path):
+    with copied(trained[0][MIXED], tmp_path / "run") as run:
+        before = state(run)
+        add(run, part(MIXED))
+        erase.request_erasure(run, MIXED)
+        assert differences(state(run), before) == []
+        imported, outcome = add(run, part(MIXED))
+        assert (imported.added, imported.erased, outcome.published) == (0, len(MIXED), False)
+        assert differences(state(run), before) == []
+
+
+def test_adding_and_erasing_in_any_order(trained, tmp_path):
+    gone = [*ranked()[8:10], ranked()[-8], MIXED[0]]
+    wanted = None
+    for order in ("add first", "erase between", "erase with the add"):
+        with copied(trained[0][MIXED], tmp_path / order) as run:
+            if order == "add first":
+                add(run, part(MIXED))
+                erase.request_erasure(run, gone)
+            elif order == "erase between":
+                add(run, part(MIXED[:4]))
+                erase.request_erasure(run, gone)
+                add(run, part(MIXED[4:]))
+            else:
+                erase.request_erasure(run, gone[:3], quarantine=True, defer=True)
+                assert run.catalog.quarantined()
+                add(run, part(MIXED))
+                assert not any_open(run.catalog) and not run.catalog.quarantined() and run.catalog.erased() == {}
+                erase.request_erasure(run, gone[3:])
+            wanted = wanted or state_without(tmp_path / "scratch", gone)
+            assert differences(state(run), wanted) == []
+
+
+def state_without(workdir, ids):
+    with small_run(workdir, without(small_source(), set(ids))) as run:
+        reconcile(run)
+        return state(run)
+
+
+@pytest.mark.parametrize("where", ["import", "tuning"])
+def test_an_interrupted_add_is_repeated(trained, tmp_path, monkeypatch, where):
+    with copied(trained[0][MIXED], tmp_path / "run") as run:
+        before = state(run)
+        with monkeypatch.context() as patch:
+            if where == "import":
+                patch.setattr(type(run.catalog), "add_records", interrupted)
+            else:
+                patch.setattr(build, "_keep", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                add(run, part(MIXED))
+        after = state(run)
+        assert all(before[name] == after[name] for name in ("slices", "parameters", "prototypes"))
+    with opened(tmp_path / "run", devices=jax.devices()[:1], write=True) as run:
+        add(run, part(MIXED))
+        assert differences(state(run), trained[1]) == []
+
+
+def interrupted(*_args):
+    raise KeyboardInterrupt
+
+
+def test_images_of_an_erased_owner_stay_out(trained, tmp_path):
+    with copied(trained[0][MIXED], tmp_path / "run") as run:
+        mine = {item.id: item.owner for item in small_source().items if item.id in MIXED}
+        owner = next(o for o in mine.values() if run.catalog.owned(o))
+        later = [name for name, whose in mine.items() if whose == owner]
+        erase.request_erasure(run, owners=[owner])
+        imported, _ = add(run, part(MIXED))
+        assert (imported.added, imported.erased) == (len(MIXED) - len(later), len(later))
+        assert not set(later) & set(run.catalog.live("train", "holdout").ids) and run.catalog.owned(owner) == []
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(trained, tmp_path):
+    known = part(ranked()[8:11])
+    other = with_items(
+        known, [item._replace(id=f"new-{item.id}") for item in known.items], 255 - known.read(0, 3).images
+    )
+    with copied(trained[0][MIXED], tmp_path / "run") as run:
+        before, rows = state(run), run.layout.images.read_bytes()
+        for source, message in (
+            (changed(known, {known.items[0].id}, lambda label: label), "has other pixels or another label"),
+            (changed(known, {known.items[0].id}, lambda label: (label + 1) % 10), "another label"),
+            (with_shape(other, (4, 16, 1)), r"images are \[4, 16, 1\], those of the workdir \[8, 8, 1\]"),
+            (with_classes(other, "x"), "classes that the workdir does not have: x0"),
+            (without(other, {item.id for item in other.items}), "there is no training image"),
+        ):
+            with pytest.raises(UserError, match=message):
+                add(run, source)
+        assert differences(state(run), before) == [] and run.layout.images.read_bytes() == rows
+
+
+def with_shape(source, shape):
+    images = source.read(0, len(source.items)).images.reshape(-1, *shape)
+    return with_items(source.__class__("other", source.class_names, shape, [], source.read), source.items, images)
+
+
+def with_classes(source, prefix):
+    names = tuple(prefix + name for name in source.class_names)
+    return with_items(
+        source.__class__("other", names, source.shape, [], source.read),
+        [item._replace(label=0) for item in source.items],
+        source.read(0, len(source.items)).images,
+    )
+
+
+def test_a_holdout_is_drawn_as_at_the_first_import(tmp_path):
+    config = small_config(data__holdout=0.3, clustering__sample_size=20)
+    with small_run(tmp_path / "run", without(small_source(), set(MIXED)), config) as run:
+        reconcile(run)
+        add(run, part(MIXED))
+        found, held = state(run), run.catalog.live("holdout").ids
+    with small_run(tmp_path / "whole", config=config) as run:
+        reconcile(run)
+        assert differences(found, state(run)) == [] and run.catalog.live("holdout").ids == held
+        assert set(held) & set(MIXED) and not set(MIXED) <= set(held)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A source in colour as .npz and as a folder with the same pixels, ids and labels; owners are in a CSV."""
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    labels, rows = np.arange(60) % 3, ["file,label,owner"]
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        path = tmp_path / "new" / "train" / "abc"[label] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+        rows.append(f"train/{'abc'[label]}/{i}.png,,hand-{i // 4}")
+    for name in ("test", "public"):
+        (tmp_path / "new" / name / "unheard-of").mkdir(parents=True)
+        Image.fromarray(images[0]).save(tmp_path / "new" / name / "unheard-of" / "0.png")
+    (tmp_path / "owners.csv").write_text("\n".join(rows))
+    ids = [f"train/{'abc'[label]}/{i}.png" for i, label in enumerate(labels)]
+
+    def npz(name, chosen, test=False):
+        columns = {"images": images[chosen], "labels": labels[chosen], "ids": np.array(ids)[chosen]}
+        values = {f"train_{key}": value for key, value in columns.items()}
+        values |= {"test_images": images[:3], "test_labels": labels[:3]} if test else {}
+        values |= {"public_images": images[:9], "public_labels": labels[:9]} if test else {}
+        np.savez(tmp_path / name, class_names=np.array(list("abc")), **values)
+        return str(tmp_path / name)
+
+    return npz, str(tmp_path / "new"), str(tmp_path / "owners.csv"), ids
+
+
+def test_the_command_adds_a_file_and_a_folder_to_a_workdir_of_another_kind(tmp_path, pictures, capsys):
+    npz, folder, owners, ids = pictures
+    flags = [
+        f"--config.{group}.{name}={value}" for group, values in small_flags().items() for name, value in values.items()
+    ]
+    path = npz("first.npz", slice(0, 40), test=True)
+    run = f"--workdir={tmp_path / 'run'}"
+    assert main(["train", run, "--config.data.source=npz", f"--config.data.path={path}", *flags]) == 0
+    config = (tmp_path / "run" / "config.json").read_bytes()
+    assert main(["add", run, f"--source={npz('one.npz', slice(40, 41))}", "--wait=1"]) == 0, "one image is enough"
+    assert "added 1 records" in capsys.readouterr().out
+    assert main(["add", run, f"--source={folder}", f"--labels={owners}", "--json=-"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["imported"] | {"added": 19, "known": 41, "left_out": 2} == values["imported"]
+    assert values["published"] and (tmp_path / "run" / "config.json").read_bytes() == config
+    assert main(["add", run, f"--source={folder}"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    with opened(tmp_path / "run") as opened_:
+        found, owned = state(opened_), opened_.catalog.owned("hand-14")
+    assert owned == sorted(ids[56:60])
+    assert main(["audit", run]) == 0
+    assert found["records"].keys() == set(ids)
+
+
+def small_flags():
+    from helpers import SMALL
+
+    return {group: dict(values) for group, values in SMALL.items()}
+
+
+def test_other_kinds_of_sources_are_refused(trained, tmp_path, pictures):
+    npz, folder, owners, _ = pictures
+    with opened(trained[0][MIXED]) as run:
+        for path in ("digits", "tfds", str(tmp_path / "nowhere")):
+            with pytest.raises(UserError, match="must be an .npz file or a folder"):
+                open_source(run, path)
+        for path, labels, message in (
+            ("", "", "--source=FILE.npz or --source=FOLDER is missing"),
+            (str(tmp_path / "nowhere.npz"), "", "no such file"),
+            (owners, "", "must be an .npz file or a folder"),
+            (str(tmp_path), "", "has no folder train"),
+            (npz("some.npz", slice(0, 3)), owners, "--labels=.*goes with a folder"),
+        ):
+            with pytest.raises(UserError, match=message):
+                open_source(run, path, labels)
+        assert open_source(run, folder).shape == (8, 8, 3)
+
+
+def test_a_reader_cannot_add(trained):
+    with opened(trained[0][MIXED]) as run, pytest.raises(AssertionError, match="writer lock"):
+        add(run, part(MIXED))
+
+
+def test_requests_that_wait_are_finished_by_an_add_that_brings_nothing(trained, tmp_path):
+    with copied(trained[0][MIXED], tmp_path / "run") as run:
+        erase.request_erasure(run, ranked()[7:8], defer=True)
+        add(run, part(ranked()[8:9]))
+        assert [request.state for request in requests.listed(run.catalog)] == ["purged"]
+
+
+def test_new_members_of_pinned_clusters_are_published_without_tuning(trained, tmp_path):
+    """A pinned slice stays, so no entry changes; its new members are told their cluster all the same."""
+    workdirs, wanted = trained
+    with copied(workdirs[UNSAMPLED], tmp_path / "run") as run:
+        manifest = run.catalog.manifest()
+        for key, ref in manifest.entries.items():
+            rollback.rollback(run, key, ref)
+        _, outcome = add(run, part(UNSAMPLED))
+        assert outcome.retuned == 0 and outcome.published and run.catalog.manifest().entries == manifest.entries
+        assert state(run)["assignment"] == wanted["assignment"] and audit(run).ok
+        assert not reconcile(run).published

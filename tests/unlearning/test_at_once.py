@@ -1,0 +1,136 @@
+"""Two processes on one workdir: one writes, and readers see one published state, whatever is purged meanwhile."""
+
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+from crash_scenarios import fast_fakes
+from helpers import small_run
+
+from lmeraser_jax.cli.main import main
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import overview as overview_module
+from lmeraser_jax.evaluation.overview import overview
+from lmeraser_jax.storage import workdir as layouts
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.run import opened
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    """Fast slices and features: what is tried is who sees what."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, _fast):
+    with small_run(tmp_path_factory.mktemp("at_once") / "run") as run:
+        reconcile(run)
+        return run.layout.root
+
+
+@pytest.fixture
+def workdir(tmp_path, template):
+    return shutil.copytree(template, tmp_path / "run")
+
+
+def erase_sampled(run) -> None:
+    """Publishes another clustering and purges the present one."""
+    sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
+    erase.request_erasure(run, [sample[0]])
+
+
+def test_a_clustering_that_is_purged_while_it_is_read_is_looked_up_again(workdir, monkeypatch):
+    reads, real = [], overview_module.load_clustering
+    with opened(workdir, write=True) as writer, opened(workdir) as reader:
+        before = overview(reader)
+
+        def purged_before(layout, name):
+            reads.append(name)
+            if len(reads) == 1:
+                erase_sampled(writer)
+            return real(layout, name)
+
+        monkeypatch.setattr(overview_module, "load_clustering", purged_before)
+        found = overview(reader)
+        assert len(reads) == 2 and reads[0] != reads[1]
+        assert found.version == before.version + 1 and found.records["train"] == before.records["train"] - 1
+        assert sum(row.members for row in found.clusters) == found.records["train"]
+
+
+def test_a_state_that_is_always_replaced_and_a_damaged_one_end(workdir, monkeypatch):
+    with opened(workdir, write=True) as writer, opened(workdir) as reader:
+        with monkeypatch.context() as patch:
+            real = overview_module.load_clustering
+            patch.setattr(overview_module, "load_clustering", lambda *found: (erase_sampled(writer), real(*found))[1])
+            patch.setattr(overview_module, "ATTEMPTS", 3)
+            with pytest.raises(UserError, match="cannot be read"):
+                overview(reader)
+        shutil.rmtree(reader.layout.clusterings)
+        with pytest.raises(UserError, match="clustering.npz cannot be read.*lmeraser train"):
+            overview(reader)
+
+
+def test_files_that_vanish_while_they_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "slices").mkdir()
+    (tmp_path / "slices" / "there").write_bytes(b"12345")
+    walked = [(str(tmp_path / "slices"), [], ["there", "gone"]), (str(tmp_path / "gone"), [], ["gone"])]
+    monkeypatch.setattr(layouts.os, "walk", lambda path: iter(walked))
+    assert layouts.disk_use(tmp_path) == 5
+
+
+def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):
+    """A thread opens the workdir and looks, again and again, while records are erased."""
+    published: dict[int, set[str]] = {}
+    seen: list[tuple[int, set[str]]] = []
+    failed: list[BaseException] = []
+    done = threading.Event()
+
+    def note(run) -> None:
+        manifest = run.catalog.manifest()
+        published[manifest.version] = set(manifest.entries.values())
+
+    def look() -> None:
+        try:
+            while not done.is_set():
+                with opened(workdir) as run:
+                    for _ in range(5):
+                        found = overview(run)
+                        seen.append((found.version, {row.slice for row in found.clusters}))
+        except BaseException as error:
+            failed.append(error)
+
+    with opened(workdir, write=True) as run:
+        note(run)
+        reader = threading.Thread(target=look)
+        reader.start()
+        for _ in range(8):
+            erase_sampled(run)
+            note(run)
+        done.set()
+        reader.join()
+    assert not failed, failed
+    assert len({version for version, _ in seen}) > 2, "the reader looked while states changed"
+    assert all(published[version] == slices for version, slices in seen)
+
+
+def test_a_second_writer_is_refused_with_pid_and_host(workdir, capsys):
+    code = "import sys; from lmeraser_jax.storage.workdir import *\n"
+    code += "with writer_lock(Layout(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(workdir)], **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        assert main(["rollback", f"--workdir={workdir}", "--cluster=f00d"]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert f"is being written by process {holder.pid} on {socket.gethostname()}" in line
+        assert main(["inspect", f"--workdir={workdir}"]) == 0, "a reader is not refused"
+        holder.communicate("")
+    assert main(["rollback", f"--workdir={workdir}", "--cluster=f00d"]) == 2
+    assert "is no published cluster" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""Files that say what to erase: every format, every error with its line, and nothing but `UserError`."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lmeraser_jax.data.decode import decoded
+from lmeraser_jax.data.source import Item, content_hash
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.requests import resolve
+from lmeraser_jax.unlearning import request_files
+from lmeraser_jax.unlearning.request_files import Named, content_of, read
+
+
+def written(folder, name, content):
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "ids", "owners"),
+    [
+        ("a.txt", "# one\n  b c \n\n#\nb c\nd,e", ("# one", "b c", "#", "d,e"), ()),
+        ("a", "\ufeffx\r\ny\r\n", ("x", "y"), ()),
+        ("a.txt", "é\u2028x\x1cy\n", ("é\u2028x\x1cy",), ()),
+        ("a.csv", "id\nx\n\ny\nx\n", ("x", "y"), ()),
+        ("a.CSV", "Label, ID \n1,x\n2, y\n", ("x", "y"), ()),
+        ("a.csv", '\ufefffile;Owner;n\n"a;b";ann;1\nc;"o ""b""";2\n', (), ("ann", 'o "b"')),
+        ("a.csv", "id\towner\nx\t\n\tann\n", ("x",), ("ann",)),
+        ("a.csv", 'note,id\n"two\nlines",x\n', ("x",), ()),
+        ("a.jsonl", '{"id": "x", "n": [1]}\n\n{"owner": "ann"}\n{"id": "x"}\n', ("x",), ("ann",)),
+        ("a.JSONL", '\ufeff{"id": "\\u00e9"}', ("é",), ()),
+    ],
+)
+def test_formats(tmp_path, name, content, ids, owners):
+    assert read(written(tmp_path, name, content)) == Named(ids, owners)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "messages"),
+    [
+        ("a.txt", "", ["names nothing"]),
+        ("a.csv", "id\n", ["names nothing"]),
+        ("a.txt", b"ok\nb\xff\n", ["not UTF-8 text: invalid start byte in line 2"]),
+        ("a.txt", "a".encode("utf-16"), ["not UTF-8 text: invalid start byte in line 1"]),
+        ("a.txt", "x\na\0b\n" + "y" * 5000, ["line 2: no text", "line 3: longer than 4096"]),
+        ("a.csv", "file,label\nx,1\n", ["line 1: must name one column id"]),
+        ("a.csv", "id,Id\nx,y\n", ["line 1: must name one column id"]),
+        (
+            "a.csv",
+            "id,n\nx\ny,1\nz,1,2\n,3\n",
+            ["line 2: has 1 fields", "line 4: has 3 fields", "line 5: names neither"],
+        ),
+        ("a.csv", "id,owner\nx,ann\n", ["line 2: names an id and an owner"]),
+        ("a.csv", 'id,n\nx,1\n"y,2\nz,3\n', ["line 4: not CSV"]),
+        ("a.csv", "id,n\nx," + "1" * 200_000, ["line 2: not CSV: field larger"]),
+        ("a.csv", "id\na\0b\n", ["line 2: no text"]),
+        (
+            "a.jsonl",
+            '{"id": 17}\n[]\n{\n{"id": ""}\n{"id": "x"}\n',
+            ["line 1: id must be text", "line 2: must be an object", "line 3: not JSON", "line 4: names neither"],
+        ),
+        ("a.jsonl", '{"id": "x", "id": "y"}', ["line 1: not JSON: a key occurs twice"]),
+        ("a.jsonl", '{"id": "x", "owner": "ann"}', ["line 1: names an id and an owner"]),
+        ("a.jsonl", '{"id": "\\ud800"}\n{"id": ' + "9" * 5000 + "}\n", ["line 1: not JSON", "line 2: not JSON"]),
+        ("a.jsonl", '{"id": "x"}\n' + "[" * 200_000, ["line 2: not JSON: nested too deeply"]),
+    ],
+)
+def test_errors_are_listed_at_once_with_their_lines(tmp_path, name, content, messages):
+    with pytest.raises(UserError) as caught:
+        read(written(tmp_path, name, content))
+    found = str(caught.value)
+    assert all(message in found for message in ["--records_file=", *messages]), found
+    assert found.count("line ") == sum(message.count("line ") for message in messages)
+
+
+def test_files_that_are_none_or_too_large(tmp_path, monkeypatch):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="no such file|is no file"):
+            read(str(path))
+    monkeypatch.setattr(request_files, "LARGEST", 10)
+    assert read(written(tmp_path, "a", "x" * 10)).ids == ("x" * 10,)
+    with pytest.raises(UserError, match="larger than 10 bytes"):
+        read(written(tmp_path, "a", "x" * 11))
+
+
+def test_a_message_stays_readable(tmp_path):
+    with pytest.raises(UserError) as caught:
+        read(written(tmp_path, "a.jsonl", "{\n" * 5000))
+    assert str(caught.value).count("\n") < 110 and "(5000 lines in all)" in str(caught.value)
+
+
+fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+pieces = st.sampled_from([b"id", b"owner", b",", b";", b'"', b"\n", b"\r", b"{", b"}", b'{"id":', b"[", b"\0", b"\xff"])
+
+
+@fuzz
+@given(st.sampled_from(["a.txt", "a.csv", "a.jsonl"]), st.one_of(st.binary(), st.lists(pieces).map(b"".join)))
+def test_any_bytes_are_read_or_refused(tmp_path, name, content):
+    try:
+        found = read(written(tmp_path, name, content))
+    except UserError:
+        return
+    assert found.ids or found.owners
+    for part in found:
+        assert all(part) and len(set(part)) == len(part)
+
+
+names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20)
+names = names.map(str.strip).filter(bool)
+
+
+@fuzz
+@given(st.lists(st.tuples(st.sampled_from(["id", "owner"]), names), min_size=1))
+def test_what_is_written_is_read(tmp_path, wanted):
+    """CSV and JSON lines carry any name, and both say the same."""
+    ids, owners = (tuple(dict.fromkeys(name for kind, name in wanted if kind == k)) for k in ("id", "owner"))
+    lines = "".join(json.dumps({kind: name}) + "\n" for kind, name in wanted)
+    assert read(written(tmp_path, "a.jsonl", lines)) == Named(ids, owners)
+    table = io.StringIO(newline="")
+    csv.writer(table).writerows([("id", "owner"), *((n, "") if k == "id" else ("", n) for k, n in wanted)])
+    assert read(written(tmp_path, "a.csv", table.getvalue())) == Named(ids, owners)
+
+
+# images
+def alike(catalog, path):
+    """Live ids that an image file stands for."""
+    return list(resolve(catalog, [], [], [content_of(catalog, path)]).live)
+
+
+def stored(tmp_path, source, shape, images):
+    """A catalog of records with the given pixels: a, b, ..., the last one public."""
+    catalog = Catalog(tmp_path / "catalog.db")
+    catalog.set("dataset", {"settings": {"source": source}, "shape": list(shape)})
+    items = [Item(chr(97 + i), "train", 0) for i in range(len(images))]
+    items[-1] = items[-1]._replace(split="public")
+    catalog.add_records(items, range(len(items)), [content_hash(image) for image in images])
+    return catalog
+
+
+def test_an_image_stands_for_the_records_it_was_imported_as(tmp_path, rng):
+    """Files of another size and colour mode find the record that an import makes of them."""
+    files = []
+    for i, mode in enumerate(["RGB", "L", "RGB"]):
+        pixels = rng.integers(0, 256, (30 + i, 41, 3), np.uint8)
+        files.append(tmp_path / f"{i}.png")
+        Image.fromarray(pixels).convert(mode).save(files[-1])
+    images = decoded(files, 12, 12, 3)
+    catalog = stored(tmp_path, "folder", (12, 12, 3), [images[0], images[1], images[0], images[2]])
+    assert alike(catalog, str(files[0])) == ["a", "c"] and alike(catalog, str(files[1])) == ["b"]
+    with pytest.raises(UserError, match="no live record has exactly these pixels"):
+        alike(catalog, str(files[2]))  # a public record's
+    catalog.erase(["b"], "r")
+    assert resolve(catalog, [], [], [content_of(catalog, str(files[1]))]).pending == ("b",)
+    catalog.forget(["r"])
+    with pytest.raises(UserError, match="no live record"):
+        alike(catalog, str(files[1]))
+    catalog.close()
+
+
+@pytest.mark.parametrize("source", ["npz", "digits"])
+def test_an_image_of_an_array_has_its_size(tmp_path, rng, source):
+    images = rng.integers(0, 256, (3, 8, 9, 1), np.uint8)
+    catalog = stored(tmp_path, source, (8, 9, 1), images)
+    Image.fromarray(images[0, ..., 0]).save(tmp_path / "same.png")
+    Image.fromarray(images[0, ..., 0]).convert("RGB").save(tmp_path / "colour.png")
+    Image.fromarray(images[0, ..., 0].repeat(2, 0).repeat(2, 1)).save(tmp_path / "twice.png")
+    assert alike(catalog, str(tmp_path / "same.png")) == alike(catalog, str(tmp_path / "colour.png")) == ["a"]
+    with pytest.raises(UserError, match="has 16 x 18 pixels; must have 8 x 9"):
+        alike(catalog, str(tmp_path / "twice.png"))
+    catalog.close()
+
+
+def test_an_image_that_is_none(tmp_path):
+    catalog = Catalog(tmp_path / "catalog.db")
+    with pytest.raises(UserError, match="no such file"):
+        alike(catalog, str(tmp_path / "none.png"))
+    with pytest.raises(UserError, match="has no records yet"):
+        alike(catalog, written(tmp_path, "bad.png", "x"))
+    catalog.set("dataset", {"settings": {"source": "folder"}, "shape": [8, 8, 3]})
+    with pytest.raises(UserError, match="bad.png cannot be read: not an image"):
+        alike(catalog, str(tmp_path / "bad.png"))
+    catalog.close()
