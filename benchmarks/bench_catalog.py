@@ -29,7 +29,7 @@ from lmeraser_jax.training import making
 from lmeraser_jax.training.slices import init_slice
 from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import build, plan, purge, receipts
-from lmeraser_jax.unlearning.run import Run, opened
+from lmeraser_jax.unlearning.run import Run, open_run
 
 TIMES = 5  # of what is measured more than once
 
@@ -56,7 +56,7 @@ def main() -> None:
 def private(workdir: Path) -> dict[str, Any]:
     """Everything with the sample among the private records."""
     found = {"open": synthetic.spread([opening(workdir) for _ in range(TIMES)])}
-    with opened(workdir, devices=jax.devices()[:1], write=True) as run:
+    with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
         names = synthetic.unsampled(run, 1_200)
         few, many = names[:200], names[200:]
         show(found)
@@ -81,7 +81,7 @@ def private(workdir: Path) -> dict[str, Any]:
 
 def public(workdir: Path) -> dict[str, Any]:
     """Prototypes from public records: no erasure re-clusters."""
-    with opened(workdir, devices=jax.devices()[:1], write=True) as run:
+    with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
         ids = run.catalog.live("train").ids
         chosen = [ids[i] for i in np.random.default_rng(2).choice(len(ids), 1_000, replace=False)]
         return {"plan_1000_sample_from_public": repeated(lambda: plan.plan(run, chosen))}
@@ -89,7 +89,7 @@ def public(workdir: Path) -> dict[str, Any]:
 
 def opening(workdir: Path) -> float:
     start = time.perf_counter()
-    with opened(workdir, devices=jax.devices()[:1]) as run:
+    with open_run(workdir, devices=jax.devices()[:1]) as run:
         requests.any_open(run.catalog)
         return time.perf_counter() - start
 
@@ -120,11 +120,11 @@ def serving(run: Run) -> dict[str, float]:
     try:
         for owner, name, function in kept:
             setattr(owner, name, counted(seconds, f"{owner.__name__.rsplit('.')[-1]}.{name}", function))
-        outcome: build.Outcome | None = None
+        outcome: build.BuildReport | None = None
 
         def serve() -> None:
             nonlocal outcome
-            outcome = build.reconcile(run)
+            outcome = build.build(run)
 
         total = timed(serve)
     finally:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from reporting import add_json, deliver
 
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.layers import patches
 from lmeraser_jax.models.swin import Block as SwinBlock
@@ -52,7 +52,7 @@ def scanned_vit(config: ViTConfig, params: dict[str, Any], images: jax.Array) ->
 
 def scanned_swin(config: SwinConfig, params: dict[str, Any], images: jax.Array) -> jax.Array:
     """Grid after the last stage; `params["pairs"]` are the stages' blocks, stacked as pairs (plain, shifted)."""
-    whole = nnx.merge(frozen.graph(config)[0], params["whole"])
+    whole = nnx.merge(backbone_lib.graph(config)[0], params["whole"])
     x = whole.embed_norm(whole.embed(patches(images, config.patch)))
     for index, pairs in enumerate(params["pairs"]):
         sizes = (config, config.width * 2**index, config.heads[index])
@@ -91,7 +91,7 @@ def forms(model: str, size: int) -> dict[str, tuple[Callable[..., jax.Array], An
     """{form: (tokens of params and images, params)}."""
     published = zoo.entry({"vit": "vit-ti", "swin": "swin-s"}[model]).architecture
     config = dataclasses.replace(published, image_size=size)
-    graph, shapes = frozen.graph(config)
+    graph, shapes = backbone_lib.graph(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: (0.02 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
 

@@ -25,8 +25,8 @@ from reporting import add_json, deliver, surroundings
 
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.evaluation.predict import load_model, predict
-from lmeraser_jax.models import backbone as frozen
-from lmeraser_jax.unlearning.run import Run, opened
+from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.unlearning.run import Run, open_run
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
         workdir = arguments.workdir or folder + "/trained"
         if not arguments.workdir:
             trained_digits(Path(workdir), arguments.quick)
-        with opened(workdir) as run:
+        with open_run(workdir) as run:
             batches = {size: measured(run, size, 20 if arguments.quick else 100) for size in (1, 16, 128)}
     result = surroundings("bench_predict.py", sys.argv[1:]) | {"batches": batches}
     deliver(result, arguments.json)
@@ -74,7 +74,7 @@ def measured(run: Run, size: int, calls: int) -> dict[str, Any]:
 
 def classified(run: Run, params: Any, head: jax.Array, images: jax.Array) -> jax.Array:
     """What any classifier does: one pass, one head. uint8 [B, h, w, c] -> int32 [B]."""
-    return (frozen.features(run.backbone.config, params, centred(images, run.spec)) @ head).argmax(axis=1)
+    return (backbone_lib.features(run.backbone.config, params, centred(images, run.spec)) @ head).argmax(axis=1)
 
 
 def timed(call: Callable[[np.ndarray], Any], images: np.ndarray) -> float:

@@ -84,10 +84,10 @@ def answer(workdir: Path) -> None:
     import jax
 
     from lmeraser_jax.evaluation.serving import Predictor
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     stop, changes, answers = threading.Event(), {}, []
-    with opened(workdir, devices=jax.devices()[:1]) as run:
+    with open_run(workdir, devices=jax.devices()[:1]) as run:
         start = time.monotonic()
         predictor = Predictor(run)
         loading = time.monotonic() - start

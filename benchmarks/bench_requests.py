@@ -21,7 +21,7 @@ from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import audit
-from lmeraser_jax.unlearning.run import Run, opened
+from lmeraser_jax.unlearning.run import Run, open_run
 
 
 def one_by_one(run: Run, count: int) -> list[dict]:
@@ -68,7 +68,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "run"
         shutil.copytree(arguments.workdir, copy)
-        with opened(copy, write=True) as run:
+        with open_run(copy, write=True) as run:
             requests = one_by_one(run, arguments.count)
             verdict = audit(run, arguments.audit)
     result = surroundings("bench_requests.py", sys.argv[1:]) | {

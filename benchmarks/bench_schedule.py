@@ -16,7 +16,7 @@ import numpy as np
 from reporting import add_json, deliver, surroundings
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.training.jobs import Job, chunks, efficiency, make_job
+from lmeraser_jax.training.jobs import Job, efficiency, make_job, step_batches
 
 PAPER = {"cifar10": (194, 40_000), "cifar100": (347, 40_000), "svhn": (30, 58_605), "gtsrb": (90, 21_312)}
 TUNING = Tuning(batch=64, epochs=50, lanes=1)
@@ -72,7 +72,7 @@ def large(records: int, clusters: int) -> tuple[float, float, float]:
     full = efficiency(jobs, 8, TUNING.batch)
     planned = time.perf_counter() - start
     calls, start = 0, time.perf_counter()
-    for _ in chunks(jobs, 8, TUNING, SLOTS, seed=0):
+    for _ in step_batches(jobs, 8, TUNING, SLOTS, seed=0):
         calls += 1
         if calls == 20:
             break

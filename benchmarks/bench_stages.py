@@ -20,8 +20,8 @@ from lmeraser_jax import config
 from lmeraser_jax.config import Config
 from lmeraser_jax.evaluation.accuracy import evaluate
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import prepare_run
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     stages, count = ((1, 4), 8) if arguments.quick else ((1, 2, 4, 8), 40)
     epochs, rows = 6 if arguments.quick else 30, []
     with tempfile.TemporaryDirectory() as folder:
-        with prepared(Path(folder) / "0", settings(1, epochs)):
+        with prepare_run(Path(folder) / "0", settings(1, epochs)):
             pass  # images and backbone, the same for all
         for slices in stages:
             shutil.copytree(Path(folder) / "0", Path(folder) / str(slices))
@@ -54,8 +54,8 @@ def settings(slices: int, epochs: int) -> Config:
 
 def measured(folder: Path, slices: int, count: int, epochs: int) -> dict[str, float]:
     """Trains with so many stages and serves requests: mean cost, the formula, median seconds, test accuracy."""
-    with prepared(folder, settings(slices, epochs)) as (run, _):
-        reconcile(run)
+    with prepare_run(folder, settings(slices, epochs)) as (run, _):
+        build(run)
         accuracy, made = evaluate(run, linear=False).accuracy, len(run.catalog.slices())
         costs, seconds = [], []
         for name in unsampled(run, count):

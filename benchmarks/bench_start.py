@@ -20,7 +20,7 @@ from bench_unlearn import trained_digits
 from reporting import add_json, deliver, surroundings
 from synthetic import unsampled
 
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.run import open_run
 
 COMMANDS = {
     "help": ["--help"],
@@ -41,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         trained_digits(folder / "trained", quick=True)
-        with opened(folder / "trained", write=True) as run:
+        with open_run(folder / "trained", write=True) as run:
             (record,) = unsampled(run, 1)
         seconds: dict[str, list[float]] = {}
         for _ in range(times):  # interleaved: other jobs on the machine hit all alike

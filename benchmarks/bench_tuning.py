@@ -28,13 +28,13 @@ from torch_vit import frozen_vit
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.features import Extractor, compute_dtype
-from lmeraser_jax.training.jobs import Job, batches, chunks, make_job
+from lmeraser_jax.training.jobs import Job, batches, make_job, step_batches
 
 CLASSES = 10
 CHECKED = 5  # steps whose losses must agree
@@ -45,7 +45,7 @@ TOLERANCE = {"cpu": 1e-3, "gpu": 5e-2}  # of a loss, relative; bfloat16 on GPU
 class Ours:
     """A tuning problem: as many clusters as lanes, of equal size, so that every step is a full batch."""
 
-    problem: tune.Problem
+    problem: tune.TuningSpec
     backbone: Backbone
     network: nn.Module  # the same in PyTorch
     jobs: list[Job]
@@ -66,7 +66,7 @@ class Ours:
         """Mean over the clusters of each of the first steps' losses."""
         program, t = tune.compiled(self.problem, self.mesh), self.problem.tuning
         params = tune.on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
-        chunk = next(chunks(self.jobs, 1, t, self.problem.slots, self.problem.seed))
+        chunk = next(step_batches(self.jobs, 1, t, self.problem.slots, self.problem.seed))
         rows = (chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
         data = (self.images, self.labels, np.int32(CHECKED), tune.initial_state(self.problem, self.mesh))
         return np.asarray(program(params, *data, tune.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
@@ -83,7 +83,7 @@ def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
     config = dataclasses.replace(config, feature="cls", depth=4 if arguments.quick else config.depth)
     model = config.build(nnx.Rngs(0))
     params = jax.device_get(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
-    backbone = frozen.make(config, params, (0.5,), (0.5,))
+    backbone = backbone_lib.make(config, params, (0.5,), (0.5,))
     return backbone, frozen_vit(backbone)
 
 
@@ -103,7 +103,7 @@ def ours(arguments: argparse.Namespace) -> Ours:
         batch=arguments.batch,
         lanes=arguments.lanes,
     )
-    problem = tune.Problem(config, spec, settings, CLASSES, seed=0)
+    problem = tune.TuningSpec(config, spec, settings, CLASSES, seed=0)
     members = arguments.steps * arguments.batch
     rng = np.random.default_rng(0)
     tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3))

@@ -32,7 +32,7 @@ from lmeraser_jax import config
 from lmeraser_jax.experiments import methods
 from lmeraser_jax.training import making, slice_files
 from lmeraser_jax.unlearning import build, erase
-from lmeraser_jax.unlearning.run import opened, prepared
+from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 OTHERS = ("single", "sisa-mean", "retrain", "linear-head", "ridge")
 PARTS = {
@@ -61,7 +61,7 @@ def main() -> None:
         workdir = Path(arguments.workdir or folder / "trained")
         if not arguments.workdir:
             base = folder / "base"
-            with prepared(base, settings_of(arguments)) as (run, _):
+            with prepare_run(base, settings_of(arguments)) as (run, _):
                 run.features(run.catalog.live("train"))
             trained(base, workdir, settings_of(arguments))
         result = surroundings("bench_unlearn.py", sys.argv[1:]) | measured(workdir, folder, arguments.quick)
@@ -85,15 +85,15 @@ def settings_of(arguments: argparse.Namespace) -> config.Config:
 
 def trained(base: Path, workdir: Path, settings: config.Config) -> None:
     shutil.copytree(base, workdir)
-    with prepared(workdir, settings) as (run, _):
-        build.reconcile(run)
+    with prepare_run(workdir, settings) as (run, _):
+        build.build(run)
 
 
 def trained_digits(workdir: Path, quick: bool) -> None:
     """Images, backbone and slices of the digits; few epochs where it must be quick."""
     few = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if quick else {}
-    with prepared(workdir, config.from_dict(few)) as (run, _):
-        build.reconcile(run)
+    with prepare_run(workdir, config.from_dict(few)) as (run, _):
+        build.build(run)
 
 
 def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float]:
@@ -101,7 +101,7 @@ def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float
     for _ in range(2):  # the first compiles
         shutil.rmtree(workdir, ignore_errors=True)
         trained(base, workdir, settings)
-    with opened(workdir, write=True) as run:
+    with open_run(workdir, write=True) as run:
         rows = run.catalog.slices().values()
         outcome = erase.request_erasure(run, unsampled(run, 1, seed=1)).outcome
     assert outcome is not None
@@ -112,7 +112,7 @@ def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float
 def measured(workdir: Path, folder: Path, quick: bool) -> dict[str, Any]:
     """All requests, each on a copy of the workdir."""
     clock = Clock()
-    with opened(workdir, write=True) as run:
+    with open_run(workdir, write=True) as run:
         count, epochs = run.catalog.counts()["train"], run.config.tuning.epochs
         k = run.config.clustering
         sampled = [run.catalog.sample("train", k.sample_size).ids[0]] if k.sample_from == "private" else []
@@ -139,7 +139,7 @@ def serve(workdir: Path, ids: list[str], clock: "Clock") -> dict[str, float]:
 def _served(copy: Path, ids: list[str], clock: "Clock") -> dict[str, float]:
     clock.reset()
     start = time.perf_counter()
-    with opened(copy, write=True) as run:
+    with open_run(copy, write=True) as run:
         jax.block_until_ready(run.backbone.params)
         clock.seconds["open"] = time.perf_counter() - start
         outcome = erase.request_erasure(run, ids).outcome

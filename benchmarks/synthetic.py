@@ -17,7 +17,7 @@ from lmeraser_jax.config import Config
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.hashing import arrays_digest, digest
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.vit import ViT, ViTConfig
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.catalog import Catalog, sample_rank
@@ -29,7 +29,7 @@ from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.slices import Slice, init_slice
 from lmeraser_jax.unlearning import plan
 from lmeraser_jax.unlearning.artifacts import save_clustering
-from lmeraser_jax.unlearning.run import Run, opened
+from lmeraser_jax.unlearning.run import Run, open_run
 
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
 
@@ -92,7 +92,7 @@ def make(folder: Path, records: int, clusters: int, sample: int, sample_from: st
         items += [Item(name, "public", i % CLASSES) for i, name in enumerate(open_names)]
         catalog.add_records(items, range(len(items)), [digest(item.id) for item in items])
     catalog.close()
-    with opened(folder, devices=jax.devices()[:1], write=True) as run:
+    with open_run(folder, devices=jax.devices()[:1], write=True) as run:
         run.feature_file(fingerprint(run.config.tuning, run.mesh)).append(features)
         _publish(run, names, homes, chosen, homes[where], features[where])
 
@@ -106,7 +106,7 @@ def _write_backbone(layout: Layout, config: Config) -> None:
     b = config.backbone
     vit = ViTConfig(image_size=SIDE, patch=b.patch, channels=1, width=b.width, depth=b.depth, heads=b.heads, mlp=b.mlp)
     params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(0)), nnx.Param)[1])
-    frozen.save(layout.backbone, frozen.make(vit, jax.device_get(params), (0.5,), (0.5,)), {}, {})
+    backbone_lib.save(layout.backbone, backbone_lib.make(vit, jax.device_get(params), (0.5,), (0.5,)), {}, {})
 
 
 def _publish(run: Run, names: list[str], homes: np.ndarray, chosen: list[str], labels: np.ndarray, features) -> None:

@@ -43,6 +43,6 @@ def get_config(arg: str = ""):
     config = vit_tiny_config("ham10000_64.npz", arg, "configs/ham10000_vit_tiny.py")
     config.data.augment = "paper"
     if arg == "frugal":  # chosen on a fifth of the training images held out, see docs/reproduce.md
-        config.inference.common = 0.5
+        config.inference.common_weight = 0.5
         config.common.expand = 512
     return config

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.legality import CLOSED_FORMS, PROMPTED, SHOWN, WHOLE, illegal
+from lmeraser_jax.legality import CLOSED_FORMS, PROMPTED, SHOWN, WHOLE, validate
 
 SHORT = reprlib.Repr()
 SHORT.maxstring = SHORT.maxother = SHOWN
@@ -99,7 +99,7 @@ class Clustering:
 class Tuning:
     """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
 
-    what: str = "prompt+head"  # | prompt (fixed head) | prompts+one head | head | backbone (and head) | ridge | ncm
+    method: str = "prompt+head"  # | prompt (fixed head) | prompts+one head | head | backbone (and head) | ridge | ncm
     prompt_width: int = 2  # P, pixels of the backbone's input
     prompt_init: float = 0.0  # standard deviation of the first prompt, in normalised pixels; 0: zeros
     head_init: float = 0.0  # standard deviation of the first head; 0: zeros
@@ -123,19 +123,19 @@ class Tuning:
     device_bytes: int = 4_000_000_000  # images stay on the device up to this size, else they are streamed
 
     @property
-    def border(self) -> int:
+    def active_prompt_width(self) -> int:
         """Width of the prompt that is tuned: 0 where there is none."""
-        return self.prompt_width if self.what in PROMPTED else 0
+        return self.prompt_width if self.method in PROMPTED else 0
 
     @property
     def one_head(self) -> bool:
         """Whether all clusters' prompts share a head, so that there is one slice for all, and no request is cheap."""
-        return self.what == "prompts+one head"
+        return self.method == "prompts+one head"
 
     @property
     def closed(self) -> bool:
         """Whether a slice is a formula of its members' features: no step, no epoch."""
-        return self.what in CLOSED_FORMS
+        return self.method in CLOSED_FORMS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Common:
     Erasure is a subtraction; where features are expanded, all that are left are added up again.
     """
 
-    what: str = "none"  # none | ridge | ncm
+    method: str = "none"  # none | ridge | ncm
     penalty: float = 0.1  # as tuning.penalty
     expand: int = 0  # as tuning.expand
 
@@ -164,7 +164,7 @@ class Inference:
 
     nearest: int = 1  # m: ask the m nearest clusters (1: paper); 0: all
     aggregate: str = "mean"  # of their probabilities | vote: the share of them whose first choice a class is
-    common: float = 0.3  # weight of the common head's probabilities, where there is one
+    common_weight: float = 0.3  # weight of the common head's probabilities, where there is one
     batch: int = 128  # images per device and call
 
 
@@ -207,7 +207,7 @@ def from_dict(tree: Any) -> Config:
     problems: list[str] = []
     config = _build(Config, tree, "", problems)
     raise_all(problems, "the config cannot be used:" if len(problems) > 1 else "")
-    raise_all(illegal(config))
+    raise_all(validate(config))
     return config
 
 

@@ -15,7 +15,7 @@ def raise_all(problems: Sequence[str], heading: str = "") -> None:
         raise UserError("\n".join([heading, *lines] if heading else lines))
 
 
-def some(values: Iterable[object], limit: int = 10) -> str:
+def join_limited(values: Iterable[object], limit: int = 10) -> str:
     """The values in one line; a long list is cut after `limit` and counted."""
     values = [str(value) for value in values]
     more = f", ... ({len(values)} in all)" if len(values) > limit else ""

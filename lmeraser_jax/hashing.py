@@ -45,6 +45,6 @@ def philox(seed: int, *names: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(keyed_hash(seed, *names), "little")))
 
 
-def words(name: str) -> np.ndarray:
+def seed_words(name: str) -> np.ndarray:
     """Two uint32 words that stand for a name on the device; `jax.random.fold_in` takes them one by one."""
     return np.frombuffer(keyed_hash("words", name)[:8], np.uint32)

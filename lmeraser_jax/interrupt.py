@@ -19,29 +19,29 @@ class Stopped(BaseException):
     """
 
 
-def asked() -> bool:
+def stop_requested() -> bool:
     """Whether this process was asked to stop."""
     return _asked.is_set()
 
 
-def ask() -> None:
+def request_stop() -> None:
     """What SIGTERM does: long work ends at the next place where nothing is lost."""
     _asked.set()
 
 
-def check() -> None:
+def raise_if_stopped() -> None:
     """Raises `Stopped` if this process was asked to stop."""
     if _asked.is_set():
         raise Stopped
 
 
 @contextlib.contextmanager
-def on_request() -> Iterator[None]:
+def handle_sigterm() -> Iterator[None]:
     """Inside, SIGTERM asks instead of killing. Outside the main thread, where no handler can be set, it kills."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: ask())
+    before = signal.signal(signal.SIGTERM, lambda *_: request_stop())
     try:
         yield
     finally:

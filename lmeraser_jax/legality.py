@@ -33,8 +33,8 @@ CHOICES = {
     "pretraining.augment": AUGMENTS,
     "clustering.partition": PARTITIONS,
     "clustering.sample_from": ("private", "public"),
-    "tuning.what": TUNED,
-    "common.what": ("none", *CLOSED_FORMS),
+    "tuning.method": TUNED,
+    "common.method": ("none", *CLOSED_FORMS),
     "inference.aggregate": AGGREGATES,
     "tuning.optimizer": OPTIMIZERS,
     "tuning.dtype": DTYPES,
@@ -101,7 +101,7 @@ def _has_group(pattern: str) -> bool:
         return False
 
 
-def illegal(c: "Config") -> list[str]:
+def validate(c: "Config") -> list[str]:
     """One line per illegal value: the value, what is legal, the flag to change."""
     rules = (_alone, _of_data, _of_backbone, _of_clustering, _of_tuning)
     broken = [rule for part in rules for rule in part(c) if not rule[0]]
@@ -129,7 +129,7 @@ def _alone(c: "Config") -> Iterator[Rule]:
     ):
         for flag in (f"{group}.{name}" for group, names in table.items() for name in names):
             yield test(value_of(flag)), flag, value_of(flag), legal
-    yield 0 <= c.inference.common <= 1, "inference.common", c.inference.common, "in [0, 1]"
+    yield 0 <= c.inference.common_weight <= 1, "inference.common_weight", c.inference.common_weight, "in [0, 1]"
 
 
 def _of_data(c: "Config") -> Iterator[Rule]:
@@ -178,9 +178,9 @@ def _of_tuning(c: "Config") -> Iterator[Rule]:
     t, width = c.tuning, c.tuning.prompt_width
     legal = f"at most half of --config.data.image_size={c.data.image_size}"
     yield 2 * width <= c.data.image_size, "tuning.prompt_width", width, legal
-    yield t.what != "prompt" or width > 0, "tuning.prompt_width", width, "above 0 for tuning.what=prompt"
-    yield t.what != "ridge" or t.penalty > 0, "tuning.penalty", t.penalty, "above 0"
-    yield c.common.what != "ridge" or c.common.penalty > 0, "common.penalty", c.common.penalty, "above 0"
-    yield t.expand == 0 or t.closed, "tuning.expand", t.expand, f"0 for tuning.what={t.what}"
-    stages = f"1 for tuning.what={t.what}: a closed form has no stages to repeat"
+    yield t.method != "prompt" or width > 0, "tuning.prompt_width", width, "above 0 for tuning.method=prompt"
+    yield t.method != "ridge" or t.penalty > 0, "tuning.penalty", t.penalty, "above 0"
+    yield c.common.method != "ridge" or c.common.penalty > 0, "common.penalty", c.common.penalty, "above 0"
+    yield t.expand == 0 or t.closed, "tuning.expand", t.expand, f"0 for tuning.method={t.method}"
+    stages = f"1 for tuning.method={t.method}: a closed form has no stages to repeat"
     yield t.slices == 1 or not t.closed, "tuning.slices", t.slices, stages

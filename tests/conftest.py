@@ -48,6 +48,6 @@ def rng() -> np.random.Generator:
 def _nobody_is_asked_to_stop():
     """A test that leaves the process asked to stop would end the next one's work."""
     yield
-    left = interrupt.asked()
+    left = interrupt.stop_requested()
     interrupt._asked.clear()
     assert not left

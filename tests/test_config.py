@@ -34,7 +34,7 @@ CHOICES = {
     "pretraining.augment": legality.AUGMENTS,
     "clustering.partition": legality.PARTITIONS,
     "clustering.sample_from": ("private", "public"),
-    "tuning.what": legality.TUNED,
+    "tuning.method": legality.TUNED,
     "inference.aggregate": legality.AGGREGATES,
     "tuning.optimizer": legality.OPTIMIZERS,
     "tuning.dtype": legality.DTYPES,

@@ -17,12 +17,13 @@ from lmeraser_jax.data.source import Pixels
 from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.requests import any_open
+from lmeraser_jax.training import jobs as jobs_module
 from lmeraser_jax.training import tune
 from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.add import add
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import audit, differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 
 DEVICES = [1, 8]
 
@@ -87,7 +88,7 @@ def trained(request, tmp_path_factory):
         pytest.skip(f"needs {request.param} devices, there are {len(jax.devices())}")
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with small_run(workdir, devices=request.param) as run:
-        outcome = reconcile(run)
+        outcome = build(run)
         assert outcome.retuned == outcome.clusters >= 4
     return workdir, request.param
 
@@ -102,7 +103,7 @@ def copy(trained, tmp_path):
 
 def trained_state(workdir, source, devices, config=None):
     with small_run(workdir, source, config, devices) as run:
-        reconcile(run)
+        build(run)
         return state(run)
 
 
@@ -140,7 +141,7 @@ def test_with_everything_on(tmp_path, devices):
     late = {item.id for item in small_source().items if item.split == "train"} & {f"digit-{i:04d}" for i in range(30)}
     assert late
     with small_run(tmp_path / "run", without(small_source(), late), config, devices) as run:
-        reconcile(run)
+        build(run)
         add(run, without(small_source(), {item.id for item in small_source().items} - late))
         key = run.catalog.clusters_of(unsampled_record(run)[0]).popitem()[1]
         version = next(v for v in rollback.versions(run, key) if "@" in v.ref)
@@ -187,7 +188,7 @@ def test_pixels_and_labels_of_an_erased_record_change_nothing_at_all(copy, tmp_p
         requests = one_batch(run)
     other = changed(small_source(), set(requests[0]), lambda label: (label + 1) % 10)
     with small_run(tmp_path / "other", other, devices=devices) as run:
-        reconcile(run)
+        build(run)
         assert differences(state(run), state_of(workdir, devices)) != []  # it did matter before
     found, _ = erased_state(workdir, requests, devices)
     assert differences(erased_state(tmp_path / "other", requests, devices, source=other)[0], found) == []
@@ -211,7 +212,7 @@ def test_rows_and_order_of_import_do_not_reach_the_numbers(trained, tmp_path):
 def test_public_sampling_never_reclusters(tmp_path):
     config = small_config(clustering__sample_from="public")
     with small_run(tmp_path / "run", config=config) as run:
-        reconcile(run)
+        build(run)
         before = state(run)
         requests = [list(run.catalog.live("train").ids[:40])]
     found, (outcome,) = erased_state(tmp_path / "run", requests, 1, config)
@@ -238,7 +239,7 @@ def test_the_audit_agrees_and_sees_a_changed_bit(copy, monkeypatch):
         slice_, row = tuning_slice(run, name)
         slice_["bias"] = np.nextafter(slice_["bias"], 1).astype(np.float32)
         checkpoints.save(run.layout.slice(name), slice_, {})
-        run.catalog.add_slice(row._replace(params=arrays_digest(slice_)), [])
+        run.catalog.add_slice(row._replace(params_digest=arrays_digest(slice_)), [])
         bad = audit(run)
     assert bad.differences == (f"parameters {key}",)
 
@@ -254,10 +255,10 @@ def test_unlearning_compiles_nothing_new(tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "device_program", counted)
     config = small_config(seed=77)
     with small_run(tmp_path / "run", config=config) as run:
-        reconcile(run)
+        build(run)
         for kind in (unsampled_record, sampled_record, owner):
             assert erase.request_erasure(run, kind(run)[0]).outcome.retuned > 0
-        program = tune.compiled(run.problem, run.mesh)
+        program = tune.compiled(run.tuning_spec, run.mesh)
         assert program._cache_size() == 1
 
 
@@ -266,11 +267,11 @@ def test_a_global_step_count_fails_the_contract(tmp_path, monkeypatch):
 
     def coupled(jobs, *args):
         total = sum(job.steps for job in jobs)
-        for chunk in jobs.chunks(jobs, *args):
+        for chunk in jobs_module.step_batches(jobs, *args):
             yield dataclasses.replace(chunk, total=np.full_like(chunk.total, total))
 
     assert not breaks_the_contract(tmp_path / "uncoupled"), "the control of the control"
-    monkeypatch.setattr(tune, "chunks", coupled)
+    monkeypatch.setattr(tune, "step_batches", coupled)
     assert breaks_the_contract(tmp_path)
 
 
@@ -295,7 +296,7 @@ def breaks_the_contract(tmp_path) -> bool:
     tune.compiled.cache_clear()
     try:
         with small_run(tmp_path / "coupled") as run:
-            reconcile(run)
+            build(run)
             ids = unsampled_record(run)[0]
         found, _ = erased_state(tmp_path / "coupled", [ids], 1)
         wanted = trained_state(tmp_path / "scratch", without(small_source(), set(ids)), 1)
@@ -317,5 +318,5 @@ def test_slices_of_another_program_are_compared_within_a_tolerance(copy):
         slice_, row = tuning_slice(run, name)
         slice_["kernel"] = slice_["kernel"] * np.float32(1.5)
         checkpoints.save(run.layout.slice(name), slice_, {})
-        run.catalog.add_slice(row._replace(params=arrays_digest(slice_)), [])
+        run.catalog.add_slice(row._replace(params_digest=arrays_digest(slice_)), [])
         assert f"parameters {key}" in audit(run).differences

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lmeraser_jax.hashing import arrays_digest, canonical_json, digest, keyed_hash, philox, words
+from lmeraser_jax.hashing import arrays_digest, canonical_json, digest, keyed_hash, philox, seed_words
 
 NAMES = [f"record-{i}" for i in range(200)]
 
@@ -53,13 +53,13 @@ def test_hash_depends_on_seed_and_name():
 def test_hash_is_pinned():
     """Changing the hash would silently move every sample, order and holdout of existing workdirs."""
     assert keyed_hash(7, "sample", "digit-0001").hex() == "6d81b17caebf85ee741ffd5a6d29ba61"
-    assert words("digit-0001").tolist() == [3654164559, 296508776]
+    assert seed_words("digit-0001").tolist() == [3654164559, 296508776]
 
 
 def test_words_are_two_uint32():
-    found = words("a")
+    found = seed_words("a")
     assert found.shape == (2,) and found.dtype == np.uint32
-    assert len({words(name).tobytes() for name in NAMES}) == len(NAMES)
+    assert len({seed_words(name).tobytes() for name in NAMES}) == len(NAMES)
 
 
 # random streams

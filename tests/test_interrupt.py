@@ -24,9 +24,9 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.tune import mesh_of
-from lmeraser_jax.unlearning import build as build
+from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
 
 
@@ -38,9 +38,9 @@ def ask() -> None:
 def test_a_train_that_is_asked_to_stop_keeps_what_its_calls_have_finished(tmp_path, monkeypatch):
     config = small_config(tuning__scan_steps=1)
     with small_run(tmp_path / "wanted", config=config) as run:
-        reconcile(run)
+        build(run)
         wanted = state(run)
-    keep, compiled, saved, handed = build._keep, tune.compiled, [], []
+    keep, compiled, saved, handed = build_module._keep, tune.compiled, [], []
 
     def keep_and_ask(*args):
         saved.append(keep(*args))
@@ -54,15 +54,15 @@ def test_a_train_that_is_asked_to_stop_keeps_what_its_calls_have_finished(tmp_pa
         return program
 
     with small_run(tmp_path / "run", config=config) as run:
-        with monkeypatch.context() as patch, pytest.raises(interrupt.Stopped), interrupt.on_request():
-            patch.setattr(build, "_keep", keep_and_ask)
+        with monkeypatch.context() as patch, pytest.raises(interrupt.Stopped), interrupt.handle_sigterm():
+            patch.setattr(build_module, "_keep", keep_and_ask)
             patch.setattr(tune, "compiled", counting)
-            reconcile(run)
+            build(run)
         assert run.catalog.manifest() is None
         assert 0 < sum(handed) == len(saved) == len(run.catalog.slices()) < len(wanted["slices"])
         assert {path.name for path in run.layout.slices.iterdir()} == set(run.catalog.slices())
     with small_run(tmp_path / "run", config=config) as run:
-        assert reconcile(run).reused == len(saved)
+        assert build(run).reused == len(saved)
         assert differences(state(run), wanted) == [] and leftovers(run) == []
 
 
@@ -74,10 +74,10 @@ def test_nobody_looks_during_the_publish_and_the_purge(tmp_path, monkeypatch):
         return publish(*args)
 
     monkeypatch.setattr(Catalog, "publish", ask_and_publish)
-    with interrupt.on_request(), small_run(tmp_path / "run") as run:
-        assert reconcile(run).published and leftovers(run) == []
-        assert interrupt.asked()
-    assert not interrupt.asked(), "the next command of this process was not asked"
+    with interrupt.handle_sigterm(), small_run(tmp_path / "run") as run:
+        assert build(run).published and leftovers(run) == []
+        assert interrupt.stop_requested()
+    assert not interrupt.stop_requested(), "the next command of this process was not asked"
 
 
 def test_an_import_and_the_features_stop_between_pieces(tmp_path, monkeypatch):
@@ -90,10 +90,10 @@ def test_an_import_and_the_features_stop_between_pieces(tmp_path, monkeypatch):
         return whole.read(start, stop)
 
     source = dataclasses.replace(whole, read=read)
-    with interrupt.on_request(), pytest.raises(interrupt.Stopped), small_run(tmp_path / "run", source):
+    with interrupt.handle_sigterm(), pytest.raises(interrupt.Stopped), small_run(tmp_path / "run", source):
         pass
     assert reads == [0]
-    with small_run(tmp_path / "run") as run, interrupt.on_request():
+    with small_run(tmp_path / "run") as run, interrupt.handle_sigterm():
         records = run.catalog.live("train")
         ask()
         with pytest.raises(interrupt.Stopped):
@@ -117,7 +117,7 @@ def test_pretraining_writes_a_checkpoint_first(tmp_path, monkeypatch):
         return real(seed, epoch, *rest)
 
     monkeypatch.setattr(pretrain, "_epoch_rows", epoch_rows)
-    with interrupt.on_request(), pytest.raises(interrupt.Stopped):
+    with interrupt.handle_sigterm(), pytest.raises(interrupt.Stopped):
         pretrain.pretrain(Layout(tmp_path / "run"), images, labels, 10, config, mesh)
     assert checkpoints.load(Layout(tmp_path / "run").pretraining)[2] == 2
     resumed, _ = pretrain.pretrain(Layout(tmp_path / "run"), images, labels, 10, config, mesh)
@@ -128,7 +128,7 @@ def test_pretraining_writes_a_checkpoint_first(tmp_path, monkeypatch):
 
 def test_waiting_for_another_writer_ends_too(tmp_path):
     layout = Layout(tmp_path / "run")
-    with writer_lock(layout), interrupt.on_request():
+    with writer_lock(layout), interrupt.handle_sigterm():
         threading.Timer(0.2, ask).start()
         with pytest.raises(interrupt.Stopped), writer_lock(layout, wait=60):
             pass
@@ -138,7 +138,7 @@ def test_outside_the_main_thread_nothing_is_installed():
     found = []
 
     def work():
-        with interrupt.on_request():
+        with interrupt.handle_sigterm():
             found.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=work)
@@ -149,7 +149,7 @@ def test_outside_the_main_thread_nothing_is_installed():
 
 def test_main_says_how_to_resume_and_exits_with_0(monkeypatch, capsys, tmp_path):
     flags = ["rollback", f"--workdir={tmp_path}/a b", "--cluster=f00d"]
-    monkeypatch.setattr("lmeraser_jax.cli.rollback.run", lambda _: (ask(), interrupt.check()))
+    monkeypatch.setattr("lmeraser_jax.cli.rollback.run", lambda _: (ask(), interrupt.raise_if_stopped()))
     assert command.main(flags) == 0
     assert capsys.readouterr().err == f"stopped as asked; resume with: lmeraser {shlex.join(flags)}\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -24,9 +24,9 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.unlearning import add
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
-    with opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
+    with open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])
         common.log_devices()
         imported, outcome = add.add(run_, source)

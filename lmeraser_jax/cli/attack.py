@@ -41,7 +41,7 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.evaluation import plotting
     from lmeraser_jax.evaluation.attacks import report
     from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options, attack
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     if figure is not None:
         plotting.required()  # refuses now, not in the end
@@ -54,7 +54,7 @@ def run(arguments: common.Arguments) -> int:
         seed=arguments["seed"],
     )
     common.log_devices()
-    with opened(workdir, config) as run_:
+    with open_run(workdir, config) as run_:
         result = attack(run_, options)
     common.show(arguments, result.text(), result.values())
     if figure is not None:

@@ -24,10 +24,10 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.unlearning.audit import audit
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     common.log_devices()
-    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+    with open_run(workdir, config, write=True, wait=arguments["wait"]) as run_:
         verdict = audit(run_, arguments["sample"])
     common.show(arguments, verdict.text(), {**dataclasses.asdict(verdict), "ok": verdict.ok})
     return 0 if verdict.ok else 1

@@ -17,7 +17,7 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 
 STRAY = "name them as --weights=FILE_OR_FOLDER"
 
@@ -37,17 +37,17 @@ def run(arguments: common.Arguments) -> int:
         return _list(arguments)
     out = _out(arguments["out"])
     config = _merged(arguments)
-    from lmeraser_jax.models import backbone as frozen
+    from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.models import convert
     from lmeraser_jax.storage import checkpoints
 
     made, provenance = convert.load(config, arguments["image_size"])
     inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
-    frozen.save(out, made, inputs, dataclasses.asdict(provenance))
+    backbone_lib.save(out, made, inputs, dataclasses.asdict(provenance))
     count = sum(leaf.size for leaf in checkpoints.flatten(made.params).values())
     values = {
         "folder": str(out),
-        "architecture": frozen.described(made.config),
+        "architecture": backbone_lib.described(made.config),
         "parameters": count,
         "digest": made.digest,
         "feature": made.config.feature,
@@ -92,7 +92,7 @@ def _text(values: dict[str, Any]) -> str:
         f"  parameters     {values['parameters']:,}",
         f"  feature        {values['feature']}, {values['feature_size']} numbers",
         f"  normalisation  mean {values['mean']}, std {values['std']}",
-        f"  left out       {some(left_out) if left_out else 'nothing'}",
+        f"  left out       {join_limited(left_out) if left_out else 'nothing'}",
         f"  digest         {values['digest']}",
         f"use it with: --config.backbone.weights={values['folder']}",
     ]
@@ -100,7 +100,7 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def _list(arguments: common.Arguments) -> int:
-    from lmeraser_jax.models import backbone as frozen
+    from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.models import zoo
 
     rows = {
@@ -109,7 +109,7 @@ def _list(arguments: common.Arguments) -> int:
             "hub": entry.hub,
             "revision": entry.revision,
             "licence": entry.licence,
-            "architecture": frozen.described(entry.architecture),
+            "architecture": backbone_lib.described(entry.architecture),
             "feature": entry.architecture.feature,
             "normalisation": entry.normalisation,
         }

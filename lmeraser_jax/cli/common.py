@@ -21,7 +21,7 @@ from lmeraser_jax.training.team import ALONE, Team
 if TYPE_CHECKING:
     from lmeraser_jax.storage.catalog import Catalog
     from lmeraser_jax.storage.workdir import Layout
-    from lmeraser_jax.unlearning.build import Outcome
+    from lmeraser_jax.unlearning.build import BuildReport
 
 Flags = absl_flags.FlagValues
 
@@ -220,7 +220,7 @@ def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
         yield layout, catalog
 
 
-def outcome_text(outcome: "Outcome") -> str:
+def outcome_text(outcome: "BuildReport") -> str:
     """What a reconcile did, in a line."""
     return (
         f"clusters re-tuned {outcome.retuned}, reused {outcome.reused}; {outcome.images} images"

@@ -1,7 +1,7 @@
-"""lmeraser plan: an estimate of what serving erasures at once, hourly, daily, weekly or as you like costs.
+"""lmeraser forecast: an estimate of what serving erasures at once, hourly, daily, weekly or as you like costs.
 
-  lmeraser plan --workdir=DIR --rate=REQUESTS_PER_DAY --window=DAYS [--images_per_second=X] [--figure=FILE.png]
-  lmeraser plan --workdir=DIR --rate=REQUESTS_PER_DAY --requests=K      (whenever exactly K requests have come)
+  lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --window=DAYS [--images_per_second=X] [--figure=FILE.png]
+  lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --requests=K      (whenever exactly K requests have come)
 
 Reads the catalog alone: clusters, their sizes and sampled members, images and seconds of their slices. Changes nothing
 and waits for nobody. docs/theory.md has the formulas.

@@ -15,9 +15,9 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.evaluation import overview
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
-    with opened(workdir, config) as run_:
+    with open_run(workdir, config) as run_:
         if arguments["records"]:
             common.show(arguments, *overview.record_list(run_))
         else:

@@ -108,7 +108,7 @@ def _run(name: str, arguments: Sequence[str], who: list[str]) -> int:
             return 0
     with contextlib.ExitStack() as stack:
         if name in RESUMABLE:
-            stack.enter_context(interrupt.on_request())
+            stack.enter_context(interrupt.handle_sigterm())
         team = stack.enter_context(distributed.joined(place if name in SHARED else None))
         if team.index:
             from lmeraser_jax.training import slice_files

@@ -25,10 +25,10 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.data import folder
     from lmeraser_jax.data.decode import decoded
     from lmeraser_jax.evaluation.serving import Predictor
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
-    with opened(workdir, config) as run_:
+    with open_run(workdir, config) as run_:
         common.warn_if_unfinished(run_)
         spec = run_.spec
         images = decoded(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)

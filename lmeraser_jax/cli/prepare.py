@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 
 NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"
@@ -48,7 +48,7 @@ def run(arguments: common.Arguments) -> int:
     lines = [
         f"{prepared.name} {'is prepared' if new else 'was prepared before, nothing changed'}: {folder}",
         *(f"  {split:<12}{count:>9} images" for split, count in prepared.sizes.items()),
-        f"  {len(classes)} classes: {some(classes)}",
+        f"  {len(classes)} classes: {join_limited(classes)}",
         f"next: {following}",
     ]
     values = {
@@ -119,7 +119,9 @@ def _builder(dataset: str, root: Path) -> Any:
     try:
         configs = list(tensorflow_datasets.builder_cls(name).builder_configs)
         if config and config not in configs:
-            raise UserError(f"{FLAG}={dataset}: {name} has no config {config}; it has {some(configs) or 'none'}")
+            raise UserError(
+                f"{FLAG}={dataset}: {name} has no config {config}; it has {join_limited(configs) or 'none'}"
+            )
         return tensorflow_datasets.builder(dataset, data_dir=str(root))
     except UserError:
         raise

@@ -15,10 +15,10 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.unlearning.run import prepared
+    from lmeraser_jax.unlearning.run import prepare_run
 
     common.log_devices()
-    with prepared(workdir, config) as (opened, imported):
+    with prepare_run(workdir, config) as (opened, imported):
         architecture, name = opened.backbone.config, opened.backbone.digest
     kind, size = type(architecture).__name__.removesuffix("Config"), architecture.image_size
     lines = [f"backbone {name[:12]}: {kind}, {size} px, feature of {architecture.feature_size} numbers"]

@@ -39,12 +39,12 @@ def run(arguments: common.Arguments) -> int:
         return 0
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning import erase
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     print(f"{_some(due.waiting)}; the oldest is {_time(due.age)} old", file=sys.stderr)
     with (
         profiling.into(arguments["profile"]),
-        opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
+        open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
     ):
         common.log_devices()
         outcome, finished = erase.process(run_)

@@ -32,9 +32,9 @@ def run(arguments: common.Arguments) -> int:
     if sum([arguments["list"], arguments["unpin"], bool(arguments["to"])]) > 1:
         raise UserError("--list, --unpin and --to exclude each other")
     from lmeraser_jax.unlearning import rollback
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
-    with opened(workdir, config, write=not arguments["list"], wait=arguments["wait"], team=arguments.team) as run_:
+    with open_run(workdir, config, write=not arguments["list"], wait=arguments["wait"], team=arguments.team) as run_:
         key = rollback.cluster_key(run_.catalog, arguments["cluster"])
         if arguments["list"]:
             versions = rollback.versions(run_, key)

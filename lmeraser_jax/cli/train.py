@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.errors import some
+from lmeraser_jax.errors import join_limited
 
 if TYPE_CHECKING:
     from lmeraser_jax.storage.ingest import Imported
-    from lmeraser_jax.unlearning.build import Outcome
+    from lmeraser_jax.unlearning.build import BuildReport
 
 MOST_NAMED = 1000  # images in a warning; --json has all
 
@@ -33,19 +33,19 @@ def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.evaluation import overview
     from lmeraser_jax.training import profiling
-    from lmeraser_jax.unlearning.build import reconcile, repair
-    from lmeraser_jax.unlearning.run import prepared
+    from lmeraser_jax.unlearning.build import build, repair
+    from lmeraser_jax.unlearning.run import prepare_run
 
     common.log_devices()
     again = {name: arguments[name] for name in ("reimport", "retune", "wait")}
     with (
         profiling.into(arguments["profile"]),
-        prepared(workdir, config, team=arguments.team, **again) as (opened, imported),
+        prepare_run(workdir, config, team=arguments.team, **again) as (opened, imported),
     ):
         lines = _imported(imported, opened.spec.channels) if imported else []
         for message in repair(opened):
             common.warn(message)
-        outcome = reconcile(opened)
+        outcome = build(opened)
         overview = overview.overview(opened)
     for message in overview.warnings:
         common.warn(message)
@@ -75,12 +75,12 @@ def _imported(imported: "Imported", channels: int) -> list[str]:
     if imported.unreadable:
         common.warn(
             f"{len(imported.unreadable)} images could not be read and were left out"
-            f" ({some(imported.unreadable, MOST_NAMED)}); mended ones join with lmeraser train --reimport"
+            f" ({join_limited(imported.unreadable, MOST_NAMED)}); mended ones join with lmeraser train --reimport"
         )
     return lines
 
 
-def _done(outcome: "Outcome") -> str:
+def _done(outcome: "BuildReport") -> str:
     if not (outcome.retuned or outcome.published):
         return f"nothing to do: all {outcome.clusters} clusters are tuned and published"
     return (

@@ -77,13 +77,13 @@ def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> in
     from lmeraser_jax.storage import requests
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning import erase
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     with (
         _says_accepted(accepted, workdir),
         profiling.into(arguments["profile"]),
-        opened(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
+        open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
     ):
         common.log_devices()
         others = len(requests.listed(run_.catalog, only_open=True)) - 1
@@ -112,10 +112,10 @@ def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], 
 def _dry_run(arguments: common.Arguments, named: tuple[list[str], list[str], list[str]]) -> int:
     from lmeraser_jax.storage import requests
     from lmeraser_jax.unlearning import erase
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    with opened(workdir, config, write=True, wait=arguments["wait"]) as run_:
+    with open_run(workdir, config, write=True, wait=arguments["wait"]) as run_:
         estimate = erase.estimate(run_, requests.resolve(run_.catalog, *named))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0

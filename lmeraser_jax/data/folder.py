@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import label_csv
 from lmeraser_jax.data.source import Item, Pixels, Source
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 DEFAULTS = {"train": "train", "test": "test", "holdout": "", "public": "public"}
@@ -80,7 +80,7 @@ def _roles(root: Path, data: Data) -> dict[str, str]:
         if folder.is_absolute() or ".." in folder.parts:
             found.append(f'{flag}: must be a folder below --config.data.path, or "." for the whole of it')
         elif not (root / folder).is_dir():
-            inside = some(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
+            inside = join_limited(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
             found.append(f'{flag}: no such folder in {data.path}; it holds {inside} ("." takes the whole folder)')
         else:
             roles[split] = str(folder)
@@ -129,7 +129,7 @@ def _class_folder(name: str) -> str:
 def _refuse_loose(loose: list[str], table: str) -> None:
     """Beside a CSV the subfolders of the whole folder may be parts of an archive, so they are not taken for classes."""
     if loose:
-        raise UserError(f"{table} (--config.data.labels) has labels, but none for these images: {some(loose)}")
+        raise UserError(f"{table} (--config.data.labels) has labels, but none for these images: {join_limited(loose)}")
 
 
 def _refuse_unlabelled(names: list[str], texts: list[str], data: Data, train: str) -> None:
@@ -140,7 +140,9 @@ def _refuse_unlabelled(names: list[str], texts: list[str], data: Data, train: st
             f"{data.path} has no labels: there are no class folders ({train}/<class>/<file>)"
             f" and {'none in the CSV' if data.labels else 'no CSV'} (--config.data.labels)"
         )
-    raise_all([f"no class folder and no label in the CSV (--config.data.labels): {some(without)}"] if without else [])
+    raise_all(
+        [f"no class folder and no label in the CSV (--config.data.labels): {join_limited(without)}"] if without else []
+    )
 
 
 def _numbered(texts: list[str]) -> tuple[tuple[str, ...], Mapping[str, int]]:

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple, TextIO
 
 from lmeraser_jax.data.names import shown
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 DELIMITERS = ",;\t"
 LISTED = 100  # names in a message
@@ -44,17 +44,19 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     found = []
     nameless = [f"row {number}" for number, row in enumerate(rows, 1) if not row.file]
     if nameless:
-        found.append(f"{path} has rows without a file name: {some(nameless, LISTED)}")
+        found.append(f"{path} has rows without a file name: {join_limited(nameless, LISTED)}")
     rows = [row for row in rows if row.file]
     twice = [file for file, count in Counter(row.file for row in rows).items() if count > 1]
     if twice:
-        found.append(f"{path} names files more than once: {some(map(shown, twice), LISTED)}")
+        found.append(f"{path} names files more than once: {join_limited(map(shown, twice), LISTED)}")
     places, ambiguous, unknown = _places({row.file for row in rows}, names, folders)
     if ambiguous:
         lines = [f"{shown(file)} ({' or '.join(several[:2])})" for file, several in sorted(ambiguous.items())]
-        found.append(f"{path} names files that could be several images; give their paths: {some(lines, LISTED)}")
+        found.append(
+            f"{path} names files that could be several images; give their paths: {join_limited(lines, LISTED)}"
+        )
     if unknown:
-        found.append(f"{path} names files that are not there: {some(map(shown, sorted(unknown)), LISTED)}")
+        found.append(f"{path} names files that are not there: {join_limited(map(shown, sorted(unknown)), LISTED)}")
     spellings = defaultdict(list)
     for file, name in places.items():
         spellings[name].append(file)
@@ -64,7 +66,7 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
         if len(files) > 1
     ]
     if same:
-        found.append(f"{path} names one image in several ways: {some(same, LISTED)}")
+        found.append(f"{path} names one image in several ways: {join_limited(same, LISTED)}")
     raise_all(found, "the labels do not fit the images (--config.data.labels):" if found else "")
     return {places[row.file]: row for row in rows}
 
@@ -121,7 +123,8 @@ def _rows(path: str, columns: str) -> list[Row]:
             missing = [name for name in needed if name not in header]
             if missing:
                 raise UserError(
-                    f"{path} lacks the columns {', '.join(missing)}; it has {some(map(shown, header)) or 'none'};"
+                    f"{path} lacks the columns {', '.join(missing)}; it has"
+                    f" {join_limited(map(shown, header)) or 'none'};"
                     f" name its columns for file,label[,owner] with --config.data.csv_columns (now {columns})"
                 )
             twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]

@@ -5,7 +5,7 @@ import re
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.source import Source
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "store_size", "store_width")
 ONLY = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(FOLDERS, ("folder", "tfds"))
@@ -64,6 +64,6 @@ def _with_owners(source: Source, pattern: str) -> Source:
         found = found or bool(owner)
         items.append(item._replace(owner=owner) if owner else item)
     if not found:
-        few = some(item.id for item in source.items[:3])
+        few = join_limited(item.id for item in source.items[:3])
         raise UserError(f"--config.data.owner_pattern={pattern!r} finds no owner in any id; ids look like: {few}")
     return dataclasses.replace(source, items=items)

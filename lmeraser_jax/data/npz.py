@@ -19,7 +19,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data.names import LONGEST, shown
 from lmeraser_jax.data.source import Item, Pixels, Source
 from lmeraser_jax.data.stream import DAMAGE, Rows
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 TRAIN, TEST = ("train_images", "train_labels"), ("test_images", "test_labels")
 SPLITS = ("train", "test", "public")
@@ -45,14 +45,16 @@ def load(path: str, own_test: bool = True, most: int = Data().max_pixels) -> Sou
     there = _opened(path)
     missing = [key for key in (*TRAIN, *(TEST if own_test else ())) if key not in there]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; it has {some(there) or 'nothing'} (--config.data.path)")
+        raise UserError(
+            f"{path} lacks {', '.join(missing)}; it has {join_limited(there) or 'nothing'} (--config.data.path)"
+        )
     splits = [split for split in SPLITS if f"{split}_images" in there]
     found = [line for split in splits for line in _wrong(there, split, most, os.path.getsize(path))]
     raise_all(found + _wrong_names(there), f"{path} cannot be used:")
     streams = [there[f"{split}_images"] for split in splits]
     shapes = {_with_channels(stream.shape[1:]) for stream in streams}
     if len(shapes) > 1:
-        raise UserError(f"{path}: all images must have one shape; found {some(sorted(shapes))}")
+        raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _damage(path):
         arrays = {key: rows.whole() for key, rows in there.items() if not key.endswith("_images")}
         items = [item for split in splits for item in _items(arrays, split)]

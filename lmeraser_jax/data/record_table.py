@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from lmeraser_jax.data.source import content_hash
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RecordTable:
         return self.take(np.array([i for i, name in enumerate(self.ids) if name not in ids], np.int64))
 
 
-def refuse_rotten(images: np.ndarray, records: RecordTable) -> None:
+def check_pixel_hashes(images: np.ndarray, records: RecordTable) -> None:
     """Refuses records whose stored pixels are no longer those that were imported: a digest would name other bytes.
 
     Args:
@@ -85,6 +85,7 @@ def refuse_rotten(images: np.ndarray, records: RecordTable) -> None:
     rotten = [name for name, row, content in pairs if content_hash(images[row]) != content]
     if rotten:
         raise UserError(
-            f"the stored pixels of {len(rotten)} records are not those that were imported: {some(rotten, 50)}; read"
-            " them from the source again with lmeraser train --reimport, or erase these records with lmeraser unlearn"
+            f"the stored pixels of {len(rotten)} records are not those that were imported: {join_limited(rotten, 50)};"
+            " read them from the source again with lmeraser train --reimport, or erase"
+            " these records with lmeraser unlearn"
         )

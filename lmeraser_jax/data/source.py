@@ -11,7 +11,7 @@ import numpy as np
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.names import VISIBLE, faults, shown
-from lmeraser_jax.errors import some
+from lmeraser_jax.errors import join_limited
 from lmeraser_jax.hashing import keyed_hash
 
 SPLITS = ("train", "holdout", "test", "public")
@@ -76,15 +76,17 @@ def problems(source: Source, first: bool = True) -> list[str]:
     if not any(item.split == "train" for item in source.items):
         found.append("there is no training image")
     elif first and len(labels) < 2:
-        found.append(f"only one class is present ({some(labels)}); a classifier needs at least 2")
+        found.append(f"only one class is present ({join_limited(labels)}); a classifier needs at least 2")
     if bad:
-        found.append(f"labels must lie in 0..{len(source.class_names) - 1} (the class names): {some(bad)}")
+        found.append(f"labels must lie in 0..{len(source.class_names) - 1} (the class names): {join_limited(bad)}")
     if twice:
-        found.append(f"ids must be unique; these occur more than once: {some(twice)}")
+        found.append(f"ids must be unique; these occur more than once: {join_limited(twice)}")
     if garbled:
-        found.append(f"ids (file names), owners and class names must be plain text; these are not: {some(garbled)}")
+        found.append(
+            f"ids (file names), owners and class names must be plain text; these are not: {join_limited(garbled)}"
+        )
     if nameless:
-        found.append(f"ids must not be empty; these items (counted from 0) have none: {some(nameless)}")
+        found.append(f"ids must not be empty; these items (counted from 0) have none: {join_limited(nameless)}")
     if min(source.shape) < 1 or source.shape[2] not in (1, 3):
         found.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
     return found
@@ -97,7 +99,7 @@ def content_hash(image: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def placed(item: Item, data: Data, seed: int) -> Item:
+def assign_split(item: Item, data: Data, seed: int) -> Item:
     """Moves shares of the training items to test and holdout, chosen by a keyed hash of the id or the owner."""
     if item.split != "train":
         return item

@@ -17,7 +17,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.source import Item, Pixels, Source
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 
 DEFAULTS = {"train": "train", "holdout": "", "test": "test", "public": ""}
@@ -126,9 +126,9 @@ def opened(folder: Path) -> Prepared:
         raise UserError(f"{folder} holds no readable TFDS data set: {type(error).__name__}: {error}") from error
     if "array_record" not in formats:
         raise UserError(
-            f"{folder} keeps {builder.info.full_name} as {some(sorted(formats)) or 'nothing'}, which cannot be read"
-            " without TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as array_record"
-            f" with: {tfds_paths.command(str(builder.info.full_name).rpartition('/')[0])}"
+            f"{folder} keeps {builder.info.full_name} as {join_limited(sorted(formats)) or 'nothing'}, which cannot"
+            " be read without TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as"
+            f" array_record with: {tfds_paths.command(str(builder.info.full_name).rpartition('/')[0])}"
         )
     return Prepared(str(builder.info.full_name), folder, builder)
 
@@ -147,7 +147,7 @@ def fields(name: str, info: Any) -> Fields:
     plain = [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)]
     labels = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
     image, label = _chosen(plain, keys, "image"), _chosen(labels, keys, "label")
-    has = some(f"{key} ({type(kind).__name__})" for key, kind in sorted(features.items()))
+    has = join_limited(f"{key} ({type(kind).__name__})" for key, kind in sorted(features.items()))
     for kind, found, chosen in (("image", plain, image), ("class label", labels, label)):
         if not chosen:
             which = f"several features of the kind {kind}, none the main one" if found else f"no {kind}"
@@ -183,7 +183,7 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
     import tensorflow_datasets as tfds
 
     sizes, spans, problems = prepared.sizes, [], []
-    has = some(f"{name} ({count})" for name, count in sizes.items()) or "none"
+    has = join_limited(f"{name} ({count})" for name, count in sizes.items()) or "none"
     for role in DEFAULTS:
         spec = _spec(role, data, sizes)
         if not spec:
@@ -224,7 +224,7 @@ def _overlaps(spans: Sequence[Span], data: Data, sizes: dict[str, int]) -> list[
     for (one, other), common in shared.items():
         first, second = (f"--config.data.{role}_split={_spec(role, data, sizes)}" for role in (one, other))
         count = sum(span.stop - span.start for span in common)
-        where = some(f"{span.split}[{span.start}:{span.stop}]" for span in common)
+        where = join_limited(f"{span.split}[{span.start}:{span.stop}]" for span in common)
         if one == other:
             problems.append(f"{first} names {count} images twice: {where}")
         else:
@@ -265,7 +265,7 @@ def _items(
                     items.append(Item(f"{span.split}/{name}", span.role, label))
                 shown.advance(last - first)
     if damaged:
-        raise prepared.damaged(f"no whole records: {some(damaged)}")
+        raise prepared.damaged(f"no whole records: {join_limited(damaged)}")
     raise_all([_hidden(prepared, fields, span, count, data) for span, count in hidden.items() if count])
     return items
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import NamedTuple
 
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 
 PATTERN = re.compile(r"(?P<name>[A-Za-z]\w*)(/(?P<config>[\w.+-]+))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?", re.ASCII)
 VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
@@ -59,7 +59,7 @@ def required(dataset: str, data_dir: str) -> Path:
         raise unknown(name, FLAG, f" and {where} holds none", known)
     raise UserError(
         f"{FLAG}={dataset} is not prepared in {where}; prepare it with: {command(dataset, data_dir)}"
-        + (f"; prepared there: {some(there)}" if there else "")
+        + (f"; prepared there: {join_limited(there)}" if there else "")
     )
 
 

@@ -13,7 +13,7 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.rows import COMMON, Manifest, SliceRow
 from lmeraser_jax.storage.workdir import disk_use
 from lmeraser_jax.training.clustering import Clustering, expected_share
-from lmeraser_jax.training.slices import lay_prompt
+from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of, slice_of
 from lmeraser_jax.unlearning.run import Run
 
@@ -182,7 +182,7 @@ def overview(run: Run) -> Overview:
         backbone=run.backbone.digest,
         classes=classes,
         imbalance=max(filled) / min(filled) if filled else 0.0,
-        common=run.config.common.what if COMMON in manifest.entries else "",
+        common=run.config.common.method if COMMON in manifest.entries else "",
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows], again),
         sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),
@@ -274,13 +274,13 @@ def picture(run: Run, path: Path, clusters: int = 8, members: int = 10, side: in
 
 def _prompt(run: Run, manifest: Manifest, key: str) -> np.ndarray:
     """A cluster's prompt as an image [S, S, C], in normalised pixels; zeros where none is tuned."""
-    architecture, width = run.backbone.config, run.config.tuning.border
+    architecture, width = run.backbone.config, run.config.tuning.active_prompt_width
     if not width:
         return np.zeros((architecture.image_size, architecture.image_size, architecture.channels), np.float32)
     border = load_slice(run, manifest.entries[key]).prompt
     if run.config.tuning.one_head:
         border = border[load_clustering(run.layout, manifest.clustering).keys.index(key)]
-    return np.asarray(lay_prompt(border, architecture.image_size, width, architecture.channels))
+    return np.asarray(place_prompt(border, architecture.image_size, width, architecture.channels))
 
 
 def _resized(image: np.ndarray, side: int) -> np.ndarray:

@@ -21,13 +21,13 @@ from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.storage.rows import COMMON, Manifest
 from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
-from lmeraser_jax.training.slices import Slice, border_size, lay_prompt
-from lmeraser_jax.training.tune import Problem, features_of
+from lmeraser_jax.training.slices import Slice, border_size, place_prompt
+from lmeraser_jax.training.tune import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.run import Run
 
@@ -69,13 +69,13 @@ class Model:
         return min(self.run.config.inference.nearest or len(self.keys), len(self.keys))
 
     @property
-    def question(self) -> "Question":
+    def question(self) -> "RoutingOptions":
         asked, common = self.run.config.inference, self.run.config.common
-        return Question(self.nearest, asked.nearest == 0, asked.aggregate, asked.common, common.expand)
+        return RoutingOptions(self.nearest, asked.nearest == 0, asked.aggregate, asked.common_weight, common.expand)
 
 
 @dataclasses.dataclass(frozen=True)
-class Question:
+class RoutingOptions:
     """Which clusters are asked, and how their answers become one.
 
     Attributes:
@@ -137,7 +137,7 @@ def load_model(run: Run, before: Model | None = None) -> Model:
                 clustering = load_clustering(run.layout, manifest.clustering)
                 keys = clustering.keys
             refs = tuple("" if key in quarantined else manifest.entries.get(key, "") for key in keys)
-            common = "" if quarantined or not run.config.inference.common else manifest.entries.get(COMMON, "")
+            common = "" if quarantined or not run.config.inference.common_weight else manifest.entries.get(COMMON, "")
             for ref in (*refs, common):
                 if ref and ref not in held and ref not in read:
                     read[ref] = load_slice(run, ref)
@@ -197,12 +197,12 @@ def _rearranged(run: Run, before: Model | None, clustering: Clustering) -> Model
     source = np.full(len(prototypes), -1, np.int32)
     if before is None:
         tuning, architecture = run.config.tuning, run.backbone.config
-        width = border_size(architecture.image_size, tuning.border, architecture.channels)
+        width = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
         heads = (architecture.feature_size + tuning.expand, len(run.classes))
         shapes = ((width,), heads, heads[1:])
         stack = Slice(*(np.zeros((len(prototypes), *rest), np.float32) for rest in shapes))
-        if run.problem.own_architecture:
-            own = frozen.graph(architecture)[1]
+        if run.tuning_spec.own_architecture:
+            own = backbone_lib.graph(architecture)[1]
             own = jax.tree.map(lambda leaf: np.zeros((len(prototypes), *leaf.shape), np.float32), own)
             stack = stack._replace(backbone=own)
         params, refs = on_device(run.backbone, compute_dtype(tuning.dtype, run.mesh), run.mesh), ("",) * len(source)
@@ -258,8 +258,8 @@ def _moved(mesh: Mesh):
 
 
 def routed_probabilities(
-    problem: Problem,
-    question: Question,
+    problem: TuningSpec,
+    question: RoutingOptions,
     params: Any,
     stack: Slice,
     prototypes,
@@ -285,11 +285,11 @@ def routed_probabilities(
         (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
     """
     pixels = centred(images, problem.spec)  # [B, H, W, C]
-    bare = problem.tuning.border == 0 and stack.backbone is None  # then all heads see the same feature
+    bare = problem.tuning.active_prompt_width == 0 and stack.backbone is None  # then all heads see the same feature
     if question.everyone:
         draws = jnp.zeros((len(pixels), len(present)))
     looked_at = bare or draws is None or common is not None
-    plain = frozen.features(problem.architecture, params, pixels) if looked_at else prototypes  # [B, D]
+    plain = backbone_lib.features(problem.architecture, params, pixels) if looked_at else prototypes  # [B, D]
     far = squared_distances(plain, prototypes, present) if draws is None else draws
     gaps = jnp.where(present[None], far, jnp.inf)  # [B, K]
     index = jax.lax.top_k(-gaps, question.nearest)[1]  # [B, m]; of equal ones the first
@@ -312,17 +312,17 @@ def routed_probabilities(
     return found, jnp.where(chosen, index, -1)
 
 
-def _of_chosen(problem: Problem, params: Any, stack: Slice, pixels: jax.Array, index: jax.Array) -> jax.Array:
+def _of_chosen(problem: TuningSpec, params: Any, stack: Slice, pixels: jax.Array, index: jax.Array) -> jax.Array:
     """Logits [B, m, Y] of the clusters chosen for each image, index int32 [B, m]: one pass of B * m images."""
-    architecture, width = problem.architecture, problem.tuning.border
-    lay = functools.partial(lay_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
+    architecture, width = problem.architecture, problem.tuning.active_prompt_width
+    lay = functools.partial(place_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
     prompts = jax.vmap(jax.vmap(lay))(stack.prompt[index])  # [B, m, H, W, C]
     prompted = (pixels[:, None] + prompts).reshape(-1, *pixels.shape[1:])  # [B * m, H, W, C]
-    features = frozen.features(architecture, params, prompted).reshape(*index.shape, -1)  # [B, m, D]
+    features = backbone_lib.features(architecture, params, prompted).reshape(*index.shape, -1)  # [B, m, D]
     return jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
 
 
-def _of_all(problem: Problem, params: Any, stack: Slice, present: jax.Array, pixels: jax.Array) -> jax.Array:
+def _of_all(problem: TuningSpec, params: Any, stack: Slice, present: jax.Array, pixels: jax.Array) -> jax.Array:
     """Logits [B, K, Y] of all clusters that are present, one after the other; zeros of the others."""
 
     def answer(part: Slice) -> jax.Array:
@@ -336,7 +336,7 @@ def _of_all(problem: Problem, params: Any, stack: Slice, present: jax.Array, pix
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(problem: Problem, question: Question, mesh: Mesh):
+def compiled(problem: TuningSpec, question: RoutingOptions, mesh: Mesh):
     """The jitted prediction program over a mesh."""
     axis = mesh.axis_names[0]
     function = functools.partial(routed_probabilities, problem, question)
@@ -347,7 +347,7 @@ def compiled(problem: Problem, question: Question, mesh: Mesh):
 def predict(model: Model, images: np.ndarray) -> Predictions:
     """Predicts images of the stored shape: uint8 [N, h, w, c]."""
     run = model.run
-    program = compiled(run.problem, model.question, run.mesh)
+    program = compiled(run.tuning_spec, model.question, run.mesh)
     size = run.config.inference.batch * run.mesh.size
     found = Predictions(
         np.zeros((len(images), len(run.classes)), np.float32),

@@ -99,9 +99,9 @@ def passes(run: Run, clusters: int) -> float:
 
     What is passed to fill up a batch or the stack of clusters is not counted.
     """
-    asked, own = run.config.inference, run.problem.own_architecture
-    joined = bool(asked.common and run.config.common.what != "none")
-    if run.config.tuning.border == 0 and not own:
+    asked, own = run.config.inference, run.tuning_spec.own_architecture
+    joined = bool(asked.common_weight and run.config.common.method != "none")
+    if run.config.tuning.active_prompt_width == 0 and not own:
         return 1.0  # the feature that every head sees
     prompted = clusters if asked.nearest == 0 or own else min(asked.nearest, clusters)
     routed = run.config.clustering.partition == "adaptive" and asked.nearest > 0

@@ -13,8 +13,8 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import Verdict, audit
-from lmeraser_jax.unlearning.build import Outcome, reconcile
-from lmeraser_jax.unlearning.run import Run, prepared
+from lmeraser_jax.unlearning.build import BuildReport, build
+from lmeraser_jax.unlearning.run import Run, prepare_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Request:
 
     name: str
     records: int
-    outcome: Outcome
+    outcome: BuildReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Demo:
     picture: str
     before: Evaluation
     after: Evaluation
-    trained: Outcome
+    trained: BuildReport
     expected_share: float
     requests: tuple[Request, ...]
     verdict: Verdict
@@ -65,7 +65,7 @@ class Demo:
         return "\n".join(lines)
 
 
-def _line(name: str, records: int, o: Outcome) -> str:
+def _line(name: str, records: int, o: BuildReport) -> str:
     count = str(records or "")
     return (
         f"{name:<26}{count:>8}{o.clusters:>10}{o.retuned:>10}{o.reused:>8}{o.images:>9}{o.ratio:>8.1%}{o.seconds:>9.1f}"
@@ -77,8 +77,8 @@ def demo(workdir: str, config: Config) -> Demo:
     if Layout(workdir).catalog.exists():
         raise UserError(f"--workdir={workdir} holds a run already; the demo erases records, so name a new folder")
     start = time.perf_counter()
-    with prepared(workdir, config) as (run, _):
-        trained = reconcile(run)
+    with prepare_run(workdir, config) as (run, _):
+        trained = build(run)
         before = evaluate(run)
         share = overview.overview(run).expected_share
         requests = tuple(_request(run, name, ids) for name, ids in _choose(run))

@@ -23,8 +23,8 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import reference
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import Run, prepared
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import Run, prepare_run
 
 REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the records (paper, Fig. 6 left)
 MONTAGE = "clusters.png"
@@ -127,14 +127,14 @@ def rows(task: Task, plan: Plan, base: Path, folder: Path, tuned: Path | None = 
         shutil.rmtree(folder)  # killed after its first erasure: the state before is what is to be measured
     if not folder.exists():
         _copy(tuned if tuned is not None and tuned.exists() else base, folder)
-    with prepared(folder, task.config, retune=True) as (run, _):  # the common head may be another
-        reconcile(run)
+    with prepare_run(folder, task.config, retune=True) as (run, _):  # the common head may be another
+        build(run)
         picture = base.parent / MONTAGE
         if plan.montage and task.experiment == "methods" and not picture.exists():
             overview.picture(run, picture)
     if tuned is not None and not tuned.exists():
         _copy(folder, tuned)
-    with prepared(folder, task.config) as (run, _):
+    with prepare_run(folder, task.config) as (run, _):
         return list(EXPERIMENTS[task.experiment](run, task, plan))
 
 
@@ -147,7 +147,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _asked(folder: Path, task: Task) -> bool:
-    with prepared(folder, task.config, retune=True) as (run, _):
+    with prepare_run(folder, task.config, retune=True) as (run, _):
         return bool(requests.listed(run.catalog))
 
 
@@ -167,7 +167,7 @@ def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **ot
         "accuracy": found.accuracy,
         "balanced": found.balanced,
         "majority": found.majority,
-        "images_full": 0 if run.problem.on_features else sum(row.images for row in made.values()),
+        "images_full": 0 if run.tuning_spec.on_features else sum(row.images for row in made.values()),
         "parameters": own * slices + common,
         "expected_share": shown.expected_share,
         "sampled_share": shown.sampled_share,
@@ -180,7 +180,7 @@ def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **ot
 def methods(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
     """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
     spent, row, costs = seconds_spent(run), _measured(run, task, plan), planned(run, plan.probes)
-    images = costs.images * (not run.problem.on_features)
+    images = costs.images * (not run.tuning_spec.on_features)
     everything = row.images_full > 0 and images.min() > 0.999 * row.images_full * (1 - 1 / row.records)
     found = served(run, min(plan.requests, 1) if everything else plan.requests)  # such a one lasts long, and all alike
     yield dataclasses.replace(
@@ -245,7 +245,7 @@ def sequence(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
     for number, batch in enumerate(batches, 1):
         outcome = erase.request_erasure(run, batch).outcome
         assert outcome is not None
-        spent += 0 if run.problem.on_features else outcome.images
+        spent += 0 if run.tuning_spec.on_features else outcome.images
         yield _measured(run, task, plan, x=float(number), series=task.variant, spent=float(spent))
 
 

@@ -120,7 +120,7 @@ def write_report(folder: Path, results: Results, titles: Titles = UNTITLED, mont
     shown, written = {}, []
     with progress("figures", len(PLATES)) as done:
         for plate in PLATES:
-            interrupt.check()
+            interrupt.raise_if_stopped()
             figure = plate.draw(results.rows, titles)
             for kind in ("png", "svg"):
                 path = folder / "figures" / f"{plate.name}.{kind}"

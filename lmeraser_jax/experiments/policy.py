@@ -243,7 +243,7 @@ def published(layout: Layout, catalog: Catalog) -> Workload:
     images = [images_of(made, ref) for ref in members]
     if not sum(images):
         raise UserError(f"{layout.root} makes its slices by a formula: an erasure tunes no image, nothing is to plan")
-    timed = [row for row in made.values() if row.program == manifest.program and row.seconds > 0]
+    timed = [row for row in made.values() if row.fingerprint == manifest.fingerprint and row.seconds > 0]
     return Workload(
         workdir=str(layout.root),
         version=manifest.version,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.workdir import write_bytes, write_json
 
@@ -172,9 +172,9 @@ def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:
     needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     for number, row in enumerate(values):
         if missing := sorted(needed - set(row)):
-            raise ValueError(f"row {number} has no {some(missing)}")
+            raise ValueError(f"row {number} has no {join_limited(missing)}")
         if unknown := sorted(set(row) - set(fields)):
-            raise ValueError(f"row {number} has {some(unknown)}, which this version does not know")
+            raise ValueError(f"row {number} has {join_limited(unknown)}, which this version does not know")
         for name, value in row.items():
             legal = str if fields[name].type in ("str", str) else int | float
             if isinstance(value, bool) or not isinstance(value, legal):

@@ -19,7 +19,7 @@ import numpy as np
 from lmeraser_jax import __version__
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.experiments import sequences
 from lmeraser_jax.experiments.measure import EXPERIMENTS, MONTAGE, Plan, Task, rows, tasks
 from lmeraser_jax.experiments.methods import Method
@@ -28,7 +28,7 @@ from lmeraser_jax.legality import cut_of
 from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.storage.workdir import write_bytes
 from lmeraser_jax.training import clustering
-from lmeraser_jax.unlearning.run import Run, prepared
+from lmeraser_jax.unlearning.run import Run, prepare_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def check(comparison: Comparison) -> None:
         ("sequences", plan.sequences, tuple(sequences.KINDS)),
     ):
         unknown = [name for name in given if name not in legal]
-        problems += [f"--{flag}: {some(unknown)} unknown; legal: {', '.join(legal)}"] if unknown else []
+        problems += [f"--{flag}: {join_limited(unknown)} unknown; legal: {', '.join(legal)}"] if unknown else []
     for flag in ("methods", "experiments"):
         if not getattr(comparison, flag):
             problems.append(f"--{flag}: name at least one")
@@ -135,7 +135,7 @@ def _same_as_before(comparison: Comparison) -> None:
     paths = {task: comparison.rows_of(task) for task in comparison.tasks}
     stale = [path for task, path in paths.items() if path.is_file() and load_done(path).settings != task.settings]
     what = "made by a method of the same name with other settings; delete them, or give the method's file another name:"
-    raise_all([f"{what} {some([str(path) for path in stale])}"] if stale else [])
+    raise_all([f"{what} {join_limited([str(path) for path in stale])}"] if stale else [])
 
 
 def _any_row(comparison: Comparison) -> bool:
@@ -230,7 +230,7 @@ def merged(results: Results, others: Mapping[str, Results]) -> Results:
         if _timeless(rows_.setdefault(row.point, row)) != _timeless(row):
             clashes.append(f"{folder}: {row.experiment} of {row.method}, {row.dataset}, seed {row.seed}")
     what = "--merge: measured in another of these folders as well, with different results; leave one of them out: "
-    raise_all([what + some(sorted(set(clashes)))] if clashes else [])
+    raise_all([what + join_limited(sorted(set(clashes)))] if clashes else [])
     sources = {name: source for one in (*others.values(), results) for name, source in one.sources.items()}
     return dataclasses.replace(results, rows=tuple(rows_.values()), sources=sources)
 
@@ -246,7 +246,7 @@ def _make_base(folder: Path, config: Config) -> None:
     if folder.exists():
         return
     making = folder.with_name(f"making_{folder.name}")
-    with prepared(making, config) as (run, _):
+    with prepare_run(making, config) as (run, _):
         run.features(run.catalog.live("train"))
     making.rename(folder)
 
@@ -257,7 +257,7 @@ def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:
     for seed in sorted({task.seed for task in waiting}):
         base, config = comparison.base(seed), dataclasses.replace(comparison.config, seed=seed)
         _make_base(base, config)
-        with prepared(base, config) as (run, _):
+        with prepare_run(base, config) as (run, _):
             if not len(run.catalog.live(comparison.plan.split)):
                 split = comparison.plan.split
                 hint = (
@@ -282,7 +282,8 @@ def _too_few(run: Run, task: Task) -> list[str]:
         sizes = np.bincount(clustering.shard_of(records.ids, k.shards, task.seed), minlength=k.shards)
         empty = np.flatnonzero(sizes == 0)
         few += [
-            f"{have} of {k.shards} shards {len(empty)} get none with seed {task.seed} (shard {some(empty)}), which"
-            f" {task.method.name} cannot do with; use more data or fewer --config.clustering.shards"
+            f"{have} of {k.shards} shards {len(empty)} get none with seed {task.seed} (shard"
+            f" {join_limited(empty)}), which {task.method.name} cannot do with; use more"
+            " data or fewer --config.clustering.shards"
         ] * bool(len(empty))
     return few

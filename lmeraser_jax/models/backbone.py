@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
@@ -170,4 +170,4 @@ def _refuse_other_kinds(config: Architecture, arrays: dict[str, np.ndarray], met
             raise ValueError(f"{name} must be finite numbers")
     other = [name for name, leaf in arrays.items() if leaf.dtype != np.float32]
     if other:
-        raise ValueError(f"arrays must be float32; these are not: {some(other)}")
+        raise ValueError(f"arrays must be float32; these are not: {join_limited(other)}")

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.legality import numbers
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.backbone import Architecture, Backbone, Params
 from lmeraser_jax.models.key_maps import GELUS, LAST, ORIGINS, PREFIXES, Origin
@@ -84,7 +84,7 @@ def load(chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Prov
 def freeze(weights: Weights, chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:
     """A frozen backbone from arrays; arguments and errors as in `load`."""
     config, params, provenance = parameters(weights, chosen, image_size)
-    return frozen.make(config, params, *normalisation(weights, chosen, config)), provenance
+    return backbone_lib.make(config, params, *normalisation(weights, chosen, config)), provenance
 
 
 def parameters(
@@ -173,7 +173,7 @@ def _origin(weights: Weights, named: Mapping[str, Any]) -> Origin:
     lacking = [f"{o.name} has {', '.join(marker for marker in o.markers if marker not in named)}" for o in near]
     hint = f" ({'; '.join(lacking)}, and this has not)" if lacking else ""
     raise UserError(
-        f"{weights.name} has none of the known layouts ({known}){hint}; its arrays: {some(named) or 'none'}"
+        f"{weights.name} has none of the known layouts ({known}){hint}; its arrays: {join_limited(named) or 'none'}"
     )
 
 
@@ -351,7 +351,7 @@ def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> 
         flat["positions"] = interpolate_positions(flat["positions"], wanted.grid, antialias)
         if wanted.feature == "cls":
             dropped = tuple(key for key in flat if key.startswith("pooler/"))
-    params = frozen.from_flat(wanted, {key: leaf for key, leaf in flat.items() if key not in dropped}, name)
+    params = backbone_lib.from_flat(wanted, {key: leaf for key, leaf in flat.items() if key not in dropped}, name)
     return params, dropped
 
 

@@ -23,7 +23,7 @@ from lmeraser_jax.data.transforms import ImageSpec, augmented
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, digest, philox
 from lmeraser_jax.legality import numbers
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.convert import misfits, per_channel
 from lmeraser_jax.models.vit import ViT, ViTConfig
@@ -117,11 +117,11 @@ def pretrain(
             if not np.isfinite(float(loss)):
                 raise UserError(f"pretraining: the loss is {loss} in epoch {epoch}; lower --config.pretraining.rate")
             shown.advance(1, f"loss {float(loss):.3f} accuracy {float(accuracy):.3f}")
-            stop, done = interrupt.asked(), epoch + 1
+            stop, done = interrupt.stop_requested(), epoch + 1
             if done < p.epochs and (stop or done % p.checkpoint_epochs == 0):
                 checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, done)
-                interrupt.check()
-    backbone = frozen.make(vit, jax.device_get(state[0]), mean, std)
+                interrupt.raise_if_stopped()
+    backbone = backbone_lib.make(vit, jax.device_get(state[0]), mean, std)
     return backbone, float(accuracy)
 
 
@@ -158,7 +158,7 @@ def _epoch_function(vit: ViTConfig, spec: ImageSpec, tx: optax.GradientTransform
     split = NamedSharding(mesh, P(None, mesh.axis_names[0]))
 
     def loss_fn(params, images, labels, valid):
-        logits = frozen.logits(vit, params, images)
+        logits = backbone_lib.logits(vit, params, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = (jnp.argmax(logits, -1) == labels) & valid
         weights = valid.astype(losses.dtype)

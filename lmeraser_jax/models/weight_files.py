@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.errors import UserError, raise_all, some
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture
 from lmeraser_jax.storage import checkpoints
 
@@ -143,7 +143,7 @@ def _read_folder(folder: Path, file: Path | None = None) -> Weights:
         others = [path.name for path in sorted(folder.iterdir()) if path.suffix.lower() in PICKLES]
         if others and not files:
             read_file(folder / others[0])  # says why a pickle is not read
-        there = some(sorted(path.name for path in folder.iterdir())) or "nothing"
+        there = join_limited(sorted(path.name for path in folder.iterdir())) or "nothing"
         raise UserError(f"{folder} must hold one of {', '.join(IN_A_FOLDER)}; it holds {there}")
     if files[0].suffix == ".json":
         shards = _read_json(files[0]).get("weight_map")
@@ -161,7 +161,7 @@ def _read_own(folder: Path) -> Weights:
     arrays, metadata, _ = checkpoints.load(folder)
     if "config" not in metadata or "provenance" not in metadata:
         raise UserError(f"{folder} is no backbone that lmeraser backbone wrote")
-    made, told = frozen.restored(folder, arrays, metadata), metadata["provenance"]
+    made, told = backbone_lib.restored(folder, arrays, metadata), metadata["provenance"]
     if not isinstance(told.get("origin"), str) or type(told.get("published_size", 0)) is not int:
         raise UserError(f"{folder} is damaged: its provenance names no origin and published size")
     return Weights(

@@ -222,7 +222,7 @@ class Catalog:
         """Marks records erased by a request and leaves tombstones: from here on no build may see them."""
         for name in ids:
             self.db.execute("UPDATE records SET erased=? WHERE id=?", (request, name))
-            self.bury("tombstone", name)
+            self.add_tombstone("tombstone", name)
 
     def erased(self, requests: Iterable[str] | None = None) -> dict[str, int]:
         """{id: row} of records that are erased but not yet purged; of the given requests only."""
@@ -235,11 +235,11 @@ class Catalog:
         """Removes the rows of the records that these requests erased; their tombstones stay."""
         self.db.executemany("DELETE FROM records WHERE erased=? AND erased!=''", [(name,) for name in requests])
 
-    def bury(self, purpose: str, name: str) -> None:
+    def add_tombstone(self, purpose: str, name: str) -> None:
         """Leaves a salted hash that says "erased before" of an id (tombstone) or an owner without saying which."""
         self.db.execute("INSERT OR IGNORE INTO tombstones VALUES(?)", (self.salted(purpose, name),))
 
-    def graves(self) -> int:
+    def tombstone_count(self) -> int:
         """How many ids and owners were erased so far."""
         return self.db.execute("SELECT count(*) FROM tombstones").fetchone()[0]
 
@@ -262,7 +262,7 @@ class Catalog:
 
     def epochs(self, digest: str) -> dict[int, str]:
         """{step: digest of the parameters' bytes} of a slice's earlier epochs."""
-        return dict(self.db.execute("SELECT step,params FROM epochs WHERE slice=? ORDER BY step", (digest,)))
+        return dict(self.db.execute("SELECT step,params_digest FROM epochs WHERE slice=? ORDER BY step", (digest,)))
 
     def slice(self, digest: str) -> SliceRow | None:
         row = self.db.execute("SELECT * FROM slices WHERE digest=?", (digest,)).fetchone()
@@ -310,7 +310,8 @@ class Catalog:
 
     def _manifests(self, limit: str) -> list[Manifest]:
         heads = self.db.execute(
-            f"SELECT version,created,clustering,program,inputs FROM manifests ORDER BY version DESC {limit}"
+            "SELECT version,created,clustering,fingerprint,recipe_constants_digest FROM manifests"
+            f" ORDER BY version DESC {limit}"
         )
         query = "SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster"
         return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads.fetchall()]
@@ -318,14 +319,16 @@ class Catalog:
     def publish(
         self,
         clustering: str,
-        program: str,
-        inputs: str,
+        fingerprint: str,
+        recipe_constants_digest: str,
         entries: dict[str, str],
         moved: Iterable[tuple[str, str]],
     ) -> int:
         """Makes a state the current one: its entries, and the cluster of each record that moved, as (id, key)."""
-        head = (time.time(), clustering, program, inputs)
-        cursor = self.db.execute("INSERT INTO manifests(created,clustering,program,inputs) VALUES(?,?,?,?)", head)
+        head = (time.time(), clustering, fingerprint, recipe_constants_digest)
+        cursor = self.db.execute(
+            "INSERT INTO manifests(created,clustering,fingerprint,recipe_constants_digest) VALUES(?,?,?,?)", head
+        )
         version = int(cursor.lastrowid or 0)
         self.db.executemany(
             "INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())]
@@ -349,9 +352,9 @@ class Catalog:
         """{cluster: slice reference} of pinned clusters."""
         return dict(self.db.execute("SELECT cluster,slice FROM pins ORDER BY cluster"))
 
-    def doubt(self) -> None:
+    def invalidate_plan(self) -> None:
         """Makes the next plan look at every cluster."""
-        self.db.execute("UPDATE manifests SET inputs=''")
+        self.db.execute("UPDATE manifests SET recipe_constants_digest=''")
 
     def quarantined(self) -> frozenset[str]:
         """Clusters that no prediction may use until the requests that touch them are published."""

@@ -10,8 +10,8 @@ import numpy as np
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Item, Pixels, Source, content_hash, limited, placed, problems
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limited, problems
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
@@ -116,8 +116,8 @@ def _import(layout: Layout, catalog: Catalog, source: Source, kept: list[int], c
     try:
         with progress("import", len(kept)) as shown:
             for first, stop in _pieces(kept):
-                interrupt.check()
-                items = [placed(item, data, config.seed) for item in source.items[first:stop]]
+                interrupt.raise_if_stopped()
+                items = [assign_split(item, data, config.seed) for item in source.items[first:stop]]
                 labels = [label_of[source.class_names[item.label]] for item in items]
                 items = [
                     item if item.label == label else item._replace(label=label)  # a new item costs memory
@@ -171,7 +171,7 @@ class _Intake:
         self.wrong: list[str] = []
         self.unreadable: list[str] = []  # ids
         self.owners: dict[str, bool] = {"": False}  # whether an owner was erased
-        self.graves = catalog.graves()
+        self.graves = catalog.tombstone_count()
         self.known = self.erased = self.duplicates = self.converted = self.mended = self.changed = 0
 
     def take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
@@ -197,7 +197,7 @@ class _Intake:
 
     def erased_meanwhile(self) -> frozenset[int]:
         """Positions of new items that, or whose owner, an erasure named after they were read: it needs no lock."""
-        if self.catalog.graves() == self.graves:
+        if self.catalog.tombstone_count() == self.graves:
             return frozenset()
         self.owners = {"": False}
         names = enumerate(self.items)
@@ -262,7 +262,9 @@ def _unfit_owners(source: Source) -> list[str]:
         return [f"--config.data.split_by=owner: no training image has an owner; {remedy}"]
     found = []
     if without:
-        found.append(f"--config.data.split_by=owner: training images without an owner: {some(without)}; {remedy}")
+        found.append(
+            f"--config.data.split_by=owner: training images without an owner: {join_limited(without)}; {remedy}"
+        )
     sides: dict[str, set[str]] = {}
     for item in source.items:
         if item.owner and item.split != "public":
@@ -270,7 +272,7 @@ def _unfit_owners(source: Source) -> list[str]:
     both = [f"{owner} ({' and '.join(sorted(splits))})" for owner, splits in sides.items() if len(splits) > 1]
     if both:
         found.append(
-            f"--config.data.split_by=owner: owners in two splits of the source: {some(both)}; let"
+            f"--config.data.split_by=owner: owners in two splits of the source: {join_limited(both)}; let"
             " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
         )
     return found
@@ -297,16 +299,16 @@ def _unfit_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
             "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"
         )
     )
-    arriving = (placed(item, config.data, config.seed) for item in source.items if item.split != "public")
+    arriving = (assign_split(item, config.data, config.seed) for item in source.items if item.split != "public")
     both = {item.owner: item.split for item in arriving if sides.get(item.owner, item.split) != item.split}
     lines = [f"{owner} ({sides[owner]} in the workdir, {split} here)" for owner, split in sorted(both.items())]
-    return [f"--config.data.split_by=owner: owners who would be on both sides: {some(lines)}"] if lines else []
+    return [f"--config.data.split_by=owner: owners who would be on both sides: {join_limited(lines)}"] if lines else []
 
 
 def _misfits(source: Source, old: dict | None) -> list[str]:
     """Why an import cannot be made or joined: shape and classes were fixed by the first one."""
     names = source.class_names
-    found = [f"class names must be unique: {some(names)}"] if len(set(names)) < len(names) else []
+    found = [f"class names must be unique: {join_limited(names)}"] if len(set(names)) < len(names) else []
     if old is None:
         return found
     if list(source.shape) != old["shape"]:
@@ -314,5 +316,7 @@ def _misfits(source: Source, old: dict | None) -> list[str]:
     used = sorted({item.label for item in source.items if 0 <= item.label < len(names)})
     unknown = [names[label] for label in used if names[label] not in old["classes"]]
     if unknown:
-        found.append(f"classes that the workdir does not have: {some(unknown)}; it has {some(old['classes'])}")
+        found.append(
+            f"classes that the workdir does not have: {join_limited(unknown)}; it has {join_limited(old['classes'])}"
+        )
     return found

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from lmeraser_jax.data.names import lookalikes
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.catalog import Catalog
 
@@ -117,11 +117,11 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
     found = [_unknown(catalog, unknown)] if unknown else []
     if strangers:
         why = "unknown, erased before, or the owner of public images only"
-        found.append(f"--owner={some(strangers, 50)}: owns no live private record ({why})")
+        found.append(f"--owner={join_limited(strangers, 50)}: owns no live private record ({why})")
     if not all(alike.values()):
         found.append("--like: no live record has exactly these pixels")
     if public:
-        found.append(f"public records, which the backbone was trained on, cannot be erased: {some(public, 50)}")
+        found.append(f"public records, which the backbone was trained on, cannot be erased: {join_limited(public, 50)}")
     raise_all(found, "nothing is erased:" if found else "")
     gone = {*erased, *pending}
     return Targets(tuple(name for name in names if name not in gone), tuple(erased), tuple(pending), owners)
@@ -130,10 +130,11 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
 def _unknown(catalog: Catalog, unknown: Sequence[str]) -> str:
     everyone = (row[0] for row in catalog.db.execute("SELECT id FROM records WHERE split!='public'"))
     near = [
-        f"did you mean {some(known, 3)} (another Unicode form)?" for known in lookalikes(unknown, everyone).values()
+        f"did you mean {join_limited(known, 3)} (another Unicode form)?"
+        for known in lookalikes(unknown, everyone).values()
     ]
     hint = " ".join([*near[:5], "(lmeraser inspect --records lists the ids)"])
-    return f"unknown records: {some(unknown, 50)} {hint}"
+    return f"unknown records: {join_limited(unknown, 50)} {hint}"
 
 
 def accept(
@@ -187,7 +188,7 @@ def accept(
         }
         catalog.erase(targets.live, name)
         for owner in targets.owners:
-            catalog.bury("owner", owner)
+            catalog.add_tombstone("owner", owner)
         if quarantine:
             _keep_out(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
         return _write(catalog, Request(name, time.time(), "accepted", body))
@@ -264,7 +265,7 @@ def _garbled(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
     """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
     assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
     bad = [ascii(name[:80]) for name in (*ids, *owners) if not name or not _is_text(name)]
-    return [f"ids and owners must be text in UTF-8 and not empty; these are not: {some(bad)}"] if bad else []
+    return [f"ids and owners must be text in UTF-8 and not empty; these are not: {join_limited(bad)}"] if bad else []
 
 
 def _is_text(name: str) -> bool:

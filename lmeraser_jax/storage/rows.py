@@ -11,13 +11,13 @@ class SliceRow(NamedTuple):
 
     digest: str
     cluster: str
-    params: str  # digest of the parameters' bytes
+    params_digest: str  # digest of the parameters' bytes
     size: int  # members
     images: int  # passed forward and backward
     steps: int
     loss: float | None  # mean over the last epoch
     seconds: float  # of device time: its share of what all devices of the process spent
-    program: str  # fingerprint of the program that made it
+    fingerprint: str  # of the program that made it
     created: float
     parent: str = ""  # digest of the slice that it was tuned on from
     tuning: str = ""  # the settings, as canonical JSON
@@ -27,14 +27,14 @@ class SliceRow(NamedTuple):
 class Manifest(NamedTuple):
     """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}.
 
-    `inputs` is the digest of everything but the members that a recipe depends on.
+    `recipe_constants_digest` is the digest of everything but the members that a recipe depends on.
     """
 
     version: int
     created: float
     clustering: str
-    program: str
-    inputs: str
+    fingerprint: str
+    recipe_constants_digest: str
     entries: dict[str, str]
 
     @property

@@ -29,19 +29,19 @@ CREATE INDEX records_rank ON records(split, rank);
 CREATE INDEX records_erased ON records(erased) WHERE erased!='';
 CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE slices(
-  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
-  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
+  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params_digest TEXT NOT NULL, size INTEGER NOT NULL,
+  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, fingerprint TEXT NOT NULL,
   created REAL NOT NULL, parent TEXT NOT NULL DEFAULT '', tuning TEXT NOT NULL DEFAULT '',
   clustering TEXT NOT NULL DEFAULT '' -- the last one that called for it: its sample decided who the members are
 ) WITHOUT ROWID;
 CREATE TABLE epochs(
-  slice TEXT NOT NULL, step INTEGER NOT NULL, params TEXT NOT NULL, PRIMARY KEY(slice, step)
+  slice TEXT NOT NULL, step INTEGER NOT NULL, params_digest TEXT NOT NULL, PRIMARY KEY(slice, step)
 ) WITHOUT ROWID;
 CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
 CREATE INDEX members_row ON members(row);
 CREATE TABLE manifests(
-  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL,
-  inputs TEXT NOT NULL DEFAULT ''
+  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, fingerprint TEXT NOT NULL,
+  recipe_constants_digest TEXT NOT NULL DEFAULT ''
 );
 CREATE TABLE entries(
   version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
@@ -67,9 +67,9 @@ INSERT INTO records(id, row, split, label, owner, content, cluster, erased)
   SELECT id, row, split, label, owner, content, cluster, CASE erased WHEN 0 THEN '' ELSE
     coalesce((SELECT id FROM requests_1 WHERE state!='purged' ORDER BY created DESC LIMIT 1), 'before-version-2') END
   FROM records_1;
-INSERT INTO slices(digest, cluster, params, size, images, steps, loss, seconds, program, created)
+INSERT INTO slices(digest, cluster, params_digest, size, images, steps, loss, seconds, fingerprint, created)
   SELECT * FROM slices_1;
-INSERT INTO manifests(version, created, clustering, program) SELECT * FROM manifests_1;
+INSERT INTO manifests(version, created, clustering, fingerprint) SELECT * FROM manifests_1;
 INSERT INTO requests SELECT * FROM requests_1;
 DROP TABLE records_1;
 DROP TABLE slices_1;

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
 CONFIG_BYTES = 1 << 20  # no config is larger
@@ -171,7 +171,7 @@ def refuse_links(layout: Layout) -> None:
     entries = [*inside, *(deeper for folder in folders for deeper in os.scandir(folder))]
     links = sorted(os.path.relpath(entry.path, layout.root) for entry in entries if entry.is_symlink())
     what = f"{layout.root} holds symbolic links, through which files outside could be overwritten or deleted"
-    raise_all([f"{what}: {some(map(ascii, links))}; put the files themselves there"] if links else [])
+    raise_all([f"{what}: {join_limited(map(ascii, links))}; put the files themselves there"] if links else [])
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pass
-        interrupt.check()
+        interrupt.raise_if_stopped()
         holder = f"{layout.root} is being written by {_holder(file)}"
         if time.monotonic() >= end:
             waited = f", still after {wait:g} s" if wait else ""

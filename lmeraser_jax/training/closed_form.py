@@ -2,7 +2,7 @@
 
 A feature is rounded to a fixed point first, so that every sum over members is a sum of whole numbers: the same bits in
 any order, and what remains after a member is taken away is what there would be without it. Only the last
-step, from sums to a head, is done in floating point. A large slice's sums are kept beside it (`Tally`), so that an
+step, from sums to a head, is done in floating point. A large slice's sums are kept beside it (`KeptSums`), so that an
 erasure subtracts and reads nobody else's feature.
 
 A head is linear in the feature, and in random cosines of it where it is expanded (Rahimi and Recht, 2007): those are
@@ -135,7 +135,7 @@ def _head(kernel: np.ndarray, bias: np.ndarray) -> Slice:
 
 def head(how: Tuning | Common, total: Sums) -> tuple[Slice, float]:
     """The slice of a cluster, ridge or ncm with its settings, and its loss: functions of the sums alone."""
-    return ridge(total, how.penalty) if how.what == "ridge" else nearest_class_mean(total)
+    return ridge(total, how.penalty) if how.method == "ridge" else nearest_class_mean(total)
 
 
 def solve(how: Tuning | Common, features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Slice, float]:
@@ -151,7 +151,7 @@ def solve(how: Tuning | Common, features: np.ndarray, labels: np.ndarray, classe
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tally:
+class KeptSums:
     """Sums, and whose they are, so that members can be taken away again. As private as the members.
 
     Attributes:
@@ -166,7 +166,7 @@ class Tally:
     labels: np.ndarray
     checks: np.ndarray
 
-    def without(self, rows: np.ndarray, labels: np.ndarray, features: np.ndarray) -> "Tally | None":
+    def without(self, rows: np.ndarray, labels: np.ndarray, features: np.ndarray) -> "KeptSums | None":
         """The tally of the members that are left, in the same order; reads the features of the others only.
 
         Args:
@@ -187,31 +187,31 @@ class Tally:
         if not np.array_equal(_checks(taken), self.checks[~left]):
             return None
         total = self.total - sums(taken, self.labels[~left], len(self.total.counts))
-        return Tally(total, rows, self.labels[left], self.checks[left])
+        return KeptSums(total, rows, self.labels[left], self.checks[left])
 
 
-def tally(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> Tally:
+def kept_sums(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> KeptSums:
     """The tally of members: float32 [m, D], int32 [m], image rows int32 [m]."""
-    return Tally(sums(features, labels, classes), rows, labels, _checks(features))
+    return KeptSums(sums(features, labels, classes), rows, labels, _checks(features))
 
 
 def _checks(features: np.ndarray) -> np.ndarray:
     return np.array([zlib.crc32(row) for row in features], np.uint32)
 
 
-def save_tally(folder: Path, kept: Tally) -> None:
+def save_sums(folder: Path, kept: KeptSums) -> None:
     """Puts a tally beside the slice that is made of it: whatever removes one removes both."""
     buffer = io.BytesIO()
     np.savez(buffer, rows=kept.rows, labels=kept.labels, checks=kept.checks, **dataclasses.asdict(kept.total))
     write_bytes(folder / TALLY, buffer.getvalue())
 
 
-def load_tally(folder: Path) -> Tally | None:
+def load_sums(folder: Path) -> KeptSums | None:
     """The tally beside a slice; None where there is none that can be read."""
     try:
         with open(folder / TALLY, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             total = Sums(file["products"], file["by_class"], file["counts"])
-            kept = Tally(total, file["rows"], file["labels"], file["checks"])
+            kept = KeptSums(total, file["rows"], file["labels"], file["checks"])
             counted = np.bincount(kept.labels, minlength=len(total.counts))
             return kept if np.array_equal(counted, total.counts) else None
     except (*DAMAGE, KeyError):

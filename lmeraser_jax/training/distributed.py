@@ -153,7 +153,7 @@ def arrived(found: "SimpleQueue[tuple[Hello, Connection]]", size: int) -> dict[i
     peers: dict[int, tuple[Hello, Connection]] = {}
     end = time.monotonic() + PATIENCE
     while len(peers) < size - 1:
-        interrupt.check()
+        interrupt.raise_if_stopped()
         if time.monotonic() > end:
             missing = sorted(set(range(1, size)) - set(peers))
             raise UserError(f"processes {missing} did not reach process 0 within {PATIENCE:g} s; see their messages")
@@ -231,7 +231,7 @@ def meet(place: Place, told: dict) -> dict:
                 heard = child.stdout.read()
             finally:
                 child.kill()  # does nothing once it has ended
-        interrupt.check()
+        interrupt.raise_if_stopped()
         if child.returncode == 0:
             return json.loads(heard.splitlines()[-1])
         errors.seek(0)
@@ -245,7 +245,7 @@ def _await(child: subprocess.Popen, place: Place) -> None:
     start, said = time.monotonic(), False
     who = f"process {place.index}: " if place.index else ""
     while child.poll() is None:
-        interrupt.check()
+        interrupt.raise_if_stopped()
         waited = time.monotonic() - start
         if waited > MEETING:
             raise UserError(

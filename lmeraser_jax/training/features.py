@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax import interrupt
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.transforms import ImageSpec, centred
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
 from lmeraser_jax.progress import progress
 
@@ -42,7 +42,7 @@ def feature_function(architecture: Architecture, spec: ImageSpec, mesh: Mesh):
     axis = mesh.axis_names[0]
 
     def one_device(params, images):
-        return frozen.features(architecture, params, centred(images, spec))
+        return backbone_lib.features(architecture, params, centred(images, spec))
 
     return jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
 
@@ -68,7 +68,7 @@ class Extractor:
         found = np.zeros((len(images), self.width), np.float32)
         with progress("features", len(images)) as shown:
             for start in range(0, len(images), self.size):
-                interrupt.check()
+                interrupt.raise_if_stopped()
                 piece = images[start : start + self.size]
                 padded = np.zeros((self.size, *images.shape[1:]), np.uint8)
                 padded[: len(piece)] = piece

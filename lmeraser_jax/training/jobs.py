@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.hashing import keyed_hash, philox, words
+from lmeraser_jax.hashing import keyed_hash, philox, seed_words
 from lmeraser_jax.training.slices import Slice
 
 
@@ -202,7 +202,7 @@ class Output(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chunk:
+class StepBatch:
     """The work of one call of the device program; only the first `steps` steps are run.
 
     Attributes:
@@ -220,7 +220,7 @@ class Chunk:
     steps: int
     rows: np.ndarray
     valid: np.ndarray
-    words: np.ndarray
+    seed_words: np.ndarray
     step: np.ndarray
     total: np.ndarray
     slot: np.ndarray
@@ -242,11 +242,11 @@ class _Lane:
         if self.current < 0 and self.queue:
             self.current, self.at = self.queue.pop(0), 0
             self.rows, self.valid = batches(self.jobs[self.current], self.seed)
-            self.words = words(self.jobs[self.current].stream)
+            self.words = seed_words(self.jobs[self.current].stream)
         return self.current >= 0
 
 
-def chunks(jobs: Sequence[Job], devices: int, tuning: Tuning, slots: int, seed: int) -> Iterator[Chunk]:
+def step_batches(jobs: Sequence[Job], devices: int, tuning: Tuning, slots: int, seed: int) -> Iterator[StepBatch]:
     """The calls that tune all jobs, in order.
 
     A call ends early when a device's output slots are used up, so the output stays small however many
@@ -258,13 +258,13 @@ def chunks(jobs: Sequence[Job], devices: int, tuning: Tuning, slots: int, seed: 
         yield _chunk(lanes, devices, tuning, slots)
 
 
-def _chunk(lanes: list[_Lane], devices: int, tuning: Tuning, slots: int) -> Chunk:
+def _chunk(lanes: list[_Lane], devices: int, tuning: Tuning, slots: int) -> StepBatch:
     shape = (tuning.scan_steps, len(lanes))
-    chunk = Chunk(
+    chunk = StepBatch(
         steps=0,
         rows=np.zeros((*shape, tuning.batch), np.int32),
         valid=np.zeros((*shape, tuning.batch), bool),
-        words=np.zeros((*shape, 2), np.uint32),
+        seed_words=np.zeros((*shape, 2), np.uint32),
         step=np.ones(shape, np.int32),
         total=np.ones(shape, np.int32),
         slot=np.full(shape, slots, np.int32),
@@ -283,7 +283,7 @@ def _chunk(lanes: list[_Lane], devices: int, tuning: Tuning, slots: int) -> Chun
                 continue
             job, at, device = lane.jobs[lane.current], lane.at, g // tuning.lanes
             chunk.rows[steps, g], chunk.valid[steps, g] = lane.rows[at], lane.valid[at]
-            chunk.words[steps, g], chunk.job[steps, g] = lane.words, lane.current
+            chunk.seed_words[steps, g], chunk.job[steps, g] = lane.words, lane.current
             chunk.step[steps, g], chunk.total[steps, g] = at, job.steps
             if at == 0 and job.start is not None:
                 chunk.start[steps, g] = len(starts[device])

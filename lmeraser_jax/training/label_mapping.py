@@ -11,7 +11,7 @@ import numpy as np
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 
 IMAGES, BATCH = 512, 64
@@ -30,10 +30,10 @@ def noise_activation(backbone: Backbone, classes: int) -> tuple[int, ...]:
     config = backbone.config
     if classes > config.feature_size:
         raise UserError(
-            f"--config.tuning.what=prompt: {classes} classes need a feature each, the backbone has"
+            f"--config.tuning.method=prompt: {classes} classes need a feature each, the backbone has"
             f" {config.feature_size}; use prompt+head"
         )
-    features = jax.jit(functools.partial(frozen.features, config))
+    features = jax.jit(functools.partial(backbone_lib.features, config))
     shape = (IMAGES, config.image_size, config.image_size, config.channels)
     noise = philox(0, "noise activation").standard_normal(shape, np.float32)
     found = np.concatenate([features(backbone.params, noise[i : i + BATCH]) for i in range(0, IMAGES, BATCH)])

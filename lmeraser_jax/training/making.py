@@ -9,15 +9,15 @@ from jax.sharding import Mesh
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training import closed_form
-from lmeraser_jax.training.closed_form import Tally
+from lmeraser_jax.training.closed_form import KeptSums
 from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tracking import Tuned
-from lmeraser_jax.training.tune import Problem, tune
+from lmeraser_jax.training.tune import TuningSpec, tune
 
 
 def make(
-    problem: Problem, backbone: Backbone, jobs: Sequence[Job], inputs: np.ndarray, labels: np.ndarray, mesh: Mesh
+    problem: TuningSpec, backbone: Backbone, jobs: Sequence[Job], inputs: np.ndarray, labels: np.ndarray, mesh: Mesh
 ) -> Iterator[Tuned]:
     """Makes slices and yields each as it is finished, and snapshots of those that are tuned. As `tuning.tune`.
 
@@ -41,12 +41,12 @@ def make(
                 part, loss = closed_form.solve(how, features, answers, problem.classes)
                 yield solved(job, part, loss, start)
             else:
-                kept = closed_form.tally(features, answers, job.rows, problem.classes)
+                kept = closed_form.kept_sums(features, answers, job.rows, problem.classes)
                 yield solved(job, *closed_form.head(how, kept.total), start, kept)
             shown.advance(1)
 
 
-def solved(job: Job, part: Slice, loss: float, start: float, kept: Tally | None = None) -> Tuned:
+def solved(job: Job, part: Slice, loss: float, start: float, kept: KeptSums | None = None) -> Tuned:
     """A closed form that was begun at a time of `time.perf_counter`."""
     finite = all(np.isfinite(leaf).all() for leaf in (part.kernel, part.bias))
     return Tuned(job, job.steps, part, loss, None if finite else 0, time.perf_counter() - start, kept)

@@ -28,7 +28,7 @@ from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.interrupt import Stopped
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.progress import silence
 from lmeraser_jax.storage import checkpoints, scratch
@@ -42,7 +42,7 @@ from lmeraser_jax.training.making import make
 from lmeraser_jax.training.slices import as_slice
 from lmeraser_jax.training.team import Failed, Finished, Team
 from lmeraser_jax.training.tracking import Tuned
-from lmeraser_jax.training.tune import Problem, mesh_of
+from lmeraser_jax.training.tune import TuningSpec, mesh_of
 
 FAILED = 1
 WRITERS = 4  # slices written at a time: a write is mostly waiting for the disk
@@ -83,7 +83,7 @@ class SliceTask:
 
     root: Path
     folder: Path
-    problem: Problem
+    problem: TuningSpec
     backbone: str
     program: str
     features: Path | None
@@ -180,22 +180,22 @@ def _side_by_side(writes: Iterator[Callable[[], Made]]) -> Generator[Made, None,
 
 
 def written(task: SliceTask, target: Target, done: Tuned, earlier: Sequence[Tuned]) -> Made:
-    """Writes a slice and its snapshots to disk, with all that `left_behind` has to know."""
+    """Writes a slice and its snapshots to disk, with all that `load_orphan` has to know."""
     arrays = checkpoints.flatten(done.slice)
     snapshots = {part.step: checkpoints.flatten(part.slice) for part in earlier}
     epochs = {step: arrays_digest(tree) for step, tree in snapshots.items()}
     measured = {"loss": done.loss, "seconds": done.seconds, "created": time.time()}
     row = _row(target, arrays_digest(arrays), task.program, task.problem.tuning, measured)
     if done.failed_at is None:
-        notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params, "program": row.program}
+        notes = {"digest": row.digest, "cluster": row.cluster, "params": row.params_digest, "program": row.fingerprint}
         notes |= measured | {"epochs": {str(step): params for step, params in epochs.items()}}
         checkpoints.save(task.folder / target.digest, arrays, notes, done.step, snapshots)
     if done.tally is not None and done.failed_at is None:
-        closed_form.save_tally(task.folder / target.digest, done.tally)
+        closed_form.save_sums(task.folder / target.digest, done.tally)
     return Made(row, done.job.rows, epochs, done.failed_at)
 
 
-def left_behind(root: Path, target: Target, program: str, problem: Problem) -> Made | None:
+def load_orphan(root: Path, target: Target, program: str, problem: TuningSpec) -> Made | None:
     """The slice that a process wrote for a target and that was not registered any more, read and checked.
 
     Args:
@@ -217,7 +217,7 @@ def left_behind(root: Path, target: Target, program: str, problem: Problem) -> M
     except UserError:
         return None
     row = _row(target, arrays_digest(arrays), program, problem.tuning, notes)
-    wanted: dict[str, Any] = {"digest": row.digest, "params": row.params, "program": program}
+    wanted: dict[str, Any] = {"digest": row.digest, "params": row.params_digest, "program": program}
     wanted["epochs"] = {str(earlier): params for earlier, params in epochs.items()}
     numbers = [row.loss, row.seconds, row.created]
     if step != job.steps or any(notes.get(name) != value for name, value in wanted.items()):
@@ -230,13 +230,13 @@ def _row(target: Target, params: str, program: str, tuning: Tuning, measured: Ma
     return SliceRow(
         digest=target.digest,
         cluster=target.job.key,
-        params=params,
+        params_digest=params,
         size=len(target.job.rows),
         images=target.job.images,
         steps=target.job.steps,
         loss=measured.get("loss"),
         seconds=measured.get("seconds", math.nan),
-        program=program,
+        fingerprint=program,
         created=measured.get("created", math.nan),
         parent=target.parent,
         tuning=canonical_json(dataclasses.asdict(tuning)),
@@ -245,7 +245,7 @@ def _row(target: Target, params: str, program: str, tuning: Tuning, measured: Ma
 
 @functools.lru_cache(maxsize=1)
 def _backbone(root: Path, digest: str) -> Backbone:
-    backbone, _ = frozen.load(Layout(root).backbone)
+    backbone, _ = backbone_lib.load(Layout(root).backbone)
     if backbone.digest != digest:
         raise UserError(f"{Layout(root).backbone} is not the backbone of process 0; is the workdir shared?")
     return backbone

@@ -25,8 +25,8 @@ NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the 
 class Slice(NamedTuple):
     """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host.
 
-    Where all clusters share a head (`tuning.what=prompts+one head`) there is one slice, and its prompt is [K, n].
-    `backbone` are the parameters of a backbone of the slice's own (`tuning.what=backbone`), None elsewhere.
+    Where all clusters share a head (`tuning.method=prompts+one head`) there is one slice, and its prompt is [K, n].
+    `backbone` are the parameters of a backbone of the slice's own (`tuning.method=backbone`), None elsewhere.
     """
 
     prompt: Any
@@ -72,7 +72,7 @@ def border_size(size: int, width: int, channels: int) -> int:
     return 2 * width * (2 * size - 2 * width) * channels
 
 
-def lay_prompt(border: jax.Array, size: int, width: int, channels: int) -> jax.Array:
+def place_prompt(border: jax.Array, size: int, width: int, channels: int) -> jax.Array:
     """The border on an otherwise zero image: [n] -> [H, W, C]. Order: top, bottom, left, right."""
     inner = size - 2 * width
     cuts = [width * size * channels, 2 * width * size * channels]
@@ -106,7 +106,7 @@ def init_slice(
         prompts: K, where the slice has a prompt for each cluster; 0: one prompt.
     """
     key_prompt, key_head = jax.random.split(key)
-    n = border_size(architecture.image_size, tuning.border, architecture.channels)
+    n = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
     prompt, kernel = jnp.zeros((prompts, n) if prompts else (n,)), jnp.zeros((architecture.feature_size, classes))
     if tuning.prompt_init:
         prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape)

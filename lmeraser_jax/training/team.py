@@ -119,7 +119,7 @@ class Team:
             if isinstance(message, Failed) and self.problem is None:
                 self.problem = f"{who}: {message.message}"
             if isinstance(message, _Lost | Failed | Asked | Stop | End) or message == Finished(stopped=True):
-                interrupt.ask()
+                interrupt.request_stop()
             self._inbox.put((peer, message))
             if isinstance(message, _Lost):
                 return
@@ -165,7 +165,7 @@ class Team:
         except interrupt.Stopped:
             self._stopped = True
         while busy:
-            if interrupt.asked() and not told:
+            if interrupt.stop_requested() and not told:
                 told = True
                 for peer in busy:
                     self._send(peer, Stop())
@@ -210,7 +210,7 @@ class Team:
         """
         asked = False
         while True:
-            if interrupt.asked() and not asked:
+            if interrupt.stop_requested() and not asked:
                 asked = True
                 self.report(Asked())
             found = self._take(POLL)

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from lmeraser_jax.training.closed_form import Tally
-from lmeraser_jax.training.jobs import Chunk, Job
+from lmeraser_jax.training.closed_form import KeptSums
+from lmeraser_jax.training.jobs import Job, StepBatch
 from lmeraser_jax.training.slices import Slice
 
 
@@ -33,7 +33,7 @@ class Tuned:
     loss: float
     failed_at: int | None
     seconds: float
-    tally: Tally | None = None
+    tally: KeptSums | None = None
 
     @property
     def final(self) -> bool:
@@ -50,7 +50,7 @@ class Tracker:
         self.seconds = np.zeros(len(jobs))
         self.last_loss, self.since = math.nan, time.perf_counter()
 
-    def collect(self, chunk: Chunk, handed: Slice, losses: jax.Array, slots: int) -> Iterator[Tuned]:
+    def collect(self, chunk: StepBatch, handed: Slice, losses: jax.Array, slots: int) -> Iterator[Tuned]:
         """Waits for a call's results; yields the slices that it handed over."""
         values, job = np.asarray(losses)[: chunk.steps], chunk.job[: chunk.steps]
         busy, now = job >= 0, time.perf_counter()

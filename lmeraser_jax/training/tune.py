@@ -27,13 +27,13 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec, augmented
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training import profiling
 from lmeraser_jax.training.features import compute_dtype, on_device
-from lmeraser_jax.training.jobs import Chunk, Job, chunks
-from lmeraser_jax.training.slices import Slice, init_slice, lay_prompt
+from lmeraser_jax.training.jobs import Job, StepBatch, step_batches
+from lmeraser_jax.training.slices import Slice, init_slice, place_prompt
 from lmeraser_jax.training.tracking import Tracker, Tuned
 
 
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class TuningSpec:
     """Everything static about a tuning program."""
 
     architecture: Architecture
@@ -71,17 +71,17 @@ class Problem:
     @property
     def on_features(self) -> bool:
         """Whether slices are made of features that are computed once, not of images."""
-        return self.tuning.closed or self.tuning.what == "head" and self.spec.augment == "none"
+        return self.tuning.closed or self.tuning.method == "head" and self.spec.augment == "none"
 
     @property
     def own_architecture(self) -> Architecture | None:
         """Of the backbone that every slice has of its own; None where all share the frozen one."""
-        return self.architecture if self.tuning.what == "backbone" else None
+        return self.architecture if self.tuning.method == "backbone" else None
 
     @property
     def slots(self) -> int:
         """W: slices that one call can hand over per device. Few where each is as large as a backbone."""
-        return max(16 if self.tuning.what != "backbone" else 1, 2 * self.tuning.lanes)
+        return max(16 if self.tuning.method != "backbone" else 1, 2 * self.tuning.lanes)
 
     @property
     def starts(self) -> int:
@@ -113,7 +113,7 @@ def _groups(tree: Slice) -> Slice:
 
 def _by_group(tuning: Tuning, what: str) -> dict[str, float]:
     """Rates or decays; of a fixed head none."""
-    head = getattr(tuning, f"head_{what}") if tuning.what != "prompt" else 0.0
+    head = getattr(tuning, f"head_{what}") if tuning.method != "prompt" else 0.0
     backbone = tuning.backbone_rate if what == "rate" else 0.0
     return {"prompt": getattr(tuning, f"prompt_{what}"), "head": head, "backbone": backbone}
 
@@ -127,7 +127,7 @@ def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Arra
     return jnp.where(at < warmup, rising, falling)
 
 
-def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array, which=None) -> jax.Array:
+def features_of(part: Slice, problem: TuningSpec, params: Any, inputs: jax.Array, which=None) -> jax.Array:
     """Features of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
 
     Args:
@@ -142,18 +142,18 @@ def features_of(part: Slice, problem: Problem, params: Any, inputs: jax.Array, w
     """
     if problem.on_features:
         return inputs
-    architecture, width = problem.architecture, problem.tuning.border
+    architecture, width = problem.architecture, problem.tuning.active_prompt_width
     if part.backbone is not None:
         params = jax.tree.map(lambda own, given: own.astype(given.dtype), part.backbone, params)
-    lay = functools.partial(lay_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
+    lay = functools.partial(place_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
     if which is not None:
         inputs = inputs + jax.vmap(lay)(part.prompt[which])
     elif width:
         inputs = inputs + lay(part.prompt)[None]
-    return frozen.features(architecture, params, inputs)
+    return backbone_lib.features(architecture, params, inputs)
 
 
-def cluster_loss(part: Slice, problem: Problem, params: Any, inputs: jax.Array, labels: jax.Array, valid: jax.Array):
+def cluster_loss(part: Slice, problem: TuningSpec, params: Any, inputs: jax.Array, labels: jax.Array, valid: jax.Array):
     """Masked mean cross-entropy of one cluster's batch (Eq. 6).
 
     Args:
@@ -175,7 +175,7 @@ def cluster_loss(part: Slice, problem: Problem, params: Any, inputs: jax.Array, 
 
 
 def cluster_step(
-    problem: Problem,
+    problem: TuningSpec,
     params: Any,
     images: jax.Array,
     labels: jax.Array,
@@ -222,16 +222,16 @@ def cluster_step(
     return LaneState(part, opt), loss
 
 
-def _first(problem: Problem, key: jax.Array, params: Any) -> Slice:
+def _first(problem: TuningSpec, key: jax.Array, params: Any) -> Slice:
     """A fresh slice; a backbone of its own begins as the frozen one."""
     first = init_slice(key, problem.tuning, problem.architecture, problem.classes, problem.mapping, problem.prompts)
-    if problem.tuning.what != "backbone":
+    if problem.tuning.method != "backbone":
         return first
     return first._replace(backbone=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
 
 
 def device_program(
-    problem: Problem,
+    problem: TuningSpec,
     params: Any,
     images: jax.Array,
     labels: jax.Array,
@@ -268,7 +268,7 @@ def device_program(
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(problem: Problem, mesh: Mesh):
+def compiled(problem: TuningSpec, mesh: Mesh):
     """The jitted program over a mesh; cached, so that every request of a process shares one executable."""
     lanes, work = P(mesh.axis_names[0]), P(None, mesh.axis_names[0])
     inputs, outputs = (P(), P(), P(), P(), lanes, work, lanes), (lanes, lanes, work)
@@ -280,7 +280,7 @@ def compiled(problem: Problem, mesh: Mesh):
     return jax.jit(mapped, donate_argnums=4, in_shardings=named(inputs), out_shardings=named(outputs))
 
 
-def initial_state(problem: Problem, mesh: Mesh) -> LaneState:
+def initial_state(problem: TuningSpec, mesh: Mesh) -> LaneState:
     """Zeros in the shape of all lanes' states, split over the mesh."""
 
     def one(params: Any) -> LaneState:
@@ -288,13 +288,13 @@ def initial_state(problem: Problem, mesh: Mesh) -> LaneState:
         return LaneState(part, optimizer(problem.tuning).init(part))
 
     lanes = mesh.size * problem.tuning.lanes
-    shapes = jax.eval_shape(one, frozen.graph(problem.architecture)[1])
+    shapes = jax.eval_shape(one, backbone_lib.graph(problem.architecture)[1])
     zeros = jax.tree.map(lambda leaf: np.zeros((lanes, *leaf.shape), leaf.dtype), shapes)
     return jax.device_put(zeros, NamedSharding(mesh, P(mesh.axis_names[0])))
 
 
 def tune(
-    problem: Problem, backbone: Backbone, jobs: Sequence[Job], images: np.ndarray, labels: np.ndarray, mesh: Mesh
+    problem: TuningSpec, backbone: Backbone, jobs: Sequence[Job], images: np.ndarray, labels: np.ndarray, mesh: Mesh
 ) -> Iterator[Tuned]:
     """Tunes clusters and yields each as it finishes, and its snapshots as they are made.
 
@@ -321,22 +321,22 @@ def tune(
                 yield from tracker.collect(*waiting, problem.slots)
                 shown.advance(int((waiting[0].job >= 0).sum()), f"loss {tracker.last_loss:.3f}")
 
-        for chunk in chunks(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
-            if interrupt.asked():
+        for chunk in step_batches(jobs, mesh.size, problem.tuning, problem.slots, problem.seed):
+            if interrupt.stop_requested():
                 break
             trace.next_call()
             pixels, targets, rows = data.of(chunk)
             starts = _starts(problem, jobs, chunk, state.slice)
             places = None if starts is None else chunk.start
-            work = Batch(rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot, places)
+            work = Batch(rows, chunk.valid, chunk.seed_words, chunk.step, chunk.total, chunk.slot, places)
             state, handed, losses = program(params, pixels, targets, np.int32(chunk.steps), state, work, starts)
             yield from fetch()
             waiting = (chunk, handed, losses)
         yield from fetch()
-        interrupt.check()
+        interrupt.raise_if_stopped()
 
 
-def _starts(problem: Problem, jobs: Sequence[Job], chunk: Chunk, like: Slice) -> Slice | None:
+def _starts(problem: TuningSpec, jobs: Sequence[Job], chunk: StepBatch, like: Slice) -> Slice | None:
     """The slices that a call's jobs carry on from, `problem.starts` for each device; None where that is 0."""
     if not problem.starts:
         assert not any(chunk.starts), "a start needs tuning.slices > 1"
@@ -355,7 +355,7 @@ def _starts(problem: Problem, jobs: Sequence[Job], chunk: Chunk, like: Slice) ->
 class _Images:
     """The images a call reads: all of them on the device when they fit, else the call's own."""
 
-    def __init__(self, problem: Problem, images: np.ndarray, labels: np.ndarray, mesh: Mesh):
+    def __init__(self, problem: TuningSpec, images: np.ndarray, labels: np.ndarray, mesh: Mesh):
         self.images, self.labels, self.everywhere = images, labels, NamedSharding(mesh, P())
         self.resident = None
         if bucket(len(images)) * images[0].nbytes <= problem.tuning.device_bytes:
@@ -364,7 +364,7 @@ class _Images:
             full[: len(images)], targets[: len(images)] = _known(images), labels
             self.resident = jax.device_put((full, targets), self.everywhere)
 
-    def of(self, chunk: Chunk) -> tuple[Any, Any, np.ndarray]:
+    def of(self, chunk: StepBatch) -> tuple[Any, Any, np.ndarray]:
         """(images, labels, rows into them) for one call."""
         if self.resident is not None:
             return *self.resident, chunk.rows

@@ -12,11 +12,11 @@ from lmeraser_jax.data import load
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import Imported, add_source
-from lmeraser_jax.unlearning.build import Outcome, reconcile
+from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.run import Run
 
 
-def add(run: Run, source: Source) -> tuple[Imported, Outcome]:
+def add(run: Run, source: Source) -> tuple[Imported, BuildReport]:
     """Adds a source's training images to a workdir and brings it to the state that its live records call for.
 
     Adding twice changes nothing; an interrupted `add` is repeated. What the workdir's config says of its own
@@ -31,7 +31,7 @@ def add(run: Run, source: Source) -> tuple[Imported, Outcome]:
     """
     assert run.writable, "adding needs a run that holds the writer lock"
     imported = add_source(run.layout, run.catalog, source, run.config)
-    return imported, reconcile(run)
+    return imported, build(run)
 
 
 def open_source(run: Run, path: str, labels: str = "") -> Source:

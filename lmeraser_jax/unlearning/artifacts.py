@@ -42,7 +42,7 @@ def expected_params(catalog: Catalog, ref: str) -> str | None:
     name, step = parts_of(ref)
     if not step:
         row = catalog.slice(name)
-        return row.params if row else None
+        return row.params_digest if row else None
     return catalog.epochs(name).get(step)
 
 
@@ -65,7 +65,7 @@ def load_slice(run: Run, ref: str) -> Slice:
     row = run.catalog.slice(name)
     if row is not None and row.cluster == COMMON:
         return as_slice(arrays, name[:12])
-    return as_slice(arrays, name[:12], run.problem.own_architecture, run.config.tuning.one_head)
+    return as_slice(arrays, name[:12], run.tuning_spec.own_architecture, run.config.tuning.one_head)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

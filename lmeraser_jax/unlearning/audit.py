@@ -27,7 +27,7 @@ from lmeraser_jax.training.jobs import stage_jobs
 from lmeraser_jax.training.making import make
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of, slice_of
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import Run
 
@@ -178,7 +178,7 @@ def remade(run: Run, ref: str) -> Slice | None:
     if row is None or len(records) != row.size:
         return None
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, tuning=Tuning(**json.loads(row.tuning))))
-    problem, inputs = run.problem, run.inputs(records, run.problem)
+    problem, inputs = run.tuning_spec, run.training_data(records, run.tuning_spec)
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     labels[records.rows] = records.labels
     start = None
@@ -199,13 +199,13 @@ def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) ->
     program, manifest = fingerprint(run.config.tuning, run.mesh), run.catalog.manifest()
     assert manifest is not None
     near = set()
-    if manifest.program != program:
+    if manifest.fingerprint != program:
         for key, one in found["prototypes"].items():
             if _close({"": one}, {"": rebuilt["prototypes"].get(key, b"")}):
                 near.add(f"prototypes {key}")
     for key, one in found["parameters"].items():
         row, other = run.catalog.slice(slice_of(found["slices"][key])), rebuilt["parameters"].get(key)
-        if row is not None and row.program != program and isinstance(one, dict) and isinstance(other, dict):
+        if row is not None and row.fingerprint != program and isinstance(one, dict) and isinstance(other, dict):
             if _close(one, other):
                 near.add(f"parameters {key}")
     return near & set(differences(found, rebuilt))
@@ -223,7 +223,7 @@ def _rebuild(run: Run, layout: Layout, only: frozenset[str] | None) -> dict[str,
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         scratch = dataclasses.replace(run, layout=layout, catalog=catalog, writable=True)
         _copy_live(run, scratch)
-        reconcile(scratch, only)
+        build(scratch, only)
         return state(scratch, only)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.data.record_table import refuse_rotten
+from lmeraser_jax.data.record_table import check_pixel_hashes
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.storage import checkpoints, requests, scratch
@@ -22,12 +22,12 @@ from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.rows import COMMON, Manifest, images_of
 from lmeraser_jax.storage.workdir import remove_others
-from lmeraser_jax.training.closed_form import head, load_tally
+from lmeraser_jax.training.closed_form import head, load_sums
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.jobs import Target, efficiency
 from lmeraser_jax.training.making import solved
-from lmeraser_jax.training.slice_files import Made, SliceTask, left_behind, share_slices, written
-from lmeraser_jax.training.tune import Problem
+from lmeraser_jax.training.slice_files import Made, SliceTask, load_orphan, share_slices, written
+from lmeraser_jax.training.tune import TuningSpec
 from lmeraser_jax.unlearning.artifacts import (
     AGAIN,
     expected_params,
@@ -37,13 +37,13 @@ from lmeraser_jax.unlearning.artifacts import (
     slice_of,
 )
 from lmeraser_jax.unlearning.plan import Plan, plan
-from lmeraser_jax.unlearning.purge import kept, purge, with_parents
+from lmeraser_jax.unlearning.purge import purge, surviving, with_parents
 from lmeraser_jax.unlearning.run import Run
 from lmeraser_jax.unlearning.taint import tainted
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class BuildReport:
     """What a reconcile did."""
 
     clusters: int
@@ -66,7 +66,7 @@ class Outcome:
         return self.images / self.images_full if self.images_full else 0.0
 
 
-def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
+def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     """Brings the workdir to the state that its live records call for.
 
     Order: tune what is missing, each slice on disk before it is registered; wait for every process; publish in one
@@ -85,7 +85,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     start = time.perf_counter()
     sweep(run)
     before = run.catalog.manifest()
-    wanted, adopted = adopt(run, plan(run))
+    wanted, adopted = register_orphans(run, plan(run))
     served = wanted.requests
     requests.advance(run.catalog, served, "planned")
     missing = {key: chain for key, chain in wanted.missing.items() if only is None or key in only}
@@ -93,17 +93,17 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
     if jobs:
         requests.advance(run.catalog, served, "re-tuning")
     _tune_missing(run, wanted, missing)
-    if not wanted.settled:
+    if not wanted.clustering_unchanged:
         save_clustering(run.layout, wanted.clustering)
-    changed = before is None or (before.clustering, before.inputs, before.entries) != (
+    changed = before is None or (before.clustering, before.recipe_constants_digest, before.entries) != (
         wanted.clustering.digest,
-        wanted.inputs,
+        wanted.recipe_constants_digest,
         wanted.entries,
     )
     changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
     lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
     spared, altered = _spared(run, wanted, before)
-    outcome = Outcome(
+    outcome = BuildReport(
         clusters=len(wanted.entries.keys() - {COMMON}),
         retuned=len(missing.keys() - {COMMON}),
         reused=len(wanted.entries.keys() - missing.keys() - {COMMON}),
@@ -126,7 +126,7 @@ def reconcile(run: Run, only: Collection[str] | None = None) -> Outcome:
 
 
 def sweep(run: Run) -> None:
-    """Removes what a killed writer left: scratch, image rows without a record. Slices are looked at by `adopt`.
+    """Removes what a killed writer left: scratch, image rows without a record. `register_orphans` looks at slices.
 
     Afterwards no process of a command that is over can write into this workdir.
     """
@@ -135,7 +135,7 @@ def sweep(run: Run) -> None:
     image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
 
 
-def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
+def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
     """Registers slices that were written but not registered, where the plan calls for them, and removes all others.
 
     A slice's digest names its members, so one that an erased record helped to make is never called for.
@@ -146,8 +146,8 @@ def adopt(run: Run, wanted: Plan) -> tuple[Plan, int]:
     missing, adopted = {}, 0
     program = fingerprint(run.config.tuning, run.mesh)
     for key, chain in wanted.missing.items():
-        rest, problem = list(chain), run.common_problem if key == COMMON else run.problem
-        while rest and (made := left_behind(run.layout.root, rest[0], program, problem)) is not None:
+        rest, problem = list(chain), run.common_spec if key == COMMON else run.tuning_spec
+        while rest and (made := load_orphan(run.layout.root, rest[0], program, problem)) is not None:
             _keep(run, wanted, made)
             rest.pop(0)
         adopted += len(chain) - len(rest)
@@ -170,11 +170,11 @@ def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
 
 def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
     """Makes slices; each finished one is saved and registered at once, so that a kill loses little."""
-    problem, common = run.problem, {key: chain for key, chain in missing.items() if key == COMMON}
+    problem, common = run.tuning_spec, {key: chain for key, chain in missing.items() if key == COMMON}
     if run.config.tuning.one_head:
         problem = dataclasses.replace(problem, prompts=len(wanted.clustering.keys))
     failed = _make(run, wanted, problem, {key: chain for key, chain in missing.items() if key != COMMON})
-    failed += _make(run, wanted, run.common_problem, common) if common else []
+    failed += _make(run, wanted, run.common_spec, common) if common else []
     raise_all(
         failed,
         "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate "
@@ -184,7 +184,7 @@ def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ..
     )
 
 
-def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[Target, ...]]) -> list[str]:
+def _make(run: Run, wanted: Plan, problem: TuningSpec, missing: Mapping[str, tuple[Target, ...]]) -> list[str]:
     """Makes the slices of one kind; returns a line for each whose numbers are not finite."""
     labels, inputs, failed = np.zeros(run.catalog.rows_used(), np.int32), run.images, list[str]()
     for key, chain in missing.items():
@@ -196,8 +196,8 @@ def _make(run: Run, wanted: Plan, problem: Problem, missing: Mapping[str, tuple[
     if problem.tuning.closed:
         missing = {key: chain for key, chain in missing.items() if not _subtracted(run, wanted, whole, chain[-1])}
     for key in missing:
-        refuse_rotten(run.images, wanted.members[key])
-        inputs = run.inputs(wanted.members[key], problem)
+        check_pixel_hashes(run.images, wanted.members[key])
+        inputs = run.training_data(wanted.members[key], problem)
     waiting: dict[str, tuple[Target, ...]] = dict(missing)
     while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
         task = dataclasses.replace(whole, targets=tuple(_started(run, chain[0]) for chain in waiting.values()))
@@ -216,15 +216,19 @@ def _subtracted(run: Run, wanted: Plan, task: SliceTask, target: Target) -> bool
     """Makes a closed form of the sums beside the slice in its place, less whoever left, where that is exact."""
     start, before, how = time.perf_counter(), run.catalog.manifest(), task.problem.tuning
     old = run.catalog.slice(slice_of(before.entries.get(target.job.key, ""))) if before is not None else None
-    if old is None or (old.program, old.tuning) != (task.program, canonical_json(dataclasses.asdict(how))):
+    if old is None or (old.fingerprint, old.tuning) != (task.program, canonical_json(dataclasses.asdict(how))):
         return False  # no slice, or one of other features or settings
-    kept, file = load_tally(run.layout.slice(old.digest)), run.feature_file(task.program)
-    if kept is None or arrays_digest(checkpoints.flatten(head(how, kept.total)[0])) != old.params or not len(file):
+    surviving, file = load_sums(run.layout.slice(old.digest)), run.feature_file(task.program)
+    if (
+        surviving is None
+        or arrays_digest(checkpoints.flatten(head(how, surviving.total)[0])) != old.params_digest
+        or not len(file)
+    ):
         return False
-    kept = kept.without(target.job.rows, task.labels, file.view())
-    if kept is None:
+    surviving = surviving.without(target.job.rows, task.labels, file.view())
+    if surviving is None:
         return False
-    made = written(task, target, solved(target.job, *head(how, kept.total), start, kept), ())
+    made = written(task, target, solved(target.job, *head(how, surviving.total), start, surviving), ())
     if made.failed_at is None:
         _keep(run, wanted, made)
     return made.failed_at is None
@@ -243,15 +247,17 @@ def _keep(run: Run, wanted: Plan, made: Made) -> None:
         run.catalog.add_epochs(made.row.digest, made.epochs)
 
 
-def _publish(run: Run, wanted: Plan, before: Manifest | None, outcome: Outcome, served: Collection[str]) -> int:
+def _publish(run: Run, wanted: Plan, before: Manifest | None, outcome: BuildReport, served: Collection[str]) -> int:
     """One transaction: the manifest, every moved record's cluster, the served requests, their quarantine."""
     catalog, program = run.catalog, fingerprint(run.config.tuning, run.mesh)
     version = outcome.version
     with catalog.transaction():
         if outcome.published:
             assert tainted(run, catalog.erased(served)).by_member.isdisjoint(map(slice_of, wanted.entries.values()))
-            version = catalog.publish(wanted.clustering.digest, program, wanted.inputs, wanted.entries, wanted.moved)
-            catalog.called_for(wanted.clustering.digest, wanted.called_for)
+            version = catalog.publish(
+                wanted.clustering.digest, program, wanted.recipe_constants_digest, wanted.entries, wanted.moved
+            )
+            catalog.called_for(wanted.clustering.digest, wanted.required_slices)
             catalog.event("publish", version=version, clusters=len(wanted.entries))
         waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
         waiting = [request for request in waiting if request.state != "published"]
@@ -261,7 +267,7 @@ def _publish(run: Run, wanted: Plan, before: Manifest | None, outcome: Outcome, 
             "program": program,
             "batch": [request.id for request in waiting],
         }
-        purged = _condemned(run, [request.id for request in waiting])
+        purged = _removal_summary(run, [request.id for request in waiting])
         for request in waiting:
             facts = {"work": work, "clusters": _changes(run, request, wanted, before), "purged": purged}
             facts["manifest"] = {"before": before.version if before else 0, "after": version}
@@ -283,9 +289,9 @@ def _work(run: Run, wanted: Plan, served: Sequence[Request]) -> dict[str, int]:
     return {"images": images, "steps": steps, "clusters_tuned": len({row.cluster for row in rows})}
 
 
-def _condemned(run: Run, served: list[str]) -> dict[str, Any]:
+def _removal_summary(run: Run, served: list[str]) -> dict[str, Any]:
     """What the purge is about to remove, as receipts say it: salted hashes and counts."""
-    catalog, stays = run.catalog, kept(run, served)
+    catalog, stays = run.catalog, surviving(run, served)
     versions = {manifest.version for manifest in stays.manifests}
     dropped = [manifest for manifest in catalog.manifests() if manifest.version not in versions]
     clusterings = {path.name for path in run.layout.clusterings.iterdir()} - stays.clusterings

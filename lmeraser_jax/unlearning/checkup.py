@@ -12,8 +12,8 @@ import numpy as np
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.errors import some
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.errors import join_limited
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.storage.rows import Manifest
@@ -24,14 +24,14 @@ from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.tune import mesh_of
 from lmeraser_jax.unlearning import plan
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of
-from lmeraser_jax.unlearning.doctor import Finding, Patient, guarded
-from lmeraser_jax.unlearning.purge import needed
+from lmeraser_jax.unlearning.doctor import Problem, Workdir, run_check
+from lmeraser_jax.unlearning.purge import referenced
 from lmeraser_jax.unlearning.run import Run, backbone_inputs
 
 TRAIN = "lmeraser train makes it again"
 
 
-def examine(patient: Patient, features: int, devices: Sequence[Any] | None) -> list[Finding]:
+def examine(patient: Workdir, features: int, devices: Sequence[Any] | None) -> list[Problem]:
     """Looks at everything that was built from sound records.
 
     Args:
@@ -60,11 +60,11 @@ def _without_noise() -> Iterator[None]:
         sys.unraisablehook = shown
 
 
-def _examined(patient: Patient, features: int, devices: Sequence[Any] | None) -> list[Finding]:
+def _examined(patient: Workdir, features: int, devices: Sequence[Any] | None) -> list[Problem]:
     run, found = _opened(patient, devices)
     if run is None:
         return found
-    checks: tuple[tuple[str, Callable[[Run, bool], Iterator[Finding]]], ...] = (
+    checks: tuple[tuple[str, Callable[[Run, bool], Iterator[Problem]]], ...] = (
         ("config", _config),
         ("features", lambda run, fix: _features(run, fix, features)),
         ("slices", _slices),
@@ -73,15 +73,15 @@ def _examined(patient: Patient, features: int, devices: Sequence[Any] | None) ->
         ("state", _contradictions),
     )
     for part, check in checks:
-        found += guarded(part, lambda check=check: check(run, patient.fix))
+        found += run_check(part, lambda check=check: check(run, patient.fix))
     return found
 
 
-def _opened(patient: Patient, devices: Sequence[Any] | None) -> tuple[Run | None, list[Finding]]:
+def _opened(patient: Workdir, devices: Sequence[Any] | None) -> tuple[Run | None, list[Problem]]:
     """The workdir as a run; None where its backbone cannot be used."""
     layout, config, fix = patient.layout, patient.config, patient.fix
     try:
-        backbone, inputs = frozen.load(layout.backbone)
+        backbone, inputs = backbone_lib.load(layout.backbone)
     except Exception as error:  # damaged files make Orbax raise nearly anything
         again = "converts the weights again" if config.backbone.weights else "trains it on the public images again"
         remedy = f"lmeraser train {again}: the same bits on the same program, else every slice is tuned again with it"
@@ -90,40 +90,40 @@ def _opened(patient: Patient, devices: Sequence[Any] | None) -> tuple[Run | None
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(layout.backbone, aside)
             remedy = f"moved to {aside.name}; {remedy}"
-        return None, [Finding("backbone", str(error), remedy, "dropped" if fix else "wrong")]
+        return None, [Problem("backbone", str(error), remedy, "dropped" if fix else "wrong")]
     found = []
     lines = settings.differences(inputs, backbone_inputs(config))
     if lines:
         what = f"config.json differs from what the backbone was made with: {'; '.join(lines)}"
-        found.append(Finding("config", what, "restore config.json"))
+        found.append(Problem("config", what, "restore config.json"))
     run = Run(layout, config, patient.catalog, backbone, mesh_of(devices), fix)
     try:
         assert run.spec
     except ValueError as error:
-        return None, [*found, Finding("backbone", str(error), "restore config.json and the backbone from a copy")]
+        return None, [*found, Problem("backbone", str(error), "restore config.json and the backbone from a copy")]
     return run, found
 
 
-def _config(run: Run, fix: bool) -> Iterator[Finding]:
+def _config(run: Run, fix: bool) -> Iterator[Problem]:
     then, now = run.catalog.get("dataset")["settings"], import_settings(run.config)
     lines = settings.differences(then, now, "data.")
     if lines:
         what = f"config.json differs from what the images were imported with: {'; '.join(lines)}"
-        yield Finding("config", what, "restore config.json")
+        yield Problem("config", what, "restore config.json")
     seed = run.catalog.get("rank_seed")
     if seed is not None and seed != run.config.seed:
         if fix:
             run.catalog.rank(run.config.seed)
         remedy = "ranked again" if fix else "--fix ranks them again"
         what = f"records are ranked for sampling with seed {seed}, not {run.config.seed}"
-        yield Finding("records", what, remedy, "fixed" if fix else "wrong")
+        yield Problem("records", what, remedy, "fixed" if fix else "wrong")
 
 
-def _features(run: Run, fix: bool, count: int) -> Iterator[Finding]:
+def _features(run: Run, fix: bool, count: int) -> Iterator[Problem]:
     """Files of another backbone or of a wrong length, rows of no record, rows that have other numbers when computed."""
     manifest, now = run.catalog.manifest(), fingerprint(run.config.tuning, run.mesh)
-    programs = {now, *(row.program for row in run.catalog.slices().values())}
-    programs |= {manifest.program} if manifest else set()
+    programs = {now, *(row.fingerprint for row in run.catalog.slices().values())}
+    programs |= {manifest.fingerprint} if manifest else set()
     known = {file.path: file for file in map(run.feature_file, sorted(programs))}
     for path in sorted(run.layout.records.glob("features-*.f32")):
         file = known.get(path)
@@ -135,7 +135,7 @@ def _features(run: Run, fix: bool, count: int) -> Iterator[Finding]:
             if fix:
                 path.unlink()
             remedy = "removed; features are computed again when they are needed" if fix else "--fix removes it"
-            yield Finding("features", f"{path.name} {why}", remedy, "fixed" if fix else "wrong")
+            yield Problem("features", f"{path.name} {why}", remedy, "fixed" if fix else "wrong")
 
 
 def _unfit(run: Run, file: RowFile) -> str:
@@ -145,7 +145,7 @@ def _unfit(run: Run, file: RowFile) -> str:
     owned = {row[0] for row in run.catalog.db.execute("SELECT row FROM records")}
     view = file.view() if len(file) else np.zeros((0, *file.shape), np.float32)
     stale = [row for row in range(len(view)) if row not in owned and np.nan_to_num(view[row]).any()]
-    return f"holds features in rows of no record: {some(stale)}" if stale else ""
+    return f"holds features in rows of no record: {join_limited(stale)}" if stale else ""
 
 
 def _changed(run: Run, file: RowFile, count: int) -> str:
@@ -163,7 +163,7 @@ def _changed(run: Run, file: RowFile, count: int) -> str:
     return f"holds other numbers than the backbone gives, in {len(other)} of {len(rows)} rows" if len(other) else ""
 
 
-def _slices(run: Run, fix: bool) -> Iterator[Finding]:
+def _slices(run: Run, fix: bool) -> Iterator[Problem]:
     """Every registered or published slice against its digest."""
     manifest, older = run.catalog.manifest(), run.catalog.manifests()[1:]
     current = set(manifest.entries.values()) if manifest else set()
@@ -179,10 +179,10 @@ def _slices(run: Run, fix: bool) -> Iterator[Finding]:
             if fix:
                 _drop_slice(run, slice_of(ref), older)
             if ref in current:
-                yield Finding("slices", why, f"dropped; {TRAIN}" if fix else f"--fix drops it; {TRAIN}", _dropped(fix))
+                yield Problem("slices", why, f"dropped; {TRAIN}" if fix else f"--fix drops it; {TRAIN}", _dropped(fix))
             else:
                 remedy = "dropped, with older states that had it" if fix else "--fix drops it: no current state has it"
-                yield Finding("slices", why, remedy, "fixed" if fix else "wrong")
+                yield Problem("slices", why, remedy, "fixed" if fix else "wrong")
 
 
 def _dropped(fix: bool) -> str:
@@ -197,7 +197,7 @@ def _drop_slice(run: Run, name: str, older: Sequence[Manifest]) -> None:
                 run.catalog.drop_manifest(state.version)
 
 
-def _clusterings(run: Run, fix: bool) -> Iterator[Finding]:
+def _clusterings(run: Run, fix: bool) -> Iterator[Problem]:
     """Every clustering that a kept state points at; the published one also against the features."""
     for number, manifest in enumerate(run.catalog.manifests()):
         why = ""
@@ -215,8 +215,8 @@ def _clusterings(run: Run, fix: bool) -> Iterator[Finding]:
         remedy = TRAIN if not number else "the older state is dropped with it"
         state = ("fixed" if number else "dropped") if fix else "wrong"
         what = f"clustering {manifest.clustering[:12]} is missing or damaged: {why}"
-        yield Finding("clusterings", what, f"dropped; {remedy}" if fix else f"--fix drops it; {remedy}", state)
-    wanted = needed(run.catalog, run.catalog.manifests()).clusterings
+        yield Problem("clusterings", what, f"dropped; {remedy}" if fix else f"--fix drops it; {remedy}", state)
+    wanted = referenced(run.catalog, run.catalog.manifests()).clusterings
     yield from _leftovers(run.layout.clusterings, wanted, "clusterings", fix)
 
 
@@ -238,8 +238,8 @@ def _inconsistent(clustering: Clustering, manifest: Manifest) -> str:
 def _unlike_features(run: Run, manifest: Manifest) -> str:
     """Makes the clustering again where that costs no pass through the backbone, on the program that made it."""
     chosen, name = plan.sampled(run)
-    file = run.feature_file(manifest.program)
-    here = fingerprint(run.config.tuning, run.mesh) == manifest.program
+    file = run.feature_file(manifest.fingerprint)
+    here = fingerprint(run.config.tuning, run.mesh) == manifest.fingerprint
     if name != manifest.clustering or not here or not len(chosen) or len(file) <= chosen.rows.max():
         return ""
     features = np.asarray(file.view()[chosen.rows])
@@ -252,25 +252,25 @@ def _unlike_features(run: Run, manifest: Manifest) -> str:
     return "" if same else "the cached features give other prototypes"
 
 
-def _unregistered(run: Run, fix: bool) -> Iterator[Finding]:
+def _unregistered(run: Run, fix: bool) -> Iterator[Problem]:
     yield from _leftovers(run.layout.slices, set(run.catalog.slices()), "slices", fix)
 
 
-def _leftovers(folder: Any, wanted: Collection[str], part: str, fix: bool) -> Iterator[Finding]:
+def _leftovers(folder: Any, wanted: Collection[str], part: str, fix: bool) -> Iterator[Problem]:
     with contextlib.suppress(FileNotFoundError):
         extra = sorted({path.name for path in folder.iterdir()}.difference(wanted))
         if extra and fix:
             remove_others(folder, set(wanted))
         if extra:
-            what = f"{part} that the catalog does not know: {some([name[:12] for name in extra])}"
-            yield Finding(part, what, "removed" if fix else "--fix removes them", "fixed" if fix else "wrong")
+            what = f"{part} that the catalog does not know: {join_limited([name[:12] for name in extra])}"
+            yield Problem(part, what, "removed" if fix else "--fix removes them", "fixed" if fix else "wrong")
 
 
-def _contradictions(run: Run, fix: bool) -> Iterator[Finding]:
+def _contradictions(run: Run, fix: bool) -> Iterator[Problem]:
     fresh, manifest = len(run.catalog.members("")), run.catalog.manifest()
     if manifest is None or fresh:
         what = f"{fresh} records are in no cluster yet" if manifest else "nothing is published yet"
-        yield Finding("state", what, f"lmeraser train --workdir={run.layout.root} goes on", "note")
+        yield Problem("state", what, f"lmeraser train --workdir={run.layout.root} goes on", "note")
     for line in plan.contradictions(run):
         remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
-        yield Finding("state", line, remedy)
+        yield Problem("state", line, remedy)

@@ -20,7 +20,7 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import content_hash
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, salvage, schema
 from lmeraser_jax.storage.catalog import Catalog
@@ -33,7 +33,7 @@ FEATURES = 256  # rows of the feature cache that are computed again and compared
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Problem:
     """Something that is not as it should be.
 
     Attributes:
@@ -53,7 +53,7 @@ class Finding:
 class Diagnosis:
     """Everything that was found."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Problem, ...]
 
     @property
     def healthy(self) -> bool:
@@ -67,7 +67,7 @@ class Diagnosis:
 
 
 @dataclasses.dataclass(frozen=True)
-class Patient:
+class Workdir:
     """A workdir whose config and catalog could be opened; `fix` if repairs are wanted."""
 
     layout: Layout
@@ -97,53 +97,53 @@ def examine(
         busy = _busy(layout)
         if busy:
             return Diagnosis((busy,))
-        found = guarded("folder", lambda: _links(layout))
+        found = run_check("folder", lambda: _links(layout))
         if found:
             return Diagnosis(tuple(found))  # what lies behind a link is neither looked at nor changed
-        found += guarded("lock", lambda: _stale_lock(layout, fix))
+        found += run_check("lock", lambda: _stale_lock(layout, fix))
         if fix:
             stack.enter_context(writer_lock(layout))
         for part, check in (("folder", _modes), ("folder", _unfinished), ("catalog", _catalog)):
-            found += guarded(part, lambda check=check: check(layout, fix))
+            found += run_check(part, lambda check=check: check(layout, fix))
         config, more = _config(layout)
         found += more
         if any(f.part == "catalog" and f.state in ("wrong", "note") for f in found) or config is None:
             return Diagnosis(tuple(found))
         with contextlib.closing(Catalog(layout.catalog)) as catalog:
-            patient, before = Patient(layout, config, catalog, fix), catalog.stamp()
+            patient, before = Workdir(layout, config, catalog, fix), catalog.stamp()
             found += _within(patient, features, devices)
             if not fix and (_busy(layout) or catalog.stamp() != before):
-                found = [Finding("lock", "another process wrote to the workdir meanwhile", "run this command again")]
+                found = [Problem("lock", "another process wrote to the workdir meanwhile", "run this command again")]
     return Diagnosis(tuple(found))
 
 
-def _within(patient: Patient, features: int, devices: Sequence[Any] | None) -> list[Finding]:
+def _within(patient: Workdir, features: int, devices: Sequence[Any] | None) -> list[Problem]:
     """The checks that need the catalog; those of what was built only over sound records."""
     found = []
     for part, check in (("requests", _requests), ("records", _records), ("images", _images)):
-        found += guarded(part, lambda check=check: check(patient))
+        found += run_check(part, lambda check=check: check(patient))
     if any(f.part == "records" and f.state == "wrong" for f in found):
         return found
     if patient.catalog.get("dataset") is None or not patient.layout.backbone.exists():
         if patient.catalog.manifest() is None:
-            return [*found, Finding("backbone", "the workdir is not complete yet", "lmeraser train goes on", "note")]
+            return [*found, Problem("backbone", "the workdir is not complete yet", "lmeraser train goes on", "note")]
     from lmeraser_jax.unlearning import checkup
 
     return found + checkup.examine(patient, features, devices)
 
 
-def guarded(part: str, check: Callable[[], Iterator[Finding]]) -> list[Finding]:
+def run_check(part: str, check: Callable[[], Iterator[Problem]]) -> list[Problem]:
     """The findings of a check; one that damaged data stop short is a finding itself."""
     found = []
     try:
         for finding in check():
             found.append(finding)
     except Exception as error:  # damaged data may make a reader raise anything
-        found.append(Finding(part, f"cannot be checked: {type(error).__name__}: {error}"))
+        found.append(Problem(part, f"cannot be checked: {type(error).__name__}: {error}"))
     return found
 
 
-def _busy(layout: Layout) -> Finding | None:
+def _busy(layout: Layout) -> Problem | None:
     """The writer that works in the workdir now; what is unfinished then is not damaged."""
     if not layout.lock.is_file():
         return None
@@ -152,37 +152,37 @@ def _busy(layout: Layout) -> Finding | None:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = file.read().strip() or "another process"
-            return Finding("lock", f"the workdir is being written by {holder}", "run this command when it has ended")
+            return Problem("lock", f"the workdir is being written by {holder}", "run this command when it has ended")
     return None
 
 
-def _stale_lock(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _stale_lock(layout: Layout, fix: bool) -> Iterator[Problem]:
     text = layout.lock.read_text(encoding="utf-8", errors="replace").strip() if layout.lock.is_file() else ""
     if text:
         remedy = "removed" if fix else "no harm: the next command that writes replaces it"
-        yield Finding("lock", f"{text[:100]!r} has ended without closing the lock", remedy, "fixed" if fix else "note")
+        yield Problem("lock", f"{text[:100]!r} has ended without closing the lock", remedy, "fixed" if fix else "note")
 
 
-def _links(layout: Layout) -> Iterator[Finding]:
+def _links(layout: Layout) -> Iterator[Problem]:
     for path in _inside(layout.root):
         if path.is_symlink():
             remedy = "put the file itself there: an erasure must reach what is stored"
-            yield Finding("folder", f"{path.relative_to(layout.root)} is a symbolic link", remedy)
+            yield Problem("folder", f"{path.relative_to(layout.root)} is a symbolic link", remedy)
 
 
-def _modes(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _modes(layout: Layout, fix: bool) -> Iterator[Problem]:
     paths = [layout.root, *(path for path in _inside(layout.root) if not path.is_symlink())]
     loose = [path for path in paths if path.stat().st_mode & OPEN_TO_OTHERS]
     if loose and fix:
         for path in loose:
             path.chmod(path.stat().st_mode & 0o777 & ~OPEN_TO_OTHERS)
     if loose:
-        names = some([path.relative_to(layout.root) for path in loose], 3)
+        names = join_limited([path.relative_to(layout.root) for path in loose], 3)
         remedy = "closed to them" if fix else "--fix closes them; they hold private images"
-        yield Finding("folder", f"open to other users: {names}", remedy, "fixed" if fix else "note")
+        yield Problem("folder", f"open to other users: {names}", remedy, "fixed" if fix else "note")
 
 
-def _unfinished(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _unfinished(layout: Layout, fix: bool) -> Iterator[Problem]:
     """What a killed writer leaves: temporary files, replaced folders, scratch."""
     for path in list(_inside(layout.root)):
         name = path.name
@@ -193,7 +193,7 @@ def _unfinished(layout: Layout, fix: bool) -> Iterator[Finding]:
             what = f"{path.relative_to(layout.root)} is all that is left of {final.name}"
             if fix:
                 os.replace(path, final)
-            yield Finding("folder", what, "put back" if fix else "--fix puts it back", "fixed" if fix else "wrong")
+            yield Problem("folder", what, "put back" if fix else "--fix puts it back", "fixed" if fix else "wrong")
         else:
             yield _removed(layout, path, "left by a killed writer", fix)
     scratch = list(layout.scratch.iterdir()) if layout.scratch.is_dir() else []
@@ -203,14 +203,14 @@ def _unfinished(layout: Layout, fix: bool) -> Iterator[Finding]:
     for path in schema.old_copies(layout.catalog):
         if path.exists():
             what = f"{path.name} holds the records as they once were"
-            yield Finding("folder", what, "the next erasure removes it; delete it when it is not needed", "note")
+            yield Problem("folder", what, "the next erasure removes it; delete it when it is not needed", "note")
 
 
-def _removed(layout: Layout, path: Path, why: str, fix: bool) -> Finding:
+def _removed(layout: Layout, path: Path, why: str, fix: bool) -> Problem:
     if fix:
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     what = f"{path.relative_to(layout.root)} was {why}"
-    return Finding("folder", what, "removed" if fix else "--fix removes it", "fixed" if fix else "wrong")
+    return Problem("folder", what, "removed" if fix else "--fix removes it", "fixed" if fix else "wrong")
 
 
 def _inside(root: Path) -> Iterator[Path]:
@@ -220,57 +220,59 @@ def _inside(root: Path) -> Iterator[Path]:
             yield Path(folder) / name
 
 
-def _config(layout: Layout) -> tuple[Config | None, list[Finding]]:
+def _config(layout: Layout) -> tuple[Config | None, list[Problem]]:
     remedy = "restore config.json, or run lmeraser train with the experiment's --config=FILE.py"
     try:
         tree = read_config(layout)
         if tree is not None:
             return settings.from_dict(tree), []
-        return None, [Finding("config", "config.json is missing", remedy)]
+        return None, [Problem("config", "config.json is missing", remedy)]
     except UserError as error:
-        return None, [Finding("config", f"config.json cannot be used: {error}", f"{remedy} after deleting it")]
+        return None, [Problem("config", f"config.json cannot be used: {error}", f"{remedy} after deleting it")]
 
 
-def _catalog(layout: Layout, fix: bool) -> Iterator[Finding]:
+def _catalog(layout: Layout, fix: bool) -> Iterator[Problem]:
     damages = salvage.damages(layout.catalog)
     if not damages:
         with contextlib.closing(salvage.reading(layout.catalog)) as db:
             version = db.execute("PRAGMA user_version").fetchone()[0]
         if version != schema.VERSION and not fix:
             what = f"the catalog is an older release's (version {version})"
-            yield Finding("catalog", what, "--fix or the next command that writes brings it up to this one's")
+            yield Problem("catalog", what, "--fix or the next command that writes brings it up to this one's")
         return
     what = f"the catalog is damaged: {'; '.join(damages)}"
     lost = salvage.lost(layout.catalog)
     if lost:
-        yield Finding("catalog", what, f"restore it from a copy of the workdir: {some(lost)} cannot be read whole")
+        yield Problem(
+            "catalog", what, f"restore it from a copy of the workdir: {join_limited(lost)} cannot be read whole"
+        )
     elif not fix:
-        yield Finding("catalog", what, "--fix recovers it: all that cannot be computed again is whole")
+        yield Problem("catalog", what, "--fix recovers it: all that cannot be computed again is whole")
     else:
         built = salvage.recover(layout.catalog)
         remedy = f"recovered; the damaged file is {schema.damaged_of(layout.catalog).name} until the next erasure"
         remedy += "" if built else "; lmeraser train tunes and publishes again"
-        yield Finding("catalog", what, remedy, "fixed" if built else "dropped")
+        yield Problem("catalog", what, remedy, "fixed" if built else "dropped")
 
 
-def _requests(patient: Patient) -> Iterator[Finding]:
+def _requests(patient: Workdir) -> Iterator[Problem]:
     catalog = patient.catalog
     open_ = requests.listed(catalog, only_open=True)
     if open_:
         remedy = f"lmeraser process --workdir={patient.layout.root} serves them"
-        yield Finding("requests", f"waiting erasures: {some([r.id for r in open_])}", remedy, "note")
+        yield Problem("requests", f"waiting erasures: {join_limited([r.id for r in open_])}", remedy, "note")
     buried = {row[0] for row in catalog.db.execute("SELECT hash FROM tombstones")}
     for request in requests.listed(catalog):
         if not buried.issuperset(request.body["records"]):
             remedy = "restore the catalog from a copy: what was erased could be imported again"
-            yield Finding("requests", f"{request.id}: its erased ids are not remembered", remedy)
+            yield Problem("requests", f"{request.id}: its erased ids are not remembered", remedy)
     forgotten = [name for name in catalog.erased() if not catalog.is_tombstoned(name)]
     if forgotten:
-        what = f"erased records without a trace of their erasure, or another salt: {some(forgotten, LISTED)}"
-        yield Finding("requests", what, "restore the catalog from a copy")
+        what = f"erased records without a trace of their erasure, or another salt: {join_limited(forgotten, LISTED)}"
+        yield Problem("requests", what, "restore the catalog from a copy")
 
 
-def _records(patient: Patient) -> Iterator[Finding]:
+def _records(patient: Workdir) -> Iterator[Problem]:
     """Values of the records table that no import writes."""
     catalog, found = patient.catalog, []
     classes = len((catalog.get("dataset") or {"classes": ()})["classes"])
@@ -279,14 +281,16 @@ def _records(patient: Patient) -> Iterator[Finding]:
             found.append(f"{name}={label!r}")
     remedy = "restore the catalog from a copy, or erase these records"
     if found:
-        yield Finding("records", f"labels that are none of the {classes} classes: {some(found, LISTED)}", remedy)
+        yield Problem(
+            "records", f"labels that are none of the {classes} classes: {join_limited(found, LISTED)}", remedy
+        )
     beyond = [row[0] for row in catalog.db.execute("SELECT id FROM records WHERE row>=?", (catalog.rows_used(),))]
     if beyond:
         remedy = "restore the catalog from a copy; write nothing before: an import would overwrite their images"
-        yield Finding("records", f"rows behind the last one that is in use: {some(beyond, LISTED)}", remedy)
+        yield Problem("records", f"rows behind the last one that is in use: {join_limited(beyond, LISTED)}", remedy)
 
 
-def _images(patient: Patient) -> Iterator[Finding]:
+def _images(patient: Workdir) -> Iterator[Problem]:
     """The image file's length, every live row against its content hash, and rows that must be empty."""
     layout, catalog, fix = patient.layout, patient.catalog, patient.fix
     if catalog.get("dataset") is None:
@@ -299,28 +303,28 @@ def _images(patient: Patient) -> Iterator[Finding]:
     live = sum(catalog.counts().values())
     if rotten and len(rotten) == live and size:
         remedy = "restore records/images.u8 and catalog.db together from a copy of the workdir"
-        yield Finding("images", "no row holds the pixels that the catalog knows", remedy)
+        yield Problem("images", "no row holds the pixels that the catalog knows", remedy)
         return
     if size > rows * file.row_bytes:
         if fix:
             file.truncate(rows)
         remedy = "removed" if fix else "--fix removes it"
-        yield Finding("images", "an interrupted import left rows behind", remedy, "fixed" if fix else "wrong")
+        yield Problem("images", "an interrupted import left rows behind", remedy, "fixed" if fix else "wrong")
     if size < rows * file.row_bytes:
         if fix:
             _lengthened(file, rows)
         remedy = "lengthened with empty rows" if fix else "--fix lengthens it with empty rows"
         what = f"images.u8 holds {size // file.row_bytes} of {rows} rows"
-        yield Finding("images", what, f"{remedy}; those that are lost are named below", "fixed" if fix else "wrong")
+        yield Problem("images", what, f"{remedy}; those that are lost are named below", "fixed" if fix else "wrong")
     if rotten:
         remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
-        yield Finding("images", f"pixels that have changed since the import: {some(rotten, LISTED)}", remedy)
+        yield Problem("images", f"pixels that have changed since the import: {join_limited(rotten, LISTED)}", remedy)
     if stale:
         if fix:
             file.overwrite(np.array(stale, np.int64))
         remedy = "overwritten" if fix else "--fix overwrites them"
-        what = f"rows of no record hold pixels: {some(stale)}"
-        yield Finding("images", what, remedy, "fixed" if fix else "wrong")
+        what = f"rows of no record hold pixels: {join_limited(stale)}"
+        yield Problem("images", what, remedy, "fixed" if fix else "wrong")
 
 
 def _compared(catalog: Catalog, file: RowFile) -> tuple[list[str], list[int]]:

@@ -11,7 +11,7 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request, Targets
 from lmeraser_jax.storage.rows import COMMON
 from lmeraser_jax.unlearning import receipts
-from lmeraser_jax.unlearning.build import Outcome, reconcile
+from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.run import Run
 
@@ -34,7 +34,7 @@ class Erasure:
     """A request and what serving it did; `outcome` is None while it waits, or if it was served before."""
 
     request: Request
-    outcome: Outcome | None
+    outcome: BuildReport | None
 
     @property
     def records(self) -> int:
@@ -103,13 +103,13 @@ def serve(run: Run, name: str) -> Erasure:
     return Erasure(next(done for done in finished if done.id == name), outcome)
 
 
-def process(run: Run) -> tuple[Outcome, list[Request]]:
+def process(run: Run) -> tuple[BuildReport, list[Request]]:
     """Serves every request that waits, in one reconcile (paper 5.3, batch unlearning).
 
     Returns:
         What was done, and the requests that it finished, oldest first.
     """
     known = len(receipts.chain(run.catalog))
-    outcome = reconcile(run)
+    outcome = build(run)
     finished = [requests.get(run.catalog, link.request) for link in receipts.chain(run.catalog)[known:]]
     return outcome, [request for request in finished if request is not None]

@@ -47,8 +47,8 @@ class Plan:
     """
 
     clustering: Clustering
-    settled: bool
-    inputs: str
+    clustering_unchanged: bool
+    recipe_constants_digest: str
     entries: dict[str, str]
     sizes: dict[str, int]
     chains: dict[str, tuple[Target, ...]]
@@ -61,7 +61,7 @@ class Plan:
     images_full: int
 
     @property
-    def called_for(self) -> set[str]:
+    def required_slices(self) -> set[str]:
         """Digests of the slices that the live records call for, pinned clusters left out."""
         chains = {chain[-1].digest for chain in self.chains.values()}
         return {slice_of(ref) for key, ref in self.entries.items() if key not in self.pinned} | chains
@@ -85,11 +85,16 @@ def plan(run: Run, leaving: Collection[str] = ()) -> Plan:
         clustering, settled = _clustering(run, leaving)
         inputs = digest(_recipe(run, "", RecordTable.empty()))
         manifest = run.catalog.manifest()
-        if manifest is not None and settled and manifest.inputs == inputs and not run.config.tuning.one_head:
+        if (
+            manifest is not None
+            and settled
+            and manifest.recipe_constants_digest == inputs
+            and not run.config.tuning.one_head
+        ):
             found = _touched(run, clustering, inputs, manifest, leaving)
         else:
             found = _whole(run, clustering, settled, inputs, leaving)
-        return _with_common_head(run, found, leaving) if run.config.common.what != "none" else found
+        return _with_common_head(run, found, leaving) if run.config.common.method != "none" else found
 
 
 def _clustering(run: Run, leaving: frozenset[str]) -> tuple[Clustering, bool]:
@@ -128,9 +133,9 @@ def contradictions(run: Run) -> list[str]:
     found = []
     if sampled(run)[1] != manifest.clustering:
         found.append("the clustering was made with another sample, backbone or --config.clustering")
-    if digest(_recipe(run, "", RecordTable.empty())) != manifest.inputs:
+    if digest(_recipe(run, "", RecordTable.empty())) != manifest.recipe_constants_digest:
         return [*found, "the slices were tuned with another backbone, seed, --config.tuning or --config.data"]
-    if run.config.tuning.one_head or run.config.common.what != "none":
+    if run.config.tuning.one_head or run.config.common.method != "none":
         found += _wrong_wholes(run, manifest)
     if run.config.tuning.one_head:
         return found
@@ -194,7 +199,7 @@ def _with_common_head(run: Run, found: Plan, leaving: frozenset[str]) -> Plan:
     if not len(records):
         return found
     made, members = run.catalog.slices(), list(zip(records.ids, records.contents, records.labels.tolist(), strict=True))
-    problem, batch = run.common_problem, run.config.clustering.feature_batch
+    problem, batch = run.common_spec, run.config.clustering.feature_batch
     constants = (problem.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed)
     recipe = slices.recipe(COMMON, members, *constants, feature_batch=batch)
     chain = (Target(digest(recipe), "", make_job(COMMON, records.rows, problem.tuning)),)
@@ -214,18 +219,18 @@ def _touched(run: Run, clustering: Clustering, inputs: str, manifest: Manifest, 
     untouched = catalog.sizes()
     untouched.pop("", None)
     fresh = catalog.members("", leaving)
-    homes = [clustering.keys[k] for k in _assignment(run, fresh, clustering, True)]
-    touched = catalog.touched() | set(homes) | set(catalog.clusters_of(leaving).values())
+    assign_clusters = [clustering.keys[k] for k in _assignment(run, fresh, clustering, True)]
+    touched = catalog.touched() | set(assign_clusters) | set(catalog.clusters_of(leaving).values())
     touched |= {key for key, ref in manifest.entries.items() if not _exists(run, made, slice_of(ref), parents=True)}
     touched |= _doubtful(run, leaving)
     tables = {}
     for key in sorted(touched - {""}):
         untouched.pop(key, None)
-        arrived = fresh.take(np.flatnonzero(np.array([home == key for home in homes], bool)))
+        arrived = fresh.take(np.flatnonzero(np.array([home == key for home in assign_clusters], bool)))
         table = catalog.members(key, leaving).plus(arrived)
         if len(table):
             tables[key] = table
-    moved = list(zip(fresh.ids, homes, strict=True))
+    moved = list(zip(fresh.ids, assign_clusters, strict=True))
     return _planned(run, clustering, True, inputs, tables, untouched, moved, leaving)
 
 
@@ -274,11 +279,11 @@ def _assignment(run: Run, records: RecordTable, clustering: Clustering, settled:
         found = np.where(found < 0, kept, found)
     open_ = np.flatnonzero(found < 0)
     if len(open_):
-        found[open_] = homes(run, records.take(open_), clustering)
+        found[open_] = assign_clusters(run, records.take(open_), clustering)
     return found
 
 
-def homes(run: Run, records: RecordTable, clustering: Clustering) -> np.ndarray:
+def assign_clusters(run: Run, records: RecordTable, clustering: Clustering) -> np.ndarray:
     """Cluster index int32 [n] of records that no tree has placed: by prototype (Eq. 4), or by a hash of the id."""
     if run.config.clustering.partition == "adaptive":
         return clusters.assign(run.features(records), clustering.prototypes)
@@ -302,7 +307,7 @@ def _chain(run: Run, key: str, table: RecordTable) -> tuple[Target, ...]:
 def _recipe(run: Run, key: str, table: RecordTable, stage: int = 1, parent: str = "") -> dict:
     members = list(zip(table.ids, table.contents, table.labels.tolist(), strict=True))
     constants = (run.config.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed)
-    feature_batch = run.config.clustering.feature_batch if run.problem.on_features else 0
+    feature_batch = run.config.clustering.feature_batch if run.tuning_spec.on_features else 0
     return slices.recipe(key, members, *constants, stage, parent, feature_batch)
 
 

@@ -22,7 +22,7 @@ from lmeraser_jax.unlearning.taint import sampled_for, tainted
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class Survivors:
     """What survives a purge: manifests, slice digests with those they were tuned on from, clustering digests."""
 
     manifests: tuple[Manifest, ...]
@@ -30,7 +30,7 @@ class Kept:
     clusterings: frozenset[str]
 
 
-def kept(run: Run, served: Collection[str]) -> Kept:
+def surviving(run: Run, served: Collection[str]) -> Survivors:
     """What survives the purge of the given requests. Reads only."""
     catalog, made, erased = run.catalog, run.catalog.slices(), run.catalog.erased(served)
     manifests, gone = catalog.manifests(), tainted(run, erased).all
@@ -40,15 +40,15 @@ def kept(run: Run, served: Collection[str]) -> Kept:
         if all(name in made and name not in gone for name in _slices(manifest))
         and not sampled_for(run, manifest.clustering, erased)
     ]
-    return needed(catalog, manifests)
+    return referenced(catalog, manifests)
 
 
-def needed(catalog: Catalog, manifests: Sequence[Manifest]) -> Kept:
+def referenced(catalog: Catalog, manifests: Sequence[Manifest]) -> Survivors:
     """What some manifests point at; with each slice the clustering whose sample tells whether it is tainted."""
     made, names = catalog.slices(), {name for manifest in manifests for name in _slices(manifest)}
     clusterings = {manifest.clustering for manifest in manifests}
     clusterings |= {made[name].clustering for name in names if name in made} - {""}
-    return Kept(tuple(manifests), frozenset(with_parents(catalog, names)), frozenset(clusterings))
+    return Survivors(tuple(manifests), frozenset(with_parents(catalog, names)), frozenset(clusterings))
 
 
 def _slices(manifest: Manifest) -> set[str]:
@@ -75,7 +75,7 @@ def purge(run: Run) -> None:
     catalog = run.catalog
     served = [request for request in requests.listed(catalog, only_open=True) if request.state == "published"]
     names = [request.id for request in served]
-    stays = kept(run, names)
+    stays = surviving(run, names)
     remove_others(run.layout.slices, stays.slices)
     remove_others(run.layout.clusterings, stays.clusterings)
     erased = catalog.erased(names)
@@ -109,7 +109,7 @@ def _overwrite(run: Run, rows: np.ndarray) -> None:
 
 def leftovers(run: Run) -> list[str]:
     """What lies in a workdir although no kept manifest needs it: one line each."""
-    stays, lines = needed(run.catalog, run.catalog.manifests()), []
+    stays, lines = referenced(run.catalog, run.catalog.manifests()), []
     for folder, wanted in ((run.layout.slices, stays.slices), (run.layout.clusterings, stays.clusterings)):
         there = {path.name for path in folder.iterdir()} if folder.exists() else set()
         lines += [f"leftover {folder.name}/{name}" for name in sorted(there - wanted)]

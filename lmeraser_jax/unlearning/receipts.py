@@ -74,7 +74,7 @@ def _receipt(run: "Run", request: Request, last: Link) -> dict[str, Any]:
         "schema": SCHEMA,
         "sequence": last.sequence + 1,
         "previous": last.digest,
-        **told(dataclasses.replace(request, body=body)),
+        **receipt_body(dataclasses.replace(request, body=body)),
         "config": digest(settings.to_dict(run.config)),
         "backbone": run.backbone.digest,
         "out_of_reach": list(OUT_OF_REACH),
@@ -82,7 +82,7 @@ def _receipt(run: "Run", request: Request, last: Link) -> dict[str, Any]:
     }
 
 
-def told(request: Request) -> dict[str, Any]:
+def receipt_body(request: Request) -> dict[str, Any]:
     """The parts of a receipt that the catalog's row of the request says, too."""
     body = request.body
     return {

@@ -7,12 +7,12 @@ that was rolled back is pinned: it stays as it is until it is unpinned or one of
 import dataclasses
 import json
 
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.unlearning.artifacts import load_slice, reference, slice_of
-from lmeraser_jax.unlearning.build import Outcome, reconcile
+from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.run import Run
 from lmeraser_jax.unlearning.taint import tainted
 
@@ -51,7 +51,9 @@ def cluster_key(catalog: Catalog, text: str) -> str:
     found = [key for key in keys if key.startswith(text)] if len(text) >= SHORTEST else []
     if len(found) != 1:
         what = "means several clusters" if found else "is no published cluster"
-        raise UserError(f"--cluster={text[:80]!r}: {what}; legal: {some((key[:12] for key in found or keys), 20)}")
+        raise UserError(
+            f"--cluster={text[:80]!r}: {what}; legal: {join_limited((key[:12] for key in found or keys), 20)}"
+        )
     return found[0]
 
 
@@ -84,7 +86,7 @@ def _epoch(row: SliceRow, step: int) -> int:
     return step * json.loads(row.tuning)["batch"] // row.size if row.tuning else row.images // row.size
 
 
-def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
+def rollback(run: Run, key: str, to: str = "") -> tuple[Version, BuildReport]:
     """Pins a cluster to an earlier slice and publishes that.
 
     Args:
@@ -99,11 +101,11 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
     assert run.writable, "a rollback needs a run that holds the writer lock"
     if run.config.tuning.one_head:
         raise UserError(
-            f"--config.tuning.what={run.config.tuning.what}: all clusters share one slice; none can go back"
+            f"--config.tuning.method={run.config.tuning.method}: all clusters share one slice; none can go back"
         )
     chosen = _chosen(run, key, to)
     if slice_of(chosen.ref) in tainted(run, run.catalog.erased()).all:
-        waiting = some((request.id for request in requests.listed(run.catalog, only_open=True)), 5)
+        waiting = join_limited((request.id for request in requests.listed(run.catalog, only_open=True)), 5)
         raise UserError(
             f"--to={to}: slice {chosen.ref[:12]} was made with records that a waiting erasure removes ({waiting});"
             " serve it first: lmeraser process"
@@ -112,7 +114,7 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
     with run.catalog.transaction():
         run.catalog.pin(key, chosen.ref)
         _note(run.catalog, "rollback", key, chosen.ref)
-    outcome = reconcile(run)
+    outcome = build(run)
     if run.catalog.pins().get(key) != chosen.ref:
         raise UserError(
             f"cluster {key[:12]}: the rollback ended at once: an erasure that was accepted meanwhile had a part in the"
@@ -121,7 +123,7 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, Outcome]:
     return chosen, outcome
 
 
-def unpin(run: Run, key: str) -> Outcome:
+def unpin(run: Run, key: str) -> BuildReport:
     """Gives a pinned cluster the slice again that its records and the config call for.
 
     Raises:
@@ -129,12 +131,14 @@ def unpin(run: Run, key: str) -> Outcome:
     """
     pins = run.catalog.pins()
     if key not in pins:
-        raise UserError(f"cluster {key[:12]} is not pinned; pinned: {some((name[:12] for name in pins), 20) or 'none'}")
+        raise UserError(
+            f"cluster {key[:12]} is not pinned; pinned: {join_limited((name[:12] for name in pins), 20) or 'none'}"
+        )
     with run.catalog.transaction():
         run.catalog.unpin([key])
-        run.catalog.doubt()
+        run.catalog.invalidate_plan()
         _note(run.catalog, "unpin", key, pins[key])
-    return reconcile(run)
+    return build(run)
 
 
 def _note(catalog: Catalog, kind: str, key: str, ref: str) -> None:
@@ -160,7 +164,9 @@ def _chosen(run: Run, key: str, to: str) -> Version:
         found = found or [v for v in known if len(to) >= SHORTEST and v.ref.startswith(to) and "@" not in v.ref]
     if len(found) == 1:
         return found[0]
-    legal = some((f"{','.join(map(str, v.versions)) or '-'} = {v.ref[:12]} (epoch:{v.epoch})" for v in known), 20)
+    legal = join_limited(
+        (f"{','.join(map(str, v.versions)) or '-'} = {v.ref[:12]} (epoch:{v.epoch})" for v in known), 20
+    )
     reason = "means several versions" if found else f"is no version of cluster {key[:12]}{_gone(run.catalog, to)}"
     raise UserError(f"--to={to[:80]}: {reason}; legal: {legal}")
 
@@ -176,4 +182,4 @@ def _gone(catalog: Catalog, to: str = "") -> str:
             names.append(request.id)
     if not names:
         return ""
-    return f": what came before was made with records that were erased (request {some(names, 5)})"
+    return f": what came before was made with records that were erased (request {join_limited(names, 5)})"

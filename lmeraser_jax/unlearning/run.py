@@ -20,14 +20,14 @@ from jax.sharding import Mesh
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.data import load
-from lmeraser_jax.data.record_table import RecordTable, refuse_rotten
+from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.legality import cut_of
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, pretrain
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.storage import requests
@@ -40,7 +40,7 @@ from lmeraser_jax.training.label_mapping import noise_activation
 from lmeraser_jax.training.slice_files import FeatureTask, piece, share_features
 from lmeraser_jax.training.slices import NOT_IN_RECIPE
 from lmeraser_jax.training.team import ALONE, Team
-from lmeraser_jax.training.tune import Problem, mesh_of
+from lmeraser_jax.training.tune import TuningSpec, mesh_of
 
 FREE = ("inference", "checkpoints")  # settings that no published number depends on
 
@@ -70,18 +70,18 @@ class Run:
         return image_spec(self.config, self.catalog.get("dataset")["shape"], self.backbone)
 
     @functools.cached_property
-    def problem(self) -> Problem:
+    def tuning_spec(self) -> TuningSpec:
         """The static part of the tuning program."""
         tuning, classes = self.config.tuning, len(self.classes)
-        mapping = noise_activation(self.backbone, classes) if tuning.what == "prompt" else ()
-        return Problem(self.backbone.config, self.spec, tuning, classes, self.config.seed, mapping)
+        mapping = noise_activation(self.backbone, classes) if tuning.method == "prompt" else ()
+        return TuningSpec(self.backbone.config, self.spec, tuning, classes, self.config.seed, mapping)
 
     @functools.cached_property
-    def common_problem(self) -> Problem:
+    def common_spec(self) -> TuningSpec:
         """The static part of how the common head is made."""
         common, tuning = self.config.common, self.config.tuning
-        how = dataclasses.replace(tuning, what=common.what, penalty=common.penalty, expand=common.expand, slices=1)
-        return dataclasses.replace(self.problem, tuning=how, mapping=())
+        how = dataclasses.replace(tuning, method=common.method, penalty=common.penalty, expand=common.expand, slices=1)
+        return dataclasses.replace(self.tuning_spec, tuning=how, mapping=())
 
     @property
     def images(self) -> np.ndarray:
@@ -110,13 +110,15 @@ class Run:
         place = {row: index for index, row in enumerate(records.rows.tolist())}
 
         def compute(rows: np.ndarray) -> np.ndarray:
-            refuse_rotten(images, records.take(np.array([place[row] for row in rows.tolist()])))  # they would be cached
+            check_pixel_hashes(
+                images, records.take(np.array([place[row] for row in rows.tolist()]))
+            )  # they would be cached
             task = FeatureTask(*whole, len(images), rows, 0)
             return share_features(self.team, task, lambda own: made()(images[own]))
 
         return cached(file, records.rows, len(images), compute, piece(self.team), write=self.writable)
 
-    def inputs(self, records: RecordTable, problem: Problem) -> np.ndarray:
+    def training_data(self, records: RecordTable, problem: TuningSpec) -> np.ndarray:
         """What slices with these members are made of: the image file, or features in its place.
 
         Returns:
@@ -162,7 +164,7 @@ def stored_config(layout: Layout) -> Config | None:
 
 
 @contextlib.contextmanager
-def opened(
+def open_run(
     workdir: str | Path,
     config: Config | None = None,
     devices: Sequence[Any] | None = None,
@@ -193,12 +195,12 @@ def opened(
     lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
-        backbone, _ = frozen.load(layout.backbone)
+        backbone, _ = backbone_lib.load(layout.backbone)
         yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write, team)
 
 
 @contextlib.contextmanager
-def prepared(
+def prepare_run(
     workdir: str | Path,
     config: Config,
     devices: Sequence[Any] | None = None,
@@ -241,7 +243,7 @@ def prepared(
         mesh, imported = mesh_of(devices), None
         converted = None
         if layout.backbone.exists():
-            backbone, inputs = frozen.load(layout.backbone)
+            backbone, inputs = backbone_lib.load(layout.backbone)
             _check_made(layout, "backbone", inputs, backbone_inputs(config), "")
         if stored != config:  # before anything can fail: the same command without --config must not mean another run
             write_json(layout.config, settings.to_dict(config))
@@ -252,7 +254,7 @@ def prepared(
         _check_data(config, catalog, first=manifest is None)
         if not layout.backbone.exists():
             _make_backbone(layout, config, catalog, mesh, converted)
-        backbone, _ = frozen.load(layout.backbone)
+        backbone, _ = backbone_lib.load(layout.backbone)
         yield Run(layout, config, catalog, backbone, mesh, True, team), imported
 
 
@@ -309,11 +311,11 @@ def _make_backbone(
     if converted is not None:
         backbone, provenance = converted
         image_spec(config, catalog.get("dataset")["shape"], backbone)
-        frozen.save(layout.backbone, backbone, backbone_inputs(config), dataclasses.asdict(provenance))
+        backbone_lib.save(layout.backbone, backbone, backbone_inputs(config), dataclasses.asdict(provenance))
         return
     public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
     images = image_file(layout, catalog).view()[public.rows]
     backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
-    frozen.save(layout.backbone, backbone, backbone_inputs(config), {"origin": "pretrained in the workdir"})
+    backbone_lib.save(layout.backbone, backbone, backbone_inputs(config), {"origin": "pretrained in the workdir"})
     shutil.rmtree(layout.pretraining, ignore_errors=True)
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)

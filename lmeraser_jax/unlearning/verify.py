@@ -18,13 +18,13 @@ import jsonschema
 import numpy as np
 
 from lmeraser_jax import strict_json
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.unlearning.receipts import Link, chain, told
+from lmeraser_jax.unlearning.receipts import Link, chain, receipt_body
 
 LARGEST = 100_000_000  # bytes of a receipt; enough for two million records
 MOST = 20  # findings about the structure of one receipt
@@ -82,7 +82,7 @@ class _Facts:
     unpurged: Mapping[str, int]
     filled: int
     orphaned: int
-    told: Mapping[str, Mapping[str, Any]]
+    receipt_bodies: Mapping[str, Mapping[str, Any]]
     params: Callable[[str], str]
 
 
@@ -144,7 +144,7 @@ def _facts(layout: Layout, catalog: Catalog) -> _Facts:
             unpurged=dict(query("SELECT erased,count(*) FROM records WHERE erased!='' GROUP BY erased")),
             filled=_filled(layout, catalog),
             orphaned=len(catalog.orphaned_slices()),
-            told={request.id: told(request) for request in requests.listed(catalog) if not request.open},
+            receipt_bodies={r.id: receipt_body(r) for r in requests.listed(catalog) if not r.open},
             params=functools.cache(lambda reference: catalog.salted("params", _params(layout, reference))),
         )
 
@@ -184,12 +184,12 @@ def _folder(layout: Layout, catalog: Catalog) -> Verdict:
     links, known = chain(catalog), {request.id: request for request in requests.listed(catalog)}
     findings, notes = [], []
     if [link.sequence for link in links] != list(range(1, len(links) + 1)):
-        findings.append(f"the catalog's chain has gaps: {some(link.sequence for link in links)}")
+        findings.append(f"the catalog's chain has gaps: {join_limited(link.sequence for link in links)}")
     linked = {link.request for link in links}
     purged = [name for name, request in known.items() if "purged" in dict(request.body["states"])]
     without = sorted(set(purged) - linked)
     if without:
-        findings.append(f"finished requests without a receipt in the catalog: {some(without)}")
+        findings.append(f"finished requests without a receipt in the catalog: {join_limited(without)}")
     if links and not layout.receipts.is_dir():
         findings.append("the folder is missing")
     for name in sorted(_names(layout.receipts)):
@@ -276,7 +276,7 @@ def _chained(values: Mapping[str, Any], facts: _Facts) -> list[str]:
 
 def _as_told(values: Mapping[str, Any], facts: _Facts) -> list[str]:
     """Whether the catalog says the same of the request. It notes the last state a moment later than the receipt."""
-    known = facts.told.get(values["request"]["id"])
+    known = facts.receipt_bodies.get(values["request"]["id"])
     if known is None:
         return ["the catalog knows no finished request of this id"]
     both = [{**one, "request": one["request"] | {"states": one["request"]["states"][:-1]}} for one in (values, known)]
@@ -292,7 +292,7 @@ def _states(values: Mapping[str, Any]) -> tuple[float, list[str]]:
         return 0.0, [f"has a time that does not exist: {_short(error)}"]
     order, found = [requests.STATES.index(state["state"]) for state in states], []
     if order != sorted(set(order)) or order[-1] != len(requests.STATES) - 1:
-        found.append(f"has states out of order: {some(state['state'] for state in states)}")
+        found.append(f"has states out of order: {join_limited(state['state'] for state in states)}")
     if times != sorted(times):
         found.append("has states whose times run backwards")
     return times[-1], found
@@ -324,10 +324,10 @@ def _purged(values: Mapping[str, Any], facts: _Facts, purged_at: float) -> list[
     for what, there in (("slices", facts.slices), ("clusterings", facts.clusterings)):
         old = [name for name in purged[what] if name in there and there[name] < purged_at]
         if old:
-            found.append(f"{len(old)} of the {what} that were removed are there: {some(old)}")
+            found.append(f"{len(old)} of the {what} that were removed are there: {join_limited(old)}")
     kept = sorted(facts.versions.intersection(purged["manifests"]))
     if kept:
-        found.append(f"manifests that were removed are there: {some(kept)}")
+        found.append(f"manifests that were removed are there: {join_limited(kept)}")
     if facts.orphaned:
         found.append(f"{facts.orphaned} published slices were made with records that are erased")
     if purged["rows"] and facts.filled:

@@ -12,7 +12,7 @@ from published import SWIN, VIT, hub_folder, hugging_face_swin, hugging_face_vit
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, zoo
 from lmeraser_jax.storage.checkpoints import flatten
 
@@ -48,11 +48,11 @@ def written(tmp_path_factory, original) -> Path:
     return folder
 
 
-def made(path: Path, image_size: int = 0, **chosen) -> frozen.Backbone:
+def made(path: Path, image_size: int = 0, **chosen) -> backbone_lib.Backbone:
     return convert.load(Backbone(weights=str(path), **chosen), image_size)[0]
 
 
-def assert_same(one: frozen.Backbone, two: frozen.Backbone) -> None:
+def assert_same(one: backbone_lib.Backbone, two: backbone_lib.Backbone) -> None:
     assert (one.config, one.mean, one.std, one.digest) == (two.config, two.mean, two.std, two.digest)
     for name, array in flatten(one.params).items():
         np.testing.assert_array_equal(array, flatten(two.params)[name], err_msg=name)
@@ -71,7 +71,7 @@ def test_settings_still_count(original, written, chosen):
 
 
 def test_the_folder_is_read_as_a_saved_backbone(original, written):
-    backbone, inputs = frozen.load(written)
+    backbone, inputs = backbone_lib.load(written)
     assert_same(backbone, made(original))
     assert inputs["backbone"]["weights"] == str(original) and inputs["image_size"] == 0
 

@@ -80,7 +80,7 @@ def test_the_job_as_separate_commands(workdir, capsys, tmp_path):
     assert code == 0 and re.search(r"images to process: [1-9]\d* \(", out)
     code, out, _ = call(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", "--dry_run", "--json=-")
     estimate, plan = json.loads(out), ["--rate=5", "--window=2", f"--devices={jax.device_count()}"]
-    code, out, _ = call(capsys, "plan", f"--workdir={workdir}", *plan, "--json=-")
+    code, out, _ = call(capsys, "forecast", f"--workdir={workdir}", *plan, "--json=-")
     planned = json.loads(out)
     assert (planned["records"], planned["sampled"], planned["clusters"]) == (sum(sizes), 30, len(sizes))
     assert planned["images_full"] == estimate["images_full"] + 2, "one record more, seen in 2 epochs"
@@ -117,9 +117,9 @@ def test_predict_prints_label_probability_and_cluster(workdir, capsys, tmp_path,
 
 def test_an_audit_that_finds_a_difference_exits_with_1(workdir, capsys):
     from lmeraser_jax.storage import checkpoints
-    from lmeraser_jax.unlearning.run import opened
+    from lmeraser_jax.unlearning.run import open_run
 
-    with opened(workdir) as run:
+    with open_run(workdir) as run:
         key, name = next(iter(run.catalog.manifest().entries.items()))
         folder = run.layout.slice(name)
         arrays, metadata, step = checkpoints.load(folder)

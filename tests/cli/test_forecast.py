@@ -1,4 +1,4 @@
-"""lmeraser plan: an estimate read from a catalog, against sums over its records. Nothing is tuned for these tests."""
+"""lmeraser forecast: an estimate read from a catalog, against sums over its records. Nothing is tuned here."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def made(folder, **overrides):
         catalog.rank(config.seed)
         for key, size in SIZES.items():
             catalog.add_slice(slice_row(key * 64, key, size), [])
-        catalog.add_slice(slice_row("e" * 64, "a", 50)._replace(program="another", seconds=1e6), [])
+        catalog.add_slice(slice_row("e" * 64, "a", 50)._replace(fingerprint="another", seconds=1e6), [])
         catalog.publish("tree", "cpu", "inputs", {key: key * 64 for key in SIZES}, names)
     return layout
 
@@ -64,7 +64,7 @@ def call(capsys, *arguments):
 def planned(capsys, layout, *flags, rate=3.0, window=2.0):
     """The JSON of a plan."""
     flags = [*flags, f"--window={window}"] if window is not None else flags
-    code, out, err = call(capsys, "plan", f"--workdir={layout.root}", f"--rate={rate}", "--json=-", *flags)
+    code, out, err = call(capsys, "forecast", f"--workdir={layout.root}", f"--rate={rate}", "--json=-", *flags)
     assert code == 0 and not err, err
     return json.loads(out)
 
@@ -128,7 +128,9 @@ def test_drawn_windows_agree_with_the_formulas(capsys, layout):
 
 
 def test_the_table_says_what_is_an_estimate(capsys, layout):
-    code, out, _ = call(capsys, "plan", f"--workdir={layout.root}", "--rate=3", "--window=2", f"--json={layout.root}.j")
+    code, out, _ = call(
+        capsys, "forecast", f"--workdir={layout.root}", "--rate=3", "--window=2", f"--json={layout.root}.j"
+    )
     values = json.loads((layout.root.parent / "run.j").read_text())
     assert code == 0 and "100 records (12 of them sampled) in 4 clusters; 3 requests a day" in out
     header = next(line for line in out.splitlines() if line.startswith("requests served"))
@@ -164,7 +166,7 @@ def test_speed_lanes_and_devices(capsys, tmp_path):
     assert "400.0 images a second on 8 lanes, as given" in given["estimates"][1]
     with catalog_of(layout) as catalog:
         catalog.db.execute("UPDATE slices SET seconds=0")
-    code, _, err = call(capsys, "plan", f"--workdir={layout.root}", "--rate=3", "--window=2")
+    code, _, err = call(capsys, "forecast", f"--workdir={layout.root}", "--rate=3", "--window=2")
     assert code == 2 and "--images_per_second=X is missing" in err and "no slice of this program was timed" in err
     assert planned(capsys, layout, "--images_per_second=400")["policies"][0]["seconds"] == pytest.approx(own / 200)
 
@@ -237,7 +239,7 @@ def test_erased_records_and_empty_clusters_do_not_count(capsys, layout):
     assert (found["records"], found["clusters"], found["sampled"]) == (94, 3, SAMPLE)
     with catalog_of(layout) as catalog:
         requests.accept(catalog, [name for name in catalog.live("train").ids])
-    code, _, err = call(capsys, "plan", f"--workdir={layout.root}", "--rate=3", "--window=2")
+    code, _, err = call(capsys, "forecast", f"--workdir={layout.root}", "--rate=3", "--window=2")
     assert code == 2 and "no live private record in a published cluster" in err
 
 
@@ -269,7 +271,7 @@ def test_so_many_requests_at_a_time(capsys, layout, count):
     assert p["wait_seconds"] == pytest.approx(p["window_days"] * 86400 / 2 + p["seconds"])
     drawn = found["simulated"]
     assert abs(drawn["images"]["mean"] - p["images"]) < 2 * drawn["images"]["error"]
-    out = call(capsys, "plan", f"--workdir={layout.root}", "--rate=3", f"--requests={count}")[1]
+    out = call(capsys, "forecast", f"--workdir={layout.root}", "--rate=3", f"--requests={count}")[1]
     assert f"2000 batches of {count} requests drawn at random" in out and "days drawn" not in out
 
 
@@ -286,7 +288,7 @@ def test_so_many_requests_at_a_time(capsys, layout, count):
     ],
 )
 def test_requests_that_cannot_be_are_refused(capsys, layout, flags, told):
-    code, out, err = call(capsys, "plan", f"--workdir={layout.root}", "--rate=3", *flags)
+    code, out, err = call(capsys, "forecast", f"--workdir={layout.root}", "--rate=3", *flags)
     assert code == 2 and not out and told in err and "several" not in err and "Traceback" not in err
 
 
@@ -303,7 +305,7 @@ def test_clusters_that_share_a_slice_are_tuned_as_one(capsys, tmp_path):
 def test_slices_that_are_formulas_need_no_plan(capsys, layout):
     with catalog_of(layout) as catalog:
         catalog.db.execute("UPDATE slices SET images=0")
-    code, _, err = call(capsys, "plan", f"--workdir={layout.root}", "--rate=3", "--window=2")
+    code, _, err = call(capsys, "forecast", f"--workdir={layout.root}", "--rate=3", "--window=2")
     assert code == 2 and "makes its slices by a formula" in err
 
 
@@ -325,20 +327,22 @@ BAD = {
 @pytest.mark.parametrize("flag", BAD)
 def test_each_bad_value_is_named_with_its_flag(capsys, layout, flag):
     good = [f for f in ("--rate=3", "--window=2") if f.partition("=")[0] != flag.partition("=")[0]]
-    code, out, err = call(capsys, "plan", f"--workdir={layout.root}", *good, flag)
+    code, out, err = call(capsys, "forecast", f"--workdir={layout.root}", *good, flag)
     assert code == 2 and not out and BAD[flag] in err and "several" not in err
 
 
 def test_everything_that_is_wrong_is_told_at_once(capsys, tmp_path):
     flags = ["--rate=0", "--window=-1", "--images_per_second=0", "--devices=0", "--reclustered=1.5", "--figure=x.gif"]
-    code, _, err = call(capsys, "plan", f"--workdir={tmp_path}/none", *flags)
+    code, _, err = call(capsys, "forecast", f"--workdir={tmp_path}/none", *flags)
     assert code == 2 and err.count("\n- ") == 7 and f"--workdir={tmp_path}/none does not exist" in err
     assert all(flag.partition("=")[0] in err for flag in flags)
-    code, _, err = call(capsys, "plan")
+    code, _, err = call(capsys, "forecast")
     assert code == 2 and all(f"--{name}=" in err for name in ("rate", "window", "workdir")) and "missing" in err
-    code, _, err = call(capsys, "plan", "--rate=often", "--window=2")
+    code, _, err = call(capsys, "forecast", "--rate=often", "--window=2")
     assert code == 2 and "rate" in err
-    code, _, err = call(capsys, "plan", f"--workdir={tmp_path}", "--rate=1", "--window=2", "--config.tuning.epochs=3")
+    code, _, err = call(
+        capsys, "forecast", f"--workdir={tmp_path}", "--rate=1", "--window=2", "--config.tuning.epochs=3"
+    )
     assert code == 2 and "config" in err, "the config is the workdir's"
 
 
@@ -346,11 +350,11 @@ def test_workdirs_without_a_published_state(capsys, tmp_path):
     flags = ["--rate=3", "--window=2"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "is no workdir" in call(capsys, "plan", f"--workdir={tmp_path}/mine", *flags)[2]
+    assert "is no workdir" in call(capsys, "forecast", f"--workdir={tmp_path}/mine", *flags)[2]
     layout = made(tmp_path / "run")
     with catalog_of(layout) as catalog:
         catalog.db.execute("DELETE FROM manifests")
-    code, _, err = call(capsys, "plan", f"--workdir={layout.root}", *flags)
+    code, _, err = call(capsys, "forecast", f"--workdir={layout.root}", *flags)
     assert code == 2 and "has no published state; run: lmeraser train --workdir=" in err
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
@@ -367,7 +371,7 @@ def test_reading_waits_for_nobody_writes_nothing_and_needs_no_jax(capsys, layout
         assert (content().keys() - {"lock"}, list(catalog.db.iterdump())) == (before[0].keys(), before[1])
     code = "import sys; from lmeraser_jax.cli.main import main; assert main(sys.argv[1:]) == 0;"
     code += "assert not {'jax', 'flax', 'orbax', 'matplotlib'} & set(sys.modules), sorted(sys.modules)"
-    flags = ["plan", f"--workdir={layout.root}", "--rate=3", "--window=2"]
+    flags = ["forecast", f"--workdir={layout.root}", "--rate=3", "--window=2"]
     subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True)
 
 
@@ -392,6 +396,6 @@ def test_the_picture(capsys, layout, tmp_path, monkeypatch):
 def test_without_matplotlib_the_rest_works(capsys, layout, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     flags = [f"--workdir={layout.root}", "--rate=3", "--window=2"]
-    code, _, err = call(capsys, "plan", *flags, f"--figure={tmp_path}/plan.png")
+    code, _, err = call(capsys, "forecast", *flags, f"--figure={tmp_path}/plan.png")
     assert code == 2 and "pip install matplotlib" in err and not (tmp_path / "plan.png").exists()
-    assert call(capsys, "plan", *flags)[0] == 0
+    assert call(capsys, "forecast", *flags)[0] == 0

@@ -19,7 +19,7 @@ from lmeraser_jax import config
 from lmeraser_jax.data import decode, load
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import import_source
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.run import prepare_run
 
 
 def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
@@ -175,21 +175,21 @@ def test_max_pixels_through_a_workdir(tmp_path, rng):
         side = 40 if i == 0 else 8
         Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)).save(path)
     low = folder_config(tmp_path / "images", max_pixels=1000)
-    with pytest.raises(UserError, match="skip_unreadable") as caught, prepared(tmp_path / "w", low):
+    with pytest.raises(UserError, match="skip_unreadable") as caught, prepare_run(tmp_path / "w", low):
         pass
     assert "- train/a/0.png: it has 40 x 40 pixels, more than --config.data.max_pixels=1000" in str(caught.value)
     lenient = folder_config(tmp_path / "images", max_pixels=1000, skip_unreadable=True)
-    with prepared(tmp_path / "w", lenient) as (run, imported):
+    with prepare_run(tmp_path / "w", lenient) as (run, imported):
         assert imported is not None and imported.unreadable == ("train/a/0.png",)
         run.catalog.publish("c", "p", "i", {}, [])
     high = folder_config(tmp_path / "images", max_pixels=1600)
-    with prepared(tmp_path / "w", high, reimport=True) as (run, imported):
+    with prepare_run(tmp_path / "w", high, reimport=True) as (run, imported):
         assert imported is not None and imported.added == 1
         source = load.load(high.data)
         assert import_source(run.layout, run.catalog, source, high).added == 0
     with (
         pytest.raises(UserError, match="data.test_share"),
-        prepared(tmp_path / "w", folder_config(tmp_path / "images", test_share=0.5)),
+        prepare_run(tmp_path / "w", folder_config(tmp_path / "images", test_share=0.5)),
     ):
         pass
 

@@ -15,7 +15,7 @@ from lmeraser_jax.data.source import Item, Pixels, Source, problems
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 
 BIG = "x" * 10_000_000
 
@@ -143,7 +143,7 @@ def test_legal_names_work_everywhere_and_are_no_paths(tmp_path, monkeypatch):
     try:
         with small_run(tmp_path / "deep" / "er" / "run", named(names), small_config(tuning__epochs=1)) as run:
             assert set(names) <= set(run.catalog.live("train").ids)
-            reconcile(run)
+            build(run)
             assert requests.resolve(run.catalog, [*LEGAL, looks[0]]).live == (*LEGAL, looks[0])
             done = erase.request_erasure(run, [*LEGAL, looks[0]])
             assert done.records == len(LEGAL) + 1 and not {*LEGAL, looks[0]} & set(run.catalog.live("train").ids)

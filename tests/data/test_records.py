@@ -7,7 +7,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import digits, load
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Item, Pixels, Source, content_hash, limited, placed, problems
+from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limited, problems
 
 
 # digits
@@ -78,19 +78,23 @@ def test_problems_all_at_once():
 
 def test_holdout_share_and_stability():
     items = [Item(f"id-{i}", "train", 0) for i in range(4000)]
-    chosen = {item.id for item in items if placed(item, Data(holdout=0.2), 3).split == "holdout"}
+    chosen = {item.id for item in items if assign_split(item, Data(holdout=0.2), 3).split == "holdout"}
     assert abs(len(chosen) / 4000 - 0.2) < 0.03
-    assert chosen == {item.id for item in reversed(items) if placed(item, Data(holdout=0.2), 3).split == "holdout"}
-    more = {item.id for item in items if placed(item, Data(holdout=0.4), 3).split == "holdout"}
-    other = {item.id for item in items if placed(item, Data(holdout=0.2), 4).split == "holdout"}
+    assert chosen == {
+        item.id for item in reversed(items) if assign_split(item, Data(holdout=0.2), 3).split == "holdout"
+    }
+    more = {item.id for item in items if assign_split(item, Data(holdout=0.4), 3).split == "holdout"}
+    other = {item.id for item in items if assign_split(item, Data(holdout=0.2), 4).split == "holdout"}
     assert chosen < more and chosen != other
 
 
 def test_holdout_takes_training_records_only():
     for split in ("test", "public", "holdout"):
-        assert placed(Item("a", split, 0), Data(holdout=1.0, test_share=1.0), 0).split == split
+        assert assign_split(Item("a", split, 0), Data(holdout=1.0, test_share=1.0), 0).split == split
     item = Item("a", "train", 1, "ann")
-    assert placed(item, Data(), 0) == item and placed(item, Data(holdout=1.0), 0) == item._replace(split="holdout")
+    assert assign_split(item, Data(), 0) == item and assign_split(item, Data(holdout=1.0), 0) == item._replace(
+        split="holdout"
+    )
 
 
 def test_limited():

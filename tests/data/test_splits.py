@@ -9,7 +9,7 @@ from imports import check_pixels, refusal, with_items
 
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data import digits, load
-from lmeraser_jax.data.source import Item, Source, placed
+from lmeraser_jax.data.source import Item, Source, assign_split
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import import_source
@@ -24,7 +24,7 @@ def population(rng, records=3000, owners=300) -> list[Item]:
 
 
 def splits_of(items, data, seed=0) -> dict[str, str]:
-    return {item.id: placed(item, data, seed).split for item in items}
+    return {item.id: assign_split(item, data, seed).split for item in items}
 
 
 BY_OWNER = Data(test_share=0.25, holdout=0.2, split_by="owner")

@@ -13,7 +13,7 @@ from lmeraser_jax.evaluation import linear_head as linear_head
 from lmeraser_jax.evaluation import overview
 from lmeraser_jax.evaluation.accuracy import balanced_accuracy, class_scores, evaluate
 from lmeraser_jax.evaluation.predict import load_model, predict
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     sixes = [item.id for item in source.items if item.split == "train" and item.label == 6]
     nines = {item.id for item in source.items if item.split == "train" and item.label == 9}
     with small_run(tmp_path_factory.mktemp("run") / "w", without(source, nines | set(sixes[3:]))) as run:
-        reconcile(run)
+        build(run)
         yield run
 
 
@@ -108,5 +108,5 @@ def test_many_classes_show_their_ends(run):
     lines = shown.class_table().splitlines()
     assert [line.split()[1] for line in lines[1:6] + lines[7:]] == [*"01234", *map(str, range(35, 40))]
     assert "40 classes, the largest has 4.5 times" in lines[0] and "30 classes between" in lines[6]
-    assert len(dataclasses.replace(overview, classes=rows[:12]).class_table().splitlines()) == 13
+    assert len(dataclasses.replace(shown, classes=rows[:12]).class_table().splitlines()) == 13
     assert len(shown.values()["classes"]) == 40

@@ -30,8 +30,8 @@ from lmeraser_jax.storage.rows import COMMON
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 LEARNT = {"tuning__lanes": shadows.LANES, "tuning__epochs": 40, "tuning__head_rate": 0.05}  # one program with shadows
 OPTIONS = Options(targets=16, shadows=16, seed=1)
@@ -48,20 +48,20 @@ def noisy_source():
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("attack") / "run"
     with small_run(folder, noisy_source(), small_config(**LEARNT)) as run:
-        reconcile(run)
+        build(run)
     return folder
 
 
 @pytest.fixture
 def run(workdir):
-    with opened(workdir, devices=jax.devices()[:1]) as run:
+    with open_run(workdir, devices=jax.devices()[:1]) as run:
         yield run
 
 
 @pytest.fixture(scope="module")
 def trials(workdir):
     """The pools of an attack, everything tuned."""
-    with opened(workdir, devices=jax.devices()[:1]) as run:
+    with open_run(workdir, devices=jax.devices()[:1]) as run:
         drawn = targets.draw(run, (), OPTIONS.targets, OPTIONS.seed)
         return attacks._trials(run, drawn, OPTIONS)[0]
 
@@ -70,7 +70,7 @@ def trials(workdir):
 def result(workdir):
     """A whole attack, while another process may be writing; nothing in the workdir changes."""
     before = contents(workdir)
-    with writer_lock(Layout(workdir)), opened(workdir, devices=jax.devices()[:1]) as run:
+    with writer_lock(Layout(workdir)), open_run(workdir, devices=jax.devices()[:1]) as run:
         found = attacks.attack(run, OPTIONS)
         assert not run.writable
     assert contents(workdir) == before
@@ -106,14 +106,14 @@ def same_bits(one, other):
 
 METHODS = {
     "stages": {"tuning__slices": 2},
-    "heads": {"tuning__what": "head"},
+    "heads": {"tuning__method": "head"},
     "shards": {
         "clustering__partition": "random",
         "clustering__shards": 3,
-        "tuning__what": "ridge",
+        "tuning__method": "ridge",
         "tuning__expand": 8,
     },
-    "backbones": {"clustering__partition": "one", "tuning__what": "backbone", "tuning__epochs": 1},
+    "backbones": {"clustering__partition": "one", "tuning__method": "backbone", "tuning__epochs": 1},
 }
 
 
@@ -121,11 +121,11 @@ METHODS = {
 def test_whatever_is_tuned_is_played(method, tmp_path):
     """A world of a cluster's own members gives the published bits, and the logits that predictions are made of."""
     with small_run(tmp_path / "run", config=small_config(**METHODS[method])) as run:
-        reconcile(run)
-    with opened(tmp_path / "run", devices=jax.devices()[:1]) as run:
+        build(run)
+    with open_run(tmp_path / "run", devices=jax.devices()[:1]) as run:
         model, test = load_model(run), run.catalog.live("test")
-        worlds = [shadows.World(key, run.catalog.members(key)) for key in model.keys]
-        slices, images = shadows.tuned(run, run.problem, worlds)
+        worlds = [shadows.Counterfactual(key, run.catalog.members(key)) for key in model.keys]
+        slices, images = shadows.tuned(run, run.tuning_spec, worlds)
         assert all(same_bits(made, load_slice(run, ref)) for made, ref in zip(slices, model.refs, strict=True))
         assert images == sum(row.images for row in run.catalog.slices().values())
         found = predict(model, run.images[test.rows])
@@ -138,7 +138,7 @@ def test_other_methods_are_attacked(method, tmp_path):
     """Shards have no prototypes to route by, a closed form has no steps to count; the rest is found as ever."""
     config = small_config(**METHODS[method] | {"tuning__epochs": 40, "tuning__penalty": 1e-3})
     with small_run(tmp_path / "run", noisy_source(), config) as run:
-        reconcile(run)
+        build(run)
         found = attacks.attack(run, OPTIONS)
     assert found.skipped == (("common",) if method == "heads" else ("relearn", "common", "routing"))
     assert found.leaks == () and not {"lira", "ulira"} & {*found.blind, *found.powerless}
@@ -272,7 +272,7 @@ def test_routing_is_the_distance_to_the_prototype(run, workdir, tmp_path):
 def test_prototypes_of_single_records_are_private_features(tmp_path):
     config = small_config(clustering__cut="auto:30", clustering__max_members=0, clustering__min_members=0)
     with small_run(tmp_path / "run", config=config) as run:
-        reconcile(run)
+        build(run)
         found = routing.routing(run, 0)
         counted = Counter(load_clustering(run.layout, run.catalog.manifest().clustering).labels.tolist())
     assert found.single == sum(count == 1 for count in counted.values()) == 30
@@ -282,7 +282,7 @@ def test_prototypes_of_single_records_are_private_features(tmp_path):
 
 def test_public_prototypes_say_nothing(tmp_path):
     with small_run(tmp_path / "run", config=small_config(clustering__sample_from="public")) as run:
-        reconcile(run)
+        build(run)
         found = routing.routing(run, 0)
         members = run.catalog.members(run.catalog.live("train").clusters[0]).ids
         able, refused = targets._able(run, members)
@@ -374,9 +374,11 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(workdir, monkeyp
 
 def test_the_common_head_is_attacked(tmp_path):
     """What is played is what an erasure publishes; a head of all records by heart gives them away, until they go."""
-    config = small_config(**METHODS["heads"] | {"common__what": "ridge", "common__penalty": 1e-4, "common__expand": 64})
+    config = small_config(
+        **METHODS["heads"] | {"common__method": "ridge", "common__penalty": 1e-4, "common__expand": 64}
+    )
     with small_run(tmp_path / "run", noisy_source(), config) as run:
-        reconcile(run)
+        build(run)
         options = dataclasses.replace(OPTIONS, attacks=("loss", "common"))
         found = attacks.attack(run, options)
         assert found.skipped == () and found.shadows == OPTIONS.shadows
@@ -388,7 +390,7 @@ def test_the_common_head_is_attacked(tmp_path):
         names = pool.of(FORGOTTEN).ids
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.live("train").ids and len(names) == OPTIONS.targets
         assert {run.catalog.live("test").ids.index(name) for name in pool.of(OUTSIDE).ids}
-        (played,), _ = shadows.tuned(run, run.common_problem, [shadows.unlearned_world(pool)])
+        (played,), _ = shadows.tuned(run, run.common_spec, [shadows.unlearned_world(pool)])
         kept = load_slice(run, pool.ref)
         erase.request_erasure(run, names)
         published = load_slice(run, run.catalog.manifest().entries[COMMON])
@@ -421,12 +423,12 @@ def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
 
 def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
     with small_run(tmp_path / "run", small_source(test=0)) as run:
-        reconcile(run)
+        build(run)
         with pytest.raises(UserError, match="has no test or hold-out images to compare with"):
             attacks.attack(run, Options(targets=2, attacks=("loss",)))
         assert attacks.attack(run, Options(attacks=("routing",))).findings[0].name == "routing"
         one_head = dataclasses.replace(
-            run.config, tuning=dataclasses.replace(run.config.tuning, what="prompts+one head")
+            run.config, tuning=dataclasses.replace(run.config.tuning, method="prompts+one head")
         )
         (message,) = targets.problems(dataclasses.replace(run, config=one_head), (), 2)
         assert "all clusters are one slice" in message and "legal: --attacks=routing" in message
@@ -456,7 +458,7 @@ def test_an_erasure_meanwhile_voids_the_result(workdir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(attacks, "_trials", meanwhile)
     with (
-        opened(tmp_path / "copy", devices=jax.devices()[:1]) as run,
+        open_run(tmp_path / "copy", devices=jax.devices()[:1]) as run,
         pytest.raises(UserError, match="were erased while"),
     ):
         attacks.attack(run, Options(targets=16, attacks=("loss",)))

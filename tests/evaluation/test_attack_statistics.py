@@ -9,10 +9,10 @@ from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score, roc_curve
 
 from lmeraser_jax.evaluation.attacks import forgetting, membership, relearn, routing, statistics
-from lmeraser_jax.evaluation.attacks.klom import BINS, EMPTY, Compared, klom
+from lmeraser_jax.evaluation.attacks.klom import BINS, EMPTY, KlomPair, klom
 from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, RETAINED, VALIDATION
 from lmeraser_jax.evaluation.attacks.shadows import Shadows, halves
-from lmeraser_jax.evaluation.attacks.ulira import Told, ulira
+from lmeraser_jax.evaluation.attacks.ulira import PopulationPair, ulira
 
 
 def area(shift):
@@ -338,7 +338,7 @@ def test_ulira_tells_rates_where_records_are_many_enough(rng):
 def test_ulira_accuracies_against_a_literal_transcription(rng):
     margins, first = rng.normal(size=(80, 3)), rng.random((80, 3)) < 0.7
     rows, fitted = np.arange(80) < 44, np.arange(80) % 2 == 0
-    found = Told(margins, first, np.ones_like(first), rows, fitted).accuracies(rows[None])[0]
+    found = PopulationPair(margins, first, np.ones_like(first), rows, fitted).accuracies(rows[None])[0]
     for j in range(3):
         one, two = margins[rows & fitted & first[:, j], j], margins[~rows & fitted, j]
         densities = [lambda x, part=part: stats.norm.logpdf(x, part.mean(), part.std(ddof=1)) for part in (one, two)]
@@ -358,7 +358,7 @@ def test_few_shadows_say_nothing_rather_than_nonsense(rng):
 
 def divergences(margins, oracles):
     group = np.ones(len(margins), bool)
-    return Compared(margins, np.ones_like(margins, bool), group, oracles).divergences(group[None])[0]
+    return KlomPair(margins, np.ones_like(margins, bool), group, oracles).divergences(group[None])[0]
 
 
 def test_klom_against_a_literal_transcription(rng):
@@ -379,7 +379,7 @@ def test_klom_asks_of_slices_that_a_forgotten_record_was_in(rng):
     ((roles, scores),) = populations(rng, 2.0, 1.0, records=6)
     chosen = np.flatnonzero(roles == FORGOTTEN)
     for column, slices in enumerate((scores.shadows, scores.unlearned)):
-        pair = Compared.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
+        pair = KlomPair.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
         found = pair.divergences(pair.group[None])[0]
         for j, divergence in zip(chosen, found, strict=True):
             every = np.concatenate([slices[:, j], scores.never[:, j]])

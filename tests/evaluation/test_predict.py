@@ -12,17 +12,17 @@ from scipy.special import softmax
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import predict
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.storage import checkpoints
-from lmeraser_jax.training.slices import lay_prompt
+from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     with small_run(tmp_path_factory.mktemp("inference") / "run") as run:
-        reconcile(run)
+        build(run)
         yield run
 
 
@@ -35,7 +35,7 @@ def reference(run, images, nearest, quarantined=frozenset()):
     """Probabilities and the keys of the nearest healthy clusters, one image at a time."""
     manifest, vit = run.catalog.manifest(), run.backbone.config
     clustering = load_clustering(run.layout, manifest.clustering)
-    features = jax.jit(lambda x: frozen.features(vit, run.backbone.params, x))
+    features = jax.jit(lambda x: backbone_lib.features(vit, run.backbone.params, x))
     parts = {key: load_slice(run, name) for key, name in manifest.entries.items()}
     probabilities, clusters = [], []
     for image in images:
@@ -44,7 +44,7 @@ def reference(run, images, nearest, quarantined=frozenset()):
         chosen = [key for k in np.argsort(gaps) if (key := clustering.keys[k]) not in quarantined][:nearest]
         each = []
         for key in chosen:
-            prompt = lay_prompt(jnp.asarray(parts[key].prompt), vit.image_size, run.config.tuning.prompt_width, 1)
+            prompt = place_prompt(jnp.asarray(parts[key].prompt), vit.image_size, run.config.tuning.prompt_width, 1)
             feature = np.asarray(features(pixels + prompt[None]), np.float64)[0]
             each.append(softmax(feature @ parts[key].kernel + parts[key].bias))
         probabilities.append(np.mean(each, axis=0))
@@ -67,7 +67,7 @@ def test_ragged_batches_and_neighbours_change_nothing_and_compile_nothing(run):
     images = run.images[run.catalog.live("test", "train").rows]
     model = predict.load_model(run)
     whole = predict.predict(model, images)
-    program = predict.compiled(run.problem, 1, run.mesh)
+    program = predict.compiled(run.tuning_spec, 1, run.mesh)
     traces = program._cache_size()
     for count in (1, 5, 16, 17, 33):
         part = predict.predict(model, images[:count])

@@ -18,15 +18,15 @@ from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, save_clustering
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("serving") / "run"
     with small_run(workdir) as run:
-        reconcile(run)
+        build(run)
     return workdir
 
 
@@ -41,7 +41,7 @@ def run(trained, tmp_path):
 @contextlib.contextmanager
 def reader(run):
     """Another connection to the workdir, as another process has it."""
-    with opened(run.layout.root, devices=jax.devices()[:1]) as other:
+    with open_run(run.layout.root, devices=jax.devices()[:1]) as other:
         yield other
 
 
@@ -216,7 +216,7 @@ def test_slices_move_with_their_clusters(run, monkeypatch):
         predictor = Predictor(other)
         before = predictor(images)
         save_clustering(run.layout, turned)
-        run.catalog.publish(turned.digest, manifest.program, manifest.inputs, manifest.entries, [])
+        run.catalog.publish(turned.digest, manifest.fingerprint, manifest.recipe_constants_digest, manifest.entries, [])
         monkeypatch.setattr(predict, "load_slice", None)
         found = predictor(images)
     assert found.keys == before.keys[::-1] and bits(found) == bits(before)

@@ -21,7 +21,7 @@ from lmeraser_jax.experiments.results import load
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning.erase import request_erasure
 from lmeraser_jax.unlearning.plan import plan
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.run import prepare_run
 
 CONFIG = small_config(
     data__train_limit=80,
@@ -78,10 +78,10 @@ def test_costs_are_those_of_real_erasures(done, tmp_path):
     one, results = done
     (row,) = rows(results, "methods", "sisa-vote")
     config = one.methods[1].of(dataclasses.replace(CONFIG, seed=0))
-    with prepared(tmp_path / "run", config) as (run, _):
-        from lmeraser_jax.unlearning.build import reconcile
+    with prepare_run(tmp_path / "run", config) as (run, _):
+        from lmeraser_jax.unlearning.build import build
 
-        whole = reconcile(run)
+        whole = build(run)
         assert row.images_full == whole.images and row.clusters == 3
         ids = run.catalog.live("train").ids
         every = [plan(run, frozenset({name})).images_missing for name in ids]
@@ -113,10 +113,10 @@ def test_a_request_that_makes_everything_again_is_served_once_at_most(tmp_path, 
 
 def test_seconds_of_an_interrupted_attempt_count(tmp_path):
     """Its slices were there before the attempt that was logged began."""
-    with prepared(tmp_path / "run", CONFIG) as (run, _):
-        from lmeraser_jax.unlearning.build import reconcile
+    with prepare_run(tmp_path / "run", CONFIG) as (run, _):
+        from lmeraser_jax.unlearning.build import build
 
-        reconcile(run)
+        build(run)
         made = sum(row.seconds for row in run.catalog.slices().values()) / run.mesh.size
         line = json.loads(run.layout.metrics.read_text().splitlines()[-1])
         assert costs.seconds_spent(run) == line["seconds"] > made > 0
@@ -144,7 +144,7 @@ def test_each_seed_holds_out_images_of_its_own(tmp_path):
     assert [(row.seed, row.records + row.tested) for row in found] == [(0, 80), (1, 80)]
     held = []
     for seed in (0, 1):
-        with prepared(one.base(seed), dataclasses.replace(config, seed=seed)) as (run, _):
+        with prepare_run(one.base(seed), dataclasses.replace(config, seed=seed)) as (run, _):
             held.append(set(run.catalog.live("holdout").ids))
             assert held[-1].isdisjoint(run.catalog.live("train").ids)
     assert held[0] != held[1]
@@ -152,7 +152,7 @@ def test_each_seed_holds_out_images_of_its_own(tmp_path):
 
 def test_a_method_that_was_edited_does_not_pass_for_the_old_one(tmp_path, capsys):
     file = tmp_path / "mine.py"
-    text = '"""Mine."""\nTITLE = "mine"\nCHANGES = {"clustering.partition": "one", "tuning.what": "ridge"'
+    text = '"""Mine."""\nTITLE = "mine"\nCHANGES = {"clustering.partition": "one", "tuning.method": "ridge"'
     file.write_text(text + "}\n")
     runner.compare(comparison(tmp_path / "c", (str(file),)), "x")
     file.write_text(text + ', "tuning.penalty": 1000.0}\n')
@@ -395,10 +395,10 @@ def test_every_method_is_described_and_legal(name):
 def test_sequences_ask_for_live_records_and_for_each_once(kind, done, tmp_path):
     one, _ = done
     config = one.methods[2].of(dataclasses.replace(CONFIG, seed=0))  # ridge: nothing is tuned
-    with prepared(tmp_path / "run", config) as (run, _):
-        from lmeraser_jax.unlearning.build import reconcile
+    with prepare_run(tmp_path / "run", config) as (run, _):
+        from lmeraser_jax.unlearning.build import build
 
-        reconcile(run)
+        build(run)
         whole, gone = set(run.catalog.live("train").ids), []
         for batch in sequences.KINDS[kind](run, 3):
             live = set(run.catalog.live("train").ids)
@@ -434,11 +434,11 @@ def test_a_few_owners_ask_for_most():
 
 def test_the_adaptive_sequence_asks_for_what_the_model_is_surest_of(done, tmp_path):
     from lmeraser_jax.evaluation.predict import load_model, predict
-    from lmeraser_jax.unlearning.build import reconcile
+    from lmeraser_jax.unlearning.build import build
 
     config = done[0].methods[2].of(dataclasses.replace(CONFIG, seed=0))
-    with prepared(tmp_path / "run", config) as (run, _):
-        reconcile(run)
+    with prepare_run(tmp_path / "run", config) as (run, _):
+        build(run)
         records = run.catalog.live("train")
         sure = predict(load_model(run), run.images[records.rows]).probabilities[np.arange(80), records.labels]
         first = next(iter(sequences.adaptive(run, 1)))

@@ -17,19 +17,19 @@ from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.experiments.costs import passes
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import closed_form, clustering, tune
 from lmeraser_jax.training.label_mapping import noise_activation
-from lmeraser_jax.training.slices import lay_prompt
+from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.audit import audit, differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.doctor import examine
 
 COMBINATIONS = {
     "single prompt": {"clustering__partition": "one"},
-    "DAM-VP": {"tuning__what": "prompt"},
+    "DAM-VP": {"tuning__method": "prompt"},
     "random parts": {"clustering__partition": "random", "clustering__shards": 4},
     "SISA": {
         "clustering__partition": "random",
@@ -38,30 +38,30 @@ COMBINATIONS = {
         "inference__nearest": 0,
         "inference__aggregate": "vote",
     },
-    "retrain": {"clustering__partition": "one", "tuning__what": "backbone", "tuning__epochs": 1},
+    "retrain": {"clustering__partition": "one", "tuning__method": "backbone", "tuning__epochs": 1},
     "SISA of whole networks": {
         "clustering__partition": "random",
         "clustering__shards": 2,
-        "tuning__what": "backbone",
+        "tuning__method": "backbone",
         "tuning__epochs": 1,
         "tuning__slices": 2,
         "inference__nearest": 0,
     },
-    "one head": {"tuning__what": "prompts+one head"},
-    "linear head": {"clustering__partition": "one", "tuning__what": "head"},
-    "heads of clusters": {"tuning__what": "head", "inference__nearest": 2},
-    "augmented heads": {"tuning__what": "head", "data__augment": "crop"},
-    "ridge": {"clustering__partition": "one", "tuning__what": "ridge"},
-    "ridge of clusters": {"tuning__what": "ridge", "inference__nearest": 0},
-    "expanded ridge": {"clustering__partition": "one", "tuning__what": "ridge", "tuning__expand": 24},
-    "a common head beside clusters": {"common__what": "ridge", "common__expand": 8, "inference__nearest": 2},
+    "one head": {"tuning__method": "prompts+one head"},
+    "linear head": {"clustering__partition": "one", "tuning__method": "head"},
+    "heads of clusters": {"tuning__method": "head", "inference__nearest": 2},
+    "augmented heads": {"tuning__method": "head", "data__augment": "crop"},
+    "ridge": {"clustering__partition": "one", "tuning__method": "ridge"},
+    "ridge of clusters": {"tuning__method": "ridge", "inference__nearest": 0},
+    "expanded ridge": {"clustering__partition": "one", "tuning__method": "ridge", "tuning__expand": 24},
+    "a common head beside clusters": {"common__method": "ridge", "common__expand": 8, "inference__nearest": 2},
     "a common head beside shards": {
         "clustering__partition": "random",
         "clustering__shards": 3,
-        "common__what": "ncm",
+        "common__method": "ncm",
         "inference__nearest": 0,
     },
-    "nearest class mean": {"clustering__partition": "one", "tuning__what": "ncm"},
+    "nearest class mean": {"clustering__partition": "one", "tuning__method": "ncm"},
 }
 
 
@@ -74,7 +74,7 @@ def built(tmp_path_factory):
         if name not in made:
             config, root = small_config(**COMBINATIONS[name]), tmp_path_factory.mktemp("built") / "run"
             with small_run(root, config=config) as run:
-                reconcile(run)
+                build(run)
             made[name] = root, config
         root, config = made[name]
         shutil.copytree(root, folder)
@@ -102,7 +102,7 @@ def test_an_erasure_gives_the_state_of_never_having_had_the_records(name, built,
         "a common head beside clusters",
     ):  # the audit rebuilt all; once more from the source
         with small_run(tmp_path / "fresh", without(small_source(), set(chosen)), config) as run:
-            reconcile(run)
+            build(run)
             assert differences(found, state(run)) == []
 
 
@@ -133,7 +133,7 @@ def test_closed_forms_pass_no_image_and_heads_see_features_only(built, tmp_path)
         folder, config = built(name, tmp_path / name)
         with small_run(folder, config=config) as run:
             row = next(iter(run.catalog.slices().values()))
-            assert run.problem.on_features and row.images == (0 if name == "ridge" else config.tuning.epochs * 100)
+            assert run.tuning_spec.on_features and row.images == (0 if name == "ridge" else config.tuning.epochs * 100)
 
 
 def test_a_head_on_features_is_the_head_on_images(built, tmp_path):
@@ -142,7 +142,7 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path):
     with small_run(folder, config=config) as run:
         found = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
         records = run.catalog.live("train")
-        slow = dataclasses.replace(run.problem, spec=dataclasses.replace(run.spec, augment="flip"))
+        slow = dataclasses.replace(run.tuning_spec, spec=dataclasses.replace(run.spec, augment="flip"))
         key = next(iter(run.catalog.manifest().entries))
         job = tuning_job(key, records.rows, config)
         labels = np.zeros(run.catalog.rows_used(), np.int32)
@@ -167,9 +167,11 @@ def literal_answers(run, images) -> np.ndarray:
     for key in load_model(run).keys:
         part = load_slice(run, manifest.entries[key])
         width = run.config.tuning.border
-        prompt = lay_prompt(jnp.asarray(part.prompt), config.image_size, width, config.channels)[None] if width else 0.0
+        prompt = (
+            place_prompt(jnp.asarray(part.prompt), config.image_size, width, config.channels)[None] if width else 0.0
+        )
         params = part.backbone if part.backbone is not None else run.backbone.params
-        logits = frozen.features(config, params, pixels + prompt) @ part.kernel + part.bias[None]
+        logits = backbone_lib.features(config, params, pixels + prompt) @ part.kernel + part.bias[None]
         found.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
     return np.stack(found)
 
@@ -205,7 +207,7 @@ def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
         together = np.asarray(jax.nn.softmax(plain @ head.kernel + head.bias, axis=-1))
         found = {}
         for weight in (0.0, 0.3, 1.0):
-            asked = dataclasses.replace(run.config.inference, common=weight)
+            asked = dataclasses.replace(run.config.inference, common_weight=weight)
             one = dataclasses.replace(run, config=dataclasses.replace(run.config, inference=asked))
             found[weight] = predict(load_model(one), images).probabilities
         np.testing.assert_allclose(found[1.0], together, atol=2e-4)
@@ -268,7 +270,7 @@ def test_a_fixed_head_never_moves_and_is_the_features_that_noise_excites(built, 
     folder, config = built("DAM-VP", tmp_path / "run")
     with small_run(folder, config=config) as run:
         mapping = noise_activation(run.backbone, 10)
-        assert list(mapping) == sorted(set(mapping)) and run.problem.mapping == mapping
+        assert list(mapping) == sorted(set(mapping)) and run.tuning_spec.mapping == mapping
         wanted = np.zeros((16, 10), np.float32)
         wanted[list(mapping), np.arange(10)] = 1
         for ref in run.catalog.manifest().entries.values():
@@ -285,7 +287,7 @@ def test_noise_activation_is_the_literal_rule():
     rng = np.random.default_rng(3)
     size, channels = backbone.config.image_size, backbone.config.channels
     noise = rng.standard_normal((8192, size, size, channels), np.float32)
-    spread = np.asarray(frozen.features(backbone.config, backbone.params, jnp.asarray(noise))).std(axis=0)
+    spread = np.asarray(backbone_lib.features(backbone.config, backbone.params, jnp.asarray(noise))).std(axis=0)
     assert spread[list(found)].mean() > 0.97 * np.sort(spread)[-5:].mean()
 
 
@@ -296,7 +298,7 @@ def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built
         (ref,) = set(run.catalog.manifest().entries.values())
         part, keys, records = load_slice(run, ref), load_model(run).keys, run.catalog.live("train")
         assert part.prompt.shape[0] == len(keys) and len(np.unique(part.prompt, axis=0)) == len(keys)
-        problem = dataclasses.replace(run.problem, prompts=len(keys))
+        problem = dataclasses.replace(run.tuning_spec, prompts=len(keys))
         which = np.array([keys.index(key) for key in records.clusters])
         pixels = centred(jnp.asarray(run.images[records.rows]), run.spec)
         labels, valid = jnp.asarray(records.labels + 10 * which, jnp.int32), jnp.ones(len(records), bool)
@@ -305,7 +307,7 @@ def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built
             jax.jit(jax.value_and_grad(tune.cluster_loss), static_argnums=1),
         )
         loss, grads = slopes_of(given, problem, run.backbone.params, pixels, labels, valid)
-        alone = dataclasses.replace(run.problem, tuning=dataclasses.replace(config.tuning, what="prompt+head"))
+        alone = dataclasses.replace(run.tuning_spec, tuning=dataclasses.replace(config.tuning, method="prompt+head"))
         each, heads, plain = [], 0.0, jnp.asarray(records.labels)
         for k in range(len(keys)):
             mine, own = jnp.asarray(which == k), given._replace(prompt=given.prompt[k])
@@ -327,10 +329,10 @@ def test_one_head_has_no_cheap_request_and_no_rollback(built, tmp_path):
 
 
 def test_more_classes_than_features_are_refused(tmp_path):
-    config = small_config(tuning__what="prompt", backbone__width=8, backbone__heads=2)
+    config = small_config(tuning__method="prompt", backbone__width=8, backbone__heads=2)
     with small_run(tmp_path / "run", config=config) as run:
         with pytest.raises(ValueError, match="10 classes need a feature each, the backbone has 8; use prompt"):
-            reconcile(run)
+            build(run)
 
 
 def test_the_backbone_is_tuned_and_the_frozen_one_stays(built, tmp_path):
@@ -339,7 +341,7 @@ def test_the_backbone_is_tuned_and_the_frozen_one_stays(built, tmp_path):
         part = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
         moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), part.backbone, run.backbone.params)
         assert min(jax.tree.leaves(moved)) > 0, "every parameter gets a gradient"
-        assert frozen.load(run.layout.backbone)[0].digest == run.backbone.digest
+        assert backbone_lib.load(run.layout.backbone)[0].digest == run.backbone.digest
 
 
 def test_features_are_computed_once_for_all_augmentations(tmp_path, monkeypatch):
@@ -363,10 +365,10 @@ def test_methods_are_evaluated_like_any_other(name, built, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tuning__what": "ridge", "tuning__slices": 2}, "a closed form has no stages to repeat"),
-        ({"tuning__what": "prompt", "tuning__prompt_width": 0}, "must be above 0 for tuning.what=prompt"),
-        ({"tuning__what": "ridge", "tuning__penalty": 0.0}, "--config.tuning.penalty=0.0: must be above 0"),
-        ({"tuning__what": "heads"}, "one of prompt+head, prompt, prompts+one head, head, backbone, ridge, ncm"),
+        ({"tuning__method": "ridge", "tuning__slices": 2}, "a closed form has no stages to repeat"),
+        ({"tuning__method": "prompt", "tuning__prompt_width": 0}, "must be above 0 for tuning.method=prompt"),
+        ({"tuning__method": "ridge", "tuning__penalty": 0.0}, "--config.tuning.penalty=0.0: must be above 0"),
+        ({"tuning__method": "heads"}, "one of prompt+head, prompt, prompts+one head, head, backbone, ridge, ncm"),
         ({"clustering__partition": "hash"}, "one of adaptive, random, one"),
     ],
 )
@@ -393,7 +395,7 @@ def test_the_passes_of_an_answer_are_those_that_the_program_makes(
 ):
     folder, config = built(name, tmp_path / "run")
     config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, nearest=nearest))
-    counted, kept = [], frozen.features
+    counted, kept = [], backbone_lib.features
 
     def features(architecture, params, pixels):
         counted.append(len(pixels))
@@ -403,9 +405,9 @@ def test_the_passes_of_an_answer_are_those_that_the_program_makes(
         model = load_model(run)
         clusters = model.stack, model.prototypes, model.present  # padded: an empty place must pass nothing
         draws = None if config.clustering.partition == "adaptive" else np.zeros((2, len(model.present)), np.float32)
-        monkeypatch.setattr(frozen, "features", features)
+        monkeypatch.setattr(backbone_lib, "features", features)
         with jax.disable_jit():
-            asked = (run.problem, model.question, model.params, *clusters, model.common)
+            asked = (run.tuning_spec, model.question, model.params, *clusters, model.common)
             predict_module.routed_probabilities(*asked, run.images[:2], draws)
         assert sum(counted) / 2 == passes(run, len(model.keys)) == expected
 

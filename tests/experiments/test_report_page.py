@@ -151,7 +151,7 @@ def test_a_report_of_nothing(tmp_path):
 
 def test_asked_to_stop_it_leaves_the_old_page(tmp_path):
     (tmp_path / "report.html").write_text("old")
-    interrupt.ask()
+    interrupt.request_stop()
     with pytest.raises(interrupt.Stopped):
         write_report(tmp_path, Results(tuple(small())))
     interrupt._asked.clear()

@@ -10,7 +10,7 @@ import pytest
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.vit import ViTConfig
 from lmeraser_jax.models.weight_files import Weights, read
@@ -44,8 +44,8 @@ def run(real, check):
 
     @functools.partial(jax.jit, static_argnums=0)
     def both(vit, params, images):
-        features = frozen.features(vit, params, images)
-        return frozen.logits(vit, params, images), features
+        features = backbone_lib.features(vit, params, images)
+        return backbone_lib.logits(vit, params, images), features
 
     def outputs(arrays, count):
         images = (check["images"][:count].astype(np.float32) / 255 - 0.5) / 0.5
@@ -118,7 +118,7 @@ def test_real_weights_at_another_image_size(weights, real, check, size):
     assert flat["positions"].shape == (1, tokens, 192)
     np.testing.assert_array_equal(flat["positions"][:, 0], real.arrays["pos_embed"][:, 0])
     images = (check["images"][:2, :size, :size].astype(np.float32) / 255 - 0.5) / 0.5
-    features = np.asarray(jax.jit(functools.partial(frozen.features, backbone.config))(backbone.params, images))
+    features = np.asarray(jax.jit(functools.partial(backbone_lib.features, backbone.config))(backbone.params, images))
     assert features.shape == (2, 192) and np.isfinite(features).all()
     assert np.abs(features[0] - features[1]).max() > 1e-2
 
@@ -130,7 +130,7 @@ VIT = ViTConfig(image_size=12, patch=4, channels=1, width=16, depth=2, heads=2, 
 
 def random_params(vit: ViTConfig):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), frozen.graph(vit)[1])
+    return jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), backbone_lib.graph(vit)[1])
 
 
 def timm_arrays(vit: ViTConfig, params) -> dict[str, np.ndarray]:
@@ -190,7 +190,7 @@ def test_round_trip(tmp_path, vit):
     assert got.keys() == want.keys()
     for name, array in want.items():
         np.testing.assert_array_equal(got[name], array, err_msg=name)
-    assert backbone.digest == frozen.make(vit, params, backbone.mean, backbone.std).digest
+    assert backbone.digest == backbone_lib.make(vit, params, backbone.mean, backbone.std).digest
     assert set(backbone.mean + backbone.std) == {0.5}
 
 

@@ -10,8 +10,8 @@ from helpers import small_config, small_source, with_items
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.models import zoo
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import prepare_run
 
 transformers = pytest.importorskip("transformers", reason="the models are made by transformers")
 torch = pytest.importorskip("torch", reason="the weights are made by PyTorch (extra test)")
@@ -52,12 +52,12 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
         tuning__min_steps=1,
         inference__batch=2,
     )
-    with prepared(tmp_path / "run", config, devices=jax.devices()[:1], source=source) as (run, imported):
+    with prepare_run(tmp_path / "run", config, devices=jax.devices()[:1], source=source) as (run, imported):
         assert imported.added == 8
         wanted = dataclasses.replace(zoo.entry(name).architecture, image_size=224)
         assert run.backbone.config == dataclasses.replace(wanted, epsilon=run.backbone.config.epsilon)
         assert (run.spec.mean, run.spec.std) == zoo.entry(name).normalisation
-        outcome = reconcile(run)
+        outcome = build(run)
         assert outcome.retuned == outcome.clusters == 2
         found = predict(load_model(run), run.images[:3])
         assert found.probabilities.shape == (3, 10) and np.isfinite(found.probabilities).all()

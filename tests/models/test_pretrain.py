@@ -18,7 +18,7 @@ from flax import nnx
 from lmeraser_jax import config as settings
 from lmeraser_jax.data import digits
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import pretrain
 from lmeraser_jax.models.vit import ViT, ViTConfig
 from lmeraser_jax.storage import checkpoints
@@ -65,7 +65,7 @@ def config_with(seed: int = 0, **more) -> settings.Config:
     )
 
 
-def train(folder, public, config, devices: int = 1) -> tuple[frozen.Backbone, float]:
+def train(folder, public, config, devices: int = 1) -> tuple[backbone_lib.Backbone, float]:
     return pretrain.pretrain(Layout(folder), *public, CLASSES, config, mesh_of(jax.devices()[:devices]))
 
 
@@ -73,7 +73,7 @@ class Whole(NamedTuple):
     """An uninterrupted training."""
 
     folder: Path
-    backbone: frozen.Backbone
+    backbone: backbone_lib.Backbone
     accuracy: float
     epochs: list[tuple[float, float]]  # loss and accuracy
 
@@ -101,7 +101,7 @@ def whole(tmp_path_factory, public) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     with recorded() as epochs:
         backbone, accuracy = train(folder, public, config_with())
-    frozen.save(Layout(folder).backbone, backbone, {"seed": 0}, {"origin": "the test"})
+    backbone_lib.save(Layout(folder).backbone, backbone, {"seed": 0}, {"origin": "the test"})
     return Whole(folder, backbone, accuracy, epochs)
 
 
@@ -110,7 +110,7 @@ def answers(vit: ViTConfig):
     """Compiled logits of ten images."""
 
     def run(params, images):
-        return frozen.logits(vit, params, (images.astype(np.float32) / 255 - 0.5) / 0.5)
+        return backbone_lib.logits(vit, params, (images.astype(np.float32) / 255 - 0.5) / 0.5)
 
     return jax.jit(run)
 
@@ -136,7 +136,7 @@ def stopped(tmp_path_factory, public) -> Path:
     return folder
 
 
-def assert_same(one: frozen.Backbone, two: frozen.Backbone) -> None:
+def assert_same(one: backbone_lib.Backbone, two: backbone_lib.Backbone) -> None:
     for name, array in flatten(one.params).items():
         np.testing.assert_array_equal(array, flatten(two.params)[name], err_msg=name)
     assert one.digest == two.digest
@@ -189,7 +189,7 @@ def test_eight_devices_train_as_one_does(tmp_path, public, stopped):
     for folder in (stopped, tmp_path):
         arrays = checkpoints.load(Layout(folder).pretraining)[0]
         params = {name.removeprefix("0/"): array for name, array in arrays.items() if name.startswith("0/")}
-        logits.append(np.asarray(answers(vit)(frozen.from_flat(vit, params, "checkpoint"), public[0][:10])))
+        logits.append(np.asarray(answers(vit)(backbone_lib.from_flat(vit, params, "checkpoint"), public[0][:10])))
     np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
     assert np.ptp(logits[0], axis=1).mean() > 0.1  # they say something
 
@@ -206,12 +206,12 @@ def test_each_epoch_shows_every_image_once():
 
 def test_a_saved_backbone_is_the_same_backbone(whole):
     backbone = whole.backbone
-    read, inputs = frozen.load(Layout(whole.folder).backbone)
+    read, inputs = backbone_lib.load(Layout(whole.folder).backbone)
     assert read.config == backbone.config and inputs == {"seed": 0}
     assert (read.mean, read.std) == (backbone.mean, backbone.std)
     assert_same(read, backbone)
     with pytest.raises(UserError, match="does not exist"):
-        frozen.load(Layout(whole.folder / "elsewhere").backbone)
+        backbone_lib.load(Layout(whole.folder / "elsewhere").backbone)
 
 
 # After a failed read Orbax leaves coroutines of a closed event loop to the garbage collector.
@@ -228,7 +228,7 @@ def test_a_damaged_backbone_is_refused(tmp_path, whole):
         content[len(content) // 2] ^= 0x55
         target.write_bytes(content)
         try:
-            read, _ = frozen.load(Layout(tmp_path).backbone)
+            read, _ = backbone_lib.load(Layout(tmp_path).backbone)
         except UserError as error:
             assert "backbone" in str(error)
             noticed += source.stat().st_size
@@ -243,20 +243,20 @@ def test_a_backbone_with_other_parameters_under_its_digest_is_refused(tmp_path, 
     backbone = whole.backbone
     changed = jax.tree.map(np.copy, backbone.params)
     changed["norm"]["bias"][3] += 1e-3
-    described = frozen.described(backbone.config)
+    described = backbone_lib.described(backbone.config)
     metadata = {"config": described, "mean": [0.5], "std": [0.5], "digest": backbone.digest, "inputs": {}}
     layout = Layout(tmp_path)
     checkpoints.save(layout.backbone, flatten(changed), metadata)
     with pytest.raises(UserError, match="damaged"):
-        frozen.load(layout.backbone)
+        backbone_lib.load(layout.backbone)
     checkpoints.save(layout.backbone, flatten(backbone.params), {**metadata, "mean": [0.4]})
     with pytest.raises(UserError, match="damaged"):
-        frozen.load(layout.backbone)
+        backbone_lib.load(layout.backbone)
     checkpoints.save(layout.backbone, flatten(backbone.params), json.loads(json.dumps(metadata)))
-    assert_same(frozen.load(layout.backbone)[0], backbone)
+    assert_same(backbone_lib.load(layout.backbone)[0], backbone)
     checkpoints.save(layout.backbone, flatten(backbone.params), {"digest": backbone.digest})
     with pytest.raises(UserError, match="damaged"):
-        frozen.load(layout.backbone)
+        backbone_lib.load(layout.backbone)
 
 
 def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):

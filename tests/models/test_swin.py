@@ -13,7 +13,7 @@ from transcriptions import TOLERANCE, Swin, apart, features, outputs, pictures, 
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, swin, weight_files
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.features import Extractor
@@ -172,7 +172,7 @@ def test_the_transcription_shows_bugs(monkeypatch, bug):
         monkeypatch.setattr(where, name, make(getattr(where, name)))
         if where is not convert:  # traced anew, with the bug
             config = SMALL if where is swin.Merging else TINY
-            run = jax.jit(lambda config, *args: frozen.features(config, *args), static_argnums=0)
+            run = jax.jit(lambda config, *args: backbone_lib.features(config, *args), static_argnums=0)
     arrays, image = hugging_face_swin(config), pictures(1, config.image_size)
     error = apart(run(config, converted(config, arrays), image)[0], Swin(arrays, config)(image[0])[1])
     assert error > 50 * TOLERANCE if bug else error < TOLERANCE
@@ -191,7 +191,7 @@ def test_bfloat16_parameters_give_float32_features_close_by():
 
 
 def test_a_records_feature_has_the_same_bits_wherever_it_stands():
-    backbone = frozen.make(TINY, converted(TINY, hugging_face_swin(TINY)), (0.5,), (0.5,))
+    backbone = backbone_lib.make(TINY, converted(TINY, hugging_face_swin(TINY)), (0.5,), (0.5,))
     rng = np.random.default_rng(2)
     images = rng.integers(0, 256, (21, 12, 12, 3)).astype(np.uint8)
     spec = ImageSpec(12, 12, 3, size=12, resize=12, out_channels=3)

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import special
 
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.vit import ViTConfig, interpolate_positions, patches
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.features import Extractor
@@ -33,7 +33,7 @@ def random_params(config: ViTConfig, seed: int = 0):
         scale = 1 / np.sqrt(leaf.shape[0]) if leaf.ndim == 2 else 1.0
         return rng.normal(0, scale, leaf.shape).astype(np.float32)
 
-    return jax.tree.map(draw, frozen.graph(config)[1])
+    return jax.tree.map(draw, backbone_lib.graph(config)[1])
 
 
 def reference(config: ViTConfig, params, images: np.ndarray) -> np.ndarray:
@@ -91,7 +91,7 @@ def inputs(config: ViTConfig, count: int = 4, seed: int = 1) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def compiled(config: ViTConfig):
-    return jax.jit(functools.partial(frozen.features, config))
+    return jax.jit(functools.partial(backbone_lib.features, config))
 
 
 @pytest.mark.parametrize("config", [CLS, POOLER, TANH], ids=["cls", "pooler", "tanh GELU"])
@@ -106,7 +106,7 @@ def test_logits_are_the_head_on_the_features():
     params, images = random_params(CLS), inputs(CLS)
     want = reference(CLS, params, images) @ params["head"]["kernel"] + params["head"]["bias"]
     np.testing.assert_allclose(
-        np.asarray(jax.jit(functools.partial(frozen.logits, CLS))(params, images)), want, atol=1e-4
+        np.asarray(jax.jit(functools.partial(backbone_lib.logits, CLS))(params, images)), want, atol=1e-4
     )
 
 
@@ -149,7 +149,7 @@ def test_gradient_with_respect_to_the_image():
     """Directional derivatives against central differences of the float64 transcription."""
     params, images = random_params(CLS), inputs(CLS, count=2)
     weights = np.random.default_rng(3).normal(size=(2, CLS.width)).astype(np.float32)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(frozen.features(CLS, params, x) * weights)))(images)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(backbone_lib.features(CLS, params, x) * weights)))(images)
     for seed in range(4):
         direction = np.random.default_rng(10 + seed).normal(size=images.shape)
         ahead, behind = (reference(CLS, params, images + sign * 1e-5 * direction) for sign in (1, -1))
@@ -201,17 +201,20 @@ def test_the_antialiased_kernel_is_pillows(grid):
 
 
 @pytest.fixture(scope="module")
-def tiny() -> frozen.Backbone:
-    return frozen.make(CLS, random_params(CLS), HALF, HALF)
+def tiny() -> backbone_lib.Backbone:
+    return backbone_lib.make(CLS, random_params(CLS), HALF, HALF)
 
 
 def test_making_a_backbone_drops_the_classifier_and_names_all_the_rest(tiny):
     assert tiny.config.classes == 0 and "head" not in tiny.params
-    assert tiny.digest == frozen.make(CLS, random_params(CLS), HALF, HALF).digest
+    assert tiny.digest == backbone_lib.make(CLS, random_params(CLS), HALF, HALF).digest
     heads = ViTConfig(**{**vars(CLS), "heads": 4})
-    others = [frozen.make(CLS, random_params(CLS, 1), HALF, HALF), frozen.make(heads, random_params(CLS), HALF, HALF)]
-    others += [frozen.make(CLS, random_params(CLS), *other) for other in ((OTHER, HALF), (HALF, OTHER))]
-    others += [frozen.make(numerics, random_params(CLS), HALF, HALF) for numerics in NUMERICS]
+    others = [
+        backbone_lib.make(CLS, random_params(CLS, 1), HALF, HALF),
+        backbone_lib.make(heads, random_params(CLS), HALF, HALF),
+    ]
+    others += [backbone_lib.make(CLS, random_params(CLS), *other) for other in ((OTHER, HALF), (HALF, OTHER))]
+    others += [backbone_lib.make(numerics, random_params(CLS), HALF, HALF) for numerics in NUMERICS]
     assert len({tiny.digest, *(other.digest for other in others)}) == 7
 
 

@@ -21,7 +21,7 @@ from published import (
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, weight_files, zoo
 
 FLAG = "--config.backbone.weights"
@@ -330,7 +330,7 @@ def test_a_path_never_asks_the_hub(hub, folder, tmp_path):
 def saved(tmp_path_factory, original) -> Path:
     made, provenance = convert.load(Backbone(weights=str(original)))
     folder = tmp_path_factory.mktemp("saved") / "own"
-    frozen.save(folder, made, {}, dataclasses.asdict(provenance))
+    backbone_lib.save(folder, made, {}, dataclasses.asdict(provenance))
     return folder
 
 

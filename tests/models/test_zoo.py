@@ -9,7 +9,7 @@ import pytest
 from published import settings_of
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
@@ -72,11 +72,11 @@ def by_formula(c: ViTConfig | SwinConfig) -> int:
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_every_backbone_builds_with_the_published_number_of_parameters(name):
     config = zoo.entry(name).architecture
-    _, shapes = frozen.graph(config)
+    _, shapes = backbone_lib.graph(config)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == PARAMETERS[name] == by_formula(config)
     assert config.classes == 0 and config.image_size == 224
     answer = jax.eval_shape(
-        lambda params, images: frozen.features(config, params, images),
+        lambda params, images: backbone_lib.features(config, params, images),
         shapes,
         jax.ShapeDtypeStruct((2, 224, 224, 3), "float32"),
     )

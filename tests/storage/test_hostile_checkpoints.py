@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import weight_files
 from lmeraser_jax.models.vit import ViTConfig
 from lmeraser_jax.storage import checkpoints
@@ -193,15 +193,15 @@ TINY = ViTConfig(image_size=4, patch=2, width=4, depth=1, heads=1, mlp=4, channe
 @pytest.fixture(scope="module")
 def tiny():
     """A backbone of a few numbers: its arrays and metadata, as they are saved."""
-    made = frozen.make(
-        TINY, jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), frozen.graph(TINY)[1]), (0.5,), (0.5,)
+    made = backbone_lib.make(
+        TINY, jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), backbone_lib.graph(TINY)[1]), (0.5,), (0.5,)
     )
-    metadata = {"config": frozen.described(made.config), "mean": [0.5], "std": [0.5], "digest": made.digest}
+    metadata = {"config": backbone_lib.described(made.config), "mean": [0.5], "std": [0.5], "digest": made.digest}
     return checkpoints.flatten(made.params), metadata | {"inputs": {}, "provenance": {}}
 
 
 def test_backbone_is_read(tiny, tmp_path):
-    assert frozen.restored(tmp_path, *tiny).digest == tiny[1]["digest"]
+    assert backbone_lib.restored(tmp_path, *tiny).digest == tiny[1]["digest"]
 
 
 CONFIG = [
@@ -219,7 +219,7 @@ def test_backbone_metadata_of_any_kind(tiny, tmp_path, field, bad):
     without = {name: value for name, value in metadata.items() if name != field}
     for changed in (metadata | {field: bad}, *([without] if field != "provenance" else [])):
         with pytest.raises(UserError, match="is damaged") as caught:
-            frozen.restored(tmp_path, arrays, changed)
+            backbone_lib.restored(tmp_path, arrays, changed)
         assert len(str(caught.value)) < 2000
 
 
@@ -235,7 +235,7 @@ def test_backbone_of_any_architecture(tiny, tmp_path, field, value):
     changed = metadata | {"config": metadata["config"] | {field: value}}
     if metadata["config"][field] != value:
         with pytest.raises(UserError):
-            frozen.restored(tmp_path, arrays, changed)
+            backbone_lib.restored(tmp_path, arrays, changed)
 
 
 @pytest.mark.parametrize("depth", [30, -1])
@@ -243,7 +243,7 @@ def test_backbone_of_more_blocks_than_arrays(tiny, tmp_path, depth):
     """Refused before the model is outlined."""
     arrays, metadata = tiny
     with pytest.raises(UserError, match="arrays are not those of the architecture"):
-        frozen.restored(tmp_path, arrays, metadata | {"config": metadata["config"] | {"depth": depth}})
+        backbone_lib.restored(tmp_path, arrays, metadata | {"config": metadata["config"] | {"depth": depth}})
 
 
 def test_backbone_with_other_arrays(tiny, tmp_path):
@@ -252,18 +252,18 @@ def test_backbone_with_other_arrays(tiny, tmp_path):
     others = [np.array([{}], object), arrays[name].astype(np.float64), arrays[name].astype(complex), np.zeros(9, "U4")]
     for leaf in others:
         with pytest.raises(UserError, match="must be float32; these are not: " + name):
-            frozen.restored(tmp_path, arrays | {name: leaf}, metadata)
+            backbone_lib.restored(tmp_path, arrays | {name: leaf}, metadata)
     with pytest.raises(UserError, match="missing: " + name):
-        frozen.restored(tmp_path, {key: leaf for key, leaf in arrays.items() if key != name}, metadata)
+        backbone_lib.restored(tmp_path, {key: leaf for key, leaf in arrays.items() if key != name}, metadata)
 
 
 def test_backbone_in_a_folder(tiny, tmp_path):
     arrays, metadata = tiny
     checkpoints.save(tmp_path / "good", arrays, json.loads(json.dumps(metadata)))
-    assert frozen.load(tmp_path / "good")[1] == {}
+    assert backbone_lib.load(tmp_path / "good")[1] == {}
     checkpoints.save(tmp_path / "bad", arrays, {"config": 3})
     with pytest.raises(UserError, match="bad is damaged"):
-        frozen.load(tmp_path / "bad")
+        backbone_lib.load(tmp_path / "bad")
     with pytest.raises(UserError, match="provenance names no origin"):
         weight_files.read(str(tmp_path / "good"))
     assert sorted(os.listdir(tmp_path)) == ["bad", "good"]

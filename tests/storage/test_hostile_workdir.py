@@ -19,8 +19,8 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import workdir as layouts
 from lmeraser_jax.storage.workdir import Layout, read_config, refuse_links, remove_others, writer_lock
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 
 @contextlib.contextmanager
@@ -38,7 +38,7 @@ def trained(tmp_path_factory):
     """A workdir that was trained and erased from under a umask of 0, and the modes while its catalog was open."""
     root = tmp_path_factory.mktemp("open") / "runs" / "trained"
     with umask(0), small_run(root, config=small_config(tuning__epochs=1)) as run:
-        reconcile(run)
+        build(run)
         while_open = modes(root)
         erase.request_erasure(run, [run.catalog.live("train").ids[0]])
     return root, while_open
@@ -125,19 +125,19 @@ def test_no_command_writes_through_a_link(trained, tmp_path, name):
     canary = tmp_path / "canary"
     before = content(canary) if canary.is_dir() else canary.read_bytes()
     for command in (
-        lambda: opened(root, write=True),
+        lambda: open_run(root, write=True),
         lambda: small_run(root, config=small_config(tuning__epochs=1)),
     ):
         with pytest.raises(UserError, match=f"holds symbolic links.*{name}"), command():
             pytest.fail("it writes")
     assert (content(canary) if canary.is_dir() else canary.read_bytes()) == before
-    with opened(root) as run:
+    with open_run(root) as run:
         assert len(run.catalog.live("train"))
 
 
 def test_a_linked_root_is_fine(trained, tmp_path):
     (tmp_path / "link").symlink_to(trained[0])
-    with opened(tmp_path / "link") as run, opened(tmp_path / "link", write=True):
+    with open_run(tmp_path / "link") as run, open_run(tmp_path / "link", write=True):
         refuse_links(run.layout)
 
 

@@ -20,7 +20,7 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import erase, purge
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 
 ITEMS = [Item(f"r{i}", "train", i % 2, f"own-{i // 3}") for i in range(9)]
 ITEMS += [Item("h0", "holdout", 0, "own-0"), Item("t0", "test", 0, "own-0"), Item("p0", "public", 0, "own-0")]
@@ -40,7 +40,7 @@ def trained(tmp_path_factory):
     """A trained workdir."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with small_run(folder) as run:
-        reconcile(run)
+        build(run)
     return folder
 
 
@@ -239,7 +239,7 @@ def test_accepting_needs_no_writer_lock(workdir):
             holder.wait()
     with small_run(workdir) as run:
         assert get(run.catalog, "a").open and not run.catalog.live("train").ids.count(name)
-        reconcile(run)
+        build(run)
         assert get(run.catalog, "a").state == "purged" and run.catalog.quarantined() == frozenset()
 
 
@@ -264,6 +264,6 @@ def test_what_is_said_about_a_request_does_not_change_what_it_does(trained, tmp_
             assert purge.leftovers(run) == []
             states.append(state(run))
     with small_run(tmp_path / "scratch", without(small_source(), erased)) as run:
-        reconcile(run)
+        build(run)
         states.append(state(run))
     assert [differences(found, states[-1]) for found in states] == [[]] * len(states)

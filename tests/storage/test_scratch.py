@@ -15,7 +15,7 @@ from lmeraser_jax.storage import checkpoints, scratch
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import doctor, erase
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
 
 TREE, DIGEST = {"kernel": np.ones((3, 4), np.float32)}, "d" * 64
@@ -112,7 +112,7 @@ def test_a_worker_that_wakes_up_after_an_erasure_does_no_harm(tmp_path):
         (late,) = Layout(folder).scratch.glob("team-*/.*.tmp")
         digest = late.name[1:-4]
         with own_run(folder) as run:
-            reconcile(run)
+            build(run)
             rows = run.catalog.rows_of(digest)
             erase.request_erasure(run, [name for name, row in ids(run).items() if row in rows][:2])
             wanted = state(run)

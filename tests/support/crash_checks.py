@@ -12,7 +12,7 @@ from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import audit, purge, receipts
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.run import open_run
 
 SERVED = ("clustering", "sample", "prototypes", "slices", "parameters")
 ALLOWED = {"config.json", "catalog.db", "catalog.db-wal", "catalog.db-shm", "backbone", "records", "clusterings"}
@@ -34,7 +34,7 @@ def published(folder: Path) -> dict[str, Any] | None:
         assert catalog.db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         if catalog.manifest() is None:
             return None
-    with opened(folder) as run:
+    with open_run(folder) as run:
         return plain(audit.state(run))
 
 
@@ -61,7 +61,7 @@ def finished(folder: Path) -> bool:
 
 def unfinished(folder: Path, scenario: Scenario, wanted: dict[str, bytes]) -> tuple[list[str], int]:
     """What a finished command should not have left, and how many bytes were searched."""
-    with opened(folder) as run:
+    with open_run(folder) as run:
         lines = purge.leftovers(run)
         lines += [f"open request {one.id}" for one in requests.listed(run.catalog, only_open=True)]
         lines += [f"erased, not purged: {name}" for name in run.catalog.erased()]

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_source, with_items, without
 
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import pretrain
 from lmeraser_jax.storage import requests, workdir
 from lmeraser_jax.storage.catalog import Catalog
@@ -27,7 +27,7 @@ from lmeraser_jax.unlearning import audit, erase, plan, rollback
 from lmeraser_jax.unlearning import build as build
 from lmeraser_jax.unlearning import run as runs
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.run import Run, opened, prepared
+from lmeraser_jax.unlearning.run import Run, open_run, prepare_run
 
 CONFIG = small_config()
 RETUNED = small_config(tuning__head_rate=0.02)
@@ -84,8 +84,8 @@ def fast_fakes(patch) -> None:
 
 def install_fakes() -> None:
     vit = dataclasses.replace(pretrain.architecture(CONFIG, 1, 10), classes=0)
-    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), frozen.graph(vit)[1])
-    made = frozen.make(vit, params, (0.5,), (0.5,))
+    params = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), backbone_lib.graph(vit)[1])
+    made = backbone_lib.make(vit, params, (0.5,), (0.5,))
     pretrain.pretrain = lambda *_: (made, 0.5)
     fast_fakes(pytest.MonkeyPatch())  # for as long as the process lives
 
@@ -103,9 +103,9 @@ class Scenario:
 
 
 def train(folder: Path, source=SOURCE, config=CONFIG, **how: bool) -> None:
-    with prepared(folder, config, source=source, **how) as (run, _):
+    with prepare_run(folder, config, source=source, **how) as (run, _):
         build.repair(run)
-        build.reconcile(run)
+        build.build(run)
 
 
 def chosen(run: Run) -> list[str]:
@@ -131,7 +131,7 @@ def needles(run: Run, ids: Sequence[str]) -> dict[str, bytes]:
         for digest_ in (one for one in catalog.slices() if row in catalog.rows_of(one)):
             made = catalog.slice(digest_)
             assert made is not None
-            found[f"slice {digest_}"], found[f"params of {digest_}"] = digest_.encode(), made.params.encode()
+            found[f"slice {digest_}"], found[f"params of {digest_}"] = digest_.encode(), made.params_digest.encode()
             files = sorted(run.layout.slice(digest_).rglob("d/*"), key=lambda path: path.stat().st_size)
             packed = files[-1].read_bytes()  # parameters lie compressed
             found[f"parameters of {digest_}"] = packed[len(packed) // 2 :][:64]
@@ -158,13 +158,13 @@ def search(root: Path, wanted: dict[str, bytes]) -> tuple[dict[str, str], int]:
 
 def trained(folder: Path) -> dict[str, bytes]:
     train(folder)
-    with opened(folder, write=True) as run:
+    with open_run(folder, write=True) as run:
         return needles(run, chosen(run))
 
 
 def two_waiting(folder: Path) -> dict[str, bytes]:
     found = trained(folder)
-    with opened(folder) as run:
+    with open_run(folder) as run:
         one, other = chosen(run)
         erase.request_erasure(run, [one], request="r-1", defer=True)
         erase.request_erasure(run, owners=[f"owner of {other}"], request="r-2", defer=True)
@@ -173,7 +173,7 @@ def two_waiting(folder: Path) -> dict[str, bytes]:
 
 def before_more(folder: Path) -> dict[str, bytes]:
     train(folder, without(SOURCE, LATER))
-    with opened(folder, write=True) as run:
+    with open_run(folder, write=True) as run:
         ids = chosen(run)[:1]
         found = needles(run, ids)
         erase.request_erasure(run, ids, request="r-0")
@@ -196,19 +196,19 @@ def half_purged(folder: Path) -> dict[str, bytes]:
         if path.name == "clusterings" and path.parent == folder and Catalog(folder / "catalog.db").erased():
             raise InterruptedError
 
-    with opened(folder, write=True) as run, contextlib.suppress(InterruptedError):
+    with open_run(folder, write=True) as run, contextlib.suppress(InterruptedError):
         ids = chosen(run)
         workdir.sync_folder = cut
         erase.request_erasure(run, ids, request="r-1")
     workdir.sync_folder = real
-    with opened(folder) as run:
+    with open_run(folder) as run:
         (request,) = requests.listed(run.catalog, only_open=True)
         assert request.state == "published" and len(run.catalog.erased()) == 2
     return found
 
 
 def unlearn(folder: Path) -> None:
-    with opened(folder, write=True) as run:
+    with open_run(folder, write=True) as run:
         earlier = requests.get(run.catalog, "r-1")
         ids = chosen(run) if earlier is None else json.loads((folder.parent / "ids.json").read_text())
         (folder.parent / "ids.json").write_text(json.dumps(ids))
@@ -216,7 +216,7 @@ def unlearn(folder: Path) -> None:
 
 
 def process(folder: Path) -> None:
-    with opened(folder, write=True) as run:
+    with open_run(folder, write=True) as run:
         erase.process(run)
 
 
@@ -225,7 +225,7 @@ def add(folder: Path) -> None:
 
 
 def roll_back(folder: Path) -> None:
-    with opened(folder, write=True) as run:
+    with open_run(folder, write=True) as run:
         manifest = run.catalog.manifest()
         assert manifest is not None
         rollback.rollback(run, min(manifest.entries), to="1")

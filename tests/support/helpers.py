@@ -12,7 +12,7 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.data import digits
 from lmeraser_jax.data.source import Item, Pixels, Source
-from lmeraser_jax.unlearning.run import Run, prepared
+from lmeraser_jax.unlearning.run import Run, prepare_run
 
 SMALL = {
     "data": {"image_size": 8},
@@ -75,7 +75,7 @@ def changed(source: Source, ids: set[str], label: Callable[[int], int]) -> Sourc
 def small_run(workdir, source: Source | None = None, config: Config | None = None, devices: int = 1):
     """An opened small run on the first so many devices."""
     config, source = config or small_config(), source or small_source()
-    with prepared(workdir, config, devices=jax.devices()[:devices], source=source) as (run, _):
+    with prepare_run(workdir, config, devices=jax.devices()[:devices], source=source) as (run, _):
         yield run
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from scipy import special
 
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
 
@@ -33,17 +33,17 @@ def apart(got: Any, want: Any) -> float:
 
 @functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=QUICKLY)
 @jax.default_matmul_precision("highest")  # a GPU would round to fewer digits
-def outputs(config: frozen.Architecture, params: Any, images: jax.Array, slope: bool = False) -> dict[str, Any]:
+def outputs(config: backbone_lib.Architecture, params: Any, images: jax.Array, slope: bool = False) -> dict[str, Any]:
     """Ours: all states, the feature, logits where there is a classifier; with slope d(feature * `scalar`)/d(images)."""
 
     def total(images):
-        found = frozen.features(config, params, images)
+        found = backbone_lib.features(config, params, images)
         return jnp.sum(found * scalar(*found.shape))
 
-    found = {"states": nnx.merge(frozen.graph(config)[0], params).states(images)}
-    found["features"] = frozen.features(config, params, images)
+    found = {"states": nnx.merge(backbone_lib.graph(config)[0], params).states(images)}
+    found["features"] = backbone_lib.features(config, params, images)
     if config.classes:
-        found["logits"] = frozen.logits(config, params, images)
+        found["logits"] = backbone_lib.logits(config, params, images)
     if slope:
         found["gradient"] = jax.grad(total)(images)
     return found
@@ -51,9 +51,9 @@ def outputs(config: frozen.Architecture, params: Any, images: jax.Array, slope: 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 @jax.default_matmul_precision("highest")
-def features(config: frozen.Architecture, params: Any, images: jax.Array) -> jax.Array:
+def features(config: backbone_lib.Architecture, params: Any, images: jax.Array) -> jax.Array:
     """Ours: the feature alone."""
-    return frozen.features(config, params, images)
+    return backbone_lib.features(config, params, images)
 
 
 def scalar(count: int, width: int) -> np.ndarray:

@@ -13,22 +13,22 @@ from helpers import small_config
 from sklearn.datasets import load_digits
 
 from lmeraser_jax.data.transforms import ImageSpec, centred
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import pretrain
 from lmeraser_jax.models.vit import ViT
 from lmeraser_jax.training.jobs import Job, batches, make_job
-from lmeraser_jax.training.slices import lay_prompt
-from lmeraser_jax.training.tune import Problem, Tuned, mesh_of, tune
+from lmeraser_jax.training.slices import place_prompt
+from lmeraser_jax.training.tune import Tuned, TuningSpec, mesh_of, tune
 
 CLASSES = 10
 GROUPS = {f"c{i}": np.arange(i * 12, i * 12 + 5 + 3 * i) for i in range(6)}
 
 
 @functools.cache
-def small_backbone() -> frozen.Backbone:
+def small_backbone() -> backbone_lib.Backbone:
     vit = pretrain.architecture(small_config(), channels=1, classes=0)
     params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(0)), nnx.Param)[1])
-    return frozen.make(vit, params, 0.5, 0.5)
+    return backbone_lib.make(vit, params, 0.5, 0.5)
 
 
 @functools.cache
@@ -39,14 +39,14 @@ def small_data() -> tuple[np.ndarray, np.ndarray]:
     return images[:200], digits.target[:200].astype(np.int32)
 
 
-def problem_of(backbone: frozen.Backbone, **changes) -> Problem:
+def problem_of(backbone: backbone_lib.Backbone, **changes) -> TuningSpec:
     """The problem with other settings of `tuning`, or another `augment`."""
     spec = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1, augment=changes.pop("augment", "none"))
     settings = dataclasses.replace(small_config().tuning, **changes)
-    return Problem(backbone.config, spec, settings, CLASSES, seed=0)
+    return TuningSpec(backbone.config, spec, settings, CLASSES, seed=0)
 
 
-def run_jobs(problem: Problem, jobs: Iterable[Job], devices: int = 1) -> list[Tuned]:
+def run_jobs(problem: TuningSpec, jobs: Iterable[Job], devices: int = 1) -> list[Tuned]:
     """Everything that the jobs hand over, in order, on the first so many devices."""
     mesh = mesh_of(jax.devices()[:devices])
     return list(tune(problem, small_backbone(), list(jobs), *small_data(), mesh))
@@ -64,7 +64,7 @@ def same_bits(a: Tuned, b: Tuned) -> bool:
 
 def assert_near(part, wanted):
     """A slice against the prompt, kernel and bias of `reference`."""
-    laid = lay_prompt(jnp.asarray(part.prompt), len(wanted[0]), small_config().tuning.prompt_width, 1)
+    laid = place_prompt(jnp.asarray(part.prompt), len(wanted[0]), small_config().tuning.prompt_width, 1)
     np.testing.assert_allclose(laid, wanted[0], atol=2e-4)
     for found, leaf in zip(part[1:3], wanted[1:3], strict=True):
         np.testing.assert_allclose(found, leaf, atol=2e-4)
@@ -84,12 +84,12 @@ def reference(problem, backbone, data, job, stop=None):
     prompt, kernel = np.zeros((size, size, 1)), np.zeros((problem.architecture.feature_size, CLASSES))
     bias = np.zeros(CLASSES)
     if job.start is not None:
-        prompt = np.asarray(lay_prompt(jnp.asarray(job.start.prompt), size, width, 1), np.float64)
+        prompt = np.asarray(place_prompt(jnp.asarray(job.start.prompt), size, width, 1), np.float64)
         kernel, bias = (np.asarray(leaf, np.float64) for leaf in job.start[1:3])
     state = [[np.zeros_like(p), np.zeros_like(p)] for p in (prompt, kernel, bias)]
 
     def loss(parts, pixels, targets):
-        features = frozen.features(problem.architecture, backbone.params, pixels + (parts[0] * mask)[None])
+        features = backbone_lib.features(problem.architecture, backbone.params, pixels + (parts[0] * mask)[None])
         logits = features @ parts[1] + parts[2][None]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - logits[jnp.arange(len(targets)), targets])
 

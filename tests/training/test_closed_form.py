@@ -18,11 +18,11 @@ from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.training import closed_form
 from lmeraser_jax.unlearning import erase, purge
 from lmeraser_jax.unlearning.audit import audit, differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import Run
 
 CLASSES, WIDTH = 4, 12
-RIDGE = small_config(clustering__partition="one", tuning__what="ridge")
+RIDGE = small_config(clustering__partition="one", tuning__method="ridge")
 
 
 def members(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ def test_the_nearest_class_mean_is_that_of_scikit_learn():
     features, labels = members(300)
     wanted, _ = members(500, seed=1)
     known = NearestCentroid().fit(closed_form.fixed_point(features), labels)
-    found, _ = closed_form.solve(Tuning(what="ncm"), features, labels, CLASSES)
+    found, _ = closed_form.solve(Tuning(method="ncm"), features, labels, CLASSES)
     rounded = closed_form.fixed_point(wanted)
     answers = (rounded / closed_form.STEPS @ found.kernel + found.bias).argmax(axis=1)
     np.testing.assert_array_equal(answers, known.predict(rounded))
@@ -59,7 +59,7 @@ def test_a_class_without_members_is_never_the_answer():
     features, labels = members(60)
     kept = labels != 2
     for what in ("ncm", "ridge"):
-        part, _ = closed_form.solve(Tuning(what=what), features[kept], labels[kept], CLASSES)
+        part, _ = closed_form.solve(Tuning(method=what), features[kept], labels[kept], CLASSES)
         assert not ((features @ part.kernel + part.bias).argmax(axis=1) == 2).any(), what
 
 
@@ -74,8 +74,8 @@ def test_what_is_left_after_removals_is_what_there_would_have_been(kept, gone, s
     for field in ("products", "by_class", "counts"):
         assert getattr(left, field).tobytes() == getattr(fresh, field).tobytes(), field
     for what in ("ridge", "ncm"):
-        direct, _ = closed_form.solve(Tuning(what=what), features[:kept], labels[:kept], CLASSES)
-        again, _ = closed_form.solve(Tuning(what=what), features[:kept][::-1], labels[:kept][::-1], CLASSES)
+        direct, _ = closed_form.solve(Tuning(method=what), features[:kept], labels[:kept], CLASSES)
+        again, _ = closed_form.solve(Tuning(method=what), features[:kept][::-1], labels[:kept][::-1], CLASSES)
         assert all(a.tobytes() == b.tobytes() for a, b in zip(direct[:3], again[:3], strict=True)), what
 
 
@@ -95,11 +95,11 @@ def test_float64_holds_every_sum_of_a_piece():
 def test_the_loss_is_what_the_formula_makes_small():
     """Ridge: the squared error on one-hot labels; nearest class mean: the squared distance to one's own mean."""
     features, labels = members(50)
-    part, loss = closed_form.solve(Tuning(what="ridge"), features, labels, CLASSES)
+    part, loss = closed_form.solve(Tuning(method="ridge"), features, labels, CLASSES)
     rounded, onehot = closed_form.fixed_point(features) / closed_form.STEPS, np.eye(CLASSES)[labels]
     wrong = (rounded @ part.kernel.astype(np.float64) + part.bias) / closed_form.SHARPNESS - onehot
     assert loss == pytest.approx((wrong**2).sum(axis=1).mean(), rel=1e-4)
-    part, loss = closed_form.solve(Tuning(what="ncm"), features, labels, CLASSES)
+    part, loss = closed_form.solve(Tuning(method="ncm"), features, labels, CLASSES)
     own = np.stack([rounded[labels == y].mean(axis=0) for y in range(CLASSES)])[labels]
     assert loss == pytest.approx(((rounded - own) ** 2).sum(axis=1).mean())
 
@@ -125,10 +125,10 @@ def test_a_tally_without_members_is_that_of_the_others_and_reads_only_those_who_
     features = features * 37.7  # some beyond the largest
     rows = np.random.default_rng(seed).permutation(everyone).astype(np.int32)[: kept + gone]
     stays = np.sort(np.random.default_rng(seed + 1).permutation(kept + gone)[:kept])
-    whole = closed_form.tally(features[rows], labels[rows], rows, CLASSES)
+    whole = closed_form.kept_sums(features[rows], labels[rows], rows, CLASSES)
     read = Read(features)
     left = whole.without(rows[stays], labels, read)
-    fresh = closed_form.tally(features[rows[stays]], labels[rows[stays]], rows[stays], CLASSES)
+    fresh = closed_form.kept_sums(features[rows[stays]], labels[rows[stays]], rows[stays], CLASSES)
     for name in ("products", "by_class", "counts"):
         assert getattr(left.total, name).tobytes() == getattr(fresh.total, name).tobytes(), name
     assert all(np.array_equal(getattr(left, name), getattr(fresh, name)) for name in ("rows", "labels", "checks"))
@@ -138,7 +138,7 @@ def test_a_tally_without_members_is_that_of_the_others_and_reads_only_those_who_
 def test_a_subtraction_that_would_not_be_exact_is_refused():
     features, labels = members(20)
     rows = np.arange(15, dtype=np.int32)
-    whole = closed_form.tally(features[rows], labels[rows], rows, CLASSES)
+    whole = closed_form.kept_sums(features[rows], labels[rows], rows, CLASSES)
     other_labels, other_features = labels.copy(), features.copy()
     other_labels[3] = (labels[3] + 1) % CLASSES
     other_features[14, 0] = np.nextafter(features[14, 0], np.float32(9))
@@ -152,20 +152,20 @@ def test_a_subtraction_that_would_not_be_exact_is_refused():
 
 def test_a_tally_is_read_back_or_not_at_all(tmp_path):
     features, labels = members(30)
-    whole = closed_form.tally(features, labels, np.arange(30, dtype=np.int32), CLASSES)
-    assert closed_form.load_tally(tmp_path) is None
-    closed_form.save_tally(tmp_path, whole)
-    found = closed_form.load_tally(tmp_path)
+    whole = closed_form.kept_sums(features, labels, np.arange(30, dtype=np.int32), CLASSES)
+    assert closed_form.load_sums(tmp_path) is None
+    closed_form.save_sums(tmp_path, whole)
+    found = closed_form.load_sums(tmp_path)
     assert np.array_equal(found.total.products, whole.total.products) and np.array_equal(found.checks, whole.checks)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
     for place in range(0, len(content), 97):  # a bit that turns is noticed, or was no number's
         file.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-        turned = closed_form.load_tally(tmp_path)
+        turned = closed_form.load_sums(tmp_path)
         for name in ("products", "by_class", "counts"):
             assert turned is None or np.array_equal(getattr(turned.total, name), getattr(whole.total, name))
     file.write_bytes(content[: len(content) // 2])
-    assert closed_form.load_tally(tmp_path) is None
+    assert closed_form.load_sums(tmp_path) is None
 
 
 def test_random_cosines_approximate_the_kernel_of_directions():
@@ -187,7 +187,7 @@ def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("ridge") / "run"
     with pytest.MonkeyPatch.context() as patch, small_run(root, config=RIDGE) as run:
         patch.setattr(closed_form, "TALLIED", 1)
-        reconcile(run)
+        build(run)
     return root
 
 
@@ -219,7 +219,7 @@ def test_an_erasure_subtracts_and_gives_the_bits_of_never_having_had_them(traine
         assert audit(run).ok and not purge.leftovers(run)
     gone = {*records[3:4], *records[40:45]}
     with small_run(tmp_path / "fresh", without(small_source(), gone), RIDGE) as run:
-        reconcile(run)
+        build(run)
         assert summed[-1] == len(records) - 6 and differences(found, state(run)) == []
 
 
@@ -231,9 +231,9 @@ def no_tally(run):
 def other_tally(run, **sums):
     """Readable sums that are not those of the slice."""
     (path,) = run.layout.slices.glob(f"*/{closed_form.TALLY}")
-    kept = closed_form.load_tally(path.parent)
+    kept = closed_form.load_sums(path.parent)
     total = dataclasses.replace(kept.total, **sums) if sums else kept.total + kept.total
-    closed_form.save_tally(path.parent, dataclasses.replace(kept, total=total))
+    closed_form.save_sums(path.parent, dataclasses.replace(kept, total=total))
 
 
 def other_products(run):
@@ -272,11 +272,11 @@ def test_a_kill_before_the_sums_are_kept_costs_one_sum(trained, tmp_path, summed
     with small_run(tmp_path / "run", config=RIDGE) as run:
         records = run.catalog.live("train").ids
         with monkeypatch.context() as patch:
-            patch.setattr(closed_form, "save_tally", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+            patch.setattr(closed_form, "save_sums", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 erase.request_erasure(run, records[:1])
     with small_run(tmp_path / "run", config=RIDGE) as run:
-        assert reconcile(run).adopted == 1 and not tallies(run)
+        assert build(run).adopted == 1 and not tallies(run)
         erase.request_erasure(run, records[1:2])
         erase.request_erasure(run, records[2:3])
         assert summed == [1, len(records) - 2, 1] and audit(run).ok

@@ -9,7 +9,7 @@ from teams import FLAGS, Blow, own_run, together
 from lmeraser_jax.training.team import AGAIN
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
 
 pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
@@ -20,7 +20,7 @@ def trained(tmp_path_factory):
     """A workdir that one process trained."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with own_run(folder) as run:
-        reconcile(run)
+        build(run)
     return folder
 
 
@@ -72,7 +72,7 @@ def test_a_killed_process_fails_the_command_and_its_slices_are_adopted(tmp_path,
     with own_run(folder) as run:
         registered = set(run.catalog.slices())
         assert run.catalog.manifest() is None and registered == set(first.slices)
-        outcome = reconcile(run)
+        outcome = build(run)
         assert (outcome.adopted, outcome.reused) == (1, len(registered) + 1)
         assert differences(state(run), wanted) == [] and leftovers(run) == []
 
@@ -86,7 +86,7 @@ def test_a_lost_leader_ends_the_others(tmp_path, wanted):
     last = second.err.splitlines()[-1]
     assert last.startswith("process 1: error: process 0 (") and last.endswith(f"was lost; {AGAIN}"), second.err
     with own_run(folder) as run:
-        outcome = reconcile(run)
+        outcome = build(run)
         assert outcome.adopted == len(first.slices) + len(second.slices) == outcome.reused
         assert differences(state(run), wanted) == []
 
@@ -103,6 +103,6 @@ def test_sigterm_to_one_process_ends_all_in_order(tmp_path, wanted, victim):
         registered = set(run.catalog.slices())
         assert run.catalog.manifest() is None and registered == {name for one in ended for name in one.slices}
         assert 0 < len(registered) < len(wanted["slices"])
-        outcome = reconcile(run)
+        outcome = build(run)
         assert (outcome.adopted, outcome.reused) == (0, len(registered))
         assert differences(state(run), wanted) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.training.jobs import Output, batches, chunks, efficiency, make_job, pack, snapshot_steps
+from lmeraser_jax.training.jobs import Output, batches, efficiency, make_job, pack, snapshot_steps, step_batches
 from lmeraser_jax.training.slices import Slice
 
 
@@ -97,7 +97,7 @@ def test_chunks_carry_every_batch_of_every_job_in_order(devices, lanes, every, r
     place: dict[int, int] = {}
     handed, begun = [], []
     slots = 5
-    for chunk in chunks(jobs, devices, tuning, slots, seed=0):
+    for chunk in step_batches(jobs, devices, tuning, slots, seed=0):
         assert 0 < chunk.steps <= 7 and (chunk.job[chunk.steps :] == -1).all()
         taken = Counter(output.device for output in chunk.outputs)
         assert all(count <= slots for count in taken.values())
@@ -140,4 +140,4 @@ def test_efficiency_counts_padding_and_idle_lanes():
 
 
 def test_no_jobs_no_chunks():
-    assert list(chunks([], 2, Tuning(), 4, 0)) == []
+    assert list(step_batches([], 2, Tuning(), 4, 0)) == []

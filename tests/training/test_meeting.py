@@ -177,8 +177,8 @@ def test_a_meeting_that_nobody_comes_to_is_not_silent_and_ends(monkeypatch, capf
 
 
 def test_a_meeting_ends_when_the_process_is_asked_to_stop():
-    with interrupt.on_request():
-        threading.Timer(1.0, interrupt.ask).start()
+    with interrupt.handle_sigterm():
+        threading.Timer(1.0, interrupt.request_stop).start()
         with pytest.raises(interrupt.Stopped):
             distributed.meet(Place(f"127.0.0.1:{free_port()}", 2, 0), {})
     assert children(os.getpid()) == []

@@ -11,7 +11,7 @@ from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.models.vit import ViTConfig
-from lmeraser_jax.training.slices import NOT_IN_RECIPE, border_size, init_slice, lay_prompt, recipe
+from lmeraser_jax.training.slices import NOT_IN_RECIPE, border_size, init_slice, place_prompt, recipe
 
 VIT = ViTConfig(image_size=8, patch=4, width=16, depth=1, heads=2, mlp=32, channels=3)
 SPEC = ImageSpec(8, 8, 3, size=8, resize=8, out_channels=3)
@@ -21,7 +21,7 @@ SPEC = ImageSpec(8, 8, 3, size=8, resize=8, out_channels=3)
 def test_the_border_has_the_numbers_of_definition_1(size, width, channels):
     n = border_size(size, width, channels)
     assert n == 2 * width * (size + size - 2 * width) * channels
-    image = np.asarray(lay_prompt(jnp.arange(1.0, n + 1), size, width, channels))
+    image = np.asarray(place_prompt(jnp.arange(1.0, n + 1), size, width, channels))
     rows, columns = np.indices((size, size))
     edge = np.minimum(np.minimum(rows, columns), np.minimum(size - 1 - rows, size - 1 - columns)) < width
     assert image.shape == (size, size, channels)

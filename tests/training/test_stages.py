@@ -19,7 +19,7 @@ from tuning_problem import (
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.hashing import digest, words
+from lmeraser_jax.hashing import digest, seed_words
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import tune as program
 from lmeraser_jax.training.jobs import make_job, parts, stage_jobs
@@ -252,7 +252,7 @@ def test_every_job_gets_its_own_start(devices, monkeypatch):
     assert all((leaf == i).all() for i in range(len(jobs)) if i % 5 for leaf in jax.tree.leaves(found[f"k{i}"]))
     for job in jobs[:30:5]:
         key = jax.random.key(problem.seed)
-        for word in words(job.key):
+        for word in seed_words(job.key):
             key = jax.random.fold_in(key, word)
         fresh = init_slice(jax.random.split(key)[0], problem.tuning, problem.architecture, problem.classes)
         for leaf, wanted in zip(found[job.key][:3], fresh[:3], strict=True):

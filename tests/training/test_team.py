@@ -18,7 +18,7 @@ from lmeraser_jax.training.team import AGAIN, ALONE, Asked, End, Failed, Finishe
 @pytest.fixture
 def crew():
     """A leader and two workers that are connected; nobody stays asked to stop."""
-    with Listener(("127.0.0.1", 0), authkey=b"k") as listener, interrupt.on_request():
+    with Listener(("127.0.0.1", 0), authkey=b"k") as listener, interrupt.handle_sigterm():
         peers, workers = {}, []
         for index in (1, 2):
             thread = threading.Thread(
@@ -83,7 +83,7 @@ def test_every_result_comes_and_the_end_waits_for_the_slowest(crew):
 def test_a_failed_task_is_one_message_at_process_0(crew):
     leader, first, second = crew
     served(first, lambda task: [Failed("no space left")])
-    served(second, lambda task: [Finished(interrupt.asked())])
+    served(second, lambda task: [Finished(interrupt.stop_requested())])
     with pytest.raises(UserError, match=r"^process 1 \(8 on there\): no space left$"):
         list(leader.share({1: Word("a"), 2: Word("b")}, iter([]), Word))
     with pytest.raises(UserError, match="no space left"):
@@ -97,7 +97,7 @@ def test_a_loss_is_noticed_while_process_0_works_and_after_what_had_arrived(crew
     def own():
         first.report(Word("late"))
         first.leave(True)  # closes its connection without a word
-        assert within(5, interrupt.asked), "the device program ends after its call"
+        assert within(5, interrupt.stop_requested), "the device program ends after its call"
         yield Word("own")
         yield Word("of the call in flight")
         raise interrupt.Stopped
@@ -117,7 +117,7 @@ def test_a_loss_is_no_stop_although_nobody_waits_for_the_lost_any_more(crew):
         first.report(Finished(False))
         yield "own"
         first.leave(True)
-        # Not `stopping.asked`: all three live in one process here, and the lost one's own thread may ask first.
+        # Not `stop_requested`: all three live in one process here, and the lost one's own thread may ask first.
         assert within(5, lambda: leader.problem is not None)
         raise interrupt.Stopped
 
@@ -137,13 +137,13 @@ def test_a_part_that_was_stopped_at_the_very_end_stops_all(crew):
 
 def test_a_worker_that_is_asked_to_stop_while_it_has_no_task_says_so(crew):
     leader, first, _ = crew
-    assert not interrupt.asked()
+    assert not interrupt.stop_requested()
     first.report(Asked())
-    assert within(5, interrupt.asked)
+    assert within(5, interrupt.stop_requested)
 
     def own():
         yield "own"
-        interrupt.check()
+        interrupt.raise_if_stopped()
 
     with pytest.raises(interrupt.Stopped):
         list(leader.share({}, own(), Word))
@@ -165,7 +165,7 @@ def test_a_team_that_is_over_asks_nobody_to_stop(crew):
 
 def test_what_is_no_message_ends_the_team_with_a_word_about_it(crew):
     leader, first, second = crew
-    served(second, lambda task: [Finished(interrupt.asked())])
+    served(second, lambda task: [Finished(interrupt.stop_requested())])
     first._peers[0][1].send(Word("a pickle"))
     with pytest.raises(UserError, match=f"^process 1 .* cannot be read .* same version .*{AGAIN}$"):
         list(leader.share({1: Word("a"), 2: Word("b")}, iter([]), Word))

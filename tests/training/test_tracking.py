@@ -6,15 +6,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmeraser_jax.training.jobs import Chunk, Job
+from lmeraser_jax.training.jobs import Job, StepBatch
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tracking import Tracker
 
 
-def call_of(job: np.ndarray) -> Chunk:
+def call_of(job: np.ndarray) -> StepBatch:
     """A call that hands nothing over; job int32 [T, G]."""
     at = np.zeros(job.shape, np.int32)
-    return Chunk(len(job), at[..., None], at[..., None] > 0, at[..., None], at, at + 9, at, at, job, (), ())
+    return StepBatch(len(job), at[..., None], at[..., None] > 0, at[..., None], at, at + 9, at, at, job, (), ())
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4])

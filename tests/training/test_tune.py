@@ -25,10 +25,10 @@ from tuning_problem import (
 )
 
 from lmeraser_jax.data.transforms import centred
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.fingerprint import fingerprint
-from lmeraser_jax.training.jobs import chunks, make_job, snapshot_steps
+from lmeraser_jax.training.jobs import make_job, snapshot_steps, step_batches
 from lmeraser_jax.training.tune import mesh_of
 
 
@@ -68,9 +68,9 @@ def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
         problem.architecture,
         CLASSES,
     )
-    prompt = tune.lay_prompt(part.prompt, 8, 1, 1)
+    prompt = tune.place_prompt(part.prompt, 8, 1, 1)
     logits = np.asarray(
-        frozen.features(problem.architecture, backbone.params, images + prompt[None]) @ part.kernel, np.float64
+        backbone_lib.features(problem.architecture, backbone.params, images + prompt[None]) @ part.kernel, np.float64
     )
     losses = logsumexp(logits, axis=1) - logits[np.arange(4), labels]
     for valid in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]):
@@ -224,8 +224,8 @@ def stopped(problem, backbone, data, job, steps):
     """(slice, losses) of a job whose program was told to stop after so many steps."""
     mesh, size = mesh_of(jax.devices()[:1]), tune.bucket(len(data[0]))
     padded = [np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in data]
-    chunk = next(chunks([job], 1, problem.tuning, problem.slots, problem.seed))
-    work = tune.Batch(chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
+    chunk = next(step_batches([job], 1, problem.tuning, problem.slots, problem.seed))
+    work = tune.Batch(chunk.rows, chunk.valid, chunk.seed_words, chunk.step, chunk.total, chunk.slot)
     state = tune.initial_state(problem, mesh)
     program = tune.compiled(problem, mesh)
     state, _, losses = program(backbone.params, *padded, np.int32(steps), state, work, None)

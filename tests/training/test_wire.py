@@ -23,7 +23,7 @@ from lmeraser_jax.training import slice_files, wire
 from lmeraser_jax.training.jobs import Job, Target
 from lmeraser_jax.training.slices import Slice, init_slice
 from lmeraser_jax.training.team import Asked, End, Failed, Finished, Hello, Stop
-from lmeraser_jax.training.tune import Problem
+from lmeraser_jax.training.tune import TuningSpec
 
 VIT = ViTConfig(image_size=8, patch=4, width=16, depth=1, heads=2, mlp=32, epsilon=1e-12, gelu="tanh")
 SWIN = SwinConfig(image_size=8, patch=2, width=8, depths=(1, 1), heads=(1, 2), window=2)
@@ -53,8 +53,8 @@ def same(one, other) -> bool:
 
 
 def slice_task(architecture, what="prompt+head", features: Path | None = None) -> slice_files.SliceTask:
-    tuning = small_config(tuning__what=what).tuning
-    problem = Problem(architecture, SPEC, tuning, 10, 7, (3, 1) if what == "prompt" else ())
+    tuning = small_config(tuning__method=what).tuning
+    problem = TuningSpec(architecture, SPEC, tuning, 10, 7, (3, 1) if what == "prompt" else ())
     jobs = [Job("k1", np.arange(5, dtype=np.int32), 2, 4), Job("k2", np.arange(3, dtype=np.int32), 3, 4, (1, 2), 2)]
     targets = tuple(Target(str(i) * 64, "p" * 64, job) for i, job in enumerate(jobs))
     labels = np.arange(9, dtype=np.int32)
@@ -93,9 +93,9 @@ def test_a_start_travels_as_arrays(tmp_path, own):
     task = slice_task(VIT, "backbone" if own else "prompt+head")
     start = jax.tree.map(np.asarray, init_slice(jax.random.key(0), task.problem.tuning, VIT, 10))
     if own:
-        from lmeraser_jax.models import backbone as frozen
+        from lmeraser_jax.models import backbone as backbone_lib
 
-        params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), frozen.graph(VIT)[1])
+        params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.1, np.float32), backbone_lib.graph(VIT)[1])
         start = start._replace(backbone=params)
     jobs = [dataclasses.replace(task.targets[0].job, start=start), task.targets[1].job]
     targets = tuple(dataclasses.replace(one, job=job) for one, job in zip(task.targets, jobs, strict=True))

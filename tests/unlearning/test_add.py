@@ -15,12 +15,12 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import sample_rank
 from lmeraser_jax.storage.requests import any_open
-from lmeraser_jax.unlearning import build as build
+from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.add import add, open_source
 from lmeraser_jax.unlearning.audit import audit, differences, state
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 SEED, SAMPLED = 0, 30
 
@@ -46,17 +46,17 @@ def trained(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("trained"), {}
     for number, ids in enumerate((UNSAMPLED, MIXED)):
         with small_run(folder / f"run{number}", without(small_source(), set(ids))) as run:
-            reconcile(run)
+            build(run)
         found[ids] = folder / f"run{number}"
     with small_run(folder / "whole") as run:
-        reconcile(run)
+        build(run)
         return found, state(run)
 
 
 @contextlib.contextmanager
 def copied(workdir, target):
     shutil.copytree(workdir, target, copy_function=shutil.copy2)
-    with opened(target, devices=jax.devices()[:1], write=True) as run:
+    with open_run(target, devices=jax.devices()[:1], write=True) as run:
         yield run
 
 
@@ -127,7 +127,7 @@ def test_adding_and_erasing_in_any_order(trained, tmp_path):
 
 def state_without(workdir, ids):
     with small_run(workdir, without(small_source(), set(ids))) as run:
-        reconcile(run)
+        build(run)
         return state(run)
 
 
@@ -139,12 +139,12 @@ def test_an_interrupted_add_is_repeated(trained, tmp_path, monkeypatch, where):
             if where == "import":
                 patch.setattr(type(run.catalog), "add_records", interrupted)
             else:
-                patch.setattr(build, "_keep", interrupted)
+                patch.setattr(build_module, "_keep", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 add(run, part(MIXED))
         after = state(run)
         assert all(before[name] == after[name] for name in ("slices", "parameters", "prototypes"))
-    with opened(tmp_path / "run", devices=jax.devices()[:1], write=True) as run:
+    with open_run(tmp_path / "run", devices=jax.devices()[:1], write=True) as run:
         add(run, part(MIXED))
         assert differences(state(run), trained[1]) == []
 
@@ -200,11 +200,11 @@ def with_classes(source, prefix):
 def test_a_holdout_is_drawn_as_at_the_first_import(tmp_path):
     config = small_config(data__holdout=0.3, clustering__sample_size=20)
     with small_run(tmp_path / "run", without(small_source(), set(MIXED)), config) as run:
-        reconcile(run)
+        build(run)
         add(run, part(MIXED))
         found, held = state(run), run.catalog.live("holdout").ids
     with small_run(tmp_path / "whole", config=config) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == [] and run.catalog.live("holdout").ids == held
         assert set(held) & set(MIXED) and not set(MIXED) <= set(held)
 
@@ -253,7 +253,7 @@ def test_the_command_adds_a_file_and_a_folder_to_a_workdir_of_another_kind(tmp_p
     assert values["published"] and (tmp_path / "run" / "config.json").read_bytes() == config
     assert main(["add", run, f"--source={folder}"]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    with opened(tmp_path / "run") as opened_:
+    with open_run(tmp_path / "run") as opened_:
         found, owned = state(opened_), opened_.catalog.owned("hand-14")
     assert owned == sorted(ids[56:60])
     assert main(["audit", run]) == 0
@@ -268,7 +268,7 @@ def small_flags():
 
 def test_other_kinds_of_sources_are_refused(trained, tmp_path, pictures):
     npz, folder, owners, _ = pictures
-    with opened(trained[0][MIXED]) as run:
+    with open_run(trained[0][MIXED]) as run:
         for path in ("digits", "tfds", str(tmp_path / "nowhere")):
             with pytest.raises(UserError, match="must be an .npz file or a folder"):
                 open_source(run, path)
@@ -285,7 +285,7 @@ def test_other_kinds_of_sources_are_refused(trained, tmp_path, pictures):
 
 
 def test_a_reader_cannot_add(trained):
-    with opened(trained[0][MIXED]) as run, pytest.raises(AssertionError, match="writer lock"):
+    with open_run(trained[0][MIXED]) as run, pytest.raises(AssertionError, match="writer lock"):
         add(run, part(MIXED))
 
 
@@ -306,4 +306,4 @@ def test_new_members_of_pinned_clusters_are_published_without_tuning(trained, tm
         _, outcome = add(run, part(UNSAMPLED))
         assert outcome.retuned == 0 and outcome.published and run.catalog.manifest().entries == manifest.entries
         assert state(run)["assignment"] == wanted["assignment"] and audit(run).ok
-        assert not reconcile(run).published
+        assert not build(run).published

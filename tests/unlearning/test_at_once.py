@@ -17,8 +17,8 @@ from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.storage import workdir as layouts
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +32,7 @@ def _fast():
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, _fast):
     with small_run(tmp_path_factory.mktemp("at_once") / "run") as run:
-        reconcile(run)
+        build(run)
         return run.layout.root
 
 
@@ -49,7 +49,7 @@ def erase_sampled(run) -> None:
 
 def test_a_clustering_that_is_purged_while_it_is_read_is_looked_up_again(workdir, monkeypatch):
     reads, real = [], overview_module.load_clustering
-    with opened(workdir, write=True) as writer, opened(workdir) as reader:
+    with open_run(workdir, write=True) as writer, open_run(workdir) as reader:
         before = overview(reader)
 
         def purged_before(layout, name):
@@ -66,7 +66,7 @@ def test_a_clustering_that_is_purged_while_it_is_read_is_looked_up_again(workdir
 
 
 def test_a_state_that_is_always_replaced_and_a_damaged_one_end(workdir, monkeypatch):
-    with opened(workdir, write=True) as writer, opened(workdir) as reader:
+    with open_run(workdir, write=True) as writer, open_run(workdir) as reader:
         with monkeypatch.context() as patch:
             real = overview_module.load_clustering
             patch.setattr(overview_module, "load_clustering", lambda *found: (erase_sampled(writer), real(*found))[1])
@@ -100,14 +100,14 @@ def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):
     def look() -> None:
         try:
             while not done.is_set():
-                with opened(workdir) as run:
+                with open_run(workdir) as run:
                     for _ in range(5):
                         found = overview(run)
                         seen.append((found.version, {row.slice for row in found.clusters}))
         except BaseException as error:
             failed.append(error)
 
-    with opened(workdir, write=True) as run:
+    with open_run(workdir, write=True) as run:
         note(run)
         reader = threading.Thread(target=look)
         reader.start()

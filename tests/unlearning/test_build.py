@@ -21,25 +21,25 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import any_open, listed, resolve
 from lmeraser_jax.training import making, slice_files
 from lmeraser_jax.unlearning import artifacts, erase, purge, receipts
-from lmeraser_jax.unlearning import build as build
+from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.plan import plan
-from lmeraser_jax.unlearning.run import opened, prepared
+from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 
 @pytest.fixture(scope="module")
 def wanted(tmp_path_factory):
     """The state of an undisturbed training."""
     with small_run(tmp_path_factory.mktemp("wanted") / "run") as run:
-        reconcile(run)
+        build(run)
         return state(run)
 
 
 def stop_after(monkeypatch, count, error):
     """Lets so many slices be saved, one at a time, then raises."""
-    keep, saved = build._keep, []
+    keep, saved = build_module._keep, []
     monkeypatch.setattr(slice_files, "WRITERS", 1)
 
     def limited(*args):
@@ -47,14 +47,14 @@ def stop_after(monkeypatch, count, error):
             raise error
         saved.append(keep(*args))
 
-    monkeypatch.setattr(build, "_keep", limited)
+    monkeypatch.setattr(build_module, "_keep", limited)
 
 
 def test_a_second_train_has_nothing_to_do(tmp_path, wanted):
     with small_run(tmp_path / "run") as run:
-        first = reconcile(run)
+        first = build(run)
     with small_run(tmp_path / "run") as run:
-        second = reconcile(run)
+        second = build(run)
         assert differences(state(run), wanted) == []
     assert (first.published, second.published) == (True, False)
     assert (second.retuned, second.reused, second.version) == (0, first.clusters, first.version)
@@ -65,10 +65,10 @@ def test_an_interrupted_train_goes_on_where_it_stopped(tmp_path, monkeypatch, wa
         with monkeypatch.context() as patch:
             stop_after(patch, 2, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                reconcile(run)
+                build(run)
         assert run.catalog.manifest() is None, "nothing is published halfway"
     with small_run(tmp_path / "run") as run:
-        outcome = reconcile(run)
+        outcome = build(run)
         assert (outcome.reused, outcome.adopted) == (3, 1), "two were registered, one only written"
         assert outcome.retuned == outcome.clusters - 3
         assert differences(state(run), wanted) == []
@@ -115,10 +115,10 @@ def test_a_slice_that_was_written_but_not_registered_is_adopted_only_as_it_was_m
         with monkeypatch.context() as patch:
             stop_after(patch, 0, KeyboardInterrupt())
             with pytest.raises(KeyboardInterrupt):
-                reconcile(run)
+                build(run)
         if how:
             spoil(run, how)
-        outcome = reconcile(run)
+        outcome = build(run)
         assert (outcome.adopted, outcome.reused) == ((0, 0) if how else (1, 1))
         assert differences(state(run), wanted) == [] and purge.leftovers(run) == []
 
@@ -126,20 +126,20 @@ def test_a_slice_that_was_written_but_not_registered_is_adopted_only_as_it_was_m
 def test_stages_and_snapshots_are_adopted_too(tmp_path, monkeypatch):
     config = small_config(tuning__slices=2, tuning__epochs=6, checkpoints__every_epochs=1, checkpoints__keep=2)
     with small_run(tmp_path / "whole", config=config) as run:
-        reconcile(run)
+        build(run)
         whole, made = state(run), run.catalog.slices()
         epochs = {name: run.catalog.epochs(name) for name in made}
     with small_run(tmp_path / "run", config=config) as run:
         with monkeypatch.context() as patch:
-            patch.setattr(build, "_keep", lambda *_: None)  # nothing is registered: the next stage has no start
+            patch.setattr(build_module, "_keep", lambda *_: None)  # nothing is registered: the next stage has no start
             with pytest.raises(UserError, match="is not in the catalog"):
-                reconcile(run)
+                build(run)
         first = len(list(run.layout.slices.iterdir()))
-        assert reconcile(run).adopted == first == 5
+        assert build(run).adopted == first == 5
     shutil.copytree(tmp_path / "run" / "slices", tmp_path / "kept")
     with small_run(tmp_path / "again", config=config) as run:
         shutil.copytree(tmp_path / "kept", run.layout.slices)
-        outcome = reconcile(run)
+        outcome = build(run)
         assert (outcome.adopted, outcome.retuned) == (len(made), 0)
         assert differences(state(run), whole) == [] and purge.leftovers(run) == []
         assert {name: run.catalog.epochs(name) for name in made} == epochs and any(epochs.values())
@@ -167,17 +167,17 @@ def test_a_slice_made_with_a_record_that_is_erased_by_now_is_not_adopted(tmp_pat
             with pytest.raises(KeyboardInterrupt):
                 erase.request_erasure(run, [other])
         assert not run.layout.slice(left).exists(), "gone before anything is tuned"
-        outcome = reconcile(run)
+        outcome = build(run)
         assert (outcome.adopted, outcome.retuned) == (1, 0), "what was made without both"
         found = state(run)
     with small_run(tmp_path / "scratch", without(small_source(), {one, other})) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
 def test_an_interrupted_erasure_is_finished_by_the_next_command(tmp_path, monkeypatch):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         before = run.catalog.manifest()
         ids = list(run.catalog.live("train").ids[:5])
         with monkeypatch.context() as patch:
@@ -188,11 +188,11 @@ def test_an_interrupted_erasure_is_finished_by_the_next_command(tmp_path, monkey
         assert resolve(run.catalog, ids).pending == tuple(ids)
         assert set(run.catalog.live("train").ids).isdisjoint(ids)
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         found = state(run)
         assert not any_open(run.catalog) and run.catalog.erased() == {}
     with small_run(tmp_path / "scratch", without(small_source(), set(ids))) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
@@ -209,9 +209,9 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, wanted):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoints, "save", full)
             with pytest.raises(OSError, match="No space left"):
-                reconcile(run)
+                build(run)
         assert run.catalog.manifest() is None and len(run.catalog.slices()) == 1
-        assert reconcile(run).reused == 1
+        assert build(run).reused == 1
         assert differences(state(run), wanted) == []
 
 
@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_publishes_nothing_and_names_the_clusters(tmp_
     config = small_config(tuning__optimizer="sgd", tuning__head_rate=1e38, tuning__prompt_rate=1e38)
     with small_run(tmp_path / "run", config=config) as run:
         with pytest.raises(UserError, match=r"(?s)--config.tuning.prompt_rate.*cluster \w{12} \(\d+ members\) at step"):
-            reconcile(run)
+            build(run)
         assert run.catalog.manifest() is None and run.catalog.slices() == {}
 
 
@@ -237,17 +237,17 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
             erase.request_erasure(run, trained[1])
         assert run.catalog.manifest() == before
     with small_run(tmp_path / "run", config=gentler) as run:
-        reconcile(run)
+        build(run)
         found = state(run)
         assert not any_open(run.catalog) and purge.leftovers(run) == []
     with small_run(tmp_path / "scratch2", without(small_source(), set(trained[1])), gentler) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
 def test_a_reader_cannot_reconcile_or_erase(tmp_path, trained):
-    with opened(trained[0]) as run:
-        for attempt in (lambda: reconcile(run), lambda: erase.request_erasure(run, trained[1])):
+    with open_run(trained[0]) as run:
+        for attempt in (lambda: build(run), lambda: erase.request_erasure(run, trained[1])):
             with pytest.raises(AssertionError, match="writer lock"):
                 attempt()
         assert not any_open(run.catalog)
@@ -255,25 +255,25 @@ def test_a_reader_cannot_reconcile_or_erase(tmp_path, trained):
 
 def test_a_deleted_slice_is_made_again(tmp_path, wanted):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         name = next(iter(run.catalog.manifest().entries.values()))
         shutil.rmtree(run.layout.slice(name))
-        assert reconcile(run).retuned == 1
+        assert build(run).retuned == 1
         assert differences(state(run), wanted) == []
 
 
 def test_unregistered_leftovers_are_swept(tmp_path):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         (run.layout.slices / "f00d").mkdir()
         (run.layout.slices / ".f00d.tmp").mkdir()
-        reconcile(run)
+        build(run)
         assert {p.name for p in run.layout.slices.iterdir()} == set(run.catalog.slices())
 
 
 def test_a_purge_leaves_no_row_pixel_feature_tainted_slice_or_clustering(tmp_path):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         before = run.catalog.manifest()
         sample = load_clustering(run.layout, before.clustering).sample
         name, records = sample[0], run.catalog.live("train")
@@ -306,11 +306,11 @@ def trained(tmp_path_factory):
     """A trained workdir, a sampled and an unsampled record of it, and the state without them."""
     folder = tmp_path_factory.mktemp("trained")
     with small_run(folder / "run") as run:
-        reconcile(run)
+        build(run)
         sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
         ids = [sample[0], next(i for i in run.catalog.live("train").ids if i not in sample)]
     with small_run(folder / "scratch", without(small_source(), set(ids))) as run:
-        reconcile(run)
+        build(run)
         return folder / "run", ids, state(run)
 
 
@@ -370,7 +370,7 @@ def test_a_missing_or_damaged_clustering_is_made_again(tmp_path, wanted, trained
         path = run.layout.clustering(run.catalog.manifest().clustering) / "clustering.npz"
         path.unlink() if content is None else path.write_bytes(content)
         (run.layout.clusterings / "half-removed").mkdir()
-        assert reconcile(run).retuned == 0
+        assert build(run).retuned == 0
         assert differences(state(run), wanted) == [] and purge.leftovers(run) == []
 
 
@@ -380,9 +380,9 @@ def test_a_damaged_slice_is_tuned_again_by_repair(tmp_path, wanted, trained):
         name = next(iter(run.catalog.manifest().entries.values()))
         arrays, metadata, step = checkpoints.load(run.layout.slice(name))
         checkpoints.save(run.layout.slice(name), dict(arrays) | {"bias": arrays["bias"] + 1}, metadata, step)
-        (message,) = build.repair(run)
-        assert name[:12] in message and reconcile(run).retuned == 1
-        assert differences(state(run), wanted) == [] and build.repair(run) == []
+        (message,) = build_module.repair(run)
+        assert name[:12] in message and build(run).retuned == 1
+        assert differences(state(run), wanted) == [] and build_module.repair(run) == []
 
 
 def test_rows_of_an_interrupted_reimport_do_no_harm(tmp_path, trained):
@@ -397,7 +397,7 @@ def test_rows_of_an_interrupted_reimport_do_no_harm(tmp_path, trained):
 
 def test_a_reader_never_writes_the_feature_cache(tmp_path, trained):
     shutil.copytree(trained[0], tmp_path / "run")
-    with opened(tmp_path / "run", devices=jax.devices()[:1]) as run:
+    with open_run(tmp_path / "run", devices=jax.devices()[:1]) as run:
         (file,) = run.layout.records.glob("features-*.f32")
         before = file.read_bytes()
         test = run.catalog.live("test")
@@ -427,18 +427,18 @@ def test_leftovers_are_found(tmp_path, trained):
 
 def reimported(workdir):
     """The run after its source was read again, on one device as before: other programs give other bits."""
-    return prepared(workdir, small_config(), jax.devices()[:1], small_source(), reimport=True)
+    return prepare_run(workdir, small_config(), jax.devices()[:1], small_source(), reimport=True)
 
 
 def test_an_erased_record_cannot_come_back(tmp_path):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         ids = list(run.catalog.live("train").ids[:2])
         erase.request_erasure(run, ids)
         after = state(run)
     with reimported(tmp_path / "run") as (run, imported):
         assert (imported.added, imported.erased) == (0, 2)
-        reconcile(run)
+        build(run)
         assert differences(state(run), after) == []
         again = resolve(run.catalog, ids)
         assert again.live == again.pending == () and set(again.erased) == set(ids)
@@ -446,14 +446,14 @@ def test_an_erased_record_cannot_come_back(tmp_path):
 
 def test_new_records_join_by_a_reimport(tmp_path):
     with small_run(tmp_path / "run", small_source(train=80)) as run:
-        reconcile(run)
+        build(run)
     with reimported(tmp_path / "run") as (run, imported):
         assert imported.added == 20
-        outcome = reconcile(run)
+        outcome = build(run)
         assert outcome.retuned > 0
         found = state(run)
     with small_run(tmp_path / "scratch") as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
@@ -474,7 +474,7 @@ def test_resolve_lists_everything_unknown_and_knows_owners(tmp_path):
 
 def test_an_estimate_changes_nothing_and_says_what_erase_then_does(tmp_path):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
         before = state(run)
         targets = resolve(run.catalog, run.catalog.live("train").ids[:3])
         estimate = erase.estimate(run, targets)
@@ -487,7 +487,7 @@ def test_an_estimate_changes_nothing_and_says_what_erase_then_does(tmp_path):
 def test_what_a_new_clustering_changes_is_counted_where_nobody_was_erased(tmp_path):
     """Against members: a cluster with an erased record is tuned again anyway and says nothing about the others."""
     with small_run(tmp_path / "run") as run:
-        first = reconcile(run)
+        first = build(run)
         assert (first.images_spared, first.images_changed) == (0, 0), "nobody was erased"
         before, sampled = run.catalog.manifest(), run.catalog.sample("train", 30).ids[0]
         unsampled = [name for name in run.catalog.live("train").ids if name not in run.catalog.sample("train", 30).ids]
@@ -518,10 +518,10 @@ def test_holdout_records_are_never_tuned_on(tmp_path):
 
 def test_another_config_on_the_same_workdir_is_refused(tmp_path):
     with small_run(tmp_path / "run") as run:
-        reconcile(run)
+        build(run)
     other = small_config(tuning__epochs=9, seed=4)
-    for attempt in (lambda: prepared(tmp_path / "run", other), lambda: opened(tmp_path / "run", other)):
+    for attempt in (lambda: prepare_run(tmp_path / "run", other), lambda: open_run(tmp_path / "run", other)):
         with pytest.raises(UserError, match=r"(?s)seed: 0 -> 4.*tuning.epochs: 2 -> 9"), attempt():
             pass
-    with opened(tmp_path / "run", small_config(inference__nearest=2)) as run:
+    with open_run(tmp_path / "run", small_config(inference__nearest=2)) as run:
         assert run.config.inference.nearest == 2

@@ -19,8 +19,8 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase, purge, rollback, taint
 from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of
 from lmeraser_jax.unlearning.audit import audit
-from lmeraser_jax.unlearning.build import reconcile
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import prepare_run
 
 ID, OWNER = "canary-5f1d/Ünverwechselbar", "Grace Canary-Hopper"
 ALL_ON = small_config(tuning__slices=2, tuning__epochs=6, checkpoints__every_epochs=2)
@@ -72,9 +72,9 @@ def test_no_byte_remembers_an_erased_record(tmp_path, how, capsys):
     source, name, pixels = source_with_canary(how == "sampled")
     if how != "sampled":  # an earlier state, without the canary
         with small_run(tmp_path / "run", small_source(train=40), config) as run:
-            reconcile(run)
-    with prepared(tmp_path / "run", config, jax.devices()[:1], source, reimport=how != "sampled") as (run, _):
-        reconcile(run)
+            build(run)
+    with prepare_run(tmp_path / "run", config, jax.devices()[:1], source, reimport=how != "sampled") as (run, _):
+        build(run)
         overview.picture(run, run.layout.picture)
         manifest = run.catalog.manifest()
         sample = load_clustering(run.layout, manifest.clustering).sample
@@ -116,7 +116,7 @@ def test_without_secure_delete_the_search_would_find_it(tmp_path, monkeypatch):
     """Negative control: pages that SQLite has freed are searched, too."""
     source, name, _ = source_with_canary(False)
     with small_run(tmp_path / "run", source) as run:
-        reconcile(run)
+        build(run)
         run.catalog.db.execute("PRAGMA secure_delete=OFF")
         erase.request_erasure(run, [name])
     assert found_in(tmp_path / "run", [name.encode(), OWNER.encode()])[0] != {}
@@ -126,7 +126,7 @@ def test_without_emptying_the_log_the_search_would_find_it(tmp_path, monkeypatch
     """Negative control: the write-ahead log is searched, too."""
     source, name, _ = source_with_canary(False)
     with small_run(tmp_path / "run", source) as run:
-        reconcile(run)
+        build(run)
         monkeypatch.setattr(type(run.catalog), "flush", lambda self: None)
         erase.request_erasure(run, [name])
         files = {file for hits in found_in(run.layout.root, [name.encode()])[0].values() for file in hits}

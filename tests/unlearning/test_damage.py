@@ -13,7 +13,7 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.storage import schema
 from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.purge import leftovers
-from lmeraser_jax.unlearning.run import opened
+from lmeraser_jax.unlearning.run import open_run
 
 pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
 
@@ -34,11 +34,11 @@ def template(tmp_path_factory, _fast):
     """A workdir that was trained and erased from, its state, and an image."""
     folder = tmp_path_factory.mktemp("damage")
     assert main(["train", *FLAGS, f"--workdir={folder / 'run'}"]) == 0
-    with opened(folder / "run") as run:
+    with open_run(folder / "run") as run:
         first = run.catalog.live("train").ids[0]
     assert main(["unlearn", f"--workdir={folder / 'run'}", f"--records={first}"]) == 0
     Image.fromarray(np.full((8, 8), 99, np.uint8)).save(folder / "image.png")
-    with opened(folder / "run") as run:
+    with open_run(folder / "run") as run:
         return folder, state(run)
 
 
@@ -48,7 +48,7 @@ def damaged(tmp_path, template):
 
 
 def one_slice(workdir):
-    with opened(workdir) as run:
+    with open_run(workdir) as run:
         return run.layout.slice(next(iter(run.catalog.manifest().entries.values())))
 
 
@@ -70,7 +70,7 @@ def bit_flipped(workdir):
 
 
 def another_slices_bytes(workdir):
-    with opened(workdir) as run:
+    with open_run(workdir) as run:
         one, other = list(run.catalog.manifest().entries.values())[:2]
         shutil.rmtree(run.layout.slice(one))
         shutil.copytree(run.layout.slice(other), run.layout.slice(one))
@@ -127,7 +127,7 @@ def test_damage_is_named_and_mended_to_the_last_bit(damaged, template, capsys, d
     out, err = capsys.readouterr()
     assert err.count("; it is tuned again") == tuned and "Traceback" not in err
     assert ("tuned 1 clusters" in out) == bool(tuned)
-    with opened(damaged) as run:
+    with open_run(damaged) as run:
         assert differences(state(run), wanted) == [] and leftovers(run) == []
     assert main(["predict", str(folder / "image.png"), f"--workdir={damaged}"]) == 0
     assert main(["audit", f"--workdir={damaged}"]) == 0
@@ -135,7 +135,7 @@ def test_damage_is_named_and_mended_to_the_last_bit(damaged, template, capsys, d
 
 def test_a_deleted_receipts_folder_does_not_stop_an_erasure(damaged):
     without_receipts(damaged)
-    with opened(damaged) as run:
+    with open_run(damaged) as run:
         name = run.catalog.live("train").ids[0]
     assert main(["unlearn", f"--workdir={damaged}", f"--records={name}"]) == 0
     assert len(list((damaged / "receipts").iterdir())) == 1
@@ -144,14 +144,14 @@ def test_a_deleted_receipts_folder_does_not_stop_an_erasure(damaged):
 def test_a_locked_catalog_is_one_message(damaged, monkeypatch, capsys):
     """Somebody's sqlite3 shell holds a transaction: writers wait, then say so; readers do not care."""
     monkeypatch.setattr(schema, "LONGEST_WAIT", 0.1)
-    with opened(damaged) as run:
+    with open_run(damaged) as run:
         name, wanted = run.catalog.live("train").ids[0], state(run)
     shell = sqlite3.connect(damaged / "catalog.db", isolation_level=None)
     shell.execute("BEGIN IMMEDIATE")
     assert main(["unlearn", f"--workdir={damaged}", f"--records={name}"]) == 2
     assert "catalog.db is locked by another process" in said(capsys)
     assert main(["inspect", f"--workdir={damaged}"]) == 0
-    with opened(damaged) as run:
+    with open_run(damaged) as run:
         assert differences(state(run), wanted) == []
     shell.execute("ROLLBACK")
     shell.close()

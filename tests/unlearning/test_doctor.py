@@ -39,10 +39,10 @@ from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import doctor, erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.purge import leftovers
-from lmeraser_jax.unlearning.run import opened, prepared
+from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 FLIPS = 5
 NOISE = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's, over torn arrays
@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
     """A trained workdir from which one record was erased, closed to others, and its state."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with small_run(folder) as run:
-        reconcile(run)
+        build(run)
         erase.request_erasure(run, [load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]])
         run.features(run.catalog.live("train", "test"))
         found = state(run)
@@ -83,8 +83,8 @@ def contents(layout):
 
 def state_after_training(layout, reimport=False):
     """What the next reconcile makes of the workdir, without the repair that lmeraser train puts before it."""
-    with prepared(layout.root, small_config(), jax.devices()[:1], small_source(), reimport) as (run, _):
-        reconcile(run)
+    with prepare_run(layout.root, small_config(), jax.devices()[:1], small_source(), reimport) as (run, _):
+        build(run)
         assert leftovers(run) == []
         return state(run)
 
@@ -144,7 +144,7 @@ def test_rotten_records_can_be_erased_instead(copy):
         table = catalog.live("train")
     flip(copy.images, int(table.rows[4]) * 64)
     assert table.ids[4] in examined(copy).table()
-    with opened(copy.root, devices=jax.devices()[:1], write=True) as run:
+    with open_run(copy.root, devices=jax.devices()[:1], write=True) as run:
         erase.request_erasure(run, [table.ids[4]])
     assert not [f for f in examined(copy).findings if f.part == "images"]
 
@@ -180,7 +180,7 @@ def test_the_recovered_catalog_holds_everything_but_what_is_built_again(copy, tr
         assert {name: sorted(map(repr, db.execute(f"SELECT * FROM {name}"))) for name in tables} == before
     assert differences(state_after_training(copy), trained[1]) == []
     assert "holds the records as they once were" in examined(copy).table()
-    with opened(copy.root, devices=jax.devices()[:1], write=True) as run:
+    with open_run(copy.root, devices=jax.devices()[:1], write=True) as run:
         assert run.catalog.manifest().version > version, "no version is given twice"
         erase.request_erasure(run, [run.catalog.live("train").ids[0]])
     assert not schema.damaged_of(copy.catalog).exists(), "the purge removes the copy"
@@ -255,7 +255,7 @@ def rotten(layout):
 def harmed(layout, wanted, features) -> bool:
     """Whether a flipped byte matters: state or features differ, a record's pixels have rotted, or a reader fails."""
     try:
-        with opened(layout.root, devices=jax.devices()[:1]) as run:
+        with open_run(layout.root, devices=jax.devices()[:1]) as run:
             if differences(state(run), wanted) or run.features(run.catalog.live("train")).tobytes() != features:
                 return True
             reconcilable = plan(run)
@@ -267,7 +267,7 @@ def harmed(layout, wanted, features) -> bool:
 @NOISE
 @pytest.mark.parametrize("part", ["slices", "clusterings", "features", "images", "config.json", "catalog.db"])
 def test_a_flipped_bit_that_matters_is_never_called_healthy(copy, trained, part):
-    with opened(copy.root, devices=jax.devices()[:1]) as run:
+    with open_run(copy.root, devices=jax.devices()[:1]) as run:
         features = run.features(run.catalog.live("train")).tobytes()
     rng = np.random.default_rng(sum(part.encode()))
     below = {"features": "records/features-*", "images": "records/images.u8"}.get(part, f"{part}/**/*")

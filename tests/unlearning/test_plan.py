@@ -16,7 +16,7 @@ from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import build as build
 from lmeraser_jax.unlearning import plan
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.run import Run, opened
+from lmeraser_jax.unlearning.run import Run, open_run
 
 EMPTY = content_hash(np.zeros((8, 8, 1), np.uint8))
 
@@ -61,7 +61,9 @@ def both(run, monkeypatch, leaving=()):
         patch.setattr(plan, "_whole", lambda *args: calls.append(1) or whole(*args))
         found = plan.plan(run, leaving)
     with monkeypatch.context() as patch, run.catalog.snapshot():
-        wanted = whole(run, found.clustering, found.settled, found.inputs, frozenset(leaving))
+        wanted = whole(
+            run, found.clustering, found.clustering_unchanged, found.recipe_constants_digest, frozenset(leaving)
+        )
     return described(found), described(wanted), not calls
 
 
@@ -79,8 +81,8 @@ def test_a_plan_of_the_touched_clusters_is_the_plan_of_everything(imported, tmp_
     """Erasures, new records, lost slices and published states in random order; also with records yet to leave."""
     rng, incremental = np.random.default_rng(seed), 0
     shutil.copytree(imported, tmp_path / "run")
-    with opened(tmp_path / "run", devices=jax.devices()[:1], write=True) as run:
-        build.reconcile(run)
+    with open_run(tmp_path / "run", devices=jax.devices()[:1], write=True) as run:
+        build.build(run)
         for step in range(8):
             live = run.catalog.live("train").ids
             sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
@@ -103,7 +105,7 @@ def test_a_plan_of_the_touched_clusters_is_the_plan_of_everything(imported, tmp_
             assert found == wanted
             incremental += quickly
             if rng.random() < 0.4:
-                build.reconcile(run)
+                build.build(run)
                 found, wanted, quickly = both(run, monkeypatch)
                 assert found == wanted and quickly and not found[2]
         assert incremental

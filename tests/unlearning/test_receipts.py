@@ -23,7 +23,7 @@ from lmeraser_jax.storage.workdir import Layout, write_json
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning import verify as verify_module
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.build import reconcile
+from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.verify import validator, verify, verify_all
 
 
@@ -32,7 +32,7 @@ def erased(tmp_path_factory):
     """A workdir with four receipts (an unsampled record, owner and record, nothing new, a sampled record), and ids."""
     folder = tmp_path_factory.mktemp("erased") / "run"
     with small_run(folder) as run:
-        reconcile(run)
+        build(run)
         sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
         records = run.catalog.live("train")
         free = [name for name in records.ids if name not in sample]
@@ -83,7 +83,10 @@ def test_receipts_say_what_was_done_and_name_nobody(erased):
         manifest, made = catalog.manifest(), catalog.slices()
         salted = {name: catalog.salted("tombstone", name) for name in ids}
         known = {
-            catalog.salted("cluster", key): (catalog.salted("slice", ref), catalog.salted("params", made[ref].params))
+            catalog.salted("cluster", key): (
+                catalog.salted("slice", ref),
+                catalog.salted("params", made[ref].params_digest),
+            )
             for key, ref in manifest.entries.items()
         }
         assert two["request"]["owners"] == [catalog.salted("owner", owner)]
@@ -202,7 +205,7 @@ def test_reordered_and_foreign_receipts_show(workdir, erased, tmp_path):
     shutil.copytree(erased[0] / "receipts", workdir.receipts, dirs_exist_ok=True)
     assert findings(workdir) == []
     with small_run(tmp_path / "other") as run:
-        reconcile(run)
+        build(run)
         erase.request_erasure(run, run.catalog.live("train").ids[:1], request="one")
         foreign = run.layout.receipt("one").read_bytes()
     workdir.receipt("one").write_bytes(foreign)

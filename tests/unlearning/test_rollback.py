@@ -10,8 +10,8 @@ from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.unlearning import erase, purge, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of
 from lmeraser_jax.unlearning.audit import audit, differences, leaves, remade, state
-from lmeraser_jax.unlearning.build import reconcile, repair
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.build import build, repair
+from lmeraser_jax.unlearning.run import prepare_run
 
 EPOCHS = small_config(checkpoints__every_epochs=2, checkpoints__keep=2, tuning__epochs=7)
 LATE = {f"digit-{i:04d}" for i in range(0, 60, 5)}
@@ -24,10 +24,10 @@ def trained(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("rollback") / "run"
     with small_run(folder, without(small_source(), LATE), EPOCHS) as run:
-        reconcile(run)
-    with prepared(folder, EPOCHS, jax.devices()[:1], small_source(), reimport=True) as (run, imported):
+        build(run)
+    with prepare_run(folder, EPOCHS, jax.devices()[:1], small_source(), reimport=True) as (run, imported):
         assert imported.added > 3
-        reconcile(run)
+        build(run)
         return folder
 
 
@@ -69,7 +69,7 @@ def test_rollback_pins_and_survives_a_reconcile_until_it_is_unpinned(copy):
         assert version.ref == old and outcome.retuned == 0 and outcome.published
         assert run.catalog.manifest().entries == before["slices"] | {key: old}
         assert differences(state(run), before) == [f"slices {key}", f"parameters {key}"]
-        again = reconcile(run)
+        again = build(run)
         assert not again.published and run.catalog.manifest().entries[key] == old
         assert rollback.unpin(run, key).retuned == 0
         assert differences(state(run), before) == [] and run.catalog.pins() == {}
@@ -101,7 +101,7 @@ def test_a_snapshot_is_the_slice_of_a_shorter_walk(copy):
             assert bits(run, ref) == leaves(remade(run, ref)), ref
     plain = small_config(tuning__epochs=7)
     with small_run(copy.parent / "plain", config=plain) as run:
-        reconcile(run)
+        build(run)
         assert differences(state(run), found) == []
         assert {len(list(path.iterdir())) for path in run.layout.slices.iterdir()} == {1}
 
@@ -126,16 +126,16 @@ def test_another_config_can_be_taken_back(copy):
     other = small_config(tuning__epochs=7, tuning__head_rate=0.002)
     with pytest.raises(UserError, match=r"tuning.head_rate: 0.01 -> 0.002"), small_run(copy, config=other):
         pass
-    with prepared(copy, other, jax.devices()[:1], retune=True) as (run, _):
+    with prepare_run(copy, other, jax.devices()[:1], retune=True) as (run, _):
         before = run.catalog.manifest()
-        outcome = reconcile(run)
+        outcome = build(run)
         assert outcome.retuned == outcome.clusters
         key = sorted(before.entries)[0]
         version, _ = rollback.rollback(run, key)
         assert version.ref == before.entries[key] == run.catalog.manifest().entries[key]
         assert audit(run).ok
     with small_run(copy, config=other) as run:
-        assert not reconcile(run).published
+        assert not build(run).published
 
 
 def test_an_erased_member_ends_the_rollback_and_takes_its_versions(copy, tmp_path):
@@ -154,7 +154,7 @@ def test_an_erased_member_ends_the_rollback_and_takes_its_versions(copy, tmp_pat
                 rollback.rollback(run, key, to)
         found = state(run)
     with small_run(tmp_path / "scratch", without(small_source(), {name}), EPOCHS) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
@@ -198,7 +198,7 @@ STAGES = small_config(tuning__slices=3, tuning__epochs=6)
 def staged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("staged") / "run"
     with small_run(folder, config=STAGES) as run:
-        outcome = reconcile(run)
+        outcome = build(run)
         assert outcome.images == outcome.images_full
     return folder
 
@@ -229,7 +229,7 @@ def test_an_erasure_repeats_only_the_stages_that_saw_the_record(staged, tmp_path
         found, verdict = state(run), audit(run)
         assert verdict.ok and purge.leftovers(run) == []
     with small_run(tmp_path / "scratch", without(small_source(), {late, early}), STAGES) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
@@ -243,7 +243,7 @@ def test_a_sampled_record_and_an_owner_with_stages(staged, tmp_path):
         found = state(run)
         assert purge.leftovers(run) == []
     with small_run(tmp_path / "scratch", without(small_source(), erased), STAGES) as run:
-        reconcile(run)
+        build(run)
         assert differences(found, state(run)) == []
 
 
@@ -256,5 +256,5 @@ def test_a_damaged_stage_is_found_and_made_again(staged, tmp_path):
         checkpoints.save(run.layout.slice(parents[0]), dict(arrays) | {"bias": arrays["bias"] + 1}, metadata, step)
         (message,) = repair(run)
         assert parents[0][:12] in message
-        assert reconcile(run).retuned == 1
+        assert build(run).retuned == 1
         assert differences(state(run), before) == [] and purge.leftovers(run) == []

@@ -10,7 +10,7 @@ from PIL import Image
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import Imported, import_settings
-from lmeraser_jax.unlearning.run import prepared
+from lmeraser_jax.unlearning.run import prepare_run
 
 CHANGES = {
     "source": "npz",
@@ -44,15 +44,15 @@ def test_every_setting_that_makes_the_records_binds(tmp_path, rng):
         data__source="folder", data__path=str(tmp_path / "images"), data__store_size=8, clustering__sample_size=2
     )
     config = dataclasses.replace(config, clustering=dataclasses.replace(config.clustering, cut="auto:2"))
-    with prepared(tmp_path / "run", config):
+    with prepare_run(tmp_path / "run", config):
         pass
     for name, value in CHANGES.items():
         changed = dataclasses.replace(config, data=dataclasses.replace(config.data, **{name: value}))
-        with pytest.raises(UserError, match=f"data\\.{name}: ") as caught, prepared(tmp_path / "run", changed):
+        with pytest.raises(UserError, match=f"data\\.{name}: ") as caught, prepare_run(tmp_path / "run", changed):
             pass
         assert "the images in" in str(caught.value) and "was made with another config" in str(caught.value)
     free = dataclasses.replace(config.data, skip_unreadable=True, max_pixels=10_000, augment="flip")
-    with prepared(tmp_path / "run", dataclasses.replace(config, data=free), reimport=True) as (_, imported):
+    with prepare_run(tmp_path / "run", dataclasses.replace(config, data=free), reimport=True) as (_, imported):
         assert imported == Imported(0, 4, 0, 0)
 
 

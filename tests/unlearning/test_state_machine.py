@@ -30,7 +30,7 @@ from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tracking import Tuned
 from lmeraser_jax.unlearning import artifacts, audit, build, erase, purge, receipts, rollback
 from lmeraser_jax.unlearning import run as runs
-from lmeraser_jax.unlearning.run import Run, prepared
+from lmeraser_jax.unlearning.run import Run, prepare_run
 
 CONFIG = small_config(
     clustering__sample_size=10,
@@ -91,7 +91,7 @@ def fake_load(folder, step=None):
 def backbone_only(tmp_path_factory):
     """The backbone of every history, made once."""
     folder = tmp_path_factory.mktemp("backbone")
-    with prepared(folder / "run", CONFIG, jax.devices()[:1], POOL) as (run, _):
+    with prepare_run(folder / "run", CONFIG, jax.devices()[:1], POOL) as (run, _):
         return run.backbone
 
 
@@ -129,7 +129,7 @@ class History(RuleBasedStateMachine):
     def begin(self, count):
         chosen = ITEMS[:count]
         self.enter(self.source(chosen))
-        build.reconcile(self.run)
+        build.build(self.run)
         self.live = {item.id for item in chosen}
 
     def source(self, items):
@@ -138,7 +138,9 @@ class History(RuleBasedStateMachine):
 
     def enter(self, source=None):
         """Opens the workdir as the next command would."""
-        opened = prepared(Path(self.folder.name) / "run", CONFIG, jax.devices()[:1], source or self.source(ITEMS[:2]))
+        opened = prepare_run(
+            Path(self.folder.name) / "run", CONFIG, jax.devices()[:1], source or self.source(ITEMS[:2])
+        )
         self.run, _ = self.stack.enter_context(opened)
 
     def reopen(self):

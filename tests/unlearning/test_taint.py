@@ -35,7 +35,7 @@ def _fast():
 def base(tmp_path_factory, _fast):
     folder = tmp_path_factory.mktemp("taint") / "run"
     with small_run(folder, config=CONFIG) as run:
-        build.reconcile(run)
+        build.build(run)
     return folder
 
 
@@ -74,7 +74,7 @@ def grown(folder, wanted):
         late = set(TRAIN[first : first + 3])
         place = folder / str(first)
         with small_run(place, without(small_source(), late), CONFIG) as run:
-            build.reconcile(run)
+            build.build(run)
             ids = {item.id for item in small_source().items if item.id in late}
             add(run, without(small_source(), {item.id for item in small_source().items} - ids))
             found = wanted(run)
@@ -117,8 +117,8 @@ def test_a_pinned_slice_goes_with_a_sampled_record_that_decided_its_members(tmp_
     config = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, head_rate=0.02))
     with small_run(place, config=CONFIG) as run:
         made = published(run)[key]
-    with runs.prepared(place, config, source=small_source(), retune=True) as (run, _):
-        build.reconcile(run)
+    with runs.prepare_run(place, config, source=small_source(), retune=True) as (run, _):
+        build.build(run)
         rollback.rollback(run, key, made)
         erase.request_erasure(run, fresh, request="r")
         assert made not in map(slice_of, published(run).values()) and run.catalog.pins() == {}

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmeraser_jax.errors import raise_all, some
+from lmeraser_jax.errors import join_limited, raise_all
 from lmeraser_jax.evaluation.attacks import membership, pools, shadows, targets
 from lmeraser_jax.evaluation.attacks.common_head import common_head
 from lmeraser_jax.evaluation.attacks.klom import klom
@@ -22,7 +22,7 @@ from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, 
 from lmeraser_jax.evaluation.attacks.relearn import relearn, scratch_for
 from lmeraser_jax.evaluation.attacks.report import Accuracies, Attack, Finding
 from lmeraser_jax.evaluation.attacks.routing import routing
-from lmeraser_jax.evaluation.attacks.shadows import Scores, Shadows, World
+from lmeraser_jax.evaluation.attacks.shadows import Counterfactual, Scores, Shadows
 from lmeraser_jax.evaluation.attacks.targets import Drawn
 from lmeraser_jax.evaluation.attacks.ulira import ulira
 from lmeraser_jax.hashing import philox
@@ -52,11 +52,11 @@ class Options:
         found = []
         unknown = [name for name in self.attacks if name not in ATTACKS]
         if unknown or not self.attacks:
-            found.append(f"--attacks={some(unknown)}: no such attack; legal: {', '.join(ATTACKS)}")
+            found.append(f"--attacks={join_limited(unknown)}: no such attack; legal: {', '.join(ATTACKS)}")
         if self.shadows < 4:
             found.append(f"--shadows={self.shadows}: must be at least 4, two with and two without each record")
         if self.records and len(set(self.records)) < 2:
-            found.append(f"--records={some(self.records)}: must be at least 2 different ids")
+            found.append(f"--records={join_limited(self.records)}: must be at least 2 different ids")
         if not self.records and self.targets < 2:
             found.append(f"--targets={self.targets}: must be at least 2")
         return found
@@ -118,7 +118,7 @@ def _trials(run: Run, drawn: Drawn, options: Options) -> tuple[list[Trial], int,
     chosen, relearned = drawn.pools, "relearn" in options.attacks and not run.config.tuning.closed
     references = scratch_for(len(chosen), options.shadows) if relearned else 1
     worlds = [world for pool in chosen for world in _worlds(pool, options.seed, references, relearned)]
-    rest, images = shadows.tuned(run, run.problem, worlds)
+    rest, images = shadows.tuned(run, run.tuning_spec, worlds)
     made, images, trials, each = drawn.slices + len(rest), drawn.images + images, [], len(rest) // len(chosen)
     with progress("attacked clusters", len(chosen)) as shown:
         for place, pool in enumerate(chosen):
@@ -136,11 +136,11 @@ def _trials(run: Run, drawn: Drawn, options: Options) -> tuple[list[Trial], int,
     return trials, made, images
 
 
-def _worlds(pool: Pool, seed: int, references: int, relearned: bool) -> list[World]:
+def _worlds(pool: Pool, seed: int, references: int, relearned: bool) -> list[Counterfactual]:
     """The cluster after the erasure, so many from scratch, and for relearning another one that keeps the records."""
     after = shadows.unlearned_world(pool)
-    scratch = [World(f"{pool.key}/scratch/{seed}/{i}", after.members) for i in range(references)]
-    again = [World(f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED))]
+    scratch = [Counterfactual(f"{pool.key}/scratch/{seed}/{i}", after.members) for i in range(references)]
+    again = [Counterfactual(f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED))]
     return [after, *scratch, *again * relearned]
 
 

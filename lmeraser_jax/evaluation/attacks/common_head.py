@@ -11,7 +11,7 @@ import numpy as np
 from lmeraser_jax.evaluation.attacks import membership, pools, shadows
 from lmeraser_jax.evaluation.attacks.membership import Membership
 from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, Pool
-from lmeraser_jax.evaluation.attacks.shadows import World
+from lmeraser_jax.evaluation.attacks.shadows import Counterfactual
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage.rows import COMMON
 from lmeraser_jax.unlearning.artifacts import load_slice
@@ -39,10 +39,10 @@ def common_head(run: Run, attacked: Sequence[Pool], count: int, seed: int) -> Me
     pool = everybody(run, manifest.entries[COMMON], attacked, seed)
     inside = shadows.halves(count, len(pool.roles), philox(seed, "attack", "halves", COMMON))
     worlds = [shadows.unlearned_world(pool)]
-    worlds += [World(COMMON, pool.records.take(np.flatnonzero(row))) for row in inside]
-    cast, _ = shadows.tuned(run, run.common_problem, worlds)
+    worlds += [Counterfactual(COMMON, pool.records.take(np.flatnonzero(row))) for row in inside]
+    cast, _ = shadows.tuned(run, run.common_spec, worlds)
     asked = pool.of(FORGOTTEN, OUTSIDE)
-    found = shadows.scored(run, [load_slice(run, pool.ref), *cast], asked, run.common_problem).margins
+    found = shadows.scored(run, [load_slice(run, pool.ref), *cast], asked, run.common_spec).margins
     pools.refuse_changed(run, [pool])
     chosen = np.isin(pool.roles, (FORGOTTEN, OUTSIDE))
     scores = membership.lira(found[[0, 1, 1]], found[2:], inside[:, chosen])

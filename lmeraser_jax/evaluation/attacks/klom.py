@@ -68,7 +68,7 @@ def klom(trials: Sequence[tuple[np.ndarray, Shadows]], rng: np.random.Generator)
     for name, role in ROLES.items():
         columns = []
         for column in range(3):
-            pairs = (Compared.of(scores, roles == role, role, column) for roles, scores in trials)
+            pairs = (KlomPair.of(scores, roles == role, role, column) for roles, scores in trials)
             found = np.concatenate([pair.divergences(pair.group[None])[0] for pair in pairs])
             columns.append(found if len(found) else np.array([np.nan]))
         mean[name] = tuple(float(column.mean()) for column in columns)
@@ -76,14 +76,14 @@ def klom(trials: Sequence[tuple[np.ndarray, Shadows]], rng: np.random.Generator)
     for column in range(2):
         parts = []
         for roles, scores in trials:
-            pair = Compared.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
+            pair = KlomPair.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
             parts.append(statistics.permuted(pair.divergences, pair.group, np.zeros(len(pair.group)), rng))
         tests.append(statistics.tested(np.concatenate(parts, axis=1).mean(axis=1)))
     return Klom(mean, high, tuple(tests))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Compared:
+class KlomPair:
     """Slices of one pool and oracles to compare them with.
 
     Attributes:
@@ -99,7 +99,7 @@ class Compared:
     oracles: np.ndarray
 
     @classmethod
-    def of(cls, scores: Shadows, chosen: np.ndarray, role: int, column: int) -> "Compared":
+    def of(cls, scores: Shadows, chosen: np.ndarray, role: int, column: int) -> "KlomPair":
         """The slices of a column beside half the oracles, for records of one role; the other half is compared with.
 
         A forgotten record counts in the half of the slices that were tuned on it first.

@@ -20,7 +20,7 @@ from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, Pool
 from lmeraser_jax.evaluation.attacks.statistics import DOUBT
 from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tune import Problem, tune
+from lmeraser_jax.training.tune import TuningSpec, tune
 from lmeraser_jax.unlearning.run import Run
 
 STEPS = 64  # tried; longer is told as this
@@ -80,7 +80,7 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
         slices: for each, the published slice, which keeps the records, that which unlearned them, and S from scratch.
         again: for each, another one tuned with the records, whose loss on them is the level to reach.
     """
-    problem = _problem(run.problem)
+    problem = _problem(run.tuning_spec)
     records = [pool.of(FORGOTTEN) for pool in pools]
     inputs, labels = shadows.material(run, problem, records)
     jobs: dict[tuple[int, int], Job] = {}
@@ -103,7 +103,7 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
     return Relearn(tuple(map(tuple, steps[:, :3].T.tolist())), chances, steps.shape[1] - 2)
 
 
-def _problem(problem: Problem) -> Problem:
+def _problem(problem: TuningSpec) -> TuningSpec:
     """Starting from given slices is a part of the program where clusters are tuned in stages only."""
     tuning = shadows.with_lanes(problem).tuning
     return dataclasses.replace(problem, tuning=dataclasses.replace(tuning, slices=max(2, tuning.slices), warmup=0.0))

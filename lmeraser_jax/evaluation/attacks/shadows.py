@@ -21,20 +21,20 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import statistics
 from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.models import backbone as frozen
+from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import stage_jobs
 from lmeraser_jax.training.making import make
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tune import Problem, features_of
+from lmeraser_jax.training.tune import TuningSpec, features_of
 from lmeraser_jax.unlearning.run import Run
 
 LANES = 8  # at least so many shadows are tuned at the same time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class World:
+class Counterfactual:
     """A cluster as it might have been: the name of its random streams, and its members."""
 
     stream: str
@@ -68,13 +68,13 @@ class Shadows:
     never: np.ndarray
 
 
-def with_lanes(problem: Problem) -> Problem:
+def with_lanes(problem: TuningSpec) -> TuningSpec:
     """The problem for shadows: many lanes, except of whole backbones. Their bits need not be those published."""
     lanes = problem.tuning.lanes if problem.own_architecture else max(LANES, problem.tuning.lanes)
     return dataclasses.replace(problem, tuning=dataclasses.replace(problem.tuning, lanes=lanes))
 
 
-def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Slice], int]:
+def tuned(run: Run, problem: TuningSpec, worlds: Sequence[Counterfactual]) -> tuple[list[Slice], int]:
     """The slices of some worlds, in their order, and how many images were passed. Writes nothing.
 
     With the run's own problem, a cluster's key for a stream and its live members, these are the published bits.
@@ -102,17 +102,17 @@ def tuned(run: Run, problem: Problem, worlds: Sequence[World]) -> tuple[list[Sli
     return [slices[place] for place in range(len(worlds))], sum(job.images for chain in chains for job in chain)
 
 
-def material(run: Run, problem: Problem, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
-    """What slices with these members are made of, and the labels int32 [N] of their rows: see `Run.inputs`."""
+def material(run: Run, problem: TuningSpec, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
+    """What slices with these members are made of, and the labels int32 [N] of their rows: see `Run.training_data`."""
     labels, seen = np.zeros(run.catalog.rows_used(), np.int32), np.zeros(run.catalog.rows_used(), bool)
     for table in tables:
         labels[table.rows], seen[table.rows] = table.labels, True
     live = run.catalog.live("train", "test", "holdout")
-    return run.inputs(live.take(np.flatnonzero(seen[live.rows])), problem), labels
+    return run.training_data(live.take(np.flatnonzero(seen[live.rows])), problem), labels
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(problem: Problem, mesh: Mesh):
+def _compiled(problem: TuningSpec, mesh: Mesh):
     """Compiled `(params, slices with a leading axis S, uint8 [B, h, w, c]) -> logits float32 [S, B, Y]`."""
 
     def one(params, inputs, part: Slice):
@@ -121,14 +121,14 @@ def _compiled(problem: Problem, mesh: Mesh):
     def device(params, parts: Slice, images):
         inputs = centred(images, problem.spec)
         if problem.on_features:
-            inputs = expanded(frozen.features(problem.architecture, params, inputs), problem.tuning.expand)
+            inputs = expanded(backbone_lib.features(problem.architecture, params, inputs), problem.tuning.expand)
         return jax.vmap(one, in_axes=(None, None, 0))(params, inputs, parts)
 
     axis = P(mesh.axis_names[0])
     return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(P(), axis, P()), out_specs=axis, check_vma=False))
 
 
-def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray, problem: Problem | None = None) -> np.ndarray:
+def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray, problem: TuningSpec | None = None) -> np.ndarray:
     """Logits of images, as centre crops, under each of some slices: float32 [S, w, Y].
 
     Args:
@@ -137,7 +137,7 @@ def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray, problem: Problem
         rows: int [w], image rows.
         problem: how the slices were made, if not by the run's own.
     """
-    problem = with_lanes(problem or run.problem)
+    problem = with_lanes(problem or run.tuning_spec)
     program = _compiled(problem, run.mesh)
     params = on_device(run.backbone, compute_dtype(problem.tuning.dtype, run.mesh), run.mesh)
     wide, batch = problem.tuning.lanes * run.mesh.size, run.config.inference.batch
@@ -154,15 +154,15 @@ def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray, problem: Problem
     return found
 
 
-def scored(run: Run, slices: Sequence[Slice], records: RecordTable, problem: Problem | None = None) -> Scores:
+def scored(run: Run, slices: Sequence[Slice], records: RecordTable, problem: TuningSpec | None = None) -> Scores:
     """Margins and right answers of records under each of some slices."""
     found = logits(run, slices, records.rows, problem)
     return Scores(statistics.margins(found, records.labels), found.argmax(axis=-1) == records.labels)
 
 
-def unlearned_world(pool: Pool) -> World:
+def unlearned_world(pool: Pool) -> Counterfactual:
     """The cluster that erasing the forgotten records leaves: the published key, the members that stay."""
-    return World(pool.key, pool.of(RETAINED))
+    return Counterfactual(pool.key, pool.of(RETAINED))
 
 
 def halves(models: int, records: int, rng: np.random.Generator) -> np.ndarray:
@@ -190,14 +190,16 @@ def shadows(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> t
     for mask in (inside, drawn):  # of a small pool a model may have drawn nobody that stays
         mask[~(mask & stays).any(axis=1), np.flatnonzero(stays)[0]] = True
 
-    def worlds(mask: np.ndarray, first: int) -> list[World]:
+    def worlds(mask: np.ndarray, first: int) -> list[Counterfactual]:
         names = (f"{pool.key}/shadow/{seed}/{first + i}" for i in range(count))
-        return [World(name, pool.records.take(np.flatnonzero(row))) for name, row in zip(names, mask, strict=True)]
+        return [
+            Counterfactual(name, pool.records.take(np.flatnonzero(row))) for name, row in zip(names, mask, strict=True)
+        ]
 
     cast = worlds(inside, 0)
     if populations:
         cast += worlds(inside & stays, 0) + worlds(drawn & stays, count)
-    made, images = tuned(run, with_lanes(run.problem), cast)
+    made, images = tuned(run, with_lanes(run.tuning_spec), cast)
     margins = scored(run, made, pool.records.take(pool.watched)).margins
     parts = [margins[low : low + count] for low in (0, count, 2 * count)]
     return Shadows(inside[:, pool.watched], parts[0], parts[1], drawn[:, pool.watched], parts[2]), len(made), images

@@ -12,14 +12,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lmeraser_jax.data.record_table import RecordTable, refuse_rotten
-from lmeraser_jax.errors import UserError, some
+from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
+from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.evaluation.attacks import pools, shadows
 from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.plan import homes
+from lmeraser_jax.unlearning.plan import assign_clusters
 from lmeraser_jax.unlearning.run import Run
 
 LEFT = 4  # members that a cluster keeps at least
@@ -48,7 +48,7 @@ def problems(run: Run, named: Sequence[str], targets: int) -> list[str]:
     """What of a published state makes an attack on these ids, or on so many records, impossible; a line each."""
     if run.config.tuning.one_head:
         text = "all clusters are one slice, so that every shadow would be a whole system; legal: --attacks=routing"
-        return [f"--config.tuning.what={run.config.tuning.what}: {text}"]
+        return [f"--config.tuning.method={run.config.tuning.method}: {text}"]
     found = []
     if not len(_never(run)):
         found.append(
@@ -57,7 +57,7 @@ def problems(run: Run, named: Sequence[str], targets: int) -> list[str]:
         )
     able, refused = _able(run, named or run.catalog.live("train").ids)
     if named:
-        found += [f"--records={some(names)}: {reason}" for reason, names in refused.items()]
+        found += [f"--records={join_limited(names)}: {reason}" for reason, names in refused.items()]
     elif targets > len(able):
         found.append(f"--targets={targets}: must be at most {len(able)}, the records that can be targets")
     return found
@@ -115,7 +115,7 @@ def draw(run: Run, named: Sequence[str], targets: int, seed: int) -> Drawn:
     members, never = _by_cluster(live, keys), _by_cluster(_routed(run, manifest.clustering, len(live), seed), keys)
     tables = {key: members[key].plus(never[key]) for key in sorted(keys)}
     for table in tables.values():
-        refuse_rotten(run.images, table)
+        check_pixel_hashes(run.images, table)
     hardness, slices, images = ({}, 0, 0) if named else _scouted(run, tables, seed)
     order = sorted(live.ids, key=lambda name: (hardness.get(name, 0.0), name))
     chosen = _able(run, named or order)[0]
@@ -137,15 +137,15 @@ def draw(run: Run, named: Sequence[str], targets: int, seed: int) -> Drawn:
 
 
 def _by_cluster(records: RecordTable, keys: set[str]) -> dict[str, RecordTable]:
-    homes = np.array(records.clusters, np.str_)
-    return {key: records.take(np.flatnonzero(homes == key)) for key in keys}
+    assign_clusters = np.array(records.clusters, np.str_)
+    return {key: records.take(np.flatnonzero(assign_clusters == key)) for key in keys}
 
 
 def _routed(run: Run, clustering: str, count: int, seed: int) -> RecordTable:
     """At most so many images that no model saw, with the clusters that they would be members of."""
     never, where = _never(run), load_clustering(run.layout, clustering)
     never = never.take(np.sort(philox(seed, "attack", "never").permutation(len(never))[:count]))
-    return dataclasses.replace(never, clusters=tuple(where.keys[k] for k in homes(run, never, where)))
+    return dataclasses.replace(never, clusters=tuple(where.keys[k] for k in assign_clusters(run, never, where)))
 
 
 def _scouted(run: Run, tables: Mapping[str, RecordTable], seed: int) -> tuple[dict[str, float], int, int]:
@@ -156,8 +156,8 @@ def _scouted(run: Run, tables: Mapping[str, RecordTable], seed: int) -> tuple[di
         masks[key][~masks[key].any(axis=1), 0] = True
         names = (f"{key}/scout/{seed}/{i}" for i in range(SCOUTS))
         parts = (table.take(np.flatnonzero(row)) for row in masks[key])
-        worlds += [shadows.World(*world) for world in zip(names, parts, strict=True)]
-    slices, images = shadows.tuned(run, shadows.with_lanes(run.problem), worlds)
+        worlds += [shadows.Counterfactual(*world) for world in zip(names, parts, strict=True)]
+    slices, images = shadows.tuned(run, shadows.with_lanes(run.tuning_spec), worlds)
     found: dict[str, float] = {}
     for place, (key, table) in enumerate(tables.items()):
         margins = shadows.scored(run, slices[place * SCOUTS : (place + 1) * SCOUTS], table).margins

@@ -76,7 +76,7 @@ def ulira(trials: Trials, rng: np.random.Generator) -> ULira:
         for column in range(3):
             parts = []
             for roles, scores in trials:
-                told = Told.of(scores, roles == role, role, column)
+                told = PopulationPair.of(scores, roles == role, role, column)
                 parts.append(statistics.permuted(told.accuracies, told.group, told.fitted, rng))
             values = np.concatenate(parts, axis=1)
             found.append(None if np.isnan(values[0]).all() else statistics.tested(_mean(values)))
@@ -100,7 +100,7 @@ def _ratios(trials: Trials, column: int) -> tuple[list[np.ndarray], list[np.ndar
     ones: list[np.ndarray] = []
     twos: list[np.ndarray] = []
     for roles, scores in trials:
-        told = Told.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
+        told = PopulationPair.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
         ratio, *kinds = (part[0] for part in told.ratios(told.group[None]))
         for found, counts in zip((ones, twos), kinds, strict=True):
             found += [row[mask & ~np.isnan(row)] for row, mask in zip(ratio.T, counts.T, strict=True)]
@@ -116,7 +116,7 @@ def _rates(ones: list[np.ndarray], twos: list[np.ndarray]) -> tuple[Estimate | N
 def _quality(trials: Trials, column: int) -> float:
     found = []
     for roles, scores in trials:
-        told = Told.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
+        told = PopulationPair.of(scores, roles == FORGOTTEN, FORGOTTEN, column)
         masks = told.group[:, None] & told.first, ~told.group[:, None] & told.second
         for values, one, two in zip(told.margins.T, *(mask.T for mask in masks), strict=True):
             if one.any() and two.any():
@@ -125,7 +125,7 @@ def _quality(trials: Trials, column: int) -> float:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Told:
+class PopulationPair:
     """Two populations of slices of one pool, to be told apart.
 
     Attributes:
@@ -143,7 +143,7 @@ class Told:
     fitted: np.ndarray
 
     @classmethod
-    def of(cls, scores: Shadows, chosen: np.ndarray, role: int, column: int) -> "Told":
+    def of(cls, scores: Shadows, chosen: np.ndarray, role: int, column: int) -> "PopulationPair":
         """The slices of a column beside those that never saw the records, for records of one role.
 
         A forgotten record counts in the slices that were tuned on it first, and in all that never saw it; a retained

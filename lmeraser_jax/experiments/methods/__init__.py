@@ -16,7 +16,7 @@ from typing import Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError, raise_all, some
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 GROUPS = ("clustering", "tuning", "common", "inference", "checkpoints")  # what methods may differ in
 
@@ -57,7 +57,7 @@ def load_all(wanted: Sequence[str]) -> tuple[Method, ...]:
     unknown = [name for name in wanted if not name.endswith(".py") and name not in names()]
     shadows = [name for name in wanted if name.endswith(".py") and Path(name).stem.replace("_", "-") in names()]
     legal = f"legal: {', '.join(names())}, or FILE.py"
-    problems = [f"--methods: {some(map(repr, unknown))}: no such method; {legal}"] if unknown else []
+    problems = [f"--methods: {join_limited(map(repr, unknown))}: no such method; {legal}"] if unknown else []
     problems += [f"--methods: {name}: a method is called so already; give the file another name" for name in shadows]
     raise_all(problems)
     return tuple(load(name) for name in wanted)

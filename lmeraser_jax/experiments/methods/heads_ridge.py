@@ -3,7 +3,7 @@
 TITLE = "heads + ridge"
 CHANGES = {
     "clustering.partition": "adaptive",
-    "tuning.what": "head",
+    "tuning.method": "head",
     "data.augment": "none",
-    "common.what": "ridge",
+    "common.method": "ridge",
 }

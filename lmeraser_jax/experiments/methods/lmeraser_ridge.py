@@ -3,6 +3,6 @@
 TITLE = "LMEraser + ridge"
 CHANGES = {
     "clustering.partition": "adaptive",
-    "tuning.what": "prompt+head",
-    "common.what": "ridge",
+    "tuning.method": "prompt+head",
+    "common.method": "ridge",
 }

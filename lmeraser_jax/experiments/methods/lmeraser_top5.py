@@ -1,4 +1,4 @@
 """LMEraser whose answer is the mean of the five nearest clusters' probabilities."""
 
 TITLE = "LMEraser, 5 nearest"
-CHANGES = {"clustering.partition": "adaptive", "tuning.what": "prompt+head", "inference.nearest": 5}
+CHANGES = {"clustering.partition": "adaptive", "tuning.method": "prompt+head", "inference.nearest": 5}

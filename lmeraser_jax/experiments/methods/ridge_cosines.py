@@ -1,4 +1,4 @@
 """Ridge regression on frozen features and 512 random cosines of them: as exact, and not linear in the features."""
 
 TITLE = "ridge + cosines"
-CHANGES = {"clustering.partition": "one", "tuning.what": "ridge", "tuning.expand": 512}
+CHANGES = {"clustering.partition": "one", "tuning.method": "ridge", "tuning.expand": 512}

@@ -3,7 +3,7 @@
 TITLE = "SISA, mean"
 CHANGES = {
     "clustering.partition": "random",
-    "tuning.what": "prompt+head",
+    "tuning.method": "prompt+head",
     "tuning.slices": 2,
     "inference.nearest": 0,
     "inference.aggregate": "mean",
