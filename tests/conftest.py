@@ -1,15 +1,24 @@
 """Strict JAX on 8 fake CPU devices; a GPU machine keeps its own devices. Shared, small fixtures."""
 
 import os
+import shutil
 from pathlib import Path
+
+# What JAX compiles is kept between test processes and runs; children of the tests inherit the variables.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import numpy as np
 import pytest
 from absl import flags
+from helpers import small_run
 from hypothesis import HealthCheck, settings
 
 from lmeraser_jax import interrupt
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.build import build
 
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
@@ -44,10 +53,41 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture(scope="session")
+def trained_template(tmp_path_factory) -> Path:
+    """A small workdir, trained once on one device with the real program. Tests copy it and never change it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    with small_run(folder) as run:
+        build(run)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def erased_template(trained_template, tmp_path_factory) -> Path:
+    """The trained workdir after the erasure of its first private record. Tests copy it and never change it."""
+    folder = tmp_path_factory.mktemp("erased") / "run"
+    shutil.copytree(trained_template, folder)
+    with small_run(folder) as run:
+        erase.request_erasure(run, [run.catalog.live("train").ids[0]], request="first")
+    return folder
+
+
+@pytest.fixture
+def trained_workdir(trained_template, tmp_path) -> Path:
+    """A copy of the small trained workdir, for one test to change. Open it with `helpers.small_run`."""
+    return Path(shutil.copytree(trained_template, tmp_path / "trained" / "run"))
+
+
+@pytest.fixture
+def erased_workdir(erased_template, tmp_path) -> Path:
+    """A copy of the small workdir after an erasure with the request id "first", for one test to change."""
+    return Path(shutil.copytree(erased_template, tmp_path / "erased" / "run"))
+
+
 @pytest.fixture(autouse=True)
-def _nobody_is_asked_to_stop():
-    """A test that leaves the process asked to stop would end the next one's work."""
+def _no_stop_is_requested():
+    """A test that leaves a stop requested would end the next test's work."""
     yield
-    left = interrupt.stop_requested()
+    requested = interrupt.stop_requested()
     interrupt._asked.clear()
-    assert not left
+    assert not requested

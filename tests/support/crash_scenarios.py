@@ -5,7 +5,6 @@ Tuning, features and pretraining are fast fakes, deterministic functions of thei
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,18 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from fakes import fast_fakes
 from helpers import small_config, small_source, with_items, without
 
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import pretrain
 from lmeraser_jax.storage import requests, workdir
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.training import slice_files
-from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tracking import Tuned
-from lmeraser_jax.unlearning import audit, erase, plan, rollback
 from lmeraser_jax.unlearning import build as build
-from lmeraser_jax.unlearning import run as runs
+from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.run import Run, open_run, prepare_run
 
@@ -45,41 +41,6 @@ LATER = {item.id for item in SOURCE.items if item.split == "train"} - {item.id f
 
 
 # ---- fast fakes
-
-
-def fake_tune(problem, backbone, jobs, images, labels, mesh):
-    """Slices from the jobs' inputs alone, handed over as `making.make` does."""
-    size = backbone.config.image_size
-    shapes = ((4 * (size - 1),), (backbone.config.feature_size, problem.classes), (problem.classes,))
-    for job in jobs:
-        members = [(images[row].tobytes(), int(labels[row])) for row in job.rows]
-        seed = hashlib.sha256(repr((job.key, members, problem.tuning, problem.seed)).encode()).digest()
-        rng = np.random.default_rng(list(seed))
-        part = Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
-        for step in (*job.snapshots, job.steps):
-            yield Tuned(job, step, part, 0.5, None, 0.01)
-
-
-class FakeExtractor:
-    """Sixteen pixel means of an image."""
-
-    def __init__(self, *_):
-        pass
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return images.reshape(len(images), 16, -1).mean(axis=2).astype(np.float32)
-
-
-def fake_assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
-    return ((features[:, None] - prototypes[None]) ** 2).sum(axis=2).argmin(axis=1).astype(np.int32)
-
-
-def fast_fakes(patch) -> None:
-    """Fast slices and features, as long as a `pytest.MonkeyPatch` holds."""
-    for module in (slice_files, audit):
-        patch.setattr(module, "make", fake_tune)
-    patch.setattr(runs, "Extractor", FakeExtractor)
-    patch.setattr(plan.clusters, "assign", fake_assign)
 
 
 def install_fakes() -> None:

@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from crash_scenarios import fast_fakes
+from fakes import fast_fakes
 from helpers import small_run
 
 from lmeraser_jax.cli.main import main

@@ -5,7 +5,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from crash_scenarios import fast_fakes
+from fakes import fast_fakes
 from helpers import SMALL
 from PIL import Image
 

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from crash_scenarios import fast_fakes
+from fakes import fast_fakes
 from helpers import small_config, small_run, small_source, with_items, without
 
 from lmeraser_jax.data.source import content_hash
