@@ -23,8 +23,8 @@ import synthetic
 from reporting import add_json, deliver
 
 from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.atomic_files import disk_use
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.workdir import disk_use
 from lmeraser_jax.training import making
 from lmeraser_jax.training.slices import init_slice
 from lmeraser_jax.training.tune import Tuned

@@ -20,10 +20,11 @@ from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.vit import ViT, ViTConfig
 from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog, sample_rank
 from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.storage.rows import SliceRow
-from lmeraser_jax.storage.workdir import Layout, write_json
+from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.slices import Slice, init_slice

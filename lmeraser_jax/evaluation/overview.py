@@ -10,8 +10,8 @@ import numpy as np
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
-from lmeraser_jax.storage.rows import COMMON, Manifest, SliceRow
-from lmeraser_jax.storage.workdir import disk_use
+from lmeraser_jax.storage.atomic_files import disk_use
+from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow
 from lmeraser_jax.training.clustering import Clustering, expected_share
 from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of, slice_of
@@ -182,7 +182,7 @@ def overview(run: Run) -> Overview:
         backbone=run.backbone.digest,
         classes=classes,
         imbalance=max(filled) / min(filled) if filled else 0.0,
-        common=run.config.common.method if COMMON in manifest.entries else "",
+        common=run.config.common.method if SliceKind.COMMON in manifest.entries else "",
         clusters=tuple(sorted(rows, key=lambda row: (-row.members, row.key))),
         expected_share=expected_share([row.members for row in rows], again),
         sampled_share=len(set(clustering.sample) & set(private.ids)) / max(len(private), 1),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage.workdir import write_bytes
+from lmeraser_jax.storage.atomic_files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.storage.rows import COMMON, Manifest
+from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
@@ -137,7 +137,11 @@ def load_model(run: Run, before: Model | None = None) -> Model:
                 clustering = load_clustering(run.layout, manifest.clustering)
                 keys = clustering.keys
             refs = tuple("" if key in quarantined else manifest.entries.get(key, "") for key in keys)
-            common = "" if quarantined or not run.config.inference.common_weight else manifest.entries.get(COMMON, "")
+            common = (
+                ""
+                if quarantined or not run.config.inference.common_weight
+                else manifest.entries.get(SliceKind.COMMON, "")
+            )
             for ref in (*refs, common):
                 if ref and ref not in held and ref not in read:
                     read[ref] = load_slice(run, ref)

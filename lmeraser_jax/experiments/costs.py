@@ -8,7 +8,7 @@ import numpy as np
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
-from lmeraser_jax.storage.rows import COMMON
+from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.plan import plan, sampled
@@ -40,7 +40,7 @@ def planned(run: Run, count: int) -> Planned:
             wanted = plan(run, frozenset({ids[index]}))
             again = [wanted.members[key].rows for key in wanted.missing]
             records = len(np.unique(np.concatenate(again))) if again else 0
-            numbers = sum(common if key == COMMON else own for key in wanted.missing)
+            numbers = sum(common if key == SliceKind.COMMON else own for key in wanted.missing)
             rows.append((wanted.images_missing, records, numbers))
             shown.advance(1)
     return Planned(*np.array(rows, np.float64).reshape(-1, 3).T)
@@ -87,7 +87,9 @@ def sizes(run: Run) -> tuple[int, int]:
     manifest = run.catalog.manifest()
     assert manifest is not None
     some = next(iter(manifest.clusters.values()))
-    return _numbers(run, some), _numbers(run, manifest.entries[COMMON]) if COMMON in manifest.entries else 0
+    return _numbers(run, some), _numbers(
+        run, manifest.entries[SliceKind.COMMON]
+    ) if SliceKind.COMMON in manifest.entries else 0
 
 
 def _numbers(run: Run, reference: str) -> int:

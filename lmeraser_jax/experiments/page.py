@@ -29,7 +29,7 @@ from lmeraser_jax.experiments.summary import (
 )
 from lmeraser_jax.experiments.tables import escaped, listed
 from lmeraser_jax.progress import progress
-from lmeraser_jax.storage.workdir import write_bytes
+from lmeraser_jax.storage.atomic_files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

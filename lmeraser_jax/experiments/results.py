@@ -10,7 +10,7 @@ from typing import Any
 
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.storage.workdir import write_bytes, write_json
+from lmeraser_jax.storage.atomic_files import write_bytes, write_json
 
 NOTE = "comparison.json"  # what a folder compares
 

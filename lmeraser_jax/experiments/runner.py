@@ -25,8 +25,8 @@ from lmeraser_jax.experiments.measure import EXPERIMENTS, MONTAGE, Plan, Task, r
 from lmeraser_jax.experiments.methods import Method
 from lmeraser_jax.experiments.results import NOTE, Done, Measurement, Results, bound, load_done, save
 from lmeraser_jax.legality import cut_of
+from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.ingest import import_settings
-from lmeraser_jax.storage.workdir import write_bytes
 from lmeraser_jax.training import clustering
 from lmeraser_jax.unlearning.run import Run, prepare_run
 

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage import workdir
+from lmeraser_jax.storage import atomic_files
 
 
 def _worth_saying(record: logging.LogRecord) -> bool:
@@ -73,7 +73,7 @@ def save(
         with _manager(temporary, create=True) as manager:
             for number, tree in sorted([*earlier.items(), (step, arrays)], key=lambda pair: pair[0]):
                 _write(manager, number, tree, metadata)
-        workdir.publish_folder(temporary, folder)
+        atomic_files.publish_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
         raise
@@ -114,7 +114,7 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
                 raise UserError(f"{folder} holds no checkpoint")
             shapes = manager.item_metadata(step)["arrays"]
             sizes = [math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in dict(shapes).values()]
-            if sum(sizes) > RATIO * workdir.disk_use(folder):  # never allocate for a promise
+            if sum(sizes) > RATIO * atomic_files.disk_use(folder):  # never allocate for a promise
                 raise ValueError(f"it calls for {sum(sizes)} bytes, more than its files can hold")
             target = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in dict(shapes).items()}
             items = ocp.args.Composite(arrays=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore())

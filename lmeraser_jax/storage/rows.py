@@ -1,9 +1,14 @@
 """Rows of the catalog that others work with: trained slices and published states."""
 
+import enum
 from collections.abc import Mapping
 from typing import NamedTuple
 
-COMMON = "common"  # in the place of a cluster's key: the head of all private records
+
+class SliceKind(enum.StrEnum):
+    """What stands in the place of a cluster's key for a slice that belongs to no single cluster."""
+
+    COMMON = "common"  # the head of all private records
 
 
 class SliceRow(NamedTuple):
@@ -40,7 +45,7 @@ class Manifest(NamedTuple):
     @property
     def clusters(self) -> dict[str, str]:
         """The entries without the common head."""
-        return {key: ref for key, ref in self.entries.items() if key != COMMON}
+        return {key: ref for key, ref in self.entries.items() if key != SliceKind.COMMON}
 
 
 def images_of(made: Mapping[str, SliceRow], ref: str) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lmeraser_jax.storage import schema
-from lmeraser_jax.storage.workdir import sync_folder
+from lmeraser_jax.storage.atomic_files import sync_folder
 
 NEEDED = ("meta", "records", "tombstones", "pins", "quarantine", "requests", "receipts")
 BUILT = ("slices", "epochs", "members", "manifests", "entries")

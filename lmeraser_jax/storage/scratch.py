@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage.workdir import Layout, sync_folder
+from lmeraser_jax.storage.atomic_files import sync_folder
+from lmeraser_jax.storage.workdir import Layout
 
 PREFIX = "team-"
 PATIENCE = 30.0  # seconds for a process that writes in a folder to notice that it is being removed

@@ -25,7 +25,7 @@ import numpy as np
 from lmeraser_jax.config import Common, Tuning
 from lmeraser_jax.data.stream import DAMAGE
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.storage.workdir import write_bytes
+from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.training.slices import Slice
 
 STEPS = 512  # fixed-point numbers to 1

@@ -11,9 +11,10 @@ from lmeraser_jax.data.stream import DAMAGE
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.rows import COMMON
-from lmeraser_jax.storage.workdir import Layout, write_bytes
+from lmeraser_jax.storage.rows import SliceKind
+from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.training.slices import Slice, as_slice
 from lmeraser_jax.unlearning.run import Run
@@ -63,7 +64,7 @@ def load_slice(run: Run, ref: str) -> Slice:
     if arrays_digest(arrays) != params:
         raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
     row = run.catalog.slice(name)
-    if row is not None and row.cluster == COMMON:
+    if row is not None and row.cluster == SliceKind.COMMON:
         return as_slice(arrays, name[:12])
     return as_slice(arrays, name[:12], run.tuning_spec.own_architecture, run.config.tuning.one_head)
 

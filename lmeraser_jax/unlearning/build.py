@@ -18,10 +18,10 @@ from lmeraser_jax.data.record_table import check_pixel_hashes
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.storage import checkpoints, requests, scratch
+from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.requests import Request
-from lmeraser_jax.storage.rows import COMMON, Manifest, images_of
-from lmeraser_jax.storage.workdir import remove_others
+from lmeraser_jax.storage.rows import Manifest, SliceKind, images_of
 from lmeraser_jax.training.closed_form import head, load_sums
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.jobs import Target, efficiency
@@ -104,9 +104,9 @@ def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
     spared, altered = _spared(run, wanted, before)
     outcome = BuildReport(
-        clusters=len(wanted.entries.keys() - {COMMON}),
-        retuned=len(missing.keys() - {COMMON}),
-        reused=len(wanted.entries.keys() - missing.keys() - {COMMON}),
+        clusters=len(wanted.entries.keys() - {SliceKind.COMMON}),
+        retuned=len(missing.keys() - {SliceKind.COMMON}),
+        reused=len(wanted.entries.keys() - missing.keys() - {SliceKind.COMMON}),
         images=sum(job.images for job in jobs),
         images_full=wanted.images_full,
         seconds=time.perf_counter() - start,
@@ -146,7 +146,7 @@ def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
     missing, adopted = {}, 0
     program = fingerprint(run.config.tuning, run.mesh)
     for key, chain in wanted.missing.items():
-        rest, problem = list(chain), run.common_spec if key == COMMON else run.tuning_spec
+        rest, problem = list(chain), run.common_spec if key == SliceKind.COMMON else run.tuning_spec
         while rest and (made := load_orphan(run.layout.root, rest[0], program, problem)) is not None:
             _keep(run, wanted, made)
             rest.pop(0)
@@ -170,10 +170,10 @@ def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
 
 def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
     """Makes slices; each finished one is saved and registered at once, so that a kill loses little."""
-    problem, common = run.tuning_spec, {key: chain for key, chain in missing.items() if key == COMMON}
+    problem, common = run.tuning_spec, {key: chain for key, chain in missing.items() if key == SliceKind.COMMON}
     if run.config.tuning.one_head:
         problem = dataclasses.replace(problem, prompts=len(wanted.clustering.keys))
-    failed = _make(run, wanted, problem, {key: chain for key, chain in missing.items() if key != COMMON})
+    failed = _make(run, wanted, problem, {key: chain for key, chain in missing.items() if key != SliceKind.COMMON})
     failed += _make(run, wanted, run.common_spec, common) if common else []
     raise_all(
         failed,
@@ -314,7 +314,7 @@ def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) 
     found = []
     for key in sorted(set(old) | set(wanted.entries)):
         new = wanted.entries.get(key, "")
-        reached = len(request.body["records"]) if key == COMMON else members.get(key, 0)
+        reached = len(request.body["records"]) if key == SliceKind.COMMON else members.get(key, 0)
         if old.get(key, "") == new or not (sampled or reached):
             continue
         found.append(

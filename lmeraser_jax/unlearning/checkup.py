@@ -15,9 +15,9 @@ from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.errors import join_limited
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.progress import progress
+from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.storage.rows import Manifest
-from lmeraser_jax.storage.workdir import remove_others
 from lmeraser_jax.training import clustering as clusters
 from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.training.fingerprint import fingerprint

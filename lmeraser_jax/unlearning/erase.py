@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request, Targets
-from lmeraser_jax.storage.rows import COMMON
+from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.unlearning import receipts
 from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.plan import plan
@@ -54,7 +54,7 @@ def estimate(run: Run, targets: Targets) -> Estimate:
     before, devices = run.catalog.manifest(), run.team.size * run.mesh.size
     return Estimate(
         records=len(targets.live),
-        clusters=tuple(sorted(set(wanted.missing) - {COMMON})),
+        clusters=tuple(sorted(set(wanted.missing) - {SliceKind.COMMON})),
         vanishing=tuple(sorted(set(before.clusters) - set(wanted.entries))) if before else (),
         images=wanted.images_missing,
         images_full=wanted.images_full,

@@ -14,7 +14,7 @@ from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
-from lmeraser_jax.storage.rows import COMMON, Manifest, SliceRow, images_of
+from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow, images_of
 from lmeraser_jax.training import clustering as clusters
 from lmeraser_jax.training import slices
 from lmeraser_jax.training.clustering import Clustering
@@ -151,9 +151,9 @@ def contradictions(run: Run) -> list[str]:
 def _wrong_wholes(run: Run, manifest: Manifest) -> list[str]:
     """What was made of all records and is not what they call for."""
     wanted, found = plan(run).entries, []
-    if run.config.tuning.one_head and manifest.clusters != {k: v for k, v in wanted.items() if k != COMMON}:
+    if run.config.tuning.one_head and manifest.clusters != {k: v for k, v in wanted.items() if k != SliceKind.COMMON}:
         found.append("the slice of all clusters was tuned with other ids, pixels or labels than the records'")
-    if wanted.get(COMMON) != manifest.entries.get(COMMON):
+    if wanted.get(SliceKind.COMMON) != manifest.entries.get(SliceKind.COMMON):
         found.append("the common head was made with other ids, pixels or labels than the records'")
     return found
 
@@ -201,15 +201,15 @@ def _with_common_head(run: Run, found: Plan, leaving: frozenset[str]) -> Plan:
     made, members = run.catalog.slices(), list(zip(records.ids, records.contents, records.labels.tolist(), strict=True))
     problem, batch = run.common_spec, run.config.clustering.feature_batch
     constants = (problem.tuning, run.backbone.digest, run.spec, len(run.classes), run.config.seed)
-    recipe = slices.recipe(COMMON, members, *constants, feature_batch=batch)
-    chain = (Target(digest(recipe), "", make_job(COMMON, records.rows, problem.tuning)),)
+    recipe = slices.recipe(SliceKind.COMMON, members, *constants, feature_batch=batch)
+    chain = (Target(digest(recipe), "", make_job(SliceKind.COMMON, records.rows, problem.tuning)),)
     missing = _missing(run, made, chain)
     return dataclasses.replace(
         found,
-        entries=found.entries | {COMMON: chain[-1].digest},
-        chains=found.chains | {COMMON: chain},
-        missing=found.missing | ({COMMON: missing} if missing else {}),
-        members=found.members | ({COMMON: records} if missing else {}),
+        entries=found.entries | {SliceKind.COMMON: chain[-1].digest},
+        chains=found.chains | {SliceKind.COMMON: chain},
+        missing=found.missing | ({SliceKind.COMMON: missing} if missing else {}),
+        members=found.members | ({SliceKind.COMMON: records} if missing else {}),
     )
 
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.storage import requests, schema
+from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
-from lmeraser_jax.storage.workdir import remove_others
 from lmeraser_jax.unlearning import receipts
 from lmeraser_jax.unlearning.artifacts import slice_of
 from lmeraser_jax.unlearning.run import Run

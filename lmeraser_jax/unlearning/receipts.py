@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.hashing import digest
+from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request, followed
-from lmeraser_jax.storage.workdir import write_json
 
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run  # loads JAX; whoever lists or checks receipts goes without

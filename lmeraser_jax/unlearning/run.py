@@ -31,9 +31,10 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, pretrain
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_settings, import_source
-from lmeraser_jax.storage.workdir import Layout, read_config, write_json, writer_lock
+from lmeraser_jax.storage.workdir import Layout, read_config, writer_lock
 from lmeraser_jax.training.features import Extractor, cached, compute_dtype
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.label_mapping import noise_activation

@@ -15,9 +15,10 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.experiments import cost_model, policy
 from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceRow
-from lmeraser_jax.storage.workdir import Layout, write_json, writer_lock
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 
 SIZES = {"a": 50, "b": 30, "c": 15, "d": 5}
 EPOCHS, SPEED, SAMPLE = 3, 40.0, 12  # images a second

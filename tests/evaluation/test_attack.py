@@ -26,7 +26,7 @@ from lmeraser_jax.evaluation.attacks.relearn import relearn
 from lmeraser_jax.evaluation.attacks.ulira import ulira
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.storage.rows import COMMON
+from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
@@ -386,14 +386,14 @@ def test_the_common_head_is_attacked(tmp_path):
         assert one.name == "common" and one.found[:2] == (True, False) and one.columns[0].members == OPTIONS.targets
         assert one.beyond[1].value == 0, "a formula has no random streams"
         drawn = targets.draw(run, (), OPTIONS.targets, OPTIONS.seed)
-        pool = common_head.everybody(run, run.catalog.manifest().entries[COMMON], drawn.pools, OPTIONS.seed)
+        pool = common_head.everybody(run, run.catalog.manifest().entries[SliceKind.COMMON], drawn.pools, OPTIONS.seed)
         names = pool.of(FORGOTTEN).ids
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.live("train").ids and len(names) == OPTIONS.targets
         assert {run.catalog.live("test").ids.index(name) for name in pool.of(OUTSIDE).ids}
         (played,), _ = shadows.tuned(run, run.common_spec, [shadows.unlearned_world(pool)])
         kept = load_slice(run, pool.ref)
         erase.request_erasure(run, names)
-        published = load_slice(run, run.catalog.manifest().entries[COMMON])
+        published = load_slice(run, run.catalog.manifest().entries[SliceKind.COMMON])
         assert same_bits(played, published) and not same_bits(kept, published)
 
 

@@ -284,7 +284,7 @@ READ_ONLY = """
 import subprocess, sys
 from pathlib import Path
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.store.catalog import Catalog
+from lmeraser_jax.storage.catalog import Catalog
 place, seen = Path(sys.argv[1]), Path(sys.argv[2])
 subprocess.run(["mount", "--bind", str(place), str(seen)], check=True)
 subprocess.run(["mount", "-o", "remount,ro,bind", str(seen)], check=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage import checkpoints, workdir
+from lmeraser_jax.storage import atomic_files, checkpoints
 
 
 def arrays(rng) -> dict:
@@ -116,7 +116,7 @@ def full(*_):
 
 
 def test_save_is_all_or_nothing(folder, monkeypatch):
-    monkeypatch.setattr(workdir, "publish_folder", full)
+    monkeypatch.setattr(atomic_files, "publish_folder", full)
     with pytest.raises(OSError, match="No space"):
         checkpoints.save(folder, {"a": np.zeros(2)}, {})
     assert list(folder.parent.iterdir()) == []  # neither a checkpoint nor the space it took
@@ -129,7 +129,7 @@ def test_failed_replacement_keeps_the_old(folder, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             checkpoints.save(folder, {"a": np.zeros(2)}, {"m": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(workdir, "publish_folder", full)
+        patch.setattr(atomic_files, "publish_folder", full)
         with pytest.raises(OSError, match="No space"):
             checkpoints.save(folder, {"a": np.zeros(2)}, {"m": 2})
     found, metadata, _ = checkpoints.load(folder)

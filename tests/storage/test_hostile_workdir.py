@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import workdir as layouts
-from lmeraser_jax.storage.workdir import Layout, read_config, refuse_links, remove_others, writer_lock
+from lmeraser_jax.storage.atomic_files import remove_others
+from lmeraser_jax.storage.workdir import Layout, read_config, refuse_links, writer_lock
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
@@ -155,7 +156,7 @@ def test_a_removal_does_not_follow_links(tmp_path):
 # the lock
 HOLD = """
 import sys
-from lmeraser_jax.store.layout import Layout, writer_lock
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 with writer_lock(Layout(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.readline()

@@ -219,7 +219,7 @@ def test_a_second_request_for_what_is_gone_has_its_own_receipt(workdir):
 
 HOLD = """
 import sys, time
-from lmeraser_jax.store.layout import Layout, writer_lock
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 with writer_lock(Layout(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage.workdir import Layout, disk_use, publish_folder, write_bytes, write_json, writer_lock
+from lmeraser_jax.storage.atomic_files import disk_use, publish_folder, write_bytes, write_json
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 
 
 # workdirs and files
@@ -94,7 +95,7 @@ def test_publish_folder_replaces_whole(tmp_path, monkeypatch):
 # the lock
 HOLD = """
 import sys, time
-from lmeraser_jax.store.layout import Layout, writer_lock
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 with writer_lock(Layout(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.storage import checkpoints, workdir
+from lmeraser_jax.storage import atomic_files, checkpoints
 from lmeraser_jax.storage.catalog import Catalog
 
 
@@ -83,8 +83,12 @@ class Points:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
 
-        wrapped = [(checkpoints.save, None), (workdir.publish_folder, None), (workdir.write_bytes, half_written)]
-        wrapped += [(workdir.write_json, None), (workdir.remove_others, None)]
+        wrapped = [
+            (checkpoints.save, None),
+            (atomic_files.publish_folder, None),
+            (atomic_files.write_bytes, half_written),
+        ]
+        wrapped += [(atomic_files.write_json, None), (atomic_files.remove_others, None)]
         modules = [module for name, module in sys.modules.items() if name.startswith("lmeraser_jax")]
         for function, half in wrapped:
             wrapper = self.around(function, half)

@@ -18,7 +18,7 @@ from helpers import small_config, small_source, with_items, without
 
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import pretrain
-from lmeraser_jax.storage import requests, workdir
+from lmeraser_jax.storage import atomic_files, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import build as build
 from lmeraser_jax.unlearning import erase, rollback
@@ -149,7 +149,7 @@ def tuned_twice(folder: Path) -> dict[str, bytes]:
 
 def half_purged(folder: Path) -> dict[str, bytes]:
     found = trained(folder)
-    real, calls = workdir.sync_folder, []
+    real, calls = atomic_files.sync_folder, []
 
     def cut(path: Path) -> None:
         real(path)
@@ -159,9 +159,9 @@ def half_purged(folder: Path) -> dict[str, bytes]:
 
     with open_run(folder, write=True) as run, contextlib.suppress(InterruptedError):
         ids = chosen(run)
-        workdir.sync_folder = cut
+        atomic_files.sync_folder = cut
         erase.request_erasure(run, ids, request="r-1")
-    workdir.sync_folder = real
+    atomic_files.sync_folder = real
     with open_run(folder) as run:
         (request,) = requests.listed(run.catalog, only_open=True)
         assert request.state == "published" and len(run.catalog.erased()) == 2

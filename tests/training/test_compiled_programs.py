@@ -24,7 +24,7 @@ hits = []
 monitoring.register_event_listener(lambda event, **_: hits.append(event) if event.endswith("/cache_hits") else None)
 from tuning_problem import GROUPS, problem_of, run, small_backbone, small_data
 from lmeraser_jax.digests import arrays_digest
-from lmeraser_jax.store.checkpoints import flatten
+from lmeraser_jax.storage.checkpoints import flatten
 found = run(problem_of(small_backbone(), epochs=2), small_backbone(), small_data(), {"c1": GROUPS["c1"]})
 private = [bytes(small_data()[0][row]) for row in GROUPS["c1"]]
 private += [leaf.tobytes()[:64] for leaf in found["c1"].slice[:3]]

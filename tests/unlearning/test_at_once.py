@@ -14,7 +14,7 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import overview as overview_module
 from lmeraser_jax.evaluation.overview import overview
-from lmeraser_jax.storage import workdir as layouts
+from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.build import build
@@ -82,8 +82,8 @@ def test_files_that_vanish_while_they_are_counted(tmp_path, monkeypatch):
     (tmp_path / "slices").mkdir()
     (tmp_path / "slices" / "there").write_bytes(b"12345")
     walked = [(str(tmp_path / "slices"), [], ["there", "gone"]), (str(tmp_path / "gone"), [], ["gone"])]
-    monkeypatch.setattr(layouts.os, "walk", lambda path: iter(walked))
-    assert layouts.disk_use(tmp_path) == 5
+    monkeypatch.setattr(atomic_files.os, "walk", lambda path: iter(walked))
+    assert atomic_files.disk_use(tmp_path) == 5
 
 
 def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):

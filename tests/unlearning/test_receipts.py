@@ -17,9 +17,10 @@ from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import STATES
-from lmeraser_jax.storage.workdir import Layout, write_json
+from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning import verify as verify_module
 from lmeraser_jax.unlearning.artifacts import load_clustering

@@ -13,7 +13,7 @@ from lmeraser_jax.evaluation.attacks.membership import Membership
 from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, Pool
 from lmeraser_jax.evaluation.attacks.shadows import Counterfactual
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.storage.rows import COMMON
+from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.run import Run
 
@@ -34,12 +34,12 @@ def common_head(run: Run, attacked: Sequence[Pool], count: int, seed: int) -> Me
         UserError: a record was erased meanwhile.
     """
     manifest = run.catalog.manifest()
-    if manifest is None or COMMON not in manifest.entries:
+    if manifest is None or SliceKind.COMMON not in manifest.entries:
         return None
-    pool = everybody(run, manifest.entries[COMMON], attacked, seed)
-    inside = shadows.halves(count, len(pool.roles), philox(seed, "attack", "halves", COMMON))
+    pool = everybody(run, manifest.entries[SliceKind.COMMON], attacked, seed)
+    inside = shadows.halves(count, len(pool.roles), philox(seed, "attack", "halves", SliceKind.COMMON))
     worlds = [shadows.unlearned_world(pool)]
-    worlds += [Counterfactual(COMMON, pool.records.take(np.flatnonzero(row))) for row in inside]
+    worlds += [Counterfactual(SliceKind.COMMON, pool.records.take(np.flatnonzero(row))) for row in inside]
     cast, _ = shadows.tuned(run, run.common_spec, worlds)
     asked = pool.of(FORGOTTEN, OUTSIDE)
     found = shadows.scored(run, [load_slice(run, pool.ref), *cast], asked, run.common_spec).margins
@@ -59,4 +59,4 @@ def everybody(run: Run, ref: str, attacked: Sequence[Pool], seed: int) -> Pool:
         outside = pool.of(OUTSIDE)
         records = records.plus(outside)
         roles |= dict.fromkeys(outside.ids, OUTSIDE) | dict.fromkeys(pool.of(FORGOTTEN).ids, FORGOTTEN)
-    return pools.make(COMMON, ref, records, roles, seed)
+    return pools.make(SliceKind.COMMON, ref, records, roles, seed)
