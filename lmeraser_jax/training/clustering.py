@@ -10,14 +10,16 @@ Shapes: S sampled records, K clusters, D feature width, N records.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.hashing import digest, keyed_hash
 from lmeraser_jax.legality import cut_of
+
+if TYPE_CHECKING:
+    import jax  # imported where it is used: a command that only reads a clustering starts without it
 
 PIECE = 512  # records per call of the routing program
 
@@ -156,7 +158,7 @@ def _clamped(how: tuple[str, float], count: int) -> tuple[str, float]:
     return (how[0], min(how[1], count)) if how[0] == "auto" else how
 
 
-def squared_distances(features: jax.Array, prototypes: jax.Array, present: jax.Array) -> jax.Array:
+def squared_distances(features: "jax.Array", prototypes: "jax.Array", present: "jax.Array") -> "jax.Array":
     """Squared Euclidean distances [B, K]; infinite where a prototype is padding.
 
     Args:
@@ -164,13 +166,18 @@ def squared_distances(features: jax.Array, prototypes: jax.Array, present: jax.A
         prototypes: float32 [K, D].
         present: bool [K].
     """
+    import jax.numpy as jnp
+
     gaps = jnp.sum((features[:, None] - prototypes[None]) ** 2, axis=-1)  # [B, K]
     return jnp.where(present[None], gaps, jnp.inf)
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _nearest(features: jax.Array, prototypes: jax.Array, present: jax.Array, count: int) -> jax.Array:
-    return jax.lax.top_k(-squared_distances(features, prototypes, present), count)[1]
+@functools.cache
+def _nearest():
+    """Compiled `(features, prototypes, present) -> int32 [B, 1]`, the place of the nearest prototype."""
+    import jax
+
+    return jax.jit(lambda *arrays: jax.lax.top_k(-squared_distances(*arrays), 1)[1])
 
 
 def padded(prototypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -189,7 +196,7 @@ def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
         piece = np.zeros((PIECE, features.shape[1]), np.float32)
         real = features[start : start + PIECE]
         piece[: len(real)] = real
-        found[start : start + PIECE] = np.asarray(_nearest(piece, full, present, 1))[: len(real), 0]
+        found[start : start + PIECE] = np.asarray(_nearest()(piece, full, present))[: len(real), 0]
     return found
 
 

@@ -4,20 +4,22 @@ A manifest names a slice by a reference: its digest, or "digest@step" for an ear
 """
 
 import io
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmeraser_jax.data.stream import DAMAGE
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest
-from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering
-from lmeraser_jax.training.slices import Slice, as_slice
-from lmeraser_jax.unlearning.run import Run
+
+if TYPE_CHECKING:
+    from lmeraser_jax.training.slices import Slice
+    from lmeraser_jax.unlearning.run import Run
 
 AGAIN = "; lmeraser train on the same workdir makes it again"
 
@@ -47,12 +49,15 @@ def expected_params(catalog: Catalog, ref: str) -> str | None:
     return catalog.epochs(name).get(step)
 
 
-def load_slice(run: Run, ref: str) -> Slice:
+def load_slice(run: "Run", ref: str) -> "Slice":
     """One slice from its checkpoint, checked against the digest in the catalog.
 
     Raises:
         UserError: the checkpoint is missing or damaged.
     """
+    from lmeraser_jax.storage import checkpoints  # with JAX and Orbax: what only looks at clusterings starts without
+    from lmeraser_jax.training.slices import as_slice
+
     name, step = parts_of(ref)
     params = expected_params(run.catalog, ref)
     if params is None:
