@@ -5,7 +5,11 @@ lmeraser inspect --workdir=DIR [--records]
 
 from absl import flags as absl_flags
 
+from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
+from lmeraser_jax.errors import UserError
+
+TAKES_CONFIG = False
 
 
 def define(flags: common.Flags) -> None:
@@ -13,14 +17,17 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    workdir = common.workdir_of(arguments)
     from lmeraser_jax.evaluation import overview
-    from lmeraser_jax.unlearning.run import open_run
+    from lmeraser_jax.storage.workdir import read_config
 
-    with open_run(workdir, config) as run_:
+    with common.catalog_of(workdir) as (layout, catalog):
         if arguments["records"]:
-            common.show(arguments, *overview.record_list(run_))
-        else:
-            overview = overview.overview(run_)
-            common.show(arguments, overview.table(), overview.values())
+            common.show(arguments, *overview.record_list(catalog))
+            return 0
+        stored = read_config(layout)
+        if stored is None:
+            raise UserError(f"{layout.root} is not complete yet; run: lmeraser train --workdir={layout.root}")
+        result = overview.overview(layout, catalog, settings.from_dict(stored))
+    common.show(arguments, result.table(), result.values())
     return 0

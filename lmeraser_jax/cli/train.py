@@ -46,13 +46,13 @@ def run(arguments: common.Arguments) -> int:
         for message in repair(opened):
             common.warn(message)
         outcome = build(opened)
-        overview = overview.overview(opened)
-    for message in overview.warnings:
+        shown = overview.overview(opened.layout, opened.catalog, opened.config)
+    for message in shown.warnings:
         common.warn(message)
     lines.append(_done(outcome))
-    lines += [overview.class_table(), overview.cost()]
-    shares = {"expected_share": overview.expected_share, "sampled_share": overview.sampled_share}
-    classes = {"classes": overview.values()["classes"], "imbalance": overview.imbalance}
+    lines += [shown.class_table(), shown.cost()]
+    shares = {"expected_share": shown.expected_share, "sampled_share": shown.sampled_share}
+    classes = {"classes": shown.values()["classes"], "imbalance": shown.imbalance}
     values = {
         **dataclasses.asdict(outcome),
         **shares,

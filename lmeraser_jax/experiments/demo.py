@@ -7,7 +7,7 @@ from typing import Any
 
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.evaluation import overview
+from lmeraser_jax.evaluation import montage, overview
 from lmeraser_jax.evaluation.accuracy import Evaluation, evaluate
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import erase
@@ -80,14 +80,14 @@ def demo(workdir: str, config: Config) -> Demo:
     with prepare_run(workdir, config) as (run, _):
         trained = build(run)
         before = evaluate(run)
-        share = overview.overview(run).expected_share
+        share = overview.overview(run.layout, run.catalog, run.config).expected_share
         requests = tuple(_request(run, name, ids) for name, ids in _choose(run))
         after = evaluate(run)
         audit_start = time.perf_counter()
         verdict = audit(run)
         audit_seconds = time.perf_counter() - audit_start
         picture = run.layout.picture
-        overview.picture(run, picture)
+        montage.save_montage(run, picture)
     seconds = time.perf_counter() - start
     return Demo(
         str(run.layout.root), str(picture), before, after, trained, share, requests, verdict, audit_seconds, seconds

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.evaluation import overview
+from lmeraser_jax.evaluation import montage, overview
 from lmeraser_jax.evaluation.accuracy import evaluate
 from lmeraser_jax.evaluation.predict import Model, load_model, with_slices
 from lmeraser_jax.experiments import sequences
@@ -131,7 +131,7 @@ def rows(task: Task, plan: Plan, base: Path, folder: Path, tuned: Path | None = 
         build(run)
         picture = base.parent / MONTAGE
         if plan.montage and task.experiment == "methods" and not picture.exists():
-            overview.picture(run, picture)
+            montage.save_montage(run, picture)
     if tuned is not None and not tuned.exists():
         _copy(folder, tuned)
     with prepare_run(folder, task.config) as (run, _):
@@ -154,7 +154,7 @@ def _asked(folder: Path, task: Task) -> bool:
 def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **others: object) -> Measurement:
     """A row of the published state, or of what `model` holds, without what requests cost."""
     found, made = evaluate(run, plan.split, linear=False, model=model), run.catalog.slices()
-    shown, (own, common) = overview.overview(run), sizes(run)
+    shown, (own, common) = overview.overview(run.layout, run.catalog, run.config), sizes(run)
     slices = len({cluster.slice for cluster in shown.clusters})
     facts = {
         "experiment": task.experiment,

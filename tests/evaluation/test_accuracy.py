@@ -87,7 +87,7 @@ def test_values_name_the_classes(run, result):
 
 
 def test_overview_shows_the_classes(run):
-    train, shown = run.catalog.live("train"), overview.overview(run)
+    train, shown = run.catalog.live("train"), overview.overview(run.layout, run.catalog, run.config)
     assert {row.name: row.records for row in shown.classes} == {
         name: int((train.labels == label).sum()) for label, name in enumerate(run.classes)
     }
@@ -104,7 +104,7 @@ def test_overview_shows_the_classes(run):
 
 def test_many_classes_show_their_ends(run):
     rows = tuple(overview.ClassRow(f"class {i}", 50 - i, (50 - i) / 1000) for i in range(40))
-    shown = dataclasses.replace(overview.overview(run), classes=rows, imbalance=50 / 11)
+    shown = dataclasses.replace(overview.overview(run.layout, run.catalog, run.config), classes=rows, imbalance=50 / 11)
     lines = shown.class_table().splitlines()
     assert [line.split()[1] for line in lines[1:6] + lines[7:]] == [*"01234", *map(str, range(35, 40))]
     assert "40 classes, the largest has 4.5 times" in lines[0] and "30 classes between" in lines[6]

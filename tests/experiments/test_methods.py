@@ -225,7 +225,7 @@ def test_quarantine_silences_the_common_head_and_every_erasure_makes_it_again(bu
         assert before and predictor.follow().common_ref == "" and predictor.state.common is None
         erase.process(run)
         assert predictor.follow().common_ref not in ("", before)
-        shown = overview(run)
+        shown = overview(run.layout, run.catalog, run.config)
         assert "common" not in [cluster.key for cluster in shown.clusters]
         assert "common head: ncm of all 99 private records" in shown.table()
         receipt = json.loads(run.layout.receipt(accepted.request.id).read_text())
@@ -323,7 +323,7 @@ def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built
 def test_one_head_has_no_cheap_request_and_no_rollback(built, tmp_path):
     folder, config = built("one head", tmp_path / "run")
     with small_run(folder, config=config) as run:
-        assert overview(run).expected_share == 1.0
+        assert overview(run.layout, run.catalog, run.config).expected_share == 1.0
         with pytest.raises(ValueError, match="all clusters share one slice"):
             rollback.rollback(run, next(iter(run.catalog.manifest().entries)))
 

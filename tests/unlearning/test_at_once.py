@@ -13,7 +13,6 @@ from helpers import small_run
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import overview as overview_module
-from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
@@ -39,6 +38,10 @@ def template(tmp_path_factory, _fast):
 @pytest.fixture
 def workdir(tmp_path, template):
     return shutil.copytree(template, tmp_path / "run")
+
+
+def overview(run):
+    return overview_module.overview(run.layout, run.catalog, run.config)
 
 
 def erase_sampled(run) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, with_items
 
-from lmeraser_jax.evaluation import overview
+from lmeraser_jax.evaluation import montage
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase, purge, rollback, taint
 from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of
@@ -75,7 +75,7 @@ def test_no_byte_remembers_an_erased_record(tmp_path, how, capsys):
             build(run)
     with prepare_run(tmp_path / "run", config, jax.devices()[:1], source, reimport=how != "sampled") as (run, _):
         build(run)
-        overview.picture(run, run.layout.picture)
+        montage.save_montage(run, run.layout.picture)
         manifest = run.catalog.manifest()
         sample = load_clustering(run.layout, manifest.clustering).sample
         assert (name in sample) == (how == "sampled")
