@@ -1,4 +1,4 @@
-"""Every setting of a run, with its default, its legal values and one place that checks them.
+"""Every setting of a run: its default, what it means, which values are legal, and the rules between settings.
 
 The schema is a tree of frozen dataclasses; an experiment file (`configs/*.py`) fills an
 `ml_collections.ConfigDict` of the same shape, which `from_dict` turns into a checked `Config`.
@@ -7,87 +7,98 @@ The defaults are the embedded experiment: scikit-learn's digits, split into a pu
 
 import dataclasses
 import difflib
-import reprlib
+import math
+import re
 import typing
-from collections.abc import Collection, Iterable, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.legality import CLOSED_FORMS, PROMPTED, SHOWN, WHOLE, validate
+from lmeraser_jax.errors import UserError, raise_all, shorten
 
-SHORT = reprlib.Repr()
-SHORT.maxstring = SHORT.maxother = SHOWN
+AUGMENTS = ("none", "crop", "flip", "paper")
+PROMPTED = ("prompt+head", "prompt", "prompts+one head")
+CLOSED_FORMS = ("ridge", "ncm")
+METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
+INTEGER_LIMIT = 2**63  # whole numbers lie below it
+Rule = tuple[str, bool, str]  # a setting's dotted name, whether its value is legal, what would be legal
+
+
+def setting(default: Any, text: str, choices: tuple[str, ...] = (), low: float = 0, below: float = math.inf) -> Any:
+    """A field of the schema: default, meaning with unit, and the legal texts or the legal numbers, low <= x < below."""
+    text = f"{text} ({' | '.join(choices)})" if choices else text
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "below": below})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data:
     """Where the images come from and what the backbone sees of them."""
 
-    source: str = "digits"  # digits | npz | folder | tfds
-    path: str = ""  # npz file or image folder; tfds: its data folder (empty: TFDS's own)
-    dataset: str = ""  # tfds only: name such as cifar10 or visual_domain_decathlon/gtsrb
-    train_split: str = ""  # folder: subfolder, tfds: split such as train[:40000]; empty: train
-    holdout_split: str = ""  # as train_split; empty: none
-    test_split: str = ""  # as train_split; empty: test, where there is one
-    public_split: str = ""  # as train_split; folder: empty means public, where there is one
-    test_share: float = 0.0  # share of the training images that become test images
-    holdout: float = 0.0  # share of private records kept from tuning, to choose settings with
-    split_by: str = "record"  # record | owner: what the two shares draw; an owner never falls on both sides
-    owner_pattern: str = ""  # regular expression; its first group in an id is the owner
-    labels: str = ""  # folder only: CSV that names files, labels and owners
-    csv_columns: str = "file,label,owner"  # names of these three columns in the CSV; the owner may be left out
-    skip_unreadable: bool = False  # leave out images that cannot be read, and name them, instead of refusing all
-    max_pixels: int = 50_000_000  # an image file of more pixels counts as unreadable
-    store_size: int = 0  # folder, tfds: height in pixels at which images are kept; 0: image_size
-    store_width: int = 0  # folder, tfds: width; 0: store_size
-    image_size: int = 16  # side in pixels of the backbone's input
-    resize_size: int = 0  # shorter side before the crop; 0: image_size, so that nothing is cropped
-    augment: str = "none"  # none | crop | flip | paper (crop and flip), while tuning
-    train_limit: int = 0  # use the first so many private records; 0: all
-    test_limit: int = 0  # use the first so many test images; 0: all
+    source: str = setting("digits", "where images come from", choices=("digits", "npz", "folder", "tfds"))
+    path: str = setting("", "npz file or image folder; tfds: its data folder, empty for TFDS's own")
+    dataset: str = setting("", "tfds: name such as cifar10 or visual_domain_decathlon/gtsrb")
+    train_split: str = setting("", "folder: subfolder, tfds: split such as train[:40000]; empty: train")
+    holdout_split: str = setting("", "as train_split; empty: none")
+    test_split: str = setting("", "as train_split; empty: test, where there is one")
+    public_split: str = setting("", "as train_split; folder: empty means public, where there is one")
+    test_share: float = setting(0.0, "share of the training images that become test images", below=1)
+    holdout: float = setting(0.0, "share of private records kept from tuning, to choose settings with", below=1)
+    split_by: str = setting("record", "what the two shares draw; an owner is on one side only", ("record", "owner"))
+    owner_pattern: str = setting("", "regular expression; its groups in an id, joined by /, are the owner")
+    labels: str = setting("", "folder: CSV that names files, labels and owners")
+    csv_columns: str = setting("file,label,owner", "names of these columns in the CSV; the owner may be left out")
+    skip_unreadable: bool = setting(False, "leave out and name images that cannot be read, instead of refusing all")
+    max_pixels: int = setting(50_000_000, "an image file of more pixels counts as unreadable", low=1)
+    store_size: int = setting(0, "folder, tfds: height in pixels at which images are kept; 0: image_size")
+    store_width: int = setting(0, "folder, tfds: width in pixels; 0: store_size")
+    image_size: int = setting(16, "side in pixels of the backbone's input", low=1)
+    resize_size: int = setting(0, "shorter side in pixels before the crop; 0: image_size, nothing is cropped")
+    augment: str = setting("none", "while tuning; paper is crop and flip", AUGMENTS)
+    train_limit: int = setting(0, "use the first so many private records; 0: all")
+    test_limit: int = setting(0, "use the first so many test images; 0: all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Backbone:
     """The frozen network. With `weights` the architecture is read from them, else it is trained as set here."""
 
-    name: str = ""  # a published backbone such as vit-b-22k (see lmeraser backbone); empty: whatever the weights are
-    weights: str = ""  # a file or folder, hub:OWNER/NAME[@REVISION], or hub; empty: pretrained on the public records
-    feature: str = "auto"  # auto | cls | pooler; auto: what the name or the weights have; Swin has its mean token
-    mean: str = ""  # normalisation of pixels in [0, 1]: one number or 0.485,0.456,0.406; empty: as the weights had it
-    std: str = ""
-    patch: int = 4  # pixels; this, width, depth and mlp only where there are no weights
-    width: int = 64
-    depth: int = 4
-    heads: int = 0  # 0: as the weights say, or width / 64 where they do not; width / 16 where there are none
-    mlp: int = 0  # 0: 4 x width
+    name: str = setting("", "published backbone such as vit-b-22k (lmeraser backbone --list); empty: as the weights")
+    weights: str = setting("", "file, folder, hub:OWNER/NAME[@REVISION] or hub; empty: pretrain on the public records")
+    feature: str = setting("auto", "auto: what the name or the weights have", ("auto", "cls", "pooler"))
+    mean: str = setting("", "of pixels in [0, 1]: one number or 0.485,0.456,0.406; empty: as the weights had it")
+    std: str = setting("", "standard deviation of pixels in [0, 1], as mean")
+    patch: int = setting(4, "side of a patch in pixels; patch, width, depth and mlp apply without weights", low=1)
+    width: int = setting(64, "size of a token", low=1)
+    depth: int = setting(4, "transformer blocks", low=1)
+    heads: int = setting(0, "attention heads; 0: as the weights say, else width / 64; width / 16 without weights")
+    mlp: int = setting(0, "hidden size of the MLP; 0: 4 x width")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """Supervised training on public records (paper Eq. 2): AdamW, warm-up and cosine."""
 
-    epochs: int = 80
-    batch: int = 64  # over all devices
-    rate: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: float = 0.1  # share of all steps
-    augment: str = "crop"  # none | crop | flip | paper
-    checkpoint_epochs: int = 20  # a checkpoint every so many epochs
+    epochs: int = setting(80, "passes over the public records")
+    batch: int = setting(64, "images a step, over all devices", low=1)
+    rate: float = setting(2e-3, "learning rate")
+    weight_decay: float = setting(0.05, "decoupled weight decay")
+    warmup: float = setting(0.1, "share of all steps", below=1)
+    augment: str = setting("crop", "as data.augment", AUGMENTS)
+    checkpoint_epochs: int = setting(20, "write a checkpoint every so many epochs", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clustering:
     """How private records are parted: Algorithms 1 and 2 with a balanced cut, by a keyed hash, or not at all."""
 
-    partition: str = "adaptive"  # adaptive | random (S shards) | one
-    shards: int = 10  # S, random only
-    sample_size: int = 200  # n_s
-    sample_from: str = "private"  # private | public
-    cut: str = "auto:10"  # a distance threshold t such as 10.0, or auto:K
-    max_members: int = 30  # sampled members of a cluster at most; 0: no limit (paper)
-    min_members: int = 8  # sampled members at least; 0: no limit (paper)
-    feature_batch: int = 128  # images per device and call when features are computed
+    partition: str = setting("adaptive", "random: S shards", ("adaptive", "random", "one"))
+    shards: int = setting(10, "S, shards of the random partition", low=1)
+    sample_size: int = setting(200, "n_s, records that the clusters are made from", low=1)
+    sample_from: str = setting("private", "records that are sampled", ("private", "public"))
+    cut: str = setting("auto:10", "distance threshold t such as 10.0, or auto:K for K clusters")
+    max_members: int = setting(30, "sampled members of a cluster at most; 0: no limit (paper)")
+    min_members: int = setting(8, "sampled members of a cluster at least; 0: no limit (paper)")
+    feature_batch: int = setting(128, "images per device and call when features are computed", low=1)
 
     @property
     def parts(self) -> int:
@@ -99,28 +110,28 @@ class Clustering:
 class Tuning:
     """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
 
-    method: str = "prompt+head"  # | prompt (fixed head) | prompts+one head | head | backbone (and head) | ridge | ncm
-    prompt_width: int = 2  # P, pixels of the backbone's input
-    prompt_init: float = 0.0  # standard deviation of the first prompt, in normalised pixels; 0: zeros
-    head_init: float = 0.0  # standard deviation of the first head; 0: zeros
-    optimizer: str = "adam"  # sgd | adam
-    momentum: float = 0.9  # sgd only
-    prompt_rate: float = 3e-2
-    head_rate: float = 1e-2
-    backbone_rate: float = 1e-4  # backbone only
-    penalty: float = 0.1  # ridge only: added to the variance of every standardised feature
-    expand: int = 0  # ridge and ncm: random cosines of the feature that stand beside it
-    prompt_decay: float = 0.0  # weight decay (decoupled for adam)
-    head_decay: float = 0.0
-    warmup: float = 0.1  # share of the cluster's own steps
-    epochs: int = 30  # times a member is seen
-    min_steps: int = 60  # a small cluster sees its members more often until it has made so many steps
-    slices: int = 1  # R, stages of a cluster (SISA): an erasure repeats only those that saw the record; 1: paper
-    batch: int = 16  # B, images per lane
-    lanes: int = 1  # L, clusters tuned at the same time per device
-    scan_steps: int = 64  # steps per call of the device program
-    dtype: str = "auto"  # auto: float32 on CPU, bfloat16 on GPU | float32 | bfloat16
-    device_bytes: int = 4_000_000_000  # images stay on the device up to this size, else they are streamed
+    method: str = setting("prompt+head", "what is tuned (prompt: the head is fixed), or a closed form", METHODS)
+    prompt_width: int = setting(2, "P, pixels of the backbone's input")
+    prompt_init: float = setting(0.0, "standard deviation of the first prompt, in normalised pixels; 0: zeros")
+    head_init: float = setting(0.0, "standard deviation of the first head; 0: zeros")
+    optimizer: str = setting("adam", "optimizer of prompt and head", ("sgd", "adam"))
+    momentum: float = setting(0.9, "sgd only", below=1)
+    prompt_rate: float = setting(3e-2, "learning rate of the prompt")
+    head_rate: float = setting(1e-2, "learning rate of the head")
+    backbone_rate: float = setting(1e-4, "learning rate of the backbone, method backbone only")
+    penalty: float = setting(0.1, "ridge only: added to the variance of every standardised feature")
+    expand: int = setting(0, "ridge and ncm: random cosines of the feature that stand beside it")
+    prompt_decay: float = setting(0.0, "weight decay of the prompt (decoupled for adam)")
+    head_decay: float = setting(0.0, "weight decay of the head (decoupled for adam)")
+    warmup: float = setting(0.1, "share of the cluster's own steps", below=1)
+    epochs: int = setting(30, "times a member is seen", low=1)
+    min_steps: int = setting(60, "a small cluster sees its members more often until it has made so many steps")
+    slices: int = setting(1, "R, stages of a cluster (SISA): an erasure repeats only those that saw the record", low=1)
+    batch: int = setting(16, "B, images per lane", low=1)
+    lanes: int = setting(1, "L, clusters tuned at the same time per device", low=1)
+    scan_steps: int = setting(64, "steps per call of the device program", low=1)
+    dtype: str = setting("auto", "auto: float32 on CPU, bfloat16 on GPU", ("auto", "float32", "bfloat16"))
+    device_bytes: int = setting(4_000_000_000, "images stay on the device up to this size, else they are streamed")
 
     @property
     def active_prompt_width(self) -> int:
@@ -142,37 +153,37 @@ class Tuning:
 class Common:
     """A closed-form head of all private records, which answers together with the clusters.
 
-    Erasure is a subtraction; where features are expanded, all that are left are added up again.
+    An erasure subtracts a record from it; where features are expanded, the sums over all live records are made again.
     """
 
-    method: str = "none"  # none | ridge | ncm
-    penalty: float = 0.1  # as tuning.penalty
-    expand: int = 0  # as tuning.expand
+    method: str = setting("none", "kind of the common head", ("none", *CLOSED_FORMS))
+    penalty: float = setting(0.1, "as tuning.penalty")
+    expand: int = setting(0, "as tuning.expand")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoints:
     """Earlier epochs of a cluster that are kept beside its last; never part of a slice's numbers."""
 
-    every_epochs: int = 0  # keep the cluster as it was after every so many of its epochs; 0: the last step only
-    keep: int = 3  # so many of these at most, the latest
+    every_epochs: int = setting(0, "keep a cluster as it was after every so many of its epochs; 0: its last step only")
+    keep: int = setting(3, "keep the latest so many of these", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inference:
     """Routing and prediction; free to differ between commands on one workdir."""
 
-    nearest: int = 1  # m: ask the m nearest clusters (1: paper); 0: all
-    aggregate: str = "mean"  # of their probabilities | vote: the share of them whose first choice a class is
-    common_weight: float = 0.3  # weight of the common head's probabilities, where there is one
-    batch: int = 128  # images per device and call
+    nearest: int = setting(1, "m, ask the m nearest clusters (1: paper); 0: all")
+    aggregate: str = setting("mean", "mean of their probabilities, or vote: share of first choices", ("mean", "vote"))
+    common_weight: float = setting(0.3, "weight of the common head's probabilities, where there is one")
+    batch: int = setting(128, "images per device and call", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
-    seed: int = 0
+    seed: int = setting(0, "decides every sample, order, draw and first value")
     data: Data = Data()
     backbone: Backbone = Backbone()
     pretraining: Pretraining = Pretraining()
@@ -181,6 +192,21 @@ class Config:
     common: Common = Common()
     checkpoints: Checkpoints = Checkpoints()
     inference: Inference = Inference()
+
+
+def settings_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:
+    """Dotted name, value and metadata of every setting of a config, in the order of the schema."""
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from settings_of(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", value, field.metadata
+
+
+def describe() -> list[tuple[str, Any, str]]:
+    """Name, default and help of every setting."""
+    return [(name, default, metadata["help"]) for name, default, metadata in settings_of(Config())]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -211,22 +237,48 @@ def from_dict(tree: Any) -> Config:
     return config
 
 
+def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
+    """One dataclass of the schema from one level of the tree; problems are collected."""
+    types = typing.get_type_hints(cls)
+    problems += [_unknown(prefix, key, types) for key in tree if key not in types]
+    values = {}
+    for name in types.keys() & tree.keys():
+        value, kind, flag = tree[name], types[name], f"{prefix}{name}"
+        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+            values[name] = _build(typing.cast(type, kind), value, f"{flag}.", problems)
+        elif dataclasses.is_dataclass(kind):
+            problems.append(f"{flag}={_shown(value)}: must be a group of settings")
+        elif isinstance(value, int) and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
+            problems.append(f"{flag}={_shown(value)}: must lie between -2^63 and 2^63")
+        elif kind is float and type(value) is int:
+            values[name] = float(value)
+        elif type(value) is not kind:
+            problems.append(f"{flag}={_shown(value)}: must be {kind.__name__}, is {type(value).__name__}")
+        else:
+            values[name] = value
+    return cls(**values)
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, for a message."""
+    return shorten(repr(value) if isinstance(value, str) else value, 400)
+
+
 def unknown_names(names: Iterable[str]) -> list[str]:
     """A message for every dotted name, such as tuning.epochs, that is no setting."""
     tree, problems = to_dict(Config()), []
     for name in names:
-        level: Any = tree
-        for depth, part in enumerate(name.split(".")):
-            if not isinstance(level, dict) or part not in level:
-                legal = list(level) if isinstance(level, dict) else []
-                prefix = "".join(f"{group}." for group in name.split(".")[:depth])
-                problems.append(_unknown(prefix, part, legal))
-                break
-            level = level[part]
+        group, _, leaf = name.partition(".")
+        legal = tree[group] if isinstance(tree.get(group), dict) else {}
+        if group not in tree:
+            problems.append(_unknown("", group, tree))
+        elif leaf and leaf not in legal:
+            problems.append(_unknown(f"{group}.", leaf, legal))
     return problems
 
 
-def _unknown(prefix: str, name: str, legal: Collection[str]) -> str:
+def _unknown(prefix: str, name: object, legal: Collection[str]) -> str:
+    name = shorten(name)
     near = difflib.get_close_matches(name, legal, 1)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(legal)}"
     return f"unknown setting {prefix}{name}; {hint}"
@@ -244,38 +296,104 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-def _shown(value: object) -> str:
-    """A value of any kind for a message: short, however large or deep it is."""
+def parse_cut(cut: str) -> tuple[str, float]:
+    """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
+    kind = "auto" if cut.startswith("auto:") else "threshold"
+    value = int(cut.removeprefix("auto:")) if kind == "auto" else float(cut)
+    low, limit = (1, INTEGER_LIMIT) if kind == "auto" else (0, math.inf)
+    if not low <= value < limit:
+        raise ValueError(cut)
+    return kind, float(value)
+
+
+def parse_numbers(text: str) -> tuple[float, ...]:
+    """The numbers of a list such as "0.5" or "0.485,0.456,0.406". Raises ValueError for anything else."""
+    return tuple(float(number) for number in text.split(",")) if text else ()
+
+
+def validate(config: Config) -> list[str]:
+    """One line per illegal value: the value, what is legal, the flag to change."""
+    rules = (_ranges, _rules_of_data, _rules_of_backbone, _rules_of_tuning)
+    broken = [(name, legal) for rule in rules for name, holds, legal in rule(config) if not holds]
+    values = {name: value for name, value, _ in settings_of(config)}
+    return [f"--config.{name}={_shown(values[name])}: must be {legal}" for name, legal in broken]
+
+
+def _ranges(config: Config) -> Iterator[Rule]:
+    """What each value must be whatever the others are, as its field says."""
+    for name, value, metadata in settings_of(config):
+        choices, low, below = metadata["choices"], metadata["low"], metadata["below"]
+        if choices:
+            yield name, value in choices, "one of " + ", ".join(choices)
+        elif isinstance(value, int | float):
+            legal = "0 or more" if low == 0 else f"at least {low}"
+            yield name, low <= value < below, legal if below == math.inf else f"in [{low}, {below})"
+
+
+def _rules_of_data(config: Config) -> Iterator[Rule]:
+    data = config.data
+    fits = data.resize_size == 0 or data.resize_size >= data.image_size
+    yield "data.resize_size", fits, f"0 or at least --config.data.image_size={data.image_size}"
+    if data.source in ("npz", "folder"):
+        yield "data.path", bool(data.path), f"set for data.source={data.source}"
+    if data.source == "tfds":
+        yield "data.dataset", bool(data.dataset), "the name of a TFDS data set, such as cifar10"
+    if data.owner_pattern:
+        yield "data.owner_pattern", _has_group(data.owner_pattern), "a regular expression with a group"
+    yield "data.csv_columns", data.csv_columns.count(",") in (1, 2), "two or three column names: file,label[,owner]"
+
+
+def _has_group(pattern: str) -> bool:
+    """Whether a pattern is a regular expression with at least one group."""
     try:
-        return SHORT.repr(value)
-    except (ValueError, RecursionError):  # Python does not print whole numbers of many thousand digits
-        return f"a large {type(value).__name__}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python will read differently
+            return re.compile(pattern).groups > 0
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
-def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    """One dataclass of the schema from one level of the tree; problems are collected."""
-    hints = typing.get_type_hints(cls)
-    problems += [
-        _unknown(prefix, key if isinstance(key, str) and len(key) <= SHOWN else _shown(key), hints)
-        for key in tree
-        if key not in hints
-    ]
-    values = {}
-    for name, kind in hints.items():
-        if name not in tree:
-            continue
-        value = tree[name]
-        if dataclasses.is_dataclass(kind):
-            if isinstance(value, Mapping):
-                values[name] = _build(typing.cast(type, kind), value, f"{prefix}{name}.", problems)
-            else:
-                problems.append(f"{prefix}{name}={_shown(value)}: must be a group of settings")
-        elif isinstance(value, int) and not -WHOLE < value < WHOLE:
-            problems.append(f"{prefix}{name}={_shown(value)}: must lie between -2^63 and 2^63")
-        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            values[name] = float(value)
-        elif type(value) is not kind:
-            problems.append(f"{prefix}{name}={_shown(value)}: must be {kind.__name__}, is {type(value).__name__}")
-        else:
-            values[name] = value
-    return cls(**values)
+def _rules_of_backbone(config: Config) -> Iterator[Rule]:
+    backbone = config.backbone
+    yield "backbone.mean", _is_normalisation(backbone.mean, -math.inf), "empty, or one number or three, finite"
+    yield "backbone.std", _is_normalisation(backbone.std, 0), "empty, or one number or three, finite and above 0"
+    if backbone.name:
+        weights = (
+            f"a file, a folder or hub (lmeraser backbone --name={backbone.name} says which weights and where from)"
+        )
+        yield "backbone.weights", bool(backbone.weights), weights
+    if not backbone.weights and min(backbone.patch, backbone.width) > 0:  # else the weights decide
+        fits = config.data.image_size % backbone.patch == 0
+        yield "data.image_size", fits, f"a multiple of the patch size {backbone.patch}"
+        heads = backbone.heads or max(1, backbone.width // 16)
+        yield "backbone.heads", backbone.width % heads == 0, f"a divisor of the width {backbone.width} (0: {heads})"
+
+
+def _is_normalisation(text: str, low: float) -> bool:
+    """Whether a text is empty, or one finite number or three, all above `low`."""
+    try:
+        numbers = parse_numbers(text)
+    except ValueError:
+        return False
+    return len(numbers) in (0, 1, 3) and all(low < number < math.inf for number in numbers)
+
+
+def _rules_of_tuning(config: Config) -> Iterator[Rule]:
+    clustering, tuning, size = config.clustering, config.tuning, config.data.image_size
+    fits = clustering.max_members == 0 or clustering.min_members <= clustering.max_members
+    yield "clustering.min_members", fits, f"at most --config.clustering.max_members={clustering.max_members}"
+    try:
+        parse_cut(clustering.cut)
+    except ValueError:
+        yield "clustering.cut", False, "a distance of 0 or more, or auto:K with K >= 1"
+    yield "tuning.prompt_width", 2 * tuning.prompt_width <= size, f"at most half of --config.data.image_size={size}"
+    if tuning.method == "prompt":
+        yield "tuning.prompt_width", tuning.prompt_width > 0, "above 0 for tuning.method=prompt"
+    for name, head in (("tuning.penalty", tuning), ("common.penalty", config.common)):
+        yield name, head.method != "ridge" or head.penalty > 0, "above 0"
+    if tuning.closed:
+        stages = f"1 for tuning.method={tuning.method}: a closed form has no stages to repeat"
+        yield "tuning.slices", tuning.slices == 1, stages
+    else:
+        yield "tuning.expand", tuning.expand == 0, f"0 for tuning.method={tuning.method}"
+    yield "inference.common_weight", config.inference.common_weight <= 1, "at most 1"

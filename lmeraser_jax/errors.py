@@ -7,12 +7,15 @@ class UserError(ValueError):
     """Input that a user can mend. The command line prints the message alone and exits with code 2."""
 
 
-def raise_all(problems: Sequence[str], heading: str = "") -> None:
-    """Raises one `UserError` that lists every problem; does nothing when there is none."""
-    if problems:
-        heading = heading or ("several things are wrong:" if len(problems) > 1 else "")
-        lines = [f"- {problem}" for problem in problems] if heading else list(problems)
-        raise UserError("\n".join([heading, *lines] if heading else lines))
+def raise_all(problems: Sequence[str], heading: str = "", limit: int = 1000) -> None:
+    """Raises one `UserError` that lists every problem, `limit` of them at most; does nothing when there is none."""
+    if not problems:
+        return
+    heading = heading or ("several things are wrong:" if len(problems) > 1 else "")
+    lines = list(problems[:limit])
+    if len(problems) > limit:
+        lines.append(f"... ({len(problems)} in all)")
+    raise UserError("\n".join([heading, *(f"- {line}" for line in lines)] if heading else lines))
 
 
 def join_limited(values: Iterable[object], limit: int = 10) -> str:
@@ -20,3 +23,16 @@ def join_limited(values: Iterable[object], limit: int = 10) -> str:
     values = [str(value) for value in values]
     more = f", ... ({len(values)} in all)" if len(values) > limit else ""
     return ", ".join(values[:limit]) + more
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A value in one line of a message: text as it is, anything else as Python writes it.
+
+    What is longer than `limit` characters is cut and its length named; text that would not print is escaped.
+    """
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except (ValueError, RecursionError):  # a whole number of many thousand digits, a structure of many thousand levels
+        return f"a large {type(value).__name__}"
+    start = text[:limit] if text[:limit].isprintable() else ascii(text[:limit])
+    return start if len(text) <= limit else f"{start}... ({len(text)} characters)"

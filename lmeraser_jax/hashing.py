@@ -7,6 +7,7 @@ name of what it is for, so that one cluster can be made again without any other.
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,28 @@ import numpy as np
 def canonical_json(value: object) -> str:
     """JSON with sorted keys and no spaces: equal values give equal text. NaN is refused."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def parse_strict_json(text: str) -> Any:
+    """The values in a JSON text that somebody else wrote: it has one meaning or is refused.
+
+    Raises:
+        ValueError: no JSON, a key that occurs twice in an object, NaN or infinity, half a character, numbers of
+            thousands of digits, or nested so deeply that Python gives up.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a key occurs twice")
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+        return values
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def digest(value: object) -> str:
