@@ -178,7 +178,9 @@ def _help(module: ModuleType, flags: Flags) -> str:
     if not configurable:
         return "\n".join(lines)
     lines += ["", "settings and defaults:"]
-    lines += [f"  --config.{key}={value}" for key, value in _leaves(settings.to_dict(Config()))]
+    leaves = {f"--config.{name}={default}": text for name, default, text in settings.describe()}
+    width = max(map(len, leaves)) + 2
+    lines += [f"  {flag:<{width}}{text}" for flag, text in leaves.items()]
     return "\n".join(lines)
 
 
@@ -187,13 +189,6 @@ def _described(flag: absl_flags.Flag) -> str:
     value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
     shown = value is not None and value is not False and value != ""
     return f"{flag.help} (default: {value})" if shown else str(flag.help)
-
-
-def _leaves(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return found
 
 
 def define_wait(flags: Flags) -> None:

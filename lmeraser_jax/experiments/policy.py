@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax import config as settings
-from lmeraser_jax import strict_json
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import cost_model, simulation
 from lmeraser_jax.experiments.cost_model import Batch, Clusters, Machine
 from lmeraser_jax.experiments.simulation import Simulated
+from lmeraser_jax.hashing import parse_strict_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import images_of
 from lmeraser_jax.storage.workdir import Layout, read_config
@@ -265,7 +265,7 @@ def _reclusterings(layout: Layout) -> tuple[tuple[float, float], ...]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash, edited, or of an older release
-            values = strict_json.loads(line)
+            values = parse_strict_json(line)
             spared, altered = values["images_spared"], values["images_changed"]
             if values["kind"] == "reconcile" and values["reclustered"] is True and 0 <= altered <= spared != 0:
                 found.append((float(spared), float(altered)))

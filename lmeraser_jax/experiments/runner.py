@@ -18,13 +18,12 @@ import numpy as np
 
 from lmeraser_jax import __version__
 from lmeraser_jax import config as settings
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, parse_cut
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.experiments import sequences
 from lmeraser_jax.experiments.measure import EXPERIMENTS, MONTAGE, Plan, Task, rows, tasks
 from lmeraser_jax.experiments.methods import Method
 from lmeraser_jax.experiments.results import NOTE, Done, Measurement, Results, bound, load_done, save
-from lmeraser_jax.legality import cut_of
 from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.training import clustering
@@ -88,7 +87,7 @@ def check(comparison: Comparison) -> None:
             problems.append(f"--{flag}: name at least one")
     for text in plan.cuts:
         try:
-            cut_of(text)
+            parse_cut(text)
         except ValueError:
             problems.append(f"--cuts={text}: must be a distance of 0 or more, or auto:K with K >= 1")
     if "cut" in comparison.experiments and not plan.cuts:

@@ -16,7 +16,6 @@ import numpy as np
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError, join_limited, raise_all
-from lmeraser_jax.legality import numbers
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.backbone import Architecture, Backbone, Params
@@ -364,7 +363,9 @@ def normalisation(
         mean, std = zoo.entry(chosen.name).normalisation
     else:
         mean, std = weights.normalisation or usual
-    return per_channel(numbers(chosen.mean) or mean, numbers(chosen.std) or std, config.channels)
+    return per_channel(
+        settings.parse_numbers(chosen.mean) or mean, settings.parse_numbers(chosen.std) or std, config.channels
+    )
 
 
 def per_channel(

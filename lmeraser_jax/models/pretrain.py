@@ -18,11 +18,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, parse_numbers
 from lmeraser_jax.data.transforms import ImageSpec, augmented
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, digest, philox
-from lmeraser_jax.legality import numbers
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.convert import misfits, per_channel
@@ -87,7 +86,7 @@ def pretrain(
             "there are no public images to pretrain on; name a backbone with --config.backbone.weights=FILE"
         )
     vit = architecture(config, channels=images.shape[3], classes=classes)
-    mean, std = (numbers(text) or (0.5,) for text in (config.backbone.mean, config.backbone.std))
+    mean, std = (parse_numbers(text) or (0.5,) for text in (config.backbone.mean, config.backbone.std))
     mean, std = per_channel(mean, std, images.shape[3])
     spec = ImageSpec(
         *images.shape[1:],

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmeraser_jax import config as settings
+from lmeraser_jax.config import parse_cut
 from lmeraser_jax.hashing import digest, keyed_hash
-from lmeraser_jax.legality import cut_of
 
 if TYPE_CHECKING:
     import jax  # imported where it is used: a command that only reads a clustering starts without it
@@ -126,7 +126,7 @@ def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clus
         config: cut and limits.
         name: the clustering's digest.
     """
-    groups = cut_tree(tree(features), _clamped(cut_of(config.cut), len(sample)), config.max_members)
+    groups = cut_tree(tree(features), _clamped(parse_cut(config.cut), len(sample)), config.max_members)
     groups = merge_small(groups, features, config.min_members, config.max_members)
     keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
     labels = np.zeros(len(sample), np.int32)

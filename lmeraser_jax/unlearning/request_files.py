@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lmeraser_jax import strict_json
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.hashing import parse_strict_json
 from lmeraser_jax.storage.catalog import Catalog
 
 LARGEST = 100_000_000  # bytes of a file
@@ -179,7 +179,7 @@ def _jsonl(text: str) -> Iterator[_Line]:
         if not line.strip():
             continue
         try:
-            values = strict_json.loads(line)
+            values = parse_strict_json(line)
         except ValueError as error:
             what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             yield _Line(number, wrong=f"not JSON: {what}")

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, parse_cut
 from lmeraser_jax.data import load
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
@@ -26,7 +26,6 @@ from lmeraser_jax.data.source import Source
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.legality import cut_of
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, pretrain
 from lmeraser_jax.models.backbone import Backbone
@@ -290,7 +289,7 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     if first and k.sample_size > count and not requests.any_open(catalog):
         what = f"at most the number of {k.sample_from} records, {count}"
         problems.append(f"--config.clustering.sample_size={k.sample_size}: must be {what}")
-    kind, value = cut_of(k.cut)
+    kind, value = parse_cut(k.cut)
     if kind == "auto" and value > k.sample_size:
         problems.append(f"--config.clustering.cut={k.cut}: K must be at most clustering.sample_size={k.sample_size}")
     raise_all(problems)

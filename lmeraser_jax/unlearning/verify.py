@@ -17,9 +17,8 @@ from typing import Any
 import jsonschema
 import numpy as np
 
-from lmeraser_jax import strict_json
 from lmeraser_jax.errors import UserError, join_limited
-from lmeraser_jax.hashing import arrays_digest, digest
+from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
@@ -238,7 +237,7 @@ def _read(path: Path) -> Any:
     if len(raw) > LARGEST:
         raise _Unreadable(f"is larger than {LARGEST} bytes")
     try:
-        return strict_json.loads(raw.decode())
+        return parse_strict_json(raw.decode())
     except ValueError as error:
         raise _Unreadable(f"is not JSON: {_short(error)}") from None
 

@@ -1,11 +1,8 @@
 """Tables, arrays and settings of any content: they load, or one message says why not; nothing is ever allocated for
 what only a header promises."""
 
-import contextlib
 import csv
 import io
-import json
-import math
 import tracemalloc
 import zipfile
 from typing import Any
@@ -15,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmeraser_jax import config
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import label_csv, npz
 from lmeraser_jax.data.source import problems
@@ -256,81 +252,6 @@ def test_any_member(tmp_path, key, place, patch, how):
 def test_any_file(tmp_path, raw):
     (tmp_path / "a.npz").write_bytes(raw)
     assert load_npz(tmp_path / "a.npz")
-
-
-# settings
-KEYS = st.sampled_from([*config.to_dict(config.Config()), *config.to_dict(config.Config())["data"], "cut", "heads"])
-LEAVES = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(1, 5000).map(lambda digits: -(10**digits))
-    | st.integers(1, 5000).map(lambda digits: 10**digits)
-    | st.sampled_from([2**63, -(2**63), math.nan, math.inf, "auto:" + "9" * 400, "x" * 10**6])
-    | st.floats()
-    | st.text(max_size=6)
-    | st.binary(max_size=3)
-)
-TREES = st.recursive(
-    LEAVES,
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(KEYS | st.text(max_size=4) | st.integers() | st.none(), inner, max_size=5)
-    ),
-    max_leaves=12,
-)
-
-
-def checked(tree: object) -> str:
-    try:
-        config.from_dict(tree)
-        return ""
-    except UserError as error:
-        assert len(str(error)) < 20_000
-        return str(error)
-
-
-@settings(max_examples=200)
-@given(TREES)
-def test_any_settings(tree):
-    checked(tree)
-
-
-DEFAULTS = config.to_dict(config.Config())
-SETTINGS = [(g, name) for g, group in DEFAULTS.items() if isinstance(group, dict) for name in group]
-
-
-@settings(max_examples=300)
-@given(st.sampled_from(SETTINGS), LEAVES | st.integers(-2, 5) | st.text(alphabet="([{\\.*+?|)]}^$0,:auto", max_size=12))
-def test_any_value_of_any_setting(where, value):
-    """One setting at a time, so that a value of the right type reaches the checks; what passes survives JSON."""
-    group, name = where
-    if not checked({group: {name: value}}):
-        found = config.from_dict({group: {name: value}})
-        assert config.from_dict(json.loads(json.dumps(config.to_dict(found)))) == found
-
-
-def test_hostile_settings():
-    deep: Any = {}
-    for _ in range(100_000):
-        deep = {"data": deep}
-    for tree, why in (
-        (deep, "data"),
-        ({"data": {"path": [deep]}}, "must be str, is list"),
-        ({"seed": 10**5000}, "seed=a large int: must lie between"),
-        ({"tuning": {"head_rate": 10**5000}}, "must lie between"),
-        ({"clustering": {"cut": "auto:" + "9" * 400}}, "auto:K with K >= 1"),
-        ({"data": {"owner_pattern": "(" * 50_000}}, "a regular expression with a group"),
-        ({"data": {"owner_pattern": "(a{99999999999999})"}}, "a regular expression with a group"),
-        ({"x" * 10**7: 1}, "unknown setting"),
-        ({"data": {"source": "x" * 10**7}}, "must be one of digits"),
-        (None, "must be a group of settings"),
-    ):
-        found = checked(tree)
-        assert why in found and len(found) < 3000
-    with contextlib.suppress(AttributeError):  # let a deep tree go without a deep recursion
-        while deep:
-            deep = deep["data"]
 
 
 def test_max_pixels_reaches_npz(tmp_path):
