@@ -1,6 +1,133 @@
 """Exact machine unlearning for large vision models: LMEraser (AISTATS 2025) on JAX.
 
-The package root stays free of heavy imports, so that `lmeraser --help` answers at once.
+    import lmeraser_jax as lm
+
+    lm.train("runs/digits", {"tuning": {"epochs": 20}})
+    erasure = lm.unlearn("runs/digits", records=["digit-0017"], requester="desk 3")
+    assert lm.audit("runs/digits").ok
+
+A workdir is a folder that holds one run; the command line works on the same folders. Each function imports what it
+needs when it is called, so `import lmeraser_jax` loads neither JAX nor NumPy. Every function raises `UserError`, with
+all that is wrong in one message, for what a user can mend.
 """
 
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmeraser_jax.config import Config
+from lmeraser_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from lmeraser_jax.evaluation.accuracy import Evaluation
+    from lmeraser_jax.evaluation.predict import Predictions
+    from lmeraser_jax.unlearning.audit import Verdict
+    from lmeraser_jax.unlearning.build import BuildReport
+    from lmeraser_jax.unlearning.erase import Erasure
+
 __version__ = "0.1.0"
+__all__ = ["Config", "UserError", "audit", "evaluate", "predict", "train", "unlearn"]
+
+
+def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None) -> "BuildReport":
+    """Imports the data, pretrains or converts the backbone, clusters the records and tunes every cluster.
+
+    A second call on the same workdir resumes, or finds that nothing is to be done.
+
+    Args:
+        workdir: a new, empty or existing workdir.
+        config: a config, or nested settings such as `{"tuning": {"epochs": 20}}` with every other setting at its
+            default; None: the workdir's own config, or the defaults (scikit-learn's digits) for a new workdir.
+    """
+    from lmeraser_jax.config import from_dict
+    from lmeraser_jax.storage.workdir import Layout, read_config
+    from lmeraser_jax.unlearning.build import build, repair
+    from lmeraser_jax.unlearning.run import prepare_run
+
+    if config is None:
+        config = read_config(Layout(workdir)) or {}
+    if not isinstance(config, Config):
+        config = from_dict(config)
+    with prepare_run(workdir, config) as (run, _):
+        repair(run)
+        return build(run)
+
+
+def unlearn(
+    workdir: str | Path,
+    records: Sequence[str] = (),
+    owners: Sequence[str] = (),
+    *,
+    request: str = "",
+    requester: str = "",
+    reason: str = "",
+) -> "Erasure":
+    """Erases records and brings the workdir to the state of never having had them, bit for bit.
+
+    Args:
+        workdir: a trained workdir.
+        records: ids of records.
+        owners: owners, all of whose records are erased.
+        request: an id for the request; a second call with the same id and records changes nothing.
+        requester, reason: text for the receipt, which is kept for good.
+
+    Returns:
+        The request, what the build did (`outcome`), and the path of the receipt (`receipt`).
+    """
+    from lmeraser_jax.unlearning.erase import request_erasure
+    from lmeraser_jax.unlearning.run import open_run
+
+    if isinstance(records, str) or isinstance(owners, str):  # its letters could be ids of other records
+        raise UserError("records and owners must be lists of names, not text")
+    with open_run(workdir, write=True) as run:
+        return request_erasure(run, records, owners, request, requester, reason)
+
+
+def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") -> "Predictions":
+    """Predicts images with the prompts and heads of the nearest clusters.
+
+    Every call loads the model; a process that stays alive keeps an `evaluation.serving.Predictor`.
+
+    Args:
+        workdir: a trained workdir.
+        images: image files, or uint8 [N, h, w, c] in the shape that the workdir keeps.
+    """
+    import numpy as np
+
+    from lmeraser_jax.data.decode import decoded
+    from lmeraser_jax.evaluation import predict
+    from lmeraser_jax.unlearning.run import open_run
+
+    with open_run(workdir) as run:
+        shape = run.spec.height, run.spec.width, run.spec.channels
+        if not isinstance(images, np.ndarray):
+            images = decoded([Path(file) for file in images], *shape, run.config.data.max_pixels)
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            legal = ", ".join(map(str, shape))
+            raise UserError(f"images: {images.dtype} {list(images.shape)}: must be uint8 [N, {legal}], or image files")
+        return predict.predict(predict.load_model(run), images)
+
+
+def evaluate(workdir: str | Path, split: str = "test") -> "Evaluation":
+    """Measures the accuracy on the test, holdout or train images, beside a linear head on the same features."""
+    from lmeraser_jax.evaluation import accuracy
+    from lmeraser_jax.unlearning.run import open_run
+
+    with open_run(workdir) as run:
+        return accuracy.evaluate(run, split)
+
+
+def audit(workdir: str | Path, sample: int = 0) -> "Verdict":
+    """Builds everything again from the live records, in a temporary place, and compares every bit.
+
+    Args:
+        workdir: a trained workdir.
+        sample: rebuild so many clusters, drawn at random; 0: all.
+    """
+    from lmeraser_jax.unlearning import audit
+    from lmeraser_jax.unlearning.run import open_run
+
+    with open_run(workdir, write=True) as run:
+        return audit.audit(run, sample)

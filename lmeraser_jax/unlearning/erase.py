@@ -6,6 +6,7 @@ is reconciled with the records that are left. Requests that wait are served toge
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request, Targets
@@ -31,10 +32,11 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Erasure:
-    """A request and what serving it did; `outcome` is None while it waits, or if it was served before."""
+    """A request, its receipt, and what serving it did; `outcome` is None while it waits, or if it was served before."""
 
     request: Request
     outcome: BuildReport | None
+    receipt: Path
 
     @property
     def records(self) -> int:
@@ -86,7 +88,7 @@ def request_erasure(
     """
     assert run.writable or defer, "serving a request needs a run that holds the writer lock"
     accepted = requests.accept(run.catalog, ids, owners, request, requester, reason, quarantine, contents)
-    return Erasure(accepted, None) if defer else serve(run, accepted.id)
+    return Erasure(accepted, None, run.layout.receipt(accepted.id)) if defer else serve(run, accepted.id)
 
 
 def serve(run: Run, name: str) -> Erasure:
@@ -98,9 +100,9 @@ def serve(run: Run, name: str) -> Erasure:
     request = requests.get(run.catalog, name)
     assert request is not None, f"{name} was not accepted"
     if not request.open:
-        return Erasure(request, None)
+        return Erasure(request, None, run.layout.receipt(name))
     outcome, finished = process(run)
-    return Erasure(next(done for done in finished if done.id == name), outcome)
+    return Erasure(next(done for done in finished if done.id == name), outcome, run.layout.receipt(name))
 
 
 def process(run: Run) -> tuple[BuildReport, list[Request]]:
