@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+PIECE = 4096  # rows looked at together
+
 
 class RowFile:
     """Rows of one shape and dtype in one file.
@@ -55,3 +57,13 @@ class RowFile:
             view = self.view("r+")
             view[rows[rows < len(view)]] = 0
             view.flush()
+
+    def filled(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [m]: those of the given rows, int64 [n], that hold anything but zeros and NaN."""
+        if not len(self):
+            return np.zeros(0, np.int64)
+        view = self.view()
+        rows = rows[rows < len(view)]
+        pieces = np.array_split(rows, max(1, len(rows) // PIECE))
+        filled = [np.nan_to_num(view[piece]).reshape(len(piece), -1).any(axis=1) for piece in pieces]
+        return rows[np.concatenate(filled)]

@@ -197,6 +197,11 @@ class Catalog:
         """Rows of the image file that belong to a record or to an erased one's place."""
         return self.get("rows") or 0
 
+    def free_rows(self) -> np.ndarray:
+        """int64 [n]: image rows that belong to no record, ascending: their records were erased and purged."""
+        used = [row[0] for row in self.db.execute("SELECT row FROM records")]
+        return np.setdiff1d(np.arange(self.rows_used()), np.array(used, np.int64))
+
     def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
         """{id: (split, content, label, erased)} of those ids that the catalog holds."""
         query = "SELECT split,content,label,erased!='' FROM records WHERE id=?"
@@ -212,6 +217,11 @@ class Catalog:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
         query = "SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id"
         return [row[0] for row in self.db.execute(query, (owner,))]
+
+    def owners(self) -> list[str]:
+        """The owners of live private records, hold-out and test images included; sorted."""
+        query = "SELECT DISTINCT owner FROM records WHERE erased='' AND owner!='' AND split!='public' ORDER BY owner"
+        return [row[0] for row in self.db.execute(query)]
 
     def same_pixels(self, content: str) -> list[str]:
         """Ids of private records with this content hash, sorted; also erased ones that are not purged yet."""
@@ -238,6 +248,10 @@ class Catalog:
     def add_tombstone(self, purpose: str, name: str) -> None:
         """Leaves a salted hash that says "erased before" of an id (tombstone) or an owner without saying which."""
         self.db.execute("INSERT OR IGNORE INTO tombstones VALUES(?)", (self.salted(purpose, name),))
+
+    def tombstones(self) -> frozenset[str]:
+        """The salted hashes of all ids and owners that were erased."""
+        return frozenset(row[0] for row in self.db.execute("SELECT hash FROM tombstones"))
 
     def tombstone_count(self) -> int:
         """How many ids and owners were erased so far."""

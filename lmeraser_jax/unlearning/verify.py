@@ -1,7 +1,7 @@
-"""Receipts against the workdir: is each whole, in its place, and is what it says still so?
+"""Checks receipts against a workdir: is each unchanged and in its place, and does what it says still hold?
 
-Needs the catalog and the files, no backbone; JAX is loaded only to read slices that a receipt says are in use.
-A receipt may come from anywhere and hold anything: nothing in it is ever taken for a path or a query.
+Reads the catalog and the files; loads neither JAX nor Orbax. A receipt may come from anywhere and hold anything:
+nothing in it is ever taken for a path or for SQL.
 """
 
 import datetime
@@ -9,37 +9,37 @@ import functools
 import importlib.resources
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jsonschema
-import numpy as np
 
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.checkpoint_arrays import read_arrays
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.unlearning.artifacts import parts_of
 from lmeraser_jax.unlearning.receipts import Link, chain, receipt_body
 
 LARGEST = 100_000_000  # bytes of a receipt; enough for two million records
 MOST = 20  # findings about the structure of one receipt
 SHOWN = 200  # characters of a text that a receipt or a library gives
-PIECE = 4096  # image rows looked at together
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found about one receipt, or about the folder of all.
+    """The result of checking one receipt, or the folder of all receipts.
 
     Attributes:
         name: the file or folder.
         request: id of the request, "" where it is not known.
         findings: why the receipt does not hold; empty when it does.
-        notes: what has changed since, as it may.
+        notes: legal changes since the receipt was written.
     """
 
     name: str
@@ -52,37 +52,49 @@ class Verdict:
         return not self.findings
 
 
-@dataclass(frozen=True, eq=False)
-class _Facts:
-    """What is so in a workdir at one moment; names are salted as receipts salt them.
+class _Snapshot:
+    """A workdir at one moment; names are salted as receipts salt them."""
 
-    Attributes:
-        links: the chain of receipts.
-        buried: tombstones of ids and owners.
-        live: ids of live records; owners: theirs.
-        slices, clusterings: {every one on disk or in the catalog: when it was made, 0 where the catalog has none}.
-        versions: of the manifests.
-        entries: {cluster: (slice, its reference not salted)} of the published state.
-        unpurged: {request: records that it erased and that the catalog still holds}.
-        filled: image rows without a record that are not empty.
-        orphaned: published slices that have seen an image row without a record.
-        told: {request: the parts of its receipt that the catalog knows, too}.
-        params: gives the salted digest of a published slice's bytes.
-    """
+    def __init__(self, layout: Layout, catalog: Catalog):
+        self._layout, self._salted, salted = layout, catalog.salted, catalog.salted
+        with catalog.snapshot():
+            manifests, free_rows = catalog.manifests(), catalog.free_rows()
+            finished = [request for request in requests.listed(catalog) if not request.open]
+            slices = dict.fromkeys(_names(layout.slices), 0.0)  # 0: on disk, and unknown to the catalog
+            slices |= {name: row.created for name, row in catalog.slices().items()}
+            clusterings = dict.fromkeys(_names(layout.clusterings), 0.0)
+            clusterings |= {manifest.clustering: manifest.created for manifest in reversed(manifests)}
+            self.links = {link.sequence: link for link in chain(catalog)}
+            self.bodies = {request.id: receipt_body(request) for request in finished}
+            self.unpurged = {request.id: len(catalog.erased([request.id])) for request in finished}
+            self.tombstones = catalog.tombstones()
+            live = catalog.live("train", "holdout", "test", "public").ids
+            self.live = {
+                "records": {salted("tombstone", name) for name in live},
+                "owners": {salted("owner", name) for name in catalog.owners()},
+            }
+            self.created = {
+                "slices": {salted("slice", name): seconds for name, seconds in slices.items()},
+                "clusterings": {salted("clustering", name): seconds for name, seconds in clusterings.items()},
+            }
+            self.versions = {manifest.version for manifest in manifests}
+            entries = manifests[0].entries if manifests else {}
+            self.published = {salted("cluster", key): reference for key, reference in entries.items()}
+            self.filled_rows = len(image_file(layout, catalog).filled(free_rows)) if len(free_rows) else 0
+            self.orphaned_slices = len(catalog.orphaned_slices())
 
-    links: tuple[Link, ...]
-    buried: frozenset[str]
-    live: frozenset[str]
-    owners: frozenset[str]
-    slices: Mapping[str, float]
-    clusterings: Mapping[str, float]
-    versions: frozenset[int]
-    entries: Mapping[str, tuple[str, str]]
-    unpurged: Mapping[str, int]
-    filled: int
-    orphaned: int
-    receipt_bodies: Mapping[str, Mapping[str, Any]]
-    params: Callable[[str], str]
+    def slice(self, cluster: str) -> str:
+        """The published slice of a cluster; empty where there is none."""
+        return self._salted("slice", self.published[cluster]) if cluster in self.published else ""
+
+    def params(self, cluster: str) -> str:
+        """The digest of the published slice's parameters. Raises `UserError` when they cannot be read."""
+        name, step = parts_of(self.published[cluster])
+        return self._salted("params", arrays_digest(read_arrays(self._layout.slice(name), step or None)))
+
+
+class _Unusable(ValueError):
+    """A file that holds no receipt; the arguments are findings."""
 
 
 def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path]) -> list[Verdict]:
@@ -91,26 +103,26 @@ def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path]) -> list[Verd
     Raises:
         UserError: a file is not there or cannot be opened.
     """
-    facts = _facts(layout, catalog)
-    return [_verdict(path, facts) for path in paths]
+    snapshot = _Snapshot(layout, catalog)
+    return [_verdict(path, snapshot) for path in paths]
 
 
 def verify_all(layout: Layout, catalog: Catalog) -> list[Verdict]:
-    """Checks every receipt of a workdir, and that folder and catalog know the same ones.
+    """Checks every receipt of a workdir, and that the folder and the catalog hold the same receipts.
 
     Returns:
         A verdict on the folder, then one for each receipt in the order of the chain.
     """
-    facts, found = _facts(layout, catalog), [_folder(layout, catalog)]
-    for link in facts.links:
+    snapshot, verdicts = _Snapshot(layout, catalog), [_folder_verdict(layout, catalog)]
+    for link in snapshot.links.values():
         path = layout.receipt(link.request)
         if not requests.LEGAL_NAME.fullmatch(link.request):
-            found.append(Verdict(ascii(link.request), "", ("the catalog names a request that cannot exist",)))
+            verdicts.append(Verdict(ascii(link.request), "", ("the catalog names a request that cannot exist",)))
         elif not path.is_file():
-            found.append(Verdict(str(path), link.request, (f"the receipt at place {link.sequence} is missing",)))
+            verdicts.append(Verdict(str(path), link.request, (f"the receipt at place {link.sequence} is missing",)))
         else:
-            found.append(_verdict(path, facts, link))
-    return found
+            verdicts.append(_verdict(path, snapshot, link))
+    return verdicts
 
 
 @functools.cache
@@ -120,81 +132,26 @@ def validator() -> jsonschema.Draft202012Validator:
     return jsonschema.Draft202012Validator(json.loads(text))
 
 
-def _facts(layout: Layout, catalog: Catalog) -> _Facts:
-    with catalog.snapshot():
-        manifests, made, query = catalog.manifests(), catalog.slices(), catalog.db.execute
-        slices = dict.fromkeys(_names(layout.slices), 0.0) | {name: row.created for name, row in made.items()}
-        clusterings = dict.fromkeys(_names(layout.clusterings), 0.0)
-        clusterings |= {manifest.clustering: manifest.created for manifest in manifests[::-1]}
-        return _Facts(
-            links=tuple(chain(catalog)),
-            buried=frozenset(row[0] for row in query("SELECT hash FROM tombstones")),
-            live=_salted(catalog, "tombstone", "SELECT id FROM records WHERE erased=''"),
-            owners=_salted(
-                catalog, "owner", "SELECT DISTINCT owner FROM records WHERE erased='' AND owner!='' AND split!='public'"
-            ),
-            slices={catalog.salted("slice", name): at for name, at in slices.items()},
-            clusterings={catalog.salted("clustering", name): at for name, at in clusterings.items()},
-            versions=frozenset(manifest.version for manifest in manifests),
-            entries={
-                catalog.salted("cluster", key): (catalog.salted("slice", ref), ref)
-                for key, ref in (manifests[0].entries if manifests else {}).items()
-            },
-            unpurged=dict(query("SELECT erased,count(*) FROM records WHERE erased!='' GROUP BY erased")),
-            filled=_filled(layout, catalog),
-            orphaned=len(catalog.orphaned_slices()),
-            receipt_bodies={r.id: receipt_body(r) for r in requests.listed(catalog) if not r.open},
-            params=functools.cache(lambda reference: catalog.salted("params", _params(layout, reference))),
-        )
-
-
 def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _salted(catalog: Catalog, purpose: str, query: str) -> frozenset[str]:
-    return frozenset(catalog.salted(purpose, row[0]) for row in catalog.db.execute(query))
-
-
-def _filled(layout: Layout, catalog: Catalog) -> int:
-    """Image rows that belong to no record and still hold something."""
-    file = image_file(layout, catalog) if catalog.get("dataset") else None
-    if file is None or not len(file):
-        return 0
-    view = file.view()
-    free = np.ones(min(len(view), catalog.rows_used()), bool)
-    used = np.array([row[0] for row in catalog.db.execute("SELECT row FROM records")], np.int64)
-    free[used[used < len(free)]] = False
-    rows = np.flatnonzero(free)
-    pieces = (view[rows[first : first + PIECE]] for first in range(0, len(rows), PIECE))
-    return sum(int(piece.reshape(len(piece), -1).any(axis=1).sum()) for piece in pieces)
-
-
-def _params(layout: Layout, reference: str) -> str:
-    """Digest of a slice's parameters. Raises `UserError` when they cannot be read."""
-    from lmeraser_jax.storage import checkpoints
-
-    name, _, step = reference.partition("@")
-    return arrays_digest(checkpoints.load(layout.slice(name), int(step) if step else None)[0])
-
-
-def _folder(layout: Layout, catalog: Catalog) -> Verdict:
-    """What the folder of receipts and the catalog say of each other."""
+def _folder_verdict(layout: Layout, catalog: Catalog) -> Verdict:
+    """Compares the folder of receipts with the catalog."""
     links, known = chain(catalog), {request.id: request for request in requests.listed(catalog)}
     findings, notes = [], []
     if [link.sequence for link in links] != list(range(1, len(links) + 1)):
         findings.append(f"the catalog's chain has gaps: {join_limited(link.sequence for link in links)}")
     linked = {link.request for link in links}
-    purged = [name for name, request in known.items() if "purged" in dict(request.body["states"])]
-    without = sorted(set(purged) - linked)
-    if without:
-        findings.append(f"finished requests without a receipt in the catalog: {join_limited(without)}")
+    purged = {name for name, request in known.items() if "purged" in dict(request.body["states"])}
+    if purged - linked:
+        findings.append(f"finished requests without a receipt in the catalog: {join_limited(sorted(purged - linked))}")
     if links and not layout.receipts.is_dir():
         findings.append("the folder is missing")
-    for name in sorted(_names(layout.receipts)):
-        request = known.get(name.removesuffix(".json"))
-        if name.startswith(".") or name in {f"{link}.json" for link in linked}:
+    for name in _names(layout.receipts):
+        if name.startswith(".") or name in {f"{request}.json" for request in linked}:
             continue  # being written, or checked on its own
+        request = known.get(name.removesuffix(".json"))
         if request is not None and request.open:
             notes.append(f"{name} belongs to a request that is not finished yet")
         else:
@@ -202,31 +159,30 @@ def _folder(layout: Layout, catalog: Catalog) -> Verdict:
     return Verdict(str(layout.receipts), "", tuple(findings), tuple(notes))
 
 
-def _verdict(path: Path, facts: _Facts, expected: Link | None = None) -> Verdict:
-    """Checks one file; `expected` is the receipt that it should be, None for any of the workdir."""
+def _verdict(path: Path, snapshot: _Snapshot, expected: Link | None = None) -> Verdict:
+    """Checks one file; `expected` is the receipt that it must be, None for any receipt of the workdir."""
     try:
         values = _read(path)
-        findings = _structure(values)
-    except _Unreadable as error:
-        return Verdict(str(path), "", (str(error),))
-    if findings:
-        return Verdict(str(path), "", tuple(findings))
-    name, sequence = values["request"]["id"], values["sequence"]
-    if expected is not None and (name, sequence) != (expected.request, expected.sequence):
-        findings.append(f"holds the receipt of {ascii(name)} at place {sequence}, not that of its own request")
-    purged_at, wrong = _states(values)
-    current, notes = _current(values, facts)
-    findings += _chained(values, facts) + wrong + _as_told(values, facts) + _erased(values, facts) + current
-    findings += _purged(values, facts, purged_at)
-    return Verdict(str(path), name, tuple(findings), tuple(notes))
+        times = _times(values)
+    except _Unusable as error:
+        return Verdict(str(path), "", error.args)
+    request, sequence = values["request"]["id"], values["sequence"]
+    findings = []
+    if expected is not None and (request, sequence) != (expected.request, expected.sequence):
+        findings.append(f"holds the receipt of {ascii(request)} at place {sequence}, not that of its own request")
+    changes, notes = _check_published(values, snapshot)
+    findings += _check_chain(values, snapshot) + _check_states(values, times) + _check_body(values, snapshot)
+    findings += _check_erased(values, snapshot) + changes + _check_purged(values, snapshot, times[-1])
+    return Verdict(str(path), request, tuple(findings), tuple(notes))
 
 
-class _Unreadable(ValueError):
-    """A file that holds no receipt."""
+def _read(path: Path) -> dict[str, Any]:
+    """The values of a receipt that fits the schema.
 
-
-def _read(path: Path) -> Any:
-    """The values in a file. Raises `UserError` when there is none, `_Unreadable` when it holds no plain JSON."""
+    Raises:
+        UserError: there is no file.
+        _Unusable: it holds no receipt.
+    """
     if not path.is_file():
         raise UserError(f"{path} is no file" if path.exists() else f"{path}: no such file")
     try:
@@ -235,119 +191,125 @@ def _read(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if len(raw) > LARGEST:
-        raise _Unreadable(f"is larger than {LARGEST} bytes")
+        raise _Unusable(f"is larger than {LARGEST} bytes")
     try:
-        return parse_strict_json(raw.decode())
+        values = parse_strict_json(raw.decode())
+        errors = list(itertools.islice(validator().iter_errors(values), MOST))
     except ValueError as error:
-        raise _Unreadable(f"is not JSON: {_short(error)}") from None
-
-
-def _structure(values: Any) -> list[str]:
-    """How the values differ from what a receipt looks like."""
-    try:
-        errors = itertools.islice(validator().iter_errors(values), MOST)
-        return [f"{_short(error.json_path)}: {_short(error.message)}" for error in errors]
+        raise _Unusable(f"is not JSON: {_shortened(error)}") from None
     except RecursionError:
-        raise _Unreadable("is nested too deeply") from None
+        raise _Unusable("is nested too deeply") from None
+    if errors:
+        raise _Unusable(*(f"{_shortened(error.json_path)}: {_shortened(error.message)}" for error in errors))
+    return values
 
 
-def _short(text: object) -> str:
+def _shortened(text: object) -> str:
     whole = str(text)
     return ascii(whole[:SHOWN])[1:-1] + ("..." if len(whole) > SHOWN else "")
 
 
-def _chained(values: Mapping[str, Any], facts: _Facts) -> list[str]:
-    """Whether a receipt is unchanged and in its place."""
-    sequence, name, found = values["sequence"], values["request"]["id"], []
-    if digest({key: value for key, value in values.items() if key != "digest"}) != values["digest"]:
-        found.append("was edited: its content has another digest than it says")
-    links = {link.sequence: link for link in facts.links}
-    link, before = links.get(sequence), links.get(sequence - 1)
-    if link is None or link.request != name:
-        there = f"the receipt of {link.request}" if link else "none"
-        found.append(f"is not of this workdir or not in its place: the catalog has {there} at place {sequence}")
-    elif link.digest != values["digest"]:
-        found.append("was replaced: the catalog knows it by another digest")
-    if values["previous"] != (before.digest if before else ""):
-        found.append("does not follow the receipt that the catalog has before it")
-    return found
-
-
-def _as_told(values: Mapping[str, Any], facts: _Facts) -> list[str]:
-    """Whether the catalog says the same of the request. It notes the last state a moment later than the receipt."""
-    known = facts.receipt_bodies.get(values["request"]["id"])
-    if known is None:
-        return ["the catalog knows no finished request of this id"]
-    both = [{**one, "request": one["request"] | {"states": one["request"]["states"][:-1]}} for one in (values, known)]
-    return [f"says another {part} than the catalog" for part in known if both[0][part] != both[1][part]]
-
-
-def _states(values: Mapping[str, Any]) -> tuple[float, list[str]]:
-    """When the purge was finished, and what is wrong with the states."""
-    states = values["request"]["states"]
+def _times(values: Mapping[str, Any]) -> list[float]:
+    """When the request reached each of its states, in seconds since the epoch."""
     try:
-        times = [datetime.datetime.fromisoformat(state["at"]).timestamp() for state in states]
+        return [datetime.datetime.fromisoformat(state["at"]).timestamp() for state in values["request"]["states"]]
     except ValueError as error:
-        return 0.0, [f"has a time that does not exist: {_short(error)}"]
-    order, found = [requests.STATES.index(state["state"]) for state in states], []
-    if order != sorted(set(order)) or order[-1] != len(requests.STATES) - 1:
-        found.append(f"has states out of order: {join_limited(state['state'] for state in states)}")
-    if times != sorted(times):
-        found.append("has states whose times run backwards")
-    return times[-1], found
+        raise _Unusable(f"has a time that does not exist: {_shortened(error)}") from None
 
 
-def _erased(values: Mapping[str, Any], facts: _Facts) -> list[str]:
-    """Whether everything that it erased stays erased."""
-    records = [name for names in values["records"].values() for name in names]
-    found = []
-    for what, names, live in (
-        ("records", records, facts.live),
-        ("owners", values["request"]["owners"], facts.owners),
+def _check_chain(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
+    """Is the receipt unchanged and in its place?"""
+    sequence, findings = values["sequence"], []
+    if digest({key: value for key, value in values.items() if key != "digest"}) != values["digest"]:
+        findings.append("was edited: its content has another digest than it says")
+    link, previous = snapshot.links.get(sequence), snapshot.links.get(sequence - 1)
+    if link is None or link.request != values["request"]["id"]:
+        holder = f"the receipt of {link.request}" if link else "none"
+        findings.append(f"is not of this workdir or not in its place: the catalog has {holder} at place {sequence}")
+    elif link.digest != values["digest"]:
+        findings.append("was replaced: the catalog knows it by another digest")
+    if values["previous"] != (previous.digest if previous else ""):
+        findings.append("does not follow the receipt that the catalog has before it")
+    return findings
+
+
+def _check_states(values: Mapping[str, Any], times: Sequence[float]) -> list[str]:
+    """Are the states and their times in order, and is the purge the last one?"""
+    states, findings = [state["state"] for state in values["request"]["states"]], []
+    if states != [state for state in requests.STATES if state in states] or states[-1] != requests.STATES[-1]:
+        findings.append(f"has states out of order: {join_limited(states)}")
+    if list(times) != sorted(times):
+        findings.append("has states whose times run backwards")
+    return findings
+
+
+def _check_body(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
+    """Does the catalog say the same of the request? It notes the last state a moment later than the receipt."""
+    body = snapshot.bodies.get(values["request"]["id"])
+    if body is None:
+        return ["the catalog knows no finished request of this id"]
+    return [
+        f"says another {name} than the catalog" for name in body if _timeless(values[name]) != _timeless(body[name])
+    ]
+
+
+def _timeless(value: Any) -> Any:
+    """A field of a receipt; the request without its last state."""
+    return value | {"states": value["states"][:-1]} if "states" in value else value
+
+
+def _check_erased(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
+    """Does everything that it erased stay erased?"""
+    records, findings = list(itertools.chain(*values["records"].values())), []
+    for kind, names, verb in (
+        ("records", records, "are"),
+        ("owners", values["request"]["owners"], "have records that are"),
     ):
-        unburied, back = [name not in facts.buried for name in names], [name in live for name in names]
-        if any(unburied):
-            found.append(f"{sum(unburied)} of its {what} left no tombstone, so that an import could bring them back")
-        if any(back):
-            found.append(f"{sum(back)} of its {what} {'are' if what == 'records' else 'have records that are'} live")
-    left = facts.unpurged.get(values["request"]["id"], 0)
-    return found + ([f"{left} of its records are still in the catalog"] if left else [])
+        unmarked = sum(name not in snapshot.tombstones for name in names)
+        live = sum(name in snapshot.live[kind] for name in names)
+        if unmarked:
+            findings.append(f"{unmarked} of its {kind} left no tombstone, so that an import could bring them back")
+        if live:
+            findings.append(f"{live} of its {kind} {verb} live")
+    unpurged = snapshot.unpurged.get(values["request"]["id"], 0)
+    if unpurged:
+        findings.append(f"{unpurged} of its records are still in the catalog")
+    return findings
 
 
-def _purged(values: Mapping[str, Any], facts: _Facts, purged_at: float) -> list[str]:
-    """Whether everything that it says was removed is gone.
+def _check_purged(values: Mapping[str, Any], snapshot: _Snapshot, purged_at: float) -> list[str]:
+    """Is everything that it says was removed still absent?
 
-    A slice or clustering of live records only may be made again, bit for bit, by a later build; that one is younger.
+    A slice or clustering of live records may be made again, bit for bit, by a later build; that one is younger.
     """
-    purged, found = values["purged"], []
-    for what, there in (("slices", facts.slices), ("clusterings", facts.clusterings)):
-        old = [name for name in purged[what] if name in there and there[name] < purged_at]
-        if old:
-            found.append(f"{len(old)} of the {what} that were removed are there: {join_limited(old)}")
-    kept = sorted(facts.versions.intersection(purged["manifests"]))
-    if kept:
-        found.append(f"manifests that were removed are there: {join_limited(kept)}")
-    if facts.orphaned:
-        found.append(f"{facts.orphaned} published slices were made with records that are erased")
-    if purged["rows"] and facts.filled:
-        found.append(f"{facts.filled} image rows that belong to no record are not empty")
-    return found
+    purged, findings = values["purged"], []
+    for kind, created in snapshot.created.items():
+        back = [name for name in purged[kind] if created.get(name, purged_at) < purged_at]
+        if back:
+            findings.append(f"{len(back)} of the {kind} that were removed are there: {join_limited(back)}")
+    versions = sorted(snapshot.versions.intersection(purged["manifests"]))
+    if versions:
+        findings.append(f"manifests that were removed are there: {join_limited(versions)}")
+    if snapshot.orphaned_slices:
+        findings.append(f"{snapshot.orphaned_slices} published slices were made with records that are erased")
+    if purged["rows"] and snapshot.filled_rows:
+        findings.append(f"{snapshot.filled_rows} image rows that belong to no record are not empty")
+    return findings
 
 
-def _current(values: Mapping[str, Any], facts: _Facts) -> tuple[list[str], list[str]]:
-    """Whether slices that it made and that still predict have the bytes that it says: findings and notes."""
-    found, replaced = [], 0
-    made = [cluster for cluster in values["clusters"] if cluster["after"]]
-    for cluster in made:
+def _check_published(values: Mapping[str, Any], snapshot: _Snapshot) -> tuple[list[str], list[str]]:
+    """Do slices that it published and that still predict have the bytes that it says? Returns findings and notes."""
+    findings, replaced = [], 0
+    tuned = [cluster for cluster in values["clusters"] if cluster["after"]]
+    for cluster in tuned:
         key = cluster["cluster"]
-        name, reference = facts.entries.get(key, ("", ""))
-        if name != cluster["after"]:
+        if snapshot.slice(key) != cluster["after"]:
             replaced += 1
             continue
         try:
-            if facts.params(reference) != cluster["params"]:
-                found.append(f"the slice of cluster {key[:12]} has other bytes than it says")
+            if snapshot.params(key) != cluster["params"]:
+                findings.append(f"the slice of cluster {key[:12]} has other bytes than it says")
         except UserError as error:
-            found.append(f"the slice of cluster {key[:12]} cannot be read: {error}")
-    note = f"{replaced} of its {len(made)} slices were replaced by a later request or publication"
-    return found, [note] if replaced else []
+            findings.append(f"the slice of cluster {key[:12]} cannot be read: {error}")
+    note = f"{replaced} of its {len(tuned)} slices were replaced by a later request or publication"
+    return findings, [note] if replaced else []

@@ -9,6 +9,7 @@ import pytest
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import atomic_files, checkpoints
+from lmeraser_jax.storage.checkpoint_arrays import read_arrays
 
 
 def arrays(rng) -> dict:
@@ -149,3 +150,12 @@ def test_steps_keep_two(folder):
     assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"4", "10"}
     found, metadata, step = checkpoints.load(folder)
     assert found["a"].tolist() == [10, 10, 10] and metadata == {"epoch": 10} and step == 10
+
+
+def test_arrays_are_read_without_orbax_as_with_it(tmp_path, rng):
+    checkpoints.save(tmp_path / "slice", arrays(rng), {}, 7, {2: arrays(rng)})
+    for step in (None, 7, 2):
+        assert same(read_arrays(tmp_path / "slice", step), checkpoints.load(tmp_path / "slice", step)[0]), step
+    for folder, step in ((tmp_path / "none", None), (tmp_path / "slice", 3)):
+        with pytest.raises(UserError, match="does not exist|cannot be read"):
+            read_arrays(folder, step)

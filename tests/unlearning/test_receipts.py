@@ -293,7 +293,7 @@ def checker(erased, tmp_path_factory):
     """Gives the findings of a file with the given bytes."""
     layout, path = Layout(erased[0]), tmp_path_factory.mktemp("crafted") / "receipt.json"
     with catalog_of(layout) as catalog:
-        facts = verify_module._facts(layout, catalog)
+        facts = verify_module._Snapshot(layout, catalog)
 
     def check(content):
         path.write_bytes(content)
