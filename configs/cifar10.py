@@ -13,11 +13,11 @@ TFDS stores the images in an order of its own, so the first 40,000 are not those
 many. `--config.data.augment=crop` switches the flips off.
 """
 
-from lmeraser_jax.presets import paper_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = paper_config(arg, "configs/cifar10.py")
+    config = common.paper_config(arg, "configs/cifar10.py")
     config.data.source = "tfds"
     config.data.dataset = "cifar10"
     config.data.train_split = "train[:40000]"

@@ -9,11 +9,11 @@ Expected: 0.7275 test accuracy with vit-b-22k (paper, Figure 6 left). This file 
 needs the published weights and a GPU. 347 clusters is what the paper states.
 """
 
-from lmeraser_jax.presets import paper_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = paper_config(arg, "configs/cifar100.py")
+    config = common.paper_config(arg, "configs/cifar100.py")
     config.data.source = "tfds"
     config.data.dataset = "cifar100"
     config.data.train_split = "train[:40000]"

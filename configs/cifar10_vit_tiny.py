@@ -1,7 +1,7 @@
 """CIFAR-10 photographs on a real ImageNet ViT-Tiny/16, small enough for two CPU cores.
 
-The data (10,000 training and 2,000 test images in an .npz) and the weights (timm names, .npz) are not part of
-the project; by default they are looked for beside it.
+The data (10,000 training and 2,000 test images in an .npz) and the weights (timm names, .npz) are not part of the
+project: put them, or links to them, into data/ and weights/, or name them with flags (configs/common.py).
 
 Command (the subset flag is data.train_limit; 0 takes all 10,000):
   lmeraser train --config=configs/cifar10_vit_tiny.py --workdir=runs/cifar10
@@ -41,11 +41,11 @@ A cluster has some 280 images: without augmentation its prompt and head learn th
 few images of a class answers badly alone; the mean of five mends that.
 """
 
-from lmeraser_jax.presets import vit_tiny_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = vit_tiny_config("cifar10_10k_2k.npz", arg, "configs/cifar10_vit_tiny.py")
+    config = common.vit_tiny_config("cifar10_10k_2k.npz", arg, "configs/cifar10_vit_tiny.py")
     config.data.augment = "paper"
     config.data.train_limit = 5000
     if arg == "frugal":  # chosen on a fifth of the training images held out, see docs/reproduce.md

@@ -27,12 +27,12 @@ image, and its test labels are hidden, so its validation images are the test):
   lmeraser train --config=configs/gtsrb.py:vit-b-22k,tfds ...
 """
 
-from lmeraser_jax.presets import paper_config
+from configs import common
 
 
 def get_config(arg: str = ""):
     backbone, _, source = arg.partition(",")
-    config = paper_config(backbone, "configs/gtsrb.py")
+    config = common.paper_config(backbone, "configs/gtsrb.py")
     config.data.holdout = 0.2
     config.data.augment = "crop"
     config.data.store_size = 256

@@ -18,11 +18,11 @@ Expected (paper, Figure 4, its own split, after convergence): vit-b-22k 0.7946, 
 swin-b-1k 0.7872. This file has not been run in full by us: it needs the published weights and a GPU.
 """
 
-from lmeraser_jax.presets import paper_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = paper_config(arg, "configs/ham10000.py")
+    config = common.paper_config(arg, "configs/ham10000.py")
     config.data.source = "folder"
     config.data.path = "data/ham10000"
     config.data.train_split = "."

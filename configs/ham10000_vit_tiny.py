@@ -1,7 +1,8 @@
 """HAM10000 skin lesions at 64 px on a real ImageNet ViT-Tiny/16, small enough for two CPU cores.
 
 The data (5,984 training images, one of each lesion, and the 1,512 test images of ISIC 2018, in an .npz) and the
-weights are not part of the project; by default they are looked for beside it.
+weights are not part of the project: put them, or links to them, into data/ and weights/, or name them with flags
+(configs/common.py).
 
 Command:
   lmeraser train --config=configs/ham10000_vit_tiny.py --workdir=runs/ham10000
@@ -36,11 +37,11 @@ The hold-out has the training images' share of nv (72 %), the test images have 6
 the two.
 """
 
-from lmeraser_jax.presets import vit_tiny_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = vit_tiny_config("ham10000_64.npz", arg, "configs/ham10000_vit_tiny.py")
+    config = common.vit_tiny_config("ham10000_64.npz", arg, "configs/ham10000_vit_tiny.py")
     config.data.augment = "paper"
     if arg == "frugal":  # chosen on a fifth of the training images held out, see docs/reproduce.md
         config.inference.common_weight = 0.5

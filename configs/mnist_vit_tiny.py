@@ -1,7 +1,7 @@
 """MNIST digits on a real ImageNet ViT-Tiny/16, small enough for two CPU cores.
 
 The data (an .npz, of which 6,000 training and 2,000 test images are used) and the weights are not part of the
-project; by default they are looked for beside it.
+project: put them, or links to them, into data/ and weights/, or name them with flags (configs/common.py).
 
 Command (--config.data.train_limit=0 --config.data.test_limit=0 takes all 20,000 and 10,000):
   lmeraser train --config=configs/mnist_vit_tiny.py --workdir=runs/mnist
@@ -33,11 +33,11 @@ How the settings were chosen: on a fifth of the training images held out (linear
   none,      prompt 16 wide, prompt rate 0.03    0.810 / 0.876   (chosen)
 """
 
-from lmeraser_jax.presets import vit_tiny_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = vit_tiny_config("mnist_20k_10k.npz", arg, "configs/mnist_vit_tiny.py")
+    config = common.vit_tiny_config("mnist_20k_10k.npz", arg, "configs/mnist_vit_tiny.py")
     config.data.train_limit = 6000
     config.data.test_limit = 2000
     config.tuning.prompt_width = 16

@@ -12,11 +12,11 @@ A mirrored digit is another one or none, so images are cropped but not flipped; 
 --config.data.augment=paper.
 """
 
-from lmeraser_jax.presets import paper_config
+from configs import common
 
 
 def get_config(arg: str = ""):
-    config = paper_config(arg, "configs/svhn.py")
+    config = common.paper_config(arg, "configs/svhn.py")
     config.data.source = "tfds"
     config.data.dataset = "svhn_cropped"
     config.data.train_split = "train[:58605]"

@@ -127,6 +127,7 @@ def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str],
             raise UserError(
                 f"--config={path}: no such file; experiments are in configs/, for example configs/digits.py"
             )
+        sys.path.append(str(Path(path).resolve().parent.parent))  # experiment files do `from configs import common`
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
         return
     workdir = _early(argv, "workdir")

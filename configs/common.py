@@ -1,4 +1,8 @@
-"""What the experiment files share: the paper's setup (5.1), and a small one on a real ViT-Tiny."""
+"""What the experiment files share: the paper's setup (5.1), and a small one on a real ViT-Tiny.
+
+The command line puts the folder above an experiment file on the module path, so `from configs import common` works
+from any current folder.
+"""
 
 from typing import Any
 
@@ -55,10 +59,13 @@ def paper_config(backbone: str, file: str) -> Any:
 
 
 def vit_tiny_config(data: str, arg: str, file: str) -> Any:
-    """A ConfigDict for images of some 64 px and a ViT-Tiny/16, both kept beside the project: for two CPU cores.
+    """A ConfigDict for images of some 64 px on a ViT-Tiny/16: small enough for two CPU cores.
+
+    Neither is part of the project: put them, or links to them, into `data/` and `weights/` of the current folder, or
+    name them with `--config.data.path` and `--config.backbone.weights`.
 
     Args:
-        data: name of an .npz.
+        data: name of an .npz in `data/`.
         arg: ""; "single" for one prompt and head for everything; "frugal" for cheap erasures: few sampled records, each
             a cluster of its own, so that a request re-tunes 2 or 3 % of the data, the sampled ones included.
         file: the experiment file, for the message.
@@ -68,10 +75,10 @@ def vit_tiny_config(data: str, arg: str, file: str) -> Any:
     """
     config = default_config()
     config.data.source = "npz"
-    config.data.path = f"../shared/data/{data}"
+    config.data.path = f"data/{data}"
     config.data.image_size = 64
     config.backbone.name = "vit-ti"
-    config.backbone.weights = "../shared/weights/vit_tiny_patch16_224_imagenet1k.npz"
+    config.backbone.weights = "weights/vit_tiny_patch16_224_imagenet1k.npz"
     config.clustering.sample_size = 500
     config.clustering.cut = "auto:10"
     config.clustering.max_members = 50
