@@ -46,7 +46,7 @@ def scanned_vit(config: ViTConfig, params: dict[str, Any], images: jax.Array) ->
     def step(x, leaves):
         return nnx.merge(block, leaves)(x), None
 
-    tokens = nnx.merge(shallow, params | {"blocks": {}}).states(images)[0]
+    tokens = nnx.merge(shallow, params | {"blocks": {}}).hidden_states(images)[0]
     return jax.lax.scan(step, tokens, params["blocks"])[0]
 
 
@@ -96,7 +96,7 @@ def forms(model: str, size: int) -> dict[str, tuple[Callable[..., jax.Array], An
     params = jax.tree.map(lambda leaf: (0.02 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
 
     def unrolled(params, images):
-        return nnx.merge(graph, params).states(images)[-1]
+        return nnx.merge(graph, params).hidden_states(images)[-1]
 
     if isinstance(config, ViTConfig):
         stacked = params | {"blocks": stack([params["blocks"][i] for i in range(config.depth)])}

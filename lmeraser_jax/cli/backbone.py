@@ -47,7 +47,7 @@ def run(arguments: common.Arguments) -> int:
     count = sum(leaf.size for leaf in checkpoints.flatten(made.params).values())
     values = {
         "folder": str(out),
-        "architecture": backbone_lib.described(made.config),
+        "architecture": backbone_lib.describe(made.config),
         "parameters": count,
         "digest": made.digest,
         "feature": made.config.feature,
@@ -67,7 +67,7 @@ def _merged(arguments: common.Arguments) -> settings.Backbone:
     if not given.get("weights"):
         from lmeraser_jax.models import zoo
 
-        how = zoo.how_to_get(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
+        how = zoo.download_hint(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
         raise UserError(f"--weights is missing: {how}")
     return settings.from_dict({**tree, "backbone": given}).backbone
 
@@ -109,7 +109,7 @@ def _list(arguments: common.Arguments) -> int:
             "hub": entry.hub,
             "revision": entry.revision,
             "licence": entry.licence,
-            "architecture": backbone_lib.described(entry.architecture),
+            "architecture": backbone_lib.describe(entry.architecture),
             "feature": entry.architecture.feature,
             "normalisation": entry.normalisation,
         }

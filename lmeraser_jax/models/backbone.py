@@ -6,7 +6,7 @@ the pure function, so no optimizer and no gradient ever meets the backbone's par
 
 import dataclasses
 import functools
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
@@ -77,20 +77,19 @@ def make(config: Architecture, params: Params, mean: tuple[float, ...], std: tup
     config = dataclasses.replace(config, classes=0)
     params = {name: leaf for name, leaf in params.items() if name != "head"}
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
-    identity = [described(config), mean, std, arrays_digest(checkpoints.flatten(params))]
-    return Backbone(config, params, mean, std, digest(identity))
+    name = digest([describe(config), mean, std, arrays_digest(checkpoints.flatten(params))])
+    return Backbone(config, params, mean, std, name)
 
 
-def misfits(config: Architecture, arrays: dict[str, np.ndarray]) -> list[str]:
-    """Every array that is missing, left over or of another shape than the architecture asks for."""
-    wanted = {name: leaf.shape for name, leaf in _flat_shapes(config).items()}
-    lines = [f"missing: {name} {list(shape)}" for name, shape in wanted.items() if name not in arrays]
-    lines += [f"not used: {name} {list(arrays[name].shape)}" for name in arrays if name not in wanted]
-    return lines + [
-        f"{name}: the file has {list(arrays[name].shape)}, the model needs {list(shape)}"
-        for name, shape in wanted.items()
-        if name in arrays and arrays[name].shape != shape
-    ]
+def array_problems(config: Architecture, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Every array that is missing, left over or of another shape than the architecture has, by its flat name."""
+    expected = {name: leaf.shape for name, leaf in _flat_shapes(config).items()}
+    problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in arrays]
+    problems += [f"not used: {name} {list(arrays[name].shape)}" for name in arrays if name not in expected]
+    for name, shape in expected.items():
+        if name in arrays and arrays[name].shape != shape:
+            problems.append(f"{name}: the file has {list(arrays[name].shape)}, the model needs {list(shape)}")
+    return problems
 
 
 def _flat_shapes(config: Architecture) -> dict[str, Any]:
@@ -98,28 +97,30 @@ def _flat_shapes(config: Architecture) -> dict[str, Any]:
     return checkpoints.flatten(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes))
 
 
-def from_flat(config: Architecture, arrays: dict[str, np.ndarray], name: str) -> Params:
-    """Nested parameters from flat ones. Raises `UserError` with all mismatches at once."""
-    raise_all(misfits(config, arrays), f"the weights {name} do not fit the backbone:")
+def from_flat(config: Architecture, arrays: Mapping[str, np.ndarray], name: str) -> Params:
+    """Nested parameters from flat ones. Raises `UserError` with all mismatches at once; `name` is the file's."""
+    raise_all(array_problems(config, arrays), f"the weights {name} do not fit the backbone:")
     return checkpoints.unflatten(arrays, graph(config)[1])
 
 
-def described(config: Architecture) -> dict[str, Any]:
-    """An architecture as plain values."""
+def describe(config: Architecture) -> dict[str, Any]:
+    """An architecture as plain values, which `architecture_from` reads."""
     family = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
     return {"family": family, **dataclasses.asdict(config)}
 
 
-def architecture(values: dict[str, Any]) -> Architecture:
-    """The inverse of `described`, also from JSON. Raises KeyError or TypeError if it is none."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return FAMILIES[values.pop("family")](**values)
+def architecture_from(values: Mapping[str, Any]) -> Architecture:
+    """The inverse of `describe`, also from JSON."""
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    return FAMILIES[fields.pop("family")](**fields)
 
 
 def save(folder: Path, backbone: Backbone, inputs: dict[str, Any], provenance: dict[str, Any]) -> None:
-    """Writes a backbone into a folder of its own, with the settings and the files it was made from."""
+    """Writes a backbone into a folder of its own, with the settings and the files that it was made from."""
     metadata = {
-        "config": described(backbone.config),
+        "config": describe(backbone.config),
         "mean": backbone.mean,
         "std": backbone.std,
         "digest": backbone.digest,
@@ -130,44 +131,31 @@ def save(folder: Path, backbone: Backbone, inputs: dict[str, Any], provenance: d
 
 
 def load(folder: Path) -> tuple[Backbone, dict[str, Any]]:
-    """Reads a saved backbone and the settings it was made with. A damaged one is refused."""
+    """Reads a saved backbone and the settings it was made with. Raises `UserError` where it is damaged."""
     arrays, metadata, _ = checkpoints.load(folder)
-    backbone = restored(folder, arrays, metadata)
-    return backbone, metadata["inputs"]
+    return restore(folder, arrays, metadata), metadata["inputs"]
 
 
-def restored(folder: Path, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> Backbone:
-    """The backbone of a folder's arrays and metadata. Raises `UserError` where its digest is not the recorded one."""
+def restore(folder: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> Backbone:
+    """The backbone of a folder's arrays and metadata.
+
+    The digest is compared before anything is built, so no architecture is outlined that `save` did not write.
+
+    Raises:
+        UserError: the contents do not have the digest that the metadata records.
+    """
     try:
-        config = architecture(metadata["config"])
-        _refuse_other_kinds(config, arrays, metadata)
-        normalisation = tuple(metadata["mean"]), tuple(metadata["std"])
-        backbone = make(config, from_flat(config, arrays, str(folder)), *normalisation)
-        digest_then = str(metadata["digest"])
-    except UserError:
-        raise
-    except Exception as error:  # an architecture of any values raises whatever its modules do
-        raise UserError(f"{folder} is damaged: {type(error).__name__}: {str(error)[:500]}") from error
-    if backbone.digest == digest_then:
-        return backbone
-    raise UserError(
-        f"{folder} is damaged: digest {backbone.digest[:12]}, written as {digest_then[:12]};"
-        " restore the folder, or delete it and make it again"
-    )
-
-
-def _refuse_other_kinds(config: Architecture, arrays: dict[str, np.ndarray], metadata: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError for what no backbone has, before a model of these sizes is outlined."""
-    if not isinstance(metadata["inputs"], dict) or not isinstance(metadata.get("provenance", {}), dict):
-        raise TypeError("inputs and provenance must be JSON objects")
-    values = dataclasses.asdict(config)
-    numbers = [one for value in values.values() for one in (value if isinstance(value, tuple) else (value,))]
-    blocks = sum(config.depths) if isinstance(config, SwinConfig) else config.depth
-    if not all(isinstance(one, int | float | str) for one in numbers) or not 0 <= blocks <= len(arrays):
-        raise ValueError(f"{len(arrays)} arrays are not those of the architecture {str(values)[:300]}")
-    for name in ("mean", "std"):
-        if not all(isinstance(one, int | float) and math.isfinite(one) for one in metadata[name]):
-            raise ValueError(f"{name} must be finite numbers")
-    other = [name for name, leaf in arrays.items() if leaf.dtype != np.float32]
-    if other:
-        raise ValueError(f"arrays must be float32; these are not: {join_limited(other)}")
+        content = [metadata["config"], metadata["mean"], metadata["std"], arrays_digest(arrays)]
+        found = digest(content)
+        if found != metadata["digest"]:
+            raise ValueError(f"its contents have the digest {found[:12]}, recorded is {str(metadata['digest'])[:12]}")
+        if not isinstance(metadata["inputs"], dict) or not isinstance(metadata["provenance"], dict):
+            raise TypeError("inputs and provenance must be JSON objects")
+        config = architecture_from(metadata["config"])
+        params = from_flat(config, arrays, str(folder))
+        return make(config, params, tuple(metadata["mean"]), tuple(metadata["std"]))
+    except Exception as error:  # metadata of other programs can raise nearly anything
+        raise UserError(
+            f"{folder} is damaged: {type(error).__name__}: {str(error)[:500]};"
+            " restore the folder, or delete it and make it again"
+        ) from error

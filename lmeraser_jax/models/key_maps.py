@@ -18,7 +18,7 @@ class Origin:
     Attributes:
         name: for messages.
         family: vit | swin.
-        markers: names that tell this origin: all must be there.
+        markers: names that all files of this origin have.
         rules: (pattern, replacement), applied in order.
         ignored: patterns of names that are no parameters of ours.
         epsilon, gelu: numerics of the origin's code, where no config.json says otherwise.
@@ -134,7 +134,7 @@ ORIGINS = (
     ),
 )
 PREFIXES = (r"^vit\.", r"^swin\.", r"^model\.", r"^module\.", r"^opt\.target\.")  # of whole models, stripped
-LAST: Rules = ((r"(norm\d?)\.weight$", r"\1.scale"), (r"\.weight$", ".kernel"), (r"\.", "/"))
+FINAL_RULES: Rules = ((r"(norm\d?)\.weight$", r"\1.scale"), (r"\.weight$", ".kernel"), (r"\.", "/"))
 GELUS: dict[str, Gelu] = {  # of config.json
     "gelu": "erf",
     "gelu_new": "tanh",

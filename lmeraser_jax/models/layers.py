@@ -32,8 +32,8 @@ class MLP(nnx.Module):
         return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
 
 
-def attend(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
-    """Multi-head attention from stacked queries, keys and values; softmax in float32 whatever the dtype.
+def self_attention(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
+    """Multi-head attention from stacked queries, keys and values.
 
     Args:
         qkv: [B, N, 3 * D].
@@ -45,11 +45,11 @@ def attend(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Arr
     """
     b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, d // heads), 2, 0)
-    return attended(q, k, v, bias)
+    return attention(q, k, v, bias)
 
 
-def attended(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """As `attend`, for queries [B, M, A, D / A], keys and values [B, N, A, D / A]: [B, M, D]."""
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """Queries [B, M, A, D / A], keys and values [B, N, A, D / A] -> [B, M, D]; the softmax is in float32."""
     scores = jnp.einsum("bqad,bkad->baqk", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + jnp.broadcast_to(bias, scores.shape)
@@ -57,14 +57,14 @@ def attended(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = 
     return jnp.einsum("baqk,bkad->bqad", weights, v).reshape(*q.shape[:2], -1)
 
 
-def outputs(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
-    """Some of a dense layer's outputs: [B, N, D] -> [B, N, number of columns]."""
+def linear_columns(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
+    """The chosen outputs of a dense layer: [B, N, D] -> [B, N, number of columns]."""
     assert layer.bias is not None
     kernel, bias = layer.kernel[...].astype(x.dtype), layer.bias[...].astype(x.dtype)
     return x @ kernel[:, columns] + bias[None, None, columns]
 
 
-def patches(images: jax.Array, patch: int) -> jax.Array:
+def extract_patches(images: jax.Array, patch: int) -> jax.Array:
     """Cuts images into flat patches, row by row: [B, H, W, C] -> [B, H/p, W/p, p * p * C]."""
     b, h, w, c = images.shape
     x = images.reshape(b, h // patch, patch, w // patch, patch, c)

@@ -6,6 +6,7 @@ epoch, step), so a resumed run computes what an uninterrupted one would have.
 """
 
 import functools
+import math
 import shutil
 from typing import Any
 
@@ -24,15 +25,17 @@ from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, digest, philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
-from lmeraser_jax.models.convert import misfits, per_channel
+from lmeraser_jax.models.convert import per_channel, size_problems
 from lmeraser_jax.models.vit import ViT, ViTConfig
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.workdir import Layout
 
+State = tuple[Any, Any]  # (parameters, optimizer state)
+
 
 def architecture(config: Config, channels: int, classes: int) -> ViTConfig:
-    """The ViT that the config describes, with a public classifier. Raises `UserError` if it cannot be."""
+    """The ViT that the config describes, with a public classifier. Raises `UserError` if its sizes do not fit."""
     b = config.backbone
     vit = ViTConfig(
         image_size=config.data.image_size,
@@ -45,8 +48,23 @@ def architecture(config: Config, channels: int, classes: int) -> ViTConfig:
         feature="cls" if b.feature == "auto" else b.feature,
         classes=classes,
     )
-    raise_all(misfits(vit, config.data.image_size))
+    raise_all(size_problems(vit))
     return vit
+
+
+def image_spec(config: Config, shape: tuple[int, int, int]) -> ImageSpec:
+    """From public images [h, w, c] to the backbone's normalised input."""
+    mean, std = (parse_numbers(text) or (0.5,) for text in (config.backbone.mean, config.backbone.std))
+    mean, std = per_channel(mean, std, shape[2])
+    return ImageSpec(
+        *shape,
+        size=config.data.image_size,
+        resize=config.data.resize_size or config.data.image_size,
+        out_channels=shape[2],
+        mean=mean,
+        std=std,
+        augment=config.pretraining.augment,
+    )
 
 
 def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
@@ -86,49 +104,37 @@ def pretrain(
             "there are no public images to pretrain on; name a backbone with --config.backbone.weights=FILE"
         )
     vit = architecture(config, channels=images.shape[3], classes=classes)
-    mean, std = (parse_numbers(text) or (0.5,) for text in (config.backbone.mean, config.backbone.std))
-    mean, std = per_channel(mean, std, images.shape[3])
-    spec = ImageSpec(
-        *images.shape[1:],
-        size=config.data.image_size,
-        resize=config.data.resize_size or config.data.image_size,
-        out_channels=images.shape[3],
-        mean=mean,
-        std=std,
-        augment=p.augment,
-    )
+    spec = image_spec(config, images.shape[1:])
     batch = -(-p.batch // mesh.size) * mesh.size
-    steps = -(-len(images) // batch)
-    tx = optimizer(config, p.epochs * steps)
+    tx = optimizer(config, p.epochs * -(-len(images) // batch))
     epoch_fn = _epoch_function(vit, spec, tx, mesh)
     public = arrays_digest({"images": images, "labels": labels})
     identity = digest([str(vit), str(spec), str(p), config.seed, batch, public])
     state, first = _start(layout, vit, tx, config.seed, identity)
     replicated = NamedSharding(mesh, P())
     state, data, targets = jax.device_put((state, images, np.asarray(labels, np.int32)), replicated)
-    accuracy = jnp.zeros(())
+    accuracy = 0.0
     with progress("pretrain", p.epochs) as shown:
         shown.advance(first)
         for epoch in range(first, p.epochs):
             rows, valid = _epoch_rows(config.seed, epoch, len(images), batch)
             key = jax.random.fold_in(jax.random.key(config.seed), epoch)
-            state, loss, accuracy = epoch_fn(state, data, targets, rows, valid, key)
-            if not np.isfinite(float(loss)):
+            state, *metrics = epoch_fn(state, data, targets, rows, valid, key)
+            loss, accuracy = map(float, metrics)
+            if not math.isfinite(loss):
                 raise UserError(f"pretraining: the loss is {loss} in epoch {epoch}; lower --config.pretraining.rate")
-            shown.advance(1, f"loss {float(loss):.3f} accuracy {float(accuracy):.3f}")
-            stop, done = interrupt.stop_requested(), epoch + 1
-            if done < p.epochs and (stop or done % p.checkpoint_epochs == 0):
+            shown.advance(1, f"loss {loss:.3f} accuracy {accuracy:.3f}")
+            done = epoch + 1
+            if done < p.epochs and (interrupt.stop_requested() or done % p.checkpoint_epochs == 0):
                 checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, done)
                 interrupt.raise_if_stopped()
-    backbone = backbone_lib.make(vit, jax.device_get(state[0]), mean, std)
-    return backbone, float(accuracy)
+    return backbone_lib.make(vit, jax.device_get(state[0]), spec.mean, spec.std), accuracy
 
 
-def _start(layout: Layout, vit: ViTConfig, tx: optax.GradientTransformation, seed: int, identity: str):
-    """(params, optimizer state) and the epoch to go on with.
-
-    1. A readable checkpoint of the same training in the workdir. 2. Otherwise from scratch.
-    """
+def _start(
+    layout: Layout, vit: ViTConfig, tx: optax.GradientTransformation, seed: int, identity: str
+) -> tuple[State, int]:
+    """The state and epoch to go on with: those of the same training's newest checkpoint, else from scratch."""
     params = nnx.to_pure_dict(nnx.split(ViT(vit, nnx.Rngs(seed)), nnx.Param)[1])
     state = (params, tx.init(params))
     if not layout.pretraining.exists():

@@ -3,7 +3,7 @@
 Attention inside windows, every second block with windows shifted by half their side; patch merging halves
 the grid between stages. An input whose grid is no multiple of the window is padded after the LayerNorm, as
 the public implementations do. A grid smaller than the window gets one window of the grid's size, which
-uses the part of the bias table that belongs to its distances.
+uses the rows of the bias table that belong to its distances.
 
 Shapes: B batch, H W grid, D width of the stage, A heads, w side of a window, M windows of an image.
 """
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.models.layers import MLP, Gelu, LayerNorm, attend, patches
+from lmeraser_jax.models.layers import MLP, Gelu, LayerNorm, extract_patches, self_attention
 
-OUTSIDE = -100.0  # score of a pair that shifting brought into one window; the published weights know this value
-MERGE_EPSILON = 1e-5  # of the LayerNorms around embedding and merging, whatever the blocks have
+OUTSIDE = -100.0  # added to the score of a pair that only the shift brought into one window; as in the public code
+MERGE_EPSILON = 1e-5  # of the LayerNorms around embedding and merging, whatever epsilon the blocks have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class SwinConfig:
 
     @property
     def feature(self) -> str:
-        """What the feature is."""
+        """Kind of the feature: the mean token."""
         return "mean"
 
     @property
@@ -85,7 +85,7 @@ class WindowAttention(nnx.Module):
             bias = bias[None] + jnp.asarray(mask)[:, None]  # [M, A, w * w, w * w]
             shape = (x.shape[0] // count, count, self.heads, tokens, tokens)
             bias = jnp.broadcast_to(bias[None], shape).reshape(-1, self.heads, tokens, tokens)
-        return self.out(attend(self.qkv(x), self.heads, bias))
+        return self.out(self_attention(self.qkv(x), self.heads, bias))
 
 
 class Block(nnx.Module):
@@ -140,6 +140,11 @@ class Stage(nnx.Module):
         if index + 1 < len(config.depths):
             self.merging = Merging(width, rngs)
 
+    def __call__(self, x: jax.Array) -> jax.Array:  # [B, H, W, D] -> [B, H/2, W/2, 2D], or the same in the last stage
+        for block in self.blocks:
+            x = block(x)
+        return self.merging(x) if hasattr(self, "merging") else x
+
 
 class Swin(nnx.Module):
     """The whole network: `features` is the frozen part, `head` the public classifier (may be absent)."""
@@ -153,15 +158,12 @@ class Swin(nnx.Module):
         if config.classes:
             self.head = nnx.Linear(config.feature_size, config.classes, rngs=rngs)
 
-    def states(self, images: jax.Array) -> list[jax.Array]:
+    def hidden_states(self, images: jax.Array) -> list[jax.Array]:
         """Grid [B, H, W, D] before the first stage and after each one (after its merging)."""
-        found = [self.embed_norm(self.embed(patches(images, self.config.patch)))]
+        states = [self.embed_norm(self.embed(extract_patches(images, self.config.patch)))]
         for stage in self.stages:
-            x = found[-1]
-            for block in stage.blocks:
-                x = block(x)
-            found.append(stage.merging(x) if hasattr(stage, "merging") else x)
-        return found
+            states.append(stage(states[-1]))
+        return states
 
     def features(self, images: jax.Array) -> jax.Array:
         """Mean token after the last LayerNorm.
@@ -172,7 +174,7 @@ class Swin(nnx.Module):
         Returns:
             [B, D] in the dtype of the images.
         """
-        return jnp.mean(self.norm(self.states(images)[-1]), axis=(1, 2))
+        return jnp.mean(self.norm(self.hidden_states(images)[-1]), axis=(1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Logits of the public classifier: [B, H, W, C] -> [B, classes]."""

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.models.layers import MLP, Gelu, LayerNorm, attend, attended, outputs, patches
+from lmeraser_jax.models.layers import (
+    MLP,
+    Gelu,
+    LayerNorm,
+    attention,
+    extract_patches,
+    linear_columns,
+    self_attention,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,13 +79,14 @@ class Attention(nnx.Module):
         self.qkv = nnx.Linear(config.width, 3 * config.width, rngs=rngs)
         self.out = nnx.Linear(config.width, config.width, rngs=rngs)
 
-    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:  # [B, N, D] -> [B, queries or N, D]
+    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:
+        """Tokens [B, N, D] -> [B, N, D]; or only the first `queries` of them, which still attend to all."""
         if queries is None:
-            return self.out(attend(self.qkv(x), self.heads))
+            return self.out(self_attention(self.qkv(x), self.heads))
         b, n, d = x.shape
-        q = outputs(self.qkv, x[:, :queries], slice(d)).reshape(b, queries, self.heads, -1)
-        k, v = jnp.moveaxis(outputs(self.qkv, x, slice(d, None)).reshape(b, n, 2, self.heads, -1), 2, 0)
-        return self.out(attended(q, k, v))
+        q = linear_columns(self.qkv, x[:, :queries], slice(d)).reshape(b, queries, self.heads, -1)
+        k, v = jnp.moveaxis(linear_columns(self.qkv, x, slice(d, None)).reshape(b, n, 2, self.heads, -1), 2, 0)
+        return self.out(attention(q, k, v))
 
 
 class Block(nnx.Module):
@@ -89,8 +98,8 @@ class Block(nnx.Module):
         self.norm2 = LayerNorm(config.width, config.epsilon, rngs)
         self.mlp = MLP(config.width, config.mlp, config.gelu, rngs)
 
-    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:  # [B, N, D] -> [B, queries or N, D]
-        """All tokens; or only the first so many of them, which still attend to all."""
+    def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:
+        """As `Attention`: [B, N, D] -> [B, N, D], or [B, queries, D]."""
         x = x[:, :queries] + self.attention(self.norm1(x), queries)
         return x + self.mlp(self.norm2(x))
 
@@ -112,15 +121,15 @@ class ViT(nnx.Module):
         if config.classes:
             self.head = nnx.Linear(config.width, config.classes, rngs=rngs)
 
-    def states(self, images: jax.Array, blocks: int | None = None) -> list[jax.Array]:
+    def hidden_states(self, images: jax.Array, blocks: int | None = None) -> list[jax.Array]:
         """Tokens [B, N, D] before the first block and after each of the first `blocks`; images as in `features`."""
-        x = self.embed(patches(images, self.config.patch))
+        x = self.embed(extract_patches(images, self.config.patch))
         x = x.reshape(len(x), -1, x.shape[-1])  # [B, N-1, D]
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        found = [jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)]  # [B, N, D]
+        states = [jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)]  # [B, N, D]
         for block in list(self.blocks)[:blocks]:
-            found.append(block(found[-1]))
-        return found
+            states.append(block(states[-1]))
+        return states
 
     def features(self, images: jax.Array) -> jax.Array:
         """Feature of each image.
@@ -131,8 +140,8 @@ class ViT(nnx.Module):
         Returns:
             [B, D] in the dtype of the images.
         """
-        x = self.blocks[-1](self.states(images, len(self.blocks) - 1)[-1], queries=1)  # what the feature needs of it
-        x = self.norm(x)[:, 0]  # [B, D]
+        x = self.hidden_states(images, len(self.blocks) - 1)[-1]
+        x = self.norm(self.blocks[-1](x, queries=1))[:, 0]  # [B, D]; only the class token leaves the last block
         return jnp.tanh(self.pooler(x)) if self.config.feature == "pooler" else x
 
     def __call__(self, images: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import raise_all
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.models.backbone import Architecture, from_flat, misfits
+from lmeraser_jax.models.backbone import Architecture, array_problems, from_flat
 
 RECIPE_VERSION = 2  # raise it when the same recipe starts to give other bits
 OWN = "backbone/"  # begins the names of a slice's own backbone in a checkpoint
@@ -54,7 +54,7 @@ def as_slice(
     arrays = {field: leaf for field, leaf in arrays.items() if not architecture or not field.startswith(OWN)}
     problems = [f"{field} is missing" for field in wanted if field not in arrays]
     problems += [f"{ascii(field)[:80]} is no part of a slice" for field in arrays if field not in wanted]
-    problems += [f"backbone: {line}" for line in misfits(architecture, own)] if architecture else []
+    problems += [f"backbone: {line}" for line in array_problems(architecture, own)] if architecture else []
     for field in wanted.keys() & arrays.keys():
         leaf = arrays[field]
         if leaf.dtype != np.float32 or leaf.ndim != wanted[field]:

@@ -68,10 +68,6 @@ def test_config_json_that_asks_for_what_there_is_not(name, value):
     assert f"{name}={str(value).lower() if value is True else value}" in message
 
 
-def test_values_that_transformers_refuses():
-    assert "config.json is not a vit's" in refused(hugging_face_vit(), {**settings_of(VIT), "hidden_size": "sixteen"})
-
-
 def test_an_unknown_layout_lists_the_known_ones():
     names = [f"img/Transformer/encoderblock/{name}/kernel" for name in "abcdefghijklmn"]
     message = refused({name: np.zeros((2, 2), np.float32) for name in names})

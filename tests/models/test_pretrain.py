@@ -243,8 +243,15 @@ def test_a_backbone_with_other_parameters_under_its_digest_is_refused(tmp_path, 
     backbone = whole.backbone
     changed = jax.tree.map(np.copy, backbone.params)
     changed["norm"]["bias"][3] += 1e-3
-    described = backbone_lib.described(backbone.config)
-    metadata = {"config": described, "mean": [0.5], "std": [0.5], "digest": backbone.digest, "inputs": {}}
+    described = backbone_lib.describe(backbone.config)
+    metadata = {
+        "config": described,
+        "mean": [0.5],
+        "std": [0.5],
+        "digest": backbone.digest,
+        "inputs": {},
+        "provenance": {},
+    }
     layout = Layout(tmp_path)
     checkpoints.save(layout.backbone, flatten(changed), metadata)
     with pytest.raises(UserError, match="damaged"):

@@ -152,10 +152,10 @@ def shifted_back_wrongly(real):
 
 
 BUGS = {
-    "queries and keys swapped": (convert, "_with_joined_attention", swapped_queries),
-    "kernels not transposed": (convert, "_laid_out", kernels_left_alone),
-    "patches transposed": (convert, "_laid_out", rows_for_columns),
-    "OIHW read as IHWO": (convert, "_laid_out", colours_first),
+    "queries and keys swapped": (convert, "_join_attention", swapped_queries),
+    "kernels not transposed": (convert, "_input_first", kernels_left_alone),
+    "patches transposed": (convert, "_input_first", rows_for_columns),
+    "OIHW read as IHWO": (convert, "_input_first", colours_first),
     "corners in another order": (swin.Merging, "__call__", corners_row_by_row),
     "no shift mask": (swin, "shift_mask", no_mask),
     "bias table transposed": (swin, "distances", pairs_transposed),

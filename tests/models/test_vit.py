@@ -12,7 +12,8 @@ from scipy import special
 
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models.vit import ViTConfig, interpolate_positions, patches
+from lmeraser_jax.models.layers import extract_patches
+from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.features import Extractor
 from lmeraser_jax.training.tune import mesh_of
@@ -131,7 +132,7 @@ def test_the_number_of_heads_matters():
 
 def test_patches_are_cut_row_by_row():
     images = np.arange(2 * 6 * 9 * 2, dtype=np.float32).reshape(2, 6, 9, 2)
-    got = np.asarray(patches(jnp.asarray(images), 3))
+    got = np.asarray(extract_patches(jnp.asarray(images), 3))
     assert got.shape == (2, 2, 3, 18)
     np.testing.assert_array_equal(got.reshape(2, 6, 18), np.stack([loop_patches(image, 3) for image in images]))
 

@@ -118,24 +118,24 @@ def test_every_entry_is_complete():
     assert len({entry.hub for entry in zoo.ZOO.values()}) == len(zoo.ZOO)
 
 
-def test_how_to_get():
-    assert zoo.how_to_get("") == ""
+def test_download_hint():
+    assert zoo.download_hint("") == ""
     for name, entry in zoo.ZOO.items():
-        text = zoo.how_to_get(name)
+        text = zoo.download_hint(name)
         assert all(part in text for part in (name, entry.hub, entry.revision, entry.licence, "model.safetensors"))
     with pytest.raises(UserError, match="legal: vit-b-22k"):
-        zoo.how_to_get("nothing like it")
+        zoo.download_hint("nothing like it")
 
 
 def test_what_differs_is_listed():
     wanted = zoo.entry("swin-t").architecture
-    assert zoo.differing("swin-t", wanted) == []
+    assert zoo.differences("swin-t", wanted) == []
     free = dataclasses.replace(wanted, image_size=384, classes=1000, epsilon=1e-6, gelu="tanh")
-    assert zoo.differing("swin-t", free) == []
-    assert zoo.differing("swin-t", zoo.entry("swin-s").architecture) == [
+    assert zoo.differences("swin-t", free) == []
+    assert zoo.differences("swin-t", zoo.entry("swin-s").architecture) == [
         "depths is (2, 2, 18, 2), swin-t has (2, 2, 6, 2)"
     ]
-    assert zoo.differing("swin-t", zoo.entry("vit-s").architecture) == ["swin-t is a Swin, the weights are a ViT"]
+    assert zoo.differences("swin-t", zoo.entry("vit-s").architecture) == ["swin-t is a Swin, the weights are a ViT"]
     pooled = dataclasses.replace(zoo.entry("vit-b-22k").architecture, feature="cls")
-    assert zoo.differing("vit-b-22k", pooled) == []
-    assert "heads is 6, vit-ti has 3" in zoo.differing("vit-ti", zoo.entry("vit-s").architecture)
+    assert zoo.differences("vit-b-22k", pooled) == []
+    assert "heads is 6, vit-ti has 3" in zoo.differences("vit-ti", zoo.entry("vit-s").architecture)

@@ -196,12 +196,12 @@ def tiny():
     made = backbone_lib.make(
         TINY, jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), backbone_lib.graph(TINY)[1]), (0.5,), (0.5,)
     )
-    metadata = {"config": backbone_lib.described(made.config), "mean": [0.5], "std": [0.5], "digest": made.digest}
+    metadata = {"config": backbone_lib.describe(made.config), "mean": [0.5], "std": [0.5], "digest": made.digest}
     return checkpoints.flatten(made.params), metadata | {"inputs": {}, "provenance": {}}
 
 
 def test_backbone_is_read(tiny, tmp_path):
-    assert backbone_lib.restored(tmp_path, *tiny).digest == tiny[1]["digest"]
+    assert backbone_lib.restore(tmp_path, *tiny).digest == tiny[1]["digest"]
 
 
 CONFIG = [
@@ -219,7 +219,7 @@ def test_backbone_metadata_of_any_kind(tiny, tmp_path, field, bad):
     without = {name: value for name, value in metadata.items() if name != field}
     for changed in (metadata | {field: bad}, *([without] if field != "provenance" else [])):
         with pytest.raises(UserError, match="is damaged") as caught:
-            backbone_lib.restored(tmp_path, arrays, changed)
+            backbone_lib.restore(tmp_path, arrays, changed)
         assert len(str(caught.value)) < 2000
 
 
@@ -235,15 +235,7 @@ def test_backbone_of_any_architecture(tiny, tmp_path, field, value):
     changed = metadata | {"config": metadata["config"] | {field: value}}
     if metadata["config"][field] != value:
         with pytest.raises(UserError):
-            backbone_lib.restored(tmp_path, arrays, changed)
-
-
-@pytest.mark.parametrize("depth", [30, -1])
-def test_backbone_of_more_blocks_than_arrays(tiny, tmp_path, depth):
-    """Refused before the model is outlined."""
-    arrays, metadata = tiny
-    with pytest.raises(UserError, match="arrays are not those of the architecture"):
-        backbone_lib.restored(tmp_path, arrays, metadata | {"config": metadata["config"] | {"depth": depth}})
+            backbone_lib.restore(tmp_path, arrays, changed)
 
 
 def test_backbone_with_other_arrays(tiny, tmp_path):
@@ -251,10 +243,10 @@ def test_backbone_with_other_arrays(tiny, tmp_path):
     name = sorted(arrays)[0]
     others = [np.array([{}], object), arrays[name].astype(np.float64), arrays[name].astype(complex), np.zeros(9, "U4")]
     for leaf in others:
-        with pytest.raises(UserError, match="must be float32; these are not: " + name):
-            backbone_lib.restored(tmp_path, arrays | {name: leaf}, metadata)
-    with pytest.raises(UserError, match="missing: " + name):
-        backbone_lib.restored(tmp_path, {key: leaf for key, leaf in arrays.items() if key != name}, metadata)
+        with pytest.raises(UserError, match="is damaged"):
+            backbone_lib.restore(tmp_path, arrays | {name: leaf}, metadata)
+    with pytest.raises(UserError, match="is damaged"):
+        backbone_lib.restore(tmp_path, {key: leaf for key, leaf in arrays.items() if key != name}, metadata)
 
 
 def test_backbone_in_a_folder(tiny, tmp_path):

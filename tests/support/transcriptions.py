@@ -40,7 +40,7 @@ def outputs(config: backbone_lib.Architecture, params: Any, images: jax.Array, s
         found = backbone_lib.features(config, params, images)
         return jnp.sum(found * scalar(*found.shape))
 
-    found = {"states": nnx.merge(backbone_lib.graph(config)[0], params).states(images)}
+    found = {"states": nnx.merge(backbone_lib.graph(config)[0], params).hidden_states(images)}
     found["features"] = backbone_lib.features(config, params, images)
     if config.classes:
         found["logits"] = backbone_lib.logits(config, params, images)
