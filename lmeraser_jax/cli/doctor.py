@@ -1,9 +1,10 @@
-"""lmeraser doctor: say what is wrong with a workdir, and repair what can be computed again.
+"""lmeraser doctor: say what is damaged in a workdir, and drop what can be made again.
 
-  lmeraser doctor --workdir=DIR [--fix] [--features=N]
+  lmeraser doctor --workdir=DIR [--fix]
 
-Without --fix nothing is written. With it leftovers are removed and damaged slices, clusterings and features
-dropped; lmeraser train makes them again with the same bits. Exit code 0 and "healthy", or 1.
+Without --fix nothing is written. With it leftovers are removed and damaged slices, clusterings and features are
+dropped; lmeraser train makes them again with the same bits. Exit code 0: healthy; 1: something is damaged, or was
+dropped and is to be made again; 3: nothing is damaged as far as could be seen, but something could not be looked at.
 """
 
 import dataclasses
@@ -14,16 +15,17 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.unlearning import doctor
 
 TAKES_CONFIG = False  # it may be damaged
+DAMAGED, UNCHECKED = 1, 3
 
 
 def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_bool("fix", False, "repair what can be repaired", flag_values=flags)
-    text = "rows of the feature cache to compute again and compare; 0: none"
-    absl_flags.DEFINE_integer("features", doctor.FEATURES, text, lower_bound=0, flag_values=flags)
 
 
 def run(arguments: common.Arguments) -> int:
-    diagnosis = doctor.examine(common.workdir_of(arguments), arguments["fix"], arguments["features"])
-    values = {"healthy": diagnosis.healthy, "findings": [dataclasses.asdict(f) for f in diagnosis.findings]}
+    diagnosis = doctor.examine(common.workdir_of(arguments), arguments["fix"])
+    values = {"healthy": diagnosis.healthy, "problems": [dataclasses.asdict(one) for one in diagnosis.problems]}
     common.show(arguments, diagnosis.table(), values)
-    return 0 if diagnosis.healthy else 1
+    if diagnosis.healthy:
+        return 0
+    return DAMAGED if diagnosis.damaged else UNCHECKED

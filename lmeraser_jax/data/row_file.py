@@ -65,5 +65,5 @@ class RowFile:
         view = self.view()
         rows = rows[rows < len(view)]
         pieces = np.array_split(rows, max(1, len(rows) // PIECE))
-        filled = [np.nan_to_num(view[piece]).reshape(len(piece), -1).any(axis=1) for piece in pieces]
+        filled = [np.nan_to_num(view[piece]).reshape(len(piece), view[0].size).any(axis=1) for piece in pieces]
         return rows[np.concatenate(filled)]

@@ -7,8 +7,9 @@ import contextlib
 import json
 import operator
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from lmeraser_jax.data.source import Item
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import schema
-from lmeraser_jax.storage.rows import Manifest, SliceRow
+from lmeraser_jax.storage.rows import Manifest, ReceiptLink, SliceRow
 
 COLUMNS = "id,row,label,owner,content,cluster"
 
@@ -27,7 +28,7 @@ class Catalog:
     """A connection to the catalog of one workdir. Readers are never blocked by the writer (WAL)."""
 
     def __init__(self, path: Path):
-        if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < 512):  # SQLite takes that for an empty one
+        if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < schema.SMALLEST):
             raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
         self.path = path
         with contextlib.ExitStack() as undo, schema.readable(path):
@@ -37,9 +38,11 @@ class Catalog:
             self.db.execute("PRAGMA synchronous=FULL")
             if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
                 schema.create(self.db)
-            schema.migrate(self.db, path)
+            schema.refuse_other_version(self.db, path)
             self.salt: str = self.get("salt")
             self.reading = False
+            self._slices: dict[str, SliceRow] | None = None  # as of `_slices_version`
+            self._slices_version = 0
             undo.pop_all()
 
     def close(self) -> None:
@@ -58,6 +61,7 @@ class Catalog:
             yield
             self.db.execute("COMMIT")
         except BaseException:
+            self._slices = None
             if self.db.in_transaction:  # SQLite has rolled back by itself when the disk is full
                 self.db.execute("ROLLBACK")
             raise
@@ -146,8 +150,8 @@ class Catalog:
             leaving: ids that count as erased already.
         """
         query = f"SELECT {COLUMNS} FROM records WHERE split=? AND erased='' ORDER BY rank,id LIMIT ?"
-        found = [row for row in self.db.execute(query, (split, count + len(leaving))) if row[0] not in leaving]
-        return _table(sorted(found[:count]))
+        rows = [row for row in self.db.execute(query, (split, count + len(leaving))) if row[0] not in leaving]
+        return _table(sorted(rows[:count]))
 
     def live(self, *splits: str) -> RecordTable:
         """The live records of the given splits, sorted by id."""
@@ -158,8 +162,8 @@ class Catalog:
     def at(self, rows: Iterable[int]) -> RecordTable:
         """The live private records in the given image rows, sorted by id."""
         query = f"SELECT {COLUMNS} FROM records WHERE row=? AND split='train' AND erased=''"
-        found = (self.db.execute(query, (int(row),)).fetchone() for row in rows)
-        return _table(sorted(row for row in found if row))
+        records = (self.db.execute(query, (int(row),)).fetchone() for row in rows)
+        return _table(sorted(record for record in records if record))
 
     def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
         """The live private records of one published cluster, sorted by id; with "" those of none yet.
@@ -189,9 +193,7 @@ class Catalog:
 
     def clusters_of(self, ids: Iterable[str]) -> dict[str, str]:
         """{id: published cluster} of those ids that are in one, erased or not."""
-        query = "SELECT cluster FROM records WHERE id=? AND split='train'"
-        found = ((name, self.db.execute(query, (name,)).fetchone()) for name in ids)
-        return {name: row[0] for name, row in found if row and row[0]}
+        return {name: row[0] for name, row in self._by_id("cluster", ids, "AND split='train' AND cluster!=''")}
 
     def rows_used(self) -> int:
         """Rows of the image file that belong to a record or to an erased one's place."""
@@ -204,14 +206,18 @@ class Catalog:
 
     def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
         """{id: (split, content, label, erased)} of those ids that the catalog holds."""
-        query = "SELECT split,content,label,erased!='' FROM records WHERE id=?"
-        found = ((name, self.db.execute(query, (name,)).fetchone()) for name in ids)
-        return {name: (*row[:3], bool(row[3])) for name, row in found if row}
+        return {name: (*row[:3], bool(row[3])) for name, row in self._by_id("split,content,label,erased!=''", ids)}
 
     def rows(self, ids: Iterable[str]) -> dict[str, int]:
         """{id: image row} of those ids that the catalog holds."""
-        found = ((name, self.db.execute("SELECT row FROM records WHERE id=?", (name,)).fetchone()) for name in ids)
-        return {name: row[0] for name, row in found if row}
+        return {name: row[0] for name, row in self._by_id("row", ids)}
+
+    def _by_id(self, columns: str, ids: Iterable[str], condition: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """(id, values of the columns) of those ids that the catalog holds."""
+        query = f"SELECT {columns} FROM records WHERE id=? {condition}"
+        for name in ids:
+            if row := self.db.execute(query, (name,)).fetchone():
+                yield name, row
 
     def owned(self, owner: str) -> list[str]:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
@@ -265,6 +271,7 @@ class Catalog:
     # slices and manifests
     def add_slice(self, row: SliceRow, rows: Iterable[int]) -> None:
         """Registers a slice whose checkpoint is on disk, with the image rows of its members."""
+        self._slices = None
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
 
@@ -282,10 +289,16 @@ class Catalog:
         row = self.db.execute("SELECT * FROM slices WHERE digest=?", (digest,)).fetchone()
         return SliceRow(*row) if row else None
 
-    def slices(self) -> dict[str, SliceRow]:
-        return {row[0]: SliceRow(*row) for row in self.db.execute("SELECT * FROM slices")}
+    def slices(self) -> Mapping[str, SliceRow]:
+        """{digest: row} of all registered slices. Asking again costs microseconds as long as none has changed."""
+        version = self.db.execute("PRAGMA data_version").fetchone()[0]  # counts the commits of other connections
+        if self._slices is None or self._slices_version != version:
+            self._slices = {row[0]: SliceRow(*row) for row in self.db.execute("SELECT * FROM slices")}
+            self._slices_version = version
+        return MappingProxyType(self._slices)
 
     def drop_slice(self, digest: str) -> None:
+        self._slices = None
         self.db.execute("DELETE FROM slices WHERE digest=?", (digest,))
         self.db.execute("DELETE FROM members WHERE slice=?", (digest,))
         self.db.execute("DELETE FROM epochs WHERE slice=?", (digest,))
@@ -300,8 +313,9 @@ class Catalog:
         query = "SELECT slice FROM members WHERE row=?"
         return frozenset(name for row in rows for (name,) in self.db.execute(query, (int(row),)))
 
-    def called_for(self, clustering: str, digests: Iterable[str]) -> None:
+    def set_clustering(self, clustering: str, digests: Iterable[str]) -> None:
         """Notes that the members of these slices follow from a clustering."""
+        self._slices = None
         query = "UPDATE slices SET clustering=? WHERE digest=? AND clustering!=?"
         self.db.executemany(query, ((clustering, digest, clustering) for digest in digests))
 
@@ -315,8 +329,8 @@ class Catalog:
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""
-        found = self._manifests("LIMIT 1")
-        return found[0] if found else None
+        newest = self._manifests("LIMIT 1")
+        return newest[0] if newest else None
 
     def manifests(self) -> list[Manifest]:
         """All states that are still kept, newest first."""
@@ -354,7 +368,7 @@ class Catalog:
         self.db.execute("DELETE FROM entries WHERE version=?", (version,))
         self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
 
-    # pins and quarantine
+    # pins, receipts and quarantine
     def pin(self, cluster: str, ref: str) -> None:
         """Keeps a cluster at a slice, or an earlier epoch of it, whatever its recipe calls for."""
         self.db.execute("INSERT OR REPLACE INTO pins VALUES(?,?,?)", (cluster, ref, time.time()))
@@ -365,6 +379,14 @@ class Catalog:
     def pins(self) -> dict[str, str]:
         """{cluster: slice reference} of pinned clusters."""
         return dict(self.db.execute("SELECT cluster,slice FROM pins ORDER BY cluster"))
+
+    def receipts(self) -> list[ReceiptLink]:
+        """The chain of receipts, oldest first."""
+        return [ReceiptLink(*row) for row in self.db.execute("SELECT * FROM receipts ORDER BY sequence")]
+
+    def add_receipts(self, links: Iterable[ReceiptLink]) -> None:
+        """Makes written receipts part of the chain."""
+        self.db.executemany("INSERT INTO receipts VALUES(?,?,?)", links)
 
     def invalidate_plan(self) -> None:
         """Makes the next plan look at every cluster."""
@@ -380,9 +402,9 @@ def sample_rank(seed: int, name: str) -> bytes:
     return keyed_hash(seed, "sample", name)
 
 
-def _table(found: Sequence[tuple[Any, ...]], cluster: str | None = None) -> RecordTable:
+def _table(rows: Sequence[tuple[Any, ...]], cluster: str | None = None) -> RecordTable:
     """Rows of `COLUMNS` as columns; without the last one if all records are of one cluster."""
-    columns = (tuple(map(operator.itemgetter(i), found)) for i in range(5))  # zip(*found) is slow for long tables
-    ids, rows, labels, owners, contents = columns
-    clusters = tuple(row[5] for row in found) if cluster is None else (cluster,) * len(found)
-    return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)
+    columns = (tuple(map(operator.itemgetter(i), rows)) for i in range(5))  # zip(*rows) is slow for long tables
+    ids, image_rows, labels, owners, contents = columns
+    clusters = tuple(row[5] for row in rows) if cluster is None else (cluster,) * len(rows)
+    return RecordTable(ids, np.array(image_rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

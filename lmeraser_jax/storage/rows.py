@@ -48,6 +48,14 @@ class Manifest(NamedTuple):
         return {key: ref for key, ref in self.entries.items() if key != SliceKind.COMMON}
 
 
+class ReceiptLink(NamedTuple):
+    """A receipt's place in the chain."""
+
+    sequence: int  # 1, 2, ...
+    request: str
+    digest: str
+
+
 def images_of(made: Mapping[str, SliceRow], ref: str) -> int:
     """Images that went into a slice, "digest" or "digest@step", and into the slices that it was tuned on from."""
     row, images = made.get(ref.partition("@")[0]), 0

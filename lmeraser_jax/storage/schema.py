@@ -1,4 +1,4 @@
-"""The catalog's tables, and how a catalog of an older release becomes one of this release."""
+"""The catalog's tables, how its file is opened, and what is said of one that cannot be used."""
 
 import contextlib
 import json
@@ -10,8 +10,10 @@ from pathlib import Path
 
 from lmeraser_jax.errors import UserError
 
-VERSION = 2
-LONGEST_WAIT = 30.0  # seconds for another process's transaction
+VERSION = 3
+SMALLEST = 512  # bytes of an SQLite file; shorter ones SQLite takes for a new, empty one
+SHOWN = 5  # lines of SQLite's own check in a message
+LONGEST_WAIT = 30.0  # seconds to wait for another process's transaction
 TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE records(
@@ -56,27 +58,6 @@ CREATE INDEX requests_open ON requests(created) WHERE state!='purged';
 CREATE TABLE receipts(sequence INTEGER PRIMARY KEY, request TEXT NOT NULL, digest TEXT NOT NULL);
 CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
 """
-FROM_1 = """
-ALTER TABLE records RENAME TO records_1;
-ALTER TABLE slices RENAME TO slices_1;
-ALTER TABLE manifests RENAME TO manifests_1;
-ALTER TABLE requests RENAME TO requests_1;
-DROP INDEX records_owner;
-{new}
-INSERT INTO records(id, row, split, label, owner, content, cluster, erased)
-  SELECT id, row, split, label, owner, content, cluster, CASE erased WHEN 0 THEN '' ELSE
-    coalesce((SELECT id FROM requests_1 WHERE state!='purged' ORDER BY created DESC LIMIT 1), 'before-version-2') END
-  FROM records_1;
-INSERT INTO slices(digest, cluster, params_digest, size, images, steps, loss, seconds, fingerprint, created)
-  SELECT * FROM slices_1;
-INSERT INTO manifests(version, created, clustering, fingerprint) SELECT * FROM manifests_1;
-INSERT INTO requests SELECT * FROM requests_1;
-DROP TABLE records_1;
-DROP TABLE slices_1;
-DROP TABLE manifests_1;
-DROP TABLE requests_1;
-"""
-UNCHANGED_SINCE_1 = ("meta", "tombstones", "members", "entries", "events", "members_row")
 
 
 def connect(path: Path) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
@@ -129,65 +110,57 @@ def create(db: sqlite3.Connection) -> None:
     db.executescript(f"BEGIN;{TABLES}{salt}PRAGMA user_version={VERSION};COMMIT;")
 
 
-def backup_of(path: Path) -> Path:
-    """Where the copy made before a migration lies; the next purge removes it."""
-    return path.with_name(f"{path.name}.backup")
-
-
-def damaged_of(path: Path) -> Path:
-    """Where a damaged catalog lies after its records were recovered; the next purge removes it."""
-    return path.with_name(f"{path.name}.damaged")
-
-
-def old_copies(path: Path) -> list[Path]:
-    """Files beside the catalog that hold records as they once were."""
-    damaged = damaged_of(path)
-    return [backup_of(path), damaged, damaged.with_name(f"{damaged.name}-wal")]
-
-
-def migrate(db: sqlite3.Connection, path: Path) -> None:
-    """Brings an older catalog to this release's tables in one transaction, after a copy of it was made.
-
-    Raises:
-        UserError: the catalog is of a release that is not known here.
-    """
-    if _version(db) == VERSION:
-        return
-    try:
-        db.execute("BEGIN IMMEDIATE")
-        version = _version(db)  # another process may have been faster
-        if version == 1:
-            _copy(path, backup_of(path))
-            new = ";\n".join(text for text in _statements(TABLES) if not _made_by_1(text)) + ";"
-            for statement in _statements(FROM_1.format(new=new)):  # executescript() would commit first
-                db.execute(statement)
-            db.execute(f"PRAGMA user_version={VERSION}")
-            db.execute("COMMIT")
-        elif version != VERSION:
-            raise UserError(f"{path} has catalog version {version}; this release reads versions 1 to {VERSION}")
-    finally:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
+def refuse_other_version(db: sqlite3.Connection, path: Path) -> None:
+    """Raises `UserError` unless a catalog has the tables of this release."""
+    version = _version(db)
+    if version != VERSION:
+        raise UserError(
+            f"{path} has catalog version {version}; this release reads version {VERSION} only: use the release that"
+            " made the workdir, or train again in a new --workdir"
+        )
 
 
 def _version(db: sqlite3.Connection) -> int:
     return db.execute("PRAGMA user_version").fetchone()[0]
 
 
-def _copy(path: Path, to: Path) -> None:
-    """A copy of a catalog as it is committed, for its owner only."""
-    to.touch(mode=0o600)
-    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(to)) as copy:
-        source.backup(copy)
+def damages(path: Path) -> list[str]:
+    """What is positively wrong with a catalog file, one line each. Writes nothing.
+
+    Raises:
+        sqlite3.OperationalError: the file could not be looked at, because of a lock or an error of the disk.
+    """
+    if not path.is_file():
+        return [f"{path.name} is {'a folder' if path.is_dir() else 'missing'}"]
+    if path.stat().st_size < SMALLEST:
+        return [f"{path.name} is no SQLite file"]
+    mode = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
+    address = f"{path.absolute().as_uri()}?{mode}"
+    try:
+        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT)) as db:
+            lines = [" ".join(row[0].split()) for row in db.execute(f"PRAGMA integrity_check({SHOWN})")]
+            if lines != ["ok"]:
+                return lines
+            if _version(db) != VERSION:
+                return [f"it has catalog version {_version(db)}, this release reads version {VERSION}"]
+            return _undecodable(db)
+    except sqlite3.OperationalError as error:
+        if "UTF-8" in str(error):
+            return [str(error)]
+        raise
+    except sqlite3.DatabaseError as error:  # malformed, or not a database
+        return [str(error)]
 
 
-def _statements(script: str) -> list[str]:
-    return [text.strip() for text in script.split(";\n") if text.strip()]
-
-
-def _made_by_1(statement: str) -> bool:
-    name = statement.split("(")[0].split()[2]
-    return name in UNCHANGED_SINCE_1
+def _undecodable(db: sqlite3.Connection) -> list[str]:
+    """Columns of JSON that hold none; raises `sqlite3.OperationalError` at text that is no UTF-8."""
+    for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
+        for _ in db.execute(f"SELECT * FROM {table}"):
+            pass
+    columns = (("meta", "value"), ("requests", "body"), ("events", "body"))
+    query = "SELECT count(*) FROM {0} WHERE NOT json_valid({1})"
+    counts = {table: db.execute(query.format(table, column)).fetchone()[0] for table, column in columns}
+    return [f"{count} rows of {table} hold no JSON" for table, count in counts.items() if count]
 
 
 def is_locked(error: sqlite3.Error) -> bool:
@@ -209,7 +182,4 @@ def readable(path: Path) -> Iterator[None]:
             " the same command again: nothing was changed"
         ) from error
     except sqlite3.DatabaseError as error:
-        raise UserError(
-            f"{path} is not a readable catalog: {error}; restore it from a copy of the workdir, or try"
-            f" lmeraser doctor --workdir={path.parent}"
-        ) from error
+        raise UserError(f"{path} is not a readable catalog: {error}; restore it from a copy of the workdir") from error

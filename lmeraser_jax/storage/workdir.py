@@ -137,6 +137,17 @@ def writer_lock(layout: Layout, wait: float = 0) -> Iterator[None]:
             file.truncate(0)
 
 
+def current_writer(layout: Layout) -> str:
+    """The process that holds the writer lock now; "" for none. Waits for nothing and writes nothing."""
+    if layout.lock.is_file():
+        with open(layout.lock, "rb", buffering=0) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return _holder(file)
+    return ""
+
+
 def _make_private(root: Path) -> None:
     """Makes the workdir, open to its user alone; its parents are made as the user's umask says."""
     root.parent.mkdir(parents=True, exist_ok=True)

@@ -257,7 +257,7 @@ def _publish(run: Run, wanted: Plan, before: Manifest | None, outcome: BuildRepo
             version = catalog.publish(
                 wanted.clustering.digest, program, wanted.recipe_constants_digest, wanted.entries, wanted.moved
             )
-            catalog.called_for(wanted.clustering.digest, wanted.required_slices)
+            catalog.set_clustering(wanted.clustering.digest, wanted.required_slices)
             catalog.event("publish", version=version, clusters=len(wanted.entries))
         waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
         waiting = [request for request in waiting if request.state != "published"]

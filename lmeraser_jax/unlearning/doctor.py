@@ -1,348 +1,364 @@
-"""The doctor: what is wrong with a workdir, and the repair of whatever can be computed again.
+"""The doctor: what is damaged in a workdir, and the removal of what can be made again.
 
-The checks of this file need no JAX: the folder, the config, the catalog, records against images. What was built
-from them is looked at in `checkup`, once they are sound. A repair drops or closes what is broken; the next
-`lmeraser train` makes it again, with the same bits.
+Only what is positively known counts as damage: something is missing, or it has another digest or shape than it must
+have. What could not be looked at (a lock, an error of the disk) is reported as unchecked, and nothing is changed for
+it. A repair drops what is damaged; the next `lmeraser train` makes it again, with the same bits.
 """
 
 import contextlib
 import dataclasses
-import fcntl
+import enum
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.config import Config
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import content_hash
+from lmeraser_jax.data.source import SPLITS, content_hash
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.hashing import digest
 from lmeraser_jax.progress import progress
-from lmeraser_jax.storage import requests, salvage, schema
+from lmeraser_jax.storage import requests, schema
+from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
-from lmeraser_jax.storage.workdir import Layout, read_config, writer_lock
+from lmeraser_jax.storage.workdir import Layout, current_writer, read_config, refuse_links, writer_lock
 
-OPEN_TO_OTHERS = 0o077
+if TYPE_CHECKING:
+    from lmeraser_jax.unlearning.run import Run  # loads JAX; a damaged catalog or config is named without
+
 LISTED = 50  # ids in a message
-FEATURES = 256  # rows of the feature cache that are computed again and compared
+FEATURES = 256  # cached features that are computed again and compared
+
+
+class State(enum.StrEnum):
+    DAMAGED = "damaged"
+    DROPPED = "dropped"  # removed; lmeraser train makes it again
+    FIXED = "fixed"
+    NOTE = "note"  # nothing is wrong
+    UNCHECKED = "unchecked"  # it could not be looked at, and nothing was changed
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that is not as it should be.
-
-    Attributes:
-        part: of the workdir.
-        what: is wrong, in one line.
-        remedy: what to do, or what the repair did.
-        state: wrong | dropped (lmeraser train makes it again) | fixed | note (nothing is wrong, but to be known).
-    """
+    """What was noticed about one part of a workdir, and what to do about it or what the repair did."""
 
     part: str
-    what: str
+    message: str
     remedy: str = ""
-    state: str = "wrong"
+    state: State = State.DAMAGED
 
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """Everything that was found."""
+    """All problems of a workdir."""
 
-    findings: tuple[Problem, ...]
+    problems: tuple[Problem, ...]
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is wrong, or nothing any more."""
-        return all(finding.state in ("fixed", "note") for finding in self.findings)
+        """Whether everything could be looked at and nothing is damaged, or nothing any more."""
+        return all(problem.state in (State.FIXED, State.NOTE) for problem in self.problems)
+
+    @property
+    def damaged(self) -> bool:
+        """Whether something is damaged, or was dropped and is to be made again."""
+        return any(problem.state in (State.DAMAGED, State.DROPPED) for problem in self.problems)
 
     def table(self) -> str:
-        """The findings for people, a line or two each, and the verdict."""
-        lines = [f"{f.state:<8}{f.part:<12}{f.what}" + (f"\n{'':20}{f.remedy}" * bool(f.remedy)) for f in self.findings]
-        return "\n".join([*lines, "healthy" if self.healthy else "not healthy"])
+        """The problems for people, a line or two each, and the verdict."""
+        lines = []
+        for problem in self.problems:
+            lines.append(f"{problem.state:<10}{problem.part:<12}{problem.message}")
+            if problem.remedy:
+                lines.append(f"{'':22}{problem.remedy}")
+        verdict = "healthy" if self.healthy else "damaged" if self.damaged else "not all of it could be checked"
+        return "\n".join([*lines, verdict])
 
 
-@dataclasses.dataclass(frozen=True)
-class Workdir:
-    """A workdir whose config and catalog could be opened; `fix` if repairs are wanted."""
-
-    layout: Layout
-    config: Config
-    catalog: Catalog
-    fix: bool
-
-
-def examine(
-    workdir: str | Path, fix: bool = False, features: int = FEATURES, devices: Sequence[Any] | None = None
-) -> Diagnosis:
+def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | None = None) -> Diagnosis:
     """Looks at every part of a workdir.
 
     Args:
         workdir: an existing one.
-        fix: repair what can be; without it nothing is written.
-        features: rows of the feature cache to compute again and compare; 0: none.
+        fix: drop what is damaged and can be made again, and remove leftovers; without it nothing is written.
         devices: all by default.
 
     Raises:
-        UserError: there is no workdir.
+        UserError: there is no workdir, or its catalog is missing.
     """
     layout = Layout(workdir)
-    if not (layout.root.is_dir() and any(path.exists() for path in (layout.catalog, layout.config, layout.records))):
-        layout.require()
-    with contextlib.ExitStack() as stack:
-        busy = _busy(layout)
-        if busy:
-            return Diagnosis((busy,))
-        found = run_check("folder", lambda: _links(layout))
-        if found:
-            return Diagnosis(tuple(found))  # what lies behind a link is neither looked at nor changed
-        found += run_check("lock", lambda: _stale_lock(layout, fix))
-        if fix:
-            stack.enter_context(writer_lock(layout))
-        for part, check in (("folder", _modes), ("folder", _unfinished), ("catalog", _catalog)):
-            found += run_check(part, lambda check=check: check(layout, fix))
-        config, more = _config(layout)
-        found += more
-        if any(f.part == "catalog" and f.state in ("wrong", "note") for f in found) or config is None:
-            return Diagnosis(tuple(found))
-        with contextlib.closing(Catalog(layout.catalog)) as catalog:
-            patient, before = Workdir(layout, config, catalog, fix), catalog.stamp()
-            found += _within(patient, features, devices)
-            if not fix and (_busy(layout) or catalog.stamp() != before):
-                found = [Problem("lock", "another process wrote to the workdir meanwhile", "run this command again")]
-    return Diagnosis(tuple(found))
-
-
-def _within(patient: Workdir, features: int, devices: Sequence[Any] | None) -> list[Problem]:
-    """The checks that need the catalog; those of what was built only over sound records."""
-    found = []
-    for part, check in (("requests", _requests), ("records", _records), ("images", _images)):
-        found += run_check(part, lambda check=check: check(patient))
-    if any(f.part == "records" and f.state == "wrong" for f in found):
-        return found
-    if patient.catalog.get("dataset") is None or not patient.layout.backbone.exists():
-        if patient.catalog.manifest() is None:
-            return [*found, Problem("backbone", "the workdir is not complete yet", "lmeraser train goes on", "note")]
-    from lmeraser_jax.unlearning import checkup
-
-    return found + checkup.examine(patient, features, devices)
-
-
-def run_check(part: str, check: Callable[[], Iterator[Problem]]) -> list[Problem]:
-    """The findings of a check; one that damaged data stop short is a finding itself."""
-    found = []
+    layout.require()
+    writer = current_writer(layout)
+    if writer:
+        return Diagnosis((_unchecked("lock", f"{layout.root} is being written by {writer}"),))
     try:
-        for finding in check():
-            found.append(finding)
-    except Exception as error:  # damaged data may make a reader raise anything
-        found.append(Problem(part, f"cannot be checked: {type(error).__name__}: {error}"))
-    return found
+        refuse_links(layout)
+    except UserError as error:
+        return Diagnosis((Problem("folder", str(error)),))  # what lies behind a link is neither looked at nor changed
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context(contextlib.ExitStack())
+        if fix:
+            lock.enter_context(writer_lock(layout))
+        problems = _check("folder", _leftover_files(layout, fix))
+        problems += _check("config", _config(layout)) + _check("catalog", _catalog_file(layout))
+        if any(problem.part in ("config", "catalog") for problem in problems):
+            return Diagnosis(tuple(problems))
+        catalog = stack.enter_context(contextlib.closing(Catalog(layout.catalog)))
+        before = catalog.stamp()
+        problems += _check("requests", _requests(layout, catalog)) + _check("images", _images(layout, catalog, fix))
+        lock.close()  # what follows opens the workdir as every command does
+        if not any(problem.part == "images" and problem.state == State.DAMAGED for problem in problems):
+            problems += _check("backbone", _built(layout, catalog, fix, devices))
+        if not fix and (current_writer(layout) or catalog.stamp() != before):
+            problems = [_unchecked("lock", "another process wrote to the workdir meanwhile")]
+    return Diagnosis(tuple(problems))
 
 
-def _busy(layout: Layout) -> Problem | None:
-    """The writer that works in the workdir now; what is unfinished then is not damaged."""
-    if not layout.lock.is_file():
-        return None
-    with open(layout.lock, encoding="utf-8", errors="replace") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read().strip() or "another process"
-            return Problem("lock", f"the workdir is being written by {holder}", "run this command when it has ended")
-    return None
+def _check(part: str, problems: Iterator[Problem]) -> list[Problem]:
+    """The problems that a check notices; one that is cut short by an error is itself reported as unchecked."""
+    noticed: list[Problem] = []
+    try:
+        for problem in problems:
+            noticed.append(problem)
+    except Exception as error:  # whatever it is, it is no finding about the workdir
+        noticed.append(_unchecked(part, f"{type(error).__name__}: {error}"))
+    return noticed
 
 
-def _stale_lock(layout: Layout, fix: bool) -> Iterator[Problem]:
-    text = layout.lock.read_text(encoding="utf-8", errors="replace").strip() if layout.lock.is_file() else ""
-    if text:
-        remedy = "removed" if fix else "no harm: the next command that writes replaces it"
-        yield Problem("lock", f"{text[:100]!r} has ended without closing the lock", remedy, "fixed" if fix else "note")
+def _unchecked(part: str, message: str) -> Problem:
+    return Problem(part, message, "run this command again; nothing was changed", State.UNCHECKED)
 
 
-def _links(layout: Layout) -> Iterator[Problem]:
-    for path in _inside(layout.root):
-        if path.is_symlink():
-            remedy = "put the file itself there: an erasure must reach what is stored"
-            yield Problem("folder", f"{path.relative_to(layout.root)} is a symbolic link", remedy)
+def _leftover(part: str, message: str, fix: bool, remove: Callable[[], object], verb: str = "remove") -> Problem:
+    """What should not be there and that nothing needs; removed where that is wanted."""
+    if not fix:
+        return Problem(part, message, f"--fix {verb}s it")
+    remove()
+    return Problem(part, message, f"{verb}d", State.FIXED)
 
 
-def _modes(layout: Layout, fix: bool) -> Iterator[Problem]:
-    paths = [layout.root, *(path for path in _inside(layout.root) if not path.is_symlink())]
-    loose = [path for path in paths if path.stat().st_mode & OPEN_TO_OTHERS]
-    if loose and fix:
-        for path in loose:
-            path.chmod(path.stat().st_mode & 0o777 & ~OPEN_TO_OTHERS)
-    if loose:
-        names = join_limited([path.relative_to(layout.root) for path in loose], 3)
-        remedy = "closed to them" if fix else "--fix closes them; they hold private images"
-        yield Problem("folder", f"open to other users: {names}", remedy, "fixed" if fix else "note")
+def _damaged(part: str, message: str, fix: bool, drop: Callable[[], object]) -> Problem:
+    """What is damaged and can be made again; dropped where that is wanted."""
+    if not fix:
+        return Problem(part, message, "--fix drops it; then lmeraser train makes it again")
+    drop()
+    return Problem(part, message, "dropped; lmeraser train makes it again", State.DROPPED)
 
 
-def _unfinished(layout: Layout, fix: bool) -> Iterator[Problem]:
-    """What a killed writer leaves: temporary files, replaced folders, scratch."""
-    for path in list(_inside(layout.root)):
-        name = path.name
-        if not (name.startswith(".") and name.endswith((".tmp", ".old"))) or path.parent.name.startswith("."):
-            continue
-        final = path.with_name(name[1:-4])
-        if name.endswith(".old") and not final.exists():
-            what = f"{path.relative_to(layout.root)} is all that is left of {final.name}"
-            if fix:
-                os.replace(path, final)
-            yield Problem("folder", what, "put back" if fix else "--fix puts it back", "fixed" if fix else "wrong")
-        else:
-            yield _removed(layout, path, "left by a killed writer", fix)
-    scratch = list(layout.scratch.iterdir()) if layout.scratch.is_dir() else []
-    pretraining = [layout.pretraining] if layout.pretraining.exists() and layout.backbone.exists() else []
-    for path in [*scratch, *pretraining]:
-        yield _removed(layout, path, "left by a killed process", fix)
-    for path in schema.old_copies(layout.catalog):
-        if path.exists():
-            what = f"{path.name} holds the records as they once were"
-            yield Problem("folder", what, "the next erasure removes it; delete it when it is not needed", "note")
+def _leftover_files(layout: Layout, fix: bool) -> Iterator[Problem]:
+    """What a killed writer leaves: temporary files, replaced folders, scratch, a finished pretraining."""
+    hidden = [*layout.root.glob(".*"), *layout.root.glob("*/.*")]
+    paths = [path for path in hidden if path.suffix in (".tmp", ".old")] + list(layout.scratch.glob("*"))
+    if layout.backbone.exists() and layout.pretraining.exists():
+        paths.append(layout.pretraining)
+    for path in paths:
+        remove = shutil.rmtree if path.is_dir() else Path.unlink
+        message = f"{path.relative_to(layout.root)} was left by a killed process"
+        yield _leftover("folder", message, fix, lambda remove=remove, path=path: remove(path))
 
 
-def _removed(layout: Layout, path: Path, why: str, fix: bool) -> Problem:
-    if fix:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    what = f"{path.relative_to(layout.root)} was {why}"
-    return Problem("folder", what, "removed" if fix else "--fix removes it", "fixed" if fix else "wrong")
-
-
-def _inside(root: Path) -> Iterator[Path]:
-    """Everything below a folder; links are not followed."""
-    for folder, folders, files in os.walk(root):
-        for name in sorted([*folders, *files]):
-            yield Path(folder) / name
-
-
-def _config(layout: Layout) -> tuple[Config | None, list[Problem]]:
-    remedy = "restore config.json, or run lmeraser train with the experiment's --config=FILE.py"
+def _config(layout: Layout) -> Iterator[Problem]:
+    remedy = "restore config.json, or delete it and run lmeraser train with the experiment's --config=FILE.py"
     try:
         tree = read_config(layout)
-        if tree is not None:
-            return settings.from_dict(tree), []
-        return None, [Problem("config", "config.json is missing", remedy)]
+        if tree is None:
+            yield Problem("config", "config.json is missing", remedy)
+        else:
+            settings.from_dict(tree)
     except UserError as error:
-        return None, [Problem("config", f"config.json cannot be used: {error}", f"{remedy} after deleting it")]
+        yield Problem("config", f"config.json cannot be used: {error}", remedy)
 
 
-def _catalog(layout: Layout, fix: bool) -> Iterator[Problem]:
-    damages = salvage.damages(layout.catalog)
-    if not damages:
-        with contextlib.closing(salvage.reading(layout.catalog)) as db:
-            version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version != schema.VERSION and not fix:
-            what = f"the catalog is an older release's (version {version})"
-            yield Problem("catalog", what, "--fix or the next command that writes brings it up to this one's")
-        return
-    what = f"the catalog is damaged: {'; '.join(damages)}"
-    lost = salvage.lost(layout.catalog)
-    if lost:
-        yield Problem(
-            "catalog", what, f"restore it from a copy of the workdir: {join_limited(lost)} cannot be read whole"
-        )
-    elif not fix:
-        yield Problem("catalog", what, "--fix recovers it: all that cannot be computed again is whole")
-    else:
-        built = salvage.recover(layout.catalog)
-        remedy = f"recovered; the damaged file is {schema.damaged_of(layout.catalog).name} until the next erasure"
-        remedy += "" if built else "; lmeraser train tunes and publishes again"
-        yield Problem("catalog", what, remedy, "fixed" if built else "dropped")
+def _catalog_file(layout: Layout) -> Iterator[Problem]:
+    lines = schema.damages(layout.catalog)
+    if lines:
+        remedy = "restore catalog.db from a copy of the workdir: it cannot be computed again"
+        yield Problem("catalog", f"the catalog is damaged: {'; '.join(lines)}", remedy)
 
 
-def _requests(patient: Workdir) -> Iterator[Problem]:
-    catalog = patient.catalog
-    open_ = requests.listed(catalog, only_open=True)
-    if open_:
-        remedy = f"lmeraser process --workdir={patient.layout.root} serves them"
-        yield Problem("requests", f"waiting erasures: {join_limited([r.id for r in open_])}", remedy, "note")
-    buried = {row[0] for row in catalog.db.execute("SELECT hash FROM tombstones")}
+def _requests(layout: Layout, catalog: Catalog) -> Iterator[Problem]:
+    """Erasures that wait, and erasures that the catalog has forgotten."""
+    waiting = [request.id for request in requests.listed(catalog, only_open=True)]
+    if waiting:
+        remedy = f"lmeraser process --workdir={layout.root} serves them"
+        yield Problem("requests", f"waiting erasures: {join_limited(waiting)}", remedy, State.NOTE)
+    tombstones = catalog.tombstones()
     for request in requests.listed(catalog):
-        if not buried.issuperset(request.body["records"]):
-            remedy = "restore the catalog from a copy: what was erased could be imported again"
+        if not tombstones.issuperset(request.body["records"]):
+            remedy = "restore catalog.db from a copy: what was erased could be imported again"
             yield Problem("requests", f"{request.id}: its erased ids are not remembered", remedy)
-    forgotten = [name for name in catalog.erased() if not catalog.is_tombstoned(name)]
-    if forgotten:
-        what = f"erased records without a trace of their erasure, or another salt: {join_limited(forgotten, LISTED)}"
-        yield Problem("requests", what, "restore the catalog from a copy")
 
 
-def _records(patient: Workdir) -> Iterator[Problem]:
-    """Values of the records table that no import writes."""
-    catalog, found = patient.catalog, []
-    classes = len((catalog.get("dataset") or {"classes": ()})["classes"])
-    for name, label in catalog.db.execute("SELECT id,label FROM records"):
-        if type(label) is not int or not 0 <= label < classes:
-            found.append(f"{name}={label!r}")
-    remedy = "restore the catalog from a copy, or erase these records"
-    if found:
-        yield Problem(
-            "records", f"labels that are none of the {classes} classes: {join_limited(found, LISTED)}", remedy
-        )
-    beyond = [row[0] for row in catalog.db.execute("SELECT id FROM records WHERE row>=?", (catalog.rows_used(),))]
-    if beyond:
-        remedy = "restore the catalog from a copy; write nothing before: an import would overwrite their images"
-        yield Problem("records", f"rows behind the last one that is in use: {join_limited(beyond, LISTED)}", remedy)
-
-
-def _images(patient: Workdir) -> Iterator[Problem]:
-    """The image file's length, every live row against its content hash, and rows that must be empty."""
-    layout, catalog, fix = patient.layout, patient.catalog, patient.fix
+def _images(layout: Layout, catalog: Catalog, fix: bool) -> Iterator[Problem]:
+    """Every live row against its content hash, the length of the file, and rows that must be empty."""
     if catalog.get("dataset") is None:
         return
-    file, rows = image_file(layout, catalog), catalog.rows_used()
-    size = layout.images.stat().st_size if layout.images.exists() else 0
-    if any(catalog.db.execute("SELECT 1 FROM records WHERE row>=? LIMIT 1", (rows,))):
-        return  # the number of rows is wrong: nothing can be said, and nothing may be cut off
-    rotten, stale = _compared(catalog, file)
-    live = sum(catalog.counts().values())
-    if rotten and len(rotten) == live and size:
-        remedy = "restore records/images.u8 and catalog.db together from a copy of the workdir"
-        yield Problem("images", "no row holds the pixels that the catalog knows", remedy)
+    file, rows, records = image_file(layout, catalog), catalog.rows_used(), catalog.live(*SPLITS)
+    if len(records) and records.rows.max() >= rows:
+        message = f"the catalog has records behind row {rows}, which it calls the last one"
+        yield Problem("images", message, "restore catalog.db from a copy; write nothing before")
         return
-    if size > rows * file.row_bytes:
-        if fix:
-            file.truncate(rows)
-        remedy = "removed" if fix else "--fix removes it"
-        yield Problem("images", "an interrupted import left rows behind", remedy, "fixed" if fix else "wrong")
-    if size < rows * file.row_bytes:
-        if fix:
-            _lengthened(file, rows)
-        remedy = "lengthened with empty rows" if fix else "--fix lengthens it with empty rows"
-        what = f"images.u8 holds {size // file.row_bytes} of {rows} rows"
-        yield Problem("images", what, f"{remedy}; those that are lost are named below", "fixed" if fix else "wrong")
-    if rotten:
-        remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
-        yield Problem("images", f"pixels that have changed since the import: {join_limited(rotten, LISTED)}", remedy)
-    if stale:
-        if fix:
-            file.overwrite(np.array(stale, np.int64))
-        remedy = "overwritten" if fix else "--fix overwrites them"
-        what = f"rows of no record hold pixels: {join_limited(stale)}"
-        yield Problem("images", what, remedy, "fixed" if fix else "wrong")
-
-
-def _compared(catalog: Catalog, file: RowFile) -> tuple[list[str], list[int]]:
-    """Ids of live records whose row is lost or has other pixels, and rows of no record that are not empty."""
-    known = catalog.db.execute("SELECT row,id,content,erased FROM records ORDER BY row").fetchall()
-    there, owned, rotten = len(file), {row[0] for row in known}, []
+    there, size = len(file), layout.images.stat().st_size if layout.images.exists() else 0
     view = file.view() if there else np.zeros((0, *file.shape), np.uint8)
-    with progress("images", len(known)) as shown:
-        for row, name, content, erased in known:
-            if not erased and (row >= there or content_hash(view[row]) != content):
-                rotten.append(name)
+    changed = []
+    with progress("images", len(records)) as shown:
+        for name, row, content in zip(records.ids, records.rows, records.contents, strict=True):
+            if row >= there or content_hash(view[row]) != content:
+                changed.append(name)
             shown.advance(1)
-    stale = [row for row in range(min(there, catalog.rows_used())) if row not in owned and view[row].any()]
-    return rotten, stale
+    if changed:
+        message = f"pixels that are not those of the import: {join_limited(changed, LISTED)}"
+        remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
+        yield Problem("images", message, remedy)
+    if size != rows * file.row_bytes:
+        message = f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}"
+        yield _leftover("images", message, fix, lambda: _resize(layout.images, rows * file.row_bytes), "resize")
+    unused = file.filled(catalog.free_rows())
+    if len(unused):
+        message = f"rows of no record hold pixels: {join_limited(unused)}"
+        yield _leftover("images", message, fix, lambda: file.overwrite(unused), "erase")
 
 
-def _lengthened(file: RowFile, rows: int) -> None:
-    file.path.parent.mkdir(parents=True, exist_ok=True)
-    with open(file.path, "ab") as raw:
-        raw.truncate(rows * file.row_bytes)
-        os.fsync(raw.fileno())
+def _resize(path: Path, size: int) -> None:
+    """Cuts off what is too much and fills up with zeros what is missing."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
+def _built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequence[Any] | None) -> Iterator[Problem]:
+    """What was made from the records: backbone, features, slices, clusterings, the published state."""
+    from lmeraser_jax.models import backbone
+    from lmeraser_jax.unlearning import plan
+    from lmeraser_jax.unlearning.run import open_run
+
+    if catalog.manifest() is None and not layout.backbone.exists():
+        yield Problem("backbone", "the workdir is not complete yet", "lmeraser train goes on", State.NOTE)
+        return
+    try:
+        backbone.load(layout.backbone)
+    except UserError as error:
+        message = f"{error}; --fix keeps it as backbone.damaged"
+        yield _damaged("backbone", message, fix, lambda: _move(layout.backbone, layout.root / "backbone.damaged"))
+        return
+    with open_run(layout.root, devices=devices, write=fix) as run:
+        problems = _check("features", _features(run, fix)) + _check("slices", _slices(run, fix))
+        problems += _check("clusterings", _clusterings(run, fix)) + _check("slices", _unregistered_slices(run, fix))
+        yield from problems
+        if not problems:
+            remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
+            yield from (Problem("state", line, remedy) for line in plan.contradictions(run))
+
+
+def _move(folder: Path, to: Path) -> None:
+    shutil.rmtree(to, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, to)
+
+
+def _features(run: "Run", fix: bool) -> Iterator[Problem]:
+    """Feature files of another backbone or program, of another length, with rows of no record, or other numbers."""
+    from lmeraser_jax.training.fingerprint import fingerprint
+
+    now = fingerprint(run.config.tuning, run.mesh)
+    programs = {now, *(row.fingerprint for row in run.catalog.slices().values())}
+    files = {file.path: file for file in map(run.feature_file, sorted(programs))}
+    for path in sorted(run.layout.records.glob("features-*.f32")):
+        file, reason = files.get(path), ""
+        if file is None:
+            reason = "belongs to another backbone, image size or program"
+        elif path.stat().st_size % file.row_bytes or len(file) > run.catalog.rows_used():
+            reason = f"has {path.stat().st_size} bytes, not at most {run.catalog.rows_used()} rows of {file.row_bytes}"
+        elif len(file.filled(run.catalog.free_rows())):
+            reason = "holds features in rows of no record"
+        elif path == run.feature_file(now).path:
+            reason = _differing_features(run, file)
+        if reason:
+            yield _leftover("features", f"{path.name} {reason}", fix, path.unlink)
+
+
+def _differing_features(run: "Run", file: RowFile) -> str:
+    """Compares evenly spread rows of live records, bit for bit, with what the backbone gives now."""
+    rows = run.catalog.live(*SPLITS).rows
+    rows = rows[rows < len(file)]
+    rows = np.unique(rows[np.linspace(0, len(rows) - 1, min(FEATURES, len(rows))).astype(np.int64)])
+    stored = np.asarray(file.view()[rows]) if len(rows) else np.zeros((0, *file.shape), np.float32)
+    cached = ~np.isnan(stored).any(axis=1)
+    if not cached.any():
+        return ""
+    computed = run.extractor()(run.images[rows[cached]])
+    count = (stored[cached].view(np.uint32) != computed.view(np.uint32)).any(axis=1).sum()
+    return f"holds other numbers than the backbone gives, in {count} of {cached.sum()} rows" if count else ""
+
+
+def _slices(run: "Run", fix: bool) -> Iterator[Problem]:
+    """Every registered or published slice against its digest, by the loader that readers use."""
+    from lmeraser_jax.unlearning.artifacts import load_slice, slice_of
+
+    manifests = run.catalog.manifests()
+    refs = sorted({*run.catalog.slices(), *(ref for manifest in manifests for ref in manifest.entries.values())})
+
+    def drop(name: str) -> None:
+        with run.catalog.transaction():
+            run.catalog.drop_slice(name)
+            for manifest in manifests[1:]:
+                if name in map(slice_of, manifest.entries.values()):
+                    run.catalog.drop_manifest(manifest.version)
+
+    with progress("slices", len(refs)) as shown:
+        for ref in refs:
+            try:
+                load_slice(run, ref)
+            except UserError as error:
+                yield _damaged("slices", str(error)[:300], fix, lambda ref=ref: drop(slice_of(ref)))
+            shown.advance(1)
+
+
+def _clusterings(run: "Run", fix: bool) -> Iterator[Problem]:
+    """The clustering of every state: it can be read, and its keys are the digests of its sampled ids."""
+    from lmeraser_jax.unlearning.artifacts import load_clustering
+    from lmeraser_jax.unlearning.purge import referenced
+
+    manifests = run.catalog.manifests()
+
+    def drop(number: int) -> None:
+        shutil.rmtree(run.layout.clustering(manifests[number].clustering), ignore_errors=True)
+        if number:  # an older state cannot be made again
+            run.catalog.drop_manifest(manifests[number].version)
+
+    for number, manifest in enumerate(manifests):
+        with contextlib.suppress(FileNotFoundError):
+            (run.layout.clustering(manifest.clustering) / "clustering.npz").read_bytes()  # else it is no damage
+        try:
+            clustering, reason = load_clustering(run.layout, manifest.clustering), ""
+            members: dict[int, list[str]] = {}
+            for name, label in zip(clustering.sample, clustering.labels.tolist(), strict=True):
+                members.setdefault(label, []).append(name)
+            if members and tuple(digest(members[k]) for k in sorted(members)) != clustering.keys:
+                reason = "its keys are not the digests of its sampled ids"
+            elif len(clustering.prototypes) != len(clustering.keys) or not set(manifest.clusters) <= {*clustering.keys}:
+                reason = "its keys do not fit its prototypes or the published state"
+        except UserError as error:
+            reason = str(error)
+        if reason:
+            message = f"clustering {manifest.clustering[:12]} is missing or damaged: {reason}"
+            yield _damaged("clusterings", message, fix, lambda number=number: drop(number))
+    wanted = referenced(run.catalog, run.catalog.manifests()).clusterings
+    yield from _unknown_files(run.layout.clusterings, set(wanted), "clusterings", fix)
+
+
+def _unregistered_slices(run: "Run", fix: bool) -> Iterator[Problem]:
+    yield from _unknown_files(run.layout.slices, set(run.catalog.slices()), "slices", fix)
+
+
+def _unknown_files(folder: Path, known: set[str], part: str, fix: bool) -> Iterator[Problem]:
+    unknown = sorted({path.name[:12] for path in folder.glob("*") if path.name not in known})
+    if unknown:
+        message = f"{part} that the catalog does not know: {join_limited(unknown)}"
+        yield _leftover(part, message, fix, lambda: remove_others(folder, known))

@@ -11,7 +11,6 @@ from pathlib import Path
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request, Targets
 from lmeraser_jax.storage.rows import SliceKind
-from lmeraser_jax.unlearning import receipts
 from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.run import Run
@@ -111,7 +110,7 @@ def process(run: Run) -> tuple[BuildReport, list[Request]]:
     Returns:
         What was done, and the requests that it finished, oldest first.
     """
-    known = len(receipts.chain(run.catalog))
+    known = len(run.catalog.receipts())
     outcome = build(run)
-    finished = [requests.get(run.catalog, link.request) for link in receipts.chain(run.catalog)[known:]]
+    finished = [requests.get(run.catalog, link.request) for link in run.catalog.receipts()[known:]]
     return outcome, [request for request in finished if request is not None]

@@ -139,8 +139,7 @@ def contradictions(run: Run) -> list[str]:
         found += _wrong_wholes(run, manifest)
     if run.config.tuning.one_head:
         return found
-    pinned = {row[0] for row in catalog.db.execute("SELECT cluster FROM pins")}
-    for key in sorted({*manifest.clusters, *catalog.sizes()} - pinned):
+    for key in sorted({*manifest.clusters, *catalog.sizes()} - set(catalog.pins())):
         members = catalog.members(key)
         wanted = _chain(run, key, members)[-1].digest if len(members) else None
         if wanted != manifest.entries.get(key):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.storage import requests, schema
+from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
@@ -82,8 +82,6 @@ def purge(run: Run) -> None:
     if erased:
         _overwrite(run, np.array(sorted(erased.values()), np.int64))
         run.layout.picture.unlink(missing_ok=True)
-        for copy in schema.old_copies(run.layout.catalog):
-            copy.unlink(missing_ok=True)
     versions = {manifest.version for manifest in stays.manifests}
     with catalog.transaction():
         for manifest in catalog.manifests():
@@ -97,7 +95,7 @@ def purge(run: Run) -> None:
         links = receipts.write(run, served)
         with catalog.transaction():
             requests.advance(catalog, names, "purged")
-            receipts.enter(catalog, links)
+            catalog.add_receipts(links)
 
 
 def _overwrite(run: Run, rows: np.ndarray) -> None:
@@ -115,15 +113,11 @@ def leftovers(run: Run) -> list[str]:
         lines += [f"leftover {folder.name}/{name}" for name in sorted(there - wanted)]
         lines += [f"missing {folder.name}/{name}" for name in sorted(wanted - there)]
     lines += [f"leftover slice in the catalog {name}" for name in sorted(set(run.catalog.slices()) - stays.slices)]
-    empty = np.ones(run.catalog.rows_used(), bool)
-    empty[[row[0] for row in run.catalog.db.execute("SELECT row FROM records WHERE erased=''")]] = False
+    unused = run.catalog.free_rows()
     files = [image_file(run.layout, run.catalog)]
     files += [
         RowFile(p, (run.backbone.config.feature_size,), np.float32) for p in run.layout.records.glob("features-*.f32")
     ]
     for file in files:
-        view = file.view()
-        rows = np.flatnonzero(empty[: len(view)])
-        stale = [row for row in rows if np.nan_to_num(view[row].astype(np.float32)).any()]
-        lines += [f"leftover row {row} of {file.path.name}" for row in stale]
+        lines += [f"leftover row {row} of {file.path.name}" for row in file.filled(unused)]
     return lines

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lmeraser_jax import config as settings
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.atomic_files import write_json
-from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request, followed
+from lmeraser_jax.storage.rows import ReceiptLink
 
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run  # loads JAX; whoever lists or checks receipts goes without
@@ -30,45 +30,26 @@ OUT_OF_REACH = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """A receipt's place in the chain, as the catalog keeps it."""
-
-    sequence: int
-    request: str
-    digest: str
-
-
-def chain(catalog: Catalog) -> list[Link]:
-    """All receipts of a workdir, oldest first."""
-    return [Link(*row) for row in catalog.db.execute("SELECT * FROM receipts ORDER BY sequence")]
-
-
-def write(run: "Run", requests: list[Request]) -> list[Link]:
+def write(run: "Run", requests: list[Request]) -> list[ReceiptLink]:
     """Writes the receipts of purged requests behind those that exist; a repeated call replaces its own files.
 
     Returns:
         Their links, to be entered in the catalog.
     """
-    links = chain(run.catalog)
-    last, new = (links[-1] if links else Link(0, "", "")), []
+    links = run.catalog.receipts()
+    last, new = (links[-1] if links else ReceiptLink(0, "", "")), []
     for request in requests:
         values = _receipt(run, request, last)
         values["digest"] = digest(values)
         path = run.layout.receipt(request.id)
         write_json(path, values)
         path.chmod(PRIVATE)
-        last = Link(last.sequence + 1, request.id, values["digest"])
+        last = ReceiptLink(last.sequence + 1, request.id, values["digest"])
         new.append(last)
     return new
 
 
-def enter(catalog: Catalog, links: list[Link]) -> None:
-    """Makes written receipts part of the chain."""
-    catalog.db.executemany("INSERT INTO receipts VALUES(?,?,?)", [dataclasses.astuple(link) for link in links])
-
-
-def _receipt(run: "Run", request: Request, last: Link) -> dict[str, Any]:
+def _receipt(run: "Run", request: Request, last: ReceiptLink) -> dict[str, Any]:
     body = request.body | {"states": followed(request.body["states"], "purged")}
     return {
         "schema": SCHEMA,

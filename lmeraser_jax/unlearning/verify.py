@@ -18,13 +18,13 @@ import jsonschema
 
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
-from lmeraser_jax.storage import requests
+from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.checkpoint_arrays import read_arrays
 from lmeraser_jax.storage.ingest import image_file
+from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning.artifacts import parts_of
-from lmeraser_jax.unlearning.receipts import Link, chain, receipt_body
+from lmeraser_jax.unlearning.receipts import receipt_body
 
 LARGEST = 100_000_000  # bytes of a receipt; enough for two million records
 MOST = 20  # findings about the structure of one receipt
@@ -64,7 +64,7 @@ class _Snapshot:
             slices |= {name: row.created for name, row in catalog.slices().items()}
             clusterings = dict.fromkeys(_names(layout.clusterings), 0.0)
             clusterings |= {manifest.clustering: manifest.created for manifest in reversed(manifests)}
-            self.links = {link.sequence: link for link in chain(catalog)}
+            self.links = {link.sequence: link for link in catalog.receipts()}
             self.bodies = {request.id: receipt_body(request) for request in finished}
             self.unpurged = {request.id: len(catalog.erased([request.id])) for request in finished}
             self.tombstones = catalog.tombstones()
@@ -90,7 +90,7 @@ class _Snapshot:
     def params(self, cluster: str) -> str:
         """The digest of the published slice's parameters. Raises `UserError` when they cannot be read."""
         name, step = parts_of(self.published[cluster])
-        return self._salted("params", arrays_digest(read_arrays(self._layout.slice(name), step or None)))
+        return self._salted("params", arrays_digest(checkpoints.load(self._layout.slice(name), step or None)[0]))
 
 
 class _Unusable(ValueError):
@@ -138,7 +138,7 @@ def _names(folder: Path) -> list[str]:
 
 def _folder_verdict(layout: Layout, catalog: Catalog) -> Verdict:
     """Compares the folder of receipts with the catalog."""
-    links, known = chain(catalog), {request.id: request for request in requests.listed(catalog)}
+    links, known = catalog.receipts(), {request.id: request for request in requests.listed(catalog)}
     findings, notes = [], []
     if [link.sequence for link in links] != list(range(1, len(links) + 1)):
         findings.append(f"the catalog's chain has gaps: {join_limited(link.sequence for link in links)}")
@@ -159,7 +159,7 @@ def _folder_verdict(layout: Layout, catalog: Catalog) -> Verdict:
     return Verdict(str(layout.receipts), "", tuple(findings), tuple(notes))
 
 
-def _verdict(path: Path, snapshot: _Snapshot, expected: Link | None = None) -> Verdict:
+def _verdict(path: Path, snapshot: _Snapshot, expected: ReceiptLink | None = None) -> Verdict:
     """Checks one file; `expected` is the receipt that it must be, None for any receipt of the workdir."""
     try:
         values = _read(path)

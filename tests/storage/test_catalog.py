@@ -10,8 +10,7 @@ import pytest
 
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.hashing import keyed_hash
-from lmeraser_jax.storage import requests, schema
+from lmeraser_jax.storage import schema
 from lmeraser_jax.storage.catalog import Catalog, sample_rank
 from lmeraser_jax.storage.rows import SliceRow
 
@@ -23,42 +22,6 @@ ITEMS = [
     Item("t", "test", 1, "ann"),
     Item("p", "public", 0, "ann"),
 ]
-
-VERSION_1 = """
-CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE records(
-  id TEXT PRIMARY KEY, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
-  owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '', erased INTEGER NOT NULL DEFAULT 0
-) WITHOUT ROWID;
-CREATE INDEX records_owner ON records(owner);
-CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE slices(
-  digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params TEXT NOT NULL, size INTEGER NOT NULL,
-  images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, program TEXT NOT NULL,
-  created REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
-CREATE INDEX members_row ON members(row);
-CREATE TABLE manifests(
-  version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, program TEXT NOT NULL
-);
-CREATE TABLE entries(
-  version INTEGER NOT NULL, cluster TEXT NOT NULL, slice TEXT NOT NULL, PRIMARY KEY(version, cluster)
-) WITHOUT ROWID;
-CREATE TABLE requests(
-  id TEXT PRIMARY KEY, created REAL NOT NULL, state TEXT NOT NULL, body TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE events(at REAL NOT NULL, kind TEXT NOT NULL, body TEXT NOT NULL);
-INSERT INTO meta VALUES('salt','"pepper"');
-INSERT INTO records VALUES('a', 0, 'train', 1, 'ann', 'h', 'k1', 0), ('b', 1, 'train', 0, 'ann', 'h', 'k1', 1);
-INSERT INTO requests VALUES('done', 1.0, 'purged', '{}'), ('open', 2.0, 'accepted', '{"records": 1}');
-INSERT INTO slices VALUES('s1', 'k1', 'p', 2, 20, 5, 0.5, 0.1, 'cpu', 1.0);
-INSERT INTO members VALUES('s1', 0), ('s1', 1);
-INSERT INTO manifests VALUES(4, 1.0, 'tree', 'cpu');
-INSERT INTO entries VALUES(4, 'k1', 's1');
-INSERT INTO tombstones VALUES('HASH');
-PRAGMA user_version=1;
-""".replace("HASH", keyed_hash("pepper", "tombstone", "b").hex())
 
 
 @pytest.fixture
@@ -204,7 +167,7 @@ def test_publish_and_manifest(catalog):
     first = catalog.publish("tree1", "program", "i", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
     second = catalog.publish("tree2", "other", "i", {"k1": "s3"}, [("b", "k1")])
     head = catalog.manifest()
-    assert (head.version, head.clustering, head.program, head.entries) == (second, "tree2", "other", {"k1": "s3"})
+    assert (head.version, head.clustering, head.fingerprint, head.entries) == (second, "tree2", "other", {"k1": "s3"})
     assert [manifest.version for manifest in catalog.manifests()] == [second, first] and second > first
     assert catalog.live("train").clusters == ("k1", "k1", "")
 
@@ -234,40 +197,6 @@ def test_the_sample_is_the_smallest_keyed_hashes(catalog):
     late = Item("late", "train", 0)
     catalog.add_records([late], [999], ["x"])
     assert catalog.db.execute("SELECT rank FROM records WHERE id='late'").fetchone()[0] == sample_rank(4, "late")
-
-
-def test_version_1_is_migrated_after_a_copy(tmp_path):
-    path = tmp_path / "catalog.db"
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(VERSION_1)
-    with contextlib.closing(Catalog(path)) as found:
-        assert found.live("train").ids == ("a",) and found.live("train").clusters == ("k1",)
-        assert found.erased() == {"b": 1} and found.erased(["open"]) == {"b": 1}
-        assert [request.id for request in requests.listed(found, only_open=True)] == ["open"]
-        assert found.manifest().entries == {"k1": "s1"} and found.slice("s1").parent == "" and found.is_tombstoned("b")
-        found.rank(0)
-        assert found.sample("train", 9).ids == ("a",)
-    with contextlib.closing(sqlite3.connect(schema.backup_of(path))) as copy:
-        assert copy.execute("PRAGMA user_version").fetchone() == (1,)
-        assert copy.execute("SELECT id,erased FROM records ORDER BY id").fetchall() == [("a", 0), ("b", 1)]
-    fresh = Catalog(tmp_path / "fresh.db")
-    shapes = []
-    for db in (fresh.db, sqlite3.connect(path)):
-        shapes.append(set(db.execute("SELECT type,name,tbl_name FROM sqlite_master")))
-        db.close()
-    assert shapes[0] == shapes[1], "a migrated catalog has the tables and indexes of a new one"
-
-
-def test_a_migration_that_fails_leaves_the_old_catalog(tmp_path, monkeypatch):
-    path = tmp_path / "catalog.db"
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript(VERSION_1)
-    monkeypatch.setattr(schema, "FROM_1", schema.FROM_1 + "SELECT * FROM nothing;")
-    with pytest.raises(sqlite3.OperationalError, match="nothing"):
-        Catalog(path)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("SELECT count(*) FROM records").fetchone() == (2,)
-        assert db.execute("PRAGMA user_version").fetchone() == (1,)
 
 
 # files that are no catalog
@@ -329,13 +258,15 @@ def test_folder_as_catalog_refused(tmp_path):
         Catalog(tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, schema.VERSION + 1])
+@pytest.mark.parametrize("version", [0, schema.VERSION - 1, schema.VERSION + 1])
 def test_other_version_refused(tmp_path, version):
     db = sqlite3.connect(tmp_path / "catalog.db")
     db.execute("CREATE TABLE theirs(x)")
     db.execute(f"PRAGMA user_version={version}")
     db.close()
-    with pytest.raises(UserError, match=f"has catalog version {version}; this release reads versions 1 to 2"):
+    with pytest.raises(
+        UserError, match=f"has catalog version {version}; this release reads version {schema.VERSION} only"
+    ):
         Catalog(tmp_path / "catalog.db")
 
 

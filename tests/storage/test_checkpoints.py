@@ -9,7 +9,6 @@ import pytest
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import atomic_files, checkpoints
-from lmeraser_jax.storage.checkpoint_arrays import read_arrays
 
 
 def arrays(rng) -> dict:
@@ -152,10 +151,18 @@ def test_steps_keep_two(folder):
     assert found["a"].tolist() == [10, 10, 10] and metadata == {"epoch": 10} and step == 10
 
 
-def test_arrays_are_read_without_orbax_as_with_it(tmp_path, rng):
-    checkpoints.save(tmp_path / "slice", arrays(rng), {}, 7, {2: arrays(rng)})
-    for step in (None, 7, 2):
-        assert same(read_arrays(tmp_path / "slice", step), checkpoints.load(tmp_path / "slice", step)[0]), step
-    for folder, step in ((tmp_path / "none", None), (tmp_path / "slice", 3)):
-        with pytest.raises(UserError, match="does not exist|cannot be read"):
-            read_arrays(folder, step)
+def test_what_is_read_is_what_orbax_itself_restores(folder, rng):
+    import orbax.checkpoint as ocp
+
+    saved = {name: leaf for name, leaf in arrays(rng).items() if leaf.size}
+    checkpoints.save(folder, saved, {"m": 1}, 7, {2: {"a": np.arange(3)}})
+    handlers = {"arrays": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
+        for step in (7, 2):
+            args = ocp.args.Composite(arrays=ocp.args.StandardRestore(), metadata=ocp.args.JsonRestore())
+            restored = manager.restore(step, args=args)
+            found, metadata, _ = checkpoints.load(folder, step)
+            assert same(found, {name: np.asarray(leaf) for name, leaf in restored["arrays"].items()})
+            assert metadata == restored["metadata"]["metadata"]
+    with pytest.raises(UserError, match="cannot be read"):
+        checkpoints.load(folder, 3)

@@ -11,7 +11,7 @@ from crash_scenarios import Scenario, search
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.unlearning import audit, purge, receipts
+from lmeraser_jax.unlearning import audit, purge
 from lmeraser_jax.unlearning.run import open_run
 
 SERVED = ("clustering", "sample", "prototypes", "slices", "parameters")
@@ -66,7 +66,7 @@ def unfinished(folder: Path, scenario: Scenario, wanted: dict[str, bytes]) -> tu
         lines += [f"open request {one.id}" for one in requests.listed(run.catalog, only_open=True)]
         lines += [f"erased, not purged: {name}" for name in run.catalog.erased()]
         lines += [f"quarantined: {key}" for key in run.catalog.quarantined()]
-        links = receipts.chain(run.catalog)
+        links = run.catalog.receipts()
         made = {one.id for one in requests.listed(run.catalog)}
     files = {path.stem: json.loads(path.read_text()) for path in (folder / "receipts").glob("*")}
     if not len(links) == scenario.receipts == len(files) or not made == set(files) == {one.request for one in links}:

@@ -287,7 +287,7 @@ class History(RuleBasedStateMachine):
         return start
 
     def receipts_are_chained(self):
-        chain, last = receipts.chain(self.run.catalog), ""
+        chain, last = self.run.catalog.receipts(), ""
         assert {link.request for link in chain} == set(self.asked)
         for number, link in enumerate(chain, 1):
             values = json.loads(self.run.layout.receipt(link.request).read_text())
