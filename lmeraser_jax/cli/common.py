@@ -1,4 +1,4 @@
-"""Flags that commands share, how they are parsed, and how results are printed."""
+"""What the commands share: flags, how a command line is parsed, how a workdir is opened and a result printed."""
 
 import contextlib
 import dataclasses
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.storage.catalog import Catalog
     from lmeraser_jax.storage.workdir import Layout
     from lmeraser_jax.unlearning.build import BuildReport
+    from lmeraser_jax.unlearning.run import Run
 
 Flags = absl_flags.FlagValues
 
@@ -56,9 +57,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     """
     flags = Flags()
     absl_flags.DEFINE_string("workdir", "", "folder of the run", flag_values=flags)
-    absl_flags.DEFINE_string(
-        "json", "", "also write the result as JSON to this file; - for standard output", flag_values=flags
-    )
+    text = "also write the result as JSON to this file; - for standard output"
+    absl_flags.DEFINE_string("json", "", text, flag_values=flags)
     _define_place(flags)
     module.define(flags)
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
@@ -74,14 +74,14 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
         raise
     except absl_flags.Error as error:
         last = str(error).strip().splitlines()[-1]  # ml_collections quotes a whole traceback
-        raise UserError(f"{last} (see: lmeraser {_name(module)} --help)") from None
+        raise UserError(f"{last} (see: lmeraser {module.__name__.rpartition('.')[2]} --help)") from None
     except Exception as error:  # an experiment file may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--config: {kind}{str(error).strip(chr(34))}") from None
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")
-    if flags["json"].value not in ("", "-", None):
+    if flags["json"].value not in (None, "", "-"):
         check_target("json", flags["json"].value)
     return Arguments(flags, rest[1:])
 
@@ -110,29 +110,23 @@ def check_target(flag: str, target: str) -> None:
         raise UserError(f"--{flag}={target} cannot be written: {error.strerror}") from error
 
 
-def _name(module: ModuleType) -> str:
-    return module.__name__.rsplit(".", 1)[-1]
-
-
 def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str], dict[str, Any] | None]) -> None:
-    """--config=FILE.py, or the workdir's own config, or the defaults; each open to --config.x.y=value."""
-    try:
-        from ml_collections import config_dict, config_flags
-    except ImportError as error:
-        raise UserError("the command line needs ml_collections: python -m pip install ml_collections") from error
-    file = _early(argv, "config")
-    if file:
-        path = file.partition(":")[0]
+    """Defines --config=FILE.py; without it the workdir's own config or the defaults, open to --config.x.y=value."""
+    from ml_collections import config_dict, config_flags
+
+    early = Flags()  # what --config.x.y changes depends on these two flags
+    for name in ("config", "workdir"):
+        absl_flags.DEFINE_string(name, "", "", flag_values=early)
+    early(argv, known_only=True)
+    if early["config"].value:
+        path = early["config"].value.partition(":")[0]
         if not Path(path).is_file():
-            raise UserError(
-                f"--config={path}: no such file; experiments are in configs/, for example configs/digits.py"
-            )
-        sys.path.append(str(Path(path).resolve().parent.parent))  # experiment files do `from configs import common`
+            hint = "experiments are in configs/, for example configs/digits.py"
+            raise UserError(f"--config={path}: no such file; {hint}")
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
         return
-    workdir = _early(argv, "workdir")
-    stored = stored_config(workdir) if workdir else None
-    base = stored if stored is not None else settings.to_dict(Config())
+    workdir = early["workdir"].value
+    base = (stored_config(workdir) if workdir else None) or settings.to_dict(Config())
     config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(base), flag_values=flags, sys_argv=argv)
 
 
@@ -142,23 +136,9 @@ def _config_of_run(workdir: str) -> dict[str, Any] | None:
     return read_config(Layout(workdir))
 
 
-def _early(argv: list[str], name: str) -> str:
-    """The value of a flag before the flags are parsed."""
-    found = ""
-    for i, argument in enumerate(argv):
-        if argument in (f"--{name}", f"-{name}"):
-            found = argv[i + 1] if i + 1 < len(argv) else ""
-        elif argument.startswith((f"--{name}=", f"-{name}=")):
-            found = argument.partition("=")[2]
-    return found
-
-
 def config_of(arguments: Arguments) -> Config:
     """The checked config of a command."""
-    try:
-        return settings.from_dict(arguments["config"].to_dict())
-    except AttributeError as error:
-        raise UserError(f"--config: {error}") from None
+    return settings.from_dict(arguments["config"])
 
 
 def workdir_of(arguments: Arguments) -> str:
@@ -169,37 +149,33 @@ def workdir_of(arguments: Arguments) -> str:
 
 
 def _help(module: ModuleType, flags: Flags) -> str:
-    texts = {name: _described(flags[name]) for name in flags if name not in ("undefok", "flagfile")}
+    """A command's docstring, its flags and the settings, each with its meaning and default."""
+    texts = {f"--{name}": _described(flags[name]) for name in flags if name not in ("undefok", "flagfile")}
     configurable = getattr(module, "TAKES_CONFIG", True)
     if configurable:
-        texts["config"] = "experiment file, for example configs/digits.py; by default the workdir's own settings"
-    width = max(map(len, texts)) + 2
-    lines = [(module.__doc__ or "").strip(), "", "flags:"]
-    lines += [f"  --{name:<{width}}{texts[name]}" for name in sorted(texts)]
-    if not configurable:
-        return "\n".join(lines)
-    lines += ["", "settings and defaults:"]
-    leaves = {f"--config.{name}={default}": text for name, default, text in settings.describe()}
-    width = max(map(len, leaves)) + 2
-    lines += [f"  {flag:<{width}}{text}" for flag, text in leaves.items()]
+        texts["--config"] = "experiment file, for example configs/digits.py; by default the workdir's own settings"
+    lines = [(module.__doc__ or "").strip(), "", "flags:", *_columns(dict(sorted(texts.items())))]
+    if configurable:
+        texts = {f"--config.{name}={default}": text for name, default, text in settings.describe()}
+        lines += ["", "settings and defaults:", *_columns(texts)]
     return "\n".join(lines)
+
+
+def _columns(texts: dict[str, str]) -> list[str]:
+    width = max(map(len, texts)) + 2
+    return [f"  {name:<{width}}{text}" for name, text in texts.items()]
 
 
 def _described(flag: absl_flags.Flag) -> str:
     """A flag's help, and its default where that is not nothing."""
     value = ",".join(flag.default) if isinstance(flag.default, list) else flag.default
-    shown = value is not None and value is not False and value != ""
-    return f"{flag.help} (default: {value})" if shown else str(flag.help)
+    return str(flag.help) if str(value) in ("None", "False", "") else f"{flag.help} (default: {value})"
 
 
-def define_wait(flags: Flags) -> None:
-    """The flag of commands that write."""
+def define_writing(flags: Flags) -> None:
+    """The flags of commands that write and tune."""
     text = "seconds to wait while another process writes the workdir"
     absl_flags.DEFINE_float("wait", 0.0, text, lower_bound=0, flag_values=flags)
-
-
-def define_profile(flags: Flags) -> None:
-    """The flag of commands that tune."""
     text = "folder for a jax.profiler trace of a few calls of the tuning program"
     absl_flags.DEFINE_string("profile", "", text, flag_values=flags)
 
@@ -216,11 +192,28 @@ def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
         yield layout, catalog
 
 
-def outcome_text(outcome: "BuildReport") -> str:
-    """What a reconcile did, in a line."""
+@contextlib.contextmanager
+def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
+    """The finished workdir of a command with the flags of `define_writing`; says what the work runs on."""
+    workdir, config = workdir_of(arguments), config_of(arguments)
+    from lmeraser_jax.training import profiling
+    from lmeraser_jax.unlearning.run import open_run
+
+    with (
+        profiling.into(arguments["profile"]),
+        open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run,
+    ):
+        log_devices()
+        yield run
+
+
+def build_text(report: "BuildReport") -> str:
+    """What a build did, in a line."""
+    if not (report.retuned or report.published):
+        return f"nothing to do: all {report.clusters} clusters are tuned and published"
     return (
-        f"clusters re-tuned {outcome.retuned}, reused {outcome.reused}; {outcome.images} images"
-        f" ({outcome.ratio:.1%} of a full re-tune) in {outcome.seconds:.1f} s"
+        f"tuned {report.retuned} clusters, reused {report.reused}: {report.images} images"
+        f" ({report.ratio:.1%} of a full tuning) in {report.seconds:.1f} s"
     )
 
 
@@ -236,8 +229,8 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def warn_if_unfinished(run: Any) -> None:
-    """Says that the published state still holds what an accepted erasure will remove."""
+def warn_if_unfinished(run: "Run") -> None:
+    """Warns that the published state still holds what an accepted erasure will remove."""
     from lmeraser_jax.storage import requests
 
     if requests.any_open(run.catalog):
@@ -245,11 +238,8 @@ def warn_if_unfinished(run: Any) -> None:
 
 
 def show(arguments: Arguments, text: str, values: dict[str, Any]) -> None:
-    """Prints the text for people and, with --json, the values for machines."""
-    target = arguments["json"]
-    if target == "-":
-        print(json.dumps(values, indent=2))
-        return
-    print(text)
-    if target:
-        Path(target).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    """Prints the text for people or, with --json, writes the values for machines."""
+    target, content = arguments["json"], json.dumps(values, indent=2, default=str)  # str: paths
+    print(content if target == "-" else text)
+    if target not in ("", "-"):
+        Path(target).write_text(content + "\n", encoding="utf-8")

@@ -2,8 +2,9 @@
 
   lmeraser process --workdir=DIR [--max_wait=SECONDS] [--max_batch=N] [--wait=SECONDS]
 
-Without limits everything is served now. With limits only when the oldest request has waited for so long, or so many
-wait; otherwise it says when that will be, and exits with 0 in an instant: made for cron.
+Without limits everything is served now. With limits requests are served when the oldest has waited for --max_wait
+seconds or --max_batch of them wait; before that the command says when it will be and exits with 0 in an instant, so
+that cron can call it often.
 """
 
 import dataclasses
@@ -20,54 +21,49 @@ if TYPE_CHECKING:
 
 
 def define(flags: common.Flags) -> None:
-    text = "serve only when the oldest request has waited for so many seconds"
+    text = "serve when the oldest request has waited for so many seconds"
     absl_flags.DEFINE_float("max_wait", None, text, lower_bound=0, flag_values=flags)
-    text = "serve only when so many requests wait"
+    text = "serve when so many requests wait"
     absl_flags.DEFINE_integer("max_batch", None, text, lower_bound=1, flag_values=flags)
-    common.define_wait(flags)
-    common.define_profile(flags)
+    common.define_writing(flags)
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    workdir = common.workdir_of(arguments)
+    common.config_of(arguments)  # refuses illegal settings although nothing may be due
     from lmeraser_jax.storage import requests
 
     with common.catalog_of(workdir) as (layout, catalog):
         due = requests.due(catalog, arguments["max_wait"], arguments["max_batch"])
     if not due.now:
-        common.show(arguments, _waiting_text(due), {"due": dataclasses.asdict(due), "served": [], "outcome": None})
+        values = {"due": dataclasses.asdict(due), "served": [], "outcome": None}
+        common.show(arguments, _waiting_text(due), values)
         return 0
-    from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning import erase
-    from lmeraser_jax.unlearning.run import open_run
 
-    print(f"{_some(due.waiting)}; the oldest is {_time(due.age)} old", file=sys.stderr)
-    with (
-        profiling.into(arguments["profile"]),
-        open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
-    ):
-        common.log_devices()
-        outcome, finished = erase.process(run_)
-    receipts = [str(layout.receipt(request.id)) for request in finished]
-    lines = [f"served {len(finished)} requests", common.outcome_text(outcome)]
-    lines += [f"receipt: {receipt}" for receipt in receipts]
-    served = [{"request": request.id, "receipt": path} for request, path in zip(finished, receipts, strict=True)]
-    values = {"due": dataclasses.asdict(due), "served": served, "outcome": dataclasses.asdict(outcome)}
+    print(_queue_text(due), file=sys.stderr)
+    with common.open_for_writing(arguments) as run_:
+        report, finished = erase.process(run_)
+    served = [{"request": request.id, "receipt": str(layout.receipt(request.id))} for request in finished]
+    lines = [f"served {len(served)} requests", common.build_text(report)]
+    lines += [f"receipt: {row['receipt']}" for row in served]
+    values = {"due": dataclasses.asdict(due), "served": served, "outcome": dataclasses.asdict(report)}
     common.show(arguments, "\n".join(lines), values)
     return 0
 
 
 def _waiting_text(due: "Due") -> str:
+    """When the requests that wait will be served."""
     if not due.waiting:
         return "no request waits"
-    ways = [f"in {_time(due.left)}"] if due.left is not None else []
-    ways += [f"when {due.room} more arrive"] if due.room is not None else []
-    return f"{_some(due.waiting)}; the oldest is {_time(due.age)} old; due {' or '.join(ways)}"
+    conditions = []
+    if due.left is not None:
+        conditions.append(f"in {timedelta(seconds=round(due.left))}")
+    if due.room is not None:
+        conditions.append(f"when {due.room} more arrive")
+    return f"{_queue_text(due)}; due {' or '.join(conditions)}"
 
 
-def _some(count: int) -> str:
-    return "1 request waits" if count == 1 else f"{count} requests wait"
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+def _queue_text(due: "Due") -> str:
+    count = "1 request waits" if due.waiting == 1 else f"{due.waiting} requests wait"
+    return f"{count}; the oldest is {timedelta(seconds=round(due.age))} old"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.storage.workdir import Layout
 
 COLUMNS = ("id", "state", "age", "records", "tuned", "requester", "reason", "receipt")
-LONGEST = 32  # characters of requester and reason in the table
+TEXT_WIDTH = 32  # characters of requester and reason in the table
 
 
 def define(flags: common.Flags) -> None:
@@ -34,7 +34,7 @@ def run(arguments: common.Arguments) -> int:
 
 
 def _row(layout: "Layout", request: "Request") -> dict[str, Any]:
-    """What is said of a request; `tuned` counts the clusters that it reached and that still existed afterwards."""
+    """A request for --json; `tuned` counts the clusters that it reached and that exist after it."""
     body, receipt = request.body, layout.receipt(request.id)
     return {
         "id": request.id,
@@ -53,14 +53,15 @@ def _row(layout: "Layout", request: "Request") -> dict[str, Any]:
 def _table(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "no requests"
-    cells = [COLUMNS, *([_cell(row, name) for name in COLUMNS] for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
+    table = [COLUMNS, *([_cell(name, row[name]) for name in COLUMNS] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, cells, widths)).rstrip() for cells in table)
 
 
-def _cell(row: dict[str, Any], name: str) -> str:
+def _cell(name: str, value: Any) -> str:
     if name == "age":
-        return str(timedelta(seconds=round(row["age"])))
-    text = str(row[name])
-    short = name in ("requester", "reason") and len(text) > LONGEST
-    return f"{text[: LONGEST - 3]}..." if short else text
+        return str(timedelta(seconds=round(value)))
+    text = str(value)
+    if name in ("requester", "reason") and len(text) > TEXT_WIDTH:
+        return f"{text[: TEXT_WIDTH - 3]}..."
+    return text

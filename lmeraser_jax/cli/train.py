@@ -2,7 +2,7 @@
 
   lmeraser train --config=configs/digits.py --config.tuning.epochs=3 --workdir=runs/digits
 
-Run again on the same workdir it resumes, or says that nothing is to do.
+The same command on the same workdir resumes, or says that there is nothing to do.
 """
 
 import dataclasses
@@ -15,18 +15,16 @@ from lmeraser_jax.errors import join_limited
 
 if TYPE_CHECKING:
     from lmeraser_jax.storage.ingest import Imported
-    from lmeraser_jax.unlearning.build import BuildReport
 
-MOST_NAMED = 1000  # images in a warning; --json has all
+NAMES_IN_WARNING = 1000  # --json has the names of all images
 
 
 def define(flags: common.Flags) -> None:
     text = "read the source again: new records join, erased ones stay out"
     absl_flags.DEFINE_bool("reimport", False, text, flag_values=flags)
-    common.define_wait(flags)
-    common.define_profile(flags)
     text = "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"
     absl_flags.DEFINE_bool("retune", False, text, flag_values=flags)
+    common.define_writing(flags)
 
 
 def run(arguments: common.Arguments) -> int:
@@ -37,53 +35,43 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.unlearning.run import prepare_run
 
     common.log_devices()
-    again = {name: arguments[name] for name in ("reimport", "retune", "wait")}
+    options = {name: arguments[name] for name in ("reimport", "retune", "wait")}
     with (
         profiling.into(arguments["profile"]),
-        prepare_run(workdir, config, team=arguments.team, **again) as (opened, imported),
+        prepare_run(workdir, config, team=arguments.team, **options) as (run_, imported),
     ):
-        lines = _imported(imported, opened.spec.channels) if imported else []
-        for message in repair(opened):
+        lines = _imported_lines(imported, run_.spec.channels) if imported else []
+        for message in repair(run_):
             common.warn(message)
-        outcome = build(opened)
-        shown = overview.overview(opened.layout, opened.catalog, opened.config)
-    for message in shown.warnings:
+        report = build(run_)
+        summary = overview.overview(run_.layout, run_.catalog, run_.config)
+    for message in summary.warnings:
         common.warn(message)
-    lines.append(_done(outcome))
-    lines += [shown.class_table(), shown.cost()]
-    shares = {"expected_share": shown.expected_share, "sampled_share": shown.sampled_share}
-    classes = {"classes": shown.values()["classes"], "imbalance": shown.imbalance}
-    values = {
-        **dataclasses.asdict(outcome),
-        **shares,
-        **classes,
-        "imported": dataclasses.asdict(imported) if imported else None,
-    }
+    lines += [common.build_text(report), summary.class_table(), summary.cost()]
+    values = dataclasses.asdict(report)
+    shown = summary.values()
+    values |= {name: shown[name] for name in ("expected_share", "sampled_share", "classes", "imbalance")}
+    values["imported"] = dataclasses.asdict(imported) if imported else None
     common.show(arguments, "\n".join(lines), values)
     return 0
 
 
-def _imported(imported: "Imported", channels: int) -> list[str]:
-    """What an import did, for people; warns of images that could not be read."""
-    erased = f", {imported.erased} refused because they were erased" if imported.erased else ""
-    same = f", {imported.duplicates} with the pixels of another" if imported.duplicates else ""
-    lines = [f"imported {imported.added} records{erased}{same}"]
+def _imported_lines(imported: "Imported", channels: int) -> list[str]:
+    """What an import did; warns of images that could not be read."""
+    line = f"imported {imported.added} records"
+    if imported.erased:
+        line += f", {imported.erased} refused because they were erased"
+    if imported.duplicates:
+        line += f", {imported.duplicates} with the pixels of another"
+    lines = [line]
     if imported.converted:
         lines.append(f"{imported.converted} images were not {'grey' if channels == 1 else 'RGB'} and were converted")
     if imported.mended:
-        lines.append(f"{imported.mended} images had rotted and were read from the source again")
+        lines.append(f"{imported.mended} images were damaged in the workdir and were read from the source again")
     if imported.unreadable:
         common.warn(
             f"{len(imported.unreadable)} images could not be read and were left out"
-            f" ({join_limited(imported.unreadable, MOST_NAMED)}); mended ones join with lmeraser train --reimport"
+            f" ({join_limited(imported.unreadable, NAMES_IN_WARNING)});"
+            " once they are mended, lmeraser train --reimport adds them"
         )
     return lines
-
-
-def _done(outcome: "BuildReport") -> str:
-    if not (outcome.retuned or outcome.published):
-        return f"nothing to do: all {outcome.clusters} clusters are tuned and published"
-    return (
-        f"tuned {outcome.retuned} clusters, reused {outcome.reused}:"
-        f" {outcome.images} images in {outcome.seconds:.1f} s, {outcome.efficiency:.0%} of the places filled"
-    )

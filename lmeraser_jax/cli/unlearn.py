@@ -6,9 +6,9 @@
 A file holds one id a line; a .csv has a column id or owner, a .jsonl lines {"id": ...} or {"owner": ...}. --like
 finds the records that have exactly the pixels of an image, by the image file that they were imported from.
 
-A request is accepted first, in an instant and for good, even while another process writes; then it is served: at
-once, or with --defer by the next lmeraser process. A dry run says what it would cost and changes nothing. Nothing is
-erased when an id or an owner is unknown.
+A request is accepted first, in an instant and for good, even while another process writes. Then it is served at once,
+or, with --defer, by the next lmeraser process. A dry run says what the request would cost and changes nothing. When an
+id or an owner is unknown, nothing is erased.
 """
 
 import contextlib
@@ -24,6 +24,8 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lmeraser_jax.storage.catalog import Catalog
     from lmeraser_jax.storage.requests import Request
     from lmeraser_jax.unlearning.erase import Erasure, Estimate
@@ -34,68 +36,43 @@ STRAY = "ids are given as --records=ID,ID"
 def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_list("records", [], "ids, separated by commas", flag_values=flags)
     absl_flags.DEFINE_string("records_file", "", "file with ids or owners: text, .csv or .jsonl", flag_values=flags)
-    absl_flags.DEFINE_list("owner", [], "all live records of these owners", flag_values=flags)
-    absl_flags.DEFINE_string("like", "", "the records with the pixels of this image file", flag_values=flags)
-    absl_flags.DEFINE_string("request", "", "an id; asking twice is then asking once", flag_values=flags)
-    absl_flags.DEFINE_string("requester", "", "who asks; stays in the receipt for good", flag_values=flags)
-    absl_flags.DEFINE_string("reason", "", "why; stays in the receipt for good", flag_values=flags)
+    absl_flags.DEFINE_list("owner", [], "erase all live records of these owners", flag_values=flags)
+    absl_flags.DEFINE_string("like", "", "erase the records with the pixels of this image file", flag_values=flags)
+    absl_flags.DEFINE_string(
+        "request", "", "id of the request; a second request with it is the first", flag_values=flags
+    )
+    absl_flags.DEFINE_string("requester", "", "who asks; kept in the receipt for good", flag_values=flags)
+    absl_flags.DEFINE_string("reason", "", "why; kept in the receipt for good", flag_values=flags)
     text = "predict without the touched clusters until they are tuned again"
     absl_flags.DEFINE_bool("quarantine", False, text, flag_values=flags)
     absl_flags.DEFINE_bool("defer", False, "only accept; lmeraser process serves it later", flag_values=flags)
     absl_flags.DEFINE_bool("dry_run", False, "only say what would be done", flag_values=flags)
-    common.define_wait(flags)
-    common.define_profile(flags)
+    common.define_writing(flags)
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir = common.workdir_of(arguments)
-    common.config_of(arguments)  # illegal settings are told before anything is accepted
+    common.config_of(arguments)  # refuses illegal settings before anything is accepted
     from lmeraser_jax.storage import requests
 
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
-    with common.catalog_of(workdir) as (layout, catalog):
-        named = _named(arguments, catalog)
+    with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
+        ids, owners, contents = _targets(arguments, catalog)
         if arguments["dry_run"]:
-            requests.resolve(catalog, *named)  # unknown ones are told before JAX is loaded
-            return _dry_run(arguments, named)
-        given = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
-        ids, owners, contents = named
-        accepted = requests.accept(catalog, ids, owners, contents=contents, **given)
-        kept_out = requests.kept_out(catalog, accepted.id)
-    receipt = str(layout.receipt(accepted.id))
-    if arguments["defer"] or not accepted.open:
-        values = {"request": dataclasses.asdict(accepted), "outcome": None, "receipt": receipt}
-        common.show(arguments, _accepted_text(accepted, receipt, kept_out), values)
-        return 0
-    return _serve(arguments, accepted, receipt)
-
-
-def _serve(arguments: common.Arguments, accepted: "Request", receipt: str) -> int:
-    """Serves an accepted request as soon as the workdir is free."""
-    print(f"accepted: request {accepted.id}", file=sys.stderr, flush=True)
-    from lmeraser_jax.storage import requests
-    from lmeraser_jax.training import profiling
-    from lmeraser_jax.unlearning import erase
-    from lmeraser_jax.unlearning.run import open_run
-
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    with (
-        _says_accepted(accepted, workdir),
-        profiling.into(arguments["profile"]),
-        open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run_,
-    ):
-        common.log_devices()
-        others = len(requests.listed(run_.catalog, only_open=True)) - 1
-        if others > 0:
-            common.warn(f"{others} other requests wait; they are served with this one")
-        done = erase.serve(run_, accepted.id)
-    common.show(arguments, _text(done, receipt), {**dataclasses.asdict(done), "receipt": receipt})
+            requests.resolve(catalog, ids, owners, contents)  # refuses unknown ones before JAX is loaded
+            return _estimate(arguments, ids, owners, contents)
+        details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
+        request = requests.accept(catalog, ids, owners, contents=contents, **details)
+        quarantined = requests.kept_out(catalog, request.id)
+    if request.open and not arguments["defer"]:
+        return _serve(arguments, request)
+    values = {"request": dataclasses.asdict(request), "outcome": None, "receipt": layout.receipt(request.id)}
+    common.show(arguments, _accepted_text(request, values["receipt"], quarantined), values)
     return 0
 
 
-def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str], list[str]]:
-    """Ids, owners and content hashes that the flags name; what an image stands for is printed at once."""
+def _targets(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str], list[str]]:
+    """Ids, owners and content hashes that the flags name; says at once which records an image stands for."""
     from lmeraser_jax.unlearning import request_files
 
     ids, owners, contents = list(arguments["records"]), list(arguments["owner"]), []
@@ -104,26 +81,39 @@ def _named(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], 
         ids, owners = [*ids, *named.ids], [*owners, *named.owners]
     if arguments["like"]:
         contents = [request_files.content_of(catalog, arguments["like"], common.config_of(arguments).data.max_pixels)]
-        found = ", ".join(catalog.same_pixels(contents[0])) or "no live record"
-        print(f"{arguments['like']} has the pixels of: {found}", file=sys.stderr, flush=True)
+        same = ", ".join(catalog.same_pixels(contents[0])) or "no live record"
+        print(f"{arguments['like']} has the pixels of: {same}", file=sys.stderr, flush=True)
     return ids, owners, contents
 
 
-def _dry_run(arguments: common.Arguments, named: tuple[list[str], list[str], list[str]]) -> int:
+def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], contents: list[str]) -> int:
     from lmeraser_jax.storage import requests
     from lmeraser_jax.unlearning import erase
-    from lmeraser_jax.unlearning.run import open_run
 
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    with open_run(workdir, config, write=True, wait=arguments["wait"]) as run_:
-        estimate = erase.estimate(run_, requests.resolve(run_.catalog, *named))
+    with common.open_for_writing(arguments) as run_:
+        estimate = erase.estimate(run_, requests.resolve(run_.catalog, ids, owners, contents))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0
 
 
+def _serve(arguments: common.Arguments, request: "Request") -> int:
+    """Serves an accepted request as soon as the workdir is free."""
+    print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
+    from lmeraser_jax.storage import requests
+    from lmeraser_jax.unlearning import erase
+
+    with _say_accepted(request, arguments["workdir"]), common.open_for_writing(arguments) as run_:
+        others = len(requests.listed(run_.catalog, only_open=True)) - 1
+        if others > 0:
+            common.warn(f"{others} other requests wait; they are served with this one")
+        erasure = erase.serve(run_, request.id)
+    common.show(arguments, _erasure_text(erasure), dataclasses.asdict(erasure))
+    return 0
+
+
 @contextlib.contextmanager
-def _says_accepted(request: "Request", workdir: str) -> Iterator[None]:
-    """A request that cannot be served now is not lost, and whoever asked must know."""
+def _say_accepted(request: "Request", workdir: str) -> Iterator[None]:
+    """Adds to the message of a failure that the request stays accepted, and what serves it."""
     try:
         yield
     except UserError as error:
@@ -135,20 +125,18 @@ def _says_accepted(request: "Request", workdir: str) -> Iterator[None]:
         raise interrupt.Stopped(f"process --workdir={workdir}") from None
 
 
-def _accepted_text(request: "Request", receipt: str, kept_out: int) -> str:
+def _accepted_text(request: "Request", receipt: "Path", quarantined: int) -> str:
     if not request.open:
         return f"request {request.id} was served before: nothing to do; receipt: {receipt}"
-    body = request.body
-    lines = [
-        f"accepted: request {request.id} ({request.state}), {len(body['records'])} records,"
-        f" {len(body['members'])} clusters to tune"
-    ]
-    if kept_out:
-        lines.append(f"predictions do without {kept_out} clusters from now on")
-    return "\n".join([*lines, *_known_before(request), "it is served by the next lmeraser process, train or unlearn"])
+    records, clusters = len(request.body["records"]), len(request.body["members"])
+    lines = [f"accepted: request {request.id} ({request.state}), {records} records, {clusters} clusters to tune"]
+    if quarantined:
+        lines.append(f"predictions do without {quarantined} clusters from now on")
+    return "\n".join([*lines, *_known_before(request), "the next lmeraser process, train or unlearn serves it"])
 
 
 def _known_before(request: "Request") -> list[str]:
+    """Lines about the records of a request that earlier requests named."""
     lines = []
     if request.body["erased_before"]:
         lines.append(f"{len(request.body['erased_before'])} records were erased before: nothing to do for them")
@@ -160,7 +148,7 @@ def _known_before(request: "Request") -> list[str]:
 def _estimate_text(estimate: "Estimate") -> str:
     share = estimate.images / estimate.images_full if estimate.images_full else 0.0
     lines = [
-        f"would erase {estimate.records} records and change nothing yet",
+        f"would erase {estimate.records} records; nothing has been changed",
         f"clusters to tune: {len(estimate.clusters)}, images to process: {estimate.images}"
         f" ({share:.1%} of a full re-tune), about {estimate.seconds:.1f} s",
     ]
@@ -170,9 +158,9 @@ def _estimate_text(estimate: "Estimate") -> str:
     return "\n".join(lines)
 
 
-def _text(done: "Erasure", receipt: str) -> str:
-    lines = _known_before(done.request)
-    if done.records:
-        lines.append(f"erased {done.records} records (request {done.request.id})")
-    lines.append(common.outcome_text(done.outcome) if done.outcome else "another process has served it meanwhile")
-    return "\n".join([*lines, f"receipt: {receipt}"])
+def _erasure_text(erasure: "Erasure") -> str:
+    lines = _known_before(erasure.request)
+    if erasure.records:
+        lines.append(f"erased {erasure.records} records (request {erasure.request.id})")
+    served = common.build_text(erasure.outcome) if erasure.outcome else "another process has served it meanwhile"
+    return "\n".join([*lines, served, f"receipt: {erasure.receipt}"])

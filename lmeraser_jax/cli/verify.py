@@ -1,10 +1,10 @@
-"""lmeraser verify: do receipts hold: unchanged, in their place, and is everything they say is gone still gone?
+"""lmeraser verify: check receipts: unchanged, in their place in the chain, and what they say is gone is still gone.
 
   lmeraser verify RECEIPT.json ... --workdir=DIR
   lmeraser verify --all --workdir=DIR
 
-Exit code 0 when all hold, 1 when one does not. With --all the folder of receipts is compared with the catalog, too,
-so that a missing one shows. lmeraser audit goes further: it builds everything again and compares every bit.
+Exit code 0 when all hold, 1 when one does not. --all also compares the folder of receipts with the catalog, so that a
+missing receipt shows. lmeraser audit goes further: it builds everything again and compares every bit.
 """
 
 import dataclasses
@@ -34,16 +34,18 @@ def run(arguments: common.Arguments) -> int:
 
     with common.catalog_of(workdir) as (layout, catalog):
         if arguments["all"]:
-            found = verify.verify_all(layout, catalog)
+            verdicts = verify.verify_all(layout, catalog)
         else:
-            found = verify.verify(layout, catalog, [Path(name) for name in arguments.files])
-    broken = [verdict for verdict in found if not verdict.ok]
-    values = {"ok": not broken, "verdicts": [{**dataclasses.asdict(verdict), "ok": verdict.ok} for verdict in found]}
-    common.show(arguments, "\n".join(line for verdict in found for line in _lines(verdict)), values)
-    return 1 if broken else 0
+            verdicts = verify.verify(layout, catalog, [Path(name) for name in arguments.files])
+    ok = all(verdict.ok for verdict in verdicts)
+    values = {"ok": ok, "verdicts": [{**dataclasses.asdict(verdict), "ok": verdict.ok} for verdict in verdicts]}
+    common.show(arguments, "\n".join(map(_text, verdicts)), values)
+    return 0 if ok else 1
 
 
-def _lines(verdict: "Verdict") -> list[str]:
+def _text(verdict: "Verdict") -> str:
     request = f" (request {verdict.request})" if verdict.request else ""
-    head = f"{'holds' if verdict.ok else 'DOES NOT HOLD'}: {verdict.name}{request}"
-    return [head, *(f"  - {line}" for line in verdict.findings), *(f"  note: {line}" for line in verdict.notes)]
+    lines = [f"{'holds' if verdict.ok else 'DOES NOT HOLD'}: {verdict.name}{request}"]
+    lines += [f"  - {line}" for line in verdict.findings]
+    lines += [f"  note: {line}" for line in verdict.notes]
+    return "\n".join(lines)
