@@ -1,19 +1,21 @@
-"""Learning new records: what another source holds joins the workdir, and only the slices it touches are tuned.
+"""Adding records: the training images of another source join the workdir, and only the slices they touch are tuned.
 
-Adding is "import, reconcile". A record is drawn, sampled and assigned by its id, so the state is the one that
-training on everything at once would have given.
+Adding is "import, build". A record is drawn, sampled and assigned by its id, so the state is the one that training on
+everything at once would have given.
 """
 
 import dataclasses
 from pathlib import Path
 
-from lmeraser_jax.config import Config, Data
+from lmeraser_jax.config import Data
 from lmeraser_jax.data import load
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import Imported, add_source
 from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.run import Run
+
+SPLITS = ("train_split", "holdout_split", "test_split", "public_split")
 
 
 def add(run: Run, source: Source) -> tuple[Imported, BuildReport]:
@@ -45,41 +47,33 @@ def open_source(run: Run, path: str, labels: str = "") -> Source:
     Raises:
         UserError: another kind of source, or one that cannot be used.
     """
-    kind = _kind(path)
-    if labels and kind != "folder":
-        raise UserError(f"--labels={labels}: goes with a folder of images; an .npz holds its own labels and owners")
-    return load.load(_settings(run.config, run.catalog.get("dataset")["shape"], kind, path, labels), own_test=False)
-
-
-def _kind(path: str) -> str:
     if not path:
         raise UserError("--source=FILE.npz or --source=FOLDER is missing: the images to add")
-    if Path(path).is_dir():
-        return "folder"
-    if path.endswith(".npz"):
-        if not Path(path).is_file():
-            raise UserError(f"--source={path}: no such file")
-        return "npz"
-    if path in ("digits", "tfds") or not Path(path).exists():
+    is_folder = Path(path).is_dir()
+    if labels and not is_folder:
+        raise UserError(f"--labels={labels}: goes with a folder of images; an .npz holds its own labels and owners")
+    if path.endswith(".npz") and not Path(path).exists():
+        raise UserError(f"--source={path}: no such file")
+    if not is_folder and not (path.endswith(".npz") and Path(path).is_file()):
         raise UserError(
             f"--source={path}: must be an .npz file or a folder of images that exists; a data set of scikit-learn or"
             " TensorFlow Datasets is named by --config.data.source when a workdir is made"
         )
-    raise UserError(f"--source={path}: must be an .npz file or a folder of images")
+    height, width, splits = 0, 0, dict.fromkeys(SPLITS, "")
+    if is_folder:
+        height, width, _ = run.catalog.get("dataset")["shape"]
+        splits = _split_folders(run.config.data, path)
+    size = {"store_size": height, "store_width": width}
+    place = {"source": "folder" if is_folder else "npz", "path": path, "labels": labels, "dataset": ""}
+    return load.load(dataclasses.replace(run.config.data, **place, **size, **splits), own_test=False)
 
 
-def _settings(config: Config, shape: list[int], kind: str, path: str, labels: str) -> Data:
-    """The workdir's data settings for another path and kind; folders for roles only where they are there."""
-    data = config.data
-    own = kind == "folder" == data.source
-    splits = {f"{split}_split": "" for split in ("train", "holdout", "test", "public")}
-    if own:
-        there = {name: getattr(data, name) for name in splits}
-        splits |= {name: folder for name, folder in there.items() if folder and (Path(path) / folder).is_dir()}
-    train = (data.train_split if own else "") or "train"
-    if kind == "folder" and not (Path(path) / train).is_dir():
+def _split_folders(data: Data, path: str) -> dict[str, str]:
+    """{setting: folder} of the splits that lie below a path under the names that the workdir's config gives them."""
+    folders = dict.fromkeys(SPLITS, "")
+    if data.source == "folder":
+        folders = {name: getattr(data, name) for name in SPLITS}
+    train = folders["train_split"] or "train"
+    if not (Path(path) / train).is_dir():
         raise UserError(f"--source={path}: has no folder {train}; the images to add are {train}/<class>/<file> in it")
-    store = (
-        {"store_size": shape[0], "store_width": shape[1]} if kind == "folder" else {"store_size": 0, "store_width": 0}
-    )
-    return dataclasses.replace(data, source=kind, path=path, labels=labels, dataset="", **splits, **store)
+    return {name: folder if (Path(path) / folder).is_dir() else "" for name, folder in folders.items()}

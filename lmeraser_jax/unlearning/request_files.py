@@ -1,11 +1,11 @@
-"""Files that say what to erase: a list of ids, a CSV, JSON lines, or an image that looks like the records.
+"""Files that name the records to erase: a list of ids, a CSV, JSON lines, or an image that a record was made from.
 
     ids.txt      one id a line; every character counts but spaces at both ends, so there are no comments
     ids.csv      a header with a column id, a column owner or both; comma, semicolon or tab; other columns are ignored
     ids.jsonl    {"id": "..."} or {"owner": "..."} in each line; other keys are ignored
 
-A line names a record or an owner. One with both is refused: an owner means everything that is theirs, and a table
-of records with their owners would erase far more than its lines.
+A line names a record or an owner. One with both is refused: an owner means all of their records, and a table of
+records with their owners would erase far more than its lines.
 """
 
 import csv
@@ -13,7 +13,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.source import content_hash
@@ -23,46 +23,47 @@ from lmeraser_jax.storage.catalog import Catalog
 
 LARGEST = 100_000_000  # bytes of a file
 LONGEST = 4096  # characters of an id or owner
-MOST = 100  # errors that a message lists
+MOST = 100  # problems that a message lists
 KINDS = ("id", "owner")
 DELIMITERS = ",;\t"
 DECODED = ("folder", "tfds")  # sources whose images are decoded from image files
 
 
 class Named(NamedTuple):
-    """What a file names, in its order, each once."""
+    """The ids and owners that a file names, in its order, each once."""
 
     ids: tuple[str, ...]
     owners: tuple[str, ...]
 
 
 class _Line(NamedTuple):
-    """What a line says: its number, counted from 1, the id and the owner ("" for none), or what is wrong with it."""
+    """One line: its number, counted from 1, the id and the owner ("" for none), or the problem with it."""
 
     number: int
     id: str = ""
     owner: str = ""
-    wrong: str = ""
+    problem: str = ""
 
 
 def read(path: str) -> Named:
-    """Reads a file; its suffix says what it holds (.csv, .jsonl, anything else: a list of ids).
+    """Reads a file; its suffix says its format (.csv, .jsonl, anything else: a list of ids).
 
     Raises:
         UserError: no such file, too large, no text in UTF-8, or lines that cannot be used: all of them, with numbers.
     """
     flag = f"--records_file={path}"
-    text = _text(Path(path), flag)
-    suffix = Path(path).suffix.lower()
-    lines = [_checked(line) for line in {".csv": _csv, ".jsonl": _jsonl}.get(suffix, _plain)(text)]
-    wrong = [f"line {line.number}: {line.wrong}" for line in lines if line.wrong]
-    if len(wrong) > MOST:
-        wrong = [*wrong[:MOST], f"... ({len(wrong)} lines in all)"]
-    raise_all(wrong, f"{flag} cannot be used; nothing is erased:" if wrong else "")
+    parser = {".csv": _parse_csv, ".jsonl": _parse_jsonl}.get(Path(path).suffix.lower(), _parse_text)
+    lines = list(parser(_text(Path(path), flag)))
+    problems = [(line.number, line.problem or _problem(line)) for line in lines]
+    problems = [f"line {number}: {problem}" for number, problem in problems if problem]
+    if len(problems) > MOST:
+        problems = [*problems[:MOST], f"... ({len(problems)} lines in all)"]
+    raise_all(problems, f"{flag} cannot be used; nothing is erased:" if problems else "")
     if not lines:
         raise UserError(f"{flag} names nothing; nothing is erased")
-    ids, owners = ((line.id for line in lines), (line.owner for line in lines))
-    return Named(tuple(dict.fromkeys(filter(None, ids))), tuple(dict.fromkeys(filter(None, owners))))
+    ids = dict.fromkeys(line.id for line in lines if line.id)
+    owners = dict.fromkeys(line.owner for line in lines if line.owner)
+    return Named(tuple(ids), tuple(owners))
 
 
 def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> str:
@@ -80,25 +81,28 @@ def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> st
     from lmeraser_jax.data.decode import decode, upright_size  # needs Pillow
 
     flag, dataset = f"--like={path}", catalog.get("dataset")
-    if not Path(path).is_file():
-        raise UserError(f"{flag}: {'is no file' if Path(path).exists() else 'no such file'}")
+    _require_file(Path(path), flag)
     if dataset is None:
         raise UserError(f"{flag}: the workdir has no records yet")
     height, width, channels = dataset["shape"]
     pixels = decode([Path(path)], height, width, channels, most)
     if pixels.unreadable:
         raise UserError(f"{flag} cannot be read: {pixels.unreadable[0]}")
-    found, source = upright_size(Path(path)), dataset["settings"]["source"]
-    if source not in DECODED and found != (height, width):
-        wanted = f"{height} x {width} pixels, as the images of {source} are stored"
-        raise UserError(f"{flag} has {found[0]} x {found[1]} pixels; must have {wanted}")
+    size, source = upright_size(Path(path)), dataset["settings"]["source"]
+    if source not in DECODED and size != (height, width):
+        legal = f"{height} x {width} pixels, as the images of {source} are stored"
+        raise UserError(f"{flag} has {size[0]} x {size[1]} pixels; must have {legal}")
     return content_hash(pixels.images[0])
+
+
+def _require_file(path: Path, flag: str) -> None:
+    if not path.is_file():
+        raise UserError(f"{flag}: {'is no file' if path.exists() else 'no such file'}")
 
 
 def _text(path: Path, flag: str) -> str:
     """The file's text without a byte order mark."""
-    if not path.is_file():
-        raise UserError(f"{flag}: {'is no file' if Path(path).exists() else 'no such file'}")
+    _require_file(path, flag)
     try:
         with open(path, "rb") as file:
             raw = file.read(LARGEST + 1)
@@ -107,91 +111,79 @@ def _text(path: Path, flag: str) -> str:
     if len(raw) > LARGEST:
         raise UserError(f"{flag} is larger than {LARGEST} bytes; split it")
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"{flag} is not UTF-8 text: {error.reason} in line {line}; save it as UTF-8") from error
-    return text
 
 
-def _checked(line: _Line) -> _Line:
-    """The line, with what no name may be."""
-    if line.wrong:
-        return line
-    if line.id and line.owner:
-        return line._replace(wrong="names an id and an owner; leave one empty (an owner means all their records)")
+def _problem(line: _Line) -> str:
+    """Why a parsed line names neither a record nor an owner; empty where it names one."""
     name = line.id or line.owner
+    if line.id and line.owner:
+        return "names an id and an owner; leave one empty (an owner means all their records)"
     if len(name) > LONGEST:
-        return line._replace(wrong=f"longer than {LONGEST} characters")
+        return f"longer than {LONGEST} characters"
     if "\0" in name:
-        return line._replace(wrong=f"no text: {ascii(name[:80])}")
-    return line if name else line._replace(wrong="names neither an id nor an owner")
+        return f"no text: {ascii(name[:80])}"
+    return "" if name else "names neither an id nor an owner"
 
 
-def _plain(text: str) -> Iterator[_Line]:
+def _parse_text(text: str) -> Iterator[_Line]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut ids at rarer characters
-        if name := line.strip():
-            yield _Line(number, id=name)
+        if line.strip():
+            yield _Line(number, id=line.strip())
 
 
-def _csv(text: str) -> Iterator[_Line]:
+def _parse_csv(text: str) -> Iterator[_Line]:
     stream = io.StringIO(text, newline="")
-    first = stream.readline()
+    header, line = stream.readline(), 1
     try:
-        mark, places, width = _header(first)
-    except csv.Error as error:
-        yield _Line(1, wrong=f"not CSV: {error}")
-        return
-    if not any(places.values()) or any(len(found) > 1 for found in places.values()):
-        yield _Line(1, wrong=f"must name one column id, one column owner, or both; is {ascii(first[:200].strip())}")
-        return
-    reader = csv.reader(stream, delimiter=mark, strict=True)  # an open quote would swallow rows
-    while True:
-        try:
-            row = next(reader, None)
-        except csv.Error as error:  # where rows begin is no longer known
-            yield _Line(reader.line_num + 1, wrong=f"not CSV: {error}")
+        delimiter, columns = _columns(header)
+        if not set(KINDS) & set(columns) or any(columns.count(kind) > 1 for kind in KINDS):
+            legal = "must name one column id, one column owner, or both"
+            yield _Line(1, problem=f"{legal}; is {ascii(header[:200].strip())}")
             return
-        if row is None:
-            return
-        if not any(cell.strip() for cell in row):
-            continue
-        if len(row) != width:
-            yield _Line(reader.line_num + 1, wrong=f"has {len(row)} fields, the header has {width}")
-            continue
-        cells = {kind: row[found[0]].strip() for kind, found in places.items() if found}
-        yield _Line(reader.line_num + 1, **cells)
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
+        line = 2
+        for row in reader:
+            cells = [cell.strip() for cell in row]
+            if any(cells) and len(cells) != len(columns):
+                yield _Line(line, problem=f"has {len(cells)} fields, the header has {len(columns)}")
+            elif any(cells):
+                named = dict(zip(columns, cells, strict=True))
+                yield _Line(line, named.get("id", ""), named.get("owner", ""))
+            line = reader.line_num + 2  # a row may hold line breaks; the header was read before
+    except csv.Error as error:  # where the next row begins is unknown
+        yield _Line(line, problem=f"not CSV: {error}")
 
 
-def _header(line: str) -> tuple[str, dict[str, list[int]], int]:
-    """The delimiter that finds most of the wanted columns, {kind: its columns}, the number of columns."""
-    best = (DELIMITERS[0], dict[str, list[int]](), 0)
-    for mark in DELIMITERS:
-        names = [name.strip().lower() for name in next(csv.reader([line], delimiter=mark), [])]
-        places = {kind: [i for i, name in enumerate(names) if name == kind] for kind in KINDS}
-        if not best[1] or sum(map(bool, places.values())) > sum(map(bool, best[1].values())):
-            best = (mark, places, len(names))
-    return best
+def _columns(header: str) -> tuple[str, list[str]]:
+    """The delimiter that separates most of the wanted columns, and the columns."""
+    candidates = []
+    for delimiter in DELIMITERS:
+        cells = next(csv.reader([header], delimiter=delimiter), [])
+        candidates.append((delimiter, [name.strip().lower() for name in cells]))
+    return max(candidates, key=lambda pair: len(set(KINDS) & set(pair[1])))
 
 
-def _jsonl(text: str) -> Iterator[_Line]:
+def _parse_jsonl(text: str) -> Iterator[_Line]:
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = parse_strict_json(line)
-        except ValueError as error:
-            what = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-            yield _Line(number, wrong=f"not JSON: {what}")
-        else:
-            yield _object(number, values)
+        if line.strip():
+            yield _parse_object(number, line)
 
 
-def _object(number: int, values: Any) -> _Line:
+def _parse_object(number: int, line: str) -> _Line:
     """A JSON line. Names are texts: 17 and "17", or 1e3 and 1000, must not be taken for each other."""
+    try:
+        values = parse_strict_json(line)
+    except json.JSONDecodeError as error:
+        return _Line(number, problem=f"not JSON: {error.msg}, column {error.colno}")
+    except ValueError as error:
+        return _Line(number, problem=f"not JSON: {error}")
     if not isinstance(values, dict):
-        return _Line(number, wrong='must be an object such as {"id": "..."}')
-    wrong = [kind for kind in KINDS if not isinstance(values.get(kind, ""), str)]
-    if wrong:
-        return _Line(number, wrong=f"{' and '.join(wrong)} must be text in quotes")
-    return _Line(number, id=values.get("id", ""), owner=values.get("owner", ""))
+        return _Line(number, problem='must be an object such as {"id": "..."}')
+    untexted = [kind for kind in KINDS if not isinstance(values.get(kind, ""), str)]
+    if untexted:
+        return _Line(number, problem=f"{' and '.join(untexted)} must be text in quotes")
+    return _Line(number, values.get("id", ""), values.get("owner", ""))

@@ -60,7 +60,7 @@ def test_formats(tmp_path, name, content, ids, owners):
             ["line 2: has 1 fields", "line 4: has 3 fields", "line 5: names neither"],
         ),
         ("a.csv", "id,owner\nx,ann\n", ["line 2: names an id and an owner"]),
-        ("a.csv", 'id,n\nx,1\n"y,2\nz,3\n', ["line 4: not CSV"]),
+        ("a.csv", 'id,n\nx,1\n"y,2\nz,3\n', ["line 3: not CSV"]),
         ("a.csv", "id,n\nx," + "1" * 200_000, ["line 2: not CSV: field larger"]),
         ("a.csv", "id\na\0b\n", ["line 2: no text"]),
         (
