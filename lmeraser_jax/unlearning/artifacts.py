@@ -1,9 +1,16 @@
-"""What a run keeps in files and what a reader loads: slices, their earlier epochs, and clusterings.
+"""What a run keeps in files: slices, their earlier epochs, and clusterings; and which of them are tainted.
 
 A manifest names a slice by a reference: its digest, or "digest@step" for an earlier epoch of it.
+
+A slice is tainted by an erased record in two ways: as a member, whose pixels the slice has seen; or as one of the
+sample, which decided who the members are. A slice that the live records call for has no erased member, and its members
+follow from the present clustering; so the second way matters only for slices that are kept all the same: pinned ones,
+and those of older states.
 """
 
+import dataclasses
 import io
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,3 +102,39 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
             return Clustering(name, sample, file["labels"], keys, file["prototypes"])
     except (*DAMAGE, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}{AGAIN}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Tainted:
+    """Digests of slices that an erased record was a member of, and of those whose clustering had it in its sample."""
+
+    by_member: frozenset[str]
+    by_sample: frozenset[str]
+
+    @property
+    def all(self) -> frozenset[str]:
+        return self.by_member | self.by_sample
+
+
+def tainted(run: "Run", erased: Mapping[str, int]) -> Tainted:
+    """The slices in the catalog that some erased records had a part in.
+
+    Args:
+        run: an opened workdir.
+        erased: {id: image row} of the records.
+    """
+    if not erased:
+        return Tainted(frozenset(), frozenset())
+    rows = run.catalog.slices()
+    clusterings = {row.clustering for row in rows.values()}
+    clusterings = {name for name in clusterings if was_sampled(run.layout, name, erased)}
+    by_sample = frozenset(digest for digest, row in rows.items() if row.clustering in clusterings)
+    return Tainted(run.catalog.slices_of(erased.values()), by_sample)
+
+
+def was_sampled(layout: Layout, clustering: str, ids: Collection[str]) -> bool:
+    """Whether one of the ids was sampled for a clustering; for a clustering that cannot be read the answer is yes."""
+    try:
+        return not set(load_clustering(layout, clustering).sample).isdisjoint(ids)
+    except UserError:
+        return True

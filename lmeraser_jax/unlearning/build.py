@@ -31,15 +31,15 @@ from lmeraser_jax.training.tune import TuningSpec
 from lmeraser_jax.unlearning.artifacts import (
     AGAIN,
     expected_params,
-    load_clustering,
     load_slice,
     save_clustering,
     slice_of,
+    tainted,
+    was_sampled,
 )
 from lmeraser_jax.unlearning.plan import Plan, plan
 from lmeraser_jax.unlearning.purge import purge, surviving, with_parents
 from lmeraser_jax.unlearning.run import Run
-from lmeraser_jax.unlearning.taint import tainted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,7 +310,7 @@ def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) 
     """
     salted = run.catalog.salted
     old, members = (before.entries if before else {}), request.body["members"]
-    sampled = before is not None and _was_sampled(run, request, before)
+    sampled = before is not None and was_sampled(run.layout, before.clustering, run.catalog.erased([request.id]))
     found = []
     for key in sorted(set(old) | set(wanted.entries)):
         new = wanted.entries.get(key, "")
@@ -328,15 +328,6 @@ def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) 
             }
         )
     return found
-
-
-def _was_sampled(run: Run, request: Request, before: Manifest) -> bool:
-    """Whether the published clustering was made with one of the request's records."""
-    try:
-        sample = load_clustering(run.layout, before.clustering).sample
-    except UserError:
-        return True  # damaged: nobody can say any more
-    return not set(sample).isdisjoint(run.catalog.erased([request.id]))
 
 
 def repair(run: Run) -> list[str]:

@@ -1,19 +1,22 @@
-"""Erasure requests: what one would cost, and serving those that were accepted (paper 4.3 and 5.3).
+"""Erasure requests: what one would cost, accepting one, and serving those that wait (paper 4.3 and 5.3).
 
-Erasing is two things: records are marked erased in one transaction (`store.requests.accept`), and the workdir
-is reconciled with the records that are left. Requests that wait are served together, in one reconcile.
+An erasure is two steps. `storage.requests.accept` marks the records erased in one transaction; this needs neither JAX
+nor the writer lock. Then a build brings the workdir to the state that the remaining records call for; it serves every
+request that waits.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request, Targets
 from lmeraser_jax.storage.rows import SliceKind
-from lmeraser_jax.unlearning.build import BuildReport, build
-from lmeraser_jax.unlearning.plan import plan
-from lmeraser_jax.unlearning.run import Run
+
+if TYPE_CHECKING:  # both load JAX, which accepting a request does without
+    from lmeraser_jax.unlearning.build import BuildReport
+    from lmeraser_jax.unlearning.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +34,16 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Erasure:
-    """A request, its receipt, and what serving it did; `outcome` is None while it waits, or if it was served before."""
+    """A request and what serving it did.
+
+    Attributes:
+        request: as it is now.
+        outcome: of the build that served it; None while it waits, or if it was served before.
+        receipt: the file of its receipt, which is there once the request is purged.
+    """
 
     request: Request
-    outcome: BuildReport | None
+    outcome: "BuildReport | None"
     receipt: Path
 
     @property
@@ -42,13 +51,11 @@ class Erasure:
         """Records that this request erased."""
         return len(self.request.body["records"])
 
-    @property
-    def erased_before(self) -> int:
-        return len(self.request.body["erased_before"])
 
-
-def estimate(run: Run, targets: Targets) -> Estimate:
+def estimate(run: "Run", targets: Targets) -> Estimate:
     """What erasing the targets would cost. Changes nothing but the feature cache."""
+    from lmeraser_jax.unlearning.plan import plan
+
     wanted = plan(run, targets.live)
     rows = run.catalog.slices().values()
     images, seconds = sum(row.images for row in rows), sum(row.seconds for row in rows)
@@ -65,7 +72,7 @@ def estimate(run: Run, targets: Targets) -> Estimate:
 
 
 def request_erasure(
-    run: Run,
+    run: "Run",
     ids: Sequence[str] = (),
     owners: Sequence[str] = (),
     request: str = "",
@@ -79,8 +86,8 @@ def request_erasure(
 
     Args:
         run: opened; for writing unless `defer`.
-        ids, owners, request, requester, reason, quarantine, contents: see `store.requests.accept`.
-        defer: only accept; `process` serves all that wait.
+        ids, owners, request, requester, reason, quarantine, contents: see `storage.requests.accept`.
+        defer: only accept; `process` serves all requests that wait.
 
     Raises:
         UserError: the request cannot be accepted, or a cluster's loss was not finite (the request stays open).
@@ -90,26 +97,28 @@ def request_erasure(
     return Erasure(accepted, None, run.layout.receipt(accepted.id)) if defer else serve(run, accepted.id)
 
 
-def serve(run: Run, name: str) -> Erasure:
+def serve(run: "Run", name: str) -> Erasure:
     """Serves an accepted request, and with it all others that wait; one that was served before stays as it is.
 
     Raises:
         UserError: a cluster's loss was not finite; the request stays open.
     """
-    request = requests.get(run.catalog, name)
+    request, outcome = requests.get(run.catalog, name), None
     assert request is not None, f"{name} was not accepted"
-    if not request.open:
-        return Erasure(request, None, run.layout.receipt(name))
-    outcome, finished = process(run)
-    return Erasure(next(done for done in finished if done.id == name), outcome, run.layout.receipt(name))
+    if request.open:
+        outcome, finished = process(run)
+        request = next(served for served in finished if served.id == name)
+    return Erasure(request, outcome, run.layout.receipt(name))
 
 
-def process(run: Run) -> tuple[BuildReport, list[Request]]:
-    """Serves every request that waits, in one reconcile (paper 5.3, batch unlearning).
+def process(run: "Run") -> "tuple[BuildReport, list[Request]]":
+    """Serves every request that waits, in one build (paper 5.3, batch unlearning).
 
     Returns:
         What was done, and the requests that it finished, oldest first.
     """
+    from lmeraser_jax.unlearning.build import build
+
     known = len(run.catalog.receipts())
     outcome = build(run)
     finished = [requests.get(run.catalog, link.request) for link in run.catalog.receipts()[known:]]

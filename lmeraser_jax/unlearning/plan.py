@@ -19,9 +19,8 @@ from lmeraser_jax.training import clustering as clusters
 from lmeraser_jax.training import slices
 from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.training.jobs import Target, make_job, snapshot_steps, stage_jobs
-from lmeraser_jax.unlearning.artifacts import load_clustering, slice_of
+from lmeraser_jax.unlearning.artifacts import load_clustering, slice_of, tainted
 from lmeraser_jax.unlearning.run import Run
-from lmeraser_jax.unlearning.taint import tainted
 
 ONE_HEAD = "one head"  # in the place of a cluster's key, where one slice is that of all clusters
 

@@ -16,9 +16,8 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.unlearning import receipts
-from lmeraser_jax.unlearning.artifacts import slice_of
+from lmeraser_jax.unlearning.artifacts import slice_of, tainted, was_sampled
 from lmeraser_jax.unlearning.run import Run
-from lmeraser_jax.unlearning.taint import sampled_for, tainted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ def surviving(run: Run, served: Collection[str]) -> Survivors:
         manifest
         for manifest in manifests[1:]
         if all(name in made and name not in gone for name in _slices(manifest))
-        and not sampled_for(run, manifest.clustering, erased)
+        and not was_sampled(run.layout, manifest.clustering, erased)
     ]
     return referenced(catalog, manifests)
 

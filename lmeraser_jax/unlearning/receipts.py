@@ -1,12 +1,12 @@
-"""Receipts: one JSON file per erasure request, chained by hash.
+"""Receipts: one JSON file for each erasure request, chained by their digests.
 
-A receipt holds salted hashes where the thing itself must not be remembered: of erased ids, and of slices and
-clusterings that were removed. The salt stays in the catalog. receipt.schema.json describes every field;
-verification.py checks receipts against the workdir.
+A receipt names erased ids, and removed slices and clusterings, by salted hashes only; the salt stays in the catalog.
+receipt.schema.json describes every field; verify.py checks receipts against the workdir.
 """
 
 import dataclasses
 import datetime
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
@@ -16,10 +16,10 @@ from lmeraser_jax.storage.requests import Request, followed
 from lmeraser_jax.storage.rows import ReceiptLink
 
 if TYPE_CHECKING:
-    from lmeraser_jax.unlearning.run import Run  # loads JAX; whoever lists or checks receipts goes without
+    from lmeraser_jax.unlearning.run import Run  # loads JAX, which commands that list or check receipts do without
 
 SCHEMA = 1
-PRIVATE = 0o600  # a receipt is its operator's own
+PRIVATE = 0o600  # only the workdir's operator may read a receipt
 OUT_OF_REACH = (
     "the source files that the records were imported from",
     "models, predictions and pictures exported from the workdir before",
@@ -30,7 +30,7 @@ OUT_OF_REACH = (
 )
 
 
-def write(run: "Run", requests: list[Request]) -> list[ReceiptLink]:
+def write(run: "Run", requests: Sequence[Request]) -> list[ReceiptLink]:
     """Writes the receipts of purged requests behind those that exist; a repeated call replaces its own files.
 
     Returns:
@@ -50,6 +50,7 @@ def write(run: "Run", requests: list[Request]) -> list[ReceiptLink]:
 
 
 def _receipt(run: "Run", request: Request, last: ReceiptLink) -> dict[str, Any]:
+    """The fields of a receipt, without its digest."""
     body = request.body | {"states": followed(request.body["states"], "purged")}
     return {
         "schema": SCHEMA,
@@ -64,18 +65,18 @@ def _receipt(run: "Run", request: Request, last: ReceiptLink) -> dict[str, Any]:
 
 
 def receipt_body(request: Request) -> dict[str, Any]:
-    """The parts of a receipt that the catalog's row of the request says, too."""
+    """The fields of a receipt that the catalog's row of the request holds, too."""
     body = request.body
     return {
         "request": {
             "id": request.id,
             **{name: body[name] for name in ("requester", "reason", "owners", "quarantine")},
-            "states": [{"state": state, "at": _time(at)} for state, at in body["states"]],
+            "states": [{"state": state, "at": _iso_time(seconds)} for state, seconds in body["states"]],
         },
         "records": {name: body[name] for name in ("records", "erased_before", "shared")},
         **{name: body[name] for name in ("clusters", "work", "manifest", "purged")},
     }
 
 
-def _time(seconds: float) -> str:
+def _iso_time(seconds: float) -> str:
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

@@ -11,10 +11,9 @@ from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceRow
-from lmeraser_jax.unlearning.artifacts import load_slice, reference, slice_of
+from lmeraser_jax.unlearning.artifacts import load_slice, reference, slice_of, tainted
 from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.run import Run
-from lmeraser_jax.unlearning.taint import tainted
 
 SHORTEST = 4  # characters of a cluster key or a slice digest that are enough, if no other begins with them
 

@@ -16,8 +16,8 @@ from helpers import small_config, small_run, small_source, with_items
 
 from lmeraser_jax.evaluation import montage
 from lmeraser_jax.storage import requests
-from lmeraser_jax.unlearning import erase, purge, rollback, taint
-from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of
+from lmeraser_jax.unlearning import erase, purge, rollback
+from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of, tainted
 from lmeraser_jax.unlearning.audit import audit
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
@@ -85,13 +85,13 @@ def test_no_byte_remembers_an_erased_record(tmp_path, how, capsys):
         rows = run.catalog.rows([name])
         row = list(rows.values())
         feature = run.features(run.catalog.at(row)).tobytes()
-        tainted = taint.tainted(run, rows).by_member
-        assert parts_of(run.catalog.manifest().entries[key])[0] in tainted
-        needles = [*spellings(name), *spellings(OWNER), pixels, feature, *stretches(run, tainted)]
+        slices = tainted(run, rows).by_member
+        assert parts_of(run.catalog.manifest().entries[key])[0] in slices
+        needles = [*spellings(name), *spellings(OWNER), pixels, feature, *stretches(run, slices)]
         needles += spellings(key) if how == "sampled" else []
         before, _ = found_in(run.layout.root, needles)
         assert {name.encode(), OWNER.encode(), pixels, feature} <= set(before)
-        assert len([needle for needle in stretches(run, tainted) if needle in before]) >= len(tainted)
+        assert len([needle for needle in stretches(run, slices) if needle in before]) >= len(slices)
 
         if how.startswith("owner"):
             erase.request_erasure(run, owners=[OWNER], request="r1", quarantine=True, defer=True)
