@@ -89,5 +89,5 @@ def _no_stop_is_requested():
     """A test that leaves a stop requested would end the next test's work."""
     yield
     requested = interrupt.stop_requested()
-    interrupt._asked.clear()
+    interrupt._requested.clear()
     assert not requested

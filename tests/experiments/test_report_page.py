@@ -154,7 +154,7 @@ def test_asked_to_stop_it_leaves_the_old_page(tmp_path):
     interrupt.request_stop()
     with pytest.raises(interrupt.Stopped):
         write_report(tmp_path, Results(tuple(small())))
-    interrupt._asked.clear()
+    interrupt._requested.clear()
     assert (tmp_path / "report.html").read_text() == "old"
 
 
