@@ -1,0 +1,240 @@
+"""The doctor names every kind of damage, repairs bit for bit what can be made again, and harms nothing else."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from damages import IRREPARABLE, REPAIRABLE, flip, slice_flipped
+from fakes import fast_fakes
+from helpers import small_config, small_run, small_source
+
+from lmeraser_jax.cli.main import main
+from lmeraser_jax.data.source import content_hash
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import requests, schema
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import image_file
+from lmeraser_jax.storage.workdir import Layout, writer_lock
+from lmeraser_jax.unlearning import doctor, erase
+from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.audit import differences, state
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.doctor import State
+from lmeraser_jax.unlearning.plan import plan
+from lmeraser_jax.unlearning.purge import leftovers
+from lmeraser_jax.unlearning.run import open_run, prepare_run
+
+OPEN_HELPERS = ("lock", "catalog.db-shm", "catalog.db-wal")  # whoever opens a catalog makes them
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, _fast):
+    """A workdir from which one sampled record was erased, with all features, and its state."""
+    folder = tmp_path_factory.mktemp("doctor") / "run"
+    with small_run(folder) as run:
+        build(run)
+        erase.request_erasure(run, [load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]])
+        run.features(run.catalog.live("train", "test"))
+        return folder, state(run)
+
+
+@pytest.fixture
+def copy(template, tmp_path):
+    """Makes a fresh copy of the workdir."""
+    return lambda name="run": Layout(shutil.copytree(template[0], tmp_path / name / "run"))
+
+
+def examined(layout, fix=False):
+    return doctor.examine(layout.root, fix, jax.devices()[:1])
+
+
+def contents(layout):
+    return {
+        str(path.relative_to(layout.root)): path.read_bytes() if path.is_file() else b""
+        for path in layout.root.rglob("*")
+        if path.name not in OPEN_HELPERS
+    }
+
+
+def state_after_training(layout, reimport=False):
+    """What the next build makes of the workdir, without the repair that lmeraser train puts before it."""
+    with prepare_run(layout.root, small_config(), jax.devices()[:1], small_source(), reimport) as (run, _):
+        build(run)
+        assert leftovers(run) == []
+        return state(run)
+
+
+def test_a_healthy_workdir_stays_as_it_is(copy):
+    layout = copy()
+    before = contents(layout)
+    for fix in (False, True):
+        assert examined(layout, fix) == doctor.Diagnosis(()) and contents(layout) == before
+
+
+def test_damage_is_named_without_a_write_and_repaired_to_the_last_bit(copy, template):
+    for kind, damage in REPAIRABLE.items():
+        layout = copy(kind)
+        damage.apply(layout)
+        before = contents(layout)
+        seen = examined(layout)
+        named = [p for p in seen.problems if p.part == damage.part and damage.words in p.message]
+        assert seen.damaged and named, f"{kind}: {seen.table()}"
+        assert contents(layout) == before, f"{kind}: looking writes nothing"
+        repaired = examined(layout, fix=True)
+        assert {problem.state for problem in repaired.problems} <= {State.FIXED, State.DROPPED}, repaired.table()
+        assert differences(state_after_training(layout), template[1]) == [], kind
+        assert examined(layout) == doctor.Diagnosis(()), kind
+
+
+def test_what_cannot_be_made_again_is_named_and_left_alone(copy):
+    for kind, damage in IRREPARABLE.items():
+        layout = copy(kind)
+        damage.apply(layout)
+        before = contents(layout)
+        for fix in (False, True):
+            seen = examined(layout, fix)
+            named = [p for p in seen.problems if p.part == damage.part and damage.words in p.message]
+            assert [problem.state for problem in named] == [State.DAMAGED] and named[0].remedy + damage.part, kind
+            assert not seen.healthy and contents(layout) == before, f"{kind}: {seen.table()}"
+
+
+def test_rotten_and_lost_images_are_named_and_read_from_the_source_again(copy, template):
+    layout = copy()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        records, rows = catalog.live("train", "test", "public"), catalog.rows_used()
+    order = np.argsort(records.rows)
+    first, last = (records.ids[i] for i in (order[3], order[-1]))
+    flip(layout.images, int(records.rows[order[3]]) * 64 + 5)
+    os.truncate(layout.images, (rows - 2) * 64 + 7)
+    text = examined(layout).table()
+    assert first in text and last in text and "lmeraser train --reimport" in text and "lmeraser unlearn" in text
+    repaired = examined(layout, fix=True)
+    assert repaired.damaged and layout.images.stat().st_size == rows * 64, "pixels cannot be computed again"
+    assert differences(state_after_training(layout, reimport=True), template[1]) == []
+    assert examined(layout).healthy
+
+
+def test_what_cannot_be_read_just_now_is_no_damage(copy, monkeypatch):
+    """An error of the disk, or too many open files: reported as unchecked, and --fix changes nothing."""
+    layout = copy()
+    before = contents(layout)
+
+    def failing(read):
+        def fail(path, *args, **options):
+            if layout.slices in path.parents:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return read(path, *args, **options)
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing(Path.read_text))
+        patch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+        for fix in (False, True):
+            seen = examined(layout, fix)
+            assert [(problem.part, problem.state) for problem in seen.problems] == [("slices", State.UNCHECKED)]
+            assert not seen.healthy and not seen.damaged and "Input/output error" in seen.table()
+    assert contents(layout) == before
+
+
+def test_a_workdir_or_catalog_that_another_process_holds_is_not_checked(copy, monkeypatch):
+    layout = copy()
+    monkeypatch.setattr(schema, "LONGEST_WAIT", 0.1)
+    with writer_lock(layout):
+        for fix in (False, True):
+            (problem,) = examined(layout, fix).problems
+            assert problem.state == State.UNCHECKED
+            assert f"is being written by process {os.getpid()} on {socket.gethostname()}" in problem.message
+    with contextlib.closing(sqlite3.connect(layout.catalog, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode=EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match="locked by another process"):
+            Catalog(layout.catalog)
+        (problem,) = examined(layout).problems
+        assert (problem.part, problem.state) == ("catalog", State.UNCHECKED) and "locked" in problem.message
+
+
+def test_erasures_that_wait_are_noted(copy):
+    layout = copy()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        requests.accept(catalog, [catalog.live("train").ids[0]], request="later")
+    seen = examined(layout, fix=True)
+    assert seen.healthy and "waiting erasures: later" in seen.table() and "lmeraser process" in seen.table()
+
+
+def test_no_workdir_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="no workdir|does not exist"):
+            doctor.examine(path)
+
+
+def test_the_exit_code_tells_damage_from_what_was_not_checked(copy, capsys):
+    layout = copy()
+    assert main(["doctor", f"--workdir={layout.root}", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"healthy": True, "problems": []}
+    with writer_lock(layout):
+        assert main(["doctor", f"--workdir={layout.root}"]) == 3
+    slice_flipped(layout)
+    assert main(["doctor", f"--workdir={layout.root}", "--fix"]) == 1
+    layout.config.write_text("{")
+    assert main(["doctor", f"--workdir={layout.root}"]) == 1
+    assert "config.json cannot be used" in capsys.readouterr().out
+    assert main(["doctor", "--workdir=/nowhere"]) == 2
+
+
+def test_a_broken_catalog_is_examined_without_jax(copy):
+    layout = copy()
+    IRREPARABLE["catalog replaced"].apply(layout)
+    code = "import sys\nfrom lmeraser_jax.unlearning import doctor\nassert doctor.examine(sys.argv[1]).damaged\n"
+    code += "assert 'jax' not in sys.modules and 'orbax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(layout.root)], check=True)
+
+
+def harmed(layout, wanted, features) -> bool:
+    """Whether a flipped byte matters: state or features differ, a record's pixels have changed, or a reader fails."""
+    try:
+        with open_run(layout.root, devices=jax.devices()[:1]) as run:
+            if differences(state(run), wanted) or run.features(run.catalog.live("train")).tobytes() != features:
+                return True
+            table, view = run.catalog.live("train", "test", "public"), image_file(layout, run.catalog).view()
+            changed = [content_hash(view[row]) != text for row, text in zip(table.rows, table.contents, strict=True)]
+            return any(changed) or bool(plan(run).missing)
+    except Exception:
+        return True
+
+
+@pytest.mark.parametrize("part", ["slices/**/*", "clusterings/**/*", "records/*", "config.json", "catalog.db"])
+@pytest.mark.parametrize("flips", [2, pytest.param(30, marks=pytest.mark.slow)])
+def test_a_flipped_bit_that_matters_is_never_called_healthy(copy, template, part, flips):
+    layout, rng, mattered = copy(), np.random.default_rng(len(part)), 0
+    with open_run(layout.root, devices=jax.devices()[:1]) as run:
+        features = run.features(run.catalog.live("train")).tobytes()
+    files = sorted(path for path in layout.root.glob(part) if path.is_file())
+    for _ in range(flips):
+        path = files[rng.integers(len(files))]
+        good = path.read_bytes()
+        flip(path, int(rng.integers(len(good))))
+        seen, matters = examined(layout), harmed(layout, template[1], features)
+        assert not (matters and seen.healthy), (path, seen.table())
+        mattered += matters
+        path.write_bytes(good)
+        for name in OPEN_HELPERS[1:]:
+            (layout.root / name).unlink(missing_ok=True)
+    assert examined(layout).healthy and (mattered or flips < 30), "some of them must matter, or nothing was tested"
