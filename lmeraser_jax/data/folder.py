@@ -1,12 +1,13 @@
 """Images in folders: a subfolder for each role, `<role>/<class>/.../<file>`, and a CSV of labels and owners if wanted.
 
 Ids are the paths below `data.path`. Names that start with a dot are passed over. Pixels are decoded when they are
-read and brought to one stored size (`records.decode`).
+read and brought to one stored size (`data.decode`).
 """
 
+import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from lmeraser_jax.config import Data
@@ -34,28 +35,21 @@ def load(data: Data) -> Source:
     roles = _roles(root, data)
     names, splits = [], []
     for split, folder in roles.items():
-        found = _images(root, folder)
-        if not found and (split == "train" or getattr(data, f"{split}_split")):
+        images = _images(root, folder)
+        if not images and (split == "train" or getattr(data, f"{split}_split")):
             raise UserError(
                 f"--config.data.{split}_split={folder} holds no images in {data.path}; expected"
                 f" {folder}/<class>/<file> ({', '.join(SUFFIXES)})"
             )
-        names += found
-        splits += [split] * len(found)
-    rows = (
-        label_csv.read(data.labels, data.csv_columns, names, [roles[split] for split in splits]) if data.labels else {}
-    )
-    texts = [
-        (name in rows and rows[name].label) or _class_folder(_below(name, roles[split]))
-        for name, split in zip(names, splits, strict=True)
-    ]
-    if any(row.label for row in rows.values()):
-        _refuse_loose([n for n, split in zip(names, splits) if roles[split] == "." and n not in rows], data.labels)
-    _refuse_unlabelled(names, texts, data, roles["train"])
-    classes, index = _numbered(texts)
+        names += images
+        splits += [split] * len(images)
+    folders = [roles[split] for split in splits]
+    rows = label_csv.read(data.labels, data.csv_columns, names, folders) if data.labels else {}
+    labels = _labels(data, names, folders, rows)
+    classes, numbers = _number_classes(set(labels))
     items = [
-        Item(name, split, index[text], rows[name].owner if name in rows else "")
-        for name, split, text in zip(names, splits, texts, strict=True)
+        Item(name, split, numbers[label], rows[name].owner if name in rows else "")
+        for name, split, label in zip(names, splits, labels, strict=True)
     ]
     height = data.store_size or data.image_size
     width = data.store_width or height
@@ -70,7 +64,7 @@ def load(data: Data) -> Source:
 
 def _roles(root: Path, data: Data) -> dict[str, str]:
     """{split: folder below the root}; "." is the root. Raises `UserError` for folders that are missing or overlap."""
-    roles, found = {}, []
+    roles, problems = {}, []
     for split, default in DEFAULTS.items():
         given = getattr(data, f"{split}_split")
         if not given and (not default or (split != "train" and not (root / default).is_dir())):
@@ -78,79 +72,75 @@ def _roles(root: Path, data: Data) -> dict[str, str]:
         folder = PurePosixPath((given or default).replace("\\", "/"))
         flag = f"--config.data.{split}_split={given or default}"
         if folder.is_absolute() or ".." in folder.parts:
-            found.append(f'{flag}: must be a folder below --config.data.path, or "." for the whole of it')
+            problems.append(f'{flag}: must be a folder below --config.data.path, or "." for the whole of it')
         elif not (root / folder).is_dir():
             inside = join_limited(sorted(path.name for path in root.iterdir() if path.is_dir())) or "no folders"
-            found.append(f'{flag}: no such folder in {data.path}; it holds {inside} ("." takes the whole folder)')
+            problems.append(f'{flag}: no such folder in {data.path}; it holds {inside} ("." takes the whole folder)')
         else:
             roles[split] = str(folder)
-    raise_all(found)
+    raise_all(problems)
     real = {split: (root / folder).resolve() for split, folder in roles.items()}
-    overlaps = [
-        f"--config.data.{inner}_split={roles[inner]} lies in --config.data.{outer}_split={roles[outer]}"
-        + ("" if getattr(data, f"{inner}_split") else f" (a folder named {roles[inner]} is taken for it)")
-        for position, one in enumerate(roles)
-        for other in list(roles)[position + 1 :]
-        for inner, outer in [(other, one) if real[other].is_relative_to(real[one]) else (one, other)]
-        if real[inner].is_relative_to(real[outer])
-    ]
-    raise_all(overlaps, "images can have one role only; name folders that do not overlap:" if overlaps else "")
+    for one, other in itertools.combinations(roles, 2):
+        inner, outer = (other, one) if real[other].is_relative_to(real[one]) else (one, other)
+        if real[inner].is_relative_to(real[outer]):
+            default = "" if getattr(data, f"{inner}_split") else f" (a folder named {roles[inner]} is taken for it)"
+            flags = (f"--config.data.{split}_split={roles[split]}" for split in (inner, outer))
+            problems.append(" lies in ".join(flags) + default)
+    raise_all(problems, "images can have one role only; name folders that do not overlap:")
     return roles
 
 
 def _images(root: Path, folder: str) -> list[str]:
     """Paths below the root of the images in a folder, sorted by their parts; links are followed, loops are not."""
-    found = []
+    images = []
     for here, folders, files in os.walk(root / folder, followlinks=True):
         real = Path(here).resolve()
-        folders[:] = [name for name in folders if name[0] != "." and not real.is_relative_to(_target(here, name, real))]
-        prefix = Path(here).relative_to(root).as_posix()
-        prefix = "" if prefix == "." else prefix + "/"
-        found += [prefix + name for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
-    return sorted(found, key=lambda name: name.split("/"))
+        folders[:] = [name for name in folders if name[0] != "." and not _is_loop(os.path.join(here, name), real)]
+        below = PurePosixPath(Path(here).relative_to(root).as_posix())
+        images += [str(below / name) for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
+    return sorted(images, key=lambda name: name.split("/"))
 
 
-def _target(here: str, name: str, real: Path) -> Path:
-    """Where a folder really is; only links cost a look at the disk."""
-    path = os.path.join(here, name)
-    return Path(path).resolve() if os.path.islink(path) else real / name
+def _is_loop(path: str, folder: Path) -> bool:
+    """Whether an entry of a folder is a link back to that folder or to one above it."""
+    return os.path.islink(path) and folder.is_relative_to(Path(path).resolve())
 
 
-def _below(name: str, folder: str) -> str:
-    """A path below the root as a path below a role's folder."""
-    return name if folder == "." else name.removeprefix(folder + "/")
+def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str, label_csv.Row]) -> list[str]:
+    """For each image the label in the CSV, else the name of its class folder.
 
-
-def _class_folder(name: str) -> str:
-    folder, slash, _ = name.partition("/")
-    return folder if slash else ""
-
-
-def _refuse_loose(loose: list[str], table: str) -> None:
-    """Beside a CSV the subfolders of the whole folder may be parts of an archive, so they are not taken for classes."""
-    if loose:
-        raise UserError(f"{table} (--config.data.labels) has labels, but none for these images: {join_limited(loose)}")
-
-
-def _refuse_unlabelled(names: list[str], texts: list[str], data: Data, train: str) -> None:
-    """Every image needs a class."""
-    without = [name for name, text in zip(names, texts, strict=True) if not text]
-    if without and len(without) == len(names):
+    Raises:
+        UserError: images without a label. Beside a CSV with labels the subfolders of the whole folder may be parts of
+            an archive, so they are not taken for classes.
+    """
+    labels, unnamed = [], []
+    for name, folder in zip(names, folders, strict=True):
+        class_folder, slash, _ = label_csv.path_below(name, folder).partition("/")
+        named = rows[name].label if name in rows else ""
+        labels.append(named or (class_folder if slash else ""))
+        if folder == "." and name not in rows:
+            unnamed.append(name)
+    table = f"{data.labels} (--config.data.labels)"
+    if unnamed and any(row.label for row in rows.values()):
+        raise UserError(f"{table} has labels, but none for these images: {join_limited(unnamed)}")
+    without = [name for name, label in zip(names, labels, strict=True) if not label]
+    if len(without) == len(names):
+        train = data.train_split or DEFAULTS["train"]
         raise UserError(
             f"{data.path} has no labels: there are no class folders ({train}/<class>/<file>)"
             f" and {'none in the CSV' if data.labels else 'no CSV'} (--config.data.labels)"
         )
-    raise_all(
-        [f"no class folder and no label in the CSV (--config.data.labels): {join_limited(without)}"] if without else []
-    )
+    if without:
+        raise UserError(f"no class folder and no label in the CSV (--config.data.labels): {join_limited(without)}")
+    return labels
 
 
-def _numbered(texts: list[str]) -> tuple[tuple[str, ...], Mapping[str, int]]:
-    """Class names in order, and {text: label}; where all are whole numbers, 00014 and 14 are one class."""
-    distinct = set(texts)
-    key: Callable[[str], int | str] = str
-    if all(re.fullmatch(r"-?[0-9]{1,18}", text) for text in distinct):
-        key = int
-    ranked = sorted({key(text) for text in distinct})  # pyright: ignore[reportArgumentType]
-    place = {value: label for label, value in enumerate(ranked)}
-    return tuple(str(value) for value in ranked), {text: place[key(text)] for text in distinct}
+def _number_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Class names in order, and {label: number}; where all are whole numbers, 00014 and 14 are one class."""
+    names = {label: label for label in labels}
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in names)
+    if numeric:
+        names = {label: str(int(label)) for label in names}
+    classes = sorted(set(names.values()), key=int if numeric else str)
+    place = {name: number for number, name in enumerate(classes)}
+    return tuple(classes), {label: place[name] for label, name in names.items()}

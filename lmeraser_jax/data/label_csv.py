@@ -2,12 +2,11 @@
 
 import csv
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
-from lmeraser_jax.data.names import shown
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 
 DELIMITERS = ",;\t"
 LISTED = 100  # names in a message
@@ -25,7 +24,7 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     """Reads the CSV (comma, semicolon or tab separated, UTF-8) and finds the file of every row.
 
     A row's file is a path below the data folder, else below a role's folder, else a file name, else a file
-    name without its suffix; whatever is matched has to be unique.
+    name without its suffix; it has to match one image only.
 
     Args:
         path: the CSV.
@@ -41,73 +40,50 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
             row names too, all at once.
     """
     rows = _rows(path, columns)
-    found = []
-    nameless = [f"row {number}" for number, row in enumerate(rows, 1) if not row.file]
-    if nameless:
-        found.append(f"{path} has rows without a file name: {join_limited(nameless, LISTED)}")
-    rows = [row for row in rows if row.file]
-    twice = [file for file, count in Counter(row.file for row in rows).items() if count > 1]
-    if twice:
-        found.append(f"{path} names files more than once: {join_limited(map(shown, twice), LISTED)}")
-    places, ambiguous, unknown = _places({row.file for row in rows}, names, folders)
-    if ambiguous:
-        lines = [f"{shown(file)} ({' or '.join(several[:2])})" for file, several in sorted(ambiguous.items())]
-        found.append(
-            f"{path} names files that could be several images; give their paths: {join_limited(lines, LISTED)}"
-        )
-    if unknown:
-        found.append(f"{path} names files that are not there: {join_limited(map(shown, sorted(unknown)), LISTED)}")
+    counts = Counter(row.file for row in rows)
+    matches = _matches(counts.keys() - {""}, names, folders)
     spellings = defaultdict(list)
-    for file, name in places.items():
-        spellings[name].append(file)
-    same = [
-        f"{name} ({', '.join(map(shown, sorted(files)))})"
-        for name, files in sorted(spellings.items())
-        if len(files) > 1
-    ]
-    if same:
-        found.append(f"{path} names one image in several ways: {join_limited(same, LISTED)}")
-    raise_all(found, "the labels do not fit the images (--config.data.labels):" if found else "")
-    return {places[row.file]: row for row in rows}
+    for file, found in sorted(matches.items()):
+        if len(found) == 1:
+            spellings[found[0]].append(shorten(file))
+    offenders = {
+        "has rows without a file name": [f"row {number}" for number, row in enumerate(rows, 1) if not row.file],
+        "names files more than once": [shorten(file) for file in counts if file and counts[file] > 1],
+        "names files that could be several images; give their paths": [
+            f"{shorten(file)} ({' or '.join(found[:2])})" for file, found in sorted(matches.items()) if len(found) > 1
+        ],
+        "names files that are not there": [shorten(file) for file in sorted(counts.keys() - {""} - matches.keys())],
+        "names one image in several ways": [
+            f"{name} ({', '.join(files)})" for name, files in sorted(spellings.items()) if len(files) > 1
+        ],
+    }
+    raise_all(
+        [f"{path} {fault}: {join_limited(files, LISTED)}" for fault, files in offenders.items() if files],
+        "the labels do not fit the images (--config.data.labels):",
+    )
+    return {matches[row.file][0]: row for row in rows}
 
 
-def _places(
-    files: set[str], names: Sequence[str], folders: Sequence[str]
-) -> tuple[dict[str, str], dict[str, list[str]], set[str]]:
-    """Finds files among the names: {file: name}, {file: several names} and files that are not there."""
-    places: dict[str, str] = {}
-    ambiguous: dict[str, list[str]] = {}
-    left = set(files)
-    for way in (_whole, _below, _base, _stem):
-        matches = defaultdict(list)
-        for name, folder in zip(names, folders, strict=True):
-            if (key := way(name, folder)) in left:
-                matches[key].append(name)
-        for file, several in matches.items():
-            if len(several) == 1:
-                places[file] = several[0]
-            else:
-                ambiguous[file] = several
-        left -= set(matches)
-        if not left:
-            break
-    return places, ambiguous, left
-
-
-def _whole(name: str, folder: str) -> str:
-    return name
-
-
-def _below(name: str, folder: str) -> str:
+def path_below(name: str, folder: str) -> str:
+    """A path below the data folder as a path below a role's folder."""
     return name if folder == "." else name.removeprefix(folder + "/")
 
 
-def _base(name: str, folder: str) -> str:
-    return name.rpartition("/")[2]
-
-
-def _stem(name: str, folder: str) -> str:
-    return PurePosixPath(name).stem
+def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str]) -> dict[str, list[str]]:
+    """{file: the images it may mean}; the first of the four ways to name an image that fits any image counts."""
+    matches: dict[str, list[str]] = {}
+    for key_of in (
+        lambda name, folder: name,
+        path_below,
+        lambda name, folder: PurePosixPath(name).name,
+        lambda name, folder: PurePosixPath(name).stem,
+    ):
+        left, new = set(files) - matches.keys(), defaultdict(list)
+        for name, folder in zip(names, folders, strict=True) if left else ():
+            if (key := key_of(name, folder)) in left:
+                new[key].append(name)
+        matches |= new
+    return matches
 
 
 def _rows(path: str, columns: str) -> list[Row]:
@@ -117,36 +93,44 @@ def _rows(path: str, columns: str) -> list[Row]:
     wanted = [name.strip() for name in columns.split(",")]
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            header, reader = _opened(file, wanted)
-            # a CSV without owners is fine unless the config names their column
-            needed = wanted[:2] if wanted[2:] == ["owner"] else wanted
-            missing = [name for name in needed if name not in header]
-            if missing:
-                raise UserError(
-                    f"{path} lacks the columns {', '.join(missing)}; it has"
-                    f" {join_limited(map(shown, header)) or 'none'};"
-                    f" name its columns for file,label[,owner] with --config.data.csv_columns (now {columns})"
-                )
-            twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
-            if twice:
-                raise UserError(f"{path} has several columns named {', '.join(twice)} (--config.data.csv_columns)")
+            header, delimiter = read_header(file.readline(), wanted)
+            _check_columns(path, header, wanted)
+            reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote would swallow rows
             places = [header.index(name) if name in header else -1 for name in wanted] + [-1]
             cells = [[_cell(row, place) for place in places[:3]] for row in reader if any(map(str.strip, row))]
-            return [Row(_normal(file), label, owner) for file, label, owner in cells]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
-
-
-def _opened(file: TextIO, wanted: list[str]) -> tuple[list[str], Iterator[list[str]]]:
-    """The header and a reader of the rows; the delimiter is the one that finds most of the wanted columns."""
-    first = file.readline()
-    headers = {mark: [name.strip() for name in next(csv.reader([first], delimiter=mark), [])] for mark in DELIMITERS}
-    mark = max(DELIMITERS, key=lambda mark: len(set(wanted) & set(headers[mark])))
-    return headers[mark], csv.reader(file, delimiter=mark, strict=True)  # an open quote would swallow rows
+    return [Row(_normal(file), label, owner) for file, label, owner in cells]
 
 
 def _cell(row: list[str], place: int) -> str:
     return row[place].strip() if 0 <= place < len(row) else ""
+
+
+def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:
+    """The column names in the first line of a CSV, and the delimiter: the one that finds most of the wanted names.
+
+    Raises:
+        csv.Error: the line is no CSV.
+    """
+    known = {name.lower() for name in wanted}
+    headers = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark), [])] for mark in DELIMITERS}
+    delimiter = max(DELIMITERS, key=lambda mark: len(known & {name.lower() for name in headers[mark]}))
+    return headers[delimiter], delimiter
+
+
+def _check_columns(path: str, header: list[str], wanted: list[str]) -> None:
+    """Refuses a CSV that lacks columns or has one twice; one without owners is fine unless the config names them."""
+    needed = wanted[:2] if wanted[2:] == ["owner"] else wanted
+    missing = [name for name in needed if name not in header]
+    if missing:
+        raise UserError(
+            f"{path} lacks the columns {', '.join(missing)}; it has {join_limited(map(shorten, header)) or 'none'};"
+            f" name its columns for file,label[,owner] with --config.data.csv_columns (now {','.join(wanted)})"
+        )
+    twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
+    if twice:
+        raise UserError(f"{path} has several columns named {', '.join(twice)} (--config.data.csv_columns)")
 
 
 def _normal(file: str) -> str:

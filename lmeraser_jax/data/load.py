@@ -30,7 +30,7 @@ def _opened(data: Data, own_test: bool) -> Source:
     if data.source == "npz":
         from lmeraser_jax.data import npz
 
-        return npz.load(data.path, own_test=own_test, most=data.max_pixels)
+        return npz.load(data.path, own_test=own_test, max_pixels=data.max_pixels)
     if data.source == "folder":
         from lmeraser_jax.data import folder
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lmeraser_jax.config import Data
-from lmeraser_jax.data.names import VISIBLE, faults, shown
-from lmeraser_jax.errors import join_limited
+from lmeraser_jax.data.names import VISIBLE, faults
+from lmeraser_jax.errors import join_limited, shorten
 from lmeraser_jax.hashing import keyed_hash
 
 SPLITS = ("train", "holdout", "test", "public")
@@ -66,30 +66,29 @@ def problems(source: Source, first: bool = True) -> list[str]:
         source: opened.
         first: nothing was imported before, so that it has to bring two classes itself.
     """
-    found = []
-    labels = {item.label for item in source.items if item.split == "train"}
-    bad = [f"{shown(item.id)}={item.label}" for item in source.items if not 0 <= item.label < len(source.class_names)]
-    twice = [shown(name) for name, count in Counter(item.id for item in source.items).items() if count > 1]
-    nameless = [f"{position} of {item.split}" for position, item in enumerate(source.items) if not item.id]
-    garbled = faults(text for item in source.items for text in (item.id, item.owner))
-    garbled += [f"class {line}" for line in faults(source.class_names, VISIBLE)]
-    if not any(item.split == "train" for item in source.items):
-        found.append("there is no training image")
+    items, last, lines = source.items, len(source.class_names) - 1, []
+    labels = {item.label for item in items if item.split == "train"}
+    if not labels:
+        lines.append("there is no training image")
     elif first and len(labels) < 2:
-        found.append(f"only one class is present ({join_limited(labels)}); a classifier needs at least 2")
-    if bad:
-        found.append(f"labels must lie in 0..{len(source.class_names) - 1} (the class names): {join_limited(bad)}")
-    if twice:
-        found.append(f"ids must be unique; these occur more than once: {join_limited(twice)}")
-    if garbled:
-        found.append(
-            f"ids (file names), owners and class names must be plain text; these are not: {join_limited(garbled)}"
-        )
-    if nameless:
-        found.append(f"ids must not be empty; these items (counted from 0) have none: {join_limited(nameless)}")
+        lines.append(f"only one class is present ({join_limited(labels)}); a classifier needs at least 2")
+    counts = Counter(item.id for item in items)
+    illegal = faults(text for item in items for text in (item.id, item.owner))
+    illegal += [f"class {line}" for line in faults(source.class_names, VISIBLE)]
+    offenders = {
+        f"labels must lie in 0..{last} (the class names)": [
+            f"{shorten(item.id)}={item.label}" for item in items if not 0 <= item.label <= last
+        ],
+        "ids must be unique; these occur more than once": [shorten(name) for name in counts if counts[name] > 1],
+        "ids (file names), owners and class names must be plain text; these are not": illegal,
+        "ids must not be empty; these items (counted from 0) have none": [
+            f"{position} of {item.split}" for position, item in enumerate(items) if not item.id
+        ],
+    }
+    lines += [f"{rule}: {join_limited(names)}" for rule, names in offenders.items() if names]
     if min(source.shape) < 1 or source.shape[2] not in (1, 3):
-        found.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
-    return found
+        lines.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
+    return lines
 
 
 def content_hash(image: np.ndarray) -> str:
@@ -113,11 +112,10 @@ def assign_split(item: Item, data: Data, seed: int) -> Item:
 
 def limited(items: Sequence[Item], train: int, test: int) -> list[int]:
     """Positions of the items that the limits keep: the first so many of each split (0: all)."""
-    left = {"train": train or len(items), "test": test or len(items)}
-    kept = []
+    limits, counts, positions = {"train": train, "test": test}, Counter(), []
     for position, item in enumerate(items):
-        if left.get(item.split, 1) > 0:
-            kept.append(position)
-        if item.split in left:
-            left[item.split] -= 1
-    return kept
+        counts[item.split] += 1
+        limit = limits.get(item.split, 0)
+        if limit == 0 or counts[item.split] <= limit:
+            positions.append(position)
+    return positions

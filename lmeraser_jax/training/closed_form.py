@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmeraser_jax.config import Common, Tuning
-from lmeraser_jax.data.stream import DAMAGE
+from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.training.slices import Slice
@@ -209,10 +209,10 @@ def save_sums(folder: Path, kept: KeptSums) -> None:
 def load_sums(folder: Path) -> KeptSums | None:
     """The tally beside a slice; None where there is none that can be read."""
     try:
-        with open(folder / TALLY, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            total = Sums(file["products"], file["by_class"], file["counts"])
-            kept = KeptSums(total, file["rows"], file["labels"], file["checks"])
-            counted = np.bincount(kept.labels, minlength=len(total.counts))
-            return kept if np.array_equal(counted, total.counts) else None
-    except (*DAMAGE, KeyError):
+        arrays = read_arrays(folder / TALLY)
+        total = Sums(arrays["products"], arrays["by_class"], arrays["counts"])
+        kept = KeptSums(total, arrays["rows"], arrays["labels"], arrays["checks"])
+        counted = np.bincount(kept.labels, minlength=len(total.counts))
+        return kept if np.array_equal(counted, total.counts) else None
+    except (ValueError, TypeError, KeyError):
         return None

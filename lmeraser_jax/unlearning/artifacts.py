@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmeraser_jax.data.stream import DAMAGE
+from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage.atomic_files import write_bytes
@@ -97,10 +97,10 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
     """A saved clustering. Raises `UserError` when it is missing or damaged."""
     path = layout.clustering(name) / "clustering.npz"
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            sample, keys = (tuple(str(x) for x in file[field]) for field in ("sample", "keys"))
-            return Clustering(name, sample, file["labels"], keys, file["prototypes"])
-    except (*DAMAGE, KeyError) as error:
+        arrays = read_arrays(path)
+        sample, keys = (tuple(str(x) for x in arrays[field]) for field in ("sample", "keys"))
+        return Clustering(name, sample, arrays["labels"], keys, arrays["prototypes"])
+    except (ValueError, KeyError) as error:
         raise UserError(f"{path} cannot be read: {error}{AGAIN}") from error
 
 

@@ -223,9 +223,9 @@ def test_images_above_the_limit(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as file:
         for name, raw in with_members(train_images=member(np.zeros((4, 50, 50), np.uint8))).items():
             file.writestr(name, raw)
-    assert npz.load(str(tmp_path / "a.npz"), own_test=False, most=2500)
+    assert npz.load(str(tmp_path / "a.npz"), own_test=False, max_pixels=2500)
     with pytest.raises(UserError, match="1 to --config.data.max_pixels=2499 pixels"):
-        npz.load(str(tmp_path / "a.npz"), own_test=False, most=2499)
+        npz.load(str(tmp_path / "a.npz"), own_test=False, max_pixels=2499)
 
 
 headers = st.binary(max_size=12) | st.text(alphabet="{}[]()'\",:0123456789<>|uifUSOVM-Leandrsw ", max_size=30).map(

@@ -10,9 +10,9 @@ from helpers import small_config, small_run, small_source, with_items
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmeraser_jax.data.names import LONGEST, fault, lookalikes, shown
+from lmeraser_jax.data.names import LONGEST, fault, lookalikes
 from lmeraser_jax.data.source import Item, Pixels, Source, problems
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import UserError, shorten
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.build import build
@@ -46,7 +46,7 @@ def source_of(*items: Item, classes=("a", "b")) -> Source:
 def test_illegal(name, why, what):
     item = Item(name, "train", 0) if what == "id" else Item("fine", "train", 0, name)
     (line,) = problems(source_of(item))
-    assert why in line and shown(name) in line and line.isprintable() and len(line) < 500
+    assert why in line and shorten(name) in line and line.isprintable() and len(line) < 500
 
 
 def test_empty_ids_are_refused_and_empty_owners_are_not():
@@ -72,7 +72,7 @@ def test_fault_against_its_definition(name):
     categories = {unicodedata.category(character) for character in name}
     legal = not categories & {"Cc", "Cf", "Cs", "Zl", "Zp"} and len(name.encode(errors="replace")) <= LONGEST
     assert (fault(name) == "") == legal
-    assert shown(name).isprintable() and len(shown(name)) < 1000
+    assert shorten(name).isprintable() and len(shorten(name)) < 1000
 
 
 LEGAL = [
