@@ -14,7 +14,7 @@ def raise_all(problems: Sequence[str], heading: str = "", limit: int = 1000) -> 
     heading = heading or ("several things are wrong:" if len(problems) > 1 else "")
     lines = list(problems[:limit])
     if len(problems) > limit:
-        lines.append(f"... ({len(problems)} in all)")
+        lines.append(f"... ({len(problems)} lines in all)")
     raise UserError("\n".join([heading, *(f"- {line}" for line in lines)] if heading else lines))
 
 

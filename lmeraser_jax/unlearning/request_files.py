@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmeraser_jax.config import Data
+from lmeraser_jax.data.label_csv import read_header
 from lmeraser_jax.data.source import content_hash
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import parse_strict_json
 from lmeraser_jax.storage.catalog import Catalog
 
@@ -25,7 +26,6 @@ LARGEST = 100_000_000  # bytes of a file
 LONGEST = 4096  # characters of an id or owner
 MOST = 100  # problems that a message lists
 KINDS = ("id", "owner")
-DELIMITERS = ",;\t"
 DECODED = ("folder", "tfds")  # sources whose images are decoded from image files
 
 
@@ -56,9 +56,7 @@ def read(path: str) -> Named:
     lines = list(parser(_text(Path(path), flag)))
     problems = [(line.number, line.problem or _problem(line)) for line in lines]
     problems = [f"line {number}: {problem}" for number, problem in problems if problem]
-    if len(problems) > MOST:
-        problems = [*problems[:MOST], f"... ({len(problems)} lines in all)"]
-    raise_all(problems, f"{flag} cannot be used; nothing is erased:" if problems else "")
+    raise_all(problems, f"{flag} cannot be used; nothing is erased:", MOST)
     if not lines:
         raise UserError(f"{flag} names nothing; nothing is erased")
     ids = dict.fromkeys(line.id for line in lines if line.id)
@@ -125,7 +123,7 @@ def _problem(line: _Line) -> str:
     if len(name) > LONGEST:
         return f"longer than {LONGEST} characters"
     if "\0" in name:
-        return f"no text: {ascii(name[:80])}"
+        return f"no text: {shorten(name)}"
     return "" if name else "names neither an id nor an owner"
 
 
@@ -139,10 +137,11 @@ def _parse_csv(text: str) -> Iterator[_Line]:
     stream = io.StringIO(text, newline="")
     header, line = stream.readline(), 1
     try:
-        delimiter, columns = _columns(header)
+        names, delimiter = read_header(header, KINDS)
+        columns = [name.lower() for name in names]
         if not set(KINDS) & set(columns) or any(columns.count(kind) > 1 for kind in KINDS):
             legal = "must name one column id, one column owner, or both"
-            yield _Line(1, problem=f"{legal}; is {ascii(header[:200].strip())}")
+            yield _Line(1, problem=f"{legal}; is {shorten(header.strip())}")
             return
         reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
         line = 2
@@ -156,15 +155,6 @@ def _parse_csv(text: str) -> Iterator[_Line]:
             line = reader.line_num + 2  # a row may hold line breaks; the header was read before
     except csv.Error as error:  # where the next row begins is unknown
         yield _Line(line, problem=f"not CSV: {error}")
-
-
-def _columns(header: str) -> tuple[str, list[str]]:
-    """The delimiter that separates most of the wanted columns, and the columns."""
-    candidates = []
-    for delimiter in DELIMITERS:
-        cells = next(csv.reader([header], delimiter=delimiter), [])
-        candidates.append((delimiter, [name.strip().lower() for name in cells]))
-    return max(candidates, key=lambda pair: len(set(KINDS) & set(pair[1])))
 
 
 def _parse_jsonl(text: str) -> Iterator[_Line]:
