@@ -1,11 +1,11 @@
-"""The purge: everything that was made with an erased record goes, then the record itself.
+"""The purge: removes everything that was made with an erased record, then the record itself.
 
-What stays is what the surviving manifests point at: the current one, and older ones that no erased record
-was a member or a sampled record of.
+What the surviving manifests refer to is kept: the current manifest, and older ones that no erased record was a member
+or a sampled record of.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from lmeraser_jax.unlearning.run import Run
 
 @dataclasses.dataclass(frozen=True)
 class Survivors:
-    """What survives a purge: manifests, slice digests with those they were tuned on from, clustering digests."""
+    """Manifests that survive a purge, and the digests of the slices and clusterings that they refer to."""
 
     manifests: tuple[Manifest, ...]
     slices: frozenset[str]
@@ -31,27 +31,26 @@ class Survivors:
 
 def surviving(run: Run, served: Collection[str]) -> Survivors:
     """What survives the purge of the given requests. Reads only."""
-    catalog, made, erased = run.catalog, run.catalog.slices(), run.catalog.erased(served)
-    manifests, gone = catalog.manifests(), tainted(run, erased).all
-    manifests = manifests[:1] + [
-        manifest
-        for manifest in manifests[1:]
-        if all(name in made and name not in gone for name in _slices(manifest))
-        and not was_sampled(run.layout, manifest.clustering, erased)
-    ]
+    catalog, erased = run.catalog, run.catalog.erased(served)
+    sound_slices = set(catalog.slices()) - tainted(run, erased).all
+    newest_first = catalog.manifests()
+    manifests = newest_first[:1]
+    for manifest in newest_first[1:]:
+        if _slices(manifest) <= sound_slices and not was_sampled(run.layout, manifest.clustering, erased):
+            manifests.append(manifest)
     return referenced(catalog, manifests)
 
 
 def referenced(catalog: Catalog, manifests: Sequence[Manifest]) -> Survivors:
-    """What some manifests point at; with each slice the clustering whose sample tells whether it is tainted."""
-    made, names = catalog.slices(), {name for manifest in manifests for name in _slices(manifest)}
+    """What some manifests refer to; with each slice the clustering whose sample tells whether the slice is tainted."""
+    rows, names = catalog.slices(), {name for manifest in manifests for name in _slices(manifest)}
     clusterings = {manifest.clustering for manifest in manifests}
-    clusterings |= {made[name].clustering for name in names if name in made} - {""}
+    clusterings |= {rows[name].clustering for name in names if name in rows} - {""}
     return Survivors(tuple(manifests), frozenset(with_parents(catalog, names)), frozenset(clusterings))
 
 
 def _slices(manifest: Manifest) -> set[str]:
-    return set(map(slice_of, manifest.entries.values()))
+    return {slice_of(reference) for reference in manifest.entries.values()}
 
 
 def with_parents(catalog: Catalog, names: Collection[str]) -> set[str]:
@@ -66,57 +65,65 @@ def with_parents(catalog: Catalog, names: Collection[str]) -> set[str]:
 
 
 def purge(run: Run) -> None:
-    """Removes what no surviving manifest needs and finishes the published requests with their receipts.
+    """Removes what no surviving manifest refers to, and finishes the published requests with their receipts.
 
     Files go first, then the catalog's rows, then the pages that held them, and only then a request counts as
-    purged: a purge that was cut short is found again and repeated.
+    purged: a purge that was cut short is repeated by the next command that writes.
     """
     catalog = run.catalog
-    served = [request for request in requests.listed(catalog, only_open=True) if request.state == "published"]
-    names = [request.id for request in served]
-    stays = surviving(run, names)
-    remove_others(run.layout.slices, stays.slices)
-    remove_others(run.layout.clusterings, stays.clusterings)
-    erased = catalog.erased(names)
-    if erased:
-        _overwrite(run, np.array(sorted(erased.values()), np.int64))
-        run.layout.picture.unlink(missing_ok=True)
-    versions = {manifest.version for manifest in stays.manifests}
-    with catalog.transaction():
-        for manifest in catalog.manifests():
-            if manifest.version not in versions:
-                catalog.drop_manifest(manifest.version)
-        for name in set(catalog.slices()) - stays.slices:
-            catalog.drop_slice(name)
-        catalog.forget(names)
-    if served:
+    published = [request for request in requests.listed(catalog, only_open=True) if request.state == "published"]
+    names = [request.id for request in published]
+    survivors = surviving(run, names)
+    _remove_files(run, survivors, catalog.erased(names))
+    _remove_rows(catalog, survivors, names)
+    if published:
         catalog.flush()
-        links = receipts.write(run, served)
+        links = receipts.write(run, published)
         with catalog.transaction():
             requests.advance(catalog, names, "purged")
             catalog.add_receipts(links)
 
 
-def _overwrite(run: Run, rows: np.ndarray) -> None:
-    """Fills image rows and feature rows with zeros, and waits until they are on disk."""
-    image_file(run.layout, run.catalog).overwrite(rows)
-    for path in run.layout.records.glob("features-*.f32"):
-        RowFile(path, (run.backbone.config.feature_size,), np.float32).overwrite(rows)
+def _remove_files(run: Run, survivors: Survivors, erased: Mapping[str, int]) -> None:
+    """Removes slices and clusterings, and fills the erased records' rows, {id: row}, with zeros."""
+    remove_others(run.layout.slices, survivors.slices)
+    remove_others(run.layout.clusterings, survivors.clusterings)
+    if erased:
+        rows = np.array(sorted(erased.values()), np.int64)
+        for file in _row_files(run):
+            file.overwrite(rows)
+        run.layout.picture.unlink(missing_ok=True)
+
+
+def _remove_rows(catalog: Catalog, survivors: Survivors, names: Sequence[str]) -> None:
+    """Removes manifests, slices and the records of the named requests from the catalog, in one transaction."""
+    versions = {manifest.version for manifest in survivors.manifests}
+    with catalog.transaction():
+        for manifest in catalog.manifests():
+            if manifest.version not in versions:
+                catalog.drop_manifest(manifest.version)
+        for name in set(catalog.slices()) - survivors.slices:
+            catalog.drop_slice(name)
+        catalog.forget(names)
+
+
+def _row_files(run: Run) -> list[RowFile]:
+    """The files with a row for each record: images and features."""
+    shape = (run.backbone.config.feature_size,)
+    features = [RowFile(path, shape, np.float32) for path in sorted(run.layout.records.glob("features-*.f32"))]
+    return [image_file(run.layout, run.catalog), *features]
 
 
 def leftovers(run: Run) -> list[str]:
-    """What lies in a workdir although no kept manifest needs it: one line each."""
-    stays, lines = referenced(run.catalog, run.catalog.manifests()), []
-    for folder, wanted in ((run.layout.slices, stays.slices), (run.layout.clusterings, stays.clusterings)):
-        there = {path.name for path in folder.iterdir()} if folder.exists() else set()
-        lines += [f"leftover {folder.name}/{name}" for name in sorted(there - wanted)]
-        lines += [f"missing {folder.name}/{name}" for name in sorted(wanted - there)]
-    lines += [f"leftover slice in the catalog {name}" for name in sorted(set(run.catalog.slices()) - stays.slices)]
-    unused = run.catalog.free_rows()
-    files = [image_file(run.layout, run.catalog)]
-    files += [
-        RowFile(p, (run.backbone.config.feature_size,), np.float32) for p in run.layout.records.glob("features-*.f32")
-    ]
-    for file in files:
-        lines += [f"leftover row {row} of {file.path.name}" for row in file.filled(unused)]
+    """Compares a workdir with what its manifests refer to: one line for each thing too many or missing."""
+    survivors, lines = referenced(run.catalog, run.catalog.manifests()), []
+    for folder, names in ((run.layout.slices, survivors.slices), (run.layout.clusterings, survivors.clusterings)):
+        on_disk = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        lines += [f"leftover {folder.name}/{name}" for name in sorted(on_disk - names)]
+        lines += [f"missing {folder.name}/{name}" for name in sorted(names - on_disk)]
+    unregistered = sorted(set(run.catalog.slices()) - survivors.slices)
+    lines += [f"leftover slice in the catalog {name}" for name in unregistered]
+    free_rows = run.catalog.free_rows()
+    for file in _row_files(run):
+        lines += [f"leftover row {row} of {file.path.name}" for row in file.filled(free_rows)]
     return lines

@@ -1,7 +1,7 @@
-"""Rollback of one cluster to an earlier slice of its own: another config, fewer records, an earlier epoch.
+"""Rollback of one cluster to an earlier slice of its own: from another config, fewer records, or an earlier epoch.
 
-Versions that an erased record was part of are gone; asking for one names the erasure that removed it. A cluster
-that was rolled back is pinned: it stays as it is until it is unpinned or one of its members is erased.
+Versions that an erased record was part of have been purged; asking for one names the erasure that removed it. A
+rollback pins the cluster: it keeps the slice until it is unpinned or a record that the slice depends on is erased.
 """
 
 import dataclasses
@@ -47,13 +47,12 @@ def cluster_key(catalog: Catalog, text: str) -> str:
     keys = list(manifest.clusters) if manifest else []
     if not keys:
         raise UserError("nothing is published, so there is no cluster to roll back; run: lmeraser train")
-    found = [key for key in keys if key.startswith(text)] if len(text) >= SHORTEST else []
-    if len(found) != 1:
-        what = "means several clusters" if found else "is no published cluster"
-        raise UserError(
-            f"--cluster={text[:80]!r}: {what}; legal: {join_limited((key[:12] for key in found or keys), 20)}"
-        )
-    return found[0]
+    matches = [key for key in keys if key.startswith(text)] if len(text) >= SHORTEST else []
+    if len(matches) == 1:
+        return matches[0]
+    problem = "means several clusters" if matches else "is no published cluster"
+    legal = join_limited((key[:12] for key in matches or keys), 20)
+    raise UserError(f"--cluster={text[:80]!r}: {problem}; legal: {legal}")
 
 
 def versions(run: Run, key: str) -> list[Version]:
@@ -64,25 +63,24 @@ def versions(run: Run, key: str) -> list[Version]:
         key: a published cluster.
     """
     catalog = run.catalog
-    manifests, made, pin = catalog.manifests(), catalog.slices(), catalog.pins().get(key)
-    users = {}
+    manifests, rows, pin = catalog.manifests(), catalog.slices(), catalog.pins().get(key)
+    current = manifests[0].entries.get(key) if manifests else None
+    users: dict[str, list[int]] = {}
     for manifest in manifests:
         if key in manifest.entries:
             users.setdefault(manifest.entries[key], []).append(manifest.version)
-    current = manifests[0].entries.get(key) if manifests else None
-    found = []
-    for name in dict.fromkeys(slice_of(ref) for ref in users):
-        if name not in made:
-            continue
+    listed = []
+    for name in dict.fromkeys(slice_of(ref) for ref in users if slice_of(ref) in rows):
+        row = rows[name]
         for step in (0, *sorted(catalog.epochs(name), reverse=True)):
-            ref, row = reference(name, step), made[name]
-            state = (tuple(users.get(ref, ())), _epoch(row, step or row.steps), row.size, row.created)
-            found.append(Version(ref, *state, current=ref == current, pinned=ref == pin))
-    return found
+            ref, epoch = reference(name, step), _epoch(row, step or row.steps)
+            states = tuple(users.get(ref, ()))
+            listed.append(Version(ref, states, epoch, row.size, row.created, ref == current, ref == pin))
+    return listed
 
 
 def _epoch(row: SliceRow, step: int) -> int:
-    return step * json.loads(row.tuning)["batch"] // row.size if row.tuning else row.images // row.size
+    return step * json.loads(row.tuning)["batch"] // row.size
 
 
 def rollback(run: Run, key: str, to: str = "") -> tuple[Version, BuildReport]:
@@ -98,28 +96,24 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, BuildReport]:
         UserError: there is no such version, it was erased, or its checkpoint is damaged. Nothing is changed then.
     """
     assert run.writable, "a rollback needs a run that holds the writer lock"
-    if run.config.tuning.one_head:
-        raise UserError(
-            f"--config.tuning.method={run.config.tuning.method}: all clusters share one slice; none can go back"
-        )
-    chosen = _chosen(run, key, to)
-    if slice_of(chosen.ref) in tainted(run, run.catalog.erased()).all:
+    version = _chosen(run, key, to)
+    if slice_of(version.ref) in tainted(run, run.catalog.erased()).all:
         waiting = join_limited((request.id for request in requests.listed(run.catalog, only_open=True)), 5)
         raise UserError(
-            f"--to={to}: slice {chosen.ref[:12]} was made with records that a waiting erasure removes ({waiting});"
+            f"--to={to}: slice {version.ref[:12]} was made with records that a waiting erasure removes ({waiting});"
             " serve it first: lmeraser process"
         )
-    load_slice(run, chosen.ref)
+    load_slice(run, version.ref)
     with run.catalog.transaction():
-        run.catalog.pin(key, chosen.ref)
-        _note(run.catalog, "rollback", key, chosen.ref)
+        run.catalog.pin(key, version.ref)
+        _add_event(run.catalog, "rollback", key, version.ref)
     outcome = build(run)
-    if run.catalog.pins().get(key) != chosen.ref:
+    if run.catalog.pins().get(key) != version.ref:
         raise UserError(
-            f"cluster {key[:12]}: the rollback ended at once: an erasure that was accepted meanwhile had a part in the"
-            " slice, or records that waited to join did away with the cluster"
+            f"cluster {key[:12]}: the rollback ended at once, because an erasure that was accepted meanwhile reaches"
+            " the slice, or records that waited to join removed the cluster"
         )
-    return chosen, outcome
+    return version, outcome
 
 
 def unpin(run: Run, key: str) -> BuildReport:
@@ -130,54 +124,60 @@ def unpin(run: Run, key: str) -> BuildReport:
     """
     pins = run.catalog.pins()
     if key not in pins:
-        raise UserError(
-            f"cluster {key[:12]} is not pinned; pinned: {join_limited((name[:12] for name in pins), 20) or 'none'}"
-        )
+        pinned = join_limited((name[:12] for name in pins), 20) or "none"
+        raise UserError(f"cluster {key[:12]} is not pinned; pinned: {pinned}")
     with run.catalog.transaction():
         run.catalog.unpin([key])
         run.catalog.invalidate_plan()
-        _note(run.catalog, "unpin", key, pins[key])
+        _add_event(run.catalog, "unpin", key, pins[key])
     return build(run)
 
 
-def _note(catalog: Catalog, kind: str, key: str, ref: str) -> None:
-    """An event that outlives erasures: keys and digests are those of ids, so they are salted."""
+def _add_event(catalog: Catalog, kind: str, key: str, ref: str) -> None:
+    """Events outlive erasures; keys and digests depend on ids, so they are salted."""
     catalog.event(kind, cluster=catalog.salted("cluster", key), slice=catalog.salted("slice", ref))
 
 
 def _chosen(run: Run, key: str, to: str) -> Version:
+    """The version that `--to` names; without one the newest that is not current. Raises `UserError` otherwise."""
     known = versions(run, key)
-    earlier = [version for version in known if not version.current]
+    matches = _matches(known, to)
+    if not to and matches:
+        return matches[0]
     if not to:
-        former = [version for version in earlier if version.versions] or earlier
-        if not former:
-            raise UserError(f"cluster {key[:12]} has no other version{_gone(run.catalog)}")
-        return former[0]
+        raise UserError(f"cluster {key[:12]} has no other version{_erased_by(run.catalog, to)}")
+    if len(matches) == 1:
+        return matches[0]
+    legal = (f"{','.join(map(str, v.versions)) or '-'} = {v.ref[:12]} (epoch:{v.epoch})" for v in known)
+    problem = "means several versions"
+    if not matches:
+        problem = f"is no version of cluster {key[:12]}{_erased_by(run.catalog, to)}"
+    raise UserError(f"--to={to[:80]}: {problem}; legal: {join_limited(legal, 20)}")
+
+
+def _matches(known: list[Version], to: str) -> list[Version]:
+    """The versions that a state's number, epoch:E, or a reference or the beginning of one names."""
+    if not to:
+        earlier = [version for version in known if not version.current]
+        return [version for version in earlier if version.versions] or earlier
     if to.isdecimal():
-        found = [version for version in known if int(to) in version.versions]
-    elif to.startswith("epoch:") and to[6:].isdecimal():
-        found = [version for version in known if version.epoch == int(to[6:])]
-        found = [version for version in found if slice_of(version.ref) == slice_of(found[0].ref)]
-    else:
-        found = [version for version in known if version.ref == to]
-        found = found or [v for v in known if len(to) >= SHORTEST and v.ref.startswith(to) and "@" not in v.ref]
-    if len(found) == 1:
-        return found[0]
-    legal = join_limited(
-        (f"{','.join(map(str, v.versions)) or '-'} = {v.ref[:12]} (epoch:{v.epoch})" for v in known), 20
-    )
-    reason = "means several versions" if found else f"is no version of cluster {key[:12]}{_gone(run.catalog, to)}"
-    raise UserError(f"--to={to[:80]}: {reason}; legal: {legal}")
+        return [version for version in known if int(to) in version.versions]
+    if to.startswith("epoch:") and to[6:].isdecimal():
+        matches = [version for version in known if version.epoch == int(to[6:])]
+        return [version for version in matches if slice_of(version.ref) == slice_of(matches[0].ref)]
+    exact = [version for version in known if version.ref == to]
+    if exact or len(to) < SHORTEST:
+        return exact
+    return [version for version in known if version.ref.startswith(to) and "@" not in version.ref]
 
 
-def _gone(catalog: Catalog, to: str = "") -> str:
-    """Which erasures removed the version asked for, or any version where none was named."""
-    salted = catalog.salted("slice", slice_of(to) if "@" not in to or to.split("@")[1].isdecimal() else to)
-    names = []
+def _erased_by(catalog: Catalog, to: str) -> str:
+    """Which erasures removed the version that `--to` names, or any version where it names none."""
+    digest, names = catalog.salted("slice", to.partition("@")[0]), []
     for request in requests.listed(catalog):
-        purged = request.body.get("purged", {})
-        numbers = purged.get("manifests", [])
-        if (not to and numbers) or (to.isdecimal() and int(to) in numbers) or salted in purged.get("slices", []):
+        purged = request.body["purged"]
+        states = purged["manifests"]
+        if (states and not to) or (to.isdecimal() and int(to) in states) or digest in purged["slices"]:
             names.append(request.id)
     if not names:
         return ""
