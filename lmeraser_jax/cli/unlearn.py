@@ -63,7 +63,7 @@ def run(arguments: common.Arguments) -> int:
             return _estimate(arguments, ids, owners, contents)
         details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
         request = requests.accept(catalog, ids, owners, contents=contents, **details)
-        quarantined = requests.kept_out(catalog, request.id)
+        quarantined = requests.quarantine_size(catalog, request.id)
     if request.open and not arguments["defer"]:
         return _serve(arguments, request)
     values = {"request": dataclasses.asdict(request), "outcome": None, "receipt": layout.receipt(request.id)}

@@ -1,7 +1,7 @@
-"""Erasure requests as the catalog keeps them: accepted in one transaction, followed to the purge.
+"""Erasure requests in the catalog: accepted in one transaction, and their states until the purge.
 
-Accepting needs no writer lock: a person's request is durable, and with quarantine in force, while another
-process trains. Nothing here loads JAX.
+Accepting needs no writer lock: a request is durable, and its quarantine in force, even while another process trains.
+Nothing here loads JAX.
 """
 
 import dataclasses
@@ -22,11 +22,17 @@ STATES = ("accepted", "planned", "re-tuning", "published", "purged")
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
 EMPTY: dict[str, Any] = {
-    **{"asked": "", "requester": "", "reason": "", "owners": [], "quarantine": False},
-    **{"records": [], "erased_before": [], "shared": [], "members": {}, "states": [], "clusters": []},
+    "targets": "",  # salted digest of the names that were given: tells another erasure from the same one
+    **{"requester": "", "reason": "", "owners": [], "quarantine": False, "states": []},
+    **{"records": [], "erased_before": [], "shared": [], "members": {}, "clusters": []},
     "work": {
-        **{"images": 0, "images_full": 0, "steps": 0, "seconds": 0.0},
-        **{"clusters_tuned": 0, "program": "", "batch": []},
+        "images": 0,
+        "images_full": 0,
+        "steps": 0,
+        "seconds": 0.0,
+        "clusters_tuned": 0,
+        "program": "",
+        "batch": [],
     },
     "manifest": {"before": 0, "after": 0},
     "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
@@ -52,14 +58,14 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """Whether waiting requests are to be served now.
+    """Whether it is time to serve the requests that wait.
 
     Attributes:
         waiting: requests that are not finished.
         age: seconds since the oldest of them was accepted.
-        now: it is time.
+        now: a limit is reached, or none was given.
         left: seconds until the oldest has waited long enough; None where no time limit was given.
-        room: requests that may still arrive before so many are served at once; None where no limit was given.
+        room: requests that may still arrive before the batch is full; None where no limit was given.
     """
 
     waiting: int
@@ -74,10 +80,10 @@ class Request:
     """One erasure request.
 
     Attributes:
-        id: given by whoever asked, or made up; the name of its receipt.
+        id: given by the user, or made up; the name of its receipt.
         created: seconds since the epoch.
         state: one of `STATES`.
-        body: what the receipt will say; grows from state to state, holds salted hashes instead of ids.
+        body: the fields of its receipt; grows from state to state, holds salted hashes instead of ids.
     """
 
     id: str
@@ -102,38 +108,37 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
     Raises:
         UserError: lists every unknown id and owner; nothing is erased then.
     """
-    raise_all(_garbled(ids, owners))
+    raise_all(_check_names(ids, owners))
     owners = tuple(dict.fromkeys(owners))
     owned = {owner: catalog.owned(owner) for owner in owners}
-    strangers = [name for name in owners if not owned[name] and not catalog.is_tombstoned(name, "owner")]
     alike = {content: catalog.same_pixels(content) for content in contents}
-    groups = [ids, *owned.values(), *alike.values()]
-    names = list(dict.fromkeys(name for group in groups for name in group))
+    names = list(dict.fromkeys(name for group in (ids, *owned.values(), *alike.values()) for name in group))
     known = catalog.known(names)
-    erased = [name for name in names if name not in known and catalog.is_tombstoned(name)]
-    pending = [name for name in names if name in known and known[name][3]]
+    erased = tuple(name for name in names if name not in known and catalog.is_tombstoned(name))
+    pending = tuple(name for name in names if name in known and known[name][3])
     unknown = [name for name in names if name not in known and name not in set(erased)]
+    strangers = [owner for owner in owners if not owned[owner] and not catalog.is_tombstoned(owner, "owner")]
     public = [name for name in known if known[name][0] == "public"]
-    found = [_unknown(catalog, unknown)] if unknown else []
+    problems = [_unknown_records(catalog, unknown)] if unknown else []
     if strangers:
-        why = "unknown, erased before, or the owner of public images only"
-        found.append(f"--owner={join_limited(strangers, 50)}: owns no live private record ({why})")
+        reason = "unknown, erased before, or the owner of public images only"
+        problems.append(f"--owner={join_limited(strangers, 50)}: owns no live private record ({reason})")
     if not all(alike.values()):
-        found.append("--like: no live record has exactly these pixels")
+        problems.append("--like: no live record has exactly these pixels")
     if public:
-        found.append(f"public records, which the backbone was trained on, cannot be erased: {join_limited(public, 50)}")
-    raise_all(found, "nothing is erased:" if found else "")
-    gone = {*erased, *pending}
-    return Targets(tuple(name for name in names if name not in gone), tuple(erased), tuple(pending), owners)
+        problems.append(f"public records trained the backbone and cannot be erased: {join_limited(public, 50)}")
+    raise_all(problems, "nothing is erased:" if problems else "")
+    done = {*erased, *pending}
+    return Targets(tuple(name for name in names if name not in done), erased, pending, owners)
 
 
-def _unknown(catalog: Catalog, unknown: Sequence[str]) -> str:
-    everyone = (row[0] for row in catalog.db.execute("SELECT id FROM records WHERE split!='public'"))
-    near = [
+def _unknown_records(catalog: Catalog, unknown: Sequence[str]) -> str:
+    private_ids = (row[0] for row in catalog.db.execute("SELECT id FROM records WHERE split!='public'"))
+    hints = [
         f"did you mean {join_limited(known, 3)} (another Unicode form)?"
-        for known in lookalikes(unknown, everyone).values()
+        for known in lookalikes(unknown, private_ids).values()
     ]
-    hint = " ".join([*near[:5], "(lmeraser inspect --records lists the ids)"])
+    hint = " ".join([*hints[:5], "(lmeraser inspect --records lists the ids)"])
     return f"unknown records: {join_limited(unknown, 50)} {hint}"
 
 
@@ -153,30 +158,30 @@ def accept(
         catalog: of the workdir; the writer lock is not needed.
         ids: record ids.
         owners: also everything of these owners; their later images are refused, too.
-        request: an id that makes asking twice the same as asking once; made up where empty.
+        request: an id; a second request with it is the same request. Made up where empty.
         requester, reason: kept in the receipt for good, so no personal data belongs here.
         quarantine: take the clusters of these records out of routing from this moment on.
         contents: also all private records whose pixels have these content hashes.
 
     Returns:
-        The request; the earlier one if its id was used before for the same erasure, with quarantine where that is
-        asked for now.
+        The request; the earlier one if its id was used before for the same erasure, with quarantine added where this
+        call wants it.
 
     Raises:
         UserError: unknown records, nothing named, an id in use for another erasure. Nothing is changed then.
     """
-    raise_all(_illegal([*ids, *contents], owners, request, requester, reason))
+    raise_all(_check_request([*ids, *contents], owners, request, requester, reason))
     name = request or f"r-{uuid.uuid4().hex[:20]}"
-    asked = catalog.salted("asked", digest([sorted(set(named)) for named in (ids, owners, contents)]))
+    given = catalog.salted("targets", digest([sorted(set(names)) for names in (ids, owners, contents)]))
     with catalog.transaction():
         earlier = get(catalog, name)
         if earlier is not None:
-            _refuse_another(earlier, asked, requester, reason)
-            return _quarantined(catalog, earlier) if quarantine else earlier
+            _refuse_another(earlier, given, requester, reason)
+            return _with_quarantine(catalog, earlier) if quarantine else earlier
         targets = resolve(catalog, ids, owners, contents)
         clusters = catalog.clusters_of(targets.live)
         body = EMPTY | {
-            "asked": asked,
+            "targets": given,
             "requester": requester,
             "reason": reason,
             "quarantine": quarantine,
@@ -190,43 +195,44 @@ def accept(
         for owner in targets.owners:
             catalog.add_tombstone("owner", owner)
         if quarantine:
-            _keep_out(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
+            _quarantine(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
         return _write(catalog, Request(name, time.time(), "accepted", body))
 
 
-def _refuse_another(earlier: Request, asked: str, requester: str, reason: str) -> None:
+def _refuse_another(earlier: Request, given: str, requester: str, reason: str) -> None:
     """Refuses an id that an earlier, different request has."""
-    body, found = earlier.body, []
-    if body["asked"] != asked:
-        found.append("for another erasure")
-    if requester and requester != body["requester"]:
-        found.append("by another requester")
-    if reason and reason != body["reason"]:
-        found.append("for another reason")
-    if found:
-        raise UserError(f"--request={earlier.id}: was used {' and '.join(found)}; give this one another id, or none")
+    differences = []
+    if earlier.body["targets"] != given:
+        differences.append("for another erasure")
+    if requester and requester != earlier.body["requester"]:
+        differences.append("by another requester")
+    if reason and reason != earlier.body["reason"]:
+        differences.append("for another reason")
+    if differences:
+        uses = " and ".join(differences)
+        raise UserError(f"--request={earlier.id}: was used {uses}; give this one another id, or none")
 
 
-def _quarantined(catalog: Catalog, request: Request) -> Request:
+def _with_quarantine(catalog: Catalog, request: Request) -> Request:
     """A request that was accepted without quarantine, with it from now on; one that is published needs none."""
     if request.body["quarantine"] or STATES.index(request.state) >= STATES.index("published"):
         return request
-    _keep_out(catalog, request.id, _homes(catalog, request))
+    _quarantine(catalog, request.id, _clusters_hit(catalog, request))
     return _store(catalog, dataclasses.replace(request, body=request.body | {"quarantine": True}))
 
 
-def _keep_out(catalog: Catalog, name: str, clusters: Iterable[str]) -> None:
+def _quarantine(catalog: Catalog, name: str, clusters: Iterable[str]) -> None:
     rows = [(key, name) for key in sorted(set(clusters) - {""})]
     catalog.db.executemany("INSERT OR IGNORE INTO quarantine VALUES(?,?)", rows)
 
 
-def _homes(catalog: Catalog, request: Request) -> dict[str, int]:
+def _clusters_hit(catalog: Catalog, request: Request) -> dict[str, int]:
     """{published cluster: its members that a request erases}; where it shares records, those of all that wait, too."""
     query = (
         "SELECT cluster,sum(erased=?) FROM records WHERE erased!='' AND split='train' AND cluster!='' GROUP BY cluster"
     )
-    found = dict(catalog.db.execute(query, (request.id,)))
-    return {key: count for key, count in sorted(found.items()) if count or request.body["shared"]}
+    counts = dict(catalog.db.execute(query, (request.id,)))
+    return {key: count for key, count in sorted(counts.items()) if count or request.body["shared"]}
 
 
 def relocate(catalog: Catalog, served: Collection[str]) -> None:
@@ -234,34 +240,33 @@ def relocate(catalog: Catalog, served: Collection[str]) -> None:
     for request in listed(catalog, only_open=True):
         if request.id in served or request.state == "published":
             continue
-        homes = _homes(catalog, request)
+        clusters = _clusters_hit(catalog, request)
         if request.body["quarantine"]:
-            _keep_out(catalog, request.id, homes)
-        members = {key: count for key, count in homes.items() if count}
+            _quarantine(catalog, request.id, clusters)
+        members = {key: count for key, count in clusters.items() if count}
         _store(catalog, dataclasses.replace(request, body=request.body | {"members": members}))
 
 
-def kept_out(catalog: Catalog, name: str) -> int:
+def quarantine_size(catalog: Catalog, name: str) -> int:
     """How many clusters a request keeps out of predictions."""
     return catalog.db.execute("SELECT count(*) FROM quarantine WHERE request=?", (name,)).fetchone()[0]
 
 
-def _illegal(ids: Sequence[str], owners: Sequence[str], request: str, requester: str, reason: str) -> list[str]:
-    found = _garbled(ids, owners)
+def _check_request(ids: Sequence[str], owners: Sequence[str], request: str, requester: str, reason: str) -> list[str]:
+    problems = _check_names(ids, owners)
     if not ids and not owners:
-        found.append("say what to erase: --records=ID,ID, --records_file=FILE, --like=IMAGE or --owner=NAME")
+        problems.append("say what to erase: --records=ID,ID, --records_file=FILE, --like=IMAGE or --owner=NAME")
     if request and not LEGAL_NAME.fullmatch(request):
         legal = "1 to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit"
-        found.append(f"--request={ascii(request[:80])}: must be {legal}")
+        problems.append(f"--request={ascii(request[:80])}: must be {legal}")
     for flag, text in (("requester", requester), ("reason", reason)):
         if len(text) > LONGEST_TEXT or not text.isprintable():
-            found.append(
-                f"--{flag}={ascii(text[:80])}: must be one line of at most {LONGEST_TEXT} printable characters"
-            )
-    return found
+            legal = f"one line of at most {LONGEST_TEXT} printable characters"
+            problems.append(f"--{flag}={ascii(text[:80])}: must be {legal}")
+    return problems
 
 
-def _garbled(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
+def _check_names(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
     """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
     assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
     bad = [ascii(name[:80]) for name in (*ids, *owners) if not name or not _is_text(name)]
@@ -274,14 +279,14 @@ def _is_text(name: str) -> bool:
 
 def get(catalog: Catalog, name: str) -> Request | None:
     row = catalog.db.execute("SELECT id,created,state,body FROM requests WHERE id=?", (name,)).fetchone()
-    return _request(row) if row else None
+    return _request(*row) if row else None
 
 
 def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
     """All requests, or those that are not purged yet, oldest first."""
     where = "WHERE state!='purged'" if only_open else ""
     rows = catalog.db.execute(f"SELECT id,created,state,body FROM requests {where} ORDER BY created,id")
-    return [_request(row) for row in rows.fetchall()]
+    return [_request(*row) for row in rows.fetchall()]
 
 
 def any_open(catalog: Catalog) -> bool:
@@ -290,12 +295,12 @@ def any_open(catalog: Catalog) -> bool:
 
 
 def due(catalog: Catalog, max_wait: float | None = None, max_batch: int | None = None) -> Due:
-    """Whether it is time to serve what waits: a limit is reached, or there is no limit.
+    """Whether it is time to serve the requests that wait.
 
     Args:
         catalog: of the workdir.
-        max_wait: seconds that the oldest request may wait.
-        max_batch: serve at once when so many wait.
+        max_wait: seconds that the oldest request may wait; None: no limit.
+        max_batch: requests that may wait; None: no limit.
     """
     waiting = listed(catalog, only_open=True)
     if not waiting:
@@ -314,7 +319,7 @@ def advance(catalog: Catalog, names: Iterable[str], state: str, facts: Collectio
         catalog: of the workdir.
         names: request ids.
         state: one of `STATES`.
-        facts: what this step adds to their bodies.
+        facts: fields of their bodies that this step sets.
     """
     with catalog.transaction():
         for name in names:
@@ -324,17 +329,17 @@ def advance(catalog: Catalog, names: Iterable[str], state: str, facts: Collectio
 
 
 def lift_quarantine(catalog: Catalog, names: Iterable[str]) -> None:
-    """Lets predictions use the clusters again that these requests kept out."""
+    """Lets predictions use the clusters again that these requests put into quarantine."""
     catalog.db.executemany("DELETE FROM quarantine WHERE request=?", [(name,) for name in names])
 
 
-def followed(states: list[Any], state: str) -> list[Any]:
+def with_state(states: list[Any], state: str) -> list[Any]:
     """The states with their times and one more, reached now; the clock may have been set back meanwhile."""
     return [*states, [state, max([time.time(), *(at for _, at in states[-1:])])]]
 
 
 def _write(catalog: Catalog, request: Request) -> Request:
-    states = followed(request.body["states"], request.state)
+    states = with_state(request.body["states"], request.state)
     request = _store(catalog, dataclasses.replace(request, body=request.body | {"states": states}))
     catalog.event("request", request=request.id, state=request.state)
     return request
@@ -349,8 +354,5 @@ def _store(catalog: Catalog, request: Request) -> Request:
     return request
 
 
-def _request(row: tuple[Any, ...]) -> Request:
-    body = json.loads(row[3])
-    if "states" not in body:  # of catalog version 1, which counted records and named none
-        body = {}
-    return Request(*row[:3], body=EMPTY | body)
+def _request(name: str, created: float, state: str, body: str) -> Request:
+    return Request(name, created, state, EMPTY | json.loads(body))

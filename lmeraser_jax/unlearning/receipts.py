@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmeraser_jax import config as settings
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.atomic_files import write_json
-from lmeraser_jax.storage.requests import Request, followed
+from lmeraser_jax.storage.requests import Request, with_state
 from lmeraser_jax.storage.rows import ReceiptLink
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def write(run: "Run", requests: Sequence[Request]) -> list[ReceiptLink]:
 
 def _receipt(run: "Run", request: Request, last: ReceiptLink) -> dict[str, Any]:
     """The fields of a receipt, without its digest."""
-    body = request.body | {"states": followed(request.body["states"], "purged")}
+    body = request.body | {"states": with_state(request.body["states"], "purged")}
     return {
         "schema": SCHEMA,
         "sequence": last.sequence + 1,
