@@ -1,17 +1,17 @@
 """lmeraser attack: try to find erased records in an unlearned model, and kept ones in the published one.
 
-  lmeraser attack --workdir=DIR [--targets=64 | --records=ID,ID] [--shadows=64] [--attacks=loss,rmia,lira,...]
-                  [--seed=N] [--figure=FILE.png]
+  lmeraser attack --workdir=DIR [--targets=64 | --records=ID,ID] [--shadows=64] [--attacks=loss,lira,...] [--seed=N]
+                  [--figure=FILE.png]
 
 Live records are erased in memory only: the workdir stays as it is, and no lock is taken. Every attack is also made on
-the published slices, which keep the records; one that fails there says nothing about the others. Targets are the
-records that slices which never saw them answer worst, or those that are named. It costs about 3 x shadows slices of
-half a cluster's size for each attacked cluster; loss, relearn, common and routing alone need about a dozen, and relearn
-more where fewer than four clusters are attacked.
+the published slices, which keep the records; an attack that misses them there says nothing about erased ones. Targets
+are the records that slices which never saw them answer worst, or those that are named. The attack tunes about 3 x
+shadows slices of half a cluster's size for each attacked cluster; loss, relearn and routing alone need about a dozen,
+and relearn more where fewer than four clusters are attacked.
 
-Exit code 0 where an attack that finds kept records finds no erased one, and no other does; 1 where an erased record is
-found; 3 where nothing can be said, since no attack finds even the kept ones. lmeraser audit is the stronger check: it
-compares every bit. See docs/verification.md.
+Exit code 0: an attack that finds kept records finds no erased one, and no other attack does. 1: an attack finds an
+erased record. 3: nothing can be said, since no attack finds even the kept ones. lmeraser audit is the stronger check:
+it compares every bit. See docs/verification.md.
 """
 
 from pathlib import Path
@@ -29,15 +29,14 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_list("records", [], "ids of live records to erase in memory instead", flag_values=flags)
     text = "shadow models of a cluster and population, tuned on random halves"
     absl_flags.DEFINE_integer("shadows", 64, text, flag_values=flags)
-    text = "loss, rmia, lira, ulira, klom, relearn, common, routing; empty: all"
-    absl_flags.DEFINE_list("attacks", [], text, flag_values=flags)
+    absl_flags.DEFINE_list("attacks", [], "loss, lira, ulira, klom, relearn, routing; empty: all", flag_values=flags)
     absl_flags.DEFINE_integer("seed", 0, "of targets, halves and permutations", flag_values=flags)
     absl_flags.DEFINE_string("figure", "", "also draw ROC curves to this PNG", flag_values=flags)
 
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    figure = _checked(arguments["figure"], arguments["attacks"])
+    figure = _figure_path(arguments["figure"], arguments["attacks"])
     from lmeraser_jax.evaluation import plotting
     from lmeraser_jax.evaluation.attacks import report
     from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options, attack
@@ -62,14 +61,12 @@ def run(arguments: common.Arguments) -> int:
     return result.code
 
 
-def _checked(target: str, attacks: list[str]) -> Path | None:
-    """The file to draw to; refused before the work is done, not after."""
+def _figure_path(target: str, attacks: list[str]) -> Path | None:
+    """The file to draw to. Raises `UserError` before the work begins, not after it."""
     if not target:
         return None
-    if attacks and not {"loss", "rmia", "lira", "common"} & set(attacks):
-        raise UserError(
-            f"--figure={target}: ROC curves are those of loss, rmia, lira and common; name one in --attacks"
-        )
+    if attacks and not {"loss", "lira"} & set(attacks):
+        raise UserError(f"--figure={target}: ROC curves are those of loss and lira; name one in --attacks")
     if not target.endswith(".png"):
         raise UserError(f"--figure={target}: the name must end in .png")
     return Path(target)

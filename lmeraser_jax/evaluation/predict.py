@@ -1,15 +1,15 @@
-"""Prediction: route by the un-prompted feature, lay the cluster's prompt on the image, classify.
+"""Prediction: route by the un-prompted feature, place the cluster's prompt on the image, classify (Eq. 4, Fig. 2).
 
 All slices lie in one stack with a leading cluster axis; a mixed batch gathers prompt and head by cluster.
 Shapes are fixed: a ragged last batch is padded, the stack is padded to a power of two.
 
-Shapes: B batch, K clusters (padded), m nearest clusters, D feature, Y classes.
+Shapes: N images, B batch, K clusters (padded), m nearest clusters, D feature, Y classes.
 """
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,45 @@ from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
-from lmeraser_jax.training.slices import Slice, border_size, place_prompt
+from lmeraser_jax.training.slices import Slice, place_prompt
 from lmeraser_jax.training.tune import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.run import Run
 
-ATTEMPTS = 20  # a state read in pieces may be replaced so often in between
+ATTEMPTS = 20  # to read a state that writers replace meanwhile
+
+
+class ModelArrays(NamedTuple):
+    """A published state on the devices.
+
+    `params` is the frozen backbone, `stack` a `Slice` with leading axis K, zeros where there is no slice, `prototypes`
+    float32 [K, D], `present` bool [K], and `common` the `Slice` of the common head, None where there is none.
+    """
+
+    params: Any
+    stack: Slice
+    prototypes: jax.Array
+    present: jax.Array
+    common: Slice | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingOptions:
+    """Which clusters answer, and how their answers are combined; static under `jit`.
+
+    Attributes:
+        nearest: m.
+        all_clusters: m are all clusters, in their own order.
+        aggregate: mean of probabilities | vote.
+        common_weight: of the common head's probabilities, where there is one.
+        common_expand: random cosines that the common head sees beside the feature.
+    """
+
+    nearest: int
+    all_clusters: bool
+    aggregate: str
+    common_weight: float
+    common_expand: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,56 +74,30 @@ class Model:
     Attributes:
         run: the workdir it came from.
         clustering: digest of the clustering.
-        keys: K cluster keys, those of the clustering.
-        refs: K slice references; "" where no prediction may use the cluster (quarantined, or without a member).
-        prototypes: float32 [K padded, D], on the devices.
-        present: bool [K padded], on the devices: clusters with a reference.
-        stack: `Slice` with leading axis K padded, on the devices; zeros where there is no reference.
-        params: the backbone on the devices.
-        common_ref: reference of the common head, "" where none answers: there is none, or it may have seen what an
-            accepted erasure that quarantines is about.
-        common: that head, on the devices; None where there is none.
+        keys: the cluster keys, those of the clustering.
+        refs: slice reference of each cluster; "" where no prediction may use it (quarantined, or without a member).
+        common_ref: reference of the common head; "" where there is none, or where it may have seen a record that an
+            accepted erasure with quarantine names.
+        arrays: on the devices.
     """
 
     run: Run
     clustering: str
     keys: tuple[str, ...]
     refs: tuple[str, ...]
-    prototypes: jax.Array
-    present: jax.Array
-    stack: Slice
-    params: Any
-    common_ref: str = ""
-    common: Slice | None = None
+    common_ref: str
+    arrays: ModelArrays
 
     @property
-    def nearest(self) -> int:
-        """m: the clusters that an answer is made of, at most."""
-        return min(self.run.config.inference.nearest or len(self.keys), len(self.keys))
-
-    @property
-    def question(self) -> "RoutingOptions":
-        asked, common = self.run.config.inference, self.run.config.common
-        return RoutingOptions(self.nearest, asked.nearest == 0, asked.aggregate, asked.common_weight, common.expand)
-
-
-@dataclasses.dataclass(frozen=True)
-class RoutingOptions:
-    """Which clusters are asked, and how their answers become one.
-
-    Attributes:
-        nearest: m.
-        everyone: m are all clusters, in their own order.
-        aggregate: mean of probabilities | vote.
-        common: weight of the common head, where there is one.
-        expand: random cosines that it is made of, too.
-    """
-
-    nearest: int
-    everyone: bool
-    aggregate: str
-    common: float
-    expand: int
+    def routing(self) -> RoutingOptions:
+        inference = self.run.config.inference
+        return RoutingOptions(
+            nearest=min(inference.nearest or len(self.keys), len(self.keys)),
+            all_clusters=inference.nearest == 0,
+            aggregate=inference.aggregate,
+            common_weight=inference.common_weight,
+            common_expand=self.run.config.common.expand,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -115,57 +122,45 @@ class Predictions:
 def load_model(run: Run, before: Model | None = None) -> Model:
     """The published state of a workdir without its quarantined clusters; all of one manifest.
 
-    A writer may publish and remove files while they are read; then everything is looked up again.
+    A writer may publish and purge files while they are read; then everything is looked up again.
 
     Args:
         run: an opened workdir.
-        before: a model of the same run to start from: only slices whose reference changed are read. It is
-            returned where nothing changed; else its arrays are used up and it cannot predict any more.
+        before: an earlier model of the same run: only slices whose reference changed are read. It is returned where
+            nothing changed; else its arrays are used up and it cannot predict any more.
 
     Raises:
         UserError: nothing is published, every cluster is quarantined, a slice cannot be read, or the state changed
             `ATTEMPTS` times while it was read. `before` can still predict then.
     """
-    read: dict[str, Slice] = {}  # slices by reference; a further attempt goes on where the last one stopped
-    held = frozenset((*before.refs, before.common_ref) if before else ())
+    held = {*before.refs, before.common_ref} if before else set()
+    slices: dict[str, Slice] = {}  # by reference; a further attempt goes on where the last one stopped
     for _ in range(ATTEMPTS):
         manifest, quarantined = _published(run)
         try:
-            if before is not None and before.clustering == manifest.clustering:
-                clustering, keys = None, before.keys
-            else:
-                clustering = load_clustering(run.layout, manifest.clustering)
-                keys = clustering.keys
-            refs = tuple("" if key in quarantined else manifest.entries.get(key, "") for key in keys)
-            common = (
-                ""
-                if quarantined or not run.config.inference.common_weight
-                else manifest.entries.get(SliceKind.COMMON, "")
-            )
-            for ref in (*refs, common):
-                if ref and ref not in held and ref not in read:
-                    read[ref] = load_slice(run, ref)
+            clustering = load_clustering(run.layout, manifest.clustering)
+            refs = tuple("" if key in quarantined else manifest.entries.get(key, "") for key in clustering.keys)
+            common_ref = ""
+            if run.config.inference.common_weight and not quarantined:
+                common_ref = manifest.entries.get(SliceKind.COMMON, "")
+            for ref in (*refs, common_ref):
+                if ref and ref not in held and ref not in slices:
+                    slices[ref] = load_slice(run, ref)
         except UserError:
             if _published(run) == (manifest, quarantined):
                 raise  # damaged, not replaced
             continue
-        if before is not None and clustering is None:
-            same = (refs, common) == (before.refs, before.common_ref)
-            return before if same else _with_common(_replaced(before, refs, read), common, read)
-        assert clustering is not None
-        return _with_common(_replaced(_rearranged(run, before, clustering), refs, read), common, read)
+        if before is None:
+            before = _empty(run, clustering, like=next(slices[ref] for ref in refs if ref))
+        elif before.clustering != clustering.digest:
+            before = _rearranged(before, clustering)
+        elif (refs, common_ref) == (before.refs, before.common_ref):
+            return before
+        return _with_slices(before, refs, common_ref, slices)
     raise UserError(
         f"{run.layout.root}: the published state was replaced {ATTEMPTS} times while it was read; try again when"
         " fewer erasures are being served"
     )
-
-
-def _with_common(model: Model, ref: str, read: Mapping[str, Slice]) -> Model:
-    """The model with a common head that is among `read` or that it has, "" for none."""
-    if ref == model.common_ref:
-        return model
-    head = jax.device_put(read[ref], NamedSharding(model.run.mesh, P())) if ref else None
-    return dataclasses.replace(model, common_ref=ref, common=head)
 
 
 def with_slices(model: Model, refs: Mapping[str, str]) -> Model:
@@ -174,8 +169,9 @@ def with_slices(model: Model, refs: Mapping[str, str]) -> Model:
     Raises:
         UserError: a slice cannot be read.
     """
-    new = tuple(refs.get(key, old) for key, old in zip(model.keys, model.refs, strict=True))
-    return _replaced(model, new, {ref: load_slice(model.run, ref) for ref in set(new) - {""}})
+    replaced = tuple(refs.get(key, ref) for key, ref in zip(model.keys, model.refs, strict=True))
+    slices = {ref: load_slice(model.run, ref) for ref in set(replaced) - {"", *model.refs}}
+    return _with_slices(model, replaced, model.common_ref, slices)
 
 
 def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
@@ -195,186 +191,181 @@ def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
     return manifest, quarantined
 
 
-def _rearranged(run: Run, before: Model | None, clustering: Clustering) -> Model:
-    """A model of another clustering: slices that `before` holds, by cluster, and no reference for the others."""
+def _empty(run: Run, clustering: Clustering, like: Slice) -> Model:
+    """A model without slices, its stack in the shape of a given one."""
+    prototypes, _ = padded(clustering.prototypes)
+    stack = jax.tree.map(lambda leaf: np.zeros((len(prototypes), *leaf.shape), leaf.dtype), like)
+    state = jax.device_put((stack, prototypes, np.zeros(len(prototypes), bool)), _on_all(run.mesh))
+    params = on_device(run.backbone, compute_dtype(run.config.tuning.dtype, run.mesh), run.mesh)
+    arrays = ModelArrays(params, *state, common=None)
+    return Model(run, clustering.digest, clustering.keys, ("",) * len(clustering.keys), "", arrays)
+
+
+def _rearranged(before: Model, clustering: Clustering) -> Model:
+    """The model for another clustering: slices of clusters that are in both move to their new places."""
+    places = {key: place for place, key in enumerate(before.keys)}
     prototypes, _ = padded(clustering.prototypes)
     source = np.full(len(prototypes), -1, np.int32)
-    if before is None:
-        tuning, architecture = run.config.tuning, run.backbone.config
-        width = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
-        heads = (architecture.feature_size + tuning.expand, len(run.classes))
-        shapes = ((width,), heads, heads[1:])
-        stack = Slice(*(np.zeros((len(prototypes), *rest), np.float32) for rest in shapes))
-        if run.tuning_spec.own_architecture:
-            own = backbone_lib.graph(architecture)[1]
-            own = jax.tree.map(lambda leaf: np.zeros((len(prototypes), *leaf.shape), np.float32), own)
-            stack = stack._replace(backbone=own)
-        params, refs = on_device(run.backbone, compute_dtype(tuning.dtype, run.mesh), run.mesh), ("",) * len(source)
-    else:
-        place = {key: k for k, key in enumerate(before.keys)}
-        source[: len(clustering.keys)] = [place.get(key, -1) for key in clustering.keys]
-        stack, params = _moved(run.mesh)(before.stack, source), before.params
-        refs = tuple(before.refs[k] if k >= 0 else "" for k in source)
-    stack, prototypes, present = jax.device_put(
-        (stack, prototypes, np.zeros(len(prototypes), bool)), NamedSharding(run.mesh, P())
+    source[: len(clustering.keys)] = [places.get(key, -1) for key in clustering.keys]
+    mesh = before.run.mesh
+    arrays = before.arrays._replace(
+        stack=_gather_program(mesh)(before.arrays.stack, source),
+        prototypes=jax.device_put(prototypes, _on_all(mesh)),
     )
-    keys = clustering.keys
-    return Model(run, clustering.digest, keys, refs[: len(keys)], prototypes, present, stack, params)
+    refs = tuple(before.refs[places[key]] if key in places else "" for key in clustering.keys)
+    return dataclasses.replace(before, clustering=clustering.digest, keys=clustering.keys, refs=refs, arrays=arrays)
 
 
-def _replaced(model: Model, refs: tuple[str, ...], read: Mapping[str, Slice]) -> Model:
-    """The model with other references; uses up its stack. Slices that are not among `read` are there already."""
-    stack, place = model.stack, _placed(model.run.mesh)
-    nothing = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), stack)
+def _with_slices(model: Model, refs: tuple[str, ...], common_ref: str, slices: Mapping[str, Slice]) -> Model:
+    """The model with other references; uses up its stack. `slices` has those that the model does not hold."""
+    arrays, mesh = model.arrays, model.run.mesh
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), arrays.stack)
+    stack, place = arrays.stack, _place_program(mesh)
     for k, (old, new) in enumerate(zip(model.refs, refs, strict=True)):
-        if old != new:
-            part = read[new] if new else nothing
-            if new and model.run.config.tuning.one_head:
-                part = part._replace(prompt=part.prompt[k])
-            stack = place(stack, part, k)
-    present = np.zeros(len(model.present), bool)
+        if new != old:
+            stack = place(stack, slices[new] if new else empty, k)
+    present = np.zeros(len(arrays.prototypes), bool)
     present[: len(refs)] = [bool(ref) for ref in refs]
-    return dataclasses.replace(
-        model, refs=refs, stack=stack, present=jax.device_put(present, NamedSharding(model.run.mesh, P()))
-    )
+    common = arrays.common
+    if common_ref != model.common_ref:
+        common = jax.device_put(slices[common_ref], _on_all(mesh)) if common_ref else None
+    present = jax.device_put(present, _on_all(mesh))
+    arrays = arrays._replace(stack=stack, present=present, common=common)
+    return dataclasses.replace(model, refs=refs, common_ref=common_ref, arrays=arrays)
+
+
+def _on_all(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
 
 
 @functools.lru_cache(maxsize=8)
-def _placed(mesh: Mesh):
+def _place_program(mesh: Mesh):
     """Compiled `(stack, slice, k) -> stack` with the slice at place k; in place, for any k."""
 
     def placed(stack: Slice, slice_: Slice, k: jax.Array) -> Slice:
-        return jax.tree.map(lambda leaf, part: leaf.at[k].set(part), stack, slice_)
+        return jax.tree.map(lambda leaf, new: leaf.at[k].set(new), stack, slice_)
 
-    return jax.jit(placed, donate_argnums=0, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(placed, donate_argnums=0, out_shardings=_on_all(mesh))
 
 
 @functools.lru_cache(maxsize=8)
-def _moved(mesh: Mesh):
+def _gather_program(mesh: Mesh):
     """Compiled `(stack, source int32 [K]) -> stack` of the slices at the given places; zeros for -1."""
 
-    def moved(stack: Slice, source: jax.Array) -> Slice:
+    def gathered(stack: Slice, source: jax.Array) -> Slice:
         return jax.tree.map(
             lambda leaf: leaf.at[source].get(mode="fill", fill_value=0, wrap_negative_indices=False), stack
         )
 
-    return jax.jit(moved, out_shardings=NamedSharding(mesh, P()))
+    return jax.jit(gathered, out_shardings=_on_all(mesh))
 
 
 def routed_probabilities(
-    problem: TuningSpec,
-    question: RoutingOptions,
-    params: Any,
-    stack: Slice,
-    prototypes,
-    present,
-    common: Slice | None,
-    images,
-    draws=None,
-):
+    tuning_spec: TuningSpec, routing: RoutingOptions, arrays: ModelArrays, images: jax.Array, draws: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """Class probabilities from the prompts and heads of the m nearest clusters that are present (Eq. 4, Fig. 2).
 
     Args:
-        problem: static settings.
-        question: static: whom to ask.
-        params: backbone.
-        stack: slices [K, ...].
-        prototypes: float32 [K, D].
-        present: bool [K].
-        common: the head of all, which joins with a weight; None where there is none.
+        tuning_spec, routing: static settings.
+        arrays: the published state.
         images: uint8 [B, h, w, c].
-        draws: float32 [B, K], what stands for distances where shards have no place in the feature space; else None.
+        draws: float32 [B, K], used in place of distances where shards have no place in the feature space; else None.
 
     Returns:
         (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
     """
-    pixels = centred(images, problem.spec)  # [B, H, W, C]
-    bare = problem.tuning.active_prompt_width == 0 and stack.backbone is None  # then all heads see the same feature
-    if question.everyone:
-        draws = jnp.zeros((len(pixels), len(present)))
-    looked_at = bare or draws is None or common is not None
-    plain = backbone_lib.features(problem.architecture, params, pixels) if looked_at else prototypes  # [B, D]
-    far = squared_distances(plain, prototypes, present) if draws is None else draws
-    gaps = jnp.where(present[None], far, jnp.inf)  # [B, K]
-    index = jax.lax.top_k(-gaps, question.nearest)[1]  # [B, m]; of equal ones the first
-    if bare:
-        seen = expanded(plain, problem.tuning.expand)
-        logits = jnp.einsum("bd,bmdy->bmy", seen, stack.kernel[index]) + stack.bias[index]
-    elif question.everyone or stack.backbone is not None:
-        logits = jnp.take_along_axis(_of_all(problem, params, stack, present, pixels), index[..., None], axis=1)
+    pixels = centred(images, tuning_spec.spec)  # [B, H, W, C]
+
+    @functools.cache
+    def bare_feature() -> jax.Array:  # [B, D] without a prompt; computed where it is needed, and once
+        return backbone_lib.features(tuning_spec.architecture, arrays.params, pixels)
+
+    if routing.all_clusters:
+        distances = jnp.zeros((len(pixels), len(arrays.present)))
+    elif draws is not None:
+        distances = draws
     else:
-        logits = _of_chosen(problem, params, stack, pixels, index)
-    chosen = present[index]  # [B, m]
-    each = jax.nn.softmax(logits, axis=-1)  # [B, m, Y]
-    if question.aggregate == "vote":
-        each = jax.nn.one_hot(each.argmax(axis=-1), each.shape[-1], dtype=each.dtype)
-    each = jnp.where(chosen[..., None], each, 0.0)
-    found = each.sum(axis=1) / chosen.sum(axis=1, keepdims=True, dtype=each.dtype)  # [B, Y]
-    if common is not None:
-        together = jax.nn.softmax(expanded(plain, question.expand) @ common.kernel + common.bias[None], axis=-1)
-        found = (1 - question.common) * found + question.common * together
-    return found, jnp.where(chosen, index, -1)
+        distances = squared_distances(bare_feature(), arrays.prototypes, arrays.present)
+    distances = jnp.where(arrays.present[None], distances, jnp.inf)  # [B, K]
+    index = jax.lax.top_k(-distances, routing.nearest)[1]  # [B, m]; of equal ones the first
+    own_backbones = arrays.stack.backbone is not None
+    if tuning_spec.tuning.active_prompt_width == 0 and not own_backbones:
+        feature = expanded(bare_feature(), tuning_spec.tuning.expand)  # the same for all heads
+        logits = jnp.einsum("bd,bmdy->bmy", feature, arrays.stack.kernel[index]) + arrays.stack.bias[index]
+    elif routing.all_clusters or own_backbones:
+        logits = jnp.take_along_axis(_logits_of_all(tuning_spec, arrays, pixels), index[..., None], axis=1)
+    else:
+        logits = _logits_of_chosen(tuning_spec, arrays, pixels, index)
+    chosen = arrays.present[index]  # [B, m]
+    probabilities = jax.nn.softmax(logits, axis=-1)  # [B, m, Y]
+    if routing.aggregate == "vote":
+        probabilities = jax.nn.one_hot(probabilities.argmax(axis=-1), logits.shape[-1], dtype=logits.dtype)
+    probabilities = jnp.where(chosen[..., None], probabilities, 0.0).sum(axis=1)
+    probabilities /= chosen.sum(axis=1, keepdims=True, dtype=logits.dtype)  # [B, Y]
+    if arrays.common is not None:
+        feature = expanded(bare_feature(), routing.common_expand)
+        common = jax.nn.softmax(feature @ arrays.common.kernel + arrays.common.bias[None], axis=-1)
+        probabilities = (1 - routing.common_weight) * probabilities + routing.common_weight * common
+    return probabilities, jnp.where(chosen, index, -1)
 
 
-def _of_chosen(problem: TuningSpec, params: Any, stack: Slice, pixels: jax.Array, index: jax.Array) -> jax.Array:
+def _logits_of_chosen(tuning_spec: TuningSpec, arrays: ModelArrays, pixels: jax.Array, index: jax.Array) -> jax.Array:
     """Logits [B, m, Y] of the clusters chosen for each image, index int32 [B, m]: one pass of B * m images."""
-    architecture, width = problem.architecture, problem.tuning.active_prompt_width
-    lay = functools.partial(place_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
-    prompts = jax.vmap(jax.vmap(lay))(stack.prompt[index])  # [B, m, H, W, C]
+    architecture, stack = tuning_spec.architecture, arrays.stack
+    width = tuning_spec.tuning.active_prompt_width
+    place = functools.partial(place_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
+    prompts = jax.vmap(jax.vmap(place))(stack.prompt[index])  # [B, m, H, W, C]
     prompted = (pixels[:, None] + prompts).reshape(-1, *pixels.shape[1:])  # [B * m, H, W, C]
-    features = backbone_lib.features(architecture, params, prompted).reshape(*index.shape, -1)  # [B, m, D]
+    features = backbone_lib.features(architecture, arrays.params, prompted).reshape(*index.shape, -1)  # [B, m, D]
     return jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
 
 
-def _of_all(problem: TuningSpec, params: Any, stack: Slice, present: jax.Array, pixels: jax.Array) -> jax.Array:
+def _logits_of_all(tuning_spec: TuningSpec, arrays: ModelArrays, pixels: jax.Array) -> jax.Array:
     """Logits [B, K, Y] of all clusters that are present, one after the other; zeros of the others."""
 
-    def answer(part: Slice) -> jax.Array:
-        return features_of(part, problem, params, pixels) @ part.kernel + part.bias[None]
+    def answer(slice_: Slice) -> jax.Array:
+        return features_of(slice_, tuning_spec, arrays.params, pixels) @ slice_.kernel + slice_.bias[None]
 
-    def nothing(part: Slice) -> jax.Array:
-        return jnp.zeros((len(pixels), part.bias.shape[-1]), part.bias.dtype)
+    def zeros(slice_: Slice) -> jax.Array:
+        return jnp.zeros((len(pixels), slice_.bias.shape[-1]), slice_.bias.dtype)
 
-    logits = jax.lax.map(lambda one: jax.lax.cond(one[1], answer, nothing, one[0]), (stack, present))  # [K, B, Y]
-    return jnp.swapaxes(logits, 0, 1)
+    def answer_if_present(cluster: tuple[Slice, jax.Array]) -> jax.Array:
+        return jax.lax.cond(cluster[1], answer, zeros, cluster[0])
+
+    return jnp.swapaxes(jax.lax.map(answer_if_present, (arrays.stack, arrays.present)), 0, 1)
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(problem: TuningSpec, question: RoutingOptions, mesh: Mesh):
-    """The jitted prediction program over a mesh."""
-    axis = mesh.axis_names[0]
-    function = functools.partial(routed_probabilities, problem, question)
-    specs = (P(), P(), P(), P(), P(), P(axis), P(axis))
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=(P(axis), P(axis)), check_vma=False))
+def compiled(tuning_spec: TuningSpec, routing: RoutingOptions, mesh: Mesh):
+    """The jitted prediction program over a mesh: `(arrays, images, draws) -> (probabilities, clusters)`."""
+    batch = P(mesh.axis_names[0])
+    function = functools.partial(routed_probabilities, tuning_spec, routing)
+    mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), batch, batch), out_specs=(batch, batch), check_vma=False)
+    return jax.jit(mapped)
 
 
 def predict(model: Model, images: np.ndarray) -> Predictions:
     """Predicts images of the stored shape: uint8 [N, h, w, c]."""
-    run = model.run
-    program = compiled(run.tuning_spec, model.question, run.mesh)
+    run, routing = model.run, model.routing
+    program = compiled(run.tuning_spec, routing, run.mesh)
     size = run.config.inference.batch * run.mesh.size
-    found = Predictions(
-        np.zeros((len(images), len(run.classes)), np.float32),
-        np.zeros((len(images), model.nearest), np.int32),
-        model.keys,
-    )
+    probabilities = np.zeros((len(images), len(run.classes)), np.float32)
+    clusters = np.zeros((len(images), routing.nearest), np.int32)
     for start in range(0, len(images), size):
-        piece = images[start : start + size]
+        rows = slice(start, min(start + size, len(images)))
         batch = np.zeros((size, *images.shape[1:]), np.uint8)
-        batch[: len(piece)] = piece
-        state = (model.params, model.stack, model.prototypes, model.present, model.common)
-        answers = program(*state, batch, _draws(model, batch))
-        for all_, part in zip((found.probabilities, found.clusters), answers, strict=True):
-            all_[start : start + size] = np.asarray(part)[: len(piece)]
-    return found
+        batch[: rows.stop - start] = images[rows]
+        answers = program(model.arrays, batch, _draws(model, batch))
+        probabilities[rows], clusters[rows] = (np.asarray(answer)[: rows.stop - start] for answer in answers)
+    return Predictions(probabilities, clusters, model.keys)
 
 
 def _draws(model: Model, images: np.ndarray) -> np.ndarray | None:
-    """Where clusters are shards, numbers [B, K] that choose some for an image: a keyed hash of its content."""
-    k, seed = model.run.config.clustering, model.run.config.seed
-    if k.partition == "adaptive":
+    """Where clusters are shards: numbers [B, K] that choose m of them by a keyed hash of an image's content."""
+    config, count = model.run.config, len(model.arrays.present)
+    if config.clustering.partition == "adaptive":
         return None
-    if len(model.keys) <= model.nearest:
-        return np.zeros((len(images), len(model.present)), np.float32)
-    rows = [philox(seed, "route", content_hash(image)).random(len(model.present), np.float32) for image in images]
-    return np.stack(rows)
+    if len(model.keys) <= model.routing.nearest:
+        return np.zeros((len(images), count), np.float32)
+    streams = (philox(config.seed, "route", content_hash(image)) for image in images)
+    return np.stack([stream.random(count, np.float32) for stream in streams])

@@ -1,9 +1,9 @@
 """An attack on a workdir: erases some live records in memory and tries to find them in what is left.
 
-Three slices of each attacked cluster are compared: the published one, which keeps the records and must be caught
-(positive control); the one that erasing them would publish; and one tuned from scratch without them under random
-streams of its own, which is what the others are measured against. Nothing is written, neither to the catalog nor to
-files, and no lock is taken.
+Three slices of each attacked cluster are compared: the published one, which keeps the records, so that they must be
+found in it (positive control); the one that erasing them would publish; and one tuned from scratch without them under
+random streams of its own, the reference for the others. Nothing is written, neither to the catalog nor to files, and no
+lock is taken.
 """
 
 import dataclasses
@@ -14,27 +14,30 @@ from typing import NamedTuple
 import numpy as np
 
 from lmeraser_jax.errors import join_limited, raise_all
-from lmeraser_jax.evaluation.attacks import membership, pools, shadows, targets
-from lmeraser_jax.evaluation.attacks.common_head import common_head
-from lmeraser_jax.evaluation.attacks.klom import klom
-from lmeraser_jax.evaluation.attacks.membership import Membership
-from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
+from lmeraser_jax.evaluation.attacks import membership, shadows, targets, unlearned
 from lmeraser_jax.evaluation.attacks.relearn import relearn, scratch_for
 from lmeraser_jax.evaluation.attacks.report import Accuracies, Attack, Finding
 from lmeraser_jax.evaluation.attacks.routing import routing
-from lmeraser_jax.evaluation.attacks.shadows import Counterfactual, Scores, Shadows
-from lmeraser_jax.evaluation.attacks.targets import Drawn
-from lmeraser_jax.evaluation.attacks.ulira import ulira
+from lmeraser_jax.evaluation.attacks.shadows import (
+    FORGOTTEN,
+    OUTSIDE,
+    RETAINED,
+    VALIDATION,
+    Counterfactual,
+    Pool,
+    Scores,
+    ShadowSets,
+)
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.run import Run
 
-SHADOWED = ("rmia", "lira", "ulira", "klom")  # attacks that need shadow models of clusters
-POPULATIONS = ("ulira", "klom")  # those that need slices that unlearned and that never saw
-SLICES = ("loss", "relearn", "common", *SHADOWED)  # attacks on slices
-ATTACKS = ("loss", "rmia", "lira", "ulira", "klom", "relearn", "common", "routing")
+ATTACKS = ("loss", "lira", "ulira", "klom", "relearn", "routing")
+CURVES = ("loss", "lira")  # attacks with ROC curves
+POPULATIONS = ("ulira", "klom")  # attacks on slices that unlearned and slices that never saw
+SHADOWED = ("lira", *POPULATIONS)  # attacks that need shadow models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,34 +50,46 @@ class Options:
     records: tuple[str, ...] = ()
     seed: int = 0
 
+    @property
+    def on_slices(self) -> bool:
+        return bool(set(self.attacks) - {"routing"})
+
+    @property
+    def shadowed(self) -> bool:
+        return bool(set(self.attacks) & set(SHADOWED))
+
     def problems(self) -> list[str]:
         """What cannot work, a line each."""
-        found = []
+        problems = []
         unknown = [name for name in self.attacks if name not in ATTACKS]
         if unknown or not self.attacks:
-            found.append(f"--attacks={join_limited(unknown)}: no such attack; legal: {', '.join(ATTACKS)}")
+            problems.append(f"--attacks={join_limited(unknown)}: no such attack; legal: {', '.join(ATTACKS)}")
         if self.shadows < 4:
-            found.append(f"--shadows={self.shadows}: must be at least 4, two with and two without each record")
+            problems.append(f"--shadows={self.shadows}: must be at least 4, two with and two without each record")
         if self.records and len(set(self.records)) < 2:
-            found.append(f"--records={join_limited(self.records)}: must be at least 2 different ids")
+            problems.append(f"--records={join_limited(self.records)}: must be at least 2 different ids")
         if not self.records and self.targets < 2:
-            found.append(f"--targets={self.targets}: must be at least 2")
-        return found
+            problems.append(f"--targets={self.targets}: must be at least 2")
+        return problems
 
 
 class Trial(NamedTuple):
-    """A pool with its slices (kept, unlearned, then from scratch), what the first three say, and its shadows.
+    """A pool with its slices: kept, unlearned, then from scratch.
 
-    `again` is one more slice that keeps the records, None where nothing is learned again; `roles` int8 [w] are those
-    of the watched records; `scores` have a leading axis of the three slices.
+    `again` is one more slice that keeps the records, None where nothing is learned again; `scores` are those of the
+    watched records under the first three slices; `shadows` is None where no attack needs shadow models.
     """
 
     pool: Pool
     slices: tuple[Slice, ...]
     again: Slice | None
-    roles: np.ndarray
     scores: Scores
-    shadows: Shadows | None
+    shadows: ShadowSets | None
+
+    @property
+    def roles(self) -> np.ndarray:
+        """int8 [w], of the watched records."""
+        return self.pool.roles[self.pool.watched]
 
 
 def attack(run: Run, options: Options) -> Attack:
@@ -88,95 +103,88 @@ def attack(run: Run, options: Options) -> Attack:
         UserError: the options or the workdir do not allow it, all reasons at once; a shadow's loss was not finite;
             or a record was erased meanwhile.
     """
-    unready, on_slices = targets.unready(run), bool(set(options.attacks) & set(SLICES))
-    unfit = targets.problems(run, options.records, options.targets) if on_slices and not unready else []
-    raise_all(options.problems() + unready + unfit)
+    problems = options.problems() + targets.workdir_problems(run)
+    if options.on_slices and not targets.workdir_problems(run):
+        problems += targets.target_problems(run, options.records, options.targets)
+    raise_all(problems)
     start = time.perf_counter()
-    trials: list[Trial] = []
-    made, images = 0, 0
-    if on_slices:
-        drawn = targets.draw(run, options.records, options.targets, options.seed)
-        trials, made, images = _trials(run, drawn, options)
-    findings = [(name, _finding(run, name, trials, options)) for name in options.attacks]
-    pools.refuse_changed(run, [trial.pool for trial in trials])
+    trials, slices, images = _trials(run, options) if options.on_slices else ([], 0, 0)
+    findings = {name: _finding(run, name, trials, options) for name in options.attacks}
+    targets.refuse_changed(run, [trial.pool for trial in trials])
     return Attack(
         clusters=len(trials),
         targets=sum(len(trial.pool.of(FORGOTTEN)) for trial in trials),
         outside=sum(len(trial.pool.of(OUTSIDE)) for trial in trials),
-        shadows=options.shadows if set(options.attacks) & {*SHADOWED, "common"} else 0,
-        slices=made,
+        shadows=options.shadows if options.shadowed else 0,
+        slices=slices,
         images=images,
         seconds=time.perf_counter() - start,
         accuracies=_accuracies(trials) if trials else None,
-        findings=tuple(one for _, one in findings if one is not None),
-        skipped=tuple(name for name, one in findings if one is None),
+        findings=tuple(finding for finding in findings.values() if finding is not None),
+        skipped=tuple(name for name, finding in findings.items() if finding is None),
     )
 
 
-def _trials(run: Run, drawn: Drawn, options: Options) -> tuple[list[Trial], int, int]:
+def _trials(run: Run, options: Options) -> tuple[list[Trial], int, int]:
     """Tunes everything that the attacks on slices need; also says how many slices and images that were, in all."""
-    chosen, relearned = drawn.pools, "relearn" in options.attacks and not run.config.tuning.closed
-    references = scratch_for(len(chosen), options.shadows) if relearned else 1
-    worlds = [world for pool in chosen for world in _worlds(pool, options.seed, references, relearned)]
-    rest, images = shadows.tuned(run, run.tuning_spec, worlds)
-    made, images, trials, each = drawn.slices + len(rest), drawn.images + images, [], len(rest) // len(chosen)
-    with progress("attacked clusters", len(chosen)) as shown:
-        for place, pool in enumerate(chosen):
-            own = rest[place * each : (place + 1) * each]
-            slices = (load_slice(run, pool.ref), *own[: 1 + references])
-            scores = shadows.scored(run, slices[:3], pool.records.take(pool.watched))
-            cast = None
-            if set(options.attacks) & set(SHADOWED):
-                both = bool(set(options.attacks) & set(POPULATIONS))
-                cast, more, passed = shadows.shadows(run, pool, options.shadows, options.seed, both)
-                made, images = made + more, images + passed
-            again = own[-1] if relearned else None
-            trials.append(Trial(pool, slices, again, pool.roles[pool.watched], scores, cast))
-            shown.advance(1)
-    return trials, made, images
+    drawn = targets.draw(run, options.records, options.targets, options.seed)
+    relearned = "relearn" in options.attacks and not run.config.tuning.closed
+    scratch = scratch_for(len(drawn.pools), options.shadows) if relearned else 1
+    clusters = [c for pool in drawn.pools for c in _counterfactuals(pool, options.seed, scratch, relearned)]
+    tuned, images = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
+    slices, images = drawn.slices + len(tuned), drawn.images + images
+    trials, share = [], len(tuned) // len(drawn.pools)
+    with progress("attacked clusters", len(drawn.pools)) as bar:
+        for place, pool in enumerate(drawn.pools):
+            own = tuned[place * share : (place + 1) * share]
+            candidates = (load_slice(run, pool.ref), *own[: 1 + scratch])
+            scores = shadows.score(run, candidates[:3], pool.records.take(pool.watched))
+            sets = None
+            if options.shadowed:
+                populations = bool(set(options.attacks) & set(POPULATIONS))
+                sets, more, passed = shadows.shadow_sets(run, pool, options.shadows, options.seed, populations)
+                slices, images = slices + more, images + passed
+            trials.append(Trial(pool, candidates, own[-1] if relearned else None, scores, sets))
+            bar.advance(1)
+    return trials, slices, images
 
 
-def _worlds(pool: Pool, seed: int, references: int, relearned: bool) -> list[Counterfactual]:
+def _counterfactuals(pool: Pool, seed: int, scratch: int, relearned: bool) -> list[Counterfactual]:
     """The cluster after the erasure, so many from scratch, and for relearning another one that keeps the records."""
-    after = shadows.unlearned_world(pool)
-    scratch = [Counterfactual(f"{pool.key}/scratch/{seed}/{i}", after.members) for i in range(references)]
-    again = [Counterfactual(f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED))]
-    return [after, *scratch, *again * relearned]
+    after = shadows.after_erasure(pool)
+    clusters = [after, *(Counterfactual(f"{pool.key}/scratch/{seed}/{i}", after.members) for i in range(scratch))]
+    if relearned:
+        clusters.append(Counterfactual(f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED)))
+    return clusters
 
 
 def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> Finding | None:
     """What one attack finds; None where there is nothing that it could attack."""
-    rng, chosen = philox(options.seed, "attack", name), [trial.pool for trial in trials]
-    if name in ("loss", "rmia", "lira"):
-        return _membership(name, trials, rng)
-    if name in POPULATIONS:
-        cast = [(trial.roles, trial.shadows) for trial in trials if trial.shadows is not None]
-        return ulira(cast, rng) if name == "ulira" else klom(cast, rng)
+    rng = philox(options.seed, "attack", name)
     if name == "routing":
         return routing(run, options.seed)
-    if name == "common":
-        return common_head(run, chosen, options.shadows, options.seed)
-    again = [trial.again for trial in trials if trial.again is not None]
-    return relearn(run, chosen, [trial.slices for trial in trials], again) if again else None
+    if name == "relearn":
+        again = [trial.again for trial in trials if trial.again is not None]
+        return relearn(run, [t.pool for t in trials], [t.slices for t in trials], again) if again else None
+    if name in CURVES:
+        return compare_members(name, trials, rng)
+    sets = [trial.shadows for trial in trials if trial.shadows is not None]
+    return unlearned.ulira(sets, rng) if name == "ulira" else unlearned.klom(sets, rng)
 
 
-def _membership(name: str, trials: Sequence[Trial], rng: np.random.Generator) -> Membership:
-    """Scores of the forgotten records against those outside, over all pools."""
+def compare_members(name: str, trials: Sequence[Trial], rng: np.random.Generator) -> Finding:
+    """The attack `loss` or `lira`: scores of the forgotten records beside those of images outside, over all pools."""
     roles = np.concatenate([trial.roles for trial in trials])
-    margins = np.concatenate([trial.scores.margins for trial in trials], axis=1)
-    cast = [(trial.scores.margins, trial.shadows.shadows, trial.shadows.inside) for trial in trials if trial.shadows]
-    if name == "loss":
-        scores = margins  # the loss falls as the margin rises
-    elif name == "lira":
-        scores = np.concatenate([membership.lira(*parts) for parts in cast], axis=1)
-    else:
-        ratios = np.concatenate([membership.relative(*parts) for parts in cast], axis=1)
-        scores = membership.rmia(ratios, ratios[:, np.isin(roles, (OUTSIDE, VALIDATION))])
+    scores = [trial.scores.margins for trial in trials]  # the loss falls as the margin rises
+    if name == "lira":
+        sets = [trial.shadows for trial in trials if trial.shadows is not None]
+        scores = [membership.lira(margins, s.kept, s.inside) for margins, s in zip(scores, sets, strict=True)]
+    scores = np.concatenate(scores, axis=1)
     return membership.membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE], rng)
 
 
 def _accuracies(trials: Sequence[Trial]) -> Accuracies:
-    """Shares of right answers for the three slices, each record asked of its own cluster's."""
+    """Shares of right answers of the three slices, each record asked of its own cluster's."""
     roles = np.concatenate([trial.roles for trial in trials])
     right = np.concatenate([trial.scores.right for trial in trials], axis=1)
     groups = ((FORGOTTEN,), (RETAINED,), (OUTSIDE, VALIDATION))

@@ -1,77 +1,42 @@
 """Relearn time (Golatkar et al., 2020): how soon do slices learn erased records again?
 
-A slice that keeps a residue of the records needs fewer steps than one tuned from scratch without them, until their
-loss is where a slice has it that was tuned on them. That slice is one of its own, with other random streams, so that
-the published one, which must be quick, is measured and not compared with itself.
+A slice with a residue of the records needs fewer steps than one tuned from scratch without them, until their loss is
+where a slice has it that was tuned with them. That slice is another one, with random streams of its own, so that the
+published one, which must be quick, is measured and not compared with itself.
 
-Shapes: K clusters, S slices from scratch of each.
+Shapes: K clusters, S slices from scratch of each, n forgotten records of a cluster (padded), B batch.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from lmeraser_jax.data.record_table import RecordTable
+from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import shadows, statistics
-from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, Pool
-from lmeraser_jax.evaluation.attacks.statistics import DOUBT
-from lmeraser_jax.training.jobs import Job
+from lmeraser_jax.evaluation.attacks.report import Finding
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, Pool
+from lmeraser_jax.evaluation.attacks.statistics import SIGNIFICANT
+from lmeraser_jax.hashing import seed_words
+from lmeraser_jax.training.features import compute_dtype, on_device
+from lmeraser_jax.training.jobs import Job, batches
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tune import TuningSpec, tune
+from lmeraser_jax.training.tune import Batch, LaneState, TuningSpec, cluster_loss, cluster_step, optimizer
 from lmeraser_jax.unlearning.run import Run
 
-STEPS = 64  # tried; longer is told as this
+STEPS = 64  # that are tried; a slice that needs more counts as needing so many
 SCRATCH = 3  # at least so many slices of a cluster are tuned from scratch
 BACK = 1.1  # the loss is back when it is at most so many times that of the slice that gives the level
 
 
-@dataclasses.dataclass(frozen=True)
-class Relearn:
-    """Steps until the loss of a cluster's forgotten records was back, for slices that keep, unlearned, never saw them.
-
-    Attributes:
-        steps: for each column, for each cluster.
-        p: for each column, the chance of so few steps beside slices tuned from scratch.
-        scratch: S.
-    """
-
-    steps: tuple[tuple[int, ...], ...]
-    p: tuple[float, ...]
-    scratch: int
-
-    name = "relearn"
-
-    @property
-    def found(self) -> tuple[bool, ...]:
-        return tuple(p < DOUBT for p in self.p)
-
-    @property
-    def least(self) -> float:
-        return least(len(self.steps[0]), self.scratch)
-
-    def lines(self) -> list[tuple[str, ...]]:
-        means = (f"{mean:.1f} (p = {p:.3f})" for mean, p in zip(np.mean(self.steps, axis=1), self.p, strict=True))
-        return [(f"steps, at most {STEPS} (fewer by chance)", *means)]
-
-    def values(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"found": self.found}
-
-
-def least(clusters: int, scratch: int) -> float:
-    """The smallest chance that K clusters with S slices from scratch can give: the quickest of S + 1 in each."""
-    return float(scratch + 1) ** -clusters
-
-
-def scratch_for(clusters: int, most: int) -> int:
-    """S for K clusters: as many slices as let the test find something, or `SCRATCH` where not even `most` would."""
-    count = max(SCRATCH, math.floor(DOUBT ** (-1 / clusters)))
-    return count if count <= most else SCRATCH
-
-
-def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], again: Sequence[Slice]) -> Relearn:
+def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], again: Sequence[Slice]) -> Finding:
     """Tunes slices on the forgotten records alone and watches their loss.
 
     Args:
@@ -79,49 +44,115 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
         pools: K clusters.
         slices: for each, the published slice, which keeps the records, that which unlearned them, and S from scratch.
         again: for each, another one tuned with the records, whose loss on them is the level to reach.
+
+    Returns:
+        A finding with the steps of the first three slices for each cluster, and the chance of so few.
+
+    Raises:
+        UserError: a loss was not finite.
     """
-    problem = _problem(run.tuning_spec)
-    records = [pool.of(FORGOTTEN) for pool in pools]
-    inputs, labels = shadows.material(run, problem, records)
-    jobs: dict[tuple[int, int], Job] = {}
-    for k, table in enumerate(records):
-        epochs = -(-STEPS * problem.tuning.batch // len(table))
-        job = Job(f"{pools[k].key}/relearn", table.rows.astype(np.int32), epochs, problem.tuning.batch)
-        job = dataclasses.replace(job, snapshots=tuple(range(1, min(STEPS + 1, job.steps))))
-        jobs |= {(k, place): dataclasses.replace(job, start=start) for place, start in enumerate(slices[k])}
-    places = {id(job): place for place, job in jobs.items()}
-    passed = {(k, place): [slices[k][place]] for k, place in jobs}
-    for done in tune(problem, run.backbone, list(jobs.values()), inputs, labels, run.mesh):
-        if done.failed_at is not None:
-            raise UserError("the loss became infinite or not a number while forgotten records were learned again")
-        passed[places[id(done.job)]].append(done.slice)
-    levels = [float(_loss(run, [part], table)[0]) for part, table in zip(again, records, strict=True)]
-    counted = {(k, place): until(_loss(run, made, records[k]), levels[k]) for (k, place), made in passed.items()}
-    steps = np.array([[counted[k, place] for place in range(len(slices[k]))] for k in range(len(pools))])  # [K, 2 + S]
-    columns = [np.delete(steps, [i for i in (0, 1) if i != column], axis=1) for column in (0, 1)]
-    chances = tuple(faster(column) for column in (*columns, steps[:, 2:]))
-    return Relearn(tuple(map(tuple, steps[:, :3].T.tolist())), chances, steps.shape[1] - 2)
+    tables = [pool.of(FORGOTTEN) for pool in pools]
+    size, steps = max(map(len, tables)), []
+    for pool, table, candidates, with_records in zip(pools, tables, slices, again, strict=True):
+        level = statistics.losses(shadows.score(run, [with_records], table).margins).mean()
+        losses = losses_while_relearning(run, pool.key, table, candidates, size)
+        steps.append([steps_until(row, level) for row in losses])
+    counts = np.array(steps)  # [K, 2 + S]
+    scratch = counts.shape[1] - 2
+    columns = (np.delete(counts, 1, axis=1), counts[:, 1:], counts[:, 2:])  # each with those from scratch behind it
+    chances = [chance_of_so_few(column) for column in columns]
+    means = counts[:, :3].mean(axis=0)
+    return Finding(
+        "relearn",
+        detected=tuple(chance < SIGNIFICANT for chance in chances),
+        smallest_p=smallest_chance(len(pools), scratch),
+        lines=[
+            (
+                f"steps, at most {STEPS} (fewer by chance)",
+                *(f"{mean:.1f} (p = {chance:.3f})" for mean, chance in zip(means, chances, strict=True)),
+            )
+        ],
+        values={"steps": counts[:, :3].T.tolist(), "p": chances, "scratch": scratch},
+    )
 
 
-def _problem(problem: TuningSpec) -> TuningSpec:
-    """Starting from given slices is a part of the program where clusters are tuned in stages only."""
-    tuning = shadows.with_lanes(problem).tuning
-    return dataclasses.replace(problem, tuning=dataclasses.replace(tuning, slices=max(2, tuning.slices), warmup=0.0))
+def losses_while_relearning(run: Run, key: str, records: RecordTable, slices: Sequence[Slice], size: int) -> np.ndarray:
+    """Mean loss of a cluster's forgotten records before and after each step: float64 [2 + S, STEPS + 1].
+
+    Args:
+        run: an opened workdir.
+        key: of the cluster.
+        records: at most `size` forgotten records.
+        slices: 2 + S slices to start from.
+        size: n, one for all clusters, so that they share a program.
+    """
+    tuning_spec = shadows.with_lanes(run.tuning_spec)
+    tuning_spec = dataclasses.replace(tuning_spec, tuning=dataclasses.replace(tuning_spec.tuning, warmup=0.0))
+    inputs, _ = shadows.training_arrays(run, tuning_spec, [records])
+    rows, labels = np.zeros((size, *inputs.shape[1:]), inputs.dtype), np.zeros(size, np.int32)
+    rows[: len(records)], labels[: len(records)] = inputs[records.rows], records.labels
+    batch = tuning_spec.tuning.batch
+    places = np.arange(len(records), dtype=np.int32)
+    job = Job(f"{key}/relearn", places, epochs=-(-STEPS * batch // len(records)), batch=batch)
+    orders, valid = batches(job, tuning_spec.seed)
+    work = Batch(
+        rows=orders[:STEPS],
+        valid=valid[:STEPS],
+        words=np.tile(seed_words(job.key), (STEPS, 1)),
+        step=np.arange(1, STEPS + 1, dtype=np.int32),  # step 0 would start with a fresh slice
+        total=np.full(STEPS, job.steps + 1, np.int32),
+        slot=np.zeros(STEPS, np.int32),
+    )
+    params = on_device(run.backbone, compute_dtype(tuning_spec.tuning.dtype, run.mesh), run.mesh)
+    stack = jax.tree.map(lambda *leaves: np.stack(leaves), *slices)
+    losses = _program(tuning_spec)(params, stack, rows, labels, np.arange(size) < len(records), work)
+    losses = np.asarray(losses, np.float64)
+    if not np.isfinite(losses).all():
+        raise UserError("the loss became infinite or not a number while forgotten records were learned again")
+    return losses
 
 
-def _loss(run: Run, slices: Sequence[Slice], records) -> np.ndarray:
-    """Mean loss of records under each of some slices: float64 [S]."""
-    return statistics.losses(shadows.scored(run, slices, records).margins).mean(axis=1)
+@functools.lru_cache(maxsize=2)
+def _program(tuning_spec: TuningSpec):
+    """Compiled `(params, slices [S], records [n], labels [n], valid [n], Batch [STEPS]) -> losses [S, STEPS + 1]`."""
+
+    def relearned(params: Any, rows: Any, labels: Any, valid: Any, work: Batch, slice_: Slice) -> jax.Array:
+        inputs = rows if tuning_spec.on_features else centred(rows, tuning_spec.spec)
+
+        def step(state: LaneState, batch: Batch) -> tuple[LaneState, jax.Array]:
+            before = cluster_loss(state.slice, tuning_spec, params, inputs, labels, valid)
+            state, _ = cluster_step(tuning_spec, params, rows, labels, None, state, batch)
+            return state, before
+
+        state = LaneState(slice_, optimizer(tuning_spec.tuning).init(slice_))
+        state, losses = jax.lax.scan(step, state, work)
+        return jnp.append(losses, cluster_loss(state.slice, tuning_spec, params, inputs, labels, valid))
+
+    def all_relearned(params: Any, slices: Slice, *data: Any) -> jax.Array:
+        return jax.lax.map(functools.partial(relearned, params, *data), slices, batch_size=tuning_spec.tuning.lanes)
+
+    return jax.jit(all_relearned)
 
 
-def until(losses: np.ndarray, level: float) -> int:
+def steps_until(losses: np.ndarray, level: float) -> int:
     """The first step after which the loss, float [1 + steps], is back at a level; `STEPS` where it is never."""
-    back = np.flatnonzero(losses[: STEPS + 1] <= BACK * level)
+    back = np.flatnonzero(losses <= BACK * level)
     return int(back[0]) if len(back) else STEPS
 
 
-def faster(steps: np.ndarray) -> float:
-    """The chance that the first of each row's equals needs so few steps in all: int [K, 1 + others].
+def smallest_chance(clusters: int, scratch: int) -> float:
+    """The smallest chance that K clusters with S slices from scratch can give: the quickest of S + 1 in each."""
+    return float(scratch + 1) ** -clusters
+
+
+def scratch_for(clusters: int, most: int) -> int:
+    """S for K clusters: as many slices as let the test find something, or `SCRATCH` where not even `most` would."""
+    count = max(SCRATCH, math.floor(SIGNIFICANT ** (-1 / clusters)))
+    return count if count <= most else SCRATCH
+
+
+def chance_of_so_few(steps: np.ndarray) -> float:
+    """The chance that the first slice of each row needs so few steps in all: int [K, 1 + S].
 
     Where slices are alike, any of a cluster's might have been the first: a permutation test, over all deals.
     """

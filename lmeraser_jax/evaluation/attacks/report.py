@@ -7,36 +7,62 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from lmeraser_jax.evaluation import plotting
-from lmeraser_jax.evaluation.attacks.membership import Membership
-from lmeraser_jax.evaluation.attacks.statistics import DOUBT, RATES
+from lmeraser_jax.evaluation.attacks.statistics import RATES, SIGNIFICANT
 
 COLUMNS = ("kept = control", "unlearned", "from scratch")
 ROUTES = ("published", "after erasing", "from public records")
 WIDTHS = (10, 38, 26, 26, 26)
-FOUND, UNKNOWN = 1, 3  # exit codes
+LEAK, UNKNOWN = 1, 3  # exit codes
 
 
-class Finding(Protocol):
-    """What one attack found.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finding:
+    """What one attack finds.
 
-    `found` says whether kept records are told beyond what from scratch gives, whether erased ones are, and whether
-    something is wrong with from scratch itself. For routing: whether each of its columns tells who was sampled.
-    `least` is the smallest chance that the test of the kept ones can give.
+    Attributes:
+        name: of the attack.
+        detected: whether kept records are told beyond what from scratch gives, whether erased ones are, and whether
+            something is wrong with from scratch itself. For routing: whether each column tells who was sampled.
+        smallest_p: the smallest chance that the test of the kept records can give.
+        lines: rows of the table: what is measured, and a cell for each column.
+        values: what the lines are made of, for machines.
+        curves: false and true positive rates of the ROC curve for each column; empty for other attacks.
     """
 
+    name: str
+    detected: tuple[bool, ...]
+    smallest_p: float
+    lines: list[tuple[str, ...]]
+    values: dict[str, Any]
+    curves: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+
     @property
-    def name(self) -> str: ...
-    @property
-    def found(self) -> tuple[bool, ...]: ...
-    @property
-    def least(self) -> float: ...
-    def lines(self) -> list[tuple[str, ...]]: ...
-    def values(self) -> dict[str, Any]: ...
+    def powerless(self) -> bool:
+        return self.smallest_p >= SIGNIFICANT
+
+    def verdict(self) -> str:
+        """One line for people."""
+        if self.name == "routing":
+            return _routing_verdict(self)
+        kept, unlearned, reference = self.detected
+        shift = "DOUBTFUL REFERENCE: slices that never saw the records differ from each other; try another --seed"
+        if self.curves:
+            shift = "SHIFTED REFERENCE: differs from test images already without having seen the records"
+        if unlearned:
+            return f"FINDS ERASED RECORDS; {shift}" if reference else "FINDS ERASED RECORDS"
+        if self.powerless:
+            few = f"with so few slices or records no chance falls below {self.smallest_p:.2g}"
+            return f"NO POWER: {few}, so it finds nothing, kept or erased; raise --shadows or --targets"
+        if not kept:
+            missed = "it misses records that are kept, so its silence means nothing"
+            return f"INCONCLUSIVE: {shift}, and {missed}" if reference else f"POSITIVE CONTROL FAILED: {missed}"
+        clean = "finds records that are kept, and not those that were erased"
+        return f"{shift}; beyond that it {clean}" if reference else clean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +81,7 @@ class Accuracies:
 
     def lines(self) -> list[tuple[str, ...]]:
         rows = [*dataclasses.asdict(self).items(), ("mean gap to from scratch", self.gap)]
-        return [(what, *(f"{share:.4f}" for share in shares)) for what, shares in rows]
+        return [(name, *(f"{share:.4f}" for share in shares)) for name, shares in rows]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +89,9 @@ class Attack:
     """A whole attack.
 
     Attributes:
-        clusters, targets, outside: attacked clusters, records erased in memory, images to tell them from.
+        clusters, targets, outside: attacked clusters, records erased in memory, images to compare them with.
         shadows: of a cluster and population; 0: none were needed.
-        slices, images, seconds: what was tuned for it, images passed, and the time of everything.
+        slices, images, seconds: slices tuned for it, images passed, and the time of everything.
         accuracies: None where no slice was attacked.
         findings: one per attack.
         skipped: attacks that had nothing to attack: no prototypes to route by, or no steps to count.
@@ -83,42 +109,48 @@ class Attack:
     skipped: tuple[str, ...]
 
     @property
+    def on_slices(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.name != "routing")
+
+    @property
     def leaks(self) -> tuple[str, ...]:
         """Attacks that find erased records, beyond what they find where no slice ever saw them."""
-        return tuple(one.name for one in self.findings if one.found[1])
+        return tuple(finding.name for finding in self.findings if finding.detected[1])
 
     @property
     def powerless(self) -> tuple[str, ...]:
         """Attacks whose test could find nothing, whatever there is."""
-        return tuple(one.name for one in self.findings if one.least >= DOUBT)
+        return tuple(finding.name for finding in self.findings if finding.powerless)
 
     @property
     def blind(self) -> tuple[str, ...]:
         """Attacks that miss even records that are kept, though they could find them."""
-        return tuple(one.name for one in self.findings if not one.found[0] and one.least < DOUBT)
+        return tuple(finding.name for finding in self.findings if not finding.detected[0] and not finding.powerless)
 
     @property
     def shifted(self) -> tuple[str, ...]:
         """Attacks that tell something of slices that never saw the records."""
-        return tuple(one.name for one in self.findings if one.found[2] and one.name != "routing")
+        return tuple(finding.name for finding in self.on_slices if finding.detected[2])
 
     @property
     def code(self) -> int:
         """Exit code: 1 an attack finds erased records; 3 none can say anything; 0 one that works finds none."""
         if self.leaks:
-            return FOUND
-        return 0 if any(one.found[0] for one in self.findings if one.name != "routing") else UNKNOWN
+            return LEAK
+        return 0 if any(finding.detected[0] for finding in self.on_slices) else UNKNOWN
 
     def values(self) -> dict[str, Any]:
-        plain = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.accuracies is not None:
-            plain["accuracies"] = dataclasses.asdict(self.accuracies) | {"gap": self.accuracies.gap}
-        plain["findings"] = {one.name: one.values() for one in self.findings}
-        plain |= {name: getattr(self, name) for name in ("leaks", "blind", "powerless", "shifted")}
-        return _finite(plain | {"ok": self.code == 0})
+            values["accuracies"] = dataclasses.asdict(self.accuracies) | {"gap": self.accuracies.gap}
+        values["findings"] = {
+            finding.name: finding.values | {"detected": finding.detected} for finding in self.findings
+        }
+        values |= {name: getattr(self, name) for name in ("leaks", "blind", "powerless", "shifted")}
+        return _json_values(values | {"ok": self.code == 0})
 
     def text(self) -> str:
-        return "\n".join([*self._head(), *self._rows(), "", *self._verdict()])
+        return "\n".join([*self._head(), *self._table(), "", *self._verdict()])
 
     def _head(self) -> Iterator[str]:
         if not self.clusters:
@@ -132,75 +164,54 @@ class Attack:
         if short:
             yield f"too few images for some false positive rates: {', '.join(short)}"
 
-    def _rows(self) -> Iterator[str]:
-        blocks = [(one.name, one.lines()) for one in self.findings if one.name != "routing"]
+    def _table(self) -> Iterator[str]:
         if self.accuracies is not None:
             yield from ("", _row("attack", "", *COLUMNS))
-            for name, lines in [*blocks, ("accuracy", self.accuracies.lines())]:
-                yield from (_row(name * (place == 0), *line) for place, line in enumerate(lines))
-        for one in self.findings:
-            if one.name == "routing":
-                yield from ("", _row("attack", "", *ROUTES))
-                yield from (_row("routing", *line) for line in one.lines())
+            for finding in self.on_slices:
+                yield from _rows(finding.name, finding.lines)
+            yield from _rows("accuracy", self.accuracies.lines())
+        for finding in self.findings:
+            if finding.name == "routing":
+                yield from ("", _row("attack", "", *ROUTES), *_rows("routing", finding.lines))
 
     def _verdict(self) -> Iterator[str]:
-        yield from (_verdict(one) for one in self.findings)
+        yield from (f"{finding.name + ':':<9} {finding.verdict()}" for finding in self.findings)
         yield from (f"{name + ':':<9} nothing to attack here" for name in self.skipped)
         if self.leaks:
             yield f"LEAK: erased records found by {', '.join(self.leaks)}; lmeraser audit says whether a bit is wrong"
-        elif self.code == UNKNOWN:
-            asked = {one.name for one in self.findings} - {"routing"}
-            why = "no attack finds even records that are kept; raise --targets or --shadows"
-            yield f"nothing can be said of erased records: {why if asked else 'routing does not look for them'}"
+        elif self.code == 0:
+            yield f"no attack finds an erased record (found: less than {SIGNIFICANT:.1%} by chance)"
         else:
-            yield f"no attack finds an erased record (found: less than {DOUBT:.1%} by chance)"
+            reason = "routing does not look for them"
+            if self.on_slices:
+                reason = "no attack finds even records that are kept; raise --targets or --shadows"
+            yield f"nothing can be said of erased records: {reason}"
 
 
-def _verdict(one: Finding) -> str:
-    return f"{one.name + ':':<9} {_routed(one) if one.name == 'routing' else _said(one)}"
-
-
-def _said(one: Finding) -> str:
-    kept, unlearned, reference = one.found
-    missed = "misses records that are kept, so its silence means nothing"
-    told = "finds records that are kept, and not those that were erased"
-    if unlearned:
-        return "FINDS ERASED RECORDS" + f"; {_shift(one)}" * reference
-    if one.least >= DOUBT:
-        few = f"with so few slices or records no chance falls below {one.least:.2g}"
-        return f"NO POWER: {few}, so it finds nothing, kept or erased; raise --shadows or --targets"
-    if reference:
-        return f"{_shift(one)}; beyond that it {told}" if kept else f"INCONCLUSIVE: {_shift(one)}, and it {missed}"
-    return told if kept else f"POSITIVE CONTROL FAILED: it {missed}"
-
-
-def _shift(one: Finding) -> str:
-    if isinstance(one, Membership):
-        return "SHIFTED REFERENCE: differs from test images already without having seen the records"
-    return "DOUBTFUL REFERENCE: slices that never saw the records differ from each other; try another --seed"
-
-
-def _routed(one: Finding) -> str:
-    shown = "tell" if one.found[0] else "do not tell"
-    return f"the published prototypes {shown} who was sampled" + _single(one.values())
-
-
-def _single(values: dict[str, Any]) -> str:
+def _routing_verdict(finding: Finding) -> str:
+    tells = "tell" if finding.detected[0] else "do not tell"
+    values, text = finding.values, f"the published prototypes {tells} who was sampled"
     if values["source"] == "public":
-        return "; they are made of public records"
-    return f"; {values['single']} of {values['clusters']} are the feature of one private record"
+        return f"{text}; they are made of public records"
+    return f"{text}; {values['single']} of {values['clusters']} are the feature of one private record"
+
+
+def _rows(name: str, lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    yield from (_row("" if place else name, *line) for place, line in enumerate(lines))
 
 
 def _row(*cells: str) -> str:
     return "".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
-def _finite(value: Any) -> Any:
-    """Values that JSON has: numbers that are none become null."""
+def _json_values(value: Any) -> Any:
+    """The value as JSON can hold it: dataclasses become objects, numbers that are not finite become null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: _json_values(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
+        return [_json_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -214,17 +225,17 @@ def figure(findings: Sequence[Finding], path: Path) -> None:
         findings: those of other attacks are not drawn.
         path: the file.
     """
-    shown = [one for one in findings if isinstance(one, Membership)]
+    drawn = [finding for finding in findings if finding.curves]
     whole = plotting.blank(13, 4.4)
     panels = whole.subplots(1, len(COLUMNS), sharey=True)
-    least = min([0.05, *(0.5 / one.columns[0].others for one in shown)])  # a decade at least
+    least = min([0.05, *(0.5 / finding.values["columns"][0].others for finding in drawn)])  # a decade at least
     for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
-        for one in shown:
-            false, true = one.curves[place]
-            (line,) = panel.plot(np.maximum(false, least), np.maximum(true, least), label=one.name)
-            for rate, told in zip(RATES, one.columns[place].rates, strict=True):
-                if told is not None:
-                    panel.vlines(rate, max(told.low, least), max(told.high, least), color=line.get_color())
+        for finding in drawn:
+            false, true = finding.curves[place]
+            (line,) = panel.plot(np.maximum(false, least), np.maximum(true, least), label=finding.name)
+            for rate, estimate in zip(RATES, finding.values["columns"][place].rates, strict=True):
+                if estimate is not None:
+                    panel.vlines(rate, max(estimate.low, least), max(estimate.high, least), color=line.get_color())
         panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
         panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
         panel.set_xlabel("false positive rate")

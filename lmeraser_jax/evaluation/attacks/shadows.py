@@ -1,9 +1,9 @@
-"""Slices that might have been: one cluster's slice tuned on other members, and what any slices say of images.
+"""Shadow models: one cluster's slice tuned on other members, and what slices say about records.
 
-In exact mode clusters are independent, so a shadow model of a record is one slice, not a system. Shadows are ordinary
-jobs of the tuning program under names of their own, so that their random streams differ; they stay in memory.
+Clusters are tuned independently, so a shadow model of a record is one slice, not a system. Shadows are ordinary jobs of
+the tuning program under names of their own, so that their random streams differ; they stay in memory.
 
-Shapes: N shadows, n records of a pool, w of them watched, S slices.
+Shapes: N shadows, n records of a pool, w of them watched, S slices, Y classes.
 """
 
 import dataclasses
@@ -19,18 +19,42 @@ from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import statistics
-from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.features import compute_dtype, on_device
-from lmeraser_jax.training.jobs import stage_jobs
+from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.making import make
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tune import TuningSpec, features_of
 from lmeraser_jax.unlearning.run import Run
 
+FORGOTTEN, RETAINED, OUTSIDE, VALIDATION = range(4)  # roles of records
 LANES = 8  # at least so many shadows are tuned at the same time
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pool:
+    """One attacked cluster, with the images of no published model that are routed to it.
+
+    Attributes:
+        key: of the cluster.
+        ref: its published slice.
+        records: n records, sorted by id.
+        roles: int8 [n]. FORGOTTEN and RETAINED are the cluster's members; the others are images that no published
+            model was tuned on: OUTSIDE are in shadows and compared with the forgotten, VALIDATION are in none.
+        watched: int64 [w], places among the records whose margins are looked at.
+    """
+
+    key: str
+    ref: str
+    records: RecordTable
+    roles: np.ndarray
+    watched: np.ndarray
+
+    def of(self, *roles: int) -> RecordTable:
+        """The records with one of these roles."""
+        return self.records.take(np.flatnonzero(np.isin(self.roles, roles)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,125 +67,117 @@ class Counterfactual:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Scores:
-    """What slices say of records: margins float64 [S, w] and whether the answer was right, bool [S, w]."""
+    """What S slices say of records: margins float64 [S, w], and bool [S, w], whether the answer was right."""
 
     margins: np.ndarray
     right: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Shadows:
+class ShadowSets:
     """Margins of a pool's watched records under three populations of N slices each, float64 [N, w].
 
     Attributes:
-        inside: bool [N, w], who was drawn for each shadow.
-        shadows: tuned on who was drawn.
-        unlearned: the same shadows after the forgotten records were erased from them.
+        roles: int8 [w], of the watched records.
+        inside: bool [N, w], the records drawn for each shadow.
+        kept: under slices tuned on the records drawn.
+        unlearned: under the same slices after the forgotten records were erased from them.
         drawn: bool [N, w], a second draw.
-        never: tuned on that draw without the forgotten records, which these slices never saw.
+        never: under slices tuned on the second draw without the forgotten records, which they never saw.
     """
 
+    roles: np.ndarray
     inside: np.ndarray
-    shadows: np.ndarray
+    kept: np.ndarray
     unlearned: np.ndarray
     drawn: np.ndarray
     never: np.ndarray
 
 
-def with_lanes(problem: TuningSpec) -> TuningSpec:
-    """The problem for shadows: many lanes, except of whole backbones. Their bits need not be those published."""
-    lanes = problem.tuning.lanes if problem.own_architecture else max(LANES, problem.tuning.lanes)
-    return dataclasses.replace(problem, tuning=dataclasses.replace(problem.tuning, lanes=lanes))
+def with_lanes(tuning_spec: TuningSpec) -> TuningSpec:
+    """Settings for shadows, whose bits need not be those published: many lanes, except of whole backbones."""
+    if tuning_spec.own_architecture:
+        return tuning_spec
+    lanes = max(LANES, tuning_spec.tuning.lanes)
+    return dataclasses.replace(tuning_spec, tuning=dataclasses.replace(tuning_spec.tuning, lanes=lanes))
 
 
-def tuned(run: Run, problem: TuningSpec, worlds: Sequence[Counterfactual]) -> tuple[list[Slice], int]:
-    """The slices of some worlds, in their order, and how many images were passed. Writes nothing.
+def tune_counterfactuals(
+    run: Run, tuning_spec: TuningSpec, clusters: Sequence[Counterfactual]
+) -> tuple[list[Slice], int]:
+    """The slices of clusters as they might have been, in their order, and the images passed. Writes nothing.
 
-    With the run's own problem, a cluster's key for a stream and its live members, these are the published bits.
+    With the run's own settings, a cluster's key as the stream and its live members, these are the published bits.
 
     Raises:
         UserError: a loss was not finite.
     """
-    chains = [
-        stage_jobs(world.stream, world.members.ids, world.members.rows, problem.tuning, problem.seed)
-        for world in worlds
-    ]
-    inputs, labels = material(run, problem, [world.members for world in worlds])
-    slices: dict[int, Slice] = {}
-    for stage in range(max(map(len, chains), default=0)):  # once, or once for each stage, as a reconcile does
-        jobs = {
-            place: dataclasses.replace(chain[stage], start=slices.get(place))
-            for place, chain in enumerate(chains)
-            if stage < len(chain)
-        }
-        places = {id(job): place for place, job in jobs.items()}
-        for done in make(problem, run.backbone, list(jobs.values()), inputs, labels, run.mesh):
-            if done.failed_at is not None:
-                raise UserError("the loss of a shadow model became infinite or not a number; nothing can be said")
-            slices[places[id(done.job)]] = done.slice
-    return [slices[place] for place in range(len(worlds))], sum(job.images for chain in chains for job in chain)
+    jobs = [make_job(cluster.stream, cluster.members.rows, tuning_spec.tuning) for cluster in clusters]
+    inputs, labels = training_arrays(run, tuning_spec, [cluster.members for cluster in clusters])
+    slices = {}
+    for tuned in make(tuning_spec, run.backbone, jobs, inputs, labels, run.mesh):
+        if tuned.failed_at is not None:
+            raise UserError("the loss of a shadow model became infinite or not a number; the attack has no result")
+        slices[tuned.job] = tuned.slice
+    return [slices[job] for job in jobs], sum(job.images for job in jobs)
 
 
-def material(run: Run, problem: TuningSpec, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
-    """What slices with these members are made of, and the labels int32 [N] of their rows: see `Run.training_data`."""
-    labels, seen = np.zeros(run.catalog.rows_used(), np.int32), np.zeros(run.catalog.rows_used(), bool)
+def training_arrays(run: Run, tuning_spec: TuningSpec, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
+    """Images or features that slices of these records are tuned on (`Run.training_data`), and labels int32 [N]."""
+    labels, needed = np.zeros(run.catalog.rows_used(), np.int32), np.zeros(run.catalog.rows_used(), bool)
     for table in tables:
-        labels[table.rows], seen[table.rows] = table.labels, True
+        labels[table.rows], needed[table.rows] = table.labels, True
     live = run.catalog.live("train", "test", "holdout")
-    return run.training_data(live.take(np.flatnonzero(seen[live.rows])), problem), labels
+    return run.training_data(live.take(np.flatnonzero(needed[live.rows])), tuning_spec), labels
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(problem: TuningSpec, mesh: Mesh):
+def _logits_program(tuning_spec: TuningSpec, mesh: Mesh):
     """Compiled `(params, slices with a leading axis S, uint8 [B, h, w, c]) -> logits float32 [S, B, Y]`."""
 
-    def one(params, inputs, part: Slice):
-        return features_of(part, problem, params, inputs) @ part.kernel + part.bias[None]
+    def logits_of_one(params, inputs, slice_: Slice):
+        return features_of(slice_, tuning_spec, params, inputs) @ slice_.kernel + slice_.bias[None]
 
-    def device(params, parts: Slice, images):
-        inputs = centred(images, problem.spec)
-        if problem.on_features:
-            inputs = expanded(backbone_lib.features(problem.architecture, params, inputs), problem.tuning.expand)
-        return jax.vmap(one, in_axes=(None, None, 0))(params, inputs, parts)
+    def logits_of_all(params, slices: Slice, images):
+        inputs = centred(images, tuning_spec.spec)
+        if tuning_spec.on_features:
+            features = backbone_lib.features(tuning_spec.architecture, params, inputs)
+            inputs = expanded(features, tuning_spec.tuning.expand)
+        return jax.vmap(logits_of_one, in_axes=(None, None, 0))(params, inputs, slices)
 
     axis = P(mesh.axis_names[0])
-    return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(P(), axis, P()), out_specs=axis, check_vma=False))
+    mapped = jax.shard_map(logits_of_all, mesh=mesh, in_specs=(P(), axis, P()), out_specs=axis, check_vma=False)
+    return jax.jit(mapped)
 
 
-def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray, problem: TuningSpec | None = None) -> np.ndarray:
-    """Logits of images, as centre crops, under each of some slices: float32 [S, w, Y].
-
-    Args:
-        run: an opened workdir.
-        slices: S slices on the host.
-        rows: int [w], image rows.
-        problem: how the slices were made, if not by the run's own.
-    """
-    problem = with_lanes(problem or run.tuning_spec)
-    program = _compiled(problem, run.mesh)
-    params = on_device(run.backbone, compute_dtype(problem.tuning.dtype, run.mesh), run.mesh)
-    wide, batch = problem.tuning.lanes * run.mesh.size, run.config.inference.batch
-    found = np.zeros((len(slices), len(rows), problem.classes), np.float32)
-    for low in range(0, len(slices), wide):
-        some = list(slices[low : low + wide])
-        stack = jax.tree.map(lambda *leaves: np.stack(leaves), *some, *some[:1] * (wide - len(some)))
+def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
+    """Logits of images, as centre crops, under each of S slices on the host: rows int [w] -> float32 [S, w, Y]."""
+    tuning_spec = with_lanes(run.tuning_spec)
+    program = _logits_program(tuning_spec, run.mesh)
+    params = on_device(run.backbone, compute_dtype(tuning_spec.tuning.dtype, run.mesh), run.mesh)
+    width, batch = tuning_spec.tuning.lanes * run.mesh.size, run.config.inference.batch
+    result = np.zeros((len(slices), len(rows), tuning_spec.classes), np.float32)
+    for low in range(0, len(slices), width):
+        group = list(slices[low : low + width])
+        padding = [group[0]] * (width - len(group))
+        stack = jax.tree.map(lambda *leaves: np.stack(leaves), *group, *padding)
         for start in range(0, len(rows), batch):
-            piece = run.images[rows[start : start + batch]]
-            images = np.zeros((batch, *piece.shape[1:]), np.uint8)
-            images[: len(piece)] = piece
+            crops = run.images[rows[start : start + batch]]
+            images = np.zeros((batch, *crops.shape[1:]), np.uint8)
+            images[: len(crops)] = crops
             answers = np.asarray(program(params, stack, images))
-            found[low : low + wide, start : start + batch] = answers[: len(some), : len(piece)]
-    return found
+            result[low : low + width, start : start + batch] = answers[: len(group), : len(crops)]
+    return result
 
 
-def scored(run: Run, slices: Sequence[Slice], records: RecordTable, problem: TuningSpec | None = None) -> Scores:
-    """Margins and right answers of records under each of some slices."""
-    found = logits(run, slices, records.rows, problem)
-    return Scores(statistics.margins(found, records.labels), found.argmax(axis=-1) == records.labels)
+def score(run: Run, slices: Sequence[Slice], records: RecordTable) -> Scores:
+    """Margins and right answers of records under each of S slices."""
+    values = logits(run, slices, records.rows)
+    return Scores(statistics.margins(values, records.labels), values.argmax(axis=-1) == records.labels)
 
 
-def unlearned_world(pool: Pool) -> Counterfactual:
-    """The cluster that erasing the forgotten records leaves: the published key, the members that stay."""
+def after_erasure(pool: Pool) -> Counterfactual:
+    """The cluster that erasing the forgotten records leaves: the published key, the retained members."""
     return Counterfactual(pool.key, pool.of(RETAINED))
 
 
@@ -171,7 +187,7 @@ def halves(models: int, records: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permuted(inside, axis=0)
 
 
-def shadows(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> tuple[Shadows, int, int]:
+def shadow_sets(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> tuple[ShadowSets, int, int]:
     """Tunes a pool's shadows on random halves of it and scores the watched records.
 
     Args:
@@ -184,22 +200,24 @@ def shadows(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> t
     Returns:
         (the scores, slices tuned, images passed).
     """
-    able, stays = pool.roles != VALIDATION, ~np.isin(pool.roles, (FORGOTTEN, VALIDATION))
+    in_shadows, remaining = pool.roles != VALIDATION, np.isin(pool.roles, (RETAINED, OUTSIDE))
     rng = philox(seed, "attack", "halves", pool.key)
-    inside, drawn = (halves(count, len(pool.roles), rng) & able for _ in range(2))
-    for mask in (inside, drawn):  # of a small pool a model may have drawn nobody that stays
-        mask[~(mask & stays).any(axis=1), np.flatnonzero(stays)[0]] = True
+    inside, drawn = (halves(count, len(pool.roles), rng) & in_shadows for _ in range(2))
+    for mask in (inside, drawn):  # in a small pool a draw may have no record that remains after the erasure
+        mask[~(mask & remaining).any(axis=1), np.flatnonzero(remaining)[0]] = True
 
-    def worlds(mask: np.ndarray, first: int) -> list[Counterfactual]:
-        names = (f"{pool.key}/shadow/{seed}/{first + i}" for i in range(count))
+    def counterfactuals(mask: np.ndarray, first: int) -> list[Counterfactual]:
         return [
-            Counterfactual(name, pool.records.take(np.flatnonzero(row))) for name, row in zip(names, mask, strict=True)
+            Counterfactual(f"{pool.key}/shadow/{seed}/{first + i}", pool.records.take(np.flatnonzero(row)))
+            for i, row in enumerate(mask)
         ]
 
-    cast = worlds(inside, 0)
+    clusters = counterfactuals(inside, 0)
     if populations:
-        cast += worlds(inside & stays, 0) + worlds(drawn & stays, count)
-    made, images = tuned(run, with_lanes(run.tuning_spec), cast)
-    margins = scored(run, made, pool.records.take(pool.watched)).margins
-    parts = [margins[low : low + count] for low in (0, count, 2 * count)]
-    return Shadows(inside[:, pool.watched], parts[0], parts[1], drawn[:, pool.watched], parts[2]), len(made), images
+        clusters += counterfactuals(inside & remaining, 0) + counterfactuals(drawn & remaining, count)
+    slices, images = tune_counterfactuals(run, with_lanes(run.tuning_spec), clusters)
+    margins = score(run, slices, pool.records.take(pool.watched)).margins
+    kept, unlearned, never = margins[:count], margins[count : 2 * count], margins[2 * count :]
+    watched = pool.watched
+    sets = ShadowSets(pool.roles[watched], inside[:, watched], kept, unlearned, drawn[:, watched], never)
+    return sets, len(slices), images

@@ -1,7 +1,7 @@
 """What attacks are scored with: margins, ROC curves with their uncertainty, Gaussian likelihoods, permutations.
 
 Everything is NumPy in float64. A margin is the log-odds of the true class, log(p / (1 - p)), which is also
-the correct logit minus the logsumexp of the others; loss and probability follow from it without loss of digits.
+the correct logit minus the logsumexp of the others; the loss follows from it without loss of digits.
 """
 
 import dataclasses
@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy import special, stats
 
-RATES = (0.01, 0.001)  # false positive rates at which the true positive rate is told (Carlini et al., 2022)
-COVERED = 0.95  # of confidence and chance intervals
-DOUBT = 0.005  # an attack has found something where chance alone would do as well less often than this
-ROUNDS = 1000  # deals of a permutation test
-ENOUGH = 8  # values that a standard deviation of one's own takes
+RATES = (0.01, 0.001)  # false positive rates at which true positive rates are reported (Carlini et al., 2022)
+COVERED = 0.95  # of confidence intervals and intervals by chance
+SIGNIFICANT = 0.005  # an attack detects something where chance alone does as well less often than this
+ROUNDS = 1000  # of permutations and bootstraps
+ENOUGH = 8  # values from which a column has a standard deviation of its own
 SMALLEST = 1e-6  # standard deviations are at least so large
 
 
@@ -35,17 +35,14 @@ class Separation:
     """How well a score tells members from others.
 
     Attributes:
-        auc: probability that a member scores higher than another, ties counted half.
-        low, high: its confidence interval (DeLong), clipped to [0, 1].
+        auc: probability that a member scores higher than another, ties counted half, with DeLong's interval.
         p: chance of members scoring at least so much higher if there were no difference (Mann-Whitney).
         accuracy: mean of true positive and true negative rate at the best threshold; at least 0.5, also by chance.
         rates: true positive rates at the false positive rates `RATES`; None where there are too few others to tell.
         members, others: how many were scored.
     """
 
-    auc: float
-    low: float
-    high: float
+    auc: Estimate
     p: float
     accuracy: float
     rates: tuple[Estimate | None, ...]
@@ -55,16 +52,16 @@ class Separation:
 
 @dataclasses.dataclass(frozen=True)
 class Tested:
-    """A statistic, the interval that it lies in by chance, and the chance of reaching it (one-sided).
+    """A statistic, the interval that it lies in by chance, and the chance p of reaching it (one-sided).
 
-    `least` is the smallest such chance that there could have been: with few slices or records no value is unlikely.
+    `smallest_p` is the smallest chance that any value could have had: with few slices or records none is unlikely.
     """
 
     value: float
     low: float
     high: float
     p: float
-    least: float
+    smallest_p: float
 
     def __str__(self) -> str:
         return f"{self.value:.3f} ({self.low:.2f} to {self.high:.2f})"
@@ -73,10 +70,9 @@ class Tested:
 def margins(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """log(p_y / (1 - p_y)) of logits [..., N, Y] and labels int [N]: float64 [..., N]."""
     logits = np.asarray(logits, np.float64)
-    at = np.broadcast_to(labels[..., None], (*logits.shape[:-1], 1))
-    correct = np.take_along_axis(logits, at, axis=-1)[..., 0]
-    others = np.where(np.arange(logits.shape[-1]) == labels[..., None], -np.inf, logits)
-    return correct - special.logsumexp(others, axis=-1)
+    true_class = np.arange(logits.shape[-1]) == labels[..., None]  # [N, Y]
+    correct = np.where(true_class, logits, 0.0).sum(axis=-1)
+    return correct - special.logsumexp(np.where(true_class, -np.inf, logits), axis=-1)
 
 
 def losses(margins: np.ndarray) -> np.ndarray:
@@ -102,7 +98,7 @@ def rate_at(
         members: float [m], scores.
         others: float [n].
         rate: of false positives.
-        counts: independent members and others, where the scores are more than these; by default m and n.
+        counts: independent members and others, where a record has several scores; by default m and n.
 
     Returns:
         None where one false positive is more than the rate already.
@@ -111,15 +107,19 @@ def rate_at(
     if m < 1 or n * rate < 1:
         return None
     false, true = roc(members, others)
-    found = float(true[false <= rate].max())
-    interval = stats.binomtest(round(found * m), m).proportion_ci(COVERED, "exact")
-    return Estimate(found, float(interval.low), float(interval.high))
+    value = float(true[false <= rate].max())
+    interval = stats.binomtest(round(value * m), m).proportion_ci(COVERED, "exact")
+    return Estimate(value, float(interval.low), float(interval.high))
 
 
-def rate_lines(rates: Sequence[Sequence[Estimate | None]]) -> list[tuple[str, ...]]:
+def cell(value: Estimate | Tested | None) -> str:
+    """A value in a table."""
+    return "-" if value is None else str(value)
+
+
+def rate_lines(columns: Sequence[Sequence[Estimate | None]]) -> list[tuple[str, ...]]:
     """Rows of a table: true positive rates at each of `RATES`, a cell for each column."""
-    cells = [["-" if rate is None else str(rate) for rate in column] for column in rates]
-    return [(f"TPR at {rate:.1%} FPR", *(column[i] for column in cells)) for i, rate in enumerate(RATES)]
+    return [(f"TPR at {rate:.1%} FPR", *(cell(column[i]) for column in columns)) for i, rate in enumerate(RATES)]
 
 
 def separation(members: np.ndarray, others: np.ndarray) -> Separation:
@@ -128,9 +128,7 @@ def separation(members: np.ndarray, others: np.ndarray) -> Separation:
     reach = float(stats.norm.ppf(0.5 + COVERED / 2)) * deviation
     false, true = roc(members, others)
     return Separation(
-        auc=auc,
-        low=max(0.0, auc - reach),
-        high=min(1.0, auc + reach),
+        auc=Estimate(auc, max(0.0, auc - reach), min(1.0, auc + reach)),
         p=float(stats.mannwhitneyu(members, others, alternative="greater").pvalue),
         accuracy=float((true + 1.0 - false).max() / 2),
         rates=tuple(rate_at(members, others, rate) for rate in RATES),
@@ -143,13 +141,13 @@ def delong(members: np.ndarray, others: np.ndarray) -> tuple[float, float]:
     """The area under the ROC curve and its standard error (DeLong et al., 1988), by ranks as Sun and Xu (2014)."""
     m, n = len(members), len(others)
     ranks = stats.rankdata(np.concatenate([members, others]))
-    above = (ranks[:m] - stats.rankdata(members)) / n  # share of others below each member
-    below = 1.0 - (ranks[m:] - stats.rankdata(others)) / m  # share of members above each other
-    spread = sum(np.var(part, ddof=1) / len(part) if len(part) > 1 else 0.25 for part in (above, below))
-    return float(above.mean()), float(np.sqrt(spread))
+    below = (ranks[:m] - stats.rankdata(members)) / n  # share of others below each member
+    above = 1.0 - (ranks[m:] - stats.rankdata(others)) / m  # share of members above each other
+    variance = sum(np.var(shares, ddof=1) / len(shares) if len(shares) > 1 else 0.25 for shares in (below, above))
+    return float(below.mean()), float(np.sqrt(variance))
 
 
-def surplus(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Tested:
+def auc_difference(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Tested:
     """By how much one slice's AUC is above another's: a paired permutation test (Bandos et al., 2005).
 
     If neither knows the members better, a record's rank under the one might as well be its rank under the other. What
@@ -162,15 +160,18 @@ def surplus(members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -
     ranks, m = stats.rankdata(np.concatenate([members, others], axis=1), axis=1), members.shape[1]
     exchanged = rng.random((1 + ROUNDS, ranks.shape[1])) < 0.5
     exchanged[0] = False
-    one, other = np.where(exchanged, ranks[1], ranks[0]), np.where(exchanged, ranks[0], ranks[1])
-    sums = (stats.rankdata(part, axis=1)[:, :m].sum(axis=1) for part in (one, other))  # halves: exact
-    return tested((next(sums) - next(sums)) / (m * others.shape[1]))
+
+    def rank_sums(scores: np.ndarray) -> np.ndarray:
+        return stats.rankdata(scores, axis=1)[:, :m].sum(axis=1)  # multiples of a half: exact
+
+    difference = rank_sums(np.where(exchanged, ranks[1], ranks[0])) - rank_sums(np.where(exchanged, ranks[0], ranks[1]))
+    return tested(difference / (m * others.shape[1]))
 
 
 def clustered_auc(
     members: Sequence[np.ndarray], others: Sequence[np.ndarray], rng: np.random.Generator
 ) -> Estimate | None:
-    """The area under the ROC curve of scores of which a record gives several, by a bootstrap over records.
+    """The area under the ROC curve where each record has several scores, by a bootstrap over records.
 
     Args:
         members, others: for each of n records its scores as a member and as none, float [any].
@@ -179,23 +180,29 @@ def clustered_auc(
     Returns:
         None where no record has scores of both kinds; records that do not are left out.
     """
-    pairs = [(one, other) for one, other in zip(members, others, strict=True) if len(one) and len(other)]
+    pairs = [(inside, outside) for inside, outside in zip(members, others, strict=True) if len(inside) and len(outside)]
     if not pairs:
         return None
-    sizes = np.array([(len(one), len(other)) for one, other in pairs], np.float64)  # [n, 2]
-    flat, n = np.concatenate([other for _, other in pairs]), len(pairs)
-    owner = np.repeat(np.arange(n), sizes[:, 1].astype(int))
-    wins = [((one[:, None] > flat) + 0.5 * (one[:, None] == flat)).sum(axis=0) for one, _ in pairs]
-    table = np.stack([np.bincount(owner, row, n) for row in wins])  # [n, n], one's members above another's others
+    sizes = np.array([(len(inside), len(outside)) for inside, outside in pairs], np.float64)  # [n, 2]
+    flat, n = np.concatenate([outside for _, outside in pairs]), len(pairs)
+    record = np.repeat(np.arange(n), sizes[:, 1].astype(int))
+    wins = [((inside[:, None] > flat) + 0.5 * (inside[:, None] == flat)).sum(axis=0) for inside, _ in pairs]
+    table = np.stack([np.bincount(record, row, n) for row in wins])  # [n, n], one's members above another's others
     weights = np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), ROUNDS)])
     areas = ((weights @ table) * weights).sum(axis=1) / (weights @ sizes).prod(axis=1)
     low, high = np.quantile(areas[1:], [0.5 - COVERED / 2, 0.5 + COVERED / 2])
     return Estimate(float(areas[0]), float(low), float(high))
 
 
-def gaussian(values: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:
-    """Log-density of a normal distribution, without its constant."""
-    return -0.5 * ((values - mean) / deviation) ** 2 - np.log(deviation)
+def log_ratio(
+    values: np.ndarray, first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> np.ndarray:
+    """Log-likelihood ratio of values under two Gaussians, each given by mean and standard deviation."""
+
+    def log_density(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:  # without its constant
+        return -0.5 * ((values - mean) / deviation) ** 2 - np.log(deviation)
+
+    return log_density(*first) - log_density(*second)
 
 
 def moments(values: np.ndarray, valid: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,11 +248,11 @@ def permuted(
     for stratum in np.unique(strata):
         inside = strata == stratum
         deals[1:, inside] = rng.permuted(deals[1:, inside], axis=1)
-    return np.concatenate([statistic(part) for part in np.array_split(deals, 20)])  # in pieces, for the memory
+    return np.concatenate([statistic(rows) for rows in np.array_split(deals, 20)])  # in pieces, for the memory
 
 
 def tested(values: np.ndarray) -> Tested:
     """A statistic float [1 + rounds], as it is in front and under permutations, tested for being too large."""
     low, high = np.quantile(values[1:], [0.5 - COVERED / 2, 0.5 + COVERED / 2])
-    least = float((values >= values.max()).mean())
-    return Tested(float(values[0]), float(low), float(high), float((values >= values[0]).mean()), least)
+    smallest = float((values >= values.max()).mean())
+    return Tested(float(values[0]), float(low), float(high), float((values >= values[0]).mean()), smallest)
