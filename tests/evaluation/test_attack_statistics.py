@@ -8,11 +8,9 @@ from scipy import special, stats
 from scipy.spatial.distance import cdist
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from lmeraser_jax.evaluation.attacks import forgetting, membership, relearn, routing, statistics
-from lmeraser_jax.evaluation.attacks.klom import BINS, EMPTY, KlomPair, klom
-from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, RETAINED, VALIDATION
-from lmeraser_jax.evaluation.attacks.shadows import Shadows, halves
-from lmeraser_jax.evaluation.attacks.ulira import PopulationPair, ulira
+from lmeraser_jax.evaluation.attacks import membership, relearn, routing, statistics
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, RETAINED, VALIDATION, ShadowSets, halves
+from lmeraser_jax.evaluation.attacks.unlearned import BINS, EMPTY, KlomPair, PopulationPair, klom, klom_pair, ulira
 
 
 def area(shift):

@@ -67,7 +67,7 @@ def test_ragged_batches_and_neighbours_change_nothing_and_compile_nothing(run):
     images = run.images[run.catalog.live("test", "train").rows]
     model = predict.load_model(run)
     whole = predict.predict(model, images)
-    program = predict.compiled(run.tuning_spec, 1, run.mesh)
+    program = predict.compiled(run.tuning_spec, model.routing, run.mesh)
     traces = program._cache_size()
     for count in (1, 5, 16, 17, 33):
         part = predict.predict(model, images[:count])

@@ -97,14 +97,13 @@ def test_nothing_of_a_quarantined_cluster_reaches_an_answer(run, nearest):
     clean, out = predict.predict(model, images), model.keys.index(cluster_of(run, name))
 
     def poisoned(k):
-        stack = jax.tree.map(lambda leaf: leaf.at[k].set(np.nan), model.stack)
-        return predict.predict(
-            dataclasses.replace(model, stack=stack, prototypes=model.prototypes.at[k].set(np.nan)), images
-        )
+        stack = jax.tree.map(lambda leaf: leaf.at[k].set(np.nan), model.arrays.stack)
+        arrays = model.arrays._replace(stack=stack, prototypes=model.arrays.prototypes.at[k].set(np.nan))
+        return predict.predict(dataclasses.replace(model, arrays=arrays), images)
 
     assert bits(poisoned(out)) == bits(clean) and np.isfinite(clean.probabilities).all()
     assert bits(poisoned((out + 1) % len(model.keys))) != bits(clean), "the poison works"
-    assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.stack)), "its slice is not even loaded"
+    assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.arrays.stack)), "its slice is not even loaded"
 
 
 def test_with_fewer_healthy_clusters_than_asked_for_the_mean_is_over_those(run):
@@ -166,7 +165,7 @@ def test_publishing_lifts_the_quarantine_and_loads_only_what_changed(run, monkey
         predictor(images)
         requests.accept(run.catalog, [name], quarantine=True)
         state = predictor.follow()
-        held = [np.asarray(leaf[state.keys.index(key)]) for leaf in jax.tree.leaves(state.stack)]
+        held = [np.asarray(leaf[state.keys.index(key)]) for leaf in jax.tree.leaves(state.arrays.stack)]
         assert not any(leaf.any() for leaf in held), "still in memory"
         monkeypatch.setattr(predict, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
         erase.process(run)
@@ -175,7 +174,7 @@ def test_publishing_lifts_the_quarantine_and_loads_only_what_changed(run, monkey
         assert key in {found.keys[k] for k in found.clusters[:, 0]}
         model = predictor.follow()
     new = load_slice(run, loaded[0])
-    pairs = zip(jax.tree.leaves(model.stack), jax.tree.leaves(new), strict=True)
+    pairs = zip(jax.tree.leaves(model.arrays.stack), jax.tree.leaves(new), strict=True)
     assert all(np.array_equal(leaf[model.keys.index(key)], part) for leaf, part in pairs)
     assert bits(found) == bits(fresh(run, images))
 
@@ -200,7 +199,7 @@ def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_fo
     wanted = predict.load_model(run)
     assert bits(found) == bits(fresh(run, images)) and model.keys == wanted.keys != clustering.keys
     chex.assert_trees_all_equal(
-        (model.stack, model.prototypes, model.present), (wanted.stack, wanted.prototypes, wanted.present)
+        (model.arrays.stack, model.arrays.prototypes, model.arrays.present), (wanted.arrays.stack, wanted.arrays.prototypes, wanted.arrays.present)
     )
 
 
@@ -267,7 +266,7 @@ def test_nothing_is_compiled_anew_for_a_mask_or_another_slice(run, monkeypatch):
     images, names = images_of(run), unsampled(run, 3)
     traced = chex.assert_max_traces(predict.routed_probabilities, 1)
     monkeypatch.setattr(predict, "routed_probabilities", traced)
-    caches = (predict.compiled, predict._placed)
+    caches = (predict.compiled, predict._place_program)
     for cache in caches:
         cache.cache_clear()
     try:
@@ -277,7 +276,7 @@ def test_nothing_is_compiled_anew_for_a_mask_or_another_slice(run, monkeypatch):
             predictor(images)
             erase.process(run)
             predictor(images)
-        assert predict._placed(run.mesh)._cache_size() == 1
+        assert predict._place_program(run.mesh)._cache_size() == 1
     finally:
         for cache in caches:
             cache.cache_clear()
@@ -301,7 +300,7 @@ def test_a_state_that_is_replaced_while_it_is_read_is_read_again(run, monkeypatc
     assert (run.catalog.manifest().clustering != clustering) == sampled
     wanted = predict.load_model(run)
     assert (model.keys, model.refs) == (wanted.keys, wanted.refs)
-    chex.assert_trees_all_equal((model.stack, model.prototypes), (wanted.stack, wanted.prototypes))
+    chex.assert_trees_all_equal((model.arrays.stack, model.arrays.prototypes), (wanted.arrays.stack, wanted.arrays.prototypes))
 
 
 def test_what_is_accepted_while_a_state_is_loaded_is_noticed(run, monkeypatch):

@@ -166,7 +166,7 @@ def literal_answers(run, images) -> np.ndarray:
     pixels, found = centred(jnp.asarray(images), run.spec), []
     for key in load_model(run).keys:
         part = load_slice(run, manifest.entries[key])
-        width = run.config.tuning.border
+        width = run.config.tuning.active_prompt_width
         prompt = (
             place_prompt(jnp.asarray(part.prompt), config.image_size, width, config.channels)[None] if width else 0.0
         )
@@ -222,7 +222,7 @@ def test_quarantine_silences_the_common_head_and_every_erasure_makes_it_again(bu
         before = predictor.state.common_ref
         one = run.catalog.live("train").ids[5]
         accepted = erase.request_erasure(run, [one], quarantine=True, defer=True)
-        assert before and predictor.follow().common_ref == "" and predictor.state.common is None
+        assert before and predictor.follow().common_ref == "" and predictor.state.arrays.common is None
         erase.process(run)
         assert predictor.follow().common_ref not in ("", before)
         shown = overview(run.layout, run.catalog, run.config)
@@ -403,12 +403,12 @@ def test_the_passes_of_an_answer_are_those_that_the_program_makes(
 
     with small_run(folder, config=config) as run:
         model = load_model(run)
-        clusters = model.stack, model.prototypes, model.present  # padded: an empty place must pass nothing
-        draws = None if config.clustering.partition == "adaptive" else np.zeros((2, len(model.present)), np.float32)
+        draws = None  # the stack is padded: an empty place must pass nothing
+        if config.clustering.partition != "adaptive":
+            draws = np.zeros((2, len(model.arrays.present)), np.float32)
         monkeypatch.setattr(backbone_lib, "features", features)
         with jax.disable_jit():
-            asked = (run.tuning_spec, model.question, model.params, *clusters, model.common)
-            predict_module.routed_probabilities(*asked, run.images[:2], draws)
+            predict_module.routed_probabilities(run.tuning_spec, model.routing, model.arrays, run.images[:2], draws)
         assert sum(counted) / 2 == passes(run, len(model.keys)) == expected
 
 
