@@ -96,14 +96,14 @@ def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") ->
     """
     import numpy as np
 
-    from lmeraser_jax.data.decode import decoded
+    from lmeraser_jax.data.decode import decode_all
     from lmeraser_jax.evaluation import predict
     from lmeraser_jax.unlearning.run import open_run
 
     with open_run(workdir) as run:
         shape = run.spec.height, run.spec.width, run.spec.channels
         if not isinstance(images, np.ndarray):
-            images = decoded([Path(file) for file in images], *shape, run.config.data.max_pixels)
+            images = decode_all([Path(file) for file in images], *shape, run.config.data.max_pixels)
         if images.dtype != np.uint8 or images.shape[1:] != shape:
             legal = ", ".join(map(str, shape))
             raise UserError(f"images: {images.dtype} {list(images.shape)}: must be uint8 [N, {legal}], or image files")

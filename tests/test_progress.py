@@ -1,10 +1,8 @@
-"""Progress: a bar on a terminal, lines elsewhere and where tqdm is missing."""
+"""Progress: a bar on a terminal, lines elsewhere, nothing in a silent process."""
 
 import io
 import subprocess
 import sys
-
-import pytest
 
 from lmeraser_jax import progress as module
 from lmeraser_jax.progress import progress
@@ -16,7 +14,7 @@ class Terminal(io.StringIO):
 
 
 def written(monkeypatch, stream: io.StringIO) -> str:
-    """What two of three units of work show on this standard error."""
+    """The output of two of three units of work on this standard error."""
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(module, "SECONDS_BETWEEN_LINES", 0.0)
     with progress("tune", 3) as shown:
@@ -25,25 +23,22 @@ def written(monkeypatch, stream: io.StringIO) -> str:
     return stream.getvalue()
 
 
-def test_lines_where_there_is_no_terminal(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)  # not even looked for
+def test_lines_are_printed_where_there_is_no_terminal(monkeypatch):
     first, second = written(monkeypatch, io.StringIO()).splitlines()
     assert first.startswith("tune: 1/3 ") and second.startswith("tune: 2/3 loss 0.5 about ")
 
 
-def test_lines_on_a_terminal_without_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    first, second = written(monkeypatch, Terminal()).splitlines()
-    assert first.startswith("tune: 1/3 ") and second.startswith("tune: 2/3 loss 0.5 about ")
-
-
-def test_a_bar_on_a_terminal(monkeypatch):
-    pytest.importorskip("tqdm", reason="the bar needs tqdm")
+def test_a_terminal_shows_a_bar(monkeypatch):
     text = written(monkeypatch, Terminal())
     assert "tune:" in text and "0/3" in text and "about" not in text
 
 
-def test_tqdm_is_not_imported_before_it_is_needed():
+def test_a_silent_process_prints_nothing(monkeypatch):
+    monkeypatch.setattr(module, "_silent", True)
+    assert written(monkeypatch, io.StringIO()) == "" == written(monkeypatch, Terminal())
+
+
+def test_tqdm_is_imported_for_a_bar_only():
     code = "import sys; from lmeraser_jax.progress import progress\nwith progress('a', 1) as p: p.advance(1)\n"
     code += "assert 'tqdm' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.PIPE)

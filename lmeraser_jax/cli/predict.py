@@ -23,7 +23,7 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.data import folder
-    from lmeraser_jax.data.decode import decoded
+    from lmeraser_jax.data.decode import decode_all
     from lmeraser_jax.evaluation.serving import Predictor
     from lmeraser_jax.unlearning.run import open_run
 
@@ -31,7 +31,7 @@ def run(arguments: common.Arguments) -> int:
     with open_run(workdir, config) as run_:
         common.warn_if_unfinished(run_)
         spec = run_.spec
-        images = decoded(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
+        images = decode_all(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
         found = Predictor(run_)(images)
         rows = [
             {

@@ -38,12 +38,12 @@ def run(arguments: common.Arguments) -> int:
         raise UserError(f"{FLAG}=NAME is missing: the name of a TFDS data set, such as cifar10")
     from lmeraser_jax.data import tfds, tfds_paths
 
-    folder = tfds_paths.located(dataset, data_dir, FLAG)
+    folder = tfds_paths.find(dataset, data_dir, FLAG)
     new = folder is None
     if folder is None:
-        folder = _prepare(dataset, tfds_paths.root(data_dir))
-    prepared = tfds.opened(folder)
-    classes = prepared.fields().class_names
+        folder = _prepare(dataset, tfds_paths.data_folder(data_dir))
+    prepared = tfds.open_prepared(folder)
+    classes = prepared.fields.class_names
     following = _next(dataset, data_dir, prepared.name)
     lines = [
         f"{prepared.name} {'is prepared' if new else 'was prepared before, nothing changed'}: {folder}",
@@ -83,7 +83,7 @@ def _prepare(dataset: str, root: Path) -> Path:
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length
     builder = _builder(dataset, root)
-    tfds.fields(dataset, builder.info)  # before hours of download
+    tfds.find_fields(dataset, builder.info)  # before hours of download
     import tensorflow_datasets
 
     print(f"preparing {dataset} in {root}; servers that do not answer are asked for minutes", file=sys.stderr)
@@ -96,7 +96,7 @@ def _prepare(dataset: str, root: Path) -> Path:
             builder.download_and_prepare(file_format="array_record", download_config=options)
     except Exception as error:  # a builder may raise anything
         raise UserError(_failure(dataset, root, builder, error)) from error
-    folder = tfds_paths.located(dataset, str(root), FLAG)
+    folder = tfds_paths.find(dataset, str(root), FLAG)
     assert folder is not None, builder.data_dir
     return folder
 
@@ -107,10 +107,8 @@ def _builder(dataset: str, root: Path) -> Any:
 
     from lmeraser_jax.data import tfds_paths
 
-    name, config, _ = tfds_paths.parsed(dataset, FLAG)
-    known = tfds_paths.known_names()
-    if name not in known:
-        raise tfds_paths.unknown(name, FLAG, "", known)
+    name, config, _ = tfds_paths.parse(dataset, FLAG)
+    tfds_paths.check_name(name, FLAG)
     if absent := missing():
         raise UserError(
             f"writing {dataset} needs {' and '.join(absent)}: python -m pip install 'lmeraser_jax[prepare]'"

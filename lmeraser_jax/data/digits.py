@@ -23,7 +23,8 @@ def load() -> Source:
     items = []
     for i, label in enumerate(digits.target):
         run = i // RUN
-        split = "public" if run % 2 == 0 else "test" if i % 3 == 0 else "train"
+        private = "test" if i % 3 == 0 else "train"
+        split = "public" if run % 2 == 0 else private
         items.append(Item(f"digit-{i:04d}", split, int(label), f"hand-{run:03d}"))
     names = tuple(str(name) for name in digits.target_names)
     return Source("digits", names, (8, 8, 1), items, lambda start, stop: Pixels(images[start:stop]))

@@ -7,8 +7,8 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 
-FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "store_size", "store_width")
-ONLY = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(FOLDERS, ("folder", "tfds"))
+IN_FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "store_size", "store_width")
+SOURCES_OF = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(IN_FOLDERS, ("folder", "tfds"))
 
 
 def load(data: Data, own_test: bool = True) -> Source:
@@ -19,14 +19,21 @@ def load(data: Data, own_test: bool = True) -> Source:
         own_test: an .npz must have test images unless `data.test_share` draws some.
 
     Raises:
-        UserError: a source that cannot be used, a setting that it does not take, a pattern without a match.
+        UserError: a source that cannot be used, a setting that it would ignore, a pattern without a match.
     """
-    _refuse_foreign(data)
-    source = _opened(data, own_test and not data.test_share)
+    raise_all(
+        [
+            f"--config.data.{name}={value}: goes with data.source={' or '.join(sources)}, not {data.source}"
+            for name, sources in SOURCES_OF.items()
+            if (value := getattr(data, name)) and data.source not in sources
+        ]
+    )
+    source = _open(data, own_test and not data.test_share)
     return _with_owners(source, data.owner_pattern) if data.owner_pattern else source
 
 
-def _opened(data: Data, own_test: bool) -> Source:
+def _open(data: Data, own_test: bool) -> Source:
+    """Imports the source's module when it is used: TFDS and scikit-learn take a while."""
     if data.source == "npz":
         from lmeraser_jax.data import npz
 
@@ -44,26 +51,15 @@ def _opened(data: Data, own_test: bool) -> Source:
     return digits.load()
 
 
-def _refuse_foreign(data: Data) -> None:
-    """A setting that the source would ignore is a mistake."""
-    raise_all(
-        [
-            f"--config.data.{name}={getattr(data, name)}: goes with data.source={' or '.join(taken)}, not {data.source}"
-            for name, taken in ONLY.items()
-            if getattr(data, name) and data.source not in taken
-        ]
-    )
-
-
 def _with_owners(source: Source, pattern: str) -> Source:
     """Owners from ids; an id that does not match keeps the owner it has."""
-    search, items, found = re.compile(pattern).search, [], False
+    search, items, matched = re.compile(pattern).search, [], False
     for item in source.items:
         match = search(item.id)
         owner = "/".join(filter(None, match.groups())) if match else ""
-        found = found or bool(owner)
+        matched = matched or bool(owner)
         items.append(item._replace(owner=owner) if owner else item)
-    if not found:
-        few = join_limited(item.id for item in source.items[:3])
-        raise UserError(f"--config.data.owner_pattern={pattern!r} finds no owner in any id; ids look like: {few}")
+    if not matched:
+        examples = join_limited(item.id for item in source.items[:3])
+        raise UserError(f"--config.data.owner_pattern={pattern!r} finds no owner in any id; ids look like: {examples}")
     return dataclasses.replace(source, items=items)

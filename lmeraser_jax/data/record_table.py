@@ -37,18 +37,9 @@ class RecordTable:
 
     def take(self, index: np.ndarray) -> "RecordTable":
         """The records at the given positions, in that order."""
-
-        def pick(column: tuple[str, ...]) -> tuple[str, ...]:
-            return tuple(column[i] for i in index)
-
-        return RecordTable(
-            pick(self.ids),
-            self.rows[index],
-            self.labels[index],
-            pick(self.owners),
-            pick(self.contents),
-            pick(self.clusters),
-        )
+        texts = (tuple(column[i] for i in index) for column in (self.ids, self.owners, self.contents, self.clusters))
+        ids, owners, contents, clusters = texts
+        return RecordTable(ids, self.rows[index], self.labels[index], owners, contents, clusters)
 
     def plus(self, other: "RecordTable") -> "RecordTable":
         """The records of both, sorted by id."""
@@ -66,9 +57,7 @@ class RecordTable:
 
     def without(self, ids: frozenset[str]) -> "RecordTable":
         """The records whose id is not among `ids`."""
-        if not ids:
-            return self
-        return self.take(np.array([i for i, name in enumerate(self.ids) if name not in ids], np.int64))
+        return self.take(np.array([i for i, name in enumerate(self.ids) if name not in ids], np.int64)) if ids else self
 
 
 def check_pixel_hashes(images: np.ndarray, records: RecordTable) -> None:
@@ -82,10 +71,10 @@ def check_pixel_hashes(images: np.ndarray, records: RecordTable) -> None:
         UserError: names them.
     """
     pairs = zip(records.ids, records.rows, records.contents, strict=True)
-    rotten = [name for name, row, content in pairs if content_hash(images[row]) != content]
-    if rotten:
+    changed = [name for name, row, content in pairs if content_hash(images[row]) != content]
+    if changed:
         raise UserError(
-            f"the stored pixels of {len(rotten)} records are not those that were imported: {join_limited(rotten, 50)};"
-            " read them from the source again with lmeraser train --reimport, or erase"
+            f"the stored pixels of {len(changed)} records are not those that were imported:"
+            f" {join_limited(changed, 50)}; read them from the source again with lmeraser train --reimport, or erase"
             " these records with lmeraser unlearn"
         )

@@ -6,8 +6,9 @@ of the base split. So the id of an image never depends on how the splits are cut
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +37,7 @@ class Span(NamedTuple):
     stop: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Fields:
+class Fields(NamedTuple):
     """Which features hold image and label; height, width or channels are None where images differ."""
 
     image: str
@@ -53,27 +53,33 @@ class Prepared:
     name: str
     folder: Path
     builder: Any
+    readers: dict[str, Any] = dataclasses.field(default_factory=dict)  # one for each base split that has been read
 
     @property
     def sizes(self) -> dict[str, int]:
         """Number of images of every base split."""
         return {name: split.num_examples for name, split in self.builder.info.splits.items()}
 
+    @functools.cached_property
     def fields(self) -> Fields:
-        return fields(self.name, self.builder.info)
+        return find_fields(self.name, self.builder.info)
 
-    def reader(self, split: str) -> Any:
-        """Random access to the serialized records of a base split."""
+    def records(self, split: str, start: int, stop: int) -> Sequence[bytes]:
+        """Serialized records start..stop of a base split; no file stays open: large sets have too many."""
         import tensorflow_datasets as tfds
 
         try:
-            return self.builder.as_data_source(split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-        except (RuntimeError, OSError, ValueError) as error:
-            raise self.damaged(f"split {split}: {error}") from error
+            if split not in self.readers:
+                raw = tfds.decode.DeserializeMethod.RAW_BYTES
+                self.readers[split] = self.builder.as_data_source(split, deserialize_method=raw)
+            with self.readers[split].data_source:
+                return self.readers[split].__getitems__(list(range(start, stop)))
+        except (RuntimeError, OSError, IndexError, ValueError) as error:  # array_record's, over damaged or absent files
+            raise self.damaged(f"{split}[{start}:{stop}]: {error}") from error
 
-    def damaged(self, what: str) -> UserError:
+    def damaged(self, fault: str) -> UserError:
         return UserError(
-            f"{self.name} in {self.folder} cannot be read: {what}; if its files are damaged, remove this folder and"
+            f"{self.name} in {self.folder} cannot be read: {fault}; if its files are damaged, remove this folder and"
             f" prepare the data set again with: {tfds_paths.command(self.name.rpartition('/')[0])}"
         )
 
@@ -88,15 +94,14 @@ def load(data: Data) -> Source:
         UserError: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
             labels that are hidden.
     """
-    prepared = opened(tfds_paths.required(data.dataset, data.path))
-    fields = prepared.fields()
-    spans = [span for span in _limited(_spans(prepared, data), data) if span.stop > span.start]
-    readers = {split: prepared.reader(split) for split in dict.fromkeys(span.split for span in spans)}
-    items = _items(prepared, fields, readers, spans, data)
+    prepared = open_prepared(tfds_paths.require(data.dataset, data.path))
+    fields = prepared.fields
+    spans = [span for span in _limit(_spans(prepared, data), data) if span.stop > span.start]
+    items = _items(prepared, spans, data)
     height, width = _stored_size(fields, data)
     channels = 1 if fields.shape[2] == 1 else 3
     ends = list(itertools.accumulate(span.stop - span.start for span in spans))
-    parser = _Parser(prepared, (fields.image,))
+    parse = _parser(prepared, (fields.image,))
 
     def read(start: int, stop: int) -> Pixels:
         files: list[bytes] = []
@@ -104,14 +109,14 @@ def load(data: Data) -> Source:
             shift = span.stop - end  # from a position in `items` to one in the base split
             first, last = max(start + shift, span.start), min(stop + shift, span.stop)
             if first < last:
-                records = _records(prepared, readers, span.split, first, last)
-                files += [(parser(record) or {}).get(fields.image, b"") for record in records]
+                records = prepared.records(span.split, first, last)
+                files += [(parse(record) or {}).get(fields.image, b"") for record in records]
         return decode(files, height, width, channels, data.max_pixels)
 
     return Source(prepared.name, fields.class_names, (height, width, channels), items, read)
 
 
-def opened(folder: Path) -> Prepared:
+def open_prepared(folder: Path) -> Prepared:
     """Opens a prepared data set.
 
     Raises:
@@ -124,16 +129,17 @@ def opened(folder: Path) -> Prepared:
         formats = {kind.value for kind in builder.info.available_file_formats()}
     except Exception as error:  # TFDS has no one exception for damaged descriptions
         raise UserError(f"{folder} holds no readable TFDS data set: {type(error).__name__}: {error}") from error
+    name = str(builder.info.full_name)
     if "array_record" not in formats:
         raise UserError(
-            f"{folder} keeps {builder.info.full_name} as {join_limited(sorted(formats)) or 'nothing'}, which cannot"
-            " be read without TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as"
-            f" array_record with: {tfds_paths.command(str(builder.info.full_name).rpartition('/')[0])}"
+            f"{folder} keeps {name} as {join_limited(sorted(formats)) or 'nothing'}, which cannot be read without"
+            " TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as array_record with:"
+            f" {tfds_paths.command(name.rpartition('/')[0])}"
         )
-    return Prepared(str(builder.info.full_name), folder, builder)
+    return Prepared(name, folder, builder)
 
 
-def fields(name: str, info: Any) -> Fields:
+def find_fields(name: str, info: Any) -> Fields:
     """Finds the image and the label among the features of a data set (a `tfds.core.DatasetInfo`).
 
     Raises:
@@ -141,18 +147,20 @@ def fields(name: str, info: Any) -> Fields:
     """
     import tensorflow_datasets as tfds
 
-    features, problems = dict(info.features), []
-    keys = [key for key in (info.supervised_keys or ()) if isinstance(key, str)]
+    features, problems, chosen = dict(info.features), [], []
+    supervised = [key for key in (info.supervised_keys or ()) if isinstance(key, str)]
     images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
     plain = [key for key in images if not isinstance(features[key], tfds.features.LabeledImage)]
     labels = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
-    image, label = _chosen(plain, keys, "image"), _chosen(labels, keys, "label")
-    has = join_limited(f"{key} ({type(kind).__name__})" for key, kind in sorted(features.items()))
-    for kind, found, chosen in (("image", plain, image), ("class label", labels, label)):
-        if not chosen:
-            which = f"several features of the kind {kind}, none the main one" if found else f"no {kind}"
-            problems.append(f"{name} is no image classification set: it has {which}; its features: {has}")
+    for kind, keys, usual in (("image", plain, "image"), ("class label", labels, "label")):
+        ranked = [key for key in (*supervised, usual) if key in keys]
+        if not ranked and len(keys) != 1:
+            has = join_limited(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
+            fault = f"several features of the kind {kind}, none the main one" if keys else f"no {kind}"
+            problems.append(f"{name} is no image classification set: it has {fault}; its features: {has}")
+        chosen += (ranked or keys)[:1]
     raise_all(problems)
+    image, label = chosen
     shape, dtype = features[image].shape, np.dtype(features[image].np_dtype)
     if len(shape) != 3 or dtype != np.uint8:
         raise UserError(
@@ -160,12 +168,6 @@ def fields(name: str, info: Any) -> Fields:
             " uint8 [height, width, channels] is needed"
         )
     return Fields(image, label, (shape[0], shape[1], shape[2]), tuple(features[label].names))
-
-
-def _chosen(found: Sequence[str], supervised: Sequence[str], usual: str) -> str:
-    """The feature that TFDS names as input or target, else the one with the usual name, else the only one, or ""."""
-    ranked = [key for key in (*supervised, usual) if key in found]
-    return ranked[0] if ranked else found[0] if len(found) == 1 else ""
 
 
 def _stored_size(fields: Fields, data: Data) -> tuple[int, int]:
@@ -182,39 +184,34 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
     """The roles' splits in absolute numbers. Raises `UserError` naming all that do not exist, are empty or overlap."""
     import tensorflow_datasets as tfds
 
-    sizes, spans, problems = prepared.sizes, [], []
+    sizes, flags, problems = prepared.sizes, {}, []
+    spans: list[Span] = []
     has = join_limited(f"{name} ({count})" for name, count in sizes.items()) or "none"
-    for role in DEFAULTS:
-        spec = _spec(role, data, sizes)
+    for role, default in DEFAULTS.items():
+        if role == "test" and (data.test_share or "test" not in sizes):
+            default = ""  # where test images are drawn, the set's own test split is left alone
+        spec = getattr(data, f"{role}_split") or default
         if not spec:
             continue
-        flag = f"--config.data.{role}_split={spec}"
+        flags[role] = f"--config.data.{role}_split={spec}"
         try:
             cuts = tfds.core.ReadInstruction.from_spec(spec).to_absolute(prepared.builder.info.splits)
         except (ValueError, NotImplementedError) as error:
             reason = str(error).strip().splitlines()[-1].partition(". ")[0]  # without links
-            problems.append(f"{flag} cannot be used: {reason.rstrip('.')}; {prepared.name} has the splits {has}")
+            problems.append(f"{flags[role]} cannot be used: {reason.rstrip('.')}; {prepared.name} has the splits {has}")
             continue
-        new = [Span(role, cut.splitname, cut.from_ or 0, _end(cut.to, sizes[cut.splitname])) for cut in cuts]
-        if not any(span.stop > span.start for span in new):
-            problems.append(f"{flag} holds no image; {prepared.name} has the splits {has}")
-        spans += new
-    raise_all(problems or _overlaps(spans, data, sizes))
+        for cut in cuts:
+            stop = sizes[cut.splitname] if cut.to is None else cut.to
+            spans.append(Span(role, cut.splitname, cut.from_ or 0, stop))
+        if not any(span.stop > span.start for span in spans if span.role == role):
+            problems.append(f"{flags[role]} holds no image; {prepared.name} has the splits {has}")
+    raise_all(problems)
+    raise_all(_overlaps(spans, flags))
     return spans
 
 
-def _spec(role: str, data: Data, sizes: dict[str, int]) -> str:
-    """The split of a role, "" for none; the set's own test split is left alone where test images are to be drawn."""
-    default = "" if role == "test" and (data.test_share or "test" not in sizes) else DEFAULTS[role]
-    return getattr(data, f"{role}_split") or default
-
-
-def _end(to: int | None, size: int) -> int:
-    return size if to is None else to
-
-
-def _overlaps(spans: Sequence[Span], data: Data, sizes: dict[str, int]) -> list[str]:
-    """A line for every two specs that share images: an image that was trained on must not be tested on."""
+def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
+    """A line for every two roles that share images: an image that was trained on must not be tested on."""
     shared: dict[tuple[str, str], list[Span]] = {}
     for one, other in itertools.combinations(spans, 2):
         start, stop = max(one.start, other.start), min(one.stop, other.stop)
@@ -222,17 +219,18 @@ def _overlaps(spans: Sequence[Span], data: Data, sizes: dict[str, int]) -> list[
             shared.setdefault((one.role, other.role), []).append(Span("", one.split, start, stop))
     problems = []
     for (one, other), common in shared.items():
-        first, second = (f"--config.data.{role}_split={_spec(role, data, sizes)}" for role in (one, other))
         count = sum(span.stop - span.start for span in common)
         where = join_limited(f"{span.split}[{span.start}:{span.stop}]" for span in common)
         if one == other:
-            problems.append(f"{first} names {count} images twice: {where}")
+            problems.append(f"{flags[one]} names {count} images twice: {where}")
         else:
-            problems.append(f"{first} and {second} share {count} images: {where}; an image has one role only")
+            problems.append(
+                f"{flags[one]} and {flags[other]} share {count} images: {where}; an image has one role only"
+            )
     return problems
 
 
-def _limited(spans: Sequence[Span], data: Data) -> Iterator[Span]:
+def _limit(spans: Sequence[Span], data: Data) -> Iterator[Span]:
     """The spans cut to the first so many images of train and test, as the import would: nothing is read in vain."""
     left = {"train": data.train_limit, "test": data.test_limit}
     left = {role: limit for role, limit in left.items() if limit}
@@ -243,48 +241,48 @@ def _limited(spans: Sequence[Span], data: Data) -> Iterator[Span]:
         yield span
 
 
-def _items(
-    prepared: Prepared, fields: Fields, readers: dict[str, Any], spans: Sequence[Span], data: Data
-) -> list[Item]:
+def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
     """Ids and labels of all spans, in their order."""
-    own = _own_id(prepared)
-    parser = _Parser(prepared, (fields.label, own) if own else (fields.label,))
+    id_feature, label_feature = _id_feature(prepared), prepared.fields.label
+    parse = _parser(prepared, [name for name in (label_feature, id_feature) if name])
     items, damaged, hidden = [], [], dict.fromkeys(spans, 0)
     with progress(f"{prepared.name}: labels", sum(span.stop - span.start for span in spans)) as shown:
         for span in spans:
             for first in range(span.start, span.stop, PIECE):
                 last = min(first + PIECE, span.stop)
-                for index, record in enumerate(_records(prepared, readers, span.split, first, last), first):
-                    values = parser(record)
+                for index, record in enumerate(prepared.records(span.split, first, last), first):
+                    values = parse(record)
                     if values is None:
                         damaged.append(f"{span.split}[{index}]")
                         continue
-                    label = int(values[fields.label])
+                    label = int(values[label_feature])
                     hidden[span] += label < 0
-                    name = _text(values[own]) if own else index
+                    name = _text(values[id_feature]) if id_feature else index
                     items.append(Item(f"{span.split}/{name}", span.role, label))
                 shown.advance(last - first)
     if damaged:
         raise prepared.damaged(f"no whole records: {join_limited(damaged)}")
-    raise_all([_hidden(prepared, fields, span, count, data) for span, count in hidden.items() if count])
+    raise_all([_hidden_labels(prepared, span, count, data) for span, count in hidden.items() if count])
     return items
 
 
-def _hidden(prepared: Prepared, fields: Fields, span: Span, count: int, data: Data) -> str:
+def _hidden_labels(prepared: Prepared, span: Span, count: int, data: Data) -> str:
     """What to do about a split without labels, such as the test split of a competition."""
-    sizes, flag = prepared.sizes, f"--config.data.{span.role}_split="
     taken = {other.split for other in _spans(prepared, data)}
-    free = [name for name in sorted(sizes, key=lambda name: name != "validation") if name not in taken and sizes[name]]
-    hints = [f", such as {flag}{name}" for name in free]
-    if span.role == "test":
-        hints.append(", or draw some of the training images with --config.data.test_share=0.1 and without a test_split")
+    free = [name for name, size in prepared.sizes.items() if size and name not in taken]
+    hint = ""
+    if free:
+        other = "validation" if "validation" in free else free[0]
+        hint = f", such as --config.data.{span.role}_split={other}"
+    elif span.role == "test":
+        hint = ", or draw some of the training images with --config.data.test_share=0.1 and without a test_split"
     return (
-        f"{prepared.name} hides labels of its split {span.split} (feature {fields.label} is negative in {count} of"
-        f" {span.stop - span.start} images); use images with labels{(*hints, '')[0]}"
+        f"{prepared.name} hides labels of its split {span.split} (feature {prepared.fields.label} is negative in"
+        f" {count} of {span.stop - span.start} images); use images with labels{hint}"
     )
 
 
-def _own_id(prepared: Prepared) -> str:
+def _id_feature(prepared: Prepared) -> str:
     """The feature that names every image, or "". Looks at the same records whatever the roles are."""
     import tensorflow_datasets as tfds
 
@@ -297,46 +295,35 @@ def _own_id(prepared: Prepared) -> str:
         and features[name].shape == ()
         and (isinstance(features[name], tfds.features.Text) or np.dtype(features[name].np_dtype).kind in "iu")
     ]
-    largest = max(sorted(sizes), key=lambda name: sizes[name])
     if not candidates:
         return ""
-    parser, count = _Parser(prepared, tuple(candidates)), min(PROBE, sizes[largest])
-    records = _records(prepared, {largest: prepared.reader(largest)}, largest, 0, count)
-    found = [values for values in map(parser, records) if values is not None]
+    largest = max(sorted(sizes), key=lambda name: sizes[name])
+    parse, records = _parser(prepared, candidates), prepared.records(largest, 0, min(PROBE, sizes[largest]))
+    parsed = [values for values in map(parse, records) if values is not None]
     for name in candidates:
-        texts = [_text(values[name]) for values in found]
+        texts = [_text(values[name]) for values in parsed]
         if len(set(texts)) == len(texts) and all(texts):
             return name
     return ""
 
 
-def _records(prepared: Prepared, readers: dict[str, Any], split: str, start: int, stop: int) -> Sequence[bytes]:
-    """Serialized records start..stop of a base split; no file stays open: large sets have too many."""
-    try:
-        with readers[split].data_source:
-            return readers[split].__getitems__(list(range(start, stop)))
-    except (RuntimeError, OSError, IndexError, ValueError) as error:
-        raise prepared.damaged(f"{split}[{start}:{stop}]: {error}") from error
+def _parser(prepared: Prepared, names: Sequence[str]) -> Callable[[bytes], dict[str, Any] | None]:
+    """Takes features out of a serialized record: numbers as they are, bytes for texts and (encoded) images."""
+    import tensorflow_datasets as tfds
 
+    kinds = {name: prepared.builder.info.features[name] for name in names}
+    features = tfds.features.FeaturesDict(kinds)
+    skip = {name: tfds.decode.SkipDecoding() for name, kind in kinds.items() if isinstance(kind, tfds.features.Image)}
 
-class _Parser:
-    """Takes some features out of a serialized record: numbers as they are, bytes for texts and (encoded) images."""
-
-    def __init__(self, prepared: Prepared, names: Sequence[str]):
-        import tensorflow_datasets as tfds
-
-        chosen = {name: prepared.builder.info.features[name] for name in names}
-        images = [name for name, kind in chosen.items() if isinstance(kind, tfds.features.Image)]
-        self.features = tfds.features.FeaturesDict(chosen)
-        self.decoders = {name: tfds.decode.SkipDecoding() for name in images}
-
-    def __call__(self, record: bytes) -> dict[str, Any] | None:
+    def parse(record: bytes) -> dict[str, Any] | None:
         """{feature: value}; None for a damaged record, such as the empty ones of a file that was cut off."""
         try:
-            values: Any = self.features.deserialize_example_np(record, decoders=self.decoders)
+            values: Any = features.deserialize_example_np(record, decoders=skip)
         except Exception:  # protobuf and TFDS raise many kinds over bytes that are no example
             return None
         return None if any(value is None for value in values.values()) else values
+
+    return parse
 
 
 def _text(value: object) -> str:

@@ -53,7 +53,7 @@ def test_versions_and_configs(tmp_path):
         return tmp_path
 
     root = prepared_set("a/1.2.0", "a/1.10.0", "a/2.0.1", "b/x/1.0.0", "b/y.2/3.0.0", "a/incomplete.7A_3.0.0")
-    found = {name: tfds_paths.located(name, str(root)) for name in ("a", "a:1.2.0", "a:1.*.*", "a:3.*.*", "b", "b/y.2")}
+    found = {name: tfds_paths.find(name, str(root)) for name in ("a", "a:1.2.0", "a:1.*.*", "a:3.*.*", "b", "b/y.2")}
     assert {name: path and path.relative_to(root).as_posix() for name, path in found.items()} == {
         "a": "a/2.0.1",
         "a:1.2.0": "a/1.2.0",
@@ -64,9 +64,9 @@ def test_versions_and_configs(tmp_path):
     }
     (root / "b" / ".config").mkdir()
     (root / "b" / ".config" / "metadata.json").write_text('{"default_config_name": "x"}')
-    assert tfds_paths.located("b", str(root)) == root / "b" / "x" / "1.0.0"
+    assert tfds_paths.find("b", str(root)) == root / "b" / "x" / "1.0.0"
     with pytest.raises(UserError, match="prepared there: b/x:1.0.0, b/y.2:3.0.0"):
-        tfds_paths.required("b/z", str(root))
+        tfds_paths.require("b/z", str(root))
 
 
 def copied(folder: Path, target: Path) -> Path:
@@ -222,4 +222,4 @@ def test_prepare_without_a_network(tmp_path, capsys, can_write, monkeypatch, man
         f" run the same command again, downloads are kept in {tmp_path}"
     )
     assert message[2:] == (["  Register at the museum,", "  then put scans.zip here."] if manual else [])
-    assert tfds_paths.located(SHAPES, str(tmp_path)) is None
+    assert tfds_paths.find(SHAPES, str(tmp_path)) is None

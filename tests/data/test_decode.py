@@ -56,7 +56,7 @@ def test_files_and_bytes_agree(tmp_path, rng):
     for file, content in zip(files, raw, strict=True):
         file.write_bytes(content)
     np.testing.assert_array_equal(decode.decode(files, 8, 8, 3).images, decode.decode(raw, 8, 8, 3).images)
-    np.testing.assert_array_equal(decode.decoded(files, 8, 8, 3), decode.decode(raw, 8, 8, 3).images)
+    np.testing.assert_array_equal(decode.decode_all(files, 8, 8, 3), decode.decode(raw, 8, 8, 3).images)
 
 
 def test_converted_modes_are_counted(rng):
@@ -101,7 +101,7 @@ def test_unreadable_by_position(mixed):
 def test_decoded_names_every_unreadable_file(mixed):
     files, broken = mixed
     with pytest.raises(UserError) as caught:
-        decode.decoded(files, 8, 8, 3)
+        decode.decode_all(files, 8, 8, 3)
     message = str(caught.value)
     assert "these image files cannot be read; mend or remove them:" in message
     assert {position for position, file in enumerate(files) if f"- {file}: " in message} == broken

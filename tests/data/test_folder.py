@@ -183,7 +183,7 @@ def test_height_and_width(root):
     source = load(root, store_size=6, store_width=10)
     files = [root / name for name in IDS]
     assert source.shape == (6, 10, 3) and load(root, store_size=0, image_size=9, store_width=4).shape == (9, 4, 3)
-    np.testing.assert_array_equal(source.read(0, 6).images, decode.decoded(files, 6, 10, 3))
+    np.testing.assert_array_equal(source.read(0, 6).images, decode.decode_all(files, 6, 10, 3))
 
 
 def test_stored_size_keeps_pixels(root):
@@ -197,7 +197,7 @@ def test_centre_crop(tmp_path):
     pixels[:, 8:16] = np.arange(8, dtype=np.uint8)[None, :, None]
     save(tmp_path / "wide.png", pixels)
     save(tmp_path / "high.png", np.ascontiguousarray(pixels.transpose(1, 0, 2)))
-    wide, high = decode.decoded([tmp_path / "wide.png", tmp_path / "high.png"], 8, 8, 3)
+    wide, high = decode.decode_all([tmp_path / "wide.png", tmp_path / "high.png"], 8, 8, 3)
     np.testing.assert_array_equal(wide, pixels[:, 8:16])
     np.testing.assert_array_equal(high, pixels[:, 8:16].transpose(1, 0, 2))
 
@@ -208,15 +208,15 @@ def test_modes(tmp_path, mode):
     file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     pixels = np.where(np.eye(8, dtype=bool), 255, 0).astype(np.uint8)
     save(file, np.stack([pixels] * 3, -1), mode)
-    np.testing.assert_array_equal(decode.decoded([file], 8, 8, 3)[0], np.stack([pixels] * 3, -1))
-    np.testing.assert_array_equal(decode.decoded([file], 8, 8, 1)[0, ..., 0], pixels)
+    np.testing.assert_array_equal(decode.decode_all([file], 8, 8, 3)[0], np.stack([pixels] * 3, -1))
+    np.testing.assert_array_equal(decode.decode_all([file], 8, 8, 1)[0, ..., 0], pixels)
 
 
 def test_transparent_palette(tmp_path, rng):
     image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).convert("P")
     image.save(tmp_path / "plain.png")
     image.save(tmp_path / "clear.png", transparency=bytes(range(256)))
-    plain, clear = decode.decoded([tmp_path / "plain.png", tmp_path / "clear.png"], 8, 8, 3)
+    plain, clear = decode.decode_all([tmp_path / "plain.png", tmp_path / "clear.png"], 8, 8, 3)
     np.testing.assert_array_equal(plain, clear)
 
 
@@ -225,7 +225,7 @@ def test_deep_pixels_refused(tmp_path):
     save(tmp_path / "deep.png", np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000)
     save(tmp_path / "real.tif", np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
     with pytest.raises(UserError) as caught:
-        decode.decoded([tmp_path / "deep.png", tmp_path / "real.tif"], 8, 8, 3)
+        decode.decode_all([tmp_path / "deep.png", tmp_path / "real.tif"], 8, 8, 3)
     assert str(caught.value).count("8 bits per channel") == 2
 
 

@@ -28,9 +28,9 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def why(raw: bytes, height: int = 8, width: int = 8, most: int = decode.MOST_PIXELS) -> str:
+def why(raw: bytes, height: int = 8, width: int = 8, max_pixels: int = decode.MAX_PIXELS) -> str:
     """What is said of one file; "" where it can be read. No warning escapes (pytest turns them into errors)."""
-    return decode.decode([raw], height, width, 3, most).unreadable.get(0, "")
+    return decode.decode([raw], height, width, 3, max_pixels).unreadable.get(0, "")
 
 
 def png(width: int, height: int) -> bytes:
@@ -62,8 +62,8 @@ def test_bombs_are_refused_by_their_header(side):
 def test_the_limit_is_exact():
     for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM"):
         raw = encoded(SAMPLE, form)
-        assert why(raw, most=120) == "" and "10 x 12 pixels, more than --config.data.max_pixels=119" in why(
-            raw, most=119
+        assert why(raw, max_pixels=120) == "" and "10 x 12 pixels, more than --config.data.max_pixels=119" in why(
+            raw, max_pixels=119
         )
 
 
@@ -154,7 +154,7 @@ def test_any_bytes(form, edits, end):
         raw[place : place + len(patch)] = patch
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert isinstance(why(bytes(raw), most=10_000), str)
+        assert isinstance(why(bytes(raw), max_pixels=10_000), str)
 
 
 WHOLE = {form: encoded(SAMPLE, form) for form in ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")}

@@ -292,8 +292,8 @@ sys.meta_path.insert(0, Poison())
 def test_nothing_imports_tensorflow(folder):
     code = POISON + (
         "from lmeraser_jax.config import Data\n"
-        "from lmeraser_jax.records import sources\n"
-        "source = sources.load(Data(source='tfds', dataset='named', holdout_split='validation'))\n"
+        "from lmeraser_jax.data import load\n"
+        "source = load.load(Data(source='tfds', dataset='named', holdout_split='validation'))\n"
         "pixels = source.read(0, len(source.items))\n"
         "print(len(source.items), source.items[0].id, int(pixels.images.sum()), len(pixels.unreadable))\n"
         "assert 'tensorflow' not in sys.modules and 'tensorflow_datasets' in sys.modules\n"
