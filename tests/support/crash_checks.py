@@ -1,12 +1,14 @@
-"""What is checked after a kill or a failure: the published state, what a finished command left, and what it said."""
+"""What is checked after a kill or a failure: the old or the new state is there, and the same command finishes it."""
 
 import contextlib
 import hashlib
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from crash_scenarios import Scenario, search
+from crash_scenarios import SCENARIOS, Needles, search
 
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
@@ -19,11 +21,86 @@ ALLOWED = {"config.json", "catalog.db", "catalog.db-wal", "catalog.db-shm", "bac
 ALLOWED |= {"slices", "receipts", "metrics.jsonl", "lock", "scratch"}
 
 
-def plain(value: Any) -> Any:
-    """A state as JSON: bytes by their digest."""
-    if isinstance(value, dict):
-        return {str(key): plain(one) for key, one in value.items()}
-    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else json.loads(json.dumps(value))
+class Trial:
+    """A scenario's workdir, and the states before and after its command, which is run undisturbed once.
+
+    Args:
+        name: of the scenario.
+        home: an empty folder.
+    """
+
+    def __init__(self, name: str, home: Path):
+        self.scenario, self.template, self.home = SCENARIOS[name], home / "template", home
+        self.ids: Sequence[str]
+        self.needles: Needles
+        self.ids, self.needles = self.scenario.make(self.template)
+        self.old = published(self.template)
+        end = self.copy("end")
+        self.run(end)
+        self.new = published(end)
+        assert not self.unfinished(end)
+
+    def copy(self, name: str) -> Path:
+        """A fresh copy of the workdir; a folder that does not exist where the command makes it."""
+        folder = self.home / name
+        return Path(shutil.copytree(self.template, folder)) if self.template.exists() else folder
+
+    def run(self, folder: Path) -> None:
+        self.scenario.command(folder, self.ids)
+
+    def check(self, folder: Path) -> str:
+        """Asserts that the old or the new state is there and that the command finishes it. Returns which was there."""
+        there = search(folder, self.needles)  # before anybody opens the catalog, which would tidy its log
+        state = published(folder)
+        side = self._side(state)
+        assert not (side == "new" and there and finished(folder)), f"said to be purged, but still there: {there}"
+        self.run(folder)
+        assert published(folder) == self.new, "the same command again gives another state"
+        assert not self.unfinished(folder)
+        return side
+
+    def _side(self, state: dict[str, Any] | None) -> str:
+        if state is None:
+            assert self.old is None, "nothing is published any more"
+            return "old"
+        sides = {"new": self.new} | ({} if self.old is None else {"old": self.old})
+        matching = [side for side, known in sides.items() if all(known[part] == state[part] for part in SERVED)]
+        assert matching, "the published state is neither the old nor the new one"
+        for name, record in state["records"].items():
+            assert record in [known["records"].get(name) for known in sides.values()], name
+        for name, cluster in state["assignment"].items():
+            assert cluster == sides[matching[0]]["assignment"].get(name, ""), name
+        return matching[0]
+
+    def unfinished(self, folder: Path) -> list[str]:
+        """What a finished command should not have left."""
+        with open_run(folder) as run:
+            lines = purge.leftovers(run)
+            lines += [f"open request {request.id}" for request in requests.listed(run.catalog, only_open=True)]
+            lines += [f"erased, not purged: {name}" for name in run.catalog.erased()]
+            lines += [f"quarantined: {key}" for key in run.catalog.quarantined()]
+            links = run.catalog.receipts()
+        lines += unchained(folder, links, self.scenario.receipts)
+        lines += [f"{name} is still in {place}" for name, place in search(folder, self.needles).items()]
+        hidden = [*folder.rglob(".*"), *folder.glob("scratch/*")]
+        return lines + [
+            f"temporary: {path}" for path in hidden + [p for p in folder.iterdir() if p.name not in ALLOWED]
+        ]
+
+
+def unchained(folder: Path, links: Sequence[Any], count: int) -> list[str]:
+    """What is wrong with the chain of receipts, of which there must be so many."""
+    files = {path.stem: json.loads(path.read_text()) for path in (folder / "receipts").glob("*")}
+    lines, previous = [], ""
+    if len(links) != count or set(files) != {link.request for link in links}:
+        lines.append(f"receipts {sorted(files)}, chain {links}, not {count}")
+    for number, link in enumerate(links, 1):
+        body = dict(files.get(link.request, {}))
+        own = body.pop("digest", None)
+        if (number, previous, digest(body), own) != (link.sequence, body.get("previous"), link.digest, link.digest):
+            lines.append(f"receipt {link.request} is not chained")
+        previous = link.digest
+    return lines
 
 
 def published(folder: Path) -> dict[str, Any] | None:
@@ -38,59 +115,14 @@ def published(folder: Path) -> dict[str, Any] | None:
         return plain(audit.state(run))
 
 
-def mixed(found: dict | None, old: dict | None, new: dict) -> tuple[str, list[str]]:
-    """Which of two states a killed command left, and everything that is of neither."""
-    if found is None:
-        return "old", [] if old is None else ["nothing is published any more"]
-    sides = {"new": new} | ({} if old is None else {"old": old})
-    side = next((name for name, one in sides.items() if all(one[part] == found[part] for part in SERVED)), "mixed")
-    if side == "mixed":
-        return side, ["the published state is neither the old nor the new one"]
-    records = [one["records"] for one in sides.values()]
-    wrong = {name for name, one in found["records"].items() if one not in [known.get(name) for known in records]}
-    homes = sides[side]["assignment"]
-    wrong |= {name for name, key in found["assignment"].items() if key != homes.get(name, "")}
-    return side, [f"record {name} is of neither state" for name in sorted(wrong)]
+def plain(value: Any) -> Any:
+    """A state as JSON: bytes by their digest."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else json.loads(json.dumps(value))
 
 
 def finished(folder: Path) -> bool:
     """Whether every request counts as purged."""
     with contextlib.closing(Catalog(folder / "catalog.db")) as catalog:
         return not requests.any_open(catalog)
-
-
-def unfinished(folder: Path, scenario: Scenario, wanted: dict[str, bytes]) -> tuple[list[str], int]:
-    """What a finished command should not have left, and how many bytes were searched."""
-    with open_run(folder) as run:
-        lines = purge.leftovers(run)
-        lines += [f"open request {one.id}" for one in requests.listed(run.catalog, only_open=True)]
-        lines += [f"erased, not purged: {name}" for name in run.catalog.erased()]
-        lines += [f"quarantined: {key}" for key in run.catalog.quarantined()]
-        links = run.catalog.receipts()
-        made = {one.id for one in requests.listed(run.catalog)}
-    files = {path.stem: json.loads(path.read_text()) for path in (folder / "receipts").glob("*")}
-    if not len(links) == scenario.receipts == len(files) or not made == set(files) == {one.request for one in links}:
-        lines.append(f"receipts {sorted(files)}, chain {links}, requests {sorted(made)}, not {scenario.receipts}")
-    previous = ""
-    for number, link in enumerate(links, 1):
-        body = dict(files.get(link.request, {}))
-        own = body.pop("digest", None)
-        if (number, previous, digest(body), own) != (link.sequence, body.get("previous"), link.digest, link.digest):
-            lines.append(f"receipt {link.request} is not chained")
-        previous = link.digest
-    found, size = search(folder, wanted)
-    lines += [f"{name} is still in {place}" for name, place in found.items()]
-    lines += [f"temporary: {path}" for path in folder.rglob(".*")]
-    lines += [f"temporary: {name}" for name in {path.name for path in folder.iterdir()} - ALLOWED]
-    lines += [f"temporary: {path}" for path in folder.glob("scratch/*")]
-    return lines, size
-
-
-def misreported(answer: dict[str, Any], log: Path) -> list[str]:
-    """What is wrong with how a failing command ended: exit code 2 and one line about it, or done after all."""
-    lines = log.read_text().splitlines()
-    said = [line for line in lines if line.startswith("error: ")]
-    ended = (answer.get("code"), len(said), said == lines[-1:], "Traceback" in "".join(lines))
-    if ended in ((2, 1, True, False), (0, 0, lines == [], False)):
-        return answer.get("problems", [])
-    return [*answer.get("problems", []), f"ended with code {ended[0]} and: {lines}"]

@@ -1,140 +1,109 @@
-"""The labelled points at which a process is killed, or a write fails: around all that touches a workdir's disk."""
+"""The labelled points around all that touches a workdir's disk, where a process may be killed or a write may fail."""
 
 import contextlib
-import errno
 import functools
 import os
 import shutil
-import signal
-import sqlite3
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.storage import atomic_files, checkpoints
 from lmeraser_jax.storage.catalog import Catalog
 
+Half = Callable[[Path], None]  # does the first half of what comes next, in the workdir or in a copy of it
+
 
 class Points:
-    """Counts the labelled points that a process passes; at the `die_at`-th it is killed, or a write fails.
+    """Calls `reached(label, half)` before, halfway through and after everything that changes a workdir.
 
     Args:
-        die_at: which; None: none.
-        error: name of the error that the operating system reports; "" to be killed.
-        lasting: every later point fails too.
+        root: the workdir.
+        patch: installs the points for as long as it holds.
+        reached: notes the point, copies the workdir, or raises what the operating system would report.
     """
 
-    def __init__(self, die_at: int | None = None, error: str = "", lasting: bool = False):
-        self.die_at, self.error, self.lasting, self.labels = die_at, error, lasting, []
-        self.one_by_one = threading.Lock()
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch, reached: Callable[[str, Half | None], None]):
+        self.root, self.patch = root, patch
+        self.in_order, self.reached = threading.Lock(), reached  # slices are written by several threads
+        for function, half in (
+            (checkpoints.save, None),
+            (atomic_files.publish_folder, None),
+            (atomic_files.write_bytes, self._half_written),
+            (atomic_files.remove_others, None),
+        ):
+            wrapper = self._around(function, half)
+            for module in [module for name, module in sys.modules.items() if name.startswith("lmeraser_jax")]:
+                for name in [name for name, value in vars(module).items() if value is function]:
+                    patch.setattr(module, name, wrapper)
+        patch.setattr(RowFile, "append", self._around(RowFile.append, self._half_appended))
+        patch.setattr(RowFile, "overwrite", self._around(RowFile.overwrite, self._half_overwritten))
+        for owner, name in ((RowFile, "truncate"), (RowFile, "sync"), (Catalog, "flush"), (os, "replace")):
+            patch.setattr(owner, name, self._around(getattr(owner, name)))
+        patch.setattr(os, "unlink", self._around(os.unlink))
+        patch.setattr(shutil, "rmtree", self._around(shutil.rmtree, self._half_removed))
+        patch.setattr(Catalog, "transaction", self._transaction(Catalog.transaction))
 
-    def __call__(self, label: str, partly: Callable[[], Any] | None = None) -> None:
-        """`partly` does a part of what comes next, so that it ends in its middle."""
-        with self.one_by_one:  # slices are written by several threads
-            self.labels.append(label)
-            passed = len(self.labels) - 1
-        if self.die_at is None or passed < self.die_at or passed > self.die_at and not self.lasting:
-            return
-        if partly is not None and passed == self.die_at:
-            partly()
-        if not self.error:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if label.split()[-1] in ("begin", "commit", "Catalog.flush"):
-            full = self.error == "ENOSPC"
-            raise sqlite3.OperationalError("database or disk is full" if full else "disk I/O error")
-        number = getattr(errno, self.error)
-        raise OSError(number, os.strerror(number))
+    def _point(self, label: str, half: Half | None = None) -> None:
+        with self.in_order:
+            self.reached(label, half)
 
-    def around(self, function, half=None, only_from: tuple[str, ...] = (), idle: Callable[..., bool] | None = None):
-        """Points around the calls of a function, but for those from elsewhere and for idle ones."""
-        name = function.__qualname__
+    def _inside(self, argument: Any) -> bool:
+        return self.root in (argument.path if isinstance(argument, RowFile | Catalog) else Path(argument)).parents
 
+    def _around(self, function: Callable, half: Callable[..., None] | None = None) -> Callable:
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
-            caller = sys._getframe(1).f_globals.get("__name__", "")
-            if only_from and not caller.startswith(only_from) or idle is not None and idle(*args):
+            if not self._inside(args[0]):
                 return function(*args, **kwargs)
-            self(f"before {name}")
+            self._point(f"before {function.__name__}")
             if half is not None:
-                self(f"halfway {name}", lambda: half(*args, **kwargs))
+                self._point(f"halfway {function.__name__}", lambda root: half(root, *args))
             result = function(*args, **kwargs)
-            self(f"after {name}")
+            self._point(f"after {function.__name__}")
             return result
 
         return wrapper
 
-    def install(self) -> None:
-        """Wraps everything that writes, renames, removes or commits, in every module that uses it."""
-        overwrite, rmtree = RowFile.overwrite, shutil.rmtree
-
-        def half_append(file, rows):
-            file.path.parent.mkdir(exist_ok=True)
-            with open(file.path, "ab") as raw:
-                raw.write(rows.tobytes()[: rows.nbytes // 2 + 1])
-
-        def half_removed(path, *_, **__):
-            for file in [one for one in Path(path).rglob("*") if one.is_file()][::2]:
-                os.remove(file)
-
-        def half_written(path, data):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
-
-        wrapped = [
-            (checkpoints.save, None),
-            (atomic_files.publish_folder, None),
-            (atomic_files.write_bytes, half_written),
-        ]
-        wrapped += [(atomic_files.write_json, None), (atomic_files.remove_others, None)]
-        modules = [module for name, module in sys.modules.items() if name.startswith("lmeraser_jax")]
-        for function, half in wrapped:
-            wrapper = self.around(function, half)
-            for module in modules:
-                for name in [name for name, value in vars(module).items() if value is function]:
-                    setattr(module, name, wrapper)
-        RowFile.append = self.around(RowFile.append, half_append)
-        RowFile.overwrite = self.around(overwrite, lambda file, rows: overwrite(file, rows[: (len(rows) + 1) // 2]))
-        RowFile.truncate, RowFile.sync = self.around(RowFile.truncate), self.around(RowFile.sync)
-        Catalog.flush, Catalog.transaction = self.around(Catalog.flush), self._transaction(Catalog.transaction)
-        ours = ("lmeraser_jax", "pathlib")
-        os.replace, os.unlink = self.around(os.replace, None, ours), self.around(os.unlink, None, ours)
-        shutil.rmtree = self.around(rmtree, half_removed, ours[:1], lambda path, *_: not Path(path).exists())
-
-        self._trace_statements()
-
-    def _trace_statements(self) -> None:
-        """Also a point before every statement that begins, ends or is a transaction, whoever executes it."""
-        real = Catalog.__init__
-
-        def traced(catalog, path):
-            real(catalog, path)
-
-            def before(statement: str) -> None:
-                verb = statement.split()[0].upper()
-                alone = verb in ("INSERT", "UPDATE", "DELETE") and not catalog.db.in_transaction
-                named = self.labels and self.labels[-1] in ("before begin", "before commit")
-                if (verb in ("BEGIN", "COMMIT") or alone) and not named:
-                    self(f"statement {verb}")
-
-            catalog.db.set_trace_callback(before)
-
-        Catalog.__init__ = traced
-
-    def _transaction(self, real):
+    def _transaction(self, real: Callable) -> Callable:
         @contextlib.contextmanager
         def transaction(catalog):
-            if catalog.db.in_transaction:
+            if catalog.db.in_transaction or not self._inside(catalog):
                 with real(catalog):
                     yield
                 return
-            self("before begin")
+            self._point("before begin")
             with real(catalog):
-                self("after begin")
                 yield
-                self("before commit")
-            self("after commit")
+                self._point("before commit")
+            self._point("after commit")
 
         return transaction
+
+    def _moved(self, root: Path, path: Path) -> Path:
+        return root / path.relative_to(self.root)
+
+    def _half_written(self, root: Path, path: Path, data: bytes) -> None:
+        path = self._moved(root, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_name(f".{path.name}.tmp").write_bytes(data[: len(data) // 2])
+
+    def _half_appended(self, root: Path, file: RowFile, rows: Any) -> None:
+        path = self._moved(root, file.path)
+        path.parent.mkdir(exist_ok=True)
+        with open(path, "ab") as raw:
+            raw.write(rows.tobytes()[: rows.nbytes // 2 + 1])
+
+    def _half_overwritten(self, root: Path, file: RowFile, rows: Any) -> None:
+        view = RowFile(self._moved(root, file.path), file.shape, file.dtype).view("r+")
+        view[rows[: (len(rows) + 1) // 2]] = 0
+        view.flush()
+
+    def _half_removed(self, root: Path, path: Path, *_: Any, **__: Any) -> None:
+        for file in [file for file in self._moved(root, Path(path)).rglob("*") if file.is_file()][::2]:
+            os.remove(file)

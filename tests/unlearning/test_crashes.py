@@ -1,69 +1,101 @@
-"""kill -9: whatever a command was doing, the old or the new state is there, and the same command again finishes it."""
+"""kill -9: whatever a command was doing, the old or the new state is there, and the same command again finishes it.
 
+A killed process leaves the files as they are at that moment. So one run of a command is enough: the workdir is copied
+at every labelled point, and each copy is opened as the next command would find it.
+"""
+
+import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from crash_scenarios import SCENARIOS
-from crashes import Pool
+from crash_checks import Trial
+from crash_points import Points
+from crash_scenarios import SCENARIOS, install_fakes
 
 
-@pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    """Servers, and what each scenario passes undisturbed: {name: {labels, seconds}}."""
-    servers = Pool(tmp_path_factory.mktemp("crashes"))
-    try:
-        yield servers, servers.prepare(*SCENARIOS)
-    finally:
-        servers.close()
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    with pytest.MonkeyPatch.context() as patch:
+        install_fakes(patch)
+        yield
 
 
-def kill(pool, capsys, tasks) -> None:
-    """Kills, checks, and says what was done."""
-    answers = pool.map(tasks)
-    bad = [answer for answer in answers if answer["problems"]]
-    states = Counter(answer.get("state", "?") for answer in answers if answer["hit"])
-    late = sum(not answer["hit"] for answer in answers)
-    searched = sum(answer.get("searched", 0) for answer in answers)
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    with capsys.disabled():
-        done = Counter(answer["scenario"] for answer in answers)
-        print(f"\n{len(answers) - late} kills ({dict(done)}): {counts}; {late} came after the end;", end=" ")
-        print(f"{searched / 1e6:.1f} MB searched, {len(bad)} with problems", end=" ")
-    assert not bad, bad[:3]
-    assert set(states) == {"old", "new"}, "kills on both sides of the publish transaction"
+def fingerprint(folder: Path) -> int:
+    """Equal for equal files; the index of SQLite's log, which is made again, aside."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "catalog.db-shm")
+    return hash(tuple((str(path.relative_to(folder)), path.read_bytes()) for path in files))
 
 
-def moments(facts, count: int, seed: int) -> list[dict]:
-    draw = random.Random(seed)
-    names = [list(SCENARIOS)[i % len(SCENARIOS)] for i in range(count)]
-    return [{"scenario": name, "delay": draw.uniform(0, facts[name]["seconds"])} for name in names]
+def kill(trial: Trial, labels: set[str] | None) -> Counter:
+    """Copies the workdir at points with these labels, all by default; checks each copy that differs from the others."""
+    folder, copies = trial.copy("run"), dict[int, tuple[str, Path]]()
+
+    def reached(label, half):
+        if not folder.exists() or labels is not None and label not in labels:
+            return
+        copy = trial.home / f"killed-{len(copies)}"
+        shutil.copytree(folder, copy)
+        if half is not None:
+            half(copy)
+        if copies.setdefault(fingerprint(copy), (label, copy))[1] != copy:
+            shutil.rmtree(copy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        Points(folder, patch, reached)
+        trial.run(folder)
+    sides = Counter()
+    for label, copy in copies.values():
+        try:
+            sides[trial.check(copy)] += 1
+        except Exception as error:
+            raise AssertionError(f"killed at {label}") from error
+    return sides
 
 
-def points(facts) -> list[dict]:
-    return [
-        {"scenario": name, "point": k, "label": label}
-        for name, one in facts.items()
-        for k, label in enumerate(one["labels"])
-    ]
-
-
-def test_killed_at_every_kind_of_point(pool, capsys):
-    """One point of each kind: before, halfway through and after every write, removal and transaction."""
-    tasks = points(pool[1])
-    random.Random(0).shuffle(tasks)
-    kill(pool[0], capsys, list({task["label"]: task for task in tasks}.values()))
-
-
-def test_killed_at_random_moments(pool, capsys):
-    kill(pool[0], capsys, moments(pool[1], 15, seed=1))
+def test_killed_around_save_publish_purge_and_receipt(tmp_path):
+    labels = {"after save", "before commit", "after commit", "halfway overwrite", "after overwrite"}
+    labels |= {"halfway rmtree", "after remove_others", "after flush", "halfway write_bytes", "after write_bytes"}
+    sides = kill(Trial("unlearn", tmp_path), labels)
+    assert sides["old"] > 3 and sides["new"] > 3, sides
 
 
 @pytest.mark.slow
-def test_killed_at_every_point(pool, capsys):
-    kill(pool[0], capsys, points(pool[1]))
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_killed_at_every_point(tmp_path, name):
+    sides = kill(Trial(name, tmp_path), None)
+    assert set(sides) == {"old", "new"}, "kills on both sides of the publish transaction"
+
+
+COMMAND = """
+import sys
+from pathlib import Path
+import pytest
+from crash_scenarios import SCENARIOS, install_fakes
+install_fakes(pytest.MonkeyPatch())
+print("ready", flush=True)
+SCENARIOS[sys.argv[1]].command(Path(sys.argv[2]), sys.argv[3:])
+"""
 
 
 @pytest.mark.slow
-def test_killed_at_200_random_moments(pool, capsys):
-    kill(pool[0], capsys, moments(pool[1], 200, seed=2))
+def test_a_real_process_that_is_killed_at_random_moments(tmp_path):
+    trial, draw = Trial("unlearn", tmp_path), random.Random(1)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])}
+    killed = 0
+    for number in range(12):
+        folder = trial.copy(f"run-{number}")
+        command = [sys.executable, "-W", "ignore", "-c", COMMAND, "unlearn", str(folder), *trial.ids]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(draw.uniform(0, 1))
+            process.send_signal(signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+        trial.check(folder)
+    assert killed > 6
