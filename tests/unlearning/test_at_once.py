@@ -125,7 +125,7 @@ def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):
 
 
 def test_a_second_writer_is_refused_with_pid_and_host(workdir, capsys):
-    code = "import sys; from lmeraser_jax.storage.workdir import *\n"
+    code = "import sys; from lmeraser_jax.storage.workdir import Layout, writer_lock\n"
     code += "with writer_lock(Layout(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", code, str(workdir)], **pipes) as holder:

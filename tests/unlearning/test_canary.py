@@ -12,10 +12,13 @@ import sqlite3
 import jax
 import numpy as np
 import pytest
+from fakes import fast_fakes
 from helpers import small_config, small_run, small_source, with_items
 
+from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.evaluation import montage
 from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import erase, purge, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of, tainted
 from lmeraser_jax.unlearning.audit import audit
@@ -23,111 +26,116 @@ from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
 
 ID, OWNER = "canary-5f1d/Ünverwechselbar", "Grace Canary-Hopper"
-ALL_ON = small_config(tuning__slices=2, tuning__epochs=6, checkpoints__every_epochs=2)
+SNAPSHOTS = small_config(tuning__epochs=6, checkpoints__every_epochs=2)
 
 
-def source_with_canary(sampled):
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        yield
+
+
+def source_with_canary(sampled: bool):
     """The small source, one record renamed to the canary with an owner and a pattern of its own."""
     source = small_source()
     images = source.read(0, len(source.items)).images.copy()
-    rng = np.random.default_rng(5)
-    private = [i for i, item in enumerate(source.items) if item.split == "train"]
-    place = private[7]
-    images[place] = rng.integers(1, 255, images[place].shape, np.uint8)
+    place = [i for i, item in enumerate(source.items) if item.split == "train"][7]
+    images[place] = np.random.default_rng(5).integers(1, 255, images[place].shape, np.uint8)
     items = list(source.items)
-    items[place] = items[place]._replace(id=ID + ("" if sampled else "*"), owner=OWNER)
+    items[place] = items[place]._replace(id=ID if sampled else ID + "*", owner=OWNER)
     return with_items(source, items, images), items[place].id, images[place].tobytes()
 
 
-def spellings(text):
+def spellings(text: str) -> list[bytes]:
     raw = [text.encode(), text.encode("utf-16-le"), text.encode("utf-32-le"), json.dumps(text)[1:-1].encode()]
     return [*raw, base64.b64encode(text.encode()).rstrip(b"=")[:-1]]
 
 
-def stretches(run, slices):
+def stretches(run, slices) -> list[bytes]:
     """48 bytes from the middle of every data file of some slices, where no other slice has the same."""
-    inside = [p for name in slices for p in run.layout.slice(name).rglob("*") if p.is_file()]
-    others = [p for p in run.layout.slices.rglob("*") if p.is_file() and not any(n in p.parts for n in slices)]
-    rest = b"".join(p.read_bytes() for p in others)
-    middles = [content[len(content) // 2 :][:48] for content in (p.read_bytes() for p in inside) if len(content) > 150]
+    files = [path for path in run.layout.slices.rglob("*") if path.is_file()]
+    inside = [path.read_bytes() for path in files if slices.intersection(path.parts)]
+    rest = b"".join(path.read_bytes() for path in files if not slices.intersection(path.parts))
+    middles = [content[len(content) // 2 :][:48] for content in inside if len(content) > 150]
     return [middle for middle in middles if middle not in rest]
 
 
-def found_in(root, needles):
-    """{needle: files that contain it}, and the bytes searched; the helper file of open connections aside."""
-    found, searched = {}, 0
-    for file in sorted(root.rglob("*")):
-        if file.is_file() and file.name != "catalog.db-shm":
-            content = file.read_bytes()
-            searched += len(content)
-            for needle in needles:
-                if needle in content:
-                    found.setdefault(needle, []).append(file.name)
-    return found, searched
+def search(root, needles) -> dict[bytes, list[str]]:
+    """{needle: files that contain it}; the helper file of open connections aside."""
+    places: dict[bytes, list[str]] = {}
+    for file in sorted(path for path in root.rglob("*") if path.is_file() and path.name != "catalog.db-shm"):
+        content = file.read_bytes()
+        for needle in needles:
+            if needle in content:
+                places.setdefault(needle, []).append(file.name)
+    return places
 
 
-@pytest.mark.parametrize("how", ["unsampled", "sampled", "owner, deferred, quarantined"])
-def test_no_byte_remembers_an_erased_record(tmp_path, how, capsys):
-    config = ALL_ON if how != "sampled" else small_config(clustering__sample_size=100, clustering__cut="auto:5")
-    source, name, pixels = source_with_canary(how == "sampled")
-    if how != "sampled":  # an earlier state, without the canary
+@pytest.mark.parametrize("kind", ["unsampled", "sampled", "owner, deferred, quarantined"])
+def test_no_byte_remembers_an_erased_record(tmp_path, kind):
+    sampled = kind == "sampled"
+    config = small_config(clustering__sample_size=100, clustering__cut="auto:5") if sampled else SNAPSHOTS
+    source, name, pixels = source_with_canary(sampled)
+    if not sampled:  # an earlier state, without the canary
         with small_run(tmp_path / "run", small_source(train=40), config) as run:
             build(run)
-    with prepare_run(tmp_path / "run", config, jax.devices()[:1], source, reimport=how != "sampled") as (run, _):
+    with prepare_run(tmp_path / "run", config, jax.devices()[:1], source, reimport=not sampled) as (run, _):
         build(run)
         montage.save_montage(run, run.layout.picture)
         manifest = run.catalog.manifest()
-        sample = load_clustering(run.layout, manifest.clustering).sample
-        assert (name in sample) == (how == "sampled")
+        assert (name in load_clustering(run.layout, manifest.clustering).sample) == sampled
         key = run.catalog.clusters_of([name])[name]
-        if how != "sampled" and any("@" in v.ref for v in rollback.versions(run, key)):
-            rollback.rollback(run, key, next(v.ref for v in rollback.versions(run, key) if "@" in v.ref))
+        snapshots = [version.ref for version in rollback.versions(run, key) if "@" in version.ref]
+        assert bool(snapshots) != sampled
+        if snapshots:
+            rollback.rollback(run, key, snapshots[0])
         rows = run.catalog.rows([name])
-        row = list(rows.values())
-        feature = run.features(run.catalog.at(row)).tobytes()
+        feature = run.features(run.catalog.at(rows.values())).tobytes()
         slices = tainted(run, rows).by_member
         assert parts_of(run.catalog.manifest().entries[key])[0] in slices
-        needles = [*spellings(name), *spellings(OWNER), pixels, feature, *stretches(run, slices)]
-        needles += spellings(key) if how == "sampled" else []
-        before, _ = found_in(run.layout.root, needles)
-        assert {name.encode(), OWNER.encode(), pixels, feature} <= set(before)
-        assert len([needle for needle in stretches(run, slices) if needle in before]) >= len(slices)
+        parameters = stretches(run, slices)
+        needles = [*spellings(name), *spellings(OWNER), pixels, feature, *parameters]
+        if sampled:
+            needles += spellings(key)
+        before = search(run.layout.root, needles)
+        assert {name.encode(), OWNER.encode(), pixels, feature} <= before.keys()
+        assert len(before.keys() & set(parameters)) >= len(slices)
 
-        if how.startswith("owner"):
+        if kind.startswith("owner"):
             erase.request_erasure(run, owners=[OWNER], request="r1", quarantine=True, defer=True)
             assert key in run.catalog.quarantined()
             erase.process(run)
         else:
             erase.request_erasure(run, [name], request="r1")
         assert run.catalog.quarantined() == frozenset() and not requests.any_open(run.catalog)
-        after, searched = found_in(run.layout.root, needles)
-        assert after == {}, {bytes(needle[:24]): files for needle, files in after.items()}
+        assert search(run.layout.root, needles) == {}
         assert purge.leftovers(run) == [] and audit(run).ok
     with contextlib.closing(sqlite3.connect(tmp_path / "run" / "catalog.db")) as db:
         assert name not in "\n".join(db.iterdump())
-    again, more = found_in(tmp_path / "run", needles)
-    assert again == {}
-    with capsys.disabled():
-        what = f"{len(needles)} needles, {len(before)} of them found before, none in {searched + more} bytes after"
-        print(f" [{how}: {what}]", end="")
+    assert search(tmp_path / "run", needles) == {}
 
 
-def test_without_secure_delete_the_search_would_find_it(tmp_path, monkeypatch):
-    """Negative control: pages that SQLite has freed are searched, too."""
-    source, name, _ = source_with_canary(False)
-    with small_run(tmp_path / "run", source) as run:
-        build(run)
-        run.catalog.db.execute("PRAGMA secure_delete=OFF")
-        erase.request_erasure(run, [name])
-    assert found_in(tmp_path / "run", [name.encode(), OWNER.encode()])[0] != {}
+def test_a_purge_that_leaves_something_out_is_noticed(tmp_path, monkeypatch):
+    """Negative controls: pages that SQLite has freed, its log, and the rows of features are searched, too."""
 
+    def left_behind(number: int, needle: bytes | None = None) -> set[str]:
+        source, name, _ = source_with_canary(False)
+        with small_run(tmp_path / f"run-{number}", source) as run:
+            build(run)
+            needle = needle or run.features(run.catalog.at(run.catalog.rows([name]).values())).tobytes()
+            if number == 0:
+                run.catalog.db.execute("PRAGMA secure_delete=OFF")
+            erase.request_erasure(run, [name])
+            return {file for files in search(run.layout.root, [needle]).values() for file in files}
 
-def test_without_emptying_the_log_the_search_would_find_it(tmp_path, monkeypatch):
-    """Negative control: the write-ahead log is searched, too."""
-    source, name, _ = source_with_canary(False)
-    with small_run(tmp_path / "run", source) as run:
-        build(run)
-        monkeypatch.setattr(type(run.catalog), "flush", lambda self: None)
-        erase.request_erasure(run, [name])
-        files = {file for hits in found_in(run.layout.root, [name.encode()])[0].values() for file in hits}
-        assert "catalog.db-wal" in files
+    assert left_behind(0, OWNER.encode()) == {"catalog.db"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Catalog, "flush", lambda self: None)
+        assert "catalog.db-wal" in left_behind(1, OWNER.encode())
+    real = RowFile.overwrite
+    monkeypatch.setattr(
+        RowFile, "overwrite", lambda file, rows: None if file.path.suffix == ".f32" else real(file, rows)
+    )
+    (file,) = left_behind(2)
+    assert file.startswith("features-")
