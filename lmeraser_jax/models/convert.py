@@ -93,7 +93,7 @@ def parameters(
     wanted = dataclasses.replace(published, image_size=image_size or published.image_size)
     if isinstance(wanted, ViTConfig):
         wanted = dataclasses.replace(wanted, feature=_feature(flat, chosen))
-    raise_all(_setting_problems(wanted, weights, chosen))
+    raise_all(_setting_problems(wanted, weights, chosen), f"{weights.name} cannot be used with these settings:")
     antialias = all(known.antialias for known in ORIGINS if known.name == origin)
     params, dropped = fit(flat, wanted, weights.name, antialias)
     unused = (*ignored, *dropped, *(name for name in flat if name.startswith("head/")))
@@ -120,7 +120,7 @@ def _setting_problems(wanted: Architecture, weights: Weights, chosen: settings.B
     size = weights.own.image_size if weights.own else wanted.image_size
     if size not in (wanted.image_size, weights.published_size or size):  # resized twice, positions have other numbers
         problems.append(
-            f"{weights.name} was converted for {size} px from weights for {weights.published_size} px; convert the"
+            f"it was converted for {size} px from weights for {weights.published_size} px; convert the"
             f" original for {wanted.image_size} px, or without --image_size, which serves every size"
         )
     return problems

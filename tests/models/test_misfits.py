@@ -2,85 +2,83 @@
 
 import numpy as np
 import pytest
-from published import SWIN, VIT, hugging_face_swin, hugging_face_vit, settings_of, timm_swin
+from published import SWIN, VIT, hugging_face_swin, hugging_face_vit, settings_of, timm
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.weight_files import Weights
 
+FAMILIES = pytest.mark.parametrize(
+    ("make", "config"), [(hugging_face_vit, VIT), (hugging_face_swin, SWIN)], ids=["vit", "swin"]
+)
 
-def refused(arrays, settings=None, image_size: int = 0, **chosen) -> str:
+
+def refusal(arrays, settings=None, image_size: int = 0, **chosen) -> str:
     """The message for arrays that were read."""
     with pytest.raises(UserError) as caught:
         convert.freeze(Weights("FILE", arrays, "", settings or {}), Backbone(**chosen), image_size)
+    assert "FILE" in str(caught.value) or "--config." in str(caught.value)
     return str(caught.value)
+
+
+def assert_lines(message: str, lines: list[tuple[str, ...]]) -> None:
+    """The message has a heading and exactly these lines, each with its words."""
+    found = message.splitlines()[1:]
+    assert len(found) == len(lines), message
+    for words in lines:
+        assert sum(all(word in line for word in words) for line in found) == 1, (words, message)
 
 
 # -- weights of something else --
 
 
-@pytest.mark.parametrize(("make", "config"), [(hugging_face_vit, VIT), (hugging_face_swin, SWIN)], ids=["vit", "swin"])
+@FAMILIES
 def test_weights_of_another_backbone_than_the_named_one(make, config):
     arrays, settings = make(config), settings_of(config)
-    message = refused(arrays, settings, name="vit-b-22k" if config is VIT else "swin-b-1k")
+    message = refusal(arrays, settings, name="vit-b-22k" if config is VIT else "swin-b-1k")
     heading, *lines = message.splitlines()
-    assert heading.startswith("FILE is not ") and "--config.backbone.name" in heading
+    assert heading.startswith("FILE is not ") and "--config.backbone.name" in heading and len(lines) >= 4
     assert any("width is 16" in line for line in lines) and any("patch is" in line for line in lines)
-    assert len(lines) >= 4
-    message = refused(arrays, settings, name="swin-b-22k" if config is VIT else "vit-b-1k")
+    message = refusal(arrays, settings, name="swin-b-22k" if config is VIT else "vit-b-1k")
     assert ("swin-b-22k is a Swin, the weights are a ViT" if config is VIT else "the weights are a Swin") in message
 
 
-@pytest.mark.parametrize("kind", ["swin", "deit", "bert", "nonsense"])
-def test_config_json_of_another_family(kind):
-    message = refused(hugging_face_vit(), {**settings_of(VIT), "model_type": kind})
-    assert f"config.json says model_type={kind}, the arrays are those of a vit" in message
+def test_a_config_json_that_contradicts_the_arrays():
+    for kind in ("swin", "deit", "nonsense"):
+        message = refusal(hugging_face_vit(), settings_of(VIT) | {"model_type": kind})
+        assert f"config.json says model_type={kind}, the arrays are those of a vit" in message
+    wrong = {"hidden_size": 32, "num_hidden_layers": "three", "image_size": [16, 8], "hidden_act": "relu"}
+    message = refusal(hugging_face_vit(), settings_of(VIT) | wrong)
+    assert "do not belong together" in message
+    lines = [("hidden_size is 32 in config.json, 16 in the arrays",), ("num_hidden_layers is three", "2 in the arrays")]
+    assert_lines(message, [*lines, ("image_size is [16, 8]", "16 in the arrays"), ("hidden_act=relu; known: gelu",)])
+    for name, value in {"depths": [2, 1, 3], "window_size": 8, "num_heads": [2, 4, 8], "embed_dim": 32}.items():
+        message = refusal(hugging_face_swin(), settings_of(SWIN) | {name: value})
+        assert f"{name} is {value} in config.json" in message and message.count("in the arrays") == 1
 
 
-def test_config_json_that_contradicts_the_arrays():
-    wrong = {"hidden_size": 32, "num_hidden_layers": 3, "image_size": [16, 8]}
-    message = refused(hugging_face_vit(), settings_of(VIT) | wrong)
-    assert "do not belong together" in message and len(message.splitlines()) == 4
-    for line in (
-        "hidden_size is 32 in config.json, 16 in the arrays",
-        "num_hidden_layers is 3 in config.json, 2 in the arrays",
-        "image_size is [16, 8] in config.json, 16 in the arrays",
-    ):
-        assert f"- {line}" in message
+@FAMILIES
+def test_a_config_json_that_calls_for_what_is_not_supported(make, config):
+    values = {"hidden_act": ["gelu"], "pooler_act": "gelu", "layer_norm_eps": "small"}
+    lines = [("hidden_act=['gelu']",), ("pooler_act=gelu; known: tanh",), ("layer_norm_eps=small",)]
+    if config is VIT:
+        values["num_attention_heads"], line = 2.5, ("num_attention_heads=2.5",)
+    else:
+        values["use_absolute_embeddings"], line = True, ("use_absolute_embeddings=true is not supported",)
+    assert_lines(refusal(make(), settings_of(config) | values), [*lines, line])
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("depths", [2, 1, 3]), ("window_size", 8), ("num_heads", [2, 4, 8]), ("embed_dim", 32)]
-)
-def test_config_json_that_contradicts_the_arrays_of_a_swin(name, value):
-    message = refused(hugging_face_swin(), {**settings_of(SWIN), name: value})
-    assert f"{name} is {value} in config.json" in message and message.count("in the arrays") == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("hidden_act", "relu"), ("pooler_act", "gelu"), ("use_absolute_embeddings", True)],
-)
-def test_config_json_that_asks_for_what_there_is_not(name, value):
-    family = (hugging_face_swin, SWIN) if name.startswith("use") else (hugging_face_vit, VIT)
-    message = refused(family[0](), {**settings_of(family[1]), name: value})
-    assert f"{name}={str(value).lower() if value is True else value}" in message
-
-
-def test_an_unknown_layout_lists_the_known_ones():
+def test_an_unknown_layout_lists_the_known_ones_and_what_is_lacking():
     names = [f"img/Transformer/encoderblock/{name}/kernel" for name in "abcdefghijklmn"]
-    message = refused({name: np.zeros((2, 2), np.float32) for name in names})
+    message = refusal({name: np.zeros((2, 2), np.float32) for name in names})
     for known in ("Hugging Face ViT", "Hugging Face Swin", "timm ViT", "timm Swin", "vision_transformer ViT"):
         assert known in message
     assert "img.Transformer.encoderblock.a.kernel" in message and "(14 in all)" in message
-    assert "its arrays: none" in refused({})
-
-
-def test_a_layout_that_lacks_little_says_what():
+    assert "its arrays: none" in refusal({})
     arrays = hugging_face_vit()
     del arrays["embeddings.position_embeddings"]
-    assert "Hugging Face ViT has embeddings.position_embeddings, and this has not" in refused(arrays)
+    assert "Hugging Face ViT has embeddings.position_embeddings, and this has not" in refusal(arrays)
 
 
 # -- arrays that do not fit --
@@ -93,70 +91,99 @@ def test_all_mismatches_are_listed_at_once():
     arrays["extra.weight"] = np.zeros((3, 5), np.float32)
     arrays["encoder.layers.2.blocks.0.output.dense.bias"] = np.zeros(7, np.float32)
     arrays["encoder.layers.2.blocks.1.attention.self.relative_position_bias_table"] = np.zeros((25, 4), np.float32)
-    lines = refused(arrays, settings_of(SWIN)).splitlines()
-    assert lines[0].startswith("the weights FILE do not fit") and len(lines) == 6
-    for needles in (
+    message = refusal(arrays, settings_of(SWIN))
+    assert message.startswith("the weights FILE do not fit")
+    lines = [
         ("missing", "stages/0/blocks/1/norm2/bias", "[16]"),
         ("missing", "stages/1/merging/reduction/kernel", "[128, 64]"),
         ("not used", "extra/kernel", "[5, 3]"),
         ("stages/2/blocks/0/mlp/fc2/bias", "[7]", "[64]"),
         ("stages/2/blocks/1/attention/table", "[25, 4]", "[49, 4]"),
-    ):
-        assert sum(all(needle in line for needle in needles) for line in lines) == 1, needles
+    ]
+    assert_lines(message, lines)
 
 
-@pytest.mark.parametrize("part", ["query.weight", "key.weight", "value.bias"])
-@pytest.mark.parametrize("shape", [(), (3,), (16, 8), (2, 2, 2)], ids=str)
-def test_misshapen_queries_keys_and_values_are_listed(part, shape):
+def test_queries_keys_and_values_that_do_not_fit_are_listed():
+    stem = "encoder.layer.1.attention.attention"
+    for name in ("query.weight", "key.weight", "value.bias"):
+        for shape in ((), (3,), (16, 8), (2, 2, 2)):
+            message = refusal(hugging_face_vit() | {f"{stem}.{name}": np.zeros(shape, np.float32)}, settings_of(VIT))
+            assert "do not fit the backbone" in message and "blocks/1/attention/" in message, (name, shape)
     arrays = hugging_face_vit()
-    arrays[f"encoder.layer.1.attention.attention.{part}"] = np.zeros(shape, np.float32)
-    message = refused(arrays, settings_of(VIT))
-    assert "do not fit the backbone" in message and "blocks/1/attention/" in message
+    del arrays[f"{stem}.key.weight"]
+    message = refusal(arrays, settings_of(VIT))
+    assert "missing: blocks/1/attention/qkv/kernel [16, 48]" in message
+    assert message.count("not used: blocks/1/attention/") >= 2
+    for shape in ((), (5,), (47, 16), (2, 3, 4)):
+        joined = timm(hugging_face_vit()) | {"blocks.1.attn.qkv.weight": np.zeros(shape, np.float32)}
+        expected = f"blocks/1/attention/qkv/kernel: the file has {list(shape[::-1])}, the model needs [16, 48]"
+        assert expected in refusal(joined, heads=2)
 
 
-@pytest.mark.parametrize("part", ["query", "key", "value"])
-def test_a_missing_query_key_or_value(part):
-    arrays = hugging_face_vit()
-    del arrays[f"encoder.layer.0.attention.attention.{part}.weight"]
-    message = refused(arrays, settings_of(VIT))
-    assert "missing: blocks/0/attention/qkv/kernel [16, 48]" in message
-    assert message.count("not used: blocks/0/attention/") >= 2
+def test_shapes_from_which_no_architecture_can_be_read():
+    shapes = [
+        ("pos_embed", (1, 11, 16), "positions [1, 11, 16]"),  # class and distillation token: no square grid
+        ("pos_embed", (1, 0, 16), "positions [1, 0, 16]"),
+        ("pos_embed", (1, 1, 16), "positions [1, 1, 16]"),
+        ("pos_embed", (10, 16), "positions [10, 16]"),
+        ("patch_embed.proj.weight", (16, 16), "embed/kernel [16, 16]"),
+        ("patch_embed.proj.weight", (16, 3, 0, 0), "embed/kernel [0, 0, 3, 16]"),
+        ("patch_embed.proj.weight", (16, 1, 4, 2), "embed/kernel [4, 2, 1, 16]: patches must be square"),
+        ("blocks.0.mlp.fc1.weight", (), "blocks/0/mlp/fc1/kernel []"),
+        ("head.weight", (), "head/kernel []"),
+    ]
+    for name, shape, expected in shapes:
+        message = refusal(timm(hugging_face_vit()) | {name: np.zeros(shape, np.float32)})
+        assert expected in message and "looks like timm ViT" in message
+    arrays = timm(hugging_face_vit())
+    del arrays["blocks.0.mlp.fc1.weight"]
+    assert "missing: blocks/0/mlp/fc1/kernel" in refusal(arrays)
+    for name in [name for name in arrays if name.startswith("blocks.1.")]:
+        arrays[name.replace("blocks.1.", "blocks.3.")] = arrays.pop(name)
+    arrays["blocks.0.mlp.fc1.weight"] = np.zeros((24, 16), np.float32)
+    message = refusal(arrays)
+    assert "missing: blocks/1/" in message and "missing: blocks/2/" in message
 
 
-@pytest.mark.parametrize("shape", [(), (49,), (48, 2), (64, 2), (49, 0)], ids=str)
-def test_a_bias_table_that_tells_no_window(shape):
-    arrays = timm_swin(hugging_face_swin())
-    arrays["layers.0.blocks.0.attn.relative_position_bias_table"] = np.zeros(shape, np.float32)
-    assert "stages/0/blocks/0/attention/table" in refused(arrays)
-
-
-def test_a_bias_table_for_heads_that_do_not_divide_the_width():
-    arrays = timm_swin(hugging_face_swin())
-    for block in range(SWIN.depths[0]):
-        arrays[f"layers.0.blocks.{block}.attn.relative_position_bias_table"] = np.zeros((49, 3), np.float32)
-    assert "the bias tables of stage 0 are for 3 heads, which do not divide its width 16" in refused(arrays)
-
-
-def test_a_stage_without_its_bias_table():
-    arrays = timm_swin(hugging_face_swin())
-    del arrays["layers.1.blocks.0.attn.relative_position_bias_table"]
-    assert "missing: stages/1/blocks/0/attention/table" in refused(arrays)
+def test_bias_tables_that_do_not_fit():
+    table = "layers.{}.blocks.{}.attn.relative_position_bias_table"
+    for shape in ((), (49,), (48, 2), (64, 2), (49, 0)):
+        arrays = timm(hugging_face_swin()) | {table.format(0, 0): np.zeros(shape, np.float32)}
+        assert "stages/0/blocks/0/attention/table" in refusal(arrays), shape
+    wrong = {table.format(0, block): np.zeros((49, 3), np.float32) for block in range(SWIN.depths[0])}
+    message = refusal(timm(hugging_face_swin()) | wrong)
+    assert "the bias tables of stage 0 are for 3 heads, which do not divide its width 16" in message
+    arrays = timm(hugging_face_swin())
+    del arrays[table.format(1, 0)]
+    assert "missing: stages/1/blocks/0/attention/table" in refusal(arrays)
 
 
 def test_one_parameter_under_two_names():
     arrays = hugging_face_vit()
     arrays["model.layernorm.scale"] = arrays["layernorm.weight"]
-    assert "norm/scale" in refused(arrays) and "so does another array" in refused(arrays)
+    assert "norm/scale" in refusal(arrays) and "so does another array" in refusal(arrays)
 
 
-def test_swin_has_one_feature():
-    arrays, settings = hugging_face_swin(), settings_of(SWIN)
+def test_arrays_that_are_not_floating_point_are_all_named():
+    for dtype in ("int32", "uint8", "bool", "complex64"):
+        arrays = hugging_face_vit()
+        for name in ("layernorm.bias", "layernorm.weight"):
+            arrays[name] = arrays[name].astype(dtype)
+        assert refusal(arrays).count(f"must be floating point, is {dtype}") == 2
+
+
+# -- settings that do not fit --
+
+
+def test_settings_that_the_weights_cannot_serve():
+    swin = settings_of(SWIN)
     for feature in ("cls", "pooler"):
-        message = refused(arrays, settings, feature=feature)
-        assert f"--config.backbone.feature={feature}" in message and "auto" in message
-
-
-@pytest.mark.parametrize(("make", "config"), [(hugging_face_vit, VIT), (hugging_face_swin, SWIN)], ids=["vit", "swin"])
-def test_an_image_size_that_is_no_multiple_of_the_patch(make, config):
-    message = refused(make(), settings_of(config), image_size=33)
-    assert f"--config.data.image_size=33: must be a multiple of the patch size {config.patch}" in message
+        message = refusal(hugging_face_swin(), swin, image_size=33, feature=feature)
+        assert f"--config.backbone.feature={feature}" in message and "use auto" in message
+        assert "--config.data.image_size=33: must be a multiple of the patch size 2" in message
+    message = refusal(timm(hugging_face_vit()), image_size=33, heads=5)
+    assert "--config.data.image_size=33: must be a multiple of the patch size 4" in message
+    assert "--config.backbone.heads=5: must divide the width 16" in message
+    without = {name: array for name, array in hugging_face_vit().items() if "pooler" not in name}
+    message = refusal(without, feature="pooler")
+    assert "missing: pooler/kernel" in message and "missing: pooler/bias" in message

@@ -16,7 +16,7 @@ VIT = ViTConfig(image_size=16, patch=4, width=16, depth=2, heads=2, mlp=24, feat
 SWIN = SwinConfig(image_size=32, patch=2, width=16, depths=(2, 1, 2), heads=(2, 4, 4), window=4, mlp_ratio=2, classes=5)
 
 
-def drawn(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Arrays:
+def draw(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Arrays:
     """Random float32 arrays, spread so that every one of them shows in the output: sharp attention, strong biases."""
     rng = np.random.default_rng(seed)
     return {name: (rng.normal(*spread(name), shape)).astype(np.float32) for name, shape in shapes.items()}
@@ -50,8 +50,8 @@ def hugging_face_vit(c: ViTConfig = VIT, prefix: str = "", seed: int = 0) -> Arr
     shapes |= _norm("layernorm", c.width)
     if c.feature == "pooler":
         shapes |= _dense("pooler.dense", c.width, c.width)
-    arrays = {prefix + name: array for name, array in drawn(shapes, seed).items()}
-    return arrays | (drawn(_dense("classifier", c.width, c.classes), seed + 1) if prefix else {})
+    arrays = {prefix + name: array for name, array in draw(shapes, seed).items()}
+    return arrays | (draw(_dense("classifier", c.width, c.classes), seed + 1) if prefix else {})
 
 
 def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> Arrays:
@@ -70,14 +70,14 @@ def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> 
             shapes |= _norm(f"{stem}.downsample.norm", 4 * width)
             shapes[f"{stem}.downsample.reduction.weight"] = 2 * width, 4 * width
     shapes |= _norm("layernorm", c.feature_size)
-    arrays = {prefix + name: array for name, array in drawn(shapes, seed).items()}
-    return arrays | (drawn(_dense("classifier", c.feature_size, c.classes), seed + 1) if prefix else {})
+    arrays = {prefix + name: array for name, array in draw(shapes, seed).items()}
+    return arrays | (draw(_dense("classifier", c.feature_size, c.classes), seed + 1) if prefix else {})
 
 
 def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[int, ...]]:
     shapes = _norm(f"{stem}.layernorm_before", width) | _norm(f"{stem}.layernorm_after", width)
-    for part in ("query", "key", "value"):
-        shapes |= _dense(f"{stem}.attention.{attention}.{part}", width, width)
+    for role in ("query", "key", "value"):
+        shapes |= _dense(f"{stem}.attention.{attention}.{role}", width, width)
     shapes |= _dense(f"{stem}.attention.output.dense", width, width)
     return shapes | _dense(f"{stem}.intermediate.dense", width, mlp) | _dense(f"{stem}.output.dense", mlp, width)
 
@@ -126,46 +126,48 @@ def flax_tree(arrays: Arrays) -> dict[str, Any]:
         elif leaf == "weight":
             leaf = "scale"
         place = tree
-        for part in path:
-            place = place.setdefault(part, {})
+        for key in path:
+            place = place.setdefault(key, {})
         place[leaf] = np.ascontiguousarray(array)
     return tree
 
 
-def timm_swin(arrays: Arrays, merging: str = "timm") -> Arrays:
-    """A transformers Swin under timm's names; merging stands in the next stage, or, for "microsoft", in its own."""
-    found: Arrays = {}
+TIMM_NAMES = (
+    ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
+    ("embeddings.norm", "patch_embed.norm"),
+    ("embeddings.cls_token", "cls_token"),
+    ("embeddings.position_embeddings", "pos_embed"),
+    ("encoder.layer.", "blocks."),
+    ("encoder.", ""),
+    ("layernorm_before", "norm1"),
+    ("layernorm_after", "norm2"),
+    ("layernorm", "norm"),
+    ("attention.self.relative", "attn.relative"),
+    ("attention.output.dense", "attn.proj"),
+    ("intermediate.dense", "mlp.fc1"),
+    ("output.dense", "mlp.fc2"),
+    ("pooler.dense", "pre_logits.fc"),
+)
+
+
+def timm(arrays: Arrays, merging: str = "timm") -> Arrays:
+    """A transformers model under timm's names. Swin's merging stands in the next stage, for "microsoft" in its own."""
+    renamed: Arrays = {}
     for name, array in arrays.items():
-        name = name.removeprefix("swin.").replace("embeddings.patch_embeddings.projection", "patch_embed.proj")
-        name = name.replace("embeddings.norm", "patch_embed.norm").removeprefix("encoder.")
-        for old, new in (
-            ("layernorm_before", "norm1"),
-            ("layernorm_after", "norm2"),
-            ("attention.self.relative", "attn.relative"),
-            ("attention.output.dense", "attn.proj"),
-            ("intermediate.dense", "mlp.fc1"),
-            ("output.dense", "mlp.fc2"),
-            ("classifier", "head.fc" if merging == "timm" else "head"),
-        ):
-            name = name.replace(old, new)
-        if name.startswith("layernorm"):
-            name = name.replace("layernorm", "norm")
-        if ".downsample." in name and merging == "timm":
-            _, stage, rest = name.split(".", 2)
-            name = f"layers.{int(stage) + 1}.{rest}"
-        if ".self.query." in name:
-            stem, kind = name.split("attention.self.query.")
-            qkv = [arrays[key] for key in _siblings(arrays, array)]
-            found[f"{stem}attn.qkv.{kind}"] = np.concatenate(qkv)
-        elif ".self.key." not in name and ".self.value." not in name:
-            found[name] = array
-    return found
-
-
-def _siblings(arrays: Arrays, query: np.ndarray) -> list[str]:
-    """Names of the query, key and value that belong to a query array."""
-    name = next(name for name, array in arrays.items() if array is query)
-    return [name.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+        new = name.removeprefix("swin.").removeprefix("vit.")
+        for old, replacement in TIMM_NAMES:
+            new = new.replace(old, replacement)
+        new = new.replace("classifier", "head.fc" if name.startswith("swin.") and merging == "timm" else "head")
+        if ".downsample." in new and merging == "timm":
+            _, stage, rest = new.split(".", 2)
+            new = f"layers.{int(stage) + 1}.{rest}"
+        if ".query." in new:
+            stem, kind = new.split("attention.")[0], new.rsplit(".", 1)[1]
+            roles = [arrays[name.replace(".query.", f".{role}.")] for role in ("query", "key", "value")]
+            renamed[f"{stem}attn.qkv.{kind}"] = np.concatenate(roles)
+        elif ".key." not in new and ".value." not in new:
+            renamed[new] = array
+    return renamed
 
 
 def vision_transformer(c: ViTConfig, seed: int = 0) -> Arrays:
@@ -181,9 +183,9 @@ def vision_transformer(c: ViTConfig, seed: int = 0) -> Arrays:
     for i in range(c.depth):
         stem = f"Transformer/encoderblock_{i}"
         norms += [f"{stem}/LayerNorm_0", f"{stem}/LayerNorm_2"]
-        for part in ("query", "key", "value"):
-            shapes[f"{stem}/MultiHeadDotProductAttention_1/{part}/kernel"] = c.width, c.heads, head
-            shapes[f"{stem}/MultiHeadDotProductAttention_1/{part}/bias"] = c.heads, head
+        for role in ("query", "key", "value"):
+            shapes[f"{stem}/MultiHeadDotProductAttention_1/{role}/kernel"] = c.width, c.heads, head
+            shapes[f"{stem}/MultiHeadDotProductAttention_1/{role}/bias"] = c.heads, head
         shapes[f"{stem}/MultiHeadDotProductAttention_1/out/kernel"] = c.heads, head, c.width
         shapes[f"{stem}/MultiHeadDotProductAttention_1/out/bias"] = (c.width,)
         shapes |= {f"{stem}/MlpBlock_3/Dense_0/kernel": (c.width, c.mlp), f"{stem}/MlpBlock_3/Dense_0/bias": (c.mlp,)}
@@ -194,4 +196,4 @@ def vision_transformer(c: ViTConfig, seed: int = 0) -> Arrays:
         shapes |= {"pre_logits/kernel": (c.width, c.width), "pre_logits/bias": (c.width,)}
     if c.classes:
         shapes |= {"head/kernel": (c.width, c.classes), "head/bias": (c.classes,)}
-    return drawn(shapes, seed)
+    return draw(shapes, seed)

@@ -24,7 +24,7 @@ class StandIn(mock.MagicMock):
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds torchvision and whatever is asked of it."""
+    """Finds torchvision and every module inside it."""
 
     def find_spec(self, fullname, path=None, target=None):
         if fullname.split(".")[0] == "torchvision":
@@ -56,11 +56,11 @@ def main(folder: Path) -> int:
     shared = {"img_size": SWIN.image_size, "patch_size": SWIN.patch, "embed_dim": SWIN.width}
     swin = {**shared, "depths": SWIN.depths, "num_heads": SWIN.heads, "num_classes": SWIN.classes}
     swin |= {"window_size": SWIN.window, "mlp_ratio": SWIN.mlp_ratio}
-    made = {"vit": VisionTransformer(**vit), "swin": SwinTransformer(**swin)}
-    for name, model in made.items():
+    models = {"vit": VisionTransformer(**vit), "swin": SwinTransformer(**swin)}
+    for name, model in models.items():
         with torch.no_grad():
-            for part, parameter in model.named_parameters():
-                parameter.normal_(*spread(part))
+            for key, parameter in model.named_parameters():
+                parameter.normal_(*spread(key))
         weights = model.state_dict()
         save_file(weights, folder / f"{name}.safetensors")
         answers = {}

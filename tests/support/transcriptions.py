@@ -5,7 +5,7 @@ They share nothing with the code under test: no reshaped windows, no rolled grid
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,39 +24,40 @@ TOLERANCE = 2e-4  # of the largest number of the reference; both sides in float3
 QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # a third of the time
 
 
-def apart(got: Any, want: Any) -> float:
+def relative_error(actual: Any, reference: Any) -> float:
     """Largest difference over the largest number of the reference."""
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape, (got.shape, want.shape)
-    return float(np.abs(got - want).max() / np.abs(want).max())
+    actual, reference = np.asarray(actual, np.float64), np.asarray(reference, np.float64)
+    assert actual.shape == reference.shape, (actual.shape, reference.shape)
+    return float(np.abs(actual - reference).max() / np.abs(reference).max())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=QUICKLY)
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 @jax.default_matmul_precision("highest")  # a GPU would round to fewer digits
-def outputs(config: backbone_lib.Architecture, params: Any, images: jax.Array, slope: bool = False) -> dict[str, Any]:
-    """Ours: all states, the feature, logits where there is a classifier; with slope d(feature * `scalar`)/d(images)."""
-
-    def total(images):
-        found = backbone_lib.features(config, params, images)
-        return jnp.sum(found * scalar(*found.shape))
-
-    found = {"states": nnx.merge(backbone_lib.graph(config)[0], params).hidden_states(images)}
-    found["features"] = backbone_lib.features(config, params, images)
-    if config.classes:
-        found["logits"] = backbone_lib.logits(config, params, images)
-    if slope:
-        found["gradient"] = jax.grad(total)(images)
-    return found
+def features(config: backbone_lib.Architecture, params: Any, images: jax.Array) -> jax.Array:
+    """Ours, [B, D]."""
+    return backbone_lib.features(config, params, images)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
 @jax.default_matmul_precision("highest")
-def features(config: backbone_lib.Architecture, params: Any, images: jax.Array) -> jax.Array:
-    """Ours: the feature alone."""
-    return backbone_lib.features(config, params, images)
+def outputs(config: backbone_lib.Architecture, params: Any, images: jax.Array) -> dict[str, Any]:
+    """Ours: all hidden states, the feature, and logits where there is a classifier."""
+    result = {"states": nnx.merge(backbone_lib.graph(config)[0], params).hidden_states(images)}
+    result["features"] = backbone_lib.features(config, params, images)
+    if config.classes:
+        result["logits"] = backbone_lib.logits(config, params, images)
+    return result
 
 
-def scalar(count: int, width: int) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
+@jax.default_matmul_precision("highest")
+def gradient(config: backbone_lib.Architecture, params: Any, images: jax.Array) -> jax.Array:
+    """Ours: d(sum of feature * `coefficients`) / d(images), [B, H, W, C]."""
+    values = coefficients(len(images), config.feature_size)
+    return jax.grad(lambda x: jnp.sum(backbone_lib.features(config, params, x) * values))(images)
+
+
+def coefficients(count: int, width: int) -> np.ndarray:
     """Weights [count, width] float32 that make one number of features."""
     return np.random.default_rng(5).normal(size=(count, width)).astype(np.float32)
 
@@ -114,7 +115,7 @@ class Swin:
             for i in range(depth):
                 grid = self.block(grid, side, f"{stem}.blocks.{i}", c.heads[stage], shifted=i % 2 == 1)
             if stage + 1 < len(c.depths):
-                grid, side = self.merged(grid, side, f"{stem}.downsample"), -(-side // 2)
+                grid, side = self.merge(grid, side, f"{stem}.downsample"), -(-side // 2)
             states.append(self.picture(grid, side))
         tokens = [self.norm(value, "layernorm", c.epsilon) for value in grid.values()]
         return states, np.mean(tokens, axis=0)
@@ -123,71 +124,75 @@ class Swin:
     def picture(grid: dict[tuple[int, int], np.ndarray], side: int) -> np.ndarray:
         return np.array([[grid[y, x] for x in range(side)] for y in range(side)])
 
-    def merged(self, grid, side: int, name: str):
+    def merge(self, grid, side: int, name: str):
         """Patches above, below, right above and right below each other become one; outside there are zeros."""
-        nothing = np.zeros_like(grid[0, 0])
-        found = {}
+        zeros = np.zeros_like(grid[0, 0])
+        result = {}
         for y in range(0, side, 2):
             for x in range(0, side, 2):
-                corners = [grid.get(at, nothing) for at in ((y, x), (y + 1, x), (y, x + 1), (y + 1, x + 1))]
-                found[y // 2, x // 2] = self.dense(
+                corners = [grid.get(at, zeros) for at in ((y, x), (y + 1, x), (y, x + 1), (y + 1, x + 1))]
+                result[y // 2, x // 2] = self.dense(
                     self.norm(np.concatenate(corners), f"{name}.norm", 1e-5), f"{name}.reduction"
                 )
-        return found
+        return result
 
     def block(self, grid, side: int, name: str, heads: int, shifted: bool):
         normed = {at: self.norm(value, f"{name}.layernorm_before", self.config.epsilon) for at, value in grid.items()}
         mixed = self.attention(normed, side, f"{name}.attention", heads, shifted)
-        found = {}
+        result = {}
         for at, value in grid.items():
             value = value + mixed[at]
             hidden = self.norm(value, f"{name}.layernorm_after", self.config.epsilon)
             hidden = exact_gelu(self.dense(hidden, f"{name}.intermediate.dense"))
-            found[at] = value + self.dense(hidden, f"{name}.output.dense")
-        return found
+            result[at] = value + self.dense(hidden, f"{name}.output.dense")
+        return result
 
     def attention(self, grid, side: int, name: str, heads: int, shifted: bool):
         """Each patch looks at those of its window; windows that a shift moved over the edge fall apart."""
         window = min(self.config.window, side)
         shift = window // 2 if shifted and side > self.config.window else 0
         whole = -(-side // window) * window  # with padding below and on the right
-        nothing = np.zeros_like(next(iter(grid.values())))
-        found = {}
+        zeros = np.zeros_like(next(iter(grid.values())))
+        result = {}
         for top in range(0, whole, window):
             for left in range(0, whole, window):
                 rows = range(top + shift, top + shift + window)
                 columns = range(left + shift, left + shift + window)
                 cells = [(y, x) for y in rows for x in columns]  # beyond the edge they go on at the other side
-                values = [grid.get((y % whole, x % whole), nothing) for y, x in cells]
+                values = [grid.get((y % whole, x % whole), zeros) for y, x in cells]
                 mixed = self.window(cells, values, whole, name, heads)
-                found |= {(y % whole, x % whole): value for (y, x), value in zip(cells, mixed, strict=True)}
-        return found
+                result |= {(y % whole, x % whole): value for (y, x), value in zip(cells, mixed, strict=True)}
+        return result
 
     def window(self, cells, values, whole: int, name: str, heads: int) -> list[np.ndarray]:
-        q, k, v = ([self.dense(x, f"{name}.self.{part}") for x in values] for part in ("query", "key", "value"))
+        q, k, v = ([self.dense(x, f"{name}.self.{role}") for x in values] for role in ("query", "key", "value"))
         table, reach = self.arrays[f"{name}.self.relative_position_bias_table"], self.config.window - 1
         size = len(values[0]) // heads
-        found = []
+        result = []
         for i, (y, x) in enumerate(cells):
             mixed = []
             for head in range(heads):
-                part = slice(head * size, (head + 1) * size)
+                columns = slice(head * size, (head + 1) * size)
                 scores = []
                 for j, (other_y, other_x) in enumerate(cells):
                     row = (y - other_y + reach) * (2 * reach + 1) + (x - other_x + reach)
-                    torn = (y < whole) != (other_y < whole) or (x < whole) != (other_x < whole)
-                    scores.append(q[i][part] @ k[j][part] / math.sqrt(size) + table[row, head] - 100 * torn)
-                mixed.append(sum(weight * v[j][part] for j, weight in enumerate(softmax(np.array(scores)))))
-            found.append(self.dense(np.concatenate(mixed), f"{name}.output.dense"))
-        return found
+                    apart = (y < whole) != (other_y < whole) or (x < whole) != (other_x < whole)
+                    scores.append(q[i][columns] @ k[j][columns] / math.sqrt(size) + table[row, head] - 100 * apart)
+                mixed.append(sum(weight * v[j][columns] for j, weight in enumerate(softmax(np.array(scores)))))
+            result.append(self.dense(np.concatenate(mixed), f"{name}.output.dense"))
+        return result
 
 
-def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray, gelu: Callable = tanh_gelu) -> np.ndarray:
-    """Feature [D] of google-research/vision_transformer's model: its npz as it is, one head at a time."""
+def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> np.ndarray:
+    """Feature [D] of google-research/vision_transformer's model: its npz as it is, one head at a time.
+
+    Dosovitskiy et al. (2020), Eqs. 1 to 4, with the LayerNorm's epsilon and the GELU of the config.
+    """
     p = {name: array.astype(np.float64) for name, array in arrays.items()}
+    gelu = tanh_gelu if config.gelu == "tanh" else exact_gelu
 
     def norm(x, name):
-        return layer_norm(x, p[f"{name}/scale"], p[f"{name}/bias"], 1e-6)
+        return layer_norm(x, p[f"{name}/scale"], p[f"{name}/bias"], config.epsilon)
 
     tokens = [p["cls"][0, 0]]
     for y in range(0, len(image), config.patch):
@@ -200,8 +205,8 @@ def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray, gel
         name, normed = f"{stem}/MultiHeadDotProductAttention_1", norm(x, f"{stem}/LayerNorm_0")
         for head in range(config.heads):
             q, k, v = (
-                normed @ p[f"{name}/{part}/kernel"][:, head] + p[f"{name}/{part}/bias"][head]
-                for part in ("query", "key", "value")
+                normed @ p[f"{name}/{role}/kernel"][:, head] + p[f"{name}/{role}/bias"][head]
+                for role in ("query", "key", "value")
             )
             weights = np.stack([softmax(row) for row in q @ k.T / math.sqrt(q.shape[1])])
             x = x + weights @ v @ p[f"{name}/out/kernel"][head]
