@@ -13,12 +13,11 @@ from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
 
-transformers = pytest.importorskip("transformers", reason="the models are made by transformers")
-torch = pytest.importorskip("torch", reason="the weights are made by PyTorch (extra test)")
 
-
-def saved(name: str, folder) -> str:
+def save_random_model(name: str, folder) -> str:
     """A random model of the named backbone's architecture, written as the hub has it."""
+    transformers = pytest.importorskip("transformers", reason="the models are made by transformers")
+    torch = pytest.importorskip("torch", reason="the weights are made by PyTorch (extra test)")
     torch.manual_seed(0)
     if name == "vit-b-22k":
         model = transformers.ViTModel(transformers.ViTConfig())
@@ -33,13 +32,13 @@ def saved(name: str, folder) -> str:
 @pytest.mark.parametrize("name", ["vit-b-22k", "swin-b-1k"])
 def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
     """The public path at the real size; two steps of two images."""
-    whole = small_source(train=6, test=2, public=0)
-    images = np.repeat(whole.read(0, len(whole.items)).images, 28, axis=1).repeat(28, axis=2)  # 224 x 224
-    source = dataclasses.replace(with_items(whole, whole.items, images), shape=(224, 224, 1))
+    digits = small_source(train=6, test=2, public=0)
+    images = np.repeat(digits.read(0, len(digits.items)).images, 28, axis=1).repeat(28, axis=2)  # 224 x 224
+    source = dataclasses.replace(with_items(digits, digits.items, images), shape=(224, 224, 1))
     config = small_config(
         backbone__name=name,
         backbone__heads=0,
-        backbone__weights=saved(name, tmp_path / "weights"),
+        backbone__weights=save_random_model(name, tmp_path / "weights"),
         data__image_size=224,
         clustering__sample_size=4,
         clustering__cut="auto:2",
@@ -54,12 +53,12 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
     )
     with prepare_run(tmp_path / "run", config, devices=jax.devices()[:1], source=source) as (run, imported):
         assert imported.added == 8
-        wanted = dataclasses.replace(zoo.entry(name).architecture, image_size=224)
-        assert run.backbone.config == dataclasses.replace(wanted, epsilon=run.backbone.config.epsilon)
+        expected = dataclasses.replace(zoo.entry(name).architecture, image_size=224)
+        assert run.backbone.config == dataclasses.replace(expected, epsilon=run.backbone.config.epsilon)
         assert (run.spec.mean, run.spec.std) == zoo.entry(name).normalisation
-        outcome = build(run)
-        assert outcome.retuned == outcome.clusters == 2
-        found = predict(load_model(run), run.images[:3])
-        assert found.probabilities.shape == (3, 10) and np.isfinite(found.probabilities).all()
+        report = build(run)
+        assert report.retuned == report.clusters == 2
+        answers = predict(load_model(run), run.images[:3])
+        assert answers.probabilities.shape == (3, 10) and np.isfinite(answers.probabilities).all()
         erased = erase.request_erasure(run, [run.catalog.live("train").ids[0]])
-        assert erased.records == 1 and erased.outcome.retuned >= 1
+        assert erased.records == 1 and erased.report.retuned >= 1
