@@ -6,16 +6,15 @@
     erasure = lm.unlearn("runs/digits", records=["digit-0017"], requester="desk 3")
     assert lm.audit("runs/digits").ok
 
-A workdir is a folder that holds one run; the command line works on the same folders. Each function imports what it
-needs when it is called, so `import lmeraser_jax` loads neither JAX nor NumPy. Every function raises `UserError`, with
-all that is wrong in one message, for what a user can mend.
+A workdir is a folder that holds one run, for these functions and the command line alike. Each function raises
+`UserError`, with all that is wrong in one message, and imports what it needs when it is called.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, from_dict
 from lmeraser_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,11 +36,10 @@ def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None)
     A second call on the same workdir resumes, or finds that nothing is to be done.
 
     Args:
-        workdir: a new, empty or existing workdir.
+        workdir: new, empty, or begun by an earlier call.
         config: a config, or nested settings such as `{"tuning": {"epochs": 20}}` with every other setting at its
             default; None: the workdir's own config, or the defaults (scikit-learn's digits) for a new workdir.
     """
-    from lmeraser_jax.config import from_dict
     from lmeraser_jax.storage.workdir import Layout, read_config
     from lmeraser_jax.unlearning.build import build, repair
     from lmeraser_jax.unlearning.run import prepare_run
@@ -69,12 +67,9 @@ def unlearn(
     Args:
         workdir: a trained workdir.
         records: ids of records.
-        owners: owners, all of whose records are erased.
-        request: an id for the request; a second call with the same id and records changes nothing.
-        requester, reason: text for the receipt, which is kept for good.
-
-    Returns:
-        The request, what the build did (`outcome`), and the path of the receipt (`receipt`).
+        owners: owners whose records are all erased.
+        request: an id; a second request with the same id and records changes nothing.
+        requester, reason: kept in the receipt for good.
     """
     from lmeraser_jax.unlearning.erase import request_erasure
     from lmeraser_jax.unlearning.run import open_run
@@ -86,13 +81,9 @@ def unlearn(
 
 
 def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") -> "Predictions":
-    """Predicts images with the prompts and heads of the nearest clusters.
+    """Predicts images: files, or uint8 [N, h, w, c] in the shape that the workdir keeps.
 
-    Every call loads the model; a process that stays alive keeps an `evaluation.serving.Predictor`.
-
-    Args:
-        workdir: a trained workdir.
-        images: image files, or uint8 [N, h, w, c] in the shape that the workdir keeps.
+    Every call loads the model; a process that stays alive uses `evaluation.serving.Predictor`.
     """
     import numpy as np
 
@@ -120,12 +111,7 @@ def evaluate(workdir: str | Path, split: str = "test") -> "Evaluation":
 
 
 def audit(workdir: str | Path, sample: int = 0) -> "Verdict":
-    """Builds everything again from the live records, in a temporary place, and compares every bit.
-
-    Args:
-        workdir: a trained workdir.
-        sample: rebuild so many clusters, drawn at random; 0: all.
-    """
+    """Builds everything, or `sample` clusters drawn at random, again from the live records and compares every bit."""
     from lmeraser_jax.unlearning import audit
     from lmeraser_jax.unlearning.run import open_run
 
