@@ -25,7 +25,7 @@ from reporting import add_json, deliver
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import disk_use
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.training import making
+from lmeraser_jax.training import tune as tune_module
 from lmeraser_jax.training.slices import init_slice
 from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import build, plan, purge, receipts
@@ -102,10 +102,12 @@ def accepting(run: Run, names: list[str], quarantine: bool) -> float:
 def serving(run: Run) -> dict[str, float]:
     """Seconds of each part of a reconcile that serves what was accepted, without tuning."""
     seconds: dict[str, float] = {}
-    tune = making.tune
+    tune = tune_module.tune
     slice_ = jax.device_get(init_slice(jax.random.key(1), run.config.tuning, run.backbone.config, len(run.classes)))
     build.refuse_rotten = lambda *_: None  # the made-up records have no pixels of their own
-    making.tune = lambda problem, backbone, jobs, *rest: (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
+    tune_module.tune = lambda problem, backbone, jobs, *rest: (
+        Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs
+    )
     parts = [
         (build, "sweep"),
         (build, "plan"),
@@ -128,7 +130,7 @@ def serving(run: Run) -> dict[str, float]:
 
         total = timed(serve)
     finally:
-        making.tune = tune
+        tune_module.tune = tune
         for owner, name, function in kept:
             setattr(owner, name, function)
     assert outcome is not None

@@ -74,7 +74,7 @@ def measured(run: Run, size: int, calls: int) -> dict[str, Any]:
 
 def classified(run: Run, params: Any, head: jax.Array, images: jax.Array) -> jax.Array:
     """What any classifier does: one pass, one head. uint8 [B, h, w, c] -> int32 [B]."""
-    return (backbone_lib.features(run.backbone.config, params, centred(images, run.spec)) @ head).argmax(axis=1)
+    return (backbone_lib.features(run.backbone.config, params, centred(images, run.image_spec)) @ head).argmax(axis=1)
 
 
 def timed(call: Callable[[np.ndarray], Any], images: np.ndarray) -> float:

@@ -26,7 +26,7 @@ from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.vit import ViTConfig
-from lmeraser_jax.training import tune
+from lmeraser_jax.training import train_step, tune
 from lmeraser_jax.training.jobs import Job, efficiency, make_job, pack
 
 COUNTS = (1, 2, 4, 8)
@@ -64,13 +64,13 @@ def difference(a: dict[str, list], b: dict[str, list]) -> float:
     return max(abs(x - y) for key in a for x, y in zip(a[key], b[key], strict=True))
 
 
-def small_problem() -> tuple[tune.TuningSpec, Backbone, np.ndarray, np.ndarray]:
+def small_problem() -> tuple[train_step.TuningSpec, Backbone, np.ndarray, np.ndarray]:
     """Digits and a small random ViT."""
     config = ViTConfig(image_size=8, patch=4, width=32, depth=2, heads=2, mlp=64, channels=1)
     params = jax.device_get(nnx.to_pure_dict(nnx.split(config.build(nnx.Rngs(0)), nnx.Param)[1]))
     backbone = backbone_lib.make(config, params, (0.5,), (0.5,))
     spec = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1)
-    problem = tune.TuningSpec(config, spec, Tuning(batch=8, epochs=2, min_steps=1, prompt_width=1), 10, seed=0)
+    problem = train_step.TuningSpec(config, spec, Tuning(batch=8, epochs=2, min_steps=1, prompt_width=1), 10, seed=0)
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     return problem, backbone, images, digits.target.astype(np.int32)
@@ -86,7 +86,7 @@ def measured(devices: int, quick: bool) -> dict:
     problem, backbone, images, labels = small_problem()
     t, sizes = problem.tuning, np.random.default_rng(0).integers(8, 64, 8 if quick else 24)
     jobs = jobs_of(sizes, t)
-    mesh = tune.mesh_of(jax.devices()[:devices])
+    mesh = train_step.mesh_of(jax.devices()[:devices])
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
         found = {done.job.key: done.slice for done in tune.tune(problem, backbone, jobs, images, labels, mesh)}

@@ -30,7 +30,7 @@ from lmeraser_jax.models import convert
 from lmeraser_jax.storage.catalog import sample_rank
 from lmeraser_jax.training import clustering
 from lmeraser_jax.training.features import Extractor
-from lmeraser_jax.training.tune import mesh_of
+from lmeraser_jax.training.train_step import mesh_of
 
 SAMPLE, SIDE, WINDOW = 1000, 64, 50  # sampled records, pixels, requests of a window
 CUTS = {  # the first two are the paper's: no limits

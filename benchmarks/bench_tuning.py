@@ -32,7 +32,7 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.swin import SwinConfig
-from lmeraser_jax.training import tune
+from lmeraser_jax.training import train_step, tune
 from lmeraser_jax.training.features import Extractor, compute_dtype
 from lmeraser_jax.training.jobs import Job, batches, make_job, step_batches
 
@@ -45,7 +45,7 @@ TOLERANCE = {"cpu": 1e-3, "gpu": 5e-2}  # of a loss, relative; bfloat16 on GPU
 class Ours:
     """A tuning problem: as many clusters as lanes, of equal size, so that every step is a full batch."""
 
-    problem: tune.TuningSpec
+    problem: train_step.TuningSpec
     backbone: Backbone
     network: nn.Module  # the same in PyTorch
     jobs: list[Job]
@@ -55,7 +55,7 @@ class Ours:
 
     @functools.cached_property
     def mesh(self):
-        return tune.mesh_of(jax.devices()[:1])
+        return train_step.mesh_of(jax.devices()[:1])
 
     def tune(self) -> None:
         """What a request pays for, from host arrays to finished slices."""
@@ -64,12 +64,12 @@ class Ours:
 
     def losses(self) -> np.ndarray:
         """Mean over the clusters of each of the first steps' losses."""
-        program, t = tune.compiled(self.problem, self.mesh), self.problem.tuning
+        program, t = train_step.compiled(self.problem, self.mesh), self.problem.tuning
         params = tune.on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
         chunk = next(step_batches(self.jobs, 1, t, self.problem.slots, self.problem.seed))
         rows = (chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
-        data = (self.images, self.labels, np.int32(CHECKED), tune.initial_state(self.problem, self.mesh))
-        return np.asarray(program(params, *data, tune.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
+        data = (self.images, self.labels, np.int32(CHECKED), train_step.initial_state(self.problem, self.mesh))
+        return np.asarray(program(params, *data, train_step.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
 
 
 def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
@@ -103,7 +103,7 @@ def ours(arguments: argparse.Namespace) -> Ours:
         batch=arguments.batch,
         lanes=arguments.lanes,
     )
-    problem = tune.TuningSpec(config, spec, settings, CLASSES, seed=0)
+    problem = train_step.TuningSpec(config, spec, settings, CLASSES, seed=0)
     members = arguments.steps * arguments.batch
     rng = np.random.default_rng(0)
     tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3))
@@ -126,7 +126,7 @@ def task_of(mine: Ours) -> torch_tuning.Task:
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
     rows = np.stack([batches(job, mine.problem.seed)[0] for job in mine.jobs], axis=1)  # [steps, G, B]
     total = mine.jobs[0].steps
-    factors = [tune.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
+    factors = [train_step.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
     return torch_tuning.Task(
         network=mine.network.to(device, dtype),
         images=mine.images,

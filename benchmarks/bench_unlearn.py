@@ -30,7 +30,8 @@ from synthetic import unsampled
 
 from lmeraser_jax import config
 from lmeraser_jax.experiments import methods
-from lmeraser_jax.training import making, slice_files
+from lmeraser_jax.training import slice_files
+from lmeraser_jax.training import tune as tune_module
 from lmeraser_jax.unlearning import build, erase
 from lmeraser_jax.unlearning.run import open_run, prepare_run
 
@@ -169,7 +170,7 @@ class Clock:
         self.reset()
         for name, (module, function) in PARTS.items():
             setattr(module, function, self._timed(name, getattr(module, function)))
-        making.tune = self._stepped(making.tune)
+        tune_module.tune = self._stepped(tune_module.tune)
         monitoring.register_event_duration_secs_listener(self._compiled)
 
     def reset(self) -> None:

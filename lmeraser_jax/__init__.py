@@ -92,7 +92,7 @@ def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") ->
     from lmeraser_jax.unlearning.run import open_run
 
     with open_run(workdir) as run:
-        shape = run.spec.height, run.spec.width, run.spec.channels
+        shape = run.image_spec.height, run.image_spec.width, run.image_spec.channels
         if not isinstance(images, np.ndarray):
             images = decode_all([Path(file) for file in images], *shape, run.config.data.max_pixels)
         if images.dtype != np.uint8 or images.shape[1:] != shape:

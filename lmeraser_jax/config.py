@@ -17,7 +17,7 @@ from typing import Any
 from lmeraser_jax.errors import UserError, raise_all, shorten
 
 AUGMENTS = ("none", "crop", "flip", "paper")
-PROMPTED = ("prompt+head", "prompt", "prompts+one head")
+PROMPTED = ("prompt+head", "prompt")
 CLOSED_FORMS = ("ridge", "ncm")
 METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 INTEGER_LIMIT = 2**63  # whole numbers lie below it
@@ -126,7 +126,6 @@ class Tuning:
     warmup: float = setting(0.1, "share of the cluster's own steps", below=1)
     epochs: int = setting(30, "times a member is seen", low=1)
     min_steps: int = setting(60, "a small cluster sees its members more often until it has made so many steps")
-    slices: int = setting(1, "R, stages of a cluster (SISA): an erasure repeats only those that saw the record", low=1)
     batch: int = setting(16, "B, images per lane", low=1)
     lanes: int = setting(1, "L, clusters tuned at the same time per device", low=1)
     scan_steps: int = setting(64, "steps per call of the device program", low=1)
@@ -137,11 +136,6 @@ class Tuning:
     def active_prompt_width(self) -> int:
         """Width of the prompt that is tuned: 0 where there is none."""
         return self.prompt_width if self.method in PROMPTED else 0
-
-    @property
-    def one_head(self) -> bool:
-        """Whether all clusters' prompts share a head, so that there is one slice for all, and no request is cheap."""
-        return self.method == "prompts+one head"
 
     @property
     def closed(self) -> bool:
@@ -391,9 +385,6 @@ def _rules_of_tuning(config: Config) -> Iterator[Rule]:
         yield "tuning.prompt_width", tuning.prompt_width > 0, "above 0 for tuning.method=prompt"
     for name, head in (("tuning.penalty", tuning), ("common.penalty", config.common)):
         yield name, head.method != "ridge" or head.penalty > 0, "above 0"
-    if tuning.closed:
-        stages = f"1 for tuning.method={tuning.method}: a closed form has no stages to repeat"
-        yield "tuning.slices", tuning.slices == 1, stages
-    else:
+    if not tuning.closed:
         yield "tuning.expand", tuning.expand == 0, f"0 for tuning.method={tuning.method}"
     yield "inference.common_weight", config.inference.common_weight <= 1, "at most 1"

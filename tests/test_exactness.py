@@ -18,7 +18,7 @@ from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.requests import any_open
 from lmeraser_jax.training import jobs as jobs_module
-from lmeraser_jax.training import tune
+from lmeraser_jax.training import train_step, tune
 from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.add import add
 from lmeraser_jax.unlearning.artifacts import load_clustering
@@ -251,14 +251,14 @@ def tuning_slice(run, name):
 
 def test_unlearning_compiles_nothing_new(tmp_path, monkeypatch):
     """One trace for training and every request; the seed makes the problem new to this process."""
-    counted = chex.assert_max_traces(tune.device_program, n=1)
+    counted = chex.assert_max_traces(train_step.device_program, n=1)
     monkeypatch.setattr(tune, "device_program", counted)
     config = small_config(seed=77)
     with small_run(tmp_path / "run", config=config) as run:
         build(run)
         for kind in (unsampled_record, sampled_record, owner):
             assert erase.request_erasure(run, kind(run)[0]).outcome.retuned > 0
-        program = tune.compiled(run.tuning_spec, run.mesh)
+        program = train_step.compiled(run.tuning_spec, run.mesh)
         assert program._cache_size() == 1
 
 
@@ -277,7 +277,7 @@ def test_a_global_step_count_fails_the_contract(tmp_path, monkeypatch):
 
 def test_a_loss_mean_over_all_lanes_fails_the_contract(tmp_path, monkeypatch):
     """Negative control: the gradient is divided by the valid images of all lanes, as one mixed batch would."""
-    step = tune.cluster_step
+    step = train_step.cluster_step
 
     def coupled(problem, params, images, labels, starts, state, batch):
         share = jax.lax.pmean(batch.valid.sum() / batch.valid.size, "lane")
@@ -293,7 +293,7 @@ def test_a_loss_mean_over_all_lanes_fails_the_contract(tmp_path, monkeypatch):
 
 def breaks_the_contract(tmp_path) -> bool:
     """Whether the state after an erasure differs from a state trained without the record."""
-    tune.compiled.cache_clear()
+    train_step.compiled.cache_clear()
     try:
         with small_run(tmp_path / "coupled") as run:
             build(run)
@@ -301,7 +301,7 @@ def breaks_the_contract(tmp_path) -> bool:
         found, _ = erased_state(tmp_path / "coupled", [ids], 1)
         wanted = trained_state(tmp_path / "scratch", without(small_source(), set(ids)), 1)
     finally:
-        tune.compiled.cache_clear()
+        train_step.compiled.cache_clear()
     return any(line.startswith("parameters") for line in differences(found, wanted))
 
 

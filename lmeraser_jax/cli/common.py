@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,28 +14,28 @@ from absl import flags as absl_flags
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.training.places import Place, detect
-from lmeraser_jax.training.team import ALONE, Team
 
 if TYPE_CHECKING:
     from lmeraser_jax.storage.catalog import Catalog
     from lmeraser_jax.storage.workdir import Layout
+    from lmeraser_jax.training.multihost import Processes
     from lmeraser_jax.unlearning.build import BuildReport
     from lmeraser_jax.unlearning.run import Run
 
 Flags = absl_flags.FlagValues
+PLACE = ("coordinator_address", "num_processes", "process_id")
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """A parsed command line: `arguments["flag"]` is a flag's value, `files` what stood without a flag.
 
-    `team` are the processes that the command may share its work with.
+    `processes` is this process among those that share the work; None where it is alone.
     """
 
     flags: Flags
     files: list[str]
-    team: Team = ALONE
+    processes: "Processes | None" = None
 
     def __getitem__(self, name: str) -> Any:
         return self.flags[name].value
@@ -59,7 +58,6 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     absl_flags.DEFINE_string("workdir", "", "folder of the run", flag_values=flags)
     text = "also write the result as JSON to this file; - for standard output"
     absl_flags.DEFINE_string("json", "", text, flag_values=flags)
-    _define_place(flags)
     module.define(flags)
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
         print(_help(module, flags))
@@ -86,18 +84,29 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     return Arguments(flags, rest[1:])
 
 
-def _define_place(flags: Flags) -> None:
-    """Flags that say where a process stands among several; Slurm, Open MPI and Kubernetes say it by variables."""
+def define_processes(flags: Flags) -> None:
+    """Flags of commands that several processes can share."""
+    text = "several processes share the work; Slurm, Open MPI or Kubernetes tell each where it stands"
+    absl_flags.DEFINE_bool("distributed", False, text, flag_values=flags)
     text = "HOST:PORT of process 0, where no scheduler tells it"
-    absl_flags.DEFINE_string("coordinator_address", "", text, flag_values=flags)
-    absl_flags.DEFINE_integer("num_processes", None, "number of processes", flag_values=flags)
-    absl_flags.DEFINE_integer("process_id", None, "number of this process, from 0", flag_values=flags)
+    absl_flags.DEFINE_string("coordinator_address", None, text, flag_values=flags)
+    absl_flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1, flag_values=flags)
+    text = "number of this process, from 0"
+    absl_flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=flags)
 
 
-def place_of(arguments: Arguments) -> Place | None:
-    """Where this process stands among several; None where it is the only one."""
-    given = (arguments[name] for name in ("coordinator_address", "num_processes", "process_id"))
-    return detect(os.environ, *given)
+def several_processes(arguments: Arguments) -> bool:
+    """Whether several processes were asked for. Raises `UserError` where their flags do not go together."""
+    if "distributed" not in arguments.flags:
+        return False
+    given = [f"--{name}" for name in PLACE if arguments[name] is not None]
+    if given and len(given) < len(PLACE):
+        lacking = ", ".join(f"--{name}" for name in PLACE if arguments[name] is None)
+        raise UserError(f"{', '.join(given)}: {lacking} must be given too, or all left to a scheduler (--distributed)")
+    if given and arguments["process_id"] >= arguments["num_processes"]:
+        count = arguments["num_processes"]
+        raise UserError(f"--process_id={arguments['process_id']}: must be below --num_processes={count}")
+    return bool(given) or arguments["distributed"]
 
 
 def check_target(flag: str, target: str) -> None:
@@ -178,6 +187,7 @@ def define_writing(flags: Flags) -> None:
     absl_flags.DEFINE_float("wait", 0.0, text, lower_bound=0, flag_values=flags)
     text = "folder for a jax.profiler trace of a few calls of the tuning program"
     absl_flags.DEFINE_string("profile", "", text, flag_values=flags)
+    define_processes(flags)
 
 
 @contextlib.contextmanager
@@ -201,7 +211,7 @@ def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
 
     with (
         profiling.into(arguments["profile"]),
-        open_run(workdir, config, write=True, wait=arguments["wait"], team=arguments.team) as run,
+        open_run(workdir, config, write=True, wait=arguments["wait"], processes=arguments.processes) as run,
     ):
         log_devices()
         yield run

@@ -9,14 +9,19 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import shlex
 import sqlite3
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from lmeraser_jax import __version__, interrupt
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.training import distributed
+
+if TYPE_CHECKING:
+    from lmeraser_jax.cli import common
 
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
@@ -41,7 +46,6 @@ COMMANDS = {
 }
 SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
 RESUMABLE = SHARED | {"pretrain", "compare"}
-PLACE = frozenset({"coordinator_address", "num_processes", "process_id"})
 SURROUNDINGS = frozenset(  # errors of disks and folders that people can mend
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 )
@@ -101,20 +105,29 @@ def _run(name: str, arguments: Sequence[str], who: list[str]) -> int:
     parsed = common.parse(module, ["lmeraser", *arguments])
     if parsed is None:
         return 0
-    place = common.place_of(parsed)
-    if place is not None and place.index:
-        who.append(f"process {place.index}: ")
-        if name not in SHARED:
-            return 0
-    with contextlib.ExitStack() as stack:
-        if name in RESUMABLE:
-            stack.enter_context(interrupt.handle_sigterm())
-        team = stack.enter_context(distributed.joined(place if name in SHARED else None))
-        if team.index:
-            from lmeraser_jax.training import slice_files
+    with interrupt.handle_sigterm() if name in RESUMABLE else contextlib.nullcontext():
+        if common.several_processes(parsed):
+            return _run_by_several(module, parsed, who)
+        return module.run(parsed)
 
-            return slice_files.serve(team)
-        return module.run(dataclasses.replace(parsed, team=team))
+
+def _run_by_several(module: ModuleType, parsed: "common.Arguments", who: list[str]) -> int:
+    """Runs a command at process 0; the other processes do their share of its tasks until it is over."""
+    from lmeraser_jax.training import multihost
+    from lmeraser_jax.unlearning.share import serve
+
+    processes = multihost.start(parsed["coordinator_address"], parsed["num_processes"], parsed["process_id"])
+    if processes.index:
+        who.append(f"process {processes.index}: ")
+        serve(processes)
+        return 0
+    try:
+        code = module.run(dataclasses.replace(parsed, processes=processes))
+    except (interrupt.Stopped, UserError):
+        multihost.end(processes)
+        raise
+    multihost.end(processes)
+    return code
 
 
 def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
@@ -155,13 +168,9 @@ def console() -> int:
 
 def _of_one(arguments: Sequence[str]) -> list[str]:
     """The command line without a place among several processes: it can be resumed by any number of them."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, given, _ = argument.lstrip("-").partition("=")
-        if not skip and not (argument.startswith("-") and name in PLACE):
-            kept.append(argument)
-        skip = not skip and argument.startswith("-") and name in PLACE and not given
-    return kept
+    return [
+        argument for argument in arguments if not re.match(r"--?(distributed|num_processes|process_id|coord)", argument)
+    ]
 
 
 def keep_compiled_programs() -> None:

@@ -30,7 +30,7 @@ def run(arguments: common.Arguments) -> int:
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
     with open_run(workdir, config) as run_:
         common.warn_if_unfinished(run_)
-        spec = run_.spec
+        spec = run_.image_spec
         images = decode_all(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
         found = Predictor(run_)(images)
         rows = [

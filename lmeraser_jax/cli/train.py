@@ -38,9 +38,9 @@ def run(arguments: common.Arguments) -> int:
     options = {name: arguments[name] for name in ("reimport", "retune", "wait")}
     with (
         profiling.into(arguments["profile"]),
-        prepare_run(workdir, config, team=arguments.team, **options) as (run_, imported),
+        prepare_run(workdir, config, processes=arguments.processes, **options) as (run_, imported),
     ):
-        lines = _imported_lines(imported, run_.spec.channels) if imported else []
+        lines = _imported_lines(imported, run_.image_spec.channels) if imported else []
         for message in repair(run_):
             common.warn(message)
         report = build(run_)

@@ -40,7 +40,7 @@ def save_montage(run: Run, path: Path, clusters: int = 8, members: int = 10, sid
         shown = np.linspace(0, len(inside) - 1, min(members, len(inside))).astype(int)  # evenly spread by id
         tiles = [images[records.rows[inside[i]]] / 255.0 for i in shown]
         prompt = _prompt(run, manifest, key)
-        prompted = _resized(tiles[0], prompt.shape[0]) + prompt * run.spec.std
+        prompted = _resized(tiles[0], prompt.shape[0]) + prompt * run.image_spec.std
         visible = prompt / (2 * max(np.abs(prompt).max(), 1e-6)) + 0.5
         for column, tile in [*enumerate(tiles), (members, visible), (members + 1, prompted)]:
             canvas.paste(_tile(tile, side), (LABEL + column * pitch, top))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -134,7 +135,7 @@ class _Snapshot(NamedTuple):
     """The rows of the catalog at one moment."""
 
     manifest: Manifest
-    slices: dict[str, SliceRow]
+    slices: Mapping[str, SliceRow]
     private: RecordTable
     counts: dict[str, int]
     open_requests: int

@@ -27,7 +27,7 @@ from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.slices import Slice, place_prompt
-from lmeraser_jax.training.tune import TuningSpec, features_of
+from lmeraser_jax.training.train_step import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.run import Run
 
@@ -274,7 +274,7 @@ def routed_probabilities(
     Returns:
         (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
     """
-    pixels = centred(images, tuning_spec.spec)  # [B, H, W, C]
+    pixels = centred(images, tuning_spec.image_spec)  # [B, H, W, C]
 
     @functools.cache
     def bare_feature() -> jax.Array:  # [B, D] without a prompt; computed where it is needed, and once

@@ -11,7 +11,8 @@ from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_slice
-from lmeraser_jax.unlearning.plan import plan, sampled
+from lmeraser_jax.unlearning.live_state import live_state, sampled
+from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.run import Run
 
 
@@ -37,7 +38,7 @@ def planned(run: Run, count: int) -> Planned:
     rows, (own, common) = [], sizes(run)
     with progress("plan", len(chosen)) as shown:
         for index in chosen:
-            wanted = plan(run, frozenset({ids[index]}))
+            wanted = plan(live_state(run, {ids[index]}))
             again = [wanted.members[key].rows for key in wanted.missing]
             records = len(np.unique(np.concatenate(again))) if again else 0
             numbers = sum(common if key == SliceKind.COMMON else own for key in wanted.missing)

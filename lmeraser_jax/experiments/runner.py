@@ -114,8 +114,6 @@ def _senseless(method: Method, config: Config, experiments: Sequence[str]) -> It
         yield f"--experiments=cut: {method.name} cuts no tree; its partition is {config.clustering.partition}"
     if "epochs" in experiments and config.tuning.closed:
         yield f"--experiments=epochs: {method.name} has a closed form and no epochs"
-    if "epochs" in experiments and config.tuning.slices > 1:
-        yield f"--experiments=epochs: {method.name} tunes in {config.tuning.slices} stages, each with epochs of its own"
 
 
 def _same_as_before(comparison: Comparison) -> None:

@@ -6,6 +6,7 @@ every array as Zarr into an OCDBT database. Neither JAX nor Orbax is loaded to r
 """
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -174,8 +175,12 @@ def _empty(dtype: str, shape: list[int]) -> np.ndarray:
 
 
 def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":
+    import jax
     import orbax.checkpoint as ocp
 
     handlers = {"arrays": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(create=True, max_to_keep=keep, enable_async_checkpointing=False)
+    if jax.process_count() > 1:  # process 0 alone writes: Orbax must not wait for the others
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+        options = dataclasses.replace(options, multiprocessing_options=alone)
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)

@@ -17,7 +17,7 @@ from lmeraser_jax.errors import raise_all
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.models.backbone import Architecture, array_problems, from_flat
 
-RECIPE_VERSION = 2  # raise it when the same recipe starts to give other bits
+RECIPE_VERSION = 3  # raise it when the same recipe starts to give other bits
 OWN = "backbone/"  # begins the names of a slice's own backbone in a checkpoint
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the numbers
 
@@ -25,7 +25,6 @@ NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the 
 class Slice(NamedTuple):
     """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host.
 
-    Where all clusters share a head (`tuning.method=prompts+one head`) there is one slice, and its prompt is [K, n].
     `backbone` are the parameters of a backbone of the slice's own (`tuning.method=backbone`), None elsewhere.
     """
 
@@ -35,21 +34,18 @@ class Slice(NamedTuple):
     backbone: Any = None
 
 
-def as_slice(
-    arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None, prompts: bool = False
-) -> Slice:
+def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None) -> Slice:
     """The slice of a checkpoint's arrays, on the host.
 
     Args:
         arrays: whatever a checkpoint holds, by name.
         name: what a message calls the slice.
         architecture: of the slice's own backbone; None where it has none.
-        prompts: whether it has a prompt for each cluster.
 
     Raises:
         UserError: names every array that is missing, left over or of another dtype or shape.
     """
-    wanted = {"prompt": 2 if prompts else 1, "kernel": 2, "bias": 1}
+    wanted = {"prompt": 1, "kernel": 2, "bias": 1}
     own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if architecture and field.startswith(OWN)}
     arrays = {field: leaf for field, leaf in arrays.items() if not architecture or not field.startswith(OWN)}
     problems = [f"{field} is missing" for field in wanted if field not in arrays]
@@ -93,7 +89,6 @@ def init_slice(
     architecture: Architecture,
     classes: int,
     mapping: Sequence[int] = (),
-    prompts: int = 0,
 ) -> Slice:
     """First values of a slice; a function of its key alone, never of its members.
 
@@ -103,11 +98,10 @@ def init_slice(
         architecture: of the backbone.
         classes: Y.
         mapping: Y features, each the logit of a class; empty: a head of its own.
-        prompts: K, where the slice has a prompt for each cluster; 0: one prompt.
     """
     key_prompt, key_head = jax.random.split(key)
     n = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
-    prompt, kernel = jnp.zeros((prompts, n) if prompts else (n,)), jnp.zeros((architecture.feature_size, classes))
+    prompt, kernel = jnp.zeros((n,)), jnp.zeros((architecture.feature_size, classes))
     if tuning.prompt_init:
         prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape)
     if tuning.head_init:
@@ -117,43 +111,44 @@ def init_slice(
     return Slice(prompt, kernel, jnp.zeros((classes,)))
 
 
-def recipe(
-    key: str,
-    members: Sequence[tuple[str, str, int]],
-    tuning: Tuning,
-    backbone: str,
-    spec: ImageSpec,
-    classes: int,
-    seed: int,
-    stage: int = 1,
-    parent: str = "",
-    feature_batch: int = 0,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class RecipeConstants:
+    """What the recipes of all slices of a run share.
+
+    Attributes:
+        tuning: settings; those that never reach the numbers are left out of the recipe.
+        backbone: digest of the frozen backbone.
+        image_spec: image pipeline.
+        classes: Y.
+        seed: the run's seed.
+        feature_batch: images per call with which the features were computed that slices are made of; 0: made of images.
+    """
+
+    tuning: Tuning
+    backbone: str
+    image_spec: ImageSpec
+    classes: int
+    seed: int
+    feature_batch: int = 0
+
+
+def recipe(key: str, members: Sequence[tuple[str, str, int]], constants: RecipeConstants) -> dict[str, Any]:
     """Everything that a slice's bits depend on, given the program.
 
     Args:
         key: cluster key.
-        members: (id, content hash, label) of each member in the parts up to `stage`, sorted by id.
-        tuning: settings; those that never reach the numbers are left out.
-        backbone: digest of the frozen backbone.
-        spec: image pipeline.
-        classes: Y.
-        seed: the run's seed.
-        stage: the latest part that the members are from.
-        parent: digest of the recipe of the cluster's stage before, whose slice is the start; empty: none.
-        feature_batch: images per call with which the features were computed that it is made of; 0: made of images.
+        members: (id, content hash, label) of each member, sorted by id.
+        constants: what all recipes of the run share.
     """
-    numbers = {name: value for name, value in dataclasses.asdict(tuning).items() if name not in NOT_IN_RECIPE}
-    made_of = {"feature_batch": feature_batch} if feature_batch else {}
-    return made_of | {
+    tuning = {name: value for name, value in dataclasses.asdict(constants.tuning).items() if name not in NOT_IN_RECIPE}
+    return {
         "version": RECIPE_VERSION,
         "cluster": key,
-        "stage": stage,
-        "parent": parent,
         "members": digest(list(members)),
-        "tuning": numbers,
-        "backbone": backbone,
-        "images": dataclasses.asdict(spec),
-        "classes": classes,
-        "seed": seed,
+        "tuning": tuning,
+        "backbone": constants.backbone,
+        "images": dataclasses.asdict(constants.image_spec),
+        "classes": constants.classes,
+        "seed": constants.seed,
+        "feature_batch": constants.feature_batch,
     }

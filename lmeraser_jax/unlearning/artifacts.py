@@ -78,7 +78,7 @@ def load_slice(run: "Run", ref: str) -> "Slice":
     row = run.catalog.slice(name)
     if row is not None and row.cluster == SliceKind.COMMON:
         return as_slice(arrays, name[:12])
-    return as_slice(arrays, name[:12], run.tuning_spec.own_architecture, run.config.tuning.one_head)
+    return as_slice(arrays, name[:12], run.tuning_spec.own_architecture)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

@@ -22,9 +22,8 @@ from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.training.fingerprint import fingerprint
-from lmeraser_jax.training.jobs import stage_jobs
-from lmeraser_jax.training.making import make
+from lmeraser_jax.training import tune
+from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of, slice_of
 from lmeraser_jax.unlearning.build import build
@@ -181,31 +180,25 @@ def remade(run: Run, ref: str) -> Slice | None:
     problem, inputs = run.tuning_spec, run.training_data(records, run.tuning_spec)
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     labels[records.rows] = records.labels
-    start = None
-    jobs = stage_jobs(row.cluster, records.ids, records.rows, problem.tuning, problem.seed)
-    jobs[-1] = dataclasses.replace(jobs[-1], snapshots=(step,) if step else ())
-    for job in jobs:
-        started = dataclasses.replace(job, start=start)
-        for done in make(problem, run.backbone, [started], inputs, labels, run.mesh):
-            if done.final or done.step == step:
-                start = done.slice
-            if done.step == step and job is jobs[-1]:
-                return start
-    return start
+    job = dataclasses.replace(make_job(row.cluster, records.rows, problem.tuning), snapshots=(step,) if step else ())
+    for tuned in tune.make_slices(problem, run.backbone, [job], inputs, labels, run.mesh):
+        if tuned.step == step or tuned.final:
+            return tuned.slice
+    return None
 
 
 def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) -> set[str]:
     """Difference lines of numbers that another program made and that agree within the tolerance."""
-    program, manifest = fingerprint(run.config.tuning, run.mesh), run.catalog.manifest()
+    manifest = run.catalog.manifest()
     assert manifest is not None
     near = set()
-    if manifest.fingerprint != program:
+    if manifest.fingerprint != run.fingerprint:
         for key, one in found["prototypes"].items():
             if _close({"": one}, {"": rebuilt["prototypes"].get(key, b"")}):
                 near.add(f"prototypes {key}")
     for key, one in found["parameters"].items():
         row, other = run.catalog.slice(slice_of(found["slices"][key])), rebuilt["parameters"].get(key)
-        if row is not None and row.fingerprint != program and isinstance(one, dict) and isinstance(other, dict):
+        if row is not None and row.fingerprint != run.fingerprint and isinstance(one, dict) and isinstance(other, dict):
             if _close(one, other):
                 near.add(f"parameters {key}")
     return near & set(differences(found, rebuilt))

@@ -1,50 +1,41 @@
 """The build: bring a workdir to the state that its live records call for.
 
-Train is reconcile from empty, resume is reconcile, unlearn is "mark erased, reconcile", audit is
-reconcile somewhere else and compare. A slice is addressed by the digest of its recipe, so whatever an
-erasure does not touch is found again instead of made again.
+Train is a build from empty, resume is a build, unlearn is "mark erased, build", audit is a build somewhere else and a
+comparison. A slice is addressed by the digest of its recipe, so whatever an erasure does not touch is reused.
 """
 
 import contextlib
 import dataclasses
-import math
 import time
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
 from lmeraser_jax.data.record_table import check_pixel_hashes
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, canonical_json
-from lmeraser_jax.storage import checkpoints, requests, scratch
+from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.ingest import image_file
-from lmeraser_jax.storage.requests import Request
-from lmeraser_jax.storage.rows import Manifest, SliceKind, images_of
+from lmeraser_jax.storage.rows import Manifest, SliceKind
+from lmeraser_jax.training import waves
 from lmeraser_jax.training.closed_form import head, load_sums
-from lmeraser_jax.training.fingerprint import fingerprint
-from lmeraser_jax.training.jobs import Target, efficiency
-from lmeraser_jax.training.making import solved
-from lmeraser_jax.training.slice_files import Made, SliceTask, load_orphan, share_slices, written
-from lmeraser_jax.training.tune import TuningSpec
-from lmeraser_jax.unlearning.artifacts import (
-    AGAIN,
-    expected_params,
-    load_slice,
-    save_clustering,
-    slice_of,
-    tainted,
-    was_sampled,
-)
-from lmeraser_jax.unlearning.plan import Plan, plan
-from lmeraser_jax.unlearning.purge import purge, surviving, with_parents
+from lmeraser_jax.training.jobs import Target
+from lmeraser_jax.training.lanes import efficiency
+from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
+from lmeraser_jax.training.train_step import TuningSpec
+from lmeraser_jax.training.tune import solved
+from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, save_clustering, slice_of
+from lmeraser_jax.unlearning.live_state import live_state
+from lmeraser_jax.unlearning.plan import Plan, images_of, plan
+from lmeraser_jax.unlearning.publish import publish
+from lmeraser_jax.unlearning.purge import purge
 from lmeraser_jax.unlearning.run import Run
 
 
 @dataclasses.dataclass(frozen=True)
 class BuildReport:
-    """What a reconcile did."""
+    """What a build did."""
 
     clusters: int
     retuned: int
@@ -69,9 +60,9 @@ class BuildReport:
 def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     """Brings the workdir to the state that its live records call for.
 
-    Order: tune what is missing, each slice on disk before it is registered; wait for every process; publish in one
-    transaction; purge. A kill at any point leaves the old or the new state, and the next reconcile finishes. It
-    serves the requests that were accepted when it planned; later ones wait for the next.
+    Order: tune what is missing, each slice on disk before it is registered; publish in one transaction; purge. A kill
+    at any point leaves the old or the new state, and the next build finishes. It serves the requests that were accepted
+    when it planned; later ones wait for the next.
 
     Args:
         run: opened for writing.
@@ -81,56 +72,69 @@ def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     Raises:
         UserError: a cluster's loss was not finite; the other clusters are kept, nothing is published.
     """
-    assert run.writable, "reconcile needs a run that holds the writer lock"
+    assert run.writable, "a build needs a run that holds the writer lock"
     start = time.perf_counter()
-    sweep(run)
+    remove_leftovers(run)
     before = run.catalog.manifest()
-    wanted, adopted = register_orphans(run, plan(run))
-    served = wanted.requests
-    requests.advance(run.catalog, served, "planned")
-    missing = {key: chain for key, chain in wanted.missing.items() if only is None or key in only}
-    jobs = [target.job for chain in missing.values() for target in chain]
-    if jobs:
-        requests.advance(run.catalog, served, "re-tuning")
-    _tune_missing(run, wanted, missing)
+    wanted, registered = register_orphans(run, plan(live_state(run)))
+    missing = wanted.missing
+    if only is not None:
+        missing = {key: target for key, target in missing.items() if key in only}
+    requests.advance(run.catalog, wanted.requests, "planned")
+    if missing:
+        requests.advance(run.catalog, wanted.requests, "re-tuning")
+    tune_missing(run, wanted, missing)
     if not wanted.clustering_unchanged:
         save_clustering(run.layout, wanted.clustering)
+    report = _report(run, wanted, missing, before, registered, time.perf_counter() - start)
+    version = publish(run, wanted, before, report.published, report.seconds)
+    purge(run)
+    report = dataclasses.replace(report, version=version, seconds=time.perf_counter() - start)
+    run.log("build", **dataclasses.asdict(report))
+    return report
+
+
+def _report(
+    run: Run, wanted: Plan, missing: Mapping[str, Target], before: Manifest | None, registered: int, seconds: float
+) -> BuildReport:
+    jobs = [target.job for target in missing.values()]
+    clusters = wanted.entries.keys() - {SliceKind.COMMON}
     changed = before is None or (before.clustering, before.recipe_constants_digest, before.entries) != (
         wanted.clustering.digest,
         wanted.recipe_constants_digest,
         wanted.entries,
     )
-    changed = changed or bool(wanted.moved)  # new members of a pinned cluster change no entry
-    lanes = run.team.size * run.mesh.size * run.config.tuning.lanes
+    lanes = run.processes.count * run.mesh.size * run.config.tuning.lanes
     spared, altered = _spared(run, wanted, before)
-    outcome = BuildReport(
-        clusters=len(wanted.entries.keys() - {SliceKind.COMMON}),
+    return BuildReport(
+        clusters=len(clusters),
         retuned=len(missing.keys() - {SliceKind.COMMON}),
-        reused=len(wanted.entries.keys() - missing.keys() - {SliceKind.COMMON}),
+        reused=len(clusters - missing.keys()),
         images=sum(job.images for job in jobs),
         images_full=wanted.images_full,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         efficiency=efficiency(jobs, lanes, run.config.tuning.batch),
-        published=changed,
+        published=changed or bool(wanted.moved),  # new members of a pinned cluster change no entry
         version=before.version if before else 0,
         reclustered=before is not None and before.clustering != wanted.clustering.digest,
-        adopted=adopted,
+        adopted=registered,
         images_spared=spared,
         images_changed=altered,
     )
-    version = _publish(run, wanted, before, outcome, served)
-    purge(run)
-    outcome = dataclasses.replace(outcome, version=version, seconds=time.perf_counter() - start)
-    run.log("reconcile", **dataclasses.asdict(outcome))
-    return outcome
 
 
-def sweep(run: Run) -> None:
-    """Removes what a killed writer left: scratch, image rows without a record. `register_orphans` looks at slices.
+def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
+    """Images of the published clusters that no erased record was in, and of those that change all the same."""
+    hit = set(run.catalog.clusters_of(run.catalog.erased(wanted.requests)).values())
+    if before is None or not hit:
+        return 0, 0
+    images = {key: images_of(wanted.slices, ref) for key, ref in before.clusters.items() if key not in hit}
+    altered = (images[key] for key in images if wanted.entries.get(key) != before.entries[key])
+    return sum(images.values()), sum(altered)
 
-    Afterwards no process of a command that is over can write into this workdir.
-    """
-    scratch.settle(run.layout)
+
+def remove_leftovers(run: Run) -> None:
+    """Removes what a killed writer left: scratch, image rows without a record. `register_orphans` looks at slices."""
     remove_others(run.layout.scratch, set())
     image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
 
@@ -143,202 +147,99 @@ def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
     Returns:
         The plan without what is no longer missing, and the number of slices registered.
     """
-    missing, adopted = {}, 0
-    program = fingerprint(run.config.tuning, run.mesh)
-    for key, chain in wanted.missing.items():
-        rest, problem = list(chain), run.common_spec if key == SliceKind.COMMON else run.tuning_spec
-        while rest and (made := load_orphan(run.layout.root, rest[0], program, problem)) is not None:
-            _keep(run, wanted, made)
-            rest.pop(0)
-        adopted += len(chain) - len(rest)
-        if rest:
-            missing[key] = tuple(rest)
-    remove_others(run.layout.slices, set(run.catalog.slices()))
-    return dataclasses.replace(wanted, missing=missing), adopted
+    orphans = {}
+    for key, target in wanted.missing.items():
+        orphan = load_orphan(run.layout.slices, target, run.fingerprint, run.spec_of(key))
+        if orphan is not None:
+            register(run, wanted, orphan)
+            orphans[key] = orphan.row
+    slices = {**wanted.slices, **{row.digest: row for row in orphans.values()}}
+    remove_others(run.layout.slices, set(slices))
+    missing = {key: target for key, target in wanted.missing.items() if key not in orphans}
+    return dataclasses.replace(wanted, missing=missing, slices=slices), len(orphans)
 
 
-def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
-    """Images of the published clusters that no erased record was in, and of those that change all the same."""
-    hit = set(run.catalog.clusters_of(run.catalog.erased(wanted.requests)).values())
-    if before is None or not hit:
-        return 0, 0
-    made = run.catalog.slices()
-    images = {key: images_of(made, ref) for key, ref in before.clusters.items() if key not in hit}
-    altered = (images[key] for key in images if wanted.entries.get(key) != before.entries[key])
-    return sum(images.values()), sum(altered)
-
-
-def _tune_missing(run: Run, wanted: Plan, missing: Mapping[str, tuple[Target, ...]]) -> None:
-    """Makes slices; each finished one is saved and registered at once, so that a kill loses little."""
-    problem, common = run.tuning_spec, {key: chain for key, chain in missing.items() if key == SliceKind.COMMON}
-    if run.config.tuning.one_head:
-        problem = dataclasses.replace(problem, prompts=len(wanted.clustering.keys))
-    failed = _make(run, wanted, problem, {key: chain for key, chain in missing.items() if key != SliceKind.COMMON})
-    failed += _make(run, wanted, run.common_spec, common) if common else []
-    raise_all(
-        failed,
-        "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate "
-        "or --config.tuning.head_rate:"
-        if failed
-        else "",
-    )
-
-
-def _make(run: Run, wanted: Plan, problem: TuningSpec, missing: Mapping[str, tuple[Target, ...]]) -> list[str]:
-    """Makes the slices of one kind; returns a line for each whose numbers are not finite."""
-    labels, inputs, failed = np.zeros(run.catalog.rows_used(), np.int32), run.images, list[str]()
-    for key, chain in missing.items():
-        labels[chain[-1].job.rows] = wanted.members[key].labels
-    program = fingerprint(run.config.tuning, run.mesh)
-    features = run.feature_file(program).path if problem.on_features else None
-    place = (run.layout.root, run.layout.slices)
-    whole = SliceTask(*place, problem, run.backbone.digest, program, features, labels, ())
-    if problem.tuning.closed:
-        missing = {key: chain for key, chain in missing.items() if not _subtracted(run, wanted, whole, chain[-1])}
-    for key in missing:
-        check_pixel_hashes(run.images, wanted.members[key])
-        inputs = run.training_data(wanted.members[key], problem)
-    waiting: dict[str, tuple[Target, ...]] = dict(missing)
-    while waiting:  # once, or once for each stage: a stage starts from the slice of the one before
-        task = dataclasses.replace(whole, targets=tuple(_started(run, chain[0]) for chain in waiting.values()))
-        with contextlib.closing(share_slices(run.team, task, run.backbone, inputs, run.mesh)) as shared:
-            for made in shared:
-                if made.failed_at is None:
-                    _keep(run, wanted, made)
-                else:
-                    failed.append(f"cluster {made.row.cluster[:12]} ({made.row.size} members) at step {made.failed_at}")
-                    waiting[made.row.cluster] = ()  # its later stages have nothing to start from
-        waiting = {key: chain[1:] for key, chain in waiting.items() if len(chain) > 1}
-    return failed
-
-
-def _subtracted(run: Run, wanted: Plan, task: SliceTask, target: Target) -> bool:
-    """Makes a closed form of the sums beside the slice in its place, less whoever left, where that is exact."""
-    start, before, how = time.perf_counter(), run.catalog.manifest(), task.problem.tuning
-    old = run.catalog.slice(slice_of(before.entries.get(target.job.key, ""))) if before is not None else None
-    if old is None or (old.fingerprint, old.tuning) != (task.program, canonical_json(dataclasses.asdict(how))):
-        return False  # no slice, or one of other features or settings
-    surviving, file = load_sums(run.layout.slice(old.digest)), run.feature_file(task.program)
-    if (
-        surviving is None
-        or arrays_digest(checkpoints.flatten(head(how, surviving.total)[0])) != old.params_digest
-        or not len(file)
-    ):
-        return False
-    surviving = surviving.without(target.job.rows, task.labels, file.view())
-    if surviving is None:
-        return False
-    made = written(task, target, solved(target.job, *head(how, surviving.total), start, surviving), ())
-    if made.failed_at is None:
-        _keep(run, wanted, made)
-    return made.failed_at is None
-
-
-def _started(run: Run, target: Target) -> Target:
-    """The target with the slice that it carries on from."""
-    start = load_slice(run, target.parent) if target.parent else None
-    return dataclasses.replace(target, job=dataclasses.replace(target.job, start=start))
-
-
-def _keep(run: Run, wanted: Plan, made: Made) -> None:
+def register(run: Run, wanted: Plan, written: WrittenSlice) -> None:
     """Registers a slice that is on disk, and its snapshots."""
     with run.catalog.transaction():
-        run.catalog.add_slice(made.row._replace(clustering=wanted.clustering.digest), made.rows)
-        run.catalog.add_epochs(made.row.digest, made.epochs)
+        run.catalog.add_slice(written.row._replace(clustering=wanted.clustering.digest), written.rows)
+        run.catalog.add_epochs(written.row.digest, written.epochs)
 
 
-def _publish(run: Run, wanted: Plan, before: Manifest | None, outcome: BuildReport, served: Collection[str]) -> int:
-    """One transaction: the manifest, every moved record's cluster, the served requests, their quarantine."""
-    catalog, program = run.catalog, fingerprint(run.config.tuning, run.mesh)
-    version = outcome.version
-    with catalog.transaction():
-        if outcome.published:
-            assert tainted(run, catalog.erased(served)).by_member.isdisjoint(map(slice_of, wanted.entries.values()))
-            version = catalog.publish(
-                wanted.clustering.digest, program, wanted.recipe_constants_digest, wanted.entries, wanted.moved
-            )
-            catalog.set_clustering(wanted.clustering.digest, wanted.required_slices)
-            catalog.event("publish", version=version, clusters=len(wanted.entries))
-        waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
-        waiting = [request for request in waiting if request.state != "published"]
-        work = _work(run, wanted, waiting) | {
-            "images_full": outcome.images_full,
-            "seconds": round(outcome.seconds, 3),
-            "program": program,
-            "batch": [request.id for request in waiting],
-        }
-        purged = _removal_summary(run, [request.id for request in waiting])
-        for request in waiting:
-            facts = {"work": work, "clusters": _changes(run, request, wanted, before), "purged": purged}
-            facts["manifest"] = {"before": before.version if before else 0, "after": version}
-            facts["members"] = {}  # names clusters, and a cluster's name is a digest of its sampled ids
-            requests.advance(catalog, [request.id], "published", list(facts.items()))
-        requests.lift_quarantine(catalog, served)
-        requests.relocate(catalog, served)
-        catalog.unpin(wanted.unpinned)
-    return version
+def tune_missing(run: Run, wanted: Plan, missing: Mapping[str, Target]) -> None:
+    """Makes slices; each finished one is saved and registered at once, so that a kill loses little.
 
-
-def _work(run: Run, wanted: Plan, served: Sequence[Request]) -> dict[str, int]:
-    """What was tuned for these requests since the first was accepted, also by attempts that were interrupted."""
-    since = min((request.created for request in served), default=math.inf)
-    made = run.catalog.slices()
-    found = [made.get(target.digest) for chain in wanted.chains.values() for target in chain]
-    rows = [row for row in found if row is not None and row.created >= since]
-    images, steps = sum(row.images for row in rows), sum(row.steps for row in rows)
-    return {"images": images, "steps": steps, "clusters_tuned": len({row.cluster for row in rows})}
-
-
-def _removal_summary(run: Run, served: list[str]) -> dict[str, Any]:
-    """What the purge is about to remove, as receipts say it: salted hashes and counts."""
-    catalog, stays = run.catalog, surviving(run, served)
-    versions = {manifest.version for manifest in stays.manifests}
-    dropped = [manifest for manifest in catalog.manifests() if manifest.version not in versions]
-    clusterings = {path.name for path in run.layout.clusterings.iterdir()} - stays.clusterings
-    return {
-        "slices": sorted(catalog.salted("slice", name) for name in set(catalog.slices()) - stays.slices),
-        "clusterings": sorted(catalog.salted("clustering", name) for name in clusterings),
-        "manifests": sorted(manifest.version for manifest in dropped),
-        "rows": len(catalog.erased(served)),
-    }
-
-
-def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) -> list[dict[str, Any]]:
-    """The clusters that a request's records reached, why, and their slices before and after.
-
-    All salted: digests of ids and of members must not outlive a later erasure of one of them.
+    Raises:
+        UserError: names every cluster whose numbers are not finite.
     """
-    salted = run.catalog.salted
-    old, members = (before.entries if before else {}), request.body["members"]
-    sampled = before is not None and was_sampled(run.layout, before.clustering, run.catalog.erased([request.id]))
-    found = []
-    for key in sorted(set(old) | set(wanted.entries)):
-        new = wanted.entries.get(key, "")
-        reached = len(request.body["records"]) if key == SliceKind.COMMON else members.get(key, 0)
-        if old.get(key, "") == new or not (sampled or reached):
-            continue
-        found.append(
-            {
-                "cluster": salted("cluster", key),
-                "why": "member" if reached else "re-cluster",
-                "records": reached,
-                "before": salted("slice", old[key]) if key in old else "",
-                "after": salted("slice", new) if new else "",
-                "params": salted("params", expected_params(run.catalog, new) or "") if new else "",
-            }
-        )
-    return found
+    clusters = {key: target for key, target in missing.items() if key != SliceKind.COMMON}
+    failures = _tune(run, wanted, run.tuning_spec, clusters)
+    if SliceKind.COMMON in missing:
+        failures += _tune(run, wanted, run.common_spec, {SliceKind.COMMON: missing[SliceKind.COMMON]})
+    heading = "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate"
+    raise_all(failures, f"{heading} or --config.tuning.head_rate:" if failures else "")
+
+
+def _tune(run: Run, wanted: Plan, tuning_spec: TuningSpec, missing: Mapping[str, Target]) -> list[str]:
+    """Makes the slices of one kind; returns a line for each whose numbers are not finite."""
+    labels, inputs = np.zeros(run.catalog.rows_used(), np.int32), run.images
+    for key, target in missing.items():
+        labels[target.job.rows] = wanted.members[key].labels
+    targets = [target for target in missing.values() if not _subtract(run, wanted, tuning_spec, target, labels)]
+    for target in targets:
+        check_pixel_hashes(run.images, wanted.members[target.job.key])
+        inputs = run.training_data(wanted.members[target.job.key], tuning_spec)
+    jobs = [target.job for target in targets]
+    context = {"workdir": str(run.layout.root), "fingerprint": run.fingerprint}
+    tune_own = run.tune_own(tuning_spec, inputs, labels)
+    results = waves.make_slices(run.processes, context, tuning_spec, jobs, labels, tune_own)
+    failures = []
+    writing = write_slices(run.layout.slices, targets, results, run.fingerprint, tuning_spec.tuning)
+    with contextlib.closing(writing):
+        for written in writing:
+            if written.failed_at is None:
+                register(run, wanted, written)
+            else:
+                row = written.row
+                failures.append(f"cluster {row.cluster[:12]} ({row.size} members) at step {written.failed_at}")
+    return failures
+
+
+def _subtract(run: Run, wanted: Plan, tuning_spec: TuningSpec, target: Target, labels: np.ndarray) -> bool:
+    """Makes a closed form from the sums beside the slice in its place, less the records that left.
+
+    Returns:
+        False where that is not possible or not exact, so that the slice has to be made from its members.
+    """
+    start, before, tuning = time.perf_counter(), run.catalog.manifest(), tuning_spec.tuning
+    if not tuning.closed or before is None:
+        return False
+    old = wanted.slices.get(slice_of(before.entries.get(target.job.key, "")))
+    if old is None or (old.fingerprint, old.tuning) != (run.fingerprint, canonical_json(dataclasses.asdict(tuning))):
+        return False  # no slice, or one of other features or settings
+    sums, file = load_sums(run.layout.slice(old.digest)), run.feature_file()
+    if sums is None or not len(file):
+        return False
+    if arrays_digest(checkpoints.flatten(head(tuning, sums.total)[0])) != old.params_digest:
+        return False
+    sums = sums.without(target.job.rows, labels, file.view())
+    if sums is None:
+        return False
+    tuned = solved(target.job, *head(tuning, sums.total), start, sums)
+    written = write_slice(run.layout.slices, target, tuned, (), run.fingerprint, tuning)
+    if written.failed_at is None:
+        register(run, wanted, written)
+    return written.failed_at is None
 
 
 def repair(run: Run) -> list[str]:
-    """Drops published slices that are missing or damaged, so that the next reconcile tunes them again.
+    """Drops published slices that are missing or damaged, so that the next build tunes them again.
 
     Returns:
         Messages, one per dropped slice.
     """
     manifest, messages = run.catalog.manifest(), []
-    published = set(manifest.entries.values()) if manifest else set()
-    for ref in sorted(published | with_parents(run.catalog, {slice_of(ref) for ref in published})):
+    for ref in sorted(set(manifest.entries.values()) if manifest else ()):
         try:
             load_slice(run, ref)
         except UserError as error:

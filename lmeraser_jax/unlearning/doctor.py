@@ -235,7 +235,7 @@ def _resize(path: Path, size: int) -> None:
 def _built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequence[Any] | None) -> Iterator[Problem]:
     """What was made from the records: backbone, features, slices, clusterings, the published state."""
     from lmeraser_jax.models import backbone
-    from lmeraser_jax.unlearning import plan
+    from lmeraser_jax.unlearning import live_state
     from lmeraser_jax.unlearning.run import open_run
 
     if catalog.manifest() is None and not layout.backbone.exists():
@@ -253,7 +253,7 @@ def _built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequence[Any] |
         yield from problems
         if not problems:
             remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
-            yield from (Problem("state", line, remedy) for line in plan.contradictions(run))
+            yield from (Problem("state", line, remedy) for line in live_state.contradictions(run))
 
 
 def _move(folder: Path, to: Path) -> None:
@@ -264,10 +264,7 @@ def _move(folder: Path, to: Path) -> None:
 
 def _features(run: "Run", fix: bool) -> Iterator[Problem]:
     """Feature files of another backbone or program, of another length, with rows of no record, or other numbers."""
-    from lmeraser_jax.training.fingerprint import fingerprint
-
-    now = fingerprint(run.config.tuning, run.mesh)
-    programs = {now, *(row.fingerprint for row in run.catalog.slices().values())}
+    programs = {run.fingerprint, *(row.fingerprint for row in run.catalog.slices().values())}
     files = {file.path: file for file in map(run.feature_file, sorted(programs))}
     for path in sorted(run.layout.records.glob("features-*.f32")):
         file, reason = files.get(path), ""
@@ -277,7 +274,7 @@ def _features(run: "Run", fix: bool) -> Iterator[Problem]:
             reason = f"has {path.stat().st_size} bytes, not at most {run.catalog.rows_used()} rows of {file.row_bytes}"
         elif len(file.filled(run.catalog.free_rows())):
             reason = "holds features in rows of no record"
-        elif path == run.feature_file(now).path:
+        elif path == run.feature_file().path:
             reason = _differing_features(run, file)
         if reason:
             yield _leftover("features", f"{path.name} {reason}", fix, path.unlink)
@@ -292,7 +289,7 @@ def _differing_features(run: "Run", file: RowFile) -> str:
     cached = ~np.isnan(stored).any(axis=1)
     if not cached.any():
         return ""
-    computed = run.extractor()(run.images[rows[cached]])
+    computed = run.extractor(run.images[rows[cached]])
     count = (stored[cached].view(np.uint32) != computed.view(np.uint32)).any(axis=1).sum()
     return f"holds other numbers than the backbone gives, in {count} of {cached.sum()} rows" if count else ""
 

@@ -54,12 +54,13 @@ class Erasure:
 
 def estimate(run: "Run", targets: Targets) -> Estimate:
     """What erasing the targets would cost. Changes nothing but the feature cache."""
+    from lmeraser_jax.unlearning.live_state import live_state
     from lmeraser_jax.unlearning.plan import plan
 
-    wanted = plan(run, targets.live)
+    wanted = plan(live_state(run, targets.live))
     rows = run.catalog.slices().values()
     images, seconds = sum(row.images for row in rows), sum(row.seconds for row in rows)
-    before, devices = run.catalog.manifest(), run.team.size * run.mesh.size
+    before, devices = run.catalog.manifest(), run.processes.count * run.mesh.size
     return Estimate(
         records=len(targets.live),
         clusters=tuple(sorted(set(wanted.missing) - {SliceKind.COMMON})),

@@ -33,14 +33,15 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_settings, import_source
+from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout, read_config, writer_lock
-from lmeraser_jax.training.features import Extractor, cached, compute_dtype
+from lmeraser_jax.training import tune, waves
+from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.label_mapping import noise_activation
-from lmeraser_jax.training.slice_files import FeatureTask, piece, share_features
-from lmeraser_jax.training.slices import NOT_IN_RECIPE
-from lmeraser_jax.training.team import ALONE, Team
-from lmeraser_jax.training.tune import TuningSpec, mesh_of
+from lmeraser_jax.training.multihost import ALONE, Processes
+from lmeraser_jax.training.slices import NOT_IN_RECIPE, RecipeConstants
+from lmeraser_jax.training.train_step import TuningSpec, mesh_of
 
 FREE = ("inference", "checkpoints")  # settings that no published number depends on
 
@@ -49,7 +50,7 @@ FREE = ("inference", "checkpoints")  # settings that no published number depends
 class Run:
     """An opened workdir with its frozen backbone; `writable` if this process holds the writer lock.
 
-    Where several processes work on one command, the run is at process 0 and `team` leads to the others.
+    Where several processes work on one command, this is process 0 and writes; the others are in `share.serve`.
     """
 
     layout: Layout
@@ -58,80 +59,110 @@ class Run:
     backbone: Backbone
     mesh: Mesh
     writable: bool
-    team: Team = ALONE
+    processes: Processes = ALONE
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.catalog.get("dataset")["classes"])
 
     @functools.cached_property
-    def spec(self) -> ImageSpec:
+    def image_spec(self) -> ImageSpec:
         """The image pipeline of tuning, features and inference."""
         return image_spec(self.config, self.catalog.get("dataset")["shape"], self.backbone)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """What this program's bits depend on beside a slice's recipe."""
+        return fingerprint(self.config.tuning, self.mesh)
 
     @functools.cached_property
     def tuning_spec(self) -> TuningSpec:
         """The static part of the tuning program."""
         tuning, classes = self.config.tuning, len(self.classes)
         mapping = noise_activation(self.backbone, classes) if tuning.method == "prompt" else ()
-        return TuningSpec(self.backbone.config, self.spec, tuning, classes, self.config.seed, mapping)
+        return TuningSpec(self.backbone.config, self.image_spec, tuning, classes, self.config.seed, mapping)
 
     @functools.cached_property
     def common_spec(self) -> TuningSpec:
         """The static part of how the common head is made."""
-        common, tuning = self.config.common, self.config.tuning
-        how = dataclasses.replace(tuning, method=common.method, penalty=common.penalty, expand=common.expand, slices=1)
-        return dataclasses.replace(self.tuning_spec, tuning=how, mapping=())
+        common = self.config.common
+        tuning = dataclasses.replace(
+            self.config.tuning, method=common.method, penalty=common.penalty, expand=common.expand
+        )
+        return dataclasses.replace(self.tuning_spec, tuning=tuning, mapping=())
+
+    def spec_of(self, key: str) -> TuningSpec:
+        """The static part of the program that makes the slice of a cluster, or the common head."""
+        return self.common_spec if key == SliceKind.COMMON else self.tuning_spec
+
+    @functools.cached_property
+    def recipe_constants(self) -> RecipeConstants:
+        """What the recipes of all clusters' slices share."""
+        batch = self.config.clustering.feature_batch if self.tuning_spec.on_features else 0
+        return RecipeConstants(
+            self.config.tuning, self.backbone.digest, self.image_spec, len(self.classes), self.config.seed, batch
+        )
+
+    @functools.cached_property
+    def common_constants(self) -> RecipeConstants:
+        """The same for the common head, which is made of features."""
+        batch = self.config.clustering.feature_batch
+        return dataclasses.replace(self.recipe_constants, tuning=self.common_spec.tuning, feature_batch=batch)
 
     @property
     def images(self) -> np.ndarray:
         """uint8 [N, h, w, c]: the rows of the image file that the catalog knows."""
         return image_file(self.layout, self.catalog).view()[: self.catalog.rows_used()]
 
-    def feature_file(self, program: str) -> RowFile:
-        """The cache of the features that a program, named by its fingerprint, computes with this backbone.
+    def feature_file(self, fingerprint: str = "") -> RowFile:
+        """The cache of the features that a program computes with this backbone, by default this program.
 
         They are of images that are not augmented: all settings of `augment` share it.
         """
-        spec = dataclasses.asdict(dataclasses.replace(self.spec, augment="none"))
-        identity = digest([self.backbone.digest, spec, self.config.clustering.feature_batch, program])
+        spec = dataclasses.asdict(dataclasses.replace(self.image_spec, augment="none"))
+        identity = digest(
+            [self.backbone.digest, spec, self.config.clustering.feature_batch, fingerprint or self.fingerprint]
+        )
         return RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
 
+    @functools.cached_property
     def extractor(self) -> Extractor:
-        """Un-prompted features of images, computed."""
+        """Un-prompted features of images."""
         dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
-        return Extractor(self.backbone, self.spec, self.config.clustering.feature_batch, self.mesh, dtype)
+        return Extractor(self.backbone, self.image_spec, self.config.clustering.feature_batch, self.mesh, dtype)
 
     def features(self, records: RecordTable) -> np.ndarray:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
-        program, images = fingerprint(self.config.tuning, self.mesh), self.images
-        k, file, made = self.config.clustering, self.feature_file(program), functools.cache(self.extractor)
-        whole = (self.layout.root, self.spec, self.backbone.digest, program, self.config.tuning, k.feature_batch)
-        place = {row: index for index, row in enumerate(records.rows.tolist())}
+        images = self.images
+        position = {row: index for index, row in enumerate(records.rows.tolist())}
 
         def compute(rows: np.ndarray) -> np.ndarray:
-            check_pixel_hashes(
-                images, records.take(np.array([place[row] for row in rows.tolist()]))
-            )  # they would be cached
-            task = FeatureTask(*whole, len(images), rows, 0)
-            return share_features(self.team, task, lambda own: made()(images[own]))
+            # The pixels are checked first: a feature of damaged ones would stay in the cache.
+            check_pixel_hashes(images, records.take(np.array([position[row] for row in rows.tolist()])))
+            context = {"workdir": str(self.layout.root), "fingerprint": self.fingerprint}
+            return waves.extract(self.processes, context, rows, lambda own: self.extractor(images[own]))
 
-        return cached(file, records.rows, len(images), compute, piece(self.team), write=self.writable)
+        piece = PIECE * self.processes.count
+        return cached(self.feature_file(), records.rows, len(images), compute, piece, write=self.writable)
 
-    def training_data(self, records: RecordTable, problem: TuningSpec) -> np.ndarray:
+    def training_data(self, records: RecordTable, tuning_spec: TuningSpec) -> np.ndarray:
         """What slices with these members are made of: the image file, or features in its place.
 
         Returns:
             uint8 [N, h, w, c], or float32 [N, D], which may be anything in the rows of other records.
         """
-        if not problem.on_features:
+        if not tuning_spec.on_features:
             return self.images
-        found = self.features(records)
+        features = self.features(records)
         if self.writable:
-            return self.feature_file(fingerprint(self.config.tuning, self.mesh)).view()[: self.catalog.rows_used()]
-        rows = np.full((self.catalog.rows_used(), found.shape[1]), np.nan, np.float32)
-        rows[records.rows] = found
+            return self.feature_file().view()[: self.catalog.rows_used()]
+        rows = np.full((self.catalog.rows_used(), features.shape[1]), np.nan, np.float32)
+        rows[records.rows] = features
         return rows
+
+    def tune_own(self, tuning_spec: TuningSpec, inputs: np.ndarray, labels: np.ndarray) -> waves.TuneOwn:
+        """Makes the slices of some jobs on this process's devices: see `tune.make_slices`."""
+        return lambda jobs: tune.make_slices(tuning_spec, self.backbone, jobs, inputs, labels, self.mesh)
 
     def log(self, kind: str, **values: object) -> None:
         """Appends a line of metrics. Never give it anything about a single record: it outlives erasures."""
@@ -170,7 +201,7 @@ def open_run(
     devices: Sequence[Any] | None = None,
     write: bool = False,
     wait: float = 0,
-    team: Team = ALONE,
+    processes: Processes | None = None,
 ) -> Iterator[Run]:
     """Opens a finished workdir.
 
@@ -180,7 +211,7 @@ def open_run(
         devices: all by default.
         write: take the writer lock.
         wait: seconds to wait for another writer.
-        team: processes to share the work with.
+        processes: this process among those that share the work.
 
     Raises:
         UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
@@ -196,7 +227,7 @@ def open_run(
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = backbone_lib.load(layout.backbone)
-        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write, team)
+        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write, processes or ALONE)
 
 
 @contextlib.contextmanager
@@ -208,7 +239,7 @@ def prepare_run(
     reimport: bool = False,
     retune: bool = False,
     wait: float = 0,
-    team: Team = ALONE,
+    processes: Processes | None = None,
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
@@ -224,7 +255,7 @@ def prepare_run(
         retune: let `tuning` differ from the published state's; the old slices stay for rollback.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
         wait: seconds to wait for another writer.
-        team: processes to share the work with.
+        processes: this process among those that share the work.
 
     Yields:
         The run, and what an import did (None when nothing was imported).
@@ -238,7 +269,10 @@ def prepare_run(
         stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
         if stored is not None and manifest is not None:
-            _check_same(layout, stored, config, FREE + ("tuning", "common") * (retune or requests.any_open(catalog)))
+            free = FREE
+            if retune or requests.any_open(catalog):
+                free += ("tuning", "common")
+            _check_same(layout, stored, config, free)
         _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
         mesh, imported = mesh_of(devices), None
         converted = None
@@ -255,7 +289,7 @@ def prepare_run(
         if not layout.backbone.exists():
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
-        yield Run(layout, config, catalog, backbone, mesh, True, team), imported
+        yield Run(layout, config, catalog, backbone, mesh, True, processes or ALONE), imported
 
 
 def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:

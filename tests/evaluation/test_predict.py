@@ -39,7 +39,7 @@ def reference(run, images, nearest, quarantined=frozenset()):
     parts = {key: load_slice(run, name) for key, name in manifest.entries.items()}
     probabilities, clusters = [], []
     for image in images:
-        pixels = centred(jnp.asarray(image[None]), run.spec)
+        pixels = centred(jnp.asarray(image[None]), run.image_spec)
         gaps = np.linalg.norm(np.asarray(features(pixels), np.float64) - clustering.prototypes, axis=1)
         chosen = [key for k in np.argsort(gaps) if (key := clustering.keys[k]) not in quarantined][:nearest]
         each = []
@@ -91,7 +91,7 @@ def test_more_nearest_than_clusters_uses_all(run):
 def test_eight_devices_agree(run):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    from lmeraser_jax.training.tune import mesh_of
+    from lmeraser_jax.training.train_step import mesh_of
 
     images = run.images[run.catalog.live("test").rows]
     one = predict.predict(predict.load_model(run), images)

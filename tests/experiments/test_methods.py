@@ -18,7 +18,7 @@ from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.experiments.costs import passes
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.training import closed_form, clustering, tune
+from lmeraser_jax.training import closed_form, clustering, train_step, tune
 from lmeraser_jax.training.label_mapping import noise_activation
 from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning import erase, rollback
@@ -142,7 +142,7 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path):
     with small_run(folder, config=config) as run:
         found = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
         records = run.catalog.live("train")
-        slow = dataclasses.replace(run.tuning_spec, spec=dataclasses.replace(run.spec, augment="flip"))
+        slow = dataclasses.replace(run.tuning_spec, spec=dataclasses.replace(run.image_spec, augment="flip"))
         key = next(iter(run.catalog.manifest().entries))
         job = tuning_job(key, records.rows, config)
         labels = np.zeros(run.catalog.rows_used(), np.int32)
@@ -163,7 +163,7 @@ def tuning_job(key, rows, config):
 def literal_answers(run, images) -> np.ndarray:
     """Probabilities [K, N, Y] of every published slice, one at a time, without the prediction program."""
     manifest, config = run.catalog.manifest(), run.backbone.config
-    pixels, found = centred(jnp.asarray(images), run.spec), []
+    pixels, found = centred(jnp.asarray(images), run.image_spec), []
     for key in load_model(run).keys:
         part = load_slice(run, manifest.entries[key])
         width = run.config.tuning.active_prompt_width
@@ -300,11 +300,11 @@ def test_one_head_is_tuned_with_every_image_under_its_own_cluster_s_prompt(built
         assert part.prompt.shape[0] == len(keys) and len(np.unique(part.prompt, axis=0)) == len(keys)
         problem = dataclasses.replace(run.tuning_spec, prompts=len(keys))
         which = np.array([keys.index(key) for key in records.clusters])
-        pixels = centred(jnp.asarray(run.images[records.rows]), run.spec)
+        pixels = centred(jnp.asarray(run.images[records.rows]), run.image_spec)
         labels, valid = jnp.asarray(records.labels + 10 * which, jnp.int32), jnp.ones(len(records), bool)
         given, slopes_of = (
             jax.tree.map(jnp.asarray, part),
-            jax.jit(jax.value_and_grad(tune.cluster_loss), static_argnums=1),
+            jax.jit(jax.value_and_grad(train_step.cluster_loss), static_argnums=1),
         )
         loss, grads = slopes_of(given, problem, run.backbone.params, pixels, labels, valid)
         alone = dataclasses.replace(run.tuning_spec, tuning=dataclasses.replace(config.tuning, method="prompt+head"))

@@ -24,7 +24,7 @@ from lmeraser_jax.models.vit import ViT, ViTConfig
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.training.tune import mesh_of
+from lmeraser_jax.training.train_step import mesh_of
 
 CLASSES, EPOCHS = 10, 12
 

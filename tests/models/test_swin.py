@@ -17,7 +17,7 @@ from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.weight_files import Weights
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.features import Extractor
-from lmeraser_jax.training.tune import mesh_of
+from lmeraser_jax.training.train_step import mesh_of
 
 # Two stages of odd and even depth. At 12 px, its grids of 6 and 3 call for a shift, a merge and padding.
 SMALL = dataclasses.replace(SWIN, image_size=12, depths=(3, 2), heads=(2, 1), window=2, classes=5)

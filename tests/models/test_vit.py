@@ -20,7 +20,7 @@ from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.models.weight_files import Weights
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.features import Extractor
-from lmeraser_jax.training.tune import mesh_of
+from lmeraser_jax.training.train_step import mesh_of
 
 CLS = dataclasses.replace(VIT, feature="cls", image_size=8)
 

@@ -7,10 +7,10 @@ import hashlib
 
 import numpy as np
 
-from lmeraser_jax.training import slice_files
+from lmeraser_jax.training import tune
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tracking import Tuned
-from lmeraser_jax.unlearning import audit, plan
+from lmeraser_jax.training.tune import Tuned
+from lmeraser_jax.unlearning import live_state
 from lmeraser_jax.unlearning import run as run_module
 
 
@@ -43,7 +43,6 @@ def fake_assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
 
 def fast_fakes(patch) -> None:
     """Installs the stand-ins for as long as a `pytest.MonkeyPatch` holds."""
-    for module in (slice_files, audit):
-        patch.setattr(module, "make", fake_tune)
+    patch.setattr(tune, "make_slices", fake_tune)
     patch.setattr(run_module, "Extractor", FakeExtractor)
-    patch.setattr(plan.clusters, "assign", fake_assign)
+    patch.setattr(live_state.clustering_lib, "assign", fake_assign)

@@ -18,7 +18,8 @@ from lmeraser_jax.models import pretrain
 from lmeraser_jax.models.vit import ViT
 from lmeraser_jax.training.jobs import Job, batches, make_job
 from lmeraser_jax.training.slices import place_prompt
-from lmeraser_jax.training.tune import Tuned, TuningSpec, mesh_of, tune
+from lmeraser_jax.training.train_step import TuningSpec, mesh_of
+from lmeraser_jax.training.tune import Tuned, tune
 
 CLASSES = 10
 GROUPS = {f"c{i}": np.arange(i * 12, i * 12 + 5 + 3 * i) for i in range(6)}
@@ -97,7 +98,7 @@ def reference(problem, backbone, data, job, stop=None):
     warmup = math.ceil(t.warmup * job.steps)
     for step in range(stop or job.steps):
         chosen = orders[step][valid[step]]
-        pixels = centred(jnp.asarray(images[chosen]), problem.spec)
+        pixels = centred(jnp.asarray(images[chosen]), problem.image_spec)
         parts = tuple(np.asarray(p, np.float32) for p in (prompt, kernel, bias))
         grads = [np.asarray(g, np.float64) for g in gradient(parts, pixels, labels[chosen])]
         if step < warmup:

@@ -26,10 +26,10 @@ from tuning_problem import (
 
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.training import tune
+from lmeraser_jax.training import train_step, tune
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.jobs import make_job, snapshot_steps, step_batches
-from lmeraser_jax.training.tune import mesh_of
+from lmeraser_jax.training.train_step import mesh_of
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_equals_a_literal_loop(backbone, data, changes):
 
 def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
     problem = problem_of(backbone)
-    images, labels = centred(jnp.asarray(data[0][:4]), problem.spec), data[1][:4]
+    images, labels = centred(jnp.asarray(data[0][:4]), problem.image_spec), data[1][:4]
     part = tune.init_slice(
         jax.random.key(1),
         dataclasses.replace(problem.tuning, prompt_init=1.0, head_init=1.0),
@@ -74,7 +74,7 @@ def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
     )
     losses = logsumexp(logits, axis=1) - logits[np.arange(4), labels]
     for valid in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]):
-        found = tune.cluster_loss(part, problem, backbone.params, images, labels, jnp.asarray(valid, bool))
+        found = train_step.cluster_loss(part, problem, backbone.params, images, labels, jnp.asarray(valid, bool))
         wanted = (losses * valid).sum() / max(sum(valid), 1)
         np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
@@ -146,21 +146,21 @@ def test_no_backbone_gradient_exists_in_the_program(backbone, data):
     def products(argument):
         def loss(part, params):
             images = jnp.zeros((4, 8, 8, 1))
-            return tune.cluster_loss(part, problem, params, images, jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+            return train_step.cluster_loss(part, problem, params, images, jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
 
         part = tune.init_slice(jax.random.key(0), problem.tuning, problem.architecture, CLASSES)
         return shapes_of_products(jax.make_jaxpr(jax.grad(loss, argnums=argument))(part, backbone.params).jaxpr)
 
     assert shapes & products(1), "control: with a backbone gradient the finder finds it"
     assert not shapes & products(0)
-    state = jax.tree.map(lambda leaf: leaf[:2], tune.initial_state(problem, mesh_of(jax.devices()[:1])))
-    work = tune.Batch(
+    state = jax.tree.map(lambda leaf: leaf[:2], train_step.initial_state(problem, mesh_of(jax.devices()[:1])))
+    work = train_step.Batch(
         np.zeros((8, 2, 4), np.int32),
         np.ones((8, 2, 4), bool),
         np.zeros((8, 2, 2), np.uint32),
         *(np.zeros((8, 2), np.int32) for _ in range(3)),
     )
-    whole = jax.make_jaxpr(lambda *args: tune.device_program(problem, *args))(
+    whole = jax.make_jaxpr(lambda *args: train_step.device_program(problem, *args))(
         backbone.params, *data, np.int32(8), state, work
     )
     ending = {shape[-2:] for shape in shapes_of_products(whole.jaxpr)}
@@ -173,7 +173,7 @@ def test_a_call_sends_no_image_where_all_fit_on_the_device(backbone, data, monke
     images, _ = data
     changes = {} if fits else {"device_bytes": 1}
     problem = problem_of(backbone, scan_steps=4, **changes)
-    kept, given, sent = tune.compiled, [], []
+    kept, given, sent = train_step.compiled, [], []
 
     def watched(problem, mesh):
         program = kept(problem, mesh)
@@ -208,7 +208,7 @@ def test_snapshots_change_neither_the_end_nor_the_program(backbone, data, device
     if len(jax.devices()) < devices:
         pytest.skip(f"needs {devices} devices")
     chex.clear_trace_counter()
-    monkeypatch.setattr(tune, "device_program", chex.assert_max_traces(tune.device_program, n=1))
+    monkeypatch.setattr(tune, "device_program", chex.assert_max_traces(train_step.device_program, n=1))
     problem = dataclasses.replace(problem_of(backbone, augment="paper"), seed=101)  # new to this process
     plain = run(problem, backbone, data, GROUPS, devices)
     found = run_jobs(problem, snapped(problem), devices)
@@ -225,9 +225,9 @@ def stopped(problem, backbone, data, job, steps):
     mesh, size = mesh_of(jax.devices()[:1]), tune.bucket(len(data[0]))
     padded = [np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in data]
     chunk = next(step_batches([job], 1, problem.tuning, problem.slots, problem.seed))
-    work = tune.Batch(chunk.rows, chunk.valid, chunk.seed_words, chunk.step, chunk.total, chunk.slot)
-    state = tune.initial_state(problem, mesh)
-    program = tune.compiled(problem, mesh)
+    work = train_step.Batch(chunk.rows, chunk.valid, chunk.seed_words, chunk.step, chunk.total, chunk.slot)
+    state = train_step.initial_state(problem, mesh)
+    program = train_step.compiled(problem, mesh)
     state, _, losses = program(backbone.params, *padded, np.int32(steps), state, work, None)
     return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.slice), np.asarray(losses)[:steps, 0]
 
@@ -252,7 +252,7 @@ def test_a_snapshot_is_the_run_stopped_there(backbone, data):
 def test_learning_rate_rises_then_falls_to_zero(total, warmup):
     settings = dataclasses.replace(small_config().tuning, warmup=warmup)
     steps = jnp.arange(total)
-    rates = np.asarray(tune.learning_rate(settings, steps, jnp.full(total, total)))
+    rates = np.asarray(train_step.learning_rate(settings, steps, jnp.full(total, total)))
     rising = math.ceil(warmup * total)
     assert (0 <= rates).all() and (rates <= 1 + 1e-6).all() and rates.max() == pytest.approx(1.0)
     assert (np.diff(rates[:rising]) > 0).all() and (np.diff(rates[rising:]) < 0).all()
@@ -265,7 +265,7 @@ def test_a_rate_of_zero_leaves_the_prompt_alone(backbone, data):
 
 def test_a_loss_that_is_not_finite_stops_its_cluster_only(backbone, data, monkeypatch):
     """A poisoned label makes the loss NaN; clusters without it, in the next lane too, keep their bits."""
-    loss, poisoned = tune.cluster_loss, 9
+    loss, poisoned = train_step.cluster_loss, 9
 
     def poison(part, problem, params, images, labels, valid):
         bad = jnp.any((labels == poisoned) & valid)
@@ -273,12 +273,12 @@ def test_a_loss_that_is_not_finite_stops_its_cluster_only(backbone, data, monkey
 
     fine = run(problem_of(backbone), backbone, data, GROUPS)
     assert all(done.failed_at is None and math.isfinite(done.loss) for done in fine.values())
-    tune.compiled.cache_clear()
+    train_step.compiled.cache_clear()
     monkeypatch.setattr(tune, "cluster_loss", poison)
     try:
         found = run(problem_of(backbone), backbone, data, GROUPS)
     finally:
-        tune.compiled.cache_clear()
+        train_step.compiled.cache_clear()
     hit = {key for key, rows in GROUPS.items() if (data[1][rows] == poisoned).any()}
     assert 0 < len(hit) < len(GROUPS)
     for key, done in found.items():

@@ -19,7 +19,8 @@ from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import any_open, listed, resolve
-from lmeraser_jax.training import making, slice_files
+from lmeraser_jax.training import slice_files
+from lmeraser_jax.training import tune as tune_module
 from lmeraser_jax.unlearning import artifacts, erase, purge, receipts
 from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning.artifacts import load_clustering
@@ -229,9 +230,9 @@ def test_an_erasure_that_cannot_be_tuned_is_finished_with_another_config(tmp_pat
     gentler = small_config(tuning__head_rate=0.001)
     with pytest.raises(UserError, match="tuning.head_rate"), small_run(tmp_path / "run", config=gentler):
         pass
-    tune = making.tune
+    tune = tune_module.tune
     with monkeypatch.context() as patch, small_run(tmp_path / "run") as run:
-        patch.setattr(making, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
+        patch.setattr(tune_module, "tune", lambda *args: (dataclasses.replace(d, failed_at=3) for d in tune(*args)))
         before = run.catalog.manifest()
         with pytest.raises(UserError, match="at step 3"):
             erase.request_erasure(run, trained[1])

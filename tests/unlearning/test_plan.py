@@ -10,7 +10,7 @@ from helpers import small_run, small_source
 from lmeraser_jax.data.source import Item, content_hash
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import checkpoints, requests
-from lmeraser_jax.training import making
+from lmeraser_jax.training import tune as tune_module
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import build as build
@@ -42,7 +42,7 @@ def quick(monkeypatch):
         return (Tuned(job, job.steps, empty, 0.5, None, 0.0) for job in jobs)
 
     monkeypatch.setattr(Run, "features", features)
-    monkeypatch.setattr(making, "tune", tuned)
+    monkeypatch.setattr(tune_module, "tune", tuned)
     monkeypatch.setattr(checkpoints, "save", lambda folder, *_, **__: folder.mkdir(parents=True))
 
 

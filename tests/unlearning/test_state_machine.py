@@ -24,10 +24,10 @@ from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import add_source
-from lmeraser_jax.training import making
+from lmeraser_jax.training import tune as tune_module
 from lmeraser_jax.training.jobs import parts
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tracking import Tuned
+from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import artifacts, audit, build, erase, purge, receipts, rollback
 from lmeraser_jax.unlearning import run as runs
 from lmeraser_jax.unlearning.run import Run, prepare_run
@@ -112,7 +112,7 @@ class History(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(making, "tune", fake_tune)
+        self.patch.setattr(tune_module, "tune", fake_tune)
         self.patch.setattr(Run, "features", fake_features)
         self.patch.setattr(checkpoints, "save", fake_save)
         self.patch.setattr(checkpoints, "load", fake_load)

@@ -28,7 +28,7 @@ from lmeraser_jax.hashing import seed_words
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import Job, batches
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tune import Batch, LaneState, TuningSpec, cluster_loss, cluster_step, optimizer
+from lmeraser_jax.training.train_step import Batch, LaneState, TuningSpec, cluster_loss, cluster_step, optimizer
 from lmeraser_jax.unlearning.run import Run
 
 STEPS = 64  # that are tried; a slice that needs more counts as needing so many
@@ -117,11 +117,11 @@ def _program(tuning_spec: TuningSpec):
     """Compiled `(params, slices [S], records [n], labels [n], valid [n], Batch [STEPS]) -> losses [S, STEPS + 1]`."""
 
     def relearned(params: Any, rows: Any, labels: Any, valid: Any, work: Batch, slice_: Slice) -> jax.Array:
-        inputs = rows if tuning_spec.on_features else centred(rows, tuning_spec.spec)
+        inputs = rows if tuning_spec.on_features else centred(rows, tuning_spec.image_spec)
 
         def step(state: LaneState, batch: Batch) -> tuple[LaneState, jax.Array]:
             before = cluster_loss(state.slice, tuning_spec, params, inputs, labels, valid)
-            state, _ = cluster_step(tuning_spec, params, rows, labels, None, state, batch)
+            state, _ = cluster_step(tuning_spec, params, rows, labels, state, batch)
             return state, before
 
         state = LaneState(slice_, optimizer(tuning_spec.tuning).init(slice_))

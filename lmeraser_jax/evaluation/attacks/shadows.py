@@ -24,9 +24,9 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training.closed_form import expanded
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import make_job
-from lmeraser_jax.training.making import make
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tune import TuningSpec, features_of
+from lmeraser_jax.training.train_step import TuningSpec, features_of
+from lmeraser_jax.training.tune import make_slices
 from lmeraser_jax.unlearning.run import Run
 
 FORGOTTEN, RETAINED, OUTSIDE, VALIDATION = range(4)  # roles of records
@@ -115,7 +115,7 @@ def tune_counterfactuals(
     jobs = [make_job(cluster.stream, cluster.members.rows, tuning_spec.tuning) for cluster in clusters]
     inputs, labels = training_arrays(run, tuning_spec, [cluster.members for cluster in clusters])
     slices = {}
-    for tuned in make(tuning_spec, run.backbone, jobs, inputs, labels, run.mesh):
+    for tuned in make_slices(tuning_spec, run.backbone, jobs, inputs, labels, run.mesh):
         if tuned.failed_at is not None:
             raise UserError("the loss of a shadow model became infinite or not a number; the attack has no result")
         slices[tuned.job] = tuned.slice
@@ -139,7 +139,7 @@ def _logits_program(tuning_spec: TuningSpec, mesh: Mesh):
         return features_of(slice_, tuning_spec, params, inputs) @ slice_.kernel + slice_.bias[None]
 
     def logits_of_all(params, slices: Slice, images):
-        inputs = centred(images, tuning_spec.spec)
+        inputs = centred(images, tuning_spec.image_spec)
         if tuning_spec.on_features:
             features = backbone_lib.features(tuning_spec.architecture, params, inputs)
             inputs = expanded(features, tuning_spec.tuning.expand)

@@ -20,7 +20,7 @@ from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.plan import assign_clusters
+from lmeraser_jax.unlearning.live_state import assign_clusters
 from lmeraser_jax.unlearning.run import Run
 
 WATCHED = 64  # retained records of a pool that are looked at; all of them are tuned on

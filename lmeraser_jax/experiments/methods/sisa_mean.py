@@ -4,7 +4,6 @@ TITLE = "SISA, mean"
 CHANGES = {
     "clustering.partition": "random",
     "tuning.method": "prompt+head",
-    "tuning.slices": 2,
     "inference.nearest": 0,
     "inference.aggregate": "mean",
 }

@@ -4,7 +4,6 @@ TITLE = "SISA, vote"
 CHANGES = {
     "clustering.partition": "random",
     "tuning.method": "prompt+head",
-    "tuning.slices": 2,
     "inference.nearest": 0,
     "inference.aggregate": "vote",
 }

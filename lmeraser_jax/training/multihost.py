@@ -1,0 +1,139 @@
+"""Many processes, on JAX's own runtime: process 0 plans and writes, every process computes on its local devices.
+
+All processes run the same command. Process 0 broadcasts a task and its arrays as bytes (npz, no pickle); each process
+does its share (`waves`); `exchange` ends a round and gives every process the results of all. Only process 0 has the
+catalog and writes, so a process that wakes up late has nothing to write to.
+"""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from lmeraser_jax.errors import UserError
+
+HEARTBEAT = 10  # seconds without a sign of life after which a process counts as lost
+WATCH = 1.0  # seconds between two looks at the others
+LOST = 2  # exit code
+AGAIN = "start the same command again, with any number of processes: it goes on from the slices that are written"
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among those of a command: its index, and how many there are."""
+
+    index: int = 0
+    count: int = 1
+
+
+ALONE = Processes()
+
+
+def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> Processes:
+    """Joins the processes of a command. What is None is detected by JAX (Slurm, Open MPI, Kubernetes).
+
+    Raises:
+        UserError: nothing tells where this process stands, or the others did not come.
+    """
+    jax.config.update("jax_enable_recoverability", True)  # else JAX aborts before `_watch` can say what to do
+    jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `interrupt`'s
+    try:
+        jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
+    except (ValueError, RuntimeError) as error:
+        flags = "--coordinator_address=HOST:PORT, --num_processes and --process_id"
+        raise UserError(f"the processes cannot meet: {error}; without a scheduler give {flags}") from error
+    processes = Processes(jax.process_index(), jax.process_count())
+    if processes.count > 1:
+        threading.Thread(target=_watch, args=(processes,), daemon=True).start()
+    return processes
+
+
+def _watch(processes: Processes) -> None:
+    """Ends this process with one line as soon as another one is lost, also while a collective waits for it."""
+    from jax._src import distributed  # JAX has no public name for the list of live processes
+
+    client, indices = distributed.global_state.client, list(range(processes.count))
+    while client is not None:
+        time.sleep(WATCH)
+        try:
+            lost = sorted(set(indices) - set(client.get_live_nodes(indices)))
+        except jax.errors.JaxRuntimeError:
+            lost = [0]  # it keeps the list
+        if lost:
+            _give_up(f"process {', '.join(map(str, lost))} of {processes.count} was lost")
+
+
+def _give_up(reason: str) -> NoReturn:
+    """Ends this process at once, as a kill would: nothing that it has written depends on it."""
+    print(f"error: {reason}; {AGAIN}", file=sys.stderr, flush=True)
+    os._exit(LOST)
+
+
+def broadcast(task: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None):
+    """Sends process 0's task, JSON values, and its arrays to all processes; the others call it without arguments.
+
+    Returns:
+        (task, arrays) of process 0, at every process.
+    """
+    own = _pack({**(arrays or {}), "task": np.array(json.dumps(task))})
+    with _together():
+        size = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
+        received = _unpack(np.asarray(multihost_utils.broadcast_one_to_all(_padded(own, size))))
+    return json.loads(str(received.pop("task"))), received
+
+
+def exchange(arrays: Mapping[str, np.ndarray]) -> list[Arrays]:
+    """Gives every process the arrays of all, in the order of the processes. It ends a round of work."""
+    own = _pack(arrays)
+    with _together():
+        sizes = multihost_utils.process_allgather(np.int32(len(own)))
+        gathered = np.asarray(multihost_utils.process_allgather(_padded(own, int(np.max(sizes)))))
+    return [_unpack(raw) for raw in gathered]
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """A collective that fails means that a process is lost, which `_watch` may not know yet."""
+    try:
+        yield
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        _give_up(f"a process was lost ({str(error).splitlines()[0][:200]})")
+
+
+def _pack(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    return np.frombuffer(buffer.getvalue(), np.uint8)
+
+
+def _unpack(raw: np.ndarray) -> Arrays:
+    size = int(raw[:8].view(np.int64)[0])
+    with np.load(io.BytesIO(raw[8 : 8 + size].tobytes()), allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _padded(raw: np.ndarray, size: int) -> np.ndarray:
+    """The bytes behind their number, up to a power of two: messages of nearly one size share a compiled collective."""
+    padded = np.zeros(1 << (8 + size - 1).bit_length(), np.uint8)
+    padded[:8] = np.array([len(raw)], np.int64).view(np.uint8)
+    padded[8 : 8 + len(raw)] = raw[: len(padded) - 8]  # what the others pass to a broadcast counts for nothing
+    return padded
+
+
+def end(processes: Processes) -> None:
+    """Ends the command: process 0 tells the others, and all wait until every process knows it."""
+    if processes.index == 0:
+        broadcast({"name": "end"})
+    with _together():
+        multihost_utils.sync_global_devices("end")

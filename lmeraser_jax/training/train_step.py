@@ -1,0 +1,265 @@
+"""The tuning program: one compiled SPMD step tunes a cluster in every lane of every device (Eqs. 5, 6).
+
+`vmap` over lanes inside `jax.shard_map` over devices, a device-side loop over many steps, buffers donated. A lane
+re-initialises its slice when a new cluster starts and drops the finished slice into an output slot, so neither the
+number of clusters nor of records is part of any shape: training, one request or a thousand run the same executable.
+Gradients are taken with respect to the slice only. Pure functions; `tune` is the loop around them.
+
+Shapes: G lanes of all devices, L lanes per device, T steps of one call, B images per lane, W output slots.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.data.transforms import ImageSpec, augmented
+from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models.backbone import Architecture
+from lmeraser_jax.training.slices import Slice, init_slice, place_prompt
+
+
+class LaneState(NamedTuple):
+    """A cluster under way: its slice and its optimizer state."""
+
+    slice: Slice
+    opt: Any
+
+
+class Batch(NamedTuple):
+    """What one lane gets for one step; with leading axes [T, G] for a whole call."""
+
+    rows: Any  # int32 [B], rows of the images on the device
+    valid: Any  # bool [B]
+    words: Any  # uint32 [2], the job's seed words
+    step: Any  # int32, the job's own step
+    total: Any  # int32, its number of steps
+    slot: Any  # int32, output slot when the slice is handed over after this step, else W
+
+
+@dataclasses.dataclass(frozen=True)
+class TuningSpec:
+    """Everything static about a tuning program."""
+
+    architecture: Architecture
+    image_spec: ImageSpec
+    tuning: Tuning
+    classes: int
+    seed: int
+    mapping: tuple[int, ...] = ()  # the feature that is each class's logit; empty: heads are tuned
+
+    @property
+    def on_features(self) -> bool:
+        """Whether slices are made of features that are computed once, not of images."""
+        return self.tuning.closed or self.tuning.method == "head" and self.image_spec.augment == "none"
+
+    @property
+    def own_architecture(self) -> Architecture | None:
+        """Of the backbone that every slice has of its own; None where all share the frozen one."""
+        return self.architecture if self.tuning.method == "backbone" else None
+
+    @property
+    def slots(self) -> int:
+        """W: slices that one call can hand over per device. Few where each is as large as a backbone."""
+        return max(16 if self.tuning.method != "backbone" else 1, 2 * self.tuning.lanes)
+
+
+def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:
+    """1-D mesh over the devices, by default those of this process."""
+    return Mesh(np.array(devices or jax.local_devices()), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def optimizer(tuning: Tuning) -> optax.GradientTransformation:
+    """Directions, before the learning rates: SGD with momentum or Adam(W), decay per group."""
+    decay = optax.partition(
+        {group: optax.add_decayed_weights(rate) for group, rate in _by_group(tuning, "decay").items()}, _groups
+    )
+    if tuning.optimizer == "sgd":
+        return optax.chain(decay, optax.trace(tuning.momentum))
+    return optax.chain(optax.scale_by_adam(), decay)
+
+
+def _groups(tree: Slice) -> Slice:
+    """Names the group of each leaf, for optax."""
+    return Slice("prompt", "head", "head", jax.tree.map(lambda _: "backbone", tree.backbone))
+
+
+def _by_group(tuning: Tuning, kind: str) -> dict[str, float]:
+    """Rates or decays; of a fixed head none."""
+    head = getattr(tuning, f"head_{kind}") if tuning.method != "prompt" else 0.0
+    backbone = tuning.backbone_rate if kind == "rate" else 0.0
+    return {"prompt": getattr(tuning, f"prompt_{kind}"), "head": head, "backbone": backbone}
+
+
+def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Array:
+    """Factor in [0, 1] in the cluster's own progress: linear warm-up, then half a cosine to zero."""
+    warmup = jnp.ceil(tuning.warmup * total.astype(jnp.float32))
+    at, last = step.astype(jnp.float32), total.astype(jnp.float32)
+    rising = (at + 1.0) / jnp.maximum(warmup, 1.0)
+    falling = 0.5 * (1.0 + jnp.cos(math.pi * (at - warmup) / jnp.maximum(last - warmup, 1.0)))
+    return jnp.where(at < warmup, rising, falling)
+
+
+def features_of(slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array) -> jax.Array:
+    """Features of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
+
+    Args:
+        slice_: the slice.
+        tuning_spec: static settings.
+        params: frozen backbone; its dtype is the compute dtype.
+        inputs: float32 [B, H, W, C], normalised images; [B, D] where `tuning_spec.on_features`.
+
+    Returns:
+        float32 [B, D].
+    """
+    if tuning_spec.on_features:
+        return inputs
+    architecture, width = tuning_spec.architecture, tuning_spec.tuning.active_prompt_width
+    if slice_.backbone is not None:
+        params = jax.tree.map(lambda own, given: own.astype(given.dtype), slice_.backbone, params)
+    if width:
+        prompt = place_prompt(slice_.prompt, architecture.image_size, width, architecture.channels)  # [H, W, C]
+        inputs = inputs + prompt[None]
+    return backbone_lib.features(architecture, params, inputs)
+
+
+def cluster_loss(
+    slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array, labels: jax.Array, valid: jax.Array
+):
+    """Masked mean cross-entropy of one cluster's batch (Eq. 6).
+
+    Args:
+        slice_: the cluster's slice, the only thing that is differentiated.
+        tuning_spec: static settings.
+        params: frozen backbone.
+        inputs: as in `features_of`.
+        labels: int32 [B].
+        valid: bool [B].
+    """
+    features = features_of(slice_, tuning_spec, params, inputs)  # [B, D]
+    logits = features @ slice_.kernel + slice_.bias[None]  # [B, Y]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    weights = valid.astype(losses.dtype)
+    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+
+
+def cluster_step(
+    tuning_spec: TuningSpec,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    state: LaneState,
+    batch: Batch,
+):
+    """One optimizer step of one cluster; a cluster begins with a fresh slice at its step 0.
+
+    Every random number comes from (seed, cluster, step), and the rate from the cluster's own progress.
+
+    Args:
+        tuning_spec: static settings.
+        params: frozen backbone.
+        images: uint8 [M, h, w, c], the images on the device; float32 [M, D] where `tuning_spec.on_features`.
+        labels: int32 [M].
+        state: the lane's state.
+        batch: the lane's work.
+
+    Returns:
+        (new state, loss float32 []).
+    """
+    tuning = tuning_spec.tuning
+    tx = optimizer(tuning)
+    key = jax.random.key(tuning_spec.seed)
+    for i in range(2):
+        key = jax.random.fold_in(key, batch.words[i])
+    key_init, key_augment = jax.random.split(key)
+    first = _fresh_slice(tuning_spec, key_init, params)
+    fresh = LaneState(first, tx.init(first))
+    slice_, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
+    inputs = images[batch.rows]
+    if not tuning_spec.on_features:
+        inputs = augmented(inputs, tuning_spec.image_spec, jax.random.fold_in(key_augment, batch.step))
+    loss, grads = jax.value_and_grad(cluster_loss)(slice_, tuning_spec, params, inputs, labels[batch.rows], batch.valid)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+        directions, opt = tx.update(grads, opt, slice_)
+    factor = learning_rate(tuning, batch.step, batch.total)
+    rates = _by_group(tuning, "rate")
+    slice_ = jax.tree.map(lambda p, group, d: p - rates[group] * factor * d, slice_, _groups(slice_), directions)
+    return LaneState(slice_, opt), loss
+
+
+def _fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
+    """A fresh slice; a backbone of its own begins as the frozen one."""
+    first = init_slice(key, tuning_spec.tuning, tuning_spec.architecture, tuning_spec.classes, tuning_spec.mapping)
+    if tuning_spec.tuning.method != "backbone":
+        return first
+    return first._replace(backbone=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+
+
+def device_program(
+    tuning_spec: TuningSpec,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    steps: jax.Array,
+    state: LaneState,
+    work: Batch,
+):
+    """What one device runs: `steps` steps over its L lanes.
+
+    Args:
+        tuning_spec: static settings.
+        params, images, labels: on every device.
+        steps: int32 [], steps to run, at most T.
+        state: `LaneState` with leading axis L.
+        work: `Batch` with leading axes [T, L].
+
+    Returns:
+        (state, slices handed over with leading axis W, losses float32 [T, L]).
+    """
+    tune = functools.partial(cluster_step, tuning_spec, params, images, labels)
+    finished = jax.tree.map(lambda leaf: jnp.zeros((tuning_spec.slots, *leaf.shape[1:]), leaf.dtype), state.slice)
+    losses = jnp.zeros(work.step.shape, jnp.float32)
+
+    def body(t, carry):
+        state, finished, losses = carry
+        batch = jax.tree.map(lambda leaf: leaf[t], work)
+        state, loss = jax.vmap(tune)(state, batch)
+        finished = jax.tree.map(lambda out, new: out.at[batch.slot].set(new, mode="drop"), finished, state.slice)
+        return state, finished, losses.at[t].set(loss)
+
+    return jax.lax.fori_loop(0, steps, body, (state, finished, losses))
+
+
+@functools.lru_cache(maxsize=8)
+def compiled(tuning_spec: TuningSpec, mesh: Mesh):
+    """The jitted program over a mesh; cached, so that every request of a process shares one executable."""
+    lanes, work = P(mesh.axis_names[0]), P(None, mesh.axis_names[0])
+    inputs, outputs = (P(), P(), P(), P(), lanes, work), (lanes, lanes, work)
+    program = functools.partial(device_program, tuning_spec)
+    mapped = jax.shard_map(program, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+    # Shardings are said outright: on one device XLA would return the state under another name for the same
+    # layout, and the second call would compile again.
+    named = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
+    return jax.jit(mapped, donate_argnums=4, in_shardings=named(inputs), out_shardings=named(outputs))
+
+
+def initial_state(tuning_spec: TuningSpec, mesh: Mesh) -> LaneState:
+    """Zeros in the shape of all lanes' states, split over the mesh."""
+
+    def one(params: Any) -> LaneState:
+        slice_ = _fresh_slice(tuning_spec, jax.random.key(0), params)
+        return LaneState(slice_, optimizer(tuning_spec.tuning).init(slice_))
+
+    lanes = mesh.size * tuning_spec.tuning.lanes
+    shapes = jax.eval_shape(one, backbone_lib.graph(tuning_spec.architecture)[1])
+    zeros = jax.tree.map(lambda leaf: np.zeros((lanes, *leaf.shape), leaf.dtype), shapes)
+    return jax.device_put(zeros, NamedSharding(mesh, P(mesh.axis_names[0])))
