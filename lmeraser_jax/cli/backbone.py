@@ -35,44 +35,43 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     if arguments["list"]:
         return _list(arguments)
-    out = _out(arguments["out"])
-    config = _merged(arguments)
+    out = _output_folder(arguments["out"])
+    config = _backbone_settings(arguments)
     from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.models import convert
     from lmeraser_jax.storage import checkpoints
 
-    made, provenance = convert.load(config, arguments["image_size"])
+    backbone, provenance = convert.load(config, arguments["image_size"])
     inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
-    backbone_lib.save(out, made, inputs, dataclasses.asdict(provenance))
-    count = sum(leaf.size for leaf in checkpoints.flatten(made.params).values())
+    backbone_lib.save(out, backbone, inputs, dataclasses.asdict(provenance))
     values = {
         "folder": str(out),
-        "architecture": backbone_lib.describe(made.config),
-        "parameters": count,
-        "digest": made.digest,
-        "feature": made.config.feature,
-        "feature_size": made.config.feature_size,
-        "mean": made.mean,
-        "std": made.std,
+        "architecture": backbone_lib.describe(backbone.config),
+        "parameters": sum(leaf.size for leaf in checkpoints.flatten(backbone.params).values()),
+        "digest": backbone.digest,
+        "feature": backbone.config.feature,
+        "feature_size": backbone.config.feature_size,
+        "mean": backbone.mean,
+        "std": backbone.std,
         **{f"source_{name}": value for name, value in dataclasses.asdict(provenance).items()},
     }
     common.show(arguments, _text(values), values)
     return 0
 
 
-def _merged(arguments: common.Arguments) -> settings.Backbone:
+def _backbone_settings(arguments: common.Arguments) -> settings.Backbone:
     """The flags over the config's backbone settings. Raises `UserError` for illegal ones and missing weights."""
     tree = arguments["config"].to_dict()
     given = {**tree.get("backbone", {}), **{name: arguments[name] for name in ("name", "weights") if arguments[name]}}
     if not given.get("weights"):
         from lmeraser_jax.models import zoo
 
-        how = zoo.download_hint(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
-        raise UserError(f"--weights is missing: {how}")
+        hint = zoo.download_hint(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
+        raise UserError(f"--weights is missing: {hint}")
     return settings.from_dict({**tree, "backbone": given}).backbone
 
 
-def _out(out: str) -> Path:
+def _output_folder(out: str) -> Path:
     """The folder to write. Raises `UserError` when it is missing or already holds something."""
     if not out:
         raise UserError("--out=DIR is missing: a new folder for the converted backbone")
@@ -82,17 +81,14 @@ def _out(out: str) -> Path:
 
 
 def _text(values: dict[str, Any]) -> str:
-    sizes = ", ".join(
-        f"{k} {v}" for k, v in values["architecture"].items() if k not in ("family", "classes", "feature")
-    )
-    left_out = values["source_left_out"]
+    sizes = [f"{k} {v}" for k, v in values["architecture"].items() if k not in ("family", "classes", "feature")]
     lines = [
         f"{values['source_name']}: {values['source_origin']}, sha256 {values['source_sha256'][:12]}",
-        f"  {values['architecture']['family']}: {sizes}",
+        f"  {values['architecture']['family']}: {', '.join(sizes)}",
         f"  parameters     {values['parameters']:,}",
         f"  feature        {values['feature']}, {values['feature_size']} numbers",
         f"  normalisation  mean {values['mean']}, std {values['std']}",
-        f"  left out       {join_limited(left_out) if left_out else 'nothing'}",
+        f"  left out       {join_limited(values['source_left_out']) or 'nothing'}",
         f"  digest         {values['digest']}",
         f"use it with: --config.backbone.weights={values['folder']}",
     ]
@@ -105,13 +101,9 @@ def _list(arguments: common.Arguments) -> int:
 
     rows = {
         name: {
-            "about": entry.about,
-            "hub": entry.hub,
-            "revision": entry.revision,
-            "licence": entry.licence,
+            **{field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)},
             "architecture": backbone_lib.describe(entry.architecture),
             "feature": entry.architecture.feature,
-            "normalisation": entry.normalisation,
         }
         for name, entry in zoo.ZOO.items()
     }

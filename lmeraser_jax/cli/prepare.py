@@ -43,30 +43,25 @@ def run(arguments: common.Arguments) -> int:
     if folder is None:
         folder = _prepare(dataset, tfds_paths.data_folder(data_dir))
     prepared = tfds.open_prepared(folder)
-    classes = prepared.fields.class_names
-    following = _next(dataset, data_dir, prepared.name)
+    classes = list(prepared.fields.class_names)
+    next_command = _train_command(dataset, data_dir, prepared.name)
     lines = [
         f"{prepared.name} {'is prepared' if new else 'was prepared before, nothing changed'}: {folder}",
         *(f"  {split:<12}{count:>9} images" for split, count in prepared.sizes.items()),
         f"  {len(classes)} classes: {join_limited(classes)}",
-        f"next: {following}",
+        f"next: {next_command}",
     ]
-    values = {
-        "dataset": prepared.name,
-        "folder": str(folder),
-        "new": new,
-        "splits": prepared.sizes,
-        "classes": list(classes),
-        "next": following,
-    }
-    common.show(arguments, "\n".join(lines), values)
+    values = {"dataset": prepared.name, "folder": str(folder), "new": new, "splits": prepared.sizes}
+    common.show(arguments, "\n".join(lines), values | {"classes": classes, "next": next_command})
     return 0
 
 
-def _next(dataset: str, data_dir: str, full: str) -> str:
-    """The command that trains on the data set; its config is named even where it is TFDS's default."""
+def _train_command(dataset: str, data_dir: str, full: str) -> str:
+    """What trains on the data set; its config is named even where it is TFDS's default."""
     name, _, version = full.rpartition("/")
-    name, short = (f"{name}:{version}" if ":" in dataset else name), name.replace("/", "-")
+    short = name.replace("/", "-")
+    if ":" in dataset:
+        name = f"{name}:{version}"
     path = f" --config.data.path={shlex.quote(data_dir)}" if data_dir else ""
     settings = f"--config.data.source=tfds --config.data.dataset={name}{path} --config.backbone.weights=FILE"
     return f"lmeraser train --workdir=runs/{short} {settings}"
@@ -86,7 +81,7 @@ def _prepare(dataset: str, root: Path) -> Path:
     tfds.find_fields(dataset, builder.info)  # before hours of download
     import tensorflow_datasets
 
-    print(f"preparing {dataset} in {root}; servers that do not answer are asked for minutes", file=sys.stderr)
+    print(f"preparing {dataset} in {root}; a server that does not answer is tried for minutes", file=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a line for every attempt
     if not sys.stderr.isatty():
         tensorflow_datasets.disable_progress_bar()
@@ -95,7 +90,9 @@ def _prepare(dataset: str, root: Path) -> Path:
         with contextlib.redirect_stdout(sys.stderr):  # standard output is for the result
             builder.download_and_prepare(file_format="array_record", download_config=options)
     except Exception as error:  # a builder may raise anything
-        raise UserError(_failure(dataset, root, builder, error)) from error
+        advice = f"run the same command again, downloads are kept in {root}"
+        text = f"{dataset} could not be prepared: {_one_line(error)}; {advice}"
+        raise UserError(text + _instructions(dataset, root, builder)) from error
     folder = tfds_paths.find(dataset, str(root), FLAG)
     assert folder is not None, builder.data_dir
     return folder
@@ -109,36 +106,31 @@ def _builder(dataset: str, root: Path) -> Any:
 
     name, config, _ = tfds_paths.parse(dataset, FLAG)
     tfds_paths.check_name(name, FLAG)
-    if absent := missing():
+    absent = missing()
+    if absent:
         raise UserError(
             f"writing {dataset} needs {' and '.join(absent)}: python -m pip install 'lmeraser_jax[prepare]'"
             " (reading it does not)"
         )
     try:
         configs = list(tensorflow_datasets.builder_cls(name).builder_configs)
-        if config and config not in configs:
-            raise UserError(
-                f"{FLAG}={dataset}: {name} has no config {config}; it has {join_limited(configs) or 'none'}"
-            )
-        return tensorflow_datasets.builder(dataset, data_dir=str(root))
-    except UserError:
-        raise
+        if not config or config in configs:
+            return tensorflow_datasets.builder(dataset, data_dir=str(root))
     except Exception as error:  # builders check their versions and import what they need in their own ways
-        raise UserError(f"{FLAG}={dataset} cannot be prepared: {_told(error)}") from error
+        raise UserError(f"{FLAG}={dataset} cannot be prepared: {_one_line(error)}") from error
+    raise UserError(f"{FLAG}={dataset}: {name} has no config {config}; it has {join_limited(configs) or 'none'}")
 
 
-def _failure(dataset: str, root: Path, builder: Any, error: Exception) -> str:
-    """Why, and what now; for sets that a person has to download, TFDS's instructions."""
-    text = f"{dataset} could not be prepared: {_told(error)}; run the same command again, downloads are kept in {root}"
-    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        return text
-    steps = "\n".join(f"  {line.strip()}" for line in str(builder.MANUAL_DOWNLOAD_INSTRUCTIONS).strip().splitlines())
+def _instructions(dataset: str, root: Path, builder: Any) -> str:
+    """TFDS's instructions for a set that a person has to download; "" for the others."""
+    steps = str(builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").strip().splitlines()
+    if not steps:
+        return ""
     manual = root / "downloads" / "manual"
-    return (
-        f"{text}\n{dataset} has files that a person must download; TFDS looks for them in {manual} and says:\n{steps}"
-    )
+    heading = f"{dataset} has files that a person must download; TFDS looks for them in {manual} and says:"
+    return "\n".join(["", heading, *(f"  {line.strip()}" for line in steps)])
 
 
-def _told(error: Exception) -> str:
-    """The exception in one line; instructions that TFDS adds are left to `_failure`."""
+def _one_line(error: Exception) -> str:
+    """The exception in one line, without the instructions that TFDS adds."""
     return " ".join(f"{type(error).__name__}: {error}".split()).partition(" using instructions:")[0][:400]

@@ -182,9 +182,8 @@ def test_prepare_without_tensorflow(tmp_path, capsys, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    "dataset, message",
-    [
+def test_prepare_refuses_names_configs_and_versions_that_do_not_exist(tmp_path, capsys, can_write):
+    cases = [
         ("", "--dataset=NAME is missing"),
         ("cifar11", "--dataset=cifar11: TFDS has no such data set; did you mean"),
         ("cifar10/rotated", "--dataset=cifar10/rotated: cifar10 has no config rotated; it has none"),
@@ -192,12 +191,11 @@ def test_prepare_without_tensorflow(tmp_path, capsys, monkeypatch):
         ("cifar10:1.0.0", "--dataset=cifar10:1.0.0 cannot be prepared: AssertionError: "),
         ("imdb_reviews", "imdb_reviews is no image classification set: it has no image"),
         ("a b", "--dataset=a b: must be NAME"),
-    ],
-)
-def test_prepare_refuses_what_cannot_be(tmp_path, capsys, can_write, dataset, message):
-    assert main(["prepare", f"--dataset={dataset}", f"--data_dir={tmp_path}"]) == 2
-    assert message in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    ]
+    for dataset, message in cases:
+        assert main(["prepare", f"--dataset={dataset}", f"--data_dir={tmp_path}"]) == 2
+        assert message in capsys.readouterr().err, dataset
+        assert not any(tmp_path.iterdir())
 
 
 def test_prepare_takes_the_config(tmp_path, capsys, can_write):

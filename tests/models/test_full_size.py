@@ -61,4 +61,4 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
         answers = predict(load_model(run), run.images[:3])
         assert answers.probabilities.shape == (3, 10) and np.isfinite(answers.probabilities).all()
         erased = erase.request_erasure(run, [run.catalog.live("train").ids[0]])
-        assert erased.records == 1 and erased.report.retuned >= 1
+        assert erased.records == 1 and erased.outcome.retuned >= 1
