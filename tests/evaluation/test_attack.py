@@ -1,4 +1,4 @@
-"""Attacks on a small workdir: what is played in memory is what an erasure publishes, controls work, leaks are found."""
+"""Attacks on a small workdir: what they tune in memory is what an erasure publishes, controls work, leaks are found."""
 
 import dataclasses
 import json
@@ -17,16 +17,12 @@ from sklearn.metrics import roc_auc_score
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import attack as attacks
-from lmeraser_jax.evaluation.attacks import common_head, membership, routing, shadows, statistics, targets
-from lmeraser_jax.evaluation.attacks import relearn as relearning
+from lmeraser_jax.evaluation.attacks import membership, relearn, routing, shadows, statistics, targets, unlearned
 from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options
-from lmeraser_jax.evaluation.attacks.klom import klom
-from lmeraser_jax.evaluation.attacks.pools import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION
-from lmeraser_jax.evaluation.attacks.relearn import relearn
-from lmeraser_jax.evaluation.attacks.ulira import ulira
+from lmeraser_jax.evaluation.attacks.report import Finding
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
@@ -38,7 +34,7 @@ OPTIONS = Options(targets=16, shadows=16, seed=1)
 
 
 def noisy_source():
-    """Digits of which two in three, of every split alike, have a random label: a slice can only learn them by heart."""
+    """Digits of which two in three, in every split, have a random label: a slice can only learn them by heart."""
     source, draw = small_source(train=100, test=100), np.random.default_rng(5)
     items = [item._replace(label=int(draw.integers(10))) if draw.random() < 0.67 else item for item in source.items]
     return with_items(source, items, source.read(0, len(items)).images)
@@ -58,23 +54,38 @@ def run(workdir):
         yield run
 
 
-@pytest.fixture(scope="module")
-def trials(workdir):
-    """The pools of an attack, everything tuned."""
-    with open_run(workdir, devices=jax.devices()[:1]) as run:
-        drawn = targets.draw(run, (), OPTIONS.targets, OPTIONS.seed)
-        return attacks._trials(run, drawn, OPTIONS)[0]
+@pytest.fixture
+def writer(workdir, tmp_path):
+    """A writer on a copy of the workdir."""
+    shutil.copytree(workdir, tmp_path / "copy", copy_function=shutil.copy2)
+    with small_run(tmp_path / "copy", noisy_source(), small_config(**LEARNT)) as run:
+        yield run
 
 
 @pytest.fixture(scope="module")
-def result(workdir):
-    """A whole attack, while another process may be writing; nothing in the workdir changes."""
-    before = contents(workdir)
-    with writer_lock(Layout(workdir)), open_run(workdir, devices=jax.devices()[:1]) as run:
-        found = attacks.attack(run, OPTIONS)
+def attacked(workdir):
+    """A whole attack and its trials, while another process may be writing; nothing in the workdir changes."""
+    before, trials, real = contents(workdir), [], attacks._trials
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        writer_lock(Layout(workdir)),
+        open_run(workdir, devices=jax.devices()[:1]) as run,
+    ):
+        patch.setattr(attacks, "_trials", lambda *arguments: trials.append(real(*arguments)) or trials[0])
+        result = attacks.attack(run, OPTIONS)
         assert not run.writable
     assert contents(workdir) == before
-    return found
+    return result, trials[0][0]
+
+
+@pytest.fixture
+def result(attacked):
+    return attacked[0]
+
+
+@pytest.fixture
+def trials(attacked):
+    return attacked[1]
 
 
 def contents(workdir):
@@ -83,231 +94,210 @@ def contents(workdir):
     return {str(p): p.read_bytes() for p in files if not p.name.endswith(("-shm", "-wal")) and p.name != "lock"}
 
 
-# what is played
+def same_bits(first, second):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True))
 
 
-def test_what_is_played_is_what_an_erasure_publishes(workdir, trials, tmp_path):
+def test_the_unlearned_slice_is_what_an_erasure_publishes(trials, writer):
     """Bit for bit, for every attacked cluster, after one request for all targets."""
-    shutil.copytree(workdir, tmp_path / "copy", copy_function=shutil.copy2)
     names = [name for trial in trials for name in trial.pool.of(FORGOTTEN).ids]
-    with small_run(tmp_path / "copy", noisy_source(), small_config(**LEARNT)) as run:
-        kept = {trial.pool.key: load_slice(run, run.catalog.manifest().entries[trial.pool.key]) for trial in trials}
-        erase.request_erasure(run, names)
-        for trial in trials:
-            published = load_slice(run, run.catalog.manifest().entries[trial.pool.key])
-            assert same_bits(trial.slices[0], kept[trial.pool.key])
-            assert same_bits(trial.slices[1], published) and not same_bits(trial.slices[0], published)
-            assert not any(same_bits(scratch, published) for scratch in trial.slices[2:])
+    kept = {trial.pool.key: load_slice(writer, writer.catalog.manifest().entries[trial.pool.key]) for trial in trials}
+    erase.request_erasure(writer, names)
+    for trial in trials:
+        published = load_slice(writer, writer.catalog.manifest().entries[trial.pool.key])
+        assert same_bits(trial.slices[0], kept[trial.pool.key])
+        assert same_bits(trial.slices[1], published) and not same_bits(trial.slices[0], published)
+        assert not any(same_bits(scratch, published) for scratch in trial.slices[2:])
+        assert not same_bits(trial.again, trial.slices[0])
 
 
-def same_bits(one, other):
-    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
-
-
+SHARDS = {"clustering__partition": "random", "clustering__shards": 3, "tuning__method": "ridge", "tuning__expand": 8}
 METHODS = {
-    "stages": {"tuning__slices": 2},
     "heads": {"tuning__method": "head"},
-    "shards": {
-        "clustering__partition": "random",
-        "clustering__shards": 3,
-        "tuning__method": "ridge",
-        "tuning__expand": 8,
-    },
+    "shards": SHARDS,
     "backbones": {"clustering__partition": "one", "tuning__method": "backbone", "tuning__epochs": 1},
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_whatever_is_tuned_is_played(method, tmp_path):
-    """A world of a cluster's own members gives the published bits, and the logits that predictions are made of."""
+def test_slices_of_every_method_are_tuned_in_memory_as_they_are_published(method, tmp_path):
+    """A cluster's own members give the published bits, and the logits that predictions are made of."""
     with small_run(tmp_path / "run", config=small_config(**METHODS[method])) as run:
         build(run)
     with open_run(tmp_path / "run", devices=jax.devices()[:1]) as run:
         model, test = load_model(run), run.catalog.live("test")
-        worlds = [shadows.Counterfactual(key, run.catalog.members(key)) for key in model.keys]
-        slices, images = shadows.tuned(run, run.tuning_spec, worlds)
-        assert all(same_bits(made, load_slice(run, ref)) for made, ref in zip(slices, model.refs, strict=True))
+        clusters = [shadows.Counterfactual(key, run.catalog.members(key)) for key in model.keys]
+        slices, images = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
+        assert all(same_bits(slice_, load_slice(run, ref)) for slice_, ref in zip(slices, model.refs, strict=True))
         assert images == sum(row.images for row in run.catalog.slices().values())
-        found = predict(model, run.images[test.rows])
-        logits = shadows.logits(run, slices, test.rows)[found.clusters[:, 0], np.arange(len(test))]
-    np.testing.assert_allclose(jax.nn.softmax(logits, axis=-1), found.probabilities, atol=1e-5)
+        answers = predict(model, run.images[test.rows])
+        logits = shadows.logits(run, slices, test.rows)[answers.clusters[:, 0], np.arange(len(test))]
+    np.testing.assert_allclose(jax.nn.softmax(logits, axis=-1), answers.probabilities, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["heads", "shards"])
-def test_other_methods_are_attacked(method, tmp_path):
-    """Shards have no prototypes to route by, a closed form has no steps to count; the rest is found as ever."""
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "skipped"), [("heads", ()), ("shards", ("relearn", "routing"))])
+def test_slices_of_other_methods_are_attacked(method, skipped, tmp_path):
+    """Shards have no prototypes to route by, a closed form has no steps to count."""
     config = small_config(**METHODS[method] | {"tuning__epochs": 40, "tuning__penalty": 1e-3})
     with small_run(tmp_path / "run", noisy_source(), config) as run:
         build(run)
-        found = attacks.attack(run, OPTIONS)
-    assert found.skipped == (("common",) if method == "heads" else ("relearn", "common", "routing"))
-    assert found.leaks == () and not {"lira", "ulira"} & {*found.blind, *found.powerless}
-    assert found.text().count("nothing to attack") == len(found.skipped)
+        result = attacks.attack(run, OPTIONS)
+    assert result.skipped == skipped and result.text().count("nothing to attack") == len(skipped)
+    assert result.leaks == () and not {"lira", "ulira"} & {*result.blind, *result.powerless}
 
 
-def test_who_takes_part(run, trials):
-    """Targets are live, unsampled, of their cluster, and the hardest; images outside are routed there, and as hard."""
+def test_targets_are_the_hardest_and_others_are_as_hard(run, trials):
+    """Targets are live, unsampled and of their cluster; images outside are routed there."""
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
-    splits, forgotten = {}, []
-    for split in ("train", "test"):
-        splits |= dict.fromkeys(run.catalog.live(split).ids, split)
-    for pool, _, _, roles, scores, cast in trials:
+    test, forgotten = set(run.catalog.live("test").ids), []
+    for trial in trials:
+        pool, sets = trial.pool, trial.shadows
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.members(pool.key).ids
-        assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= targets.LEFT
-        assert {splits[name] for name in pool.of(OUTSIDE, VALIDATION).ids} <= {"test"}
-        assert (roles == pool.roles[pool.watched]).all() and scores.margins.shape == (3, len(roles))
-        able = roles != VALIDATION
-        assert (cast.inside.sum(axis=0) >= 8 * able).all() and not cast.inside[:, ~able].any()
-        assert not (cast.inside == cast.drawn)[:, able].all()
+        assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= targets.FEWEST_MEMBERS
+        assert test.issuperset(pool.of(OUTSIDE, VALIDATION).ids)
+        assert (sets.roles == trial.roles).all() and trial.scores.margins.shape == (3, len(trial.roles))
+        in_shadows = sets.roles != VALIDATION
+        assert (sets.inside.sum(axis=0) >= 8 * in_shadows).all() and not sets.inside[:, ~in_shadows].any()
+        assert not (sets.inside == sets.drawn)[:, in_shadows].all()
         forgotten += pool.of(FORGOTTEN).ids
     assert len(forgotten) == OPTIONS.targets
     unseen = np.concatenate([trial.scores.margins[2, trial.roles == FORGOTTEN] for trial in trials])
-    stays = np.concatenate([trial.shadows.never[:, trial.roles == RETAINED].mean(axis=0) for trial in trials])
-    assert unseen.mean() < stays.mean() - 1, "the hardest were to be taken"
+    retained = np.concatenate([trial.shadows.never[:, trial.roles == RETAINED].mean(axis=0) for trial in trials])
+    assert unseen.mean() < retained.mean() - 1, "the hardest were to be taken"
 
 
-def test_populations_are_tuned_on_whom_they_say(trials):
-    """Who was drawn scores higher in shadows, nobody forgotten does in the slices that unlearned or never saw."""
-    for _, _, _, roles, _, cast in trials:
-        hard = np.isin(roles, (FORGOTTEN, OUTSIDE))
-        gap = cast.shadows[:, hard][cast.inside[:, hard]].mean() - cast.shadows[:, hard][~cast.inside[:, hard]].mean()
-        assert gap > 2
-        gone, inside = roles == FORGOTTEN, cast.inside[:, roles == FORGOTTEN]
-        for column in (cast.unlearned, cast.never):
-            assert column[:, gone].mean() < cast.shadows[:, gone][inside].mean() - 2
-        unlike = (cast.unlearned != cast.shadows).any(axis=1)
-        assert (unlike == inside.any(axis=1)).all(), "a shadow that drew none of them has nothing to unlearn"
-
-
-# what is found
+def test_populations_are_tuned_on_the_records_that_they_name(trials):
+    """Records that were drawn score higher; forgotten ones do not in the slices that unlearned or never saw them."""
+    for sets in (trial.shadows for trial in trials):
+        hard = np.isin(sets.roles, (FORGOTTEN, OUTSIDE))
+        kept, inside = sets.kept[:, hard], sets.inside[:, hard]
+        assert kept[inside].mean() - kept[~inside].mean() > 2
+        forgotten = sets.roles == FORGOTTEN
+        inside = sets.inside[:, forgotten]
+        for margins in (sets.unlearned, sets.never):
+            assert margins[:, forgotten].mean() < sets.kept[:, forgotten][inside].mean() - 2
+        changed = (sets.unlearned != sets.kept).any(axis=1)
+        assert (changed == inside.any(axis=1)).all(), "a shadow that drew none of them has nothing to unlearn"
 
 
 def test_the_controls_work_and_erased_records_are_not_found(result):
-    assert {one.name for one in result.findings} == set(ATTACKS) - {"common"} and result.skipped == ("common",)
-    found = {one.name: one.found for one in result.findings}
-    for name in ("loss", "rmia", "lira", "ulira", "klom", "relearn"):
-        assert found[name] == (True, False, False), name
+    assert {finding.name for finding in result.findings} == set(ATTACKS) and result.skipped == ()
+    for finding in result.on_slices:
+        assert finding.detected == (True, False, False), finding.name
     assert result.leaks == result.powerless == result.shifted == () and {*result.blind} <= {"routing"}
     assert result.code == 0
-    ulira = next(one for one in result.findings if one.name == "ulira")
-    assert ulira.auc[0].low > 0.5 and ulira.auc[1].low < 0.6 and ulira.quality[0] < ulira.quality[1]
-    assert all(rate is None for rates in ulira.rates for rate in rates), "16 records, 256 pairs"
+    values = next(finding.values for finding in result.findings if finding.name == "ulira")
+    assert values["auc"][0].low > 0.5 and values["auc"][1].low < 0.6
+    assert all(rate is None for rates in values["rates"] for rate in rates), "16 records, 256 pairs"
     shares = result.accuracies
     assert shares.forgotten[0] > shares.forgotten[1] + 0.2 and shares.gap[0] > shares.gap[1] and shares.gap[2] == 0
-    assert result.images > 0 and result.slices == (1 + 3 + 1 + 3 * 16) * result.clusters + targets.SCOUTS * 5
+    assert result.images > 0 and result.slices == (1 + 3 + 1 + 3 * 16) * result.clusters + targets.PROBES * 5
 
 
-def test_pretending_to_unlearn_is_found(run, trials):
-    """A leak: the old slice is kept. Everything else is as it was."""
-    leaky = [(t.roles, dataclasses.replace(t.shadows, unlearned=t.shadows.shadows)) for t in trials]
-    for name, attack in (("ulira", ulira), ("klom", klom)):
-        assert attack(leaky, philox(0, name)).found == (True, True, False)
-    found = relearn(run, [t.pool for t in trials], [pretended(t).slices for t in trials], [t.again for t in trials])
-    assert found.found[:2] == (True, True) and found.steps[1] == found.steps[0]
-    for name in ("loss", "rmia", "lira"):
-        played = [pretended(trial) for trial in trials]
-        assert attacks._membership(name, played, philox(0, name)).found == (True, True, False)
-
-
-def pretended(trial):
-    """The trial with the kept slice in the place of the unlearned one."""
+def leaking(trial):
+    """The trial with the kept slice in the place of the unlearned one: an "unlearning" that does nothing."""
     scores = shadows.Scores(*(part[[0, 0, 2]] for part in (trial.scores.margins, trial.scores.right)))
-    return trial._replace(scores=scores, slices=(*trial.slices[:1] * 2, *trial.slices[2:]))
+    sets = dataclasses.replace(trial.shadows, unlearned=trial.shadows.kept)
+    return trial._replace(scores=scores, slices=(*trial.slices[:1] * 2, *trial.slices[2:]), shadows=sets)
 
 
-def test_relearning_watches_every_step(run, trials, monkeypatch):
-    pool, slices, seen = trials[0].pool, trials[0].slices, []
-    monkeypatch.setattr(relearning, "until", lambda losses, level: seen.append((losses, level)) or 0)
-    relearn(run, [pool], [slices], [trials[0].again])
-    played = (trials[0].again, *slices)
-    level, *wanted = statistics.losses(shadows.scored(run, played, pool.of(FORGOTTEN)).margins).mean(axis=1)
-    for (losses, goal), start in zip(seen, wanted, strict=True):
-        assert len(losses) >= relearning.STEPS + 1 and goal == pytest.approx(level)
-        assert losses[0] == pytest.approx(start) and losses[1] < losses[0]
-    assert all(losses[-1] < 0.2 * losses[0] for losses, _ in seen[1:])
-
-
-def test_the_control_of_relearning_is_measured(run, trials):
-    """The level is that of another slice tuned with the records; a published one that forgot them fails there."""
-    for trial in trials:
-        assert not same_bits(trial.again, trial.slices[0])
-    cast = [trial.pool for trial in trials], [trial.again for trial in trials]
-    forgot = [(trial.slices[1], *trial.slices[1:]) for trial in trials]
-    found = relearn(run, cast[0], forgot, cast[1])
-    assert not found.found[0] and min(found.steps[0]) > 0 and found.steps[0] == found.steps[1]
-    alone = relearn(run, cast[0][:1], [trials[0].slices], cast[1][:1])
-    assert alone.least == 1 / (1 + len(trials[0].slices[2:])) > statistics.DOUBT and alone.found == (False,) * 3
+def test_an_unlearning_that_does_nothing_is_found(run, trials):
+    trials = [leaking(trial) for trial in trials]
+    for name in set(ATTACKS) - {"routing", "relearn"}:
+        assert attacks._finding(run, name, trials, OPTIONS).detected == (True, True, False), name
+    finding = attacks._finding(run, "relearn", trials, OPTIONS)
+    assert finding.detected[:2] == (True, True) and finding.values["steps"][1] == finding.values["steps"][0]
 
 
 def test_a_residue_is_found(trials):
     """A weaker leak: half of what the records had left in the slices stays."""
-    half = []
-    for trial in trials:
-        between = (trial.shadows.shadows + trial.shadows.unlearned) / 2
-        half.append((trial.roles, dataclasses.replace(trial.shadows, unlearned=between)))
-    assert ulira(half, philox(0, "ulira")).found[1] and klom(half, philox(0, "klom")).found[1]
+    pools = [
+        dataclasses.replace(sets, unlearned=(sets.kept + sets.unlearned) / 2)
+        for sets in (trial.shadows for trial in trials)
+    ]
+    for attack in (unlearned.ulira, unlearned.klom):
+        assert attack(pools, philox(0, "residue")).detected[1], attack
 
 
-# routing
+def test_relearning_watches_every_step(run, trials):
+    """The losses begin where the slices are, and fall to nearly nothing; ragged records and padding change nothing."""
+    pool, slices = trials[0].pool, trials[0].slices
+    records = pool.of(FORGOTTEN)
+    losses = relearn.losses_while_relearning(run, pool.key, records, slices, len(records))
+    start = statistics.losses(shadows.score(run, slices, records).margins).mean(axis=1)
+    assert losses.shape == (len(slices), relearn.STEPS + 1)
+    np.testing.assert_allclose(losses[:, 0], start, rtol=1e-4)
+    assert (losses[:, 1] < losses[:, 0]).all() and (losses[1:, -1] < 0.2 * losses[1:, 0]).all()
+    padded = relearn.losses_while_relearning(run, pool.key, records, slices, len(records) + 7)
+    np.testing.assert_allclose(padded, losses, rtol=1e-3, atol=1e-4)
 
 
-def test_routing_is_the_distance_to_the_prototype(run, workdir, tmp_path):
-    found = routing.routing(run, 0)
+def test_the_control_of_relearning_is_measured(run, trials):
+    """A published slice that forgot the records fails as a control; one cluster alone has no power."""
+    pools, again = [trial.pool for trial in trials], [trial.again for trial in trials]
+    forgot = relearn.relearn(run, pools, [(trial.slices[1], *trial.slices[1:]) for trial in trials], again)
+    steps = forgot.values["steps"]
+    assert not forgot.detected[0] and min(steps[0]) > 0 and steps[0] == steps[1]
+    single = relearn.relearn(run, pools[:1], [trials[0].slices], again[:1])
+    assert single.smallest_p == 1 / (1 + len(trials[0].slices[2:])) > statistics.SIGNIFICANT
+    assert single.powerless and single.detected == (False,) * 3
+
+
+def test_routing_is_the_distance_to_the_prototype(run, writer):
+    values = routing.routing(run, 0).values
     clustering, live = load_clustering(run.layout, run.catalog.manifest().clustering), run.catalog.live("train")
-    sampled = np.isin(live.ids, clustering.sample)
     near = cdist(run.features(live), clustering.prototypes).min(axis=1)
-    assert found.published.auc == pytest.approx(roc_auc_score(sampled, -near))
-    assert (found.clusters, found.single) == (len(clustering.keys), 0) and found.public is not None
-    shutil.copytree(workdir, tmp_path / "copy", copy_function=shutil.copy2)
+    assert values["published"].auc.value == pytest.approx(roc_auc_score(np.isin(live.ids, clustering.sample), -near))
+    assert (values["clusters"], values["single"]) == (len(clustering.keys), 0) and values["public"] is not None
     order = philox(0, "attack", "routing").permutation(len(clustering.sample))
-    gone = [clustering.sample[i] for i in order[: len(order) // 2]]
-    with small_run(tmp_path / "copy", noisy_source(), small_config(**LEARNT)) as copy:
-        erase.request_erasure(copy, gone)
-        after = load_clustering(copy.layout, copy.catalog.manifest().clustering)
+    erased = [clustering.sample[i] for i in order[: len(order) // 2]]
+    erase.request_erasure(writer, erased)
+    after = load_clustering(writer.layout, writer.catalog.manifest().clustering)
     near = cdist(run.features(live), after.prototypes).min(axis=1)
-    counts = np.isin(live.ids, gone) | ~np.isin(live.ids, [*clustering.sample, *after.sample])
-    assert found.erased.auc == pytest.approx(roc_auc_score(np.isin(live.ids, gone)[counts], -near[counts]))
+    counts = np.isin(live.ids, erased) | ~np.isin(live.ids, [*clustering.sample, *after.sample])
+    area = roc_auc_score(np.isin(live.ids, erased)[counts], -near[counts])
+    assert values["erased"].auc.value == pytest.approx(area)
 
 
 def test_prototypes_of_single_records_are_private_features(tmp_path):
     config = small_config(clustering__cut="auto:30", clustering__max_members=0, clustering__min_members=0)
     with small_run(tmp_path / "run", config=config) as run:
         build(run)
-        found = routing.routing(run, 0)
-        counted = Counter(load_clustering(run.layout, run.catalog.manifest().clustering).labels.tolist())
-    assert found.single == sum(count == 1 for count in counted.values()) == 30
-    assert found.published.auc > 0.99 and found.found == (True, False, False)
-    assert found.published.p < 1e-9 and found.erased.p > 0.005 and found.public.p > 0.005
+        finding = routing.routing(run, 0)
+        sizes = Counter(load_clustering(run.layout, run.catalog.manifest().clustering).labels.tolist())
+    assert finding.values["single"] == sum(size == 1 for size in sizes.values()) == 30
+    assert finding.values["published"].auc.value > 0.99 and finding.detected == (True, False, False)
 
 
 def test_public_prototypes_say_nothing(tmp_path):
     with small_run(tmp_path / "run", config=small_config(clustering__sample_from="public")) as run:
         build(run)
-        found = routing.routing(run, 0)
+        finding = routing.routing(run, 0)
         members = run.catalog.members(run.catalog.live("train").clusters[0]).ids
-        able, refused = targets._able(run, members)
-        stays = refused["its cluster would keep fewer than 4 members"]
-        assert len(stays) == targets.LEFT and sorted([*able, *stays]) == sorted(members)
-    assert found.found == (False, False, False) and found.erased is found.public is None and found.single == 0
+        eligible, refused = targets._eligible(run, members)
+    kept = refused[f"its cluster would keep fewer than {targets.FEWEST_MEMBERS} members"]
+    assert len(kept) == targets.FEWEST_MEMBERS and sorted([*eligible, *kept]) == sorted(members)
+    assert finding.detected == (False, False, False) and finding.values["single"] == 0
+    assert finding.values["erased"] is finding.values["public"] is None
 
 
-# the command
-
-
-def test_the_command(workdir, capsys, tmp_path):
+def test_the_command_writes_a_table_json_and_a_figure(workdir, capsys, tmp_path):
     files = [f"--json={tmp_path}/a.json", f"--figure={tmp_path}/roc.png"]
     arguments = ["attack", f"--workdir={workdir}", "--targets=8", "--shadows=4", "--attacks=loss,lira,routing", *files]
     before = contents(workdir)
     assert main(arguments) == 0
-    out, values = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    out, text = capsys.readouterr().out, (tmp_path / "a.json").read_text()
+    values = json.loads(text)
     assert contents(workdir) == before and (tmp_path / "roc.png").read_bytes().startswith(b"\x89PNG")
     assert values["ok"] and values["targets"] == 8 and set(values["findings"]) == {"loss", "lira", "routing"}
-    assert f"{values['findings']['lira']['columns'][0]['auc']:.3f} [" in out and "kept = control" in out
+    assert f"{values['findings']['lira']['columns'][0]['auc']['value']:.3f} [" in out and "kept = control" in out
     assert "too few images for some false positive rates: 1.0% needs 100, 0.1% needs 1000" in out
-    assert not any(name in out + (tmp_path / "a.json").read_text() for name in ("digit-", "hand-"))
+    assert not any(name in out + text for name in ("digit-", "hand-")), "no record is named"
 
 
-def found_of(rng, *shifts):
+def lira_finding(rng, *shifts):
     """What LiRA finds where members lie so much above others in the three slices; the same noise in all."""
     noise = rng.normal(size=120) + 0.3 * rng.normal(size=(3, 120))
     return membership.membership("lira", noise[:, :60] + np.array(shifts)[:, None], noise[:, 60:], rng)
@@ -315,47 +305,47 @@ def found_of(rng, *shifts):
 
 def test_a_leak_is_found_also_where_training_images_differ_from_others(result, rng):
     """A slice that never saw the records tells them from test images, too: what counts is what is above that."""
-    found = found_of(rng, 3.0, 2.5, 0.8)
-    assert [round(column.auc, 2) for column in found.columns] == pytest.approx([0.98, 0.96, 0.71], abs=0.04)
-    assert all(column.p < 1e-4 for column in found.columns)
-    leaky = dataclasses.replace(result, findings=(found,))
+    leak = lira_finding(rng, 3.0, 2.5, 0.8)
+    assert [column.auc.value for column in leak.values["columns"]] == pytest.approx([0.98, 0.96, 0.71], abs=0.04)
+    leaky = dataclasses.replace(result, findings=(leak,))
     assert leaky.leaks == ("lira",) and leaky.code == 1 and not leaky.values()["ok"]
     assert "FINDS ERASED RECORDS; SHIFTED REFERENCE" in leaky.text()
-    clean = dataclasses.replace(result, findings=(found_of(rng, 3.0, 0.8, 0.8),))
+    clean = dataclasses.replace(result, findings=(lira_finding(rng, 3.0, 0.8, 0.8),))
     assert clean.leaks == () and clean.shifted == ("lira",) and clean.code == 0
     assert "differs from test images already without having seen the records; beyond that it finds" in clean.text()
-    nothing = dataclasses.replace(result, findings=(found_of(rng, 1.2, 1.2, 1.2),))
-    assert nothing.blind == nothing.shifted == ("lira",) and nothing.code == 3 and not nothing.values()["ok"]
-    assert "INCONCLUSIVE: SHIFTED REFERENCE" in nothing.text() and "nothing can be said" in nothing.text()
+    blind = dataclasses.replace(result, findings=(lira_finding(rng, 1.2, 1.2, 1.2),))
+    assert blind.blind == blind.shifted == ("lira",) and blind.code == 3 and not blind.values()["ok"]
+    assert "INCONCLUSIVE: SHIFTED REFERENCE" in blind.text() and "nothing can be said" in blind.text()
 
 
-def test_a_leak_and_a_blind_attack_are_said_loudly(result, workdir, monkeypatch, capsys, rng):
-    leaky, blind = found_of(rng, 2.0, 2.0, 0.0), found_of(rng, 0.0, 0.0, 0.0)
-    monkeypatch.setattr(attacks, "attack", lambda *_: dataclasses.replace(result, findings=(leaky,)))
-    assert main(["attack", f"--workdir={workdir}"]) == 1
-    text = capsys.readouterr().out
-    assert "FINDS ERASED RECORDS\n" in text and "LEAK: erased records found by lira" in text
-    monkeypatch.setattr(attacks, "attack", lambda *_: dataclasses.replace(result, findings=(blind,)))
-    assert main(["attack", f"--workdir={workdir}"]) == 3
-    text = capsys.readouterr().out
-    assert "POSITIVE CONTROL FAILED" in text and "nothing can be said" in text
-    alone = relearning.Relearn(((0,), (30,), (30,)), (0.25, 1.0, 1.0), 3)
-    few = dataclasses.replace(result, findings=(alone,))
-    assert few.powerless == ("relearn",) and few.blind == () and few.code == 3
-    assert "NO POWER" in few.text() and "no chance falls below 0.25" in few.text() and "FAILED" not in few.text()
-    working = dataclasses.replace(result, findings=(alone, found_of(rng, 2.0, 0.0, 0.0)))
-    assert working.code == 0 and "NO POWER" in working.text() and "no attack finds an erased record" in working.text()
+def test_exit_codes_and_verdicts(result, workdir, monkeypatch, capsys, rng):
+    weak = Finding("relearn", (False,) * 3, 0.25, [("steps", "0", "30", "30")], {})
+    good, leak = lira_finding(rng, 2.0, 0.0, 0.0), lira_finding(rng, 2.0, 2.0, 0.0)
+    cases = [
+        ((leak,), 1, ["FINDS ERASED RECORDS\n", "LEAK: erased records found by lira"]),
+        ((lira_finding(rng, 0.0, 0.0, 0.0),), 3, ["POSITIVE CONTROL FAILED", "nothing can be said"]),
+        ((weak,), 3, ["NO POWER", "no chance falls below 0.25"]),
+        ((weak, good), 0, ["NO POWER", "no attack finds an erased record"]),
+    ]
+    for findings, code, texts in cases:
+        attack = dataclasses.replace(result, findings=findings)
+        monkeypatch.setattr(attacks, "attack", lambda *_, attack=attack: attack)
+        assert main(["attack", f"--workdir={workdir}"]) == code, texts
+        out = capsys.readouterr().out
+        assert all(text in out for text in texts), out
+    assert dataclasses.replace(result, findings=(weak,)).powerless == ("relearn",)
 
 
+@pytest.mark.slow
 def test_the_figure_draws_without_pyplot(tmp_path):
     """A program of its own: nothing else may have imported pyplot, and no backend is chosen for the caller."""
     code = (
         "import sys, numpy as np, matplotlib\n"
         "from pathlib import Path\n"
-        "from lmeraser_jax.attacks import membership, report\n"
+        "from lmeraser_jax.evaluation.attacks import membership, report\n"
         "scores = np.random.default_rng(0).normal(size=(3, 300))\n"
-        "found = membership.membership('lira', scores[:, :150] + 1, scores[:, 150:], np.random.default_rng(0))\n"
-        "report.figure([found], Path(sys.argv[1]))\n"
+        "finding = membership.membership('lira', scores[:, :150] + 1, scores[:, 150:], np.random.default_rng(0))\n"
+        "report.figure([finding], Path(sys.argv[1]))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "folder" / "roc.png")], check=True)
@@ -369,42 +359,13 @@ def test_a_figure_without_matplotlib_is_refused_before_the_work(workdir, monkeyp
     assert "figures need matplotlib; install it with: pip install matplotlib" in capsys.readouterr().err
 
 
-# the common head
-
-
-def test_the_common_head_is_attacked(tmp_path):
-    """What is played is what an erasure publishes; a head of all records by heart gives them away, until they go."""
-    config = small_config(
-        **METHODS["heads"] | {"common__method": "ridge", "common__penalty": 1e-4, "common__expand": 64}
-    )
-    with small_run(tmp_path / "run", noisy_source(), config) as run:
-        build(run)
-        options = dataclasses.replace(OPTIONS, attacks=("loss", "common"))
-        found = attacks.attack(run, options)
-        assert found.skipped == () and found.shadows == OPTIONS.shadows
-        one = found.findings[1]
-        assert one.name == "common" and one.found[:2] == (True, False) and one.columns[0].members == OPTIONS.targets
-        assert one.beyond[1].value == 0, "a formula has no random streams"
-        drawn = targets.draw(run, (), OPTIONS.targets, OPTIONS.seed)
-        pool = common_head.everybody(run, run.catalog.manifest().entries[SliceKind.COMMON], drawn.pools, OPTIONS.seed)
-        names = pool.of(FORGOTTEN).ids
-        assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.live("train").ids and len(names) == OPTIONS.targets
-        assert {run.catalog.live("test").ids.index(name) for name in pool.of(OUTSIDE).ids}
-        (played,), _ = shadows.tuned(run, run.common_spec, [shadows.unlearned_world(pool)])
-        kept = load_slice(run, pool.ref)
-        erase.request_erasure(run, names)
-        published = load_slice(run, run.catalog.manifest().entries[SliceKind.COMMON])
-        assert same_bits(played, published) and not same_bits(kept, published)
-
-
-def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
-    def refused(*flags):
-        code = main(["attack", f"--workdir={workdir}", *flags])
-        assert code == 2
+def test_bad_input_is_refused_at_once(run, workdir, capsys, tmp_path):
+    def refused(*flags, workdir=workdir):
+        assert main(["attack", f"--workdir={workdir}", *flags]) == 2
         return capsys.readouterr().err
 
     message = refused("--attacks=lira,spy", "--shadows=3", "--targets=1")
-    assert "--attacks=spy" in message and "legal: loss, rmia, lira, ulira, klom, relearn, common, routing" in message
+    assert "--attacks=spy" in message and "legal: loss, lira, ulira, klom, relearn, routing" in message
     assert "--shadows=3: must be at least 4" in message and "--targets=1: must be at least 2" in message
     assert "--targets=5000: must be at most " in refused("--targets=5000")
     sampled = load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]
@@ -417,8 +378,7 @@ def test_bad_input_is_told_at_once(run, workdir, capsys, tmp_path):
     assert "roc.png cannot be written" in refused(f"--figure={tmp_path}/file/roc.png")
     with small_run(tmp_path / "empty", noisy_source()):
         pass
-    workdir = tmp_path / "empty"
-    assert "has no published state to attack" in refused()
+    assert "has no published state to attack" in refused(workdir=tmp_path / "empty")
 
 
 def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
@@ -427,11 +387,6 @@ def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
         with pytest.raises(UserError, match="has no test or hold-out images to compare with"):
             attacks.attack(run, Options(targets=2, attacks=("loss",)))
         assert attacks.attack(run, Options(attacks=("routing",))).findings[0].name == "routing"
-        one_head = dataclasses.replace(
-            run.config, tuning=dataclasses.replace(run.config.tuning, method="prompts+one head")
-        )
-        (message,) = targets.problems(dataclasses.replace(run, config=one_head), (), 2)
-        assert "all clusters are one slice" in message and "legal: --attacks=routing" in message
         erase.request_erasure(run, run.catalog.live("train").ids[:1], defer=True)
         with pytest.raises(UserError, match="an erasure is not finished"):
             attacks.attack(run, Options(attacks=("routing",)))
@@ -439,26 +394,24 @@ def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path):
 
 def test_named_records_are_the_targets(run):
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
-    able, _ = targets._able(run, run.catalog.live("train").ids)
-    assert len(able) <= 70 and sample.isdisjoint(able)
-    drawn = targets.draw(run, able[:3], 64, 0)
-    assert sorted(name for pool in drawn.pools for name in pool.of(FORGOTTEN).ids) == able[:3] and drawn.slices == 0
-    assert not any(len(pool.of(VALIDATION)) for pool in drawn.pools)
+    eligible, _ = targets._eligible(run, run.catalog.live("train").ids)
+    assert len(eligible) <= 70 and sample.isdisjoint(eligible)
+    drawn = targets.draw(run, eligible[:3], 64, 0)
+    assert sorted(name for pool in drawn.pools for name in pool.of(FORGOTTEN).ids) == eligible[:3]
+    assert drawn.slices == 0 and not any(len(pool.of(VALIDATION)) for pool in drawn.pools)
 
 
-def test_an_erasure_meanwhile_voids_the_result(workdir, tmp_path, monkeypatch):
-    shutil.copytree(workdir, tmp_path / "copy", copy_function=shutil.copy2)
-    play = attacks._trials
+def test_an_erasure_during_the_attack_voids_the_result(writer, monkeypatch):
+    real = attacks._trials
 
-    def meanwhile(run, drawn, options):
-        done = play(run, drawn, options)
-        with small_run(tmp_path / "copy", noisy_source(), small_config(**LEARNT)) as writer:
-            erase.request_erasure(writer, drawn.pools[0].of(FORGOTTEN).ids[:1])
-        return done
+    def erased_meanwhile(run, options):
+        trials = real(run, options)
+        erase.request_erasure(writer, trials[0][0].pool.of(FORGOTTEN).ids[:1])
+        return trials
 
-    monkeypatch.setattr(attacks, "_trials", meanwhile)
+    monkeypatch.setattr(attacks, "_trials", erased_meanwhile)
     with (
-        open_run(tmp_path / "copy", devices=jax.devices()[:1]) as run,
+        open_run(writer.layout.root, devices=jax.devices()[:1]) as run,
         pytest.raises(UserError, match="were erased while"),
     ):
         attacks.attack(run, Options(targets=16, attacks=("loss",)))

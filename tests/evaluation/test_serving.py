@@ -103,7 +103,9 @@ def test_nothing_of_a_quarantined_cluster_reaches_an_answer(run, nearest):
 
     assert bits(poisoned(out)) == bits(clean) and np.isfinite(clean.probabilities).all()
     assert bits(poisoned((out + 1) % len(model.keys))) != bits(clean), "the poison works"
-    assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.arrays.stack)), "its slice is not even loaded"
+    assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.arrays.stack)), (
+        "its slice is not even loaded"
+    )
 
 
 def test_with_fewer_healthy_clusters_than_asked_for_the_mean_is_over_those(run):
@@ -199,7 +201,8 @@ def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_fo
     wanted = predict.load_model(run)
     assert bits(found) == bits(fresh(run, images)) and model.keys == wanted.keys != clustering.keys
     chex.assert_trees_all_equal(
-        (model.arrays.stack, model.arrays.prototypes, model.arrays.present), (wanted.arrays.stack, wanted.arrays.prototypes, wanted.arrays.present)
+        (model.arrays.stack, model.arrays.prototypes, model.arrays.present),
+        (wanted.arrays.stack, wanted.arrays.prototypes, wanted.arrays.present),
     )
 
 
@@ -300,7 +303,9 @@ def test_a_state_that_is_replaced_while_it_is_read_is_read_again(run, monkeypatc
     assert (run.catalog.manifest().clustering != clustering) == sampled
     wanted = predict.load_model(run)
     assert (model.keys, model.refs) == (wanted.keys, wanted.refs)
-    chex.assert_trees_all_equal((model.arrays.stack, model.arrays.prototypes), (wanted.arrays.stack, wanted.arrays.prototypes))
+    chex.assert_trees_all_equal(
+        (model.arrays.stack, model.arrays.prototypes), (wanted.arrays.stack, wanted.arrays.prototypes)
+    )
 
 
 def test_what_is_accepted_while_a_state_is_loaded_is_noticed(run, monkeypatch):
