@@ -7,8 +7,6 @@ dropped; lmeraser train makes them again with the same bits. Exit code 0: health
 dropped and is to be made again; 3: nothing is damaged as far as could be seen, but something could not be looked at.
 """
 
-import dataclasses
-
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
@@ -24,8 +22,9 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     diagnosis = doctor.examine(common.workdir_of(arguments), arguments["fix"])
-    values = {"healthy": diagnosis.healthy, "problems": [dataclasses.asdict(one) for one in diagnosis.problems]}
-    common.show(arguments, diagnosis.table(), values)
+    fields = ("part", "message", "remedy", "state")
+    problems = [{name: getattr(problem, name) for name in fields} for problem in diagnosis.problems]
+    common.show(arguments, diagnosis.table(), {"healthy": diagnosis.healthy, "problems": problems})
     if diagnosis.healthy:
         return 0
     return DAMAGED if diagnosis.damaged else UNCHECKED

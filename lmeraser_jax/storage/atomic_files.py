@@ -51,6 +51,14 @@ def remove_others(folder: Path, kept: Collection[str]) -> None:
     sync_folder(folder)
 
 
+def resize_file(path: Path, size: int) -> None:
+    """Cuts off what is too much, or fills up with zeros what is missing, and makes that durable."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "ab") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Makes renames and removals in a folder durable."""
     handle = os.open(folder, os.O_RDONLY)

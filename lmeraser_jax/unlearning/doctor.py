@@ -8,9 +8,10 @@ it. A repair drops what is damaged; the next `lmeraser train` makes it again, wi
 import contextlib
 import dataclasses
 import enum
+import functools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +24,19 @@ from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import remove_others
+from lmeraser_jax.storage.atomic_files import remove_others, resize_file
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.workdir import Layout, current_writer, read_config, refuse_links, writer_lock
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of
 
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run  # loads JAX; a damaged catalog or config is named without
 
 LISTED = 50  # ids in a message
 FEATURES = 256  # cached features that are computed again and compared
+REMOVE = "--fix removes it"
+DROP = "--fix drops it; lmeraser train makes it again"
 
 
 class State(enum.StrEnum):
@@ -45,12 +49,19 @@ class State(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What was noticed about one part of a workdir, and what to do about it or what the repair did."""
+    """What was noticed about one part of a workdir, what to do about it, and how --fix does that."""
 
     part: str
     message: str
     remedy: str = ""
     state: State = State.DAMAGED
+    repair: Callable[[], object] | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    def repaired(self) -> "Problem":
+        assert self.repair is not None
+        self.repair()
+        state, remedy = (State.DROPPED, "lmeraser train makes it again") if self.remedy == DROP else (State.FIXED, "")
+        return Problem(self.part, self.message, remedy, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,27 +115,28 @@ def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | Non
         lock = stack.enter_context(contextlib.ExitStack())
         if fix:
             lock.enter_context(writer_lock(layout))
-        problems = _check("folder", _leftover_files(layout, fix))
-        problems += _check("config", _config(layout)) + _check("catalog", _catalog_file(layout))
-        if any(problem.part in ("config", "catalog") for problem in problems):
-            return Diagnosis(tuple(problems))
+        problems = _check("folder", _leftover_files(layout), fix)
+        unusable = _check("catalog", _config_and_catalog(layout), fix)
+        if unusable:
+            return Diagnosis((*problems, *unusable))
         catalog = stack.enter_context(contextlib.closing(Catalog(layout.catalog)))
         before = catalog.stamp()
-        problems += _check("requests", _requests(layout, catalog)) + _check("images", _images(layout, catalog, fix))
+        problems += _check("requests", _requests(layout, catalog), fix)
+        problems += _check("images", _images(layout, catalog), fix)
         lock.close()  # what follows opens the workdir as every command does
         if not any(problem.part == "images" and problem.state == State.DAMAGED for problem in problems):
-            problems += _check("backbone", _built(layout, catalog, fix, devices))
+            problems += _examine_built(layout, catalog, fix, devices)
         if not fix and (current_writer(layout) or catalog.stamp() != before):
             problems = [_unchecked("lock", "another process wrote to the workdir meanwhile")]
     return Diagnosis(tuple(problems))
 
 
-def _check(part: str, problems: Iterator[Problem]) -> list[Problem]:
-    """The problems that a check notices; one that is cut short by an error is itself reported as unchecked."""
+def _check(part: str, problems: Iterator[Problem], fix: bool) -> list[Problem]:
+    """The problems that a check notices, repaired one by one; a check that an error cuts short is one of them."""
     noticed: list[Problem] = []
     try:
         for problem in problems:
-            noticed.append(problem)
+            noticed.append(problem.repaired() if fix and problem.repair else problem)
     except Exception as error:  # whatever it is, it is no finding about the workdir
         noticed.append(_unchecked(part, f"{type(error).__name__}: {error}"))
     return noticed
@@ -134,47 +146,28 @@ def _unchecked(part: str, message: str) -> Problem:
     return Problem(part, message, "run this command again; nothing was changed", State.UNCHECKED)
 
 
-def _leftover(part: str, message: str, fix: bool, remove: Callable[[], object], verb: str = "remove") -> Problem:
-    """What should not be there and that nothing needs; removed where that is wanted."""
-    if not fix:
-        return Problem(part, message, f"--fix {verb}s it")
-    remove()
-    return Problem(part, message, f"{verb}d", State.FIXED)
-
-
-def _damaged(part: str, message: str, fix: bool, drop: Callable[[], object]) -> Problem:
-    """What is damaged and can be made again; dropped where that is wanted."""
-    if not fix:
-        return Problem(part, message, "--fix drops it; then lmeraser train makes it again")
-    drop()
-    return Problem(part, message, "dropped; lmeraser train makes it again", State.DROPPED)
-
-
-def _leftover_files(layout: Layout, fix: bool) -> Iterator[Problem]:
+def _leftover_files(layout: Layout) -> Iterator[Problem]:
     """What a killed writer leaves: temporary files, replaced folders, scratch, a finished pretraining."""
     hidden = [*layout.root.glob(".*"), *layout.root.glob("*/.*")]
     paths = [path for path in hidden if path.suffix in (".tmp", ".old")] + list(layout.scratch.glob("*"))
-    if layout.backbone.exists() and layout.pretraining.exists():
-        paths.append(layout.pretraining)
+    if layout.backbone.exists():
+        paths += layout.root.glob(layout.pretraining.name)
     for path in paths:
-        remove = shutil.rmtree if path.is_dir() else Path.unlink
-        message = f"{path.relative_to(layout.root)} was left by a killed process"
-        yield _leftover("folder", message, fix, lambda remove=remove, path=path: remove(path))
+        remove = functools.partial(shutil.rmtree if path.is_dir() else os.unlink, path)
+        yield Problem("folder", f"{path.relative_to(layout.root)} was left by a killed process", REMOVE, repair=remove)
 
 
-def _config(layout: Layout) -> Iterator[Problem]:
-    remedy = "restore config.json, or delete it and run lmeraser train with the experiment's --config=FILE.py"
+def _config_and_catalog(layout: Layout) -> Iterator[Problem]:
+    """The two files without which nothing else can be told."""
     try:
         tree = read_config(layout)
-        if tree is None:
-            yield Problem("config", "config.json is missing", remedy)
-        else:
-            settings.from_dict(tree)
+        reason = "" if tree else "it is missing"
+        settings.from_dict(tree or {})
     except UserError as error:
-        yield Problem("config", f"config.json cannot be used: {error}", remedy)
-
-
-def _catalog_file(layout: Layout) -> Iterator[Problem]:
+        reason = str(error)
+    if reason:
+        remedy = "restore it, or delete it and run lmeraser train with the experiment's --config=FILE.py"
+        yield Problem("config", f"config.json cannot be used: {reason}", remedy)
     lines = schema.damages(layout.catalog)
     if lines:
         remedy = "restore catalog.db from a copy of the workdir: it cannot be computed again"
@@ -194,7 +187,7 @@ def _requests(layout: Layout, catalog: Catalog) -> Iterator[Problem]:
             yield Problem("requests", f"{request.id}: its erased ids are not remembered", remedy)
 
 
-def _images(layout: Layout, catalog: Catalog, fix: bool) -> Iterator[Problem]:
+def _images(layout: Layout, catalog: Catalog) -> Iterator[Problem]:
     """Every live row against its content hash, the length of the file, and rows that must be empty."""
     if catalog.get("dataset") is None:
         return
@@ -217,52 +210,40 @@ def _images(layout: Layout, catalog: Catalog, fix: bool) -> Iterator[Problem]:
         yield Problem("images", message, remedy)
     if size != rows * file.row_bytes:
         message = f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}"
-        yield _leftover("images", message, fix, lambda: _resize(layout.images, rows * file.row_bytes), "resize")
+        resize = functools.partial(resize_file, layout.images, rows * file.row_bytes)
+        yield Problem("images", message, "--fix resizes it", repair=resize)
     unused = file.filled(catalog.free_rows())
     if len(unused):
         message = f"rows of no record hold pixels: {join_limited(unused)}"
-        yield _leftover("images", message, fix, lambda: file.overwrite(unused), "erase")
+        yield Problem("images", message, "--fix overwrites them", repair=functools.partial(file.overwrite, unused))
 
 
-def _resize(path: Path, size: int) -> None:
-    """Cuts off what is too much and fills up with zeros what is missing."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "ab") as file:
-        file.truncate(size)
-        os.fsync(file.fileno())
-
-
-def _built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequence[Any] | None) -> Iterator[Problem]:
+def _examine_built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequence[Any] | None) -> list[Problem]:
     """What was made from the records: backbone, features, slices, clusterings, the published state."""
-    from lmeraser_jax.models import backbone
-    from lmeraser_jax.unlearning import live_state
     from lmeraser_jax.unlearning.run import open_run
 
     if catalog.manifest() is None and not layout.backbone.exists():
-        yield Problem("backbone", "the workdir is not complete yet", "lmeraser train goes on", State.NOTE)
-        return
+        return [Problem("backbone", "the workdir is not complete yet", "lmeraser train goes on", State.NOTE)]
+    problems = _check("backbone", _backbone(layout), fix)
+    if problems:
+        return problems
+    with open_run(layout.root, devices=devices, write=fix) as run:
+        for part, check in (("features", _features), ("slices", _slices), ("clusterings", _clusterings)):
+            problems += _check(part, check(run), fix)
+        return problems or _check("state", _contradictions(run), fix)
+
+
+def _backbone(layout: Layout) -> Iterator[Problem]:
+    from lmeraser_jax.models import backbone
+
     try:
         backbone.load(layout.backbone)
     except UserError as error:
-        message = f"{error}; --fix keeps it as backbone.damaged"
-        yield _damaged("backbone", message, fix, lambda: _move(layout.backbone, layout.root / "backbone.damaged"))
-        return
-    with open_run(layout.root, devices=devices, write=fix) as run:
-        problems = _check("features", _features(run, fix)) + _check("slices", _slices(run, fix))
-        problems += _check("clusterings", _clusterings(run, fix)) + _check("slices", _unregistered_slices(run, fix))
-        yield from problems
-        if not problems:
-            remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
-            yield from (Problem("state", line, remedy) for line in live_state.contradictions(run))
+        aside = layout.root / "backbone.damaged"
+        yield Problem("backbone", str(error), DROP, repair=functools.partial(os.replace, layout.backbone, aside))
 
 
-def _move(folder: Path, to: Path) -> None:
-    shutil.rmtree(to, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, to)
-
-
-def _features(run: "Run", fix: bool) -> Iterator[Problem]:
+def _features(run: "Run") -> Iterator[Problem]:
     """Feature files of another backbone or program, of another length, with rows of no record, or other numbers."""
     programs = {run.fingerprint, *(row.fingerprint for row in run.catalog.slices().values())}
     files = {file.path: file for file in map(run.feature_file, sorted(programs))}
@@ -277,7 +258,7 @@ def _features(run: "Run", fix: bool) -> Iterator[Problem]:
         elif path == run.feature_file().path:
             reason = _differing_features(run, file)
         if reason:
-            yield _leftover("features", f"{path.name} {reason}", fix, path.unlink)
+            yield Problem("features", f"{path.name} {reason}", REMOVE, repair=path.unlink)
 
 
 def _differing_features(run: "Run", file: RowFile) -> str:
@@ -294,68 +275,70 @@ def _differing_features(run: "Run", file: RowFile) -> str:
     return f"holds other numbers than the backbone gives, in {count} of {cached.sum()} rows" if count else ""
 
 
-def _slices(run: "Run", fix: bool) -> Iterator[Problem]:
+def _slices(run: "Run") -> Iterator[Problem]:
     """Every registered or published slice against its digest, by the loader that readers use."""
-    from lmeraser_jax.unlearning.artifacts import load_slice, slice_of
-
-    manifests = run.catalog.manifests()
-    refs = sorted({*run.catalog.slices(), *(ref for manifest in manifests for ref in manifest.entries.values())})
-
-    def drop(name: str) -> None:
-        with run.catalog.transaction():
-            run.catalog.drop_slice(name)
-            for manifest in manifests[1:]:
-                if name in map(slice_of, manifest.entries.values()):
-                    run.catalog.drop_manifest(manifest.version)
-
+    refs = {ref for manifest in run.catalog.manifests() for ref in manifest.entries.values()}
+    refs |= set(run.catalog.slices())
     with progress("slices", len(refs)) as shown:
-        for ref in refs:
+        for ref in sorted(refs):
             try:
                 load_slice(run, ref)
             except UserError as error:
-                yield _damaged("slices", str(error)[:300], fix, lambda ref=ref: drop(slice_of(ref)))
+                drop = functools.partial(_drop_slice, run.catalog, slice_of(ref))
+                yield Problem("slices", str(error)[:300], DROP, repair=drop)
             shown.advance(1)
+    yield from _unknown_files(run.layout.slices, run.catalog.slices().keys())
 
 
-def _clusterings(run: "Run", fix: bool) -> Iterator[Problem]:
+def _drop_slice(catalog: Catalog, name: str) -> None:
+    """Also the older states that had it: they cannot be made again."""
+    with catalog.transaction():
+        catalog.drop_slice(name)
+        for manifest in catalog.manifests()[1:]:
+            if name in map(slice_of, manifest.entries.values()):
+                catalog.drop_manifest(manifest.version)
+
+
+def _clusterings(run: "Run") -> Iterator[Problem]:
     """The clustering of every state: it can be read, and its keys are the digests of its sampled ids."""
-    from lmeraser_jax.unlearning.artifacts import load_clustering
-    from lmeraser_jax.unlearning.purge import referenced
-
     manifests = run.catalog.manifests()
-
-    def drop(number: int) -> None:
-        shutil.rmtree(run.layout.clustering(manifests[number].clustering), ignore_errors=True)
-        if number:  # an older state cannot be made again
-            run.catalog.drop_manifest(manifests[number].version)
-
-    for number, manifest in enumerate(manifests):
+    for manifest in manifests:
+        folder, reason = run.layout.clustering(manifest.clustering), ""
         with contextlib.suppress(FileNotFoundError):
-            (run.layout.clustering(manifest.clustering) / "clustering.npz").read_bytes()  # else it is no damage
+            (folder / "clustering.npz").read_bytes()  # an error of the disk is no damage
         try:
-            clustering, reason = load_clustering(run.layout, manifest.clustering), ""
-            members: dict[int, list[str]] = {}
+            clustering, members = load_clustering(run.layout, manifest.clustering), dict[int, list[str]]()
             for name, label in zip(clustering.sample, clustering.labels.tolist(), strict=True):
                 members.setdefault(label, []).append(name)
             if members and tuple(digest(members[k]) for k in sorted(members)) != clustering.keys:
                 reason = "its keys are not the digests of its sampled ids"
-            elif len(clustering.prototypes) != len(clustering.keys) or not set(manifest.clusters) <= {*clustering.keys}:
-                reason = "its keys do not fit its prototypes or the published state"
         except UserError as error:
             reason = str(error)
         if reason:
             message = f"clustering {manifest.clustering[:12]} is missing or damaged: {reason}"
-            yield _damaged("clusterings", message, fix, lambda number=number: drop(number))
-    wanted = referenced(run.catalog, run.catalog.manifests()).clusterings
-    yield from _unknown_files(run.layout.clusterings, set(wanted), "clusterings", fix)
+            older = manifest.version if manifest != manifests[0] else None
+            drop = functools.partial(_drop_clustering, run.catalog, folder, older)
+            yield Problem("clusterings", message, DROP, repair=drop)
+    known = {row.clustering for row in run.catalog.slices().values()}
+    yield from _unknown_files(run.layout.clusterings, known | {manifest.clustering for manifest in manifests})
 
 
-def _unregistered_slices(run: "Run", fix: bool) -> Iterator[Problem]:
-    yield from _unknown_files(run.layout.slices, set(run.catalog.slices()), "slices", fix)
+def _drop_clustering(catalog: Catalog, folder: Path, older: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if older is not None:  # that state cannot be made again
+        catalog.drop_manifest(older)
 
 
-def _unknown_files(folder: Path, known: set[str], part: str, fix: bool) -> Iterator[Problem]:
+def _unknown_files(folder: Path, known: Collection[str]) -> Iterator[Problem]:
     unknown = sorted({path.name[:12] for path in folder.glob("*") if path.name not in known})
     if unknown:
-        message = f"{part} that the catalog does not know: {join_limited(unknown)}"
-        yield _leftover(part, message, fix, lambda: remove_others(folder, known))
+        message = f"{folder.name} that the catalog does not know: {join_limited(unknown)}"
+        yield Problem(folder.name, message, REMOVE, repair=functools.partial(remove_others, folder, known))
+
+
+def _contradictions(run: "Run") -> Iterator[Problem]:
+    from lmeraser_jax.unlearning import live_state
+
+    for line in live_state.contradictions(run):
+        remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
+        yield Problem("state", line, remedy)

@@ -150,7 +150,9 @@ def test_the_command_says_what_it_left_out(tmp_path, rng, capsys, request, monke
     assert "imported 36 records" in out and "\n9 images were not RGB and were converted\n" in out
     assert "training records by class: 2 classes" in out
     assert "warning: 12 images could not be read and were left out (train/a/00.png, train/a/02.png, " in err
-    assert "train/b/11.png); once they are mended, lmeraser train --reimport adds them" in err and err.count(".png") == 12
+    assert (
+        "train/b/11.png); once they are mended, lmeraser train --reimport adds them" in err and err.count(".png") == 12
+    )
     imported = json.loads((tmp_path / "out.json").read_text())["imported"]
     assert (len(imported["unreadable"]), imported["added"], imported["converted"]) == (12, 36, 9)
     # the flag says what to do with broken files, so a published workdir takes it or leaves it

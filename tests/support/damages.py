@@ -182,7 +182,9 @@ IRREPARABLE = {
     ),
     "config torn": Damage(lambda layout: layout.config.write_text('{"seed": '), "config", "config.json cannot be used"),
     "config illegal": Damage(setting("tuning", "epochs", -1), "config", "--config.tuning.epochs=-1"),
-    "config missing": Damage(lambda layout: layout.config.unlink(), "config", "config.json is missing"),
+    "config missing": Damage(
+        lambda layout: layout.config.unlink(), "config", "config.json cannot be used: it is missing"
+    ),
     "tuning changed": Damage(setting("tuning", "epochs", 3), "state", "the slices were tuned with another"),
     "sample changed": Damage(setting("clustering", "sample_size", 31), "state", "made with another sample"),
     "link": Damage(link, "folder", "holds symbolic links"),
