@@ -24,7 +24,6 @@ class SliceRow(NamedTuple):
     seconds: float  # of device time: its share of what all devices of the process spent
     fingerprint: str  # of the program that made it
     created: float
-    parent: str = ""  # digest of the slice that it was tuned on from
     tuning: str = ""  # the settings, as canonical JSON
     clustering: str = ""  # the last one that called for it
 
@@ -56,10 +55,7 @@ class ReceiptLink(NamedTuple):
     digest: str
 
 
-def images_of(made: Mapping[str, SliceRow], ref: str) -> int:
-    """Images that went into a slice, "digest" or "digest@step", and into the slices that it was tuned on from."""
-    row, images = made.get(ref.partition("@")[0]), 0
-    while row is not None:
-        images += row.images
-        row = made.get(row.parent)
-    return images
+def images_of(slices: Mapping[str, SliceRow], ref: str) -> int:
+    """Images passed for a slice, "digest" or "digest@step"; 0 for one that the catalog does not know."""
+    row = slices.get(ref.partition("@")[0])
+    return row.images if row is not None else 0

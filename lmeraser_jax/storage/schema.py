@@ -33,7 +33,7 @@ CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE slices(
   digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params_digest TEXT NOT NULL, size INTEGER NOT NULL,
   images INTEGER NOT NULL, steps INTEGER NOT NULL, loss REAL, seconds REAL NOT NULL, fingerprint TEXT NOT NULL,
-  created REAL NOT NULL, parent TEXT NOT NULL DEFAULT '', tuning TEXT NOT NULL DEFAULT '',
+  created REAL NOT NULL, tuning TEXT NOT NULL DEFAULT '',
   clustering TEXT NOT NULL DEFAULT '' -- the last one that called for it: its sample decided who the members are
 ) WITHOUT ROWID;
 CREATE TABLE epochs(

@@ -17,7 +17,7 @@ from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.ingest import image_file
-from lmeraser_jax.storage.rows import Manifest, SliceKind
+from lmeraser_jax.storage.rows import Manifest, SliceKind, images_of
 from lmeraser_jax.training import waves
 from lmeraser_jax.training.closed_form import head, load_sums
 from lmeraser_jax.training.jobs import Target
@@ -27,7 +27,7 @@ from lmeraser_jax.training.train_step import TuningSpec
 from lmeraser_jax.training.tune import solved
 from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, save_clustering, slice_of
 from lmeraser_jax.unlearning.live_state import live_state
-from lmeraser_jax.unlearning.plan import Plan, images_of, plan
+from lmeraser_jax.unlearning.plan import Plan, plan
 from lmeraser_jax.unlearning.publish import publish
 from lmeraser_jax.unlearning.purge import purge
 from lmeraser_jax.unlearning.run import Run

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from lmeraser_jax.config import Checkpoints
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow
+from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow, images_of
 from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.training.jobs import Target, make_job, snapshot_steps
 from lmeraser_jax.training.slices import RecipeConstants, recipe
@@ -173,9 +173,3 @@ def _surviving_pins(state: LiveState, entries: Mapping[str, str]) -> dict[str, s
             continue
         surviving[key] = ref
     return surviving
-
-
-def images_of(slices: Mapping[str, SliceRow], ref: str) -> int:
-    """Images passed for a slice, by its reference; 0 for one that the catalog does not know."""
-    row = slices.get(slice_of(ref))
-    return row.images if row is not None else 0

@@ -46,22 +46,11 @@ def referenced(catalog: Catalog, manifests: Sequence[Manifest]) -> Survivors:
     rows, names = catalog.slices(), {name for manifest in manifests for name in _slices(manifest)}
     clusterings = {manifest.clustering for manifest in manifests}
     clusterings |= {rows[name].clustering for name in names if name in rows} - {""}
-    return Survivors(tuple(manifests), frozenset(with_parents(catalog, names)), frozenset(clusterings))
+    return Survivors(tuple(manifests), frozenset(names), frozenset(clusterings))
 
 
 def _slices(manifest: Manifest) -> set[str]:
     return {slice_of(reference) for reference in manifest.entries.values()}
-
-
-def with_parents(catalog: Catalog, names: Collection[str]) -> set[str]:
-    """Slices and the slices that they were tuned on from."""
-    made, found, open_ = catalog.slices(), set(), list(names)
-    while open_:
-        name = open_.pop()
-        if name and name not in found:
-            found.add(name)
-            open_.append(made[name].parent if name in made else "")
-    return found
 
 
 def purge(run: Run) -> None:
