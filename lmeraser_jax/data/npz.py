@@ -7,7 +7,6 @@ to "train/<index>", so give ids of your own if the file will ever lose or gain i
 
 import contextlib
 import io
-import lzma
 import math
 import os
 import struct
@@ -31,14 +30,12 @@ TEXT_KEYS = {"class_names"} | {f"{split}_{column}" for split in SPLITS for colum
 KEYS = TEXT_KEYS | {f"{split}_{column}" for split in SPLITS for column in ("images", "labels")}
 CLASS_LIMIT = 100_000
 IMAGE_LIMIT = 100_000  # images that a file may hold whatever its size; more only if it has a byte for each
-ZIP_ERRORS = (  # what zipfile and its decompressors raise over a damaged file, and `_read_header` over a header
-    *(BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
-    *(ValueError, RuntimeError, OverflowError, MemoryError),  # a name, a compression or encryption, a place, a size
+ZIP_ERRORS = (  # what zipfile raises over a damaged file, and `_read_header` over a header
+    *(BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(ValueError, RuntimeError, OverflowError),  # over a name or size, a compression or encryption, a place in the file
 )
 PIECE = 1 << 16  # bytes asked for at a time
-SMALL_PIECE = 1 << 12  # where zipfile unpacks at once whatever so many bytes of the file hold, some thousand times more
-RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for
-OTHER_RATIO = 10_000  # more than photographs, labels or names ever give
+RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for, by compression
 
 
 def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) -> Source:
@@ -216,13 +213,14 @@ class Rows:
         self.path, self.member = path, member
         info = file.getinfo(member)
         packed = min(info.compress_size, os.path.getsize(path))
-        if info.file_size > packed * RATIO.get(info.compress_type, OTHER_RATIO):
+        if info.compress_type not in RATIO:
+            raise ValueError(f"{member} is compressed in another way than by np.savez_compressed")
+        if info.file_size > packed * RATIO[info.compress_type]:
             raise ValueError(f"{member} calls for {info.file_size} bytes, more than its {packed} bytes can hold")
         with file.open(member) as stream:
             self.shape, self.fortran, self.dtype = _read_header(stream)
             header_bytes = stream.tell()
         self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        self.piece = PIECE if info.compress_type in RATIO else SMALL_PIECE
         wanted = header_bytes + math.prod(self.shape) * self.dtype.itemsize
         if info.file_size != wanted and not self.dtype.hasobject:
             raise ValueError(f"{member} holds {info.file_size} bytes, its header calls for {wanted}")
@@ -237,7 +235,7 @@ class Rows:
         """
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
         try:
-            _fill(self._stream_at(start), rows.data.cast("B"), self.piece)
+            _fill(self._stream_at(start), rows.data.cast("B"))
             self.next = stop
             if stop == self.shape[0]:
                 self.close()
@@ -268,19 +266,19 @@ class Rows:
                 self.stream = file.open(self.member)  # stays open without the zip file
             if _read_header(self.stream) != (self.shape, self.fortran, self.dtype):
                 raise ValueError("it has changed since it was opened")
-        skipped, buffer = (row - self.next) * self.row_bytes, memoryview(bytearray(self.piece))
+        skipped, buffer = (row - self.next) * self.row_bytes, memoryview(bytearray(PIECE))
         while skipped:
-            target = buffer[: min(skipped, self.piece)]
-            _fill(self.stream, target, self.piece)
+            target = buffer[: min(skipped, PIECE)]
+            _fill(self.stream, target)
             skipped -= len(target)
         return self.stream
 
 
-def _fill(stream: Any, target: memoryview, piece: int) -> None:
+def _fill(stream: Any, target: memoryview) -> None:
     """Reads exactly as many bytes as the target has, in pieces."""
     done = 0
     while done < len(target):
-        count = stream.readinto(target[done : done + piece])
+        count = stream.readinto(target[done : done + PIECE])
         if not count:
             raise EOFError("it ends too early")
         done += count

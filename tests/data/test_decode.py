@@ -1,13 +1,24 @@
-"""Decoding: plain Pillow's pixels for any size and colour mode; what cannot be read is reported by position."""
+"""Decoding: plain Pillow's pixels for any size and colour mode; what cannot be read is named by position, in little
+time and memory, and nothing else happens."""
 
+import contextlib
 import io
+import os
+import struct
+import tracemalloc
+import warnings
+import zlib
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lmeraser_jax.data import decode
 from lmeraser_jax.errors import UserError
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
 
 def picture(rng, height, width, mode="RGB") -> Image.Image:
@@ -22,6 +33,15 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+SAMPLE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 10, 3), np.uint8))
+FILES = {form: encoded(SAMPLE, form) for form in FORMATS}
+
+
+def reason(raw: bytes, height: int = 8, width: int = 8, max_pixels: int = decode.MAX_PIXELS) -> str:
+    """Why a file cannot be read, "" where it can. No warning escapes (pytest turns them into errors)."""
+    return decode.decode([raw], height, width, 3, max_pixels).unreadable.get(0, "")
+
+
 def reference(image: Image.Image, height: int, width: int) -> np.ndarray:
     """Pillow resizes the whole image to just cover the target; the centre is cut by hand."""
     factor = max(height / image.height, width / image.width)
@@ -31,114 +51,70 @@ def reference(image: Image.Image, height: int, width: int) -> np.ndarray:
     return pixels[top : top + height, left : left + width]
 
 
+# pixels
 @pytest.mark.parametrize("target", [(16, 16), (10, 24), (24, 10)])
-@pytest.mark.parametrize("size", [(5, 5), (8, 31), (16, 16), (40, 12), (47, 90), (10, 24)])
-def test_as_plain_pillow(rng, size, target):
-    image = picture(rng, *size)
-    found = decode.decode([encoded(image)], *target, 3)
-    assert found.images.shape == (1, *target, 3) and found.images.dtype == np.uint8
-    assert found.unreadable == {} and found.converted == 0
-    np.testing.assert_array_equal(found.images[0], reference(image, *target))
-    grey = decode.decode([encoded(image.convert("L"))], *target, 1)
-    np.testing.assert_array_equal(grey.images[0, ..., 0], reference(image.convert("L"), *target))
+def test_pixels_are_those_of_plain_pillow(rng, target):
+    for size in [(5, 5), (8, 31), (16, 16), (40, 12), (47, 90), (10, 24)]:
+        image = picture(rng, *size)
+        pixels = decode.decode([encoded(image)], *target, 3)
+        assert pixels.images.shape == (1, *target, 3) and pixels.images.dtype == np.uint8
+        assert pixels.unreadable == {} and pixels.converted == 0
+        np.testing.assert_array_equal(pixels.images[0], reference(image, *target))
+        grey = decode.decode([encoded(image.convert("L"))], *target, 1)
+        np.testing.assert_array_equal(grey.images[0, ..., 0], reference(image.convert("L"), *target))
 
 
 def test_shrinking_is_antialiased():
     """A fine chequerboard becomes even grey; point sampling would keep black or white."""
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    found = decode.decode([encoded(Image.fromarray(np.stack([board] * 3, -1)))], 8, 8, 3).images
-    assert abs(found.astype(int) - 128).max() < 16
+    images = decode.decode([encoded(Image.fromarray(np.stack([board] * 3, -1)))], 8, 8, 3).images
+    assert abs(images.astype(int) - 128).max() < 16
 
 
-def test_files_and_bytes_agree(tmp_path, rng):
+def test_wide_and_high_images_lose_their_ends_and_are_not_squeezed():
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = np.arange(8, dtype=np.uint8)[None, :, None]
+    high = np.ascontiguousarray(pixels.transpose(1, 0, 2))
+    images = decode.decode([encoded(Image.fromarray(array)) for array in (pixels, high)], 8, 8, 3).images
+    np.testing.assert_array_equal(images, [pixels[:, 8:16], high[8:16]])
+
+
+def test_files_and_bytes_agree_whatever_the_suffix(tmp_path, rng):
     raw = [encoded(picture(rng, 20, 14)), encoded(picture(rng, 9, 33), "JPEG")]
-    files = [tmp_path / "a.png", tmp_path / "b.png"]  # the content decides, not the suffix
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
     for file, content in zip(files, raw, strict=True):
         file.write_bytes(content)
     np.testing.assert_array_equal(decode.decode(files, 8, 8, 3).images, decode.decode(raw, 8, 8, 3).images)
     np.testing.assert_array_equal(decode.decode_all(files, 8, 8, 3), decode.decode(raw, 8, 8, 3).images)
+    assert decode.decode([], 4, 6, 1).images.shape == (0, 4, 6, 1)
 
 
-def test_converted_modes_are_counted(rng):
-    """Every mode but the wanted one counts, and a colour keeps its value."""
-    flat = Image.new("RGB", (8, 8), (255, 0, 0))
-    forms = {"RGB": "PNG", "L": "PNG", "P": "PNG", "RGBA": "PNG", "CMYK": "TIFF", "1": "PNG"}
-    raw = {mode: encoded(flat.convert(mode), form) for mode, form in forms.items()}
-    colour = decode.decode(list(raw.values()), 8, 8, 3)
-    assert colour.converted == 5 and colour.unreadable == {}
-    for mode, image in zip(forms, colour.images, strict=True):
-        if mode not in ("L", "1"):
-            assert (image == [255, 0, 0]).all(), mode
-    assert decode.decode(list(raw.values()), 8, 8, 1).converted == 5
-    assert [decode.decode([raw[mode]], 8, 8, 1).converted for mode in ("L", "RGB")] == [0, 1]
-    assert decode.decode([raw["L"]] * 3 + [raw["RGB"]], 8, 8, 3).converted == 3
+def test_every_colour_mode_gives_the_same_picture_and_is_counted():
+    eye = np.where(np.eye(8, dtype=bool), 255, 0).astype(np.uint8)
+    image = Image.fromarray(np.stack([eye] * 3, -1))
+    forms = {"RGB": "PNG", "L": "PNG", "1": "PNG", "P": "PNG", "LA": "PNG", "RGBA": "PNG", "CMYK": "TIFF"}
+    raw = [encoded(image.convert(mode), form) for mode, form in forms.items()]
+    for channels in (1, 3):
+        pixels = decode.decode(raw, 8, 8, channels)
+        np.testing.assert_array_equal(pixels.images, np.stack([np.stack([eye] * channels, -1)] * len(raw)))
+        assert pixels.converted == 6 and pixels.unreadable == {}
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    colours = decode.decode([encoded(red.convert(mode), forms[mode]) for mode in ("P", "RGBA", "CMYK")], 8, 8, 3)
+    assert (colours.images == [255, 0, 0]).all()
+    palette = SAMPLE.convert("P")
+    clear = encoded(palette, transparency=bytes(range(256)))
+    np.testing.assert_array_equal(*decode.decode([encoded(palette), clear], 8, 8, 3).images)
 
 
-@pytest.fixture
-def mixed(tmp_path, rng):
-    """Good files with a torn JPEG, an empty file, a text file and a missing file among them: {position: broken}."""
-    whole = encoded(picture(rng, 60, 60), "JPEG", quality=95)
-    broken = {1: whole[: len(whole) // 2], 4: b"", 6: b"no image at all"}
-    files = []
-    for position in range(10):
-        files.append(tmp_path / f"{position}.png")
-        files[-1].write_bytes(broken.get(position) or (b"" if position in broken else encoded(picture(rng, 12, 9))))
-    files[8].unlink()
-    return files, {*broken, 8}
+def test_deep_pixels_are_refused_with_the_remedy():
+    """16-bit and float pixels would be clipped to white or black in silence."""
+    deep = Image.fromarray(np.arange(96, dtype=np.uint16).reshape(12, 8))
+    real = Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8))
+    for raw in (encoded(deep), encoded(deep, "TIFF"), encoded(real, "TIFF")):
+        assert "save it with 8 bits per channel" in reason(raw)
 
 
-def test_unreadable_by_position(mixed):
-    files, broken = mixed
-    found = decode.decode(files, 8, 8, 3)
-    assert set(found.unreadable) == broken and all(found.unreadable.values())
-    assert "truncated" in found.unreadable[1] and "No such file" in found.unreadable[8]
-    for position, image in enumerate(found.images):
-        assert image.any() == (position not in broken)
-    good = [file for position, file in enumerate(files) if position not in broken]
-    np.testing.assert_array_equal(decode.decode(good, 8, 8, 3).images, found.images[sorted({*range(10)} - broken)])
-
-
-def test_decoded_names_every_unreadable_file(mixed):
-    files, broken = mixed
-    with pytest.raises(UserError) as caught:
-        decode.decode_all(files, 8, 8, 3)
-    message = str(caught.value)
-    assert "these image files cannot be read; mend or remove them:" in message
-    assert {position for position, file in enumerate(files) if f"- {file}: " in message} == broken
-
-
-def test_the_number_of_threads_does_not_matter(mixed, rng, monkeypatch):
-    files = [*mixed[0], *[encoded(picture(rng, 30, 20, "L")) for _ in range(30)]]
-    found = []
-    for threads in (1, 2, 7):
-        monkeypatch.setattr(decode, "THREADS", threads)
-        found.append(decode.decode(files, 8, 8, 3))
-    for other in found[1:]:
-        np.testing.assert_array_equal(other.images, found[0].images)
-        assert (other.unreadable, other.converted) == (found[0].unreadable, found[0].converted)
-    assert found[0].converted == 30 and len(found[0].unreadable) == 4
-
-
-def test_nothing_to_decode():
-    found = decode.decode([], 4, 6, 1)
-    assert found.images.shape == (0, 4, 6, 1) and found.unreadable == {}
-
-
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])
-def test_damage_is_reported_not_raised(rng, form):
-    """Flipped and torn bytes in every format: an image or a reason, never an exception."""
-    whole, bad = encoded(picture(rng, 24, 24), form), []
-    for trial in range(60):
-        torn = bytearray(whole[: rng.integers(len(whole))] if trial % 3 == 0 else whole)
-        for place in rng.integers(0, min(len(torn), 200 if trial % 2 else len(torn)), 3) if torn else ():
-            torn[place] ^= int(rng.integers(1, 256))
-        bad.append(bytes(torn))
-    found = decode.decode(bad, 8, 8, 3)
-    assert len(found.unreadable) > 5 and all(found.unreadable.values())
-
-
-@pytest.mark.parametrize("side", range(1, 9))
-def test_cameras_note_which_side_was_up(side):
+def test_cameras_note_which_side_was_up():
     """EXIF orientation: all eight give the picture that a viewer shows."""
     upright = np.arange(6 * 4 * 3, dtype=np.uint8).reshape(6, 4, 3) * 3
     turned = {
@@ -150,8 +126,135 @@ def test_cameras_note_which_side_was_up(side):
         6: np.rot90(upright),
         7: upright[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(upright, -1),
-    }[side]
-    exif, file = Image.Exif(), io.BytesIO()
-    exif[0x0112] = side
-    Image.fromarray(np.ascontiguousarray(turned)).save(file, "PNG", exif=exif)
-    np.testing.assert_array_equal(decode.decode([file.getvalue()], 6, 4, 3).images[0], upright)
+    }
+    for side, pixels in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = side
+        raw = encoded(Image.fromarray(np.ascontiguousarray(pixels)), exif=exif)
+        np.testing.assert_array_equal(decode.decode([raw], 6, 4, 3).images[0], upright, err_msg=str(side))
+
+
+def test_only_the_first_frame_counts():
+    frames = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (200, 10, 20)]
+    for form in ("GIF", "PNG", "TIFF", "WEBP"):
+        options = {"lossless": True} if form == "WEBP" else {}
+        raw = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
+        pixels = decode.decode([raw], 8, 8, 3)
+        assert pixels.unreadable == {} and (pixels.images[0] == [200, 0, 0]).all(), form
+
+
+# what cannot be read
+@pytest.fixture
+def mixed(tmp_path, rng):
+    """Good files with a torn JPEG, an empty file, a text file and a missing file among them: {position: broken}."""
+    whole = encoded(picture(rng, 60, 60), "JPEG", quality=95)
+    broken = {1: whole[: len(whole) // 2], 4: b"", 6: b"no image at all"}
+    files = [tmp_path / f"{position}.png" for position in range(10)]
+    for position, file in enumerate(files):
+        file.write_bytes(broken.get(position, encoded(picture(rng, 12, 9))))
+    files[8].unlink()
+    return files, {*broken, 8}
+
+
+def test_unreadable_images_are_reported_by_position_and_harm_no_other(mixed):
+    files, broken = mixed
+    pixels = decode.decode(files, 8, 8, 3)
+    assert set(pixels.unreadable) == broken and all(pixels.unreadable.values())
+    assert "truncated" in pixels.unreadable[1] and "No such file" in pixels.unreadable[8]
+    for position, image in enumerate(pixels.images):
+        assert image.any() == (position not in broken)
+    good = [file for position, file in enumerate(files) if position not in broken]
+    np.testing.assert_array_equal(decode.decode(good, 8, 8, 3).images, pixels.images[sorted({*range(10)} - broken)])
+    with pytest.raises(UserError, match="these image files cannot be read; mend or remove them:") as caught:
+        decode.decode_all(files, 8, 8, 3)
+    assert {position for position, file in enumerate(files) if f"- {file}: " in str(caught.value)} == broken
+
+
+def test_the_number_of_threads_does_not_matter(mixed, rng, monkeypatch):
+    files, results = [*mixed[0], *[encoded(picture(rng, 30, 20, "L")) for _ in range(30)]], []
+    for threads in (1, 2, 7):
+        monkeypatch.setattr(decode, "THREADS", threads)
+        results.append(decode.decode(files, 8, 8, 3))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other.images, results[0].images)
+        assert (other.unreadable, other.converted) == (results[0].unreadable, results[0].converted)
+    assert results[0].converted == 30 and len(results[0].unreadable) == 4
+
+
+@settings(max_examples=150)
+@given(
+    form=st.sampled_from(FORMATS),
+    edits=st.lists(st.tuples(st.integers(0, 400), st.binary(min_size=1, max_size=6)), max_size=6),
+    end=st.integers(0, 800),
+)
+def test_any_bytes_are_an_image_or_have_a_reason(form, edits, end):
+    raw = bytearray(FILES[form][: end or None])
+    for place, patch in edits:
+        raw[place : place + len(patch)] = patch
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(reason(bytes(raw), max_pixels=10_000), str)
+
+
+def test_other_kinds_of_files_are_not_even_opened(tmp_path):
+    """PostScript would start a program, a pipe would be waited for; a suffix makes no picture."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n"
+    for raw in (postscript, *(encoded(SAMPLE, form) for form in ("ICO", "TGA", "PDF"))):
+        assert "not an image (PNG, JPEG," in reason(raw)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    pixels = decode.decode(sorted(tmp_path.iterdir()), 8, 8, 3)
+    assert pixels.unreadable == dict.fromkeys(range(3), "not a regular file")
+
+
+def test_huge_and_broken_exif_is_passed_over():
+    for tag, value in ((0x010E, "x" * 60_000), (0x0112, 77), (0x0112, "side"), (0x0112, (1, 2))):
+        exif = Image.Exif()
+        exif[tag] = value
+        with contextlib.suppress(Exception):  # what cannot be written is no test
+            assert isinstance(reason(encoded(SAMPLE, "JPEG", exif=exif)), str)
+    raw = FILES["JPEG"]
+    for body in (b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(60_000)):
+        assert reason(raw[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + raw[2:]) == ""
+
+
+# sizes
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header promises so many pixels, with hardly any data."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(100_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_bombs_are_refused_by_their_header():
+    for side in (7_072, 9_500, 20_000, 200_000):  # below and above Pillow's two limits
+        tracemalloc.start()
+        try:
+            message = reason(png(side, side))
+            assert tracemalloc.get_traced_memory()[1] < 2_000_000
+        finally:
+            tracemalloc.stop()
+        assert message == f"it has {side} x {side} pixels, more than --config.data.max_pixels=50000000"
+    for raw in (png(0, 0), png(0, 5), b"P6 0 0 255\n", b"P6 5 0 255\n", b"P6 99999999999999 1 255\n"):
+        assert reason(raw)
+
+
+def test_the_limit_of_pixels_is_exact_and_not_that_of_pillow(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    for raw in FILES.values():
+        assert reason(raw, max_pixels=120) == ""
+        assert "10 x 12 pixels, more than --config.data.max_pixels=119" in reason(raw, max_pixels=119)
+    assert reason(b"torn") and Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_long_thin_images_do_not_grow_without_bound():
+    """Few pixels in the file, but 8 rows of 40 million once the image covers 8 x 8."""
+    for size in ((5_000_000, 1), (1, 5_000_000)):
+        message = reason(encoded(Image.new("L", size)), 64, 64)
+        assert "once it covers 64 x 64, more than --config.data.max_pixels=" in message
+    assert reason(encoded(Image.new("L", (5_000, 1)))) == ""

@@ -1,4 +1,6 @@
-"""Records: the bundled digits, what makes items unusable, holdout and limits, rows on disk, tables."""
+"""Records: the bundled digits, what makes items unusable, shares and owners, limits, rows on disk, tables."""
+
+import collections
 
 import numpy as np
 import pytest
@@ -8,55 +10,40 @@ from lmeraser_jax.data import digits, load
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limited, problems
+from lmeraser_jax.errors import UserError
 
 
 # digits
-@pytest.fixture(scope="module")
-def scans():
-    return digits.load()
-
-
-def test_digits_complete(scans):
+def test_the_digits_are_complete_and_no_owner_is_public_and_private():
+    scans = digits.load()
     assert len(scans.items) == 1797 and len({item.id for item in scans.items}) == 1797
     assert problems(scans) == [] and len(scans.class_names) == 10 and scans.shape == (8, 8, 1)
     for split in ("train", "test", "public"):
         assert {item.label for item in scans.items if item.split == split} == set(range(10))
-
-
-def test_digits_owners_never_straddle(scans):
     public = {item.owner for item in scans.items if item.split == "public"}
     private = {item.owner for item in scans.items if item.split != "public"}
     assert public and private and not public & private and "" not in public | private
-
-
-def test_digits_pixels(scans):
     pixels = scans.read(0, 1797).images
     assert pixels.shape == (1797, 8, 8, 1) and pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255) and len(np.unique(pixels)) == 17
     np.testing.assert_array_equal(scans.read(100, 103).images, pixels[100:103])
-
-
-def test_digits_repeat(scans):
     assert digits.load().items == scans.items == load.load(Data()).items
 
 
 # items
 def source_of(items, classes=("a", "b"), shape=(2, 2, 1)) -> Source:
-    return Source(
-        "x", tuple(classes), shape, items, lambda start, stop: Pixels(np.zeros((stop - start, *shape), np.uint8))
-    )
+    def read(start: int, stop: int) -> Pixels:
+        return Pixels(np.zeros((stop - start, *shape), np.uint8))
+
+    return Source("x", tuple(classes), shape, items, read)
 
 
 GOOD = [Item("1", "train", 0), Item("2", "train", 1), Item("3", "test", 0), Item("4", "public", 1)]
 
 
-def test_problems_none():
+def test_everything_that_makes_items_unusable_is_named():
     assert problems(source_of(GOOD)) == []
-
-
-@pytest.mark.parametrize(
-    ("items", "message"),
-    [
+    for items, message in (
         ([*GOOD, Item("2", "public", 0)], "ids must be unique; these occur more than once: 2"),
         ([*GOOD, Item("5", "train", 2)], "labels must lie in 0..1 (the class names): 5=2"),
         ([*GOOD, Item("5", "public", -1)], "labels must lie in 0..1 (the class names): 5=-1"),
@@ -64,50 +51,20 @@ def test_problems_none():
         (GOOD[2:], "there is no training image"),
         ([], "there is no training image"),
         ([*GOOD, Item("a\udcff", "train", 0)], "must be plain text; these are not: 'a\\udcff' (not text in UTF-8)"),
-    ],
-)
-def test_problem_found(items, message):
-    (found,) = problems(source_of(items))
-    assert message in found
+    ):
+        (line,) = problems(source_of(items))
+        assert message in line
+    assert len(problems(source_of([Item("1", "test", 9), Item("1", "test", 0)], shape=(2, 2, 4)))) == 4
+    assert problems(source_of([GOOD[0]]), first=False) == []  # a later import may bring one class
 
 
-def test_problems_all_at_once():
-    found = problems(source_of([Item("1", "test", 9), Item("1", "test", 0)], shape=(2, 2, 4)))
-    assert len(found) == 4
-
-
-def test_holdout_share_and_stability():
-    items = [Item(f"id-{i}", "train", 0) for i in range(4000)]
-    chosen = {item.id for item in items if assign_split(item, Data(holdout=0.2), 3).split == "holdout"}
-    assert abs(len(chosen) / 4000 - 0.2) < 0.03
-    assert chosen == {
-        item.id for item in reversed(items) if assign_split(item, Data(holdout=0.2), 3).split == "holdout"
-    }
-    more = {item.id for item in items if assign_split(item, Data(holdout=0.4), 3).split == "holdout"}
-    other = {item.id for item in items if assign_split(item, Data(holdout=0.2), 4).split == "holdout"}
-    assert chosen < more and chosen != other
-
-
-def test_holdout_takes_training_records_only():
-    for split in ("test", "public", "holdout"):
-        assert assign_split(Item("a", split, 0), Data(holdout=1.0, test_share=1.0), 0).split == split
-    item = Item("a", "train", 1, "ann")
-    assert assign_split(item, Data(), 0) == item and assign_split(item, Data(holdout=1.0), 0) == item._replace(
-        split="holdout"
-    )
-
-
-def test_limited():
+def test_limits_keep_the_first_items_of_each_split():
     items = [Item(str(i), split, 0) for i, split in enumerate(("train", "test", "public") * 4)]
-    assert limited(items, 0, 0) == list(range(12))
-    kept = [items[i] for i in limited(items, 2, 1)]
-    assert [item.id for item in kept if item.split == "train"] == ["0", "3"]
-    assert [item.id for item in kept if item.split == "test"] == ["1"]
-    assert sum(item.split == "public" for item in kept) == 4
-    assert limited(items, 99, 99) == list(range(12))
+    assert limited(items, 0, 0) == limited(items, 99, 99) == list(range(12))
+    assert limited(items, 2, 1) == [0, 1, 2, 3, 5, 8, 11]
 
 
-def test_content_hash(rng):
+def test_equal_images_have_equal_hashes(rng):
     image = rng.integers(0, 256, (4, 6, 3), np.uint8)
     assert content_hash(image) == content_hash(image.copy()) == content_hash(np.asfortranarray(image))
     changed = image.copy()
@@ -116,8 +73,101 @@ def test_content_hash(rng):
     assert len({content_hash(variant) for variant in variants}) == 4
 
 
+# shares
+BY_OWNER = Data(test_share=0.25, holdout=0.2, split_by="owner")
+
+
+def population(rng, records=3000, owners=300) -> list[Item]:
+    """Owners of very different size; every tenth record has none."""
+    weights = rng.pareto(1.5, owners) + 0.1
+    drawn = rng.choice(owners, records, p=weights / weights.sum())
+    return [Item(f"id-{i}", "train", 0, "" if i % 10 == 0 else f"owner-{o}") for i, o in enumerate(drawn)]
+
+
+def splits_of(items, data, seed=0) -> dict[str, str]:
+    return {item.id: assign_split(item, data, seed).split for item in items}
+
+
+def in_split(splits: dict[str, str], split: str) -> set[str]:
+    return {name for name, value in splits.items() if value == split}
+
+
+def test_no_owner_is_on_two_sides(rng):
+    items = population(rng)
+    for seed in range(3):
+        splits, sides = splits_of(items, BY_OWNER, seed), collections.defaultdict(set)
+        for item in items:
+            sides[item.owner or item.id].add(splits[item.id])
+        assert all(len(side) == 1 for side in sides.values())
+        counts = collections.Counter(side for (side,) in sides.values())
+        assert abs(counts["test"] / len(sides) - 0.25) < 0.07
+        assert abs(counts["holdout"] / len(sides) - 0.75 * 0.2) < 0.06
+
+
+def test_records_that_come_or_go_move_no_other(rng):
+    items = population(rng)
+    before = splits_of(items, BY_OWNER)
+    for _ in range(5):
+        remaining = [items[i] for i in rng.permutation(len(items))[: rng.integers(1, len(items))]]
+        new = [Item(f"new-{i}", "train", 0, f"owner-{i % 400}") for i in range(100)]
+        after = splits_of([*new, *remaining], BY_OWNER)
+        assert all(after[item.id] == before[item.id] for item in remaining)
+
+
+def test_owners_do_not_matter_where_shares_are_drawn_by_record(rng):
+    data, items = Data(test_share=0.25, holdout=0.2), population(rng)
+    alone = [item._replace(owner="") for item in items]
+    assert splits_of(items, data) == splits_of(alone, data) == splits_of(alone, BY_OWNER)
+    counts = collections.Counter(splits_of(items, data).values())
+    shares = [counts[split] / len(items) for split in ("test", "holdout")]
+    np.testing.assert_allclose(shares, [0.25, 0.15], atol=0.025)
+
+
+def test_a_larger_share_only_adds_and_the_two_shares_are_drawn_apart(rng):
+    items = population(rng)
+    for name, split in (("test_share", "test"), ("holdout", "holdout")):
+        small, large = (in_split(splits_of(items, Data(**{name: share})), split) for share in (0.1, 0.3))
+        other = in_split(splits_of(items, Data(**{name: 0.1}), seed=1), split)
+        assert small < large and small != other
+    both, alone = splits_of(items, Data(holdout=0.2, test_share=0.25)), splits_of(items, Data(holdout=0.2))
+    assert in_split(both, "holdout") == in_split(alone, "holdout") - in_split(both, "test")
+
+
+def test_only_training_records_are_drawn():
+    everything = Data(holdout=1.0, test_share=1.0)
+    for split in ("test", "public", "holdout"):
+        assert assign_split(Item("a", split, 0), everything, 0).split == split
+    item = Item("a", "train", 1, "ann")
+    assert assign_split(item, Data(), 0) == item
+    assert assign_split(item, Data(holdout=1.0), 0) == item._replace(split="holdout")
+
+
+# settings of the source
+def test_the_groups_of_a_pattern_in_an_id_are_its_owner():
+    source = load.load(Data(owner_pattern=r"digit-(\d\d)1"))
+    for item, before in zip(source.items, digits.load().items, strict=True):
+        number = item.id.removeprefix("digit-")
+        assert item == before._replace(owner=number[:2] if number[2] == "1" else before.owner)
+    source = load.load(Data(owner_pattern=r"-(\d)(\d)?.*?(7)?$"))
+    assert source.items[127].owner == "0/1/7" and source.items[128].owner == "0/1"
+    for pattern in ("(x)", "(x*)"):  # an empty owner is none
+        with pytest.raises(UserError, match="finds no owner in any id; ids look like: digit-0000") as caught:
+            load.load(Data(owner_pattern=pattern))
+        assert f"--config.data.owner_pattern={pattern!r}" in str(caught.value)
+
+
+def test_settings_that_the_source_would_ignore_are_refused():
+    for name in ("dataset", "labels", "train_split", "test_split", "holdout_split", "public_split"):
+        with pytest.raises(UserError, match=f"--config.data.{name}=x: goes with data.source="):
+            load.load(Data(**{name: "x"}))
+    with pytest.raises(UserError) as caught:
+        load.load(Data(source="npz", path="x", store_size=3, store_width=4))
+    for flag in ("store_size=3", "store_width=4"):
+        assert f"--config.data.{flag}: goes with data.source=folder or tfds, not npz" in str(caught.value)
+
+
 # rows on disk
-def test_rows_append_and_view(tmp_path, rng):
+def test_rows_are_appended_and_seen_by_others(tmp_path, rng):
     file = RowFile(tmp_path / "new" / "rows", (2, 3), np.float32)
     assert len(file) == 0
     rows = rng.normal(size=(5, 2, 3)).astype(np.float32)
@@ -129,17 +179,12 @@ def test_rows_append_and_view(tmp_path, rng):
     np.testing.assert_array_equal(again.view(), rows)
     with pytest.raises(ValueError):
         again.view()[0] = 0
-
-
-def test_rows_refuse_another_shape(tmp_path):
-    file = RowFile(tmp_path / "rows", (2,), np.uint8)
-    for rows in (np.zeros((3, 3), np.uint8), np.zeros((3, 2), np.int8)):
+    for wrong in (np.zeros((3, 3), np.float32), np.zeros((3, 2, 3), np.int8)):
         with pytest.raises(AssertionError):
-            file.append(rows)
-    assert not file.path.exists()
+            file.append(wrong)
 
 
-def test_rows_truncate(tmp_path):
+def test_rows_that_an_interrupted_import_left_behind_are_dropped(tmp_path):
     file = RowFile(tmp_path / "rows", (4,), np.uint8)
     file.truncate(3)
     assert not file.path.exists()
@@ -153,7 +198,7 @@ def test_rows_truncate(tmp_path):
     np.testing.assert_array_equal(file.view(), [[7, 7, 7, 7]])
 
 
-def test_rows_overwrite(tmp_path):
+def test_rows_of_erased_records_are_overwritten(tmp_path):
     file = RowFile(tmp_path / "rows", (2,), np.uint8)
     file.overwrite(np.array([0]))  # nothing there yet
     file.append(np.arange(1, 9, dtype=np.uint8).reshape(4, 2))
@@ -163,19 +208,16 @@ def test_rows_overwrite(tmp_path):
 
 
 # tables
-def test_table():
-    table = RecordTable(
-        ("a", "b", "c"),
-        np.array([7, 5, 6]),
-        np.array([1, 0, 1], np.int32),
-        ("", "o", "o"),
-        ("x", "y", "z"),
-        ("k", "", "k"),
-    )
+def test_a_table_keeps_its_columns_together():
+    rows, labels = np.array([7, 5, 6]), np.array([1, 0, 1], np.int32)
+    table = RecordTable(("a", "b", "c"), rows, labels, ("", "o", "o"), ("x", "y", "z"), ("k", "", "k"))
     taken = table.take(np.array([2, 0]))
     assert len(taken) == 2 and taken.ids == ("c", "a") and taken.rows.tolist() == [6, 7]
     assert taken.labels.tolist() == [1, 1] and (taken.owners, taken.contents) == (("o", ""), ("z", "x"))
     left = table.without(frozenset({"b", "unknown"}))
     assert left.ids == ("a", "c") and left.clusters == ("k", "k") and left.rows.tolist() == [7, 6]
+    joined = table.take(np.array([1])).plus(left)
+    assert joined.ids == table.ids and joined.rows.tolist() == [7, 5, 6] and joined.contents == table.contents
     empty = table.without(frozenset("abc"))
     assert len(empty) == 0 and empty.rows.dtype == table.rows.dtype and empty.labels.shape == (0,)
+    assert RecordTable.empty().plus(table).ids == table.ids and table.plus(empty) is table
