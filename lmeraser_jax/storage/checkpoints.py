@@ -143,6 +143,8 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
 def _read_arrays(folder: Path, file_bytes: int) -> dict[str, np.ndarray]:
     import tensorstore
 
+    if not (folder / "manifest.ocdbt").is_file():  # TensorStore takes that for an empty database
+        raise ValueError("its arrays are missing")
     database = {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/"}
     keys = [key.decode() for key in tensorstore.KvStore.open(database).result().list().result()]
     names = [key.removesuffix(DESCRIPTION) for key in keys if key.endswith(DESCRIPTION)]
