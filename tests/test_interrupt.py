@@ -21,7 +21,7 @@ from lmeraser_jax.models import pretrain
 from lmeraser_jax.storage import checkpoints, ingest
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout, writer_lock
-from lmeraser_jax.training.tune import mesh_of
+from lmeraser_jax.training.train_step import mesh_of
 from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
@@ -129,11 +129,13 @@ def test_outside_the_main_thread_nothing_is_installed():
 
 
 def test_main_says_how_to_resume_and_exits_with_0(monkeypatch, capsys, tmp_path):
-    flags = ["rollback", f"--workdir={tmp_path}/a b", "--cluster=f00d"]
+    flags = ["rollback", f"--workdir={tmp_path}/a b", "--cluster", "f00d"]
     monkeypatch.setattr("lmeraser_jax.cli.rollback.run", lambda _: (send_sigterm(), interrupt.raise_if_stopped()))
     assert command.main(flags) == 0
     assert capsys.readouterr().err == f"{RESUME}{shlex.join(flags)}\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    place = ["--distributed", "--coordinator_address=h:1", "-num_processes", "2", "--process_id=0"]
+    assert command._without_place([*flags, *place]) == flags, "any number of processes can resume it"
 
 
 @pytest.mark.slow

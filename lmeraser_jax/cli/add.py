@@ -23,6 +23,7 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_string("source", "", ".npz file or folder with the images to add", flag_values=flags)
     absl_flags.DEFINE_string("labels", "", "CSV that names files, labels and owners of a folder", flag_values=flags)
     common.define_writing(flags)
+    common.define_processes(flags)
 
 
 def run(arguments: common.Arguments) -> int:

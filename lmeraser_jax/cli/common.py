@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run
 
 Flags = absl_flags.FlagValues
-PLACE = ("coordinator_address", "num_processes", "process_id")
+PLACE = ("coordinator_address", "num_processes", "process_id")  # flags that say where a process stands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +42,10 @@ class Arguments:
 
 
 def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
-    """Parses a command's flags.
+    """Parses program name and arguments with the flags of a command; None when help was asked for and printed.
 
-    Args:
-        module: the command; its `define(flags)` adds flags, its docstring is the help.
-        argv: program name and arguments.
-
-    Returns:
-        The arguments; None when help was asked for and printed.
-
-    Raises:
-        UserError: an unknown flag or setting, or a value that cannot be parsed.
+    A command is a module: its docstring is the help, `define(flags)` adds its flags, `run(arguments)` does the work.
+    Raises `UserError` for an unknown flag or setting, or a value that cannot be parsed.
     """
     flags = Flags()
     absl_flags.DEFINE_string("workdir", "", "folder of the run", flag_values=flags)
@@ -82,31 +75,6 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     if flags["json"].value not in (None, "", "-"):
         check_target("json", flags["json"].value)
     return Arguments(flags, rest[1:])
-
-
-def define_processes(flags: Flags) -> None:
-    """Flags of commands that several processes can share."""
-    text = "several processes share the work; Slurm, Open MPI or Kubernetes tell each where it stands"
-    absl_flags.DEFINE_bool("distributed", False, text, flag_values=flags)
-    text = "HOST:PORT of process 0, where no scheduler tells it"
-    absl_flags.DEFINE_string("coordinator_address", None, text, flag_values=flags)
-    absl_flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1, flag_values=flags)
-    text = "number of this process, from 0"
-    absl_flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=flags)
-
-
-def several_processes(arguments: Arguments) -> bool:
-    """Whether several processes were asked for. Raises `UserError` where their flags do not go together."""
-    if "distributed" not in arguments.flags:
-        return False
-    given = [f"--{name}" for name in PLACE if arguments[name] is not None]
-    if given and len(given) < len(PLACE):
-        lacking = ", ".join(f"--{name}" for name in PLACE if arguments[name] is None)
-        raise UserError(f"{', '.join(given)}: {lacking} must be given too, or all left to a scheduler (--distributed)")
-    if given and arguments["process_id"] >= arguments["num_processes"]:
-        count = arguments["num_processes"]
-        raise UserError(f"--process_id={arguments['process_id']}: must be below --num_processes={count}")
-    return bool(given) or arguments["distributed"]
 
 
 def check_target(flag: str, target: str) -> None:
@@ -187,7 +155,30 @@ def define_writing(flags: Flags) -> None:
     absl_flags.DEFINE_float("wait", 0.0, text, lower_bound=0, flag_values=flags)
     text = "folder for a jax.profiler trace of a few calls of the tuning program"
     absl_flags.DEFINE_string("profile", "", text, flag_values=flags)
-    define_processes(flags)
+
+
+def define_processes(flags: Flags) -> None:
+    """The flags of commands whose work several processes can share."""
+    text = "several processes share the work; Slurm, Open MPI or Kubernetes tell each where it stands"
+    absl_flags.DEFINE_bool("distributed", False, text, flag_values=flags)
+    text = "HOST:PORT of process 0, where no scheduler tells it"
+    absl_flags.DEFINE_string("coordinator_address", None, text, flag_values=flags)
+    absl_flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1, flag_values=flags)
+    text = "number of this process, from 0"
+    absl_flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=flags)
+
+
+def several_processes(arguments: Arguments) -> bool:
+    """Whether several processes share the work. Raises `UserError` where their flags do not go together."""
+    if "distributed" not in arguments.flags:
+        return False
+    place = {name: arguments[name] for name in PLACE}
+    missing = [f"--{name}" for name, value in place.items() if value is None]
+    if 0 < len(missing) < len(PLACE):
+        raise UserError(f"{', '.join(missing)} missing: give all of {', '.join(PLACE)}, or --distributed alone")
+    if not missing and place["process_id"] >= place["num_processes"]:
+        raise UserError(f"--process_id={place['process_id']}: must be below --num_processes={place['num_processes']}")
+    return not missing or arguments["distributed"]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""`lmeraser COMMAND --flags`: finds the command, turns mistakes into one message and exit code 2.
+"""`lmeraser COMMAND --flags`: finds the command, and turns mistakes into one message and exit code 2.
 
-Imports stay light here, so that help and typing errors are answered at once.
+Imports stay light here, so that help and refusals are answered at once.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import difflib
 import errno
 import importlib
 import os
-import re
 import shlex
 import sqlite3
 import sys
@@ -21,7 +20,7 @@ from lmeraser_jax import __version__, interrupt
 from lmeraser_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from lmeraser_jax.cli import common
+    from lmeraser_jax.cli.common import Arguments
 
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
@@ -44,14 +43,13 @@ COMMANDS = {
     "compare": "methods side by side: accuracy, cost of an erasure, figures",
     "inspect": "clusters, sizes, slices, versions, disk use",
 }
-SHARED = frozenset({"train", "add", "unlearn", "process", "rollback"})  # the others are done by process 0 alone
-RESUMABLE = SHARED | {"pretrain", "compare"}
-SURROUNDINGS = frozenset(  # errors of disks and folders that people can mend
+RESUMABLE = frozenset({"train", "add", "unlearn", "process", "rollback", "pretrain", "compare"})  # after SIGTERM
+MISUSED, INTERRUPTED = 2, 130  # exit codes
+MENDABLE = frozenset(  # errors of disks and folders
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 )
-INTERRUPTED = 130
-MISUSED = 2
-WHOLE = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
+MEND = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
+DAMAGED = "it may be damaged: lmeraser doctor says what is wrong, and what can be done"
 
 
 def usage() -> str:
@@ -71,9 +69,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code.
 
-    0 done, or a resumable command got SIGTERM and ended where nothing is lost; 1 an audit, a check or a receipt
-    failed, an attack found an erased record, or process 0 of several failed; 2 misused, or a process was lost; 3 an
-    attack that can say nothing; 130 interrupted.
+    0 done, or SIGTERM ended a resumable command where nothing is lost; 1 an audit, a check or a receipt failed, or an
+    attack found an erased record; 2 misused, or a process was lost; 3 an attack that can say nothing; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -83,18 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(__version__)
         return 0
-    who: list[str] = []
     try:
-        return _run(name, arguments[1:], who)
-    except (interrupt.Stopped, UserError, KeyboardInterrupt, BrokenPipeError, OSError, sqlite3.DatabaseError) as error:
-        code, message = _ending(error, arguments)
-        if message:
-            print("".join(who) + message, file=sys.stderr)
-        return code
+        return _run(name, arguments[1:])
+    except interrupt.Stopped as stop:
+        resume = str(stop) or shlex.join(_without_place(arguments))
+        print(f"stopped as asked; resume with: lmeraser {resume}", file=sys.stderr)
+        return 0
+    except BrokenPipeError:
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+    except (UserError, OSError, sqlite3.DatabaseError) as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return MISUSED
 
 
-def _run(name: str, arguments: Sequence[str], who: list[str]) -> int:
-    """Runs a command; says in `who` which process this is, where it is not the first of several."""
+def _run(name: str, arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(COMMANDS)}"
@@ -107,22 +109,24 @@ def _run(name: str, arguments: Sequence[str], who: list[str]) -> int:
         return 0
     with interrupt.handle_sigterm() if name in RESUMABLE else contextlib.nullcontext():
         if common.several_processes(parsed):
-            return _run_by_several(module, parsed, who)
+            return _run_by_several(module, parsed)
         return module.run(parsed)
 
 
-def _run_by_several(module: ModuleType, parsed: "common.Arguments", who: list[str]) -> int:
+def _run_by_several(module: ModuleType, arguments: "Arguments") -> int:
     """Runs a command at process 0; the other processes do their share of its tasks until it is over."""
     from lmeraser_jax.training import multihost
-    from lmeraser_jax.unlearning.share import serve
+    from lmeraser_jax.unlearning import share
 
-    processes = multihost.start(parsed["coordinator_address"], parsed["num_processes"], parsed["process_id"])
+    processes = multihost.start(arguments["coordinator_address"], arguments["num_processes"], arguments["process_id"])
     if processes.index:
-        who.append(f"process {processes.index}: ")
-        serve(processes)
+        try:
+            share.serve(processes)
+        except UserError as error:
+            raise UserError(f"process {processes.index}: {error}") from error
         return 0
     try:
-        code = module.run(dataclasses.replace(parsed, processes=processes))
+        code = module.run(dataclasses.replace(arguments, processes=processes))
     except (interrupt.Stopped, UserError):
         multihost.end(processes)
         raise
@@ -130,51 +134,42 @@ def _run_by_several(module: ModuleType, parsed: "common.Arguments", who: list[st
     return code
 
 
-def _ending(error: BaseException, arguments: Sequence[str]) -> tuple[int, str]:
-    """The exit code of an error that is not ours, and what to tell people; raises any other again."""
-    if isinstance(error, interrupt.Stopped):
-        again = str(error) or shlex.join(_of_one(arguments))
-        return 0, f"stopped as asked; resume with: lmeraser {again}"
-    if isinstance(error, KeyboardInterrupt):
-        return INTERRUPTED, "interrupted; the same command goes on where it stopped"
-    if isinstance(error, BrokenPipeError):
-        return 0, ""
+def _message(error: UserError | OSError | sqlite3.DatabaseError) -> str:
+    """What a user needs to know of an error; raises an `OSError` that no user can mend again."""
     if isinstance(error, UserError):
-        return MISUSED, f"error: {error}"
+        return str(error)
     if isinstance(error, sqlite3.DatabaseError):
-        return MISUSED, f"error: the catalog cannot be written or read: {error}; {_remedy(error)}"
-    if isinstance(error, OSError) and error.errno in SURROUNDINGS:
-        where = f" ({error.filename})" if error.filename else ""
-        return MISUSED, f"error: {error.strerror}{where}; {WHOLE}"
-    raise error
+        remedy = MEND if isinstance(error, sqlite3.OperationalError) else DAMAGED
+        return f"the catalog cannot be written or read: {error}; {remedy}"
+    if error.errno not in MENDABLE:
+        raise error
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror}{where}; {MEND}"
 
 
-def _remedy(error: sqlite3.DatabaseError) -> str:
-    """What to do about a catalog that SQLite gave up on: its surroundings are at fault, or it is damaged."""
-    surroundings = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)
-    surroundings += (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is None and "disk" in str(error) or code is not None and code & 0xFF in surroundings:
-        return WHOLE
-    return "it may be damaged: lmeraser doctor says what is wrong, and what can be done"
+def _without_place(arguments: Sequence[str]) -> list[str]:
+    """A command line without the flags of several processes: any number of them can resume it."""
+    from lmeraser_jax.cli.common import PLACE
+
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.lstrip("-").partition("=")
+        if not argument.startswith("-") or name not in ("distributed", *PLACE):
+            kept.append(argument)
+        elif name in PLACE and not equals:
+            next(rest, None)  # its value
+    return kept
 
 
 def console() -> int:
     """The program `lmeraser`."""
-    without_echoes()
+    ignore_closed_event_loops()
     keep_compiled_programs()
     return main()
 
 
-def _of_one(arguments: Sequence[str]) -> list[str]:
-    """The command line without a place among several processes: it can be resumed by any number of them."""
-    return [
-        argument for argument in arguments if not re.match(r"--?(distributed|num_processes|process_id|coord)", argument)
-    ]
-
-
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiled for the next process; whoever set its variables is not overruled.
+    """Lets JAX keep compiled programs for the next process; variables that are set are not overruled.
 
     Compiled programs hold no record and no parameter: both are arguments. Must come before JAX is imported.
     """
@@ -184,15 +179,15 @@ def keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def without_echoes() -> None:
-    """Silences threads of a failed checkpoint that have nobody left to report to: the failure itself is raised."""
+def ignore_closed_event_loops() -> None:
+    """Silences the threads that a failed checkpoint leaves behind; the failure itself is raised."""
 
-    def echo(error: BaseException | None) -> bool:
+    def is_closed_loop(error: BaseException | None) -> bool:
         return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
 
-    report, ignore = sys.excepthook, sys.unraisablehook
-    sys.excepthook = lambda kind, error, trace: None if echo(error) else report(kind, error, trace)
-    sys.unraisablehook = lambda args: None if echo(args.exc_value) else ignore(args)
+    report, report_unraisable = sys.excepthook, sys.unraisablehook
+    sys.excepthook = lambda kind, error, trace: None if is_closed_loop(error) else report(kind, error, trace)
+    sys.unraisablehook = lambda args: None if is_closed_loop(args.exc_value) else report_unraisable(args)
 
 
 if __name__ == "__main__":

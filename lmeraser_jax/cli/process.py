@@ -26,6 +26,7 @@ def define(flags: common.Flags) -> None:
     text = "serve when so many requests wait"
     absl_flags.DEFINE_integer("max_batch", None, text, lower_bound=1, flag_values=flags)
     common.define_writing(flags)
+    common.define_processes(flags)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -28,6 +28,7 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_bool("list", False, "only list the versions of the cluster", flag_values=flags)
     absl_flags.DEFINE_bool("unpin", False, "give the cluster the slice of its present records again", flag_values=flags)
     common.define_writing(flags)
+    common.define_processes(flags)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -25,6 +25,7 @@ def define(flags: common.Flags) -> None:
     text = "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"
     absl_flags.DEFINE_bool("retune", False, text, flag_values=flags)
     common.define_writing(flags)
+    common.define_processes(flags)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -48,6 +48,7 @@ def define(flags: common.Flags) -> None:
     absl_flags.DEFINE_bool("defer", False, "only accept; lmeraser process serves it later", flag_values=flags)
     absl_flags.DEFINE_bool("dry_run", False, "only say what would be done", flag_values=flags)
     common.define_writing(flags)
+    common.define_processes(flags)
 
 
 def run(arguments: common.Arguments) -> int:
