@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+from fakes import fast_fakes
 from helpers import small_run, small_source, without
 
 from lmeraser_jax.data.source import Item
@@ -35,8 +36,15 @@ def catalog(tmp_path):
         yield found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, _fast):
     """A trained workdir."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     with small_run(folder) as run:
