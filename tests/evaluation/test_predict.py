@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import small_run
 from scipy.special import softmax
 
 from lmeraser_jax.data.transforms import centred
@@ -16,13 +15,13 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
-from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    with small_run(tmp_path_factory.mktemp("inference") / "run") as run:
-        build(run)
+@pytest.fixture
+def run(trained_template):
+    """A reader of the trained workdir that all tests share."""
+    with open_run(trained_template, devices=jax.devices()[:1]) as run:
         yield run
 
 
@@ -101,14 +100,10 @@ def test_eight_devices_agree(run):
     np.testing.assert_allclose(one.probabilities, eight.probabilities, atol=1e-5)
 
 
-def test_a_damaged_slice_is_refused_by_name(run):
-    name = next(iter(run.catalog.manifest().entries.values()))
-    arrays, metadata, step = checkpoints.load(run.layout.slice(name))
-    broken = dict(arrays) | {"bias": arrays["bias"] + 1}
-    checkpoints.save(run.layout.slice(name), broken, metadata, step)
-    try:
+def test_a_damaged_slice_is_refused_by_name(trained_workdir):
+    with open_run(trained_workdir, devices=jax.devices()[:1]) as run:
+        name = next(iter(run.catalog.manifest().entries.values()))
+        arrays, metadata, step = checkpoints.load(run.layout.slice(name))
+        checkpoints.save(run.layout.slice(name), dict(arrays) | {"bias": arrays["bias"] + 1}, metadata, step)
         with pytest.raises(UserError, match=f"slice {name[:12]} is damaged"):
             predict.load_model(run)
-    finally:
-        checkpoints.save(run.layout.slice(name), arrays, metadata, step)
-    assert predict.load_model(run).keys

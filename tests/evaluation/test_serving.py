@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shutil
 import threading
 
 import chex
@@ -18,23 +17,13 @@ from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, save_clustering
-from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("serving") / "run"
-    with small_run(workdir) as run:
-        build(run)
-    return workdir
-
-
 @pytest.fixture
-def run(trained, tmp_path):
-    """A writer on a copy of the trained workdir."""
-    shutil.copytree(trained, tmp_path / "run")
-    with small_run(tmp_path / "run") as run:
+def run(trained_workdir):
+    """A writer."""
+    with small_run(trained_workdir) as run:
         yield run
 
 
@@ -53,17 +42,25 @@ def unsampled(run, count=1):
     """Records that are not sampled, of different clusters."""
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
     records = run.catalog.live("train")
-    homes = {key: name for name, key in zip(records.ids, records.clusters, strict=True) if name not in sample}
-    return [homes[key] for key in sorted(homes)][:count]
+    by_cluster = {key: name for name, key in zip(records.ids, records.clusters, strict=True) if name not in sample}
+    return [by_cluster[key] for key in sorted(by_cluster)][:count]
+
+
+def quarantine(run, *names):
+    requests.accept(run.catalog, names, quarantine=True)
 
 
 def cluster_of(run, name):
     return run.catalog.clusters_of([name])[name]
 
 
-def bits(found):
-    """An answer as something that can be compared bit for bit."""
-    return found.probabilities.tobytes(), tuple(found.keys[k] for k in found.clusters.ravel())
+def used_keys(answers):
+    return {answers.keys[k] for k in answers.clusters.ravel() if k >= 0}
+
+
+def bits(answers):
+    """Answers as something that can be compared bit for bit."""
+    return answers.probabilities.tobytes(), tuple(answers.keys[k] for k in answers.clusters.ravel())
 
 
 def fresh(run, images):
@@ -71,148 +68,127 @@ def fresh(run, images):
     return predict.predict(predict.load_model(run), images)
 
 
-@pytest.mark.parametrize("nearest", [1, 3])
-def test_a_quarantined_cluster_is_out_of_routing_from_the_commit_on(run, nearest):
+def count_loads(monkeypatch):
+    """The references that `load_model` reads from now on."""
+    loaded, real = [], predict.load_slice
+    monkeypatch.setattr(predict, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
+    return loaded
+
+
+@pytest.mark.parametrize("nearest", [1, 3, 99])
+def test_a_quarantined_cluster_reaches_no_answer_from_the_commit_on(run, nearest):
+    """Answers are those of the other clusters; with fewer of them than asked for, their mean."""
     images, name = images_of(run), unsampled(run)[0]
     key = cluster_of(run, name)
     with reader(run) as other:
         predictor = Predictor(with_nearest(other, nearest))
-        before = predictor(images)
-        assert key in {before.keys[k] for k in before.clusters.ravel()}
-        requests.accept(run.catalog, [name], quarantine=True)
-        found = predictor(images)
-        probabilities, clusters = reference(run, images, nearest, {key})
-        assert [[found.keys[k] for k in row] for row in found.clusters] == clusters
-        np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5)
-        alone = predict.predict(predict.load_model(with_nearest(other, nearest)), images)
-        assert bits(alone) == bits(found), "a process that starts now answers the same"
+        assert key in used_keys(predictor(images))
+        quarantine(run, name)
+        answers, model = predictor(images), predict.load_model(with_nearest(other, nearest))
+    probabilities, clusters = reference(run, images, nearest, {key})
+    healthy = min(nearest, len(model.keys) - 1)
+    assert [[answers.keys[k] for k in row[:healthy]] for row in answers.clusters] == clusters
+    assert (answers.clusters[:, healthy:] == -1).all()
+    np.testing.assert_allclose(answers.probabilities, probabilities, atol=1e-5)
+    assert bits(predict.predict(model, images)) == bits(answers), "a process that starts now answers the same"
 
-
-@pytest.mark.parametrize("nearest", [1, 3, 99])
-def test_nothing_of_a_quarantined_cluster_reaches_an_answer(run, nearest):
-    """Its prototype, prompt and head are not a number in memory; the same in a healthy cluster shows."""
-    images, name = images_of(run), unsampled(run)[0]
-    requests.accept(run.catalog, [name], quarantine=True)
-    model = predict.load_model(with_nearest(run, nearest))
-    clean, out = predict.predict(model, images), model.keys.index(cluster_of(run, name))
-
-    def poisoned(k):
+    def poisoned(k):  # its prototype, prompt and head are not a number in memory
         stack = jax.tree.map(lambda leaf: leaf.at[k].set(np.nan), model.arrays.stack)
         arrays = model.arrays._replace(stack=stack, prototypes=model.arrays.prototypes.at[k].set(np.nan))
         return predict.predict(dataclasses.replace(model, arrays=arrays), images)
 
-    assert bits(poisoned(out)) == bits(clean) and np.isfinite(clean.probabilities).all()
-    assert bits(poisoned((out + 1) % len(model.keys))) != bits(clean), "the poison works"
-    assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.arrays.stack)), (
-        "its slice is not even loaded"
-    )
+    out = model.keys.index(key)
+    assert bits(poisoned(out)) == bits(answers) and np.isfinite(answers.probabilities).all()
+    assert bits(poisoned((out + 1) % len(model.keys))) != bits(answers), "the poison works"
+    assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.arrays.stack)), "it is not even loaded"
 
 
-def test_with_fewer_healthy_clusters_than_asked_for_the_mean_is_over_those(run):
-    images, name = images_of(run)[:8], unsampled(run)[0]
-    requests.accept(run.catalog, [name], quarantine=True)
-    found = Predictor(with_nearest(run, 99))(images)
-    healthy = [key for key in found.keys if key != cluster_of(run, name)]
-    probabilities, _ = reference(run, images, 99, {cluster_of(run, name)})
-    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5)
-    assert (found.clusters[:, : len(healthy)] >= 0).all() and (found.clusters[:, len(healthy) :] == -1).all()
+def overtake(monkeypatch, call, change):
+    """Runs `change` after so many device batches of a predictor; returns the sizes of all batches."""
+    real, sizes = serving.predict, []
+
+    def overtaken(model, batch):
+        answers = real(model, batch)
+        sizes.append(len(batch))
+        if len(sizes) == call:
+            change()
+        return answers
+
+    monkeypatch.setattr(serving, "predict", overtaken)
+    return sizes
 
 
 def test_a_batch_that_a_quarantine_overtook_is_computed_again(run, monkeypatch):
     """The erasure is accepted after the first of many batches: only answers that used the cluster are redone."""
     images, name = images_of(run), unsampled(run)[0]
-    key, real, sizes = cluster_of(run, name), serving.predict, []
+    key = cluster_of(run, name)
     with reader(run) as other:
         predictor = Predictor(other)
-        touched = int((np.array(predictor(images).keys)[predictor(images).clusters[:16, 0]] == key).sum())
-
-        def overtaken(model, batch):
-            found = real(model, batch)
-            sizes.append(len(batch))
-            if len(sizes) == 1:
-                requests.accept(run.catalog, [name], quarantine=True)
-            return found
-
-        monkeypatch.setattr(serving, "predict", overtaken)
-        found = predictor(images)
-    assert bits(found) == bits(fresh(run, images))
+        before = predictor(images)
+        touched = sum(before.keys[k] == key for k in before.clusters[:16, 0])
+        sizes = overtake(monkeypatch, 1, lambda: quarantine(run, name))
+        answers = predictor(images)
+    assert bits(answers) == bits(fresh(run, images))
     assert sum(sizes) == len(images) + touched and touched > 0
 
 
 def test_a_cluster_that_joins_during_a_call_may_take_any_image(run, monkeypatch):
-    """The quarantine is lifted, with another slice, after the first of many batches."""
+    """The quarantine is lifted, with another slice, after the last full batch."""
     images, name = images_of(run), unsampled(run)[0]
-    key, real, sizes = cluster_of(run, name), serving.predict, []
-    requests.accept(run.catalog, [name], quarantine=True)
-
-    def overtaken(model, batch):
-        found = real(model, batch)
-        sizes.append(len(batch))
-        if len(sizes) == len(images) // 16:
-            erase.process(run)
-        return found
-
+    key = cluster_of(run, name)
+    quarantine(run, name)
     with reader(run) as other:
         predictor = Predictor(other)
-        monkeypatch.setattr(serving, "predict", overtaken)
-        found = predictor(images)
-    assert bits(found) == bits(fresh(run, images)) and key in {found.keys[k] for k in found.clusters[:, 0]}
+        overtake(monkeypatch, len(images) // 16, lambda: erase.process(run))
+        answers = predictor(images)
+    assert bits(answers) == bits(fresh(run, images)) and key in used_keys(answers)
 
 
 def test_publishing_lifts_the_quarantine_and_loads_only_what_changed(run, monkeypatch):
     images, name = images_of(run), unsampled(run)[0]
-    key, loaded, real = cluster_of(run, name), [], predict.load_slice
+    key = cluster_of(run, name)
     with reader(run) as other:
         predictor = Predictor(other)
         predictor(images)
-        requests.accept(run.catalog, [name], quarantine=True)
-        state = predictor.follow()
-        held = [np.asarray(leaf[state.keys.index(key)]) for leaf in jax.tree.leaves(state.arrays.stack)]
-        assert not any(leaf.any() for leaf in held), "still in memory"
-        monkeypatch.setattr(predict, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
+        quarantine(run, name)
+        place = predictor.follow().keys.index(key)
+        leaves = jax.tree.leaves(predictor.state.arrays.stack)
+        assert not any(np.asarray(leaf[place]).any() for leaf in leaves), "still in memory"
+        loaded = count_loads(monkeypatch)
         erase.process(run)
-        found = predictor(images)
-        assert loaded == [run.catalog.manifest().entries[key]]
-        assert key in {found.keys[k] for k in found.clusters[:, 0]}
-        model = predictor.follow()
-    new = load_slice(run, loaded[0])
-    pairs = zip(jax.tree.leaves(model.arrays.stack), jax.tree.leaves(new), strict=True)
-    assert all(np.array_equal(leaf[model.keys.index(key)], part) for leaf, part in pairs)
-    assert bits(found) == bits(fresh(run, images))
+        answers = predictor(images)
+        assert loaded == [run.catalog.manifest().entries[key]] and key in used_keys(answers)
+        leaves = jax.tree.leaves(predictor.follow().arrays.stack)
+    new = jax.tree.leaves(load_slice(run, loaded[0]))
+    assert all(np.array_equal(leaf[place], expected) for leaf, expected in zip(leaves, new, strict=True))
+    assert bits(answers) == bits(fresh(run, images))
 
 
 def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_followed(run, monkeypatch):
-    images, loaded, real = images_of(run), [], predict.load_slice
-    clustering = load_clustering(run.layout, run.catalog.manifest().clustering)
-    name = clustering.sample[0]
+    images, clustering = images_of(run), load_clustering(run.layout, run.catalog.manifest().clustering)
     with reader(run) as other:
         predictor = Predictor(other)
         predictor(images)
-        requests.accept(run.catalog, [name], quarantine=True)
+        quarantine(run, clustering.sample[0])
         assert run.catalog.quarantined() == {clustering.keys[clustering.labels[0]]}
-        found = predictor(images)
-        assert run.catalog.quarantined().isdisjoint(found.keys[k] for k in found.clusters.ravel())
-        outcome, _ = erase.process(run)
-        assert outcome.reclustered and outcome.reused, "some slices move to another place"
-        with monkeypatch.context() as patch:
-            patch.setattr(predict, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
-            found, model = predictor(images), predictor.follow()
-        assert len(loaded) == outcome.retuned
-    wanted = predict.load_model(run)
-    assert bits(found) == bits(fresh(run, images)) and model.keys == wanted.keys != clustering.keys
-    chex.assert_trees_all_equal(
-        (model.arrays.stack, model.arrays.prototypes, model.arrays.present),
-        (wanted.arrays.stack, wanted.arrays.prototypes, wanted.arrays.present),
-    )
+        assert run.catalog.quarantined().isdisjoint(used_keys(predictor(images)))
+        report, _ = erase.process(run)
+        assert report.reclustered and report.reused, "some slices move to another place"
+        loaded = count_loads(monkeypatch)
+        answers, model = predictor(images), predictor.follow()
+        assert len(loaded) == report.retuned
+    expected = predict.load_model(run)
+    assert bits(answers) == bits(fresh(run, images)) and model.keys == expected.keys != clustering.keys
+    chex.assert_trees_all_equal(model.arrays, expected.arrays)
 
 
 def test_slices_move_with_their_clusters(run, monkeypatch):
     """The same clusters at other places: nothing is read again, and the answers are the same."""
     images, manifest = images_of(run), run.catalog.manifest()
     old = load_clustering(run.layout, manifest.clustering)
-    last = len(old.keys) - 1
+    labels = len(old.keys) - 1 - old.labels
     turned = dataclasses.replace(
-        old, digest="f" * 64, labels=last - old.labels, keys=old.keys[::-1], prototypes=old.prototypes[::-1]
+        old, digest="f" * 64, labels=labels, keys=old.keys[::-1], prototypes=old.prototypes[::-1]
     )
     with reader(run) as other:
         predictor = Predictor(other)
@@ -220,16 +196,15 @@ def test_slices_move_with_their_clusters(run, monkeypatch):
         save_clustering(run.layout, turned)
         run.catalog.publish(turned.digest, manifest.fingerprint, manifest.recipe_constants_digest, manifest.entries, [])
         monkeypatch.setattr(predict, "load_slice", None)
-        found = predictor(images)
-    assert found.keys == before.keys[::-1] and bits(found) == bits(before)
+        answers = predictor(images)
+    assert answers.keys == before.keys[::-1] and bits(answers) == bits(before)
 
 
 def test_without_quarantine_nothing_changes_until_it_is_published(run):
     images, name = images_of(run), unsampled(run)[0]
     with reader(run) as other:
         predictor = Predictor(other)
-        before = predictor(images)
-        model = predictor.follow()
+        before, model = predictor(images), predictor.follow()
         erase.request_erasure(other, [name], defer=True)
         assert bits(predictor(images)) == bits(before) and predictor.follow() is model
         erase.process(run)
@@ -238,26 +213,24 @@ def test_without_quarantine_nothing_changes_until_it_is_published(run):
 
 def test_a_deferred_quarantine_needs_no_writer_and_holds_until_it_is_served(run):
     """Also for what the same connection commits."""
-    first, second = unsampled(run, 2)
+    images = images_of(run)
     with reader(run) as other:
         predictor = Predictor(other)
-        for count, name in enumerate((first, second), 1):
+        for count, name in enumerate(unsampled(run, 2), 1):
             erase.request_erasure(other, [name], quarantine=True, defer=True)
-            predictor(images_of(run)[:4])
+            predictor(images[:4])
             assert predictor.follow().refs.count("") == count
-        images = images_of(run)
         assert bits(predictor(images)) == bits(fresh(run, images))
         erase.process(run)
         assert "" not in predictor.follow().refs
 
 
 def test_everything_quarantined_is_an_error_until_it_is_served(run):
-    everyone = run.catalog.live("train")
-    names = list(dict(zip(everyone.clusters, everyone.ids, strict=True)).values())
+    images, records = images_of(run), run.catalog.live("train")
     with reader(run) as other:
         predictor = Predictor(other)
-        requests.accept(run.catalog, names, quarantine=True)
-        for attempt in (lambda: predictor(images_of(run)), lambda: predict.load_model(run)) * 2:
+        quarantine(run, *dict(zip(records.clusters, records.ids, strict=True)).values())
+        for attempt in (lambda: predictor(images), lambda: predict.load_model(run)) * 2:
             with pytest.raises(UserError, match=r"all \d clusters are quarantined.* lmeraser process --workdir="):
                 attempt()
         erase.process(run)
@@ -266,7 +239,7 @@ def test_everything_quarantined_is_an_error_until_it_is_served(run):
 
 
 def test_nothing_is_compiled_anew_for_a_mask_or_another_slice(run, monkeypatch):
-    images, names = images_of(run), unsampled(run, 3)
+    images = images_of(run)
     traced = chex.assert_max_traces(predict.routed_probabilities, 1)
     monkeypatch.setattr(predict, "routed_probabilities", traced)
     caches = (predict.compiled, predict._place_program)
@@ -274,8 +247,8 @@ def test_nothing_is_compiled_anew_for_a_mask_or_another_slice(run, monkeypatch):
         cache.cache_clear()
     try:
         predictor = Predictor(run)
-        for name in names:
-            requests.accept(run.catalog, [name], quarantine=True)
+        for name in unsampled(run, 3):
+            quarantine(run, name)
             predictor(images)
             erase.process(run)
             predictor(images)
@@ -285,55 +258,51 @@ def test_nothing_is_compiled_anew_for_a_mask_or_another_slice(run, monkeypatch):
             cache.cache_clear()
 
 
+def during_load(monkeypatch, change):
+    """Runs `change` before the next slice that `load_model` reads, once."""
+    real, pending = predict.load_slice, [change]
+
+    def overtaken(run, ref):
+        if pending:
+            pending.pop()()
+        return real(run, ref)
+
+    monkeypatch.setattr(predict, "load_slice", overtaken)
+    return pending
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_state_that_is_replaced_while_it_is_read_is_read_again(run, monkeypatch, sampled):
     """The writer publishes and purges after the reader has looked up which slices to load."""
-    clustering, real, loaded = run.catalog.manifest().clustering, predict.load_slice, []
+    clustering = run.catalog.manifest().clustering
     names = [load_clustering(run.layout, clustering).sample[0]] if sampled else unsampled(run)
-
-    def overtaken(reading, ref):
-        loaded.append(ref)
-        if len(loaded) == 1:
-            erase.request_erasure(run, names)
-        return real(reading, ref)
-
     with reader(run) as other, monkeypatch.context() as patch:
-        patch.setattr(predict, "load_slice", overtaken)
+        during_load(patch, lambda: erase.request_erasure(run, names))
         model = predict.load_model(other)
     assert (run.catalog.manifest().clustering != clustering) == sampled
-    wanted = predict.load_model(run)
-    assert (model.keys, model.refs) == (wanted.keys, wanted.refs)
-    chex.assert_trees_all_equal(
-        (model.arrays.stack, model.arrays.prototypes), (wanted.arrays.stack, wanted.arrays.prototypes)
-    )
+    expected = predict.load_model(run)
+    assert (model.keys, model.refs) == (expected.keys, expected.refs)
+    chex.assert_trees_all_equal(model.arrays, expected.arrays)
 
 
-def test_what_is_accepted_while_a_state_is_loaded_is_noticed(run, monkeypatch):
+def test_an_erasure_accepted_while_a_state_is_loaded_is_noticed(run, monkeypatch):
     """While the first state is loaded, and while one that was published is."""
-    names, real = unsampled(run, 2), predict.load_slice
-    coming = [names[0]]
-
-    def overtaken(reading, ref):
-        if coming:
-            requests.accept(run.catalog, [coming.pop()], quarantine=True)
-        return real(reading, ref)
-
-    monkeypatch.setattr(predict, "load_slice", overtaken)
+    names = unsampled(run, 2)
     with reader(run) as other:
+        during_load(monkeypatch, lambda: quarantine(run, names[0]))
         predictor = Predictor(other)
         assert "" not in predictor.state.refs and predictor.follow().refs.count("") == 1
         erase.process(run)
-        coming.append(names[1])
-        assert "" not in predictor.follow().refs and not coming
+        pending = during_load(monkeypatch, lambda: quarantine(run, names[1]))
+        assert "" not in predictor.follow().refs and not pending
         assert predictor.follow().refs.count("") == 1
 
 
 def test_a_state_that_is_replaced_again_and_again_is_given_up(run, monkeypatch):
     def replaced(_, ref):
-        with run.catalog.transaction():
-            manifest = run.catalog.manifest()
-            run.catalog.publish(manifest.clustering, "", "", manifest.entries, [])
-        raise UserError("gone")
+        manifest = run.catalog.manifest()
+        run.catalog.publish(manifest.clustering, "", "", manifest.entries, [])
+        raise UserError("the slice is not there any more")
 
     monkeypatch.setattr(predict, "load_slice", replaced)
     with reader(run) as other, pytest.raises(UserError, match=r"replaced 20 times while it was read; try again"):
@@ -343,44 +312,36 @@ def test_a_state_that_is_replaced_again_and_again_is_given_up(run, monkeypatch):
 @pytest.mark.parametrize("alive", [True, False], ids=["follows", "starts anew"])
 def test_readers_see_one_state_throughout(run, alive):
     """A thread answers without a pause while erasures are accepted, served and purged: sampled and not."""
-    images, answers, wrong, stop = images_of(run)[:16], [], [], threading.Event()
-    rows = run.catalog.live("test", "train").rows[:16]
+    images, answers, errors, stop = images_of(run)[:16], [], [], threading.Event()
 
-    def answering():
+    def answer_until_stopped():
         try:
             with reader(run) as other:
                 predictor = Predictor(other)
                 while not stop.is_set():
-                    found = predictor(images) if alive else predict.predict(predict.load_model(other), images)
-                    answers.append(bits(found))
+                    answers.append(bits(predictor(images) if alive else fresh(other, images)))
         except BaseException as error:
-            wrong.append(error)
+            errors.append(error)
 
-    def now():
-        return bits(predict.predict(predict.load_model(run), images))
-
-    def more():
-        seen = len(answers)
-        while len(answers) < seen + 2 and not wrong:
+    def wait_for_answers():
+        count = len(answers)
+        while len(answers) < count + 2 and not errors:
             stop.wait(0.005)
 
-    assert np.array_equal(images, run.images[rows])
-    thread = threading.Thread(target=answering)
-    states = [now()]
+    thread = threading.Thread(target=answer_until_stopped)
+    states = [bits(fresh(run, images))]
     thread.start()
     try:
-        more()
+        wait_for_answers()
         sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
         for name in (sample[0], *unsampled(run, 2)):
-            requests.accept(run.catalog, [name], quarantine=True)
-            states.append(now())
-            more()
-            erase.process(run)
-            states.append(now())
-        more()
+            for change in (lambda name=name: quarantine(run, name), lambda: erase.process(run)):
+                change()
+                states.append(bits(fresh(run, images)))
+                wait_for_answers()
     finally:
         stop.set()
         thread.join()
-    assert not wrong, wrong
+    assert not errors, errors
     order = [states.index(answer) for answer in answers]
     assert order == sorted(order) and {0, len(states) - 1} <= set(order) and len(set(states)) > 4
