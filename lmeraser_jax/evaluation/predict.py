@@ -23,7 +23,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.storage.rows import Manifest, SliceKind
-from lmeraser_jax.training.closed_form import expanded
+from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.slices import Slice, place_prompt
@@ -290,7 +290,7 @@ def routed_probabilities(
     index = jax.lax.top_k(-distances, routing.nearest)[1]  # [B, m]; of equal ones the first
     own_backbones = arrays.stack.backbone is not None
     if tuning_spec.tuning.active_prompt_width == 0 and not own_backbones:
-        feature = expanded(bare_feature(), tuning_spec.tuning.expand)  # the same for all heads
+        feature = expand(bare_feature(), tuning_spec.tuning.expand)  # the same for all heads
         logits = jnp.einsum("bd,bmdy->bmy", feature, arrays.stack.kernel[index]) + arrays.stack.bias[index]
     elif routing.all_clusters or own_backbones:
         logits = jnp.take_along_axis(_logits_of_all(tuning_spec, arrays, pixels), index[..., None], axis=1)
@@ -303,7 +303,7 @@ def routed_probabilities(
     probabilities = jnp.where(chosen[..., None], probabilities, 0.0).sum(axis=1)
     probabilities /= chosen.sum(axis=1, keepdims=True, dtype=logits.dtype)  # [B, Y]
     if arrays.common is not None:
-        feature = expanded(bare_feature(), routing.common_expand)
+        feature = expand(bare_feature(), routing.common_expand)
         common = jax.nn.softmax(feature @ arrays.common.kernel + arrays.common.bias[None], axis=-1)
         probabilities = (1 - routing.common_weight) * probabilities + routing.common_weight * common
     return probabilities, jnp.where(chosen, index, -1)

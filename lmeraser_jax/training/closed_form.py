@@ -1,12 +1,12 @@
 """Heads that are a formula of their members' features: ridge regression and nearest class mean.
 
 A feature is rounded to a fixed point first, so that every sum over members is a sum of whole numbers: the same bits in
-any order, and what remains after a member is taken away is what there would be without it. Only the last
-step, from sums to a head, is done in floating point. A large slice's sums are kept beside it (`KeptSums`), so that an
-erasure subtracts and reads nobody else's feature.
+any order, and subtracting a member gives the sum without it. Only the last step, from sums to a head, is done in
+floating point. The sums of a large slice are kept beside it (`KeptSums`), so that an erasure subtracts the erased
+members and reads no other feature.
 
-A head is linear in the feature, and in random cosines of it where it is expanded (Rahimi and Recht, 2007): those are
-the same for everybody, so nothing changes for erasure.
+A head is linear in the feature, and in random cosines of it where it is expanded (Rahimi and Recht, 2007). The cosines
+are the same for all records, so erasure needs nothing more.
 
 Shapes: m members, D feature, E random cosines, Y classes. Where features are expanded, D stands for D + E.
 """
@@ -28,30 +28,30 @@ from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.training.slices import Slice
 
-STEPS = 512  # fixed-point numbers to 1
+SCALE = 512  # steps of the fixed point from 0 to 1
 LARGEST = 64  # features beyond it count as that large
-PIECE = 65_536  # members summed at once; all products of two numbers sum below 2^53, so float64 holds them exactly
-TALLIED = 4096  # members from which on sums are kept; fewer are added up again as fast
-TALLY = "sums.npz"
-NEVER = -1e9  # logit of a class without a member
+CHUNK = 65_536  # members summed at once: all products of two numbers sum below 2^53, so float64 holds them exactly
+KEPT_FROM = 4096  # members from which on sums are kept; fewer are added up again as fast
+SUMS_FILE = "sums.npz"
+ABSENT = -1e9  # logit of a class without a member
 BANDWIDTH = 1.0  # of the random cosines, for features of length 1
 SHARPNESS = 10.0  # a ridge head fits 0 and 1; times this, its differences are log-odds of about the right size
 
 
 @functools.lru_cache(maxsize=8)
-def directions(width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of the random cosines: float32 [D, E] and phases float32 [E]. They depend on nothing but their number."""
+def random_directions(width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights float32 [D, E] and phases float32 [E] of the random cosines; they depend on D and E alone."""
     random = philox(0, "random cosines", str(width), str(count))
     weights = random.standard_normal((width, count), np.float32)
     return weights, random.uniform(0, 2 * np.pi, count).astype(np.float32)
 
 
-def expanded(features: Any, count: int) -> Any:
+def expand(features: Any, count: int) -> Any:
     """Features [m, D], NumPy or JAX, with E random cosines of their direction beside them: [m, D + E]."""
     if not count:
         return features
     numbers = jnp if isinstance(features, jax.Array) else np
-    weights, phases = directions(features.shape[1], count)
+    weights, phases = random_directions(features.shape[1], count)
     length = numbers.sqrt(numbers.maximum(numbers.sum(features**2, axis=1, keepdims=True), 1e-12))
     cosines = numbers.cos(BANDWIDTH * (features / length) @ weights + phases[None])
     return numbers.concatenate([features, cosines], axis=1)
@@ -72,21 +72,21 @@ class Sums:
         return Sums(self.products - other.products, self.by_class - other.by_class, self.counts - other.counts)
 
 
-def fixed_point(features: np.ndarray) -> np.ndarray:
+def to_fixed_point(features: np.ndarray) -> np.ndarray:
     """Whole numbers of 1/512 as float64 [m, D], which holds them exactly; features float32 [m, D]."""
-    return np.rint(np.clip(features.astype(np.float64), -LARGEST, LARGEST) * STEPS)
+    return np.rint(np.clip(features.astype(np.float64), -LARGEST, LARGEST) * SCALE)
 
 
-def sums(features: np.ndarray, labels: np.ndarray, classes: int) -> Sums:
-    """Adds up members: float32 [m, D], int32 [m]. Exact, so in any order and in any pieces the same."""
+def add_up(features: np.ndarray, labels: np.ndarray, classes: int) -> Sums:
+    """Sums over members, float32 [m, D] and int32 [m]: exact, so the same in any order and in any chunks."""
     width = features.shape[1]
-    found = Sums(np.zeros((width, width), np.int64), np.zeros((classes, width), np.int64), np.zeros(classes, np.int64))
-    for start in range(0, len(features), PIECE):
-        x, y = fixed_point(features[start : start + PIECE]), labels[start : start + PIECE]
-        chosen = (y[:, None] == np.arange(classes)[None]).astype(np.float64)  # [m, Y]
-        parts = (x.T @ x, chosen.T @ x, chosen.sum(axis=0))
-        found += Sums(*(part.astype(np.int64) for part in parts))
-    return found
+    total = Sums(np.zeros((width, width), np.int64), np.zeros((classes, width), np.int64), np.zeros(classes, np.int64))
+    for start in range(0, len(features), CHUNK):
+        x, y = to_fixed_point(features[start : start + CHUNK]), labels[start : start + CHUNK]
+        onehot = (y[:, None] == np.arange(classes)[None]).astype(np.float64)  # [m, Y]
+        chunk = (x.T @ x, onehot.T @ x, onehot.sum(axis=0))
+        total += Sums(*(array.astype(np.int64) for array in chunk))
+    return total
 
 
 def ridge(total: Sums, penalty: float) -> tuple[Slice, float]:
@@ -113,7 +113,7 @@ def ridge(total: Sums, penalty: float) -> tuple[Slice, float]:
     error = (shares * (1 - shares)).sum() + (solved * (correlation @ solved - 2 * with_labels)).sum()
     weights = solved / spread[:, None]
     bias = shares - mean @ weights
-    return _head(SHARPNESS * weights * STEPS, SHARPNESS * bias), float(error)
+    return _head(SHARPNESS * weights * SCALE, SHARPNESS * bias), float(error)
 
 
 def nearest_class_mean(total: Sums) -> tuple[Slice, float]:
@@ -122,97 +122,100 @@ def nearest_class_mean(total: Sums) -> tuple[Slice, float]:
     Returns:
         The head, and the members' mean squared distance to the mean of their own class.
     """
-    there = total.counts > 0
-    means = total.by_class / np.maximum(total.counts, 1)[:, None] / STEPS  # [Y, D]
+    present = total.counts > 0
+    means = total.by_class / np.maximum(total.counts, 1)[:, None] / SCALE  # [Y, D]
     count, squares = total.counts.sum(), (means**2).sum(axis=1)
-    spread = np.trace(total.products) / STEPS**2 / count - (total.counts * squares).sum() / count
-    return _head(means.T, np.where(there, -0.5 * squares, NEVER)), float(spread)
+    spread = np.trace(total.products) / SCALE**2 / count - (total.counts * squares).sum() / count
+    return _head(means.T, np.where(present, -0.5 * squares, ABSENT)), float(spread)
 
 
 def _head(kernel: np.ndarray, bias: np.ndarray) -> Slice:
     return Slice(np.zeros(0, np.float32), kernel.astype(np.float32), bias.astype(np.float32))
 
 
-def head(how: Tuning | Common, total: Sums) -> tuple[Slice, float]:
-    """The slice of a cluster, ridge or ncm with its settings, and its loss: functions of the sums alone."""
-    return ridge(total, how.penalty) if how.method == "ridge" else nearest_class_mean(total)
+def solve(options: Tuning | Common, total: Sums) -> tuple[Slice, float]:
+    """The head, ridge or ncm as `options.method` says, and its loss: functions of the sums alone."""
+    return ridge(total, options.penalty) if options.method == "ridge" else nearest_class_mean(total)
 
 
-def solve(how: Tuning | Common, features: np.ndarray, labels: np.ndarray, classes: int) -> tuple[Slice, float]:
-    """The slice of a cluster with these members, and its loss.
+def solve_members(
+    options: Tuning | Common, features: np.ndarray, labels: np.ndarray, classes: int
+) -> tuple[Slice, float]:
+    """The head of these members, and its loss.
 
     Args:
-        how: ridge or ncm, with its settings.
+        options: ridge or ncm, with its settings.
         features: float32 [m, D], not expanded.
         labels: int32 [m].
         classes: Y.
     """
-    return head(how, sums(expanded(features, how.expand), labels, classes))
+    return solve(options, add_up(expand(features, options.expand), labels, classes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeptSums:
-    """Sums, and whose they are, so that members can be taken away again. As private as the members.
+    """Sums and the members they are over, so that members can be subtracted again. As private as the members.
 
     Attributes:
         total: over all members.
         rows: int32 [m], image rows of the members.
         labels: int32 [m].
-        checks: uint32 [m], CRC-32 of their features: what was added is what may be taken away.
+        checksums: uint32 [m], CRC-32 of their features: only what was added may be subtracted.
     """
 
     total: Sums
     rows: np.ndarray
     labels: np.ndarray
-    checks: np.ndarray
+    checksums: np.ndarray
 
     def without(self, rows: np.ndarray, labels: np.ndarray, features: np.ndarray) -> "KeptSums | None":
-        """The tally of the members that are left, in the same order; reads the features of the others only.
+        """The sums over fewer members, in the same order; reads the features of the removed members only.
 
         Args:
-            rows: int32 [k], of those that are left.
+            rows: int32 [k], of the remaining members.
             labels: int32 [N], of all image rows.
             features: float32 [N, D], of all image rows.
 
         Returns:
-            None where a subtraction would not be exact: somebody joined, has another label, or a feature is not what
-            was added once.
+            None where a subtraction would not be exact: a member was added or has another label, or a feature is not
+            the one that was added.
         """
-        left = np.isin(self.rows, rows)
-        gone = self.rows[~left]
-        same = np.array_equal(self.rows[left], rows) and np.array_equal(self.labels[left], labels[rows])
-        if not same or gone.max(initial=-1) >= len(features):
+        remains = np.isin(self.rows, rows)
+        removed = self.rows[~remains]
+        same = np.array_equal(self.rows[remains], rows) and np.array_equal(self.labels[remains], labels[rows])
+        if not same or removed.max(initial=-1) >= len(features):
             return None
-        taken = features[gone]
-        if not np.array_equal(_checks(taken), self.checks[~left]):
+        values = features[removed]
+        if not np.array_equal(_checksums(values), self.checksums[~remains]):
             return None
-        total = self.total - sums(taken, self.labels[~left], len(self.total.counts))
-        return KeptSums(total, rows, self.labels[left], self.checks[left])
+        total = self.total - add_up(values, self.labels[~remains], len(self.total.counts))
+        return KeptSums(total, rows, self.labels[remains], self.checksums[remains])
 
 
-def kept_sums(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> KeptSums:
-    """The tally of members: float32 [m, D], int32 [m], image rows int32 [m]."""
-    return KeptSums(sums(features, labels, classes), rows, labels, _checks(features))
+def keep_sums(features: np.ndarray, labels: np.ndarray, rows: np.ndarray, classes: int) -> KeptSums:
+    """The sums over members: float32 [m, D], int32 [m], image rows int32 [m]."""
+    return KeptSums(add_up(features, labels, classes), rows, labels, _checksums(features))
 
 
-def _checks(features: np.ndarray) -> np.ndarray:
+def _checksums(features: np.ndarray) -> np.ndarray:
     return np.array([zlib.crc32(row) for row in features], np.uint32)
 
 
-def save_sums(folder: Path, kept: KeptSums) -> None:
-    """Puts a tally beside the slice that is made of it: whatever removes one removes both."""
+def save_sums(folder: Path, sums: KeptSums) -> None:
+    """Writes sums beside the slice that was made from them, so that removing the slice removes both."""
     buffer = io.BytesIO()
-    np.savez(buffer, rows=kept.rows, labels=kept.labels, checks=kept.checks, **dataclasses.asdict(kept.total))
-    write_bytes(folder / TALLY, buffer.getvalue())
+    arrays = dataclasses.asdict(sums.total)
+    np.savez(buffer, rows=sums.rows, labels=sums.labels, checksums=sums.checksums, **arrays)
+    write_bytes(folder / SUMS_FILE, buffer.getvalue())
 
 
 def load_sums(folder: Path) -> KeptSums | None:
-    """The tally beside a slice; None where there is none that can be read."""
+    """The sums beside a slice; None where there are none that can be read."""
     try:
-        arrays = read_arrays(folder / TALLY)
+        arrays = read_arrays(folder / SUMS_FILE)
         total = Sums(arrays["products"], arrays["by_class"], arrays["counts"])
-        kept = KeptSums(total, arrays["rows"], arrays["labels"], arrays["checks"])
-        counted = np.bincount(kept.labels, minlength=len(total.counts))
-        return kept if np.array_equal(counted, total.counts) else None
+        sums = KeptSums(total, arrays["rows"], arrays["labels"], arrays["checksums"])
+        counts = np.bincount(sums.labels, minlength=len(total.counts))
+        return sums if np.array_equal(counts, total.counts) else None
     except (ValueError, TypeError, KeyError):
         return None

@@ -21,7 +21,7 @@ from lmeraser_jax.hashing import digest, keyed_hash
 if TYPE_CHECKING:
     import jax  # imported where it is used: a command that only reads a clustering starts without it
 
-PIECE = 512  # records per call of the routing program
+BATCH = 512  # records per call of the routing program
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,45 +51,54 @@ def tree(features: np.ndarray) -> np.ndarray:
     """
     if len(features) < 2:
         return np.zeros((0, 4))
-    from scipy.cluster import hierarchy  # costs a fifth of a command's start; most requests need no tree
+    from scipy.cluster import hierarchy  # slow to import, and most requests need no tree
     from scipy.spatial import distance
 
     return hierarchy.linkage(distance.pdist(features.astype(np.float64)), "average")
 
 
-def cut_tree(links: np.ndarray, how: tuple[str, float], max_members: int = 0) -> list[list[int]]:
+def cut_tree(links: np.ndarray, cut: tuple[str, float], max_members: int = 0) -> list[list[int]]:
     """Clusters of a tree, as sorted lists of positions in the sample.
 
     Args:
         links: linkage matrix [S - 1, 4]; merges in the order of their height.
-        how: ("threshold", t) undoes every merge above t (Algorithm 2, line 13); ("auto", K) undoes the
-            last K - 1 merges.
+        cut: ("threshold", t) undoes every merge above t (Algorithm 2, line 13); ("auto", K) undoes the
+            last K - 1 merges, of which there are S - 1.
         max_members: a node with more members than this is undone too; 0: no limit.
     """
     leaves = len(links) + 1
-    kind, value = how
-    first_undone = leaves - int(value) if kind == "auto" else int(np.searchsorted(links[:, 2], value, side="right"))
+    kind, value = cut
+    if kind == "auto":
+        first_undone = leaves - min(int(value), leaves)
+    else:
+        first_undone = int(np.searchsorted(links[:, 2], value, side="right"))
     clusters, stack = [], [2 * leaves - 2]
     while stack:
         node = stack.pop()
         members = _members(links, node)
-        too_big = 0 < max_members < len(members)
-        if node >= leaves and (node - leaves >= first_undone or too_big):
-            stack += [int(links[node - leaves, 0]), int(links[node - leaves, 1])]
+        too_large = 0 < max_members < len(members)
+        if node >= leaves and (node - leaves >= first_undone or too_large):
+            stack += _children(links, node)
         else:
             clusters.append(members)
     return sorted(clusters)
 
 
+def _children(links: np.ndarray, node: int) -> list[int]:
+    merge = links[node - len(links) - 1]
+    return [int(merge[0]), int(merge[1])]
+
+
 def _members(links: np.ndarray, node: int) -> list[int]:
-    leaves, found, stack = len(links) + 1, [], [node]
+    """The leaves below a node, sorted."""
+    members, stack = [], [node]
     while stack:
         node = stack.pop()
-        if node < leaves:
-            found.append(node)
+        if node <= len(links):
+            members.append(node)
         else:
-            stack += [int(links[node - leaves, 0]), int(links[node - leaves, 1])]
-    return sorted(found)
+            stack += _children(links, node)
+    return sorted(members)
 
 
 def merge_small(clusters: list[list[int]], features: np.ndarray, min_members: int, max_members: int) -> list[list[int]]:
@@ -118,7 +127,7 @@ def _mean(features: np.ndarray, members: Sequence[int]) -> np.ndarray:
 
 
 def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clustering, name: str) -> Clustering:
-    """Algorithm 1, lines 5 to 11: the partition that a sample calls for.
+    """Algorithm 1, lines 5 to 11: the partition of a sample.
 
     Args:
         sample: S record ids, sorted.
@@ -126,7 +135,7 @@ def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clus
         config: cut and limits.
         name: the clustering's digest.
     """
-    groups = cut_tree(tree(features), _clamped(parse_cut(config.cut), len(sample)), config.max_members)
+    groups = cut_tree(tree(features), parse_cut(config.cut), config.max_members)
     groups = merge_small(groups, features, config.min_members, config.max_members)
     keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
     labels = np.zeros(len(sample), np.int32)
@@ -154,10 +163,6 @@ def shard_of(ids: Sequence[str], count: int, seed: int) -> np.ndarray:
     return np.array([value % count for value in hashes], np.int32)
 
 
-def _clamped(how: tuple[str, float], count: int) -> tuple[str, float]:
-    return (how[0], min(how[1], count)) if how[0] == "auto" else how
-
-
 def squared_distances(features: "jax.Array", prototypes: "jax.Array", present: "jax.Array") -> "jax.Array":
     """Squared Euclidean distances [B, K]; infinite where a prototype is padding.
 
@@ -181,7 +186,7 @@ def _nearest():
 
 
 def padded(prototypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prototypes filled up to a power of two, and which are real: a re-cluster rarely changes the shape."""
+    """Prototypes padded to a power of two, and which are real: re-clustering rarely changes the shape."""
     size = max(8, 1 << (len(prototypes) - 1).bit_length())
     full = np.zeros((size, prototypes.shape[1]), np.float32)
     full[: len(prototypes)] = prototypes
@@ -191,21 +196,21 @@ def padded(prototypes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     """Index of the nearest prototype of each feature (Eq. 4): float32 [N, D], [K, D] -> int32 [N]."""
     full, present = padded(prototypes)
-    found = np.zeros(len(features), np.int32)
-    for start in range(0, len(features), PIECE):
-        piece = np.zeros((PIECE, features.shape[1]), np.float32)
-        real = features[start : start + PIECE]
-        piece[: len(real)] = real
-        found[start : start + PIECE] = np.asarray(_nearest()(piece, full, present))[: len(real), 0]
-    return found
+    nearest = np.zeros(len(features), np.int32)
+    for start in range(0, len(features), BATCH):
+        batch = np.zeros((BATCH, features.shape[1]), np.float32)
+        rows = features[start : start + BATCH]
+        batch[: len(rows)] = rows
+        nearest[start : start + BATCH] = np.asarray(_nearest()(batch, full, present))[: len(rows), 0]
+    return nearest
 
 
-def expected_share(sizes: Sequence[int], again: Sequence[int] = ()) -> float:
+def expected_share(sizes: Sequence[int], tuned: Sequence[int] = ()) -> float:
     """Expected share of the data that a uniform unsampled request re-tunes: sum(m_k^2) / N^2.
 
     Args:
         sizes: m_k, members of each cluster.
-        again: records that are tuned again with a member of each, where that is not m_k.
+        tuned: records that are tuned again with a member of each cluster, where that is not m_k.
     """
     total = sum(sizes)
-    return sum(size * more for size, more in zip(sizes, again or sizes, strict=True)) / max(total, 1) ** 2
+    return sum(size * again for size, again in zip(sizes, tuned or sizes, strict=True)) / max(total, 1) ** 2

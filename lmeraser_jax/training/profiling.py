@@ -1,4 +1,4 @@
-"""A trace of a few steps of the tuning program, for TensorBoard or Perfetto, written where `--profile=DIR` says."""
+"""A trace of a few calls of the tuning program, for TensorBoard or Perfetto, written where `--profile=DIR` says."""
 
 import contextlib
 import sys
@@ -10,8 +10,8 @@ import jax
 
 from lmeraser_jax.errors import UserError
 
-FIRST, CALLS = 1, 2  # the first call compiles; the ones after it look alike
-_wanted: list[Path] = []
+FIRST, CALLS = 1, 2  # the first call compiles; the ones after it are alike
+_folders: list[Path] = []  # where the next tuning is traced to; empty: nowhere
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def into(folder: str) -> Iterator[None]:
     """Inside, the next tuning that makes enough calls is traced into the folder; nothing happens with "".
 
     Raises:
-        UserError: nothing can be written there; said before the work, not after it.
+        UserError: nothing can be written there; raised before the work, not after it.
     """
     if folder:
         try:
@@ -28,13 +28,13 @@ def into(folder: str) -> Iterator[None]:
                 pass
         except OSError as error:
             raise UserError(f"--profile={folder} cannot be written: {error.strerror}") from error
-    _wanted[:] = [Path(folder)] if folder else []
+    _folders[:] = [Path(folder)] if folder else []
     try:
         yield
-        if _wanted:
+        if _folders:
             _warn(f"--profile={folder}: too few calls of the tuning program; lower --config.tuning.scan_steps")
     finally:
-        _wanted.clear()
+        _folders.clear()
 
 
 @contextlib.contextmanager
@@ -48,36 +48,37 @@ def tracing() -> Iterator["Trace"]:
 
 
 class Trace:
-    """Counts the calls of a tuning; traces a few of them if somebody asked for it."""
+    """Counts the calls of a tuning and, inside `into`, traces a few of them."""
 
     def __init__(self):
         self.calls, self.running = 0, False
 
     def next_call(self) -> None:
-        """To be called before each call, when the results of the one before the last are on the host."""
-        if _wanted and self.calls == FIRST:
-            with _extra():
-                jax.profiler.start_trace(_wanted.pop())
+        """To be called before each call, when the results of the call before the last are on the host."""
+        if _folders and self.calls == FIRST:
+            with _failure_is_a_warning():
+                jax.profiler.start_trace(_folders.pop())
                 self.running = True
         if self.calls == FIRST + CALLS + 1:  # results come one call late
             self.stop()
         self.calls += 1
 
     def stop(self) -> None:
+        """Writes the trace, if one is running."""
         if self.running:
             self.running = False
-            with _extra():
+            with _failure_is_a_warning():
                 jax.profiler.stop_trace()
 
 
 @contextlib.contextmanager
-def _extra() -> Iterator[None]:
-    """A trace that fails is no reason to lose the work that is traced."""
+def _failure_is_a_warning() -> Iterator[None]:
+    """The work goes on when its trace fails."""
     try:
         yield
     except Exception as error:  # the profiler raises RuntimeError, OSError and more
         _warn(f"--profile: no trace was written: {error}")
 
 
-def _warn(what: str) -> None:
-    print(f"warning: {what}", file=sys.stderr)
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)

@@ -4,6 +4,7 @@ Shapes: P prompt width, H W C input image, D feature, Y classes, n = 2P(H + W - 
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,13 +14,16 @@ import numpy as np
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.errors import raise_all
-from lmeraser_jax.hashing import digest
-from lmeraser_jax.models.backbone import Architecture, array_problems, from_flat
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.hashing import digest, philox
+from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models.backbone import Architecture, Backbone, array_problems, from_flat
 
 RECIPE_VERSION = 3  # raise it when the same recipe starts to give other bits
 OWN = "backbone/"  # begins the names of a slice's own backbone in a checkpoint
+SHAPES = {"prompt": 1, "kernel": 2, "bias": 1}  # dimensions of a slice's arrays
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the numbers
+NOISE_IMAGES, NOISE_BATCH = 512, 64  # of `noise_activation`
 
 
 class Slice(NamedTuple):
@@ -45,21 +49,22 @@ def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architec
     Raises:
         UserError: names every array that is missing, left over or of another dtype or shape.
     """
-    wanted = {"prompt": 1, "kernel": 2, "bias": 1}
-    own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if architecture and field.startswith(OWN)}
-    arrays = {field: leaf for field, leaf in arrays.items() if not architecture or not field.startswith(OWN)}
-    problems = [f"{field} is missing" for field in wanted if field not in arrays]
-    problems += [f"{ascii(field)[:80]} is no part of a slice" for field in arrays if field not in wanted]
-    problems += [f"backbone: {line}" for line in array_problems(architecture, own)] if architecture else []
-    for field in wanted.keys() & arrays.keys():
-        leaf = arrays[field]
-        if leaf.dtype != np.float32 or leaf.ndim != wanted[field]:
-            what = f"float32 of {wanted[field]} dimensions"
-            problems.append(f"{field} must be {what}, is {leaf.dtype} {list(leaf.shape)}")
+    own = {}
+    if architecture:
+        own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if field.startswith(OWN)}
+        arrays = {field: leaf for field, leaf in arrays.items() if not field.startswith(OWN)}
+    problems = [f"{field} is missing" for field in SHAPES if field not in arrays]
+    problems += [f"{ascii(field)[:80]} is no part of a slice" for field in arrays if field not in SHAPES]
+    for field, ndim in SHAPES.items():
+        leaf = arrays.get(field)
+        if leaf is not None and (leaf.dtype != np.float32 or leaf.ndim != ndim):
+            problems.append(f"{field} must be float32 of {ndim} dimensions, is {leaf.dtype} {list(leaf.shape)}")
     if not problems and arrays["kernel"].shape[1:] != arrays["bias"].shape:
-        shapes = [list(arrays[field].shape) for field in ("kernel", "bias")]
-        problems.append(f"kernel {shapes[0]} and bias {shapes[1]} have different numbers of classes")
-    raise_all(sorted(problems), f"slice {name} is damaged:" if problems else "")
+        kernel, bias = list(arrays["kernel"].shape), list(arrays["bias"].shape)
+        problems.append(f"kernel {kernel} and bias {bias} have different numbers of classes")
+    if architecture:
+        problems += [f"backbone: {line}" for line in array_problems(architecture, own)]
+    raise_all(sorted(problems), f"slice {name} is damaged:")
     return Slice(**arrays, backbone=from_flat(architecture, own, name) if architecture else None)
 
 
@@ -97,7 +102,7 @@ def init_slice(
         tuning: settings.
         architecture: of the backbone.
         classes: Y.
-        mapping: Y features, each the logit of a class; empty: a head of its own.
+        mapping: Y features, each the logit of a class, as `noise_activation` chooses them; empty: a head of its own.
     """
     key_prompt, key_head = jax.random.split(key)
     n = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
@@ -109,6 +114,34 @@ def init_slice(
     if mapping:
         kernel = jnp.zeros_like(kernel).at[np.array(mapping), np.arange(classes)].set(1.0)
     return Slice(prompt, kernel, jnp.zeros((classes,)))
+
+
+def noise_activation(backbone: Backbone, classes: int) -> tuple[int, ...]:
+    """Features that stand for classes where prompts are tuned without a head (DAM-VP, head-missing).
+
+    The Y features with the largest standard deviation over 512 images of Gaussian noise, in ascending order. No label
+    is looked at and nothing is learnt: a prompt then has to move the image until the right one is the largest.
+
+    Args:
+        backbone: the frozen network; the noise is drawn as its normalised input, N(0, 1).
+        classes: Y.
+
+    Raises:
+        UserError: the backbone has fewer features than there are classes.
+    """
+    config = backbone.config
+    if classes > config.feature_size:
+        raise UserError(
+            f"--config.tuning.method=prompt: {classes} classes need a feature each, the backbone has"
+            f" {config.feature_size}; use prompt+head"
+        )
+    features = jax.jit(functools.partial(backbone_lib.features, config))
+    shape = (NOISE_IMAGES, config.image_size, config.image_size, config.channels)
+    noise = philox(0, "noise activation").standard_normal(shape, np.float32)
+    batches = [noise[start : start + NOISE_BATCH] for start in range(0, NOISE_IMAGES, NOISE_BATCH)]
+    values = np.concatenate([features(backbone.params, batch) for batch in batches])
+    strongest = np.argsort(-values.std(axis=0), kind="stable")[:classes]
+    return tuple(sorted(strongest.tolist()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,12 +152,12 @@ def _solve(tuning_spec: TuningSpec, jobs: Sequence[Job], features: np.ndarray, l
         for job in jobs:
             start = time.perf_counter()
             members, targets = features[job.rows], labels[job.rows]
-            if tuning.expand or len(job.rows) < closed_form.TALLIED:  # cosines have other bits in another company
-                slice_, loss = closed_form.solve(tuning, members, targets, tuning_spec.classes)
+            if tuning.expand or len(job.rows) < closed_form.KEPT_FROM:  # cosines have other bits in another company
+                slice_, loss = closed_form.solve_members(tuning, members, targets, tuning_spec.classes)
                 yield solved(job, slice_, loss, start)
             else:
-                sums = closed_form.kept_sums(members, targets, job.rows, tuning_spec.classes)
-                yield solved(job, *closed_form.head(tuning, sums.total), start, sums)
+                sums = closed_form.keep_sums(members, targets, job.rows, tuning_spec.classes)
+                yield solved(job, *closed_form.solve(tuning, sums.total), start, sums)
             bar.advance(1)
 
 

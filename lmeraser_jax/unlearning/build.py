@@ -19,7 +19,7 @@ from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest, SliceKind, images_of
 from lmeraser_jax.training import waves
-from lmeraser_jax.training.closed_form import head, load_sums
+from lmeraser_jax.training.closed_form import load_sums, solve
 from lmeraser_jax.training.jobs import Target
 from lmeraser_jax.training.lanes import efficiency
 from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
@@ -220,12 +220,12 @@ def _subtract(run: Run, wanted: Plan, tuning_spec: TuningSpec, target: Target, l
     sums, file = load_sums(run.layout.slice(old.digest)), run.feature_file()
     if sums is None or not len(file):
         return False
-    if arrays_digest(checkpoints.flatten(head(tuning, sums.total)[0])) != old.params_digest:
+    if arrays_digest(checkpoints.flatten(solve(tuning, sums.total)[0])) != old.params_digest:
         return False
     sums = sums.without(target.job.rows, labels, file.view())
     if sums is None:
         return False
-    tuned = solved(target.job, *head(tuning, sums.total), start, sums)
+    tuned = solved(target.job, *solve(tuning, sums.total), start, sums)
     written = write_slice(run.layout.slices, target, tuned, (), run.fingerprint, tuning)
     if written.failed_at is None:
         register(run, wanted, written)

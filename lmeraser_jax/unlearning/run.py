@@ -38,9 +38,8 @@ from lmeraser_jax.storage.workdir import Layout, read_config, writer_lock
 from lmeraser_jax.training import tune, waves
 from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
 from lmeraser_jax.training.fingerprint import fingerprint
-from lmeraser_jax.training.label_mapping import noise_activation
 from lmeraser_jax.training.multihost import ALONE, Processes
-from lmeraser_jax.training.slices import NOT_IN_RECIPE, RecipeConstants
+from lmeraser_jax.training.slices import NOT_IN_RECIPE, RecipeConstants, noise_activation
 from lmeraser_jax.training.train_step import TuningSpec, mesh_of
 
 FREE = ("inference", "checkpoints")  # settings that no published number depends on

@@ -19,8 +19,7 @@ from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.experiments.costs import passes
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import closed_form, clustering, train_step, tune
-from lmeraser_jax.training.label_mapping import noise_activation
-from lmeraser_jax.training.slices import place_prompt
+from lmeraser_jax.training.slices import noise_activation, place_prompt
 from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.audit import audit, differences, state
@@ -202,8 +201,8 @@ def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
     with small_run(folder, config=config) as run:
         records, images = run.catalog.live("train"), run.images[run.catalog.live("test").rows]
         features = run.features(records)
-        head, _ = closed_form.solve(config.common, features, records.labels, 10)
-        plain = closed_form.expanded(run.extractor()(images), config.common.expand)
+        head, _ = closed_form.solve_members(config.common, features, records.labels, 10)
+        plain = closed_form.expand(run.extractor()(images), config.common.expand)
         together = np.asarray(jax.nn.softmax(plain @ head.kernel + head.bias, axis=-1))
         found = {}
         for weight in (0.0, 0.3, 1.0):

@@ -36,75 +36,69 @@ def members(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def test_ridge_is_that_of_scikit_learn():
     features, labels = members(200)
-    rounded = closed_form.fixed_point(features) / closed_form.STEPS
+    rounded = closed_form.to_fixed_point(features) / closed_form.SCALE
     penalty, onehot = 0.3, np.eye(CLASSES)[labels]
     scaler = StandardScaler().fit(rounded)
     known = Ridge(alpha=penalty * len(labels)).fit(scaler.transform(rounded), onehot)
-    found, _ = closed_form.ridge(closed_form.sums(features, labels, CLASSES), penalty)
+    head, _ = closed_form.ridge(closed_form.add_up(features, labels, CLASSES), penalty)
     wanted = closed_form.SHARPNESS * known.predict(scaler.transform(rounded))
-    np.testing.assert_allclose(rounded @ found.kernel + found.bias, wanted, atol=2e-5)
+    np.testing.assert_allclose(rounded @ head.kernel + head.bias, wanted, atol=2e-5)
 
 
 def test_the_nearest_class_mean_is_that_of_scikit_learn():
     features, labels = members(300)
-    wanted, _ = members(500, seed=1)
-    known = NearestCentroid().fit(closed_form.fixed_point(features), labels)
-    found, _ = closed_form.solve(Tuning(method="ncm"), features, labels, CLASSES)
-    rounded = closed_form.fixed_point(wanted)
-    answers = (rounded / closed_form.STEPS @ found.kernel + found.bias).argmax(axis=1)
+    others, _ = members(500, seed=1)
+    known = NearestCentroid().fit(closed_form.to_fixed_point(features), labels)
+    head, _ = closed_form.solve_members(Tuning(method="ncm"), features, labels, CLASSES)
+    rounded = closed_form.to_fixed_point(others)
+    answers = (rounded / closed_form.SCALE @ head.kernel + head.bias).argmax(axis=1)
     np.testing.assert_array_equal(answers, known.predict(rounded))
 
 
 def test_a_class_without_members_is_never_the_answer():
     features, labels = members(60)
-    kept = labels != 2
-    for what in ("ncm", "ridge"):
-        part, _ = closed_form.solve(Tuning(method=what), features[kept], labels[kept], CLASSES)
-        assert not ((features @ part.kernel + part.bias).argmax(axis=1) == 2).any(), what
+    others = labels != 2
+    for method in ("ncm", "ridge"):
+        head, _ = closed_form.solve_members(Tuning(method=method), features[others], labels[others], CLASSES)
+        assert not ((features @ head.kernel + head.bias).argmax(axis=1) == 2).any(), method
 
 
-@given(st.integers(1, 40), st.integers(0, 39), st.integers(0, 1000))
-def test_what_is_left_after_removals_is_what_there_would_have_been(kept, gone, seed):
-    features, labels = members(kept + gone, seed)
-    order = np.random.default_rng(seed).permutation(kept + gone)
-    features, labels = features * 37.7, labels  # some beyond the largest
-    whole = closed_form.sums(features[order], labels[order], CLASSES)
-    left = whole - closed_form.sums(features[kept:], labels[kept:], CLASSES)
-    fresh = closed_form.sums(features[:kept], labels[:kept], CLASSES)
-    for field in ("products", "by_class", "counts"):
-        assert getattr(left, field).tobytes() == getattr(fresh, field).tobytes(), field
-    for what in ("ridge", "ncm"):
-        direct, _ = closed_form.solve(Tuning(method=what), features[:kept], labels[:kept], CLASSES)
-        again, _ = closed_form.solve(Tuning(method=what), features[:kept][::-1], labels[:kept][::-1], CLASSES)
-        assert all(a.tobytes() == b.tobytes() for a, b in zip(direct[:3], again[:3], strict=True)), what
+def assert_same_sums(sums: closed_form.Sums, expected: closed_form.Sums) -> None:
+    for name in ("products", "by_class", "counts"):
+        assert getattr(sums, name).tobytes() == getattr(expected, name).tobytes(), name
 
 
-def test_sums_of_any_piece_size_are_the_same_bits(monkeypatch):
+def test_sums_are_the_same_bits_in_any_order_and_in_any_chunks(monkeypatch):
     features, labels = members(101)
-    whole = closed_form.sums(features, labels, CLASSES)
-    monkeypatch.setattr(closed_form, "PIECE", 7)
-    pieces = closed_form.sums(features, labels, CLASSES)
-    assert np.array_equal(whole.products, pieces.products) and np.array_equal(whole.by_class, pieces.by_class)
+    whole = closed_form.add_up(features, labels, CLASSES)
+    order = np.random.default_rng(0).permutation(101)
+    assert_same_sums(closed_form.add_up(features[order], labels[order], CLASSES), whole)
+    for method in ("ridge", "ncm"):
+        head, _ = closed_form.solve_members(Tuning(method=method), features, labels, CLASSES)
+        shuffled, _ = closed_form.solve_members(Tuning(method=method), features[order], labels[order], CLASSES)
+        assert all(a.tobytes() == b.tobytes() for a, b in zip(head[:3], shuffled[:3], strict=True)), method
+    monkeypatch.setattr(closed_form, "CHUNK", 7)
+    assert_same_sums(closed_form.add_up(features, labels, CLASSES), whole)
 
 
-def test_float64_holds_every_sum_of_a_piece():
-    largest = (closed_form.LARGEST * closed_form.STEPS) ** 2 * closed_form.PIECE
+def test_float64_holds_every_sum_of_a_chunk():
+    largest = (closed_form.LARGEST * closed_form.SCALE) ** 2 * closed_form.CHUNK
     assert largest < 2**53
 
 
-def test_the_loss_is_what_the_formula_makes_small():
+def test_the_loss_is_the_number_that_the_formula_minimises():
     """Ridge: the squared error on one-hot labels; nearest class mean: the squared distance to one's own mean."""
     features, labels = members(50)
-    part, loss = closed_form.solve(Tuning(method="ridge"), features, labels, CLASSES)
-    rounded, onehot = closed_form.fixed_point(features) / closed_form.STEPS, np.eye(CLASSES)[labels]
-    wrong = (rounded @ part.kernel.astype(np.float64) + part.bias) / closed_form.SHARPNESS - onehot
+    head, loss = closed_form.solve_members(Tuning(method="ridge"), features, labels, CLASSES)
+    rounded, onehot = closed_form.to_fixed_point(features) / closed_form.SCALE, np.eye(CLASSES)[labels]
+    wrong = (rounded @ head.kernel.astype(np.float64) + head.bias) / closed_form.SHARPNESS - onehot
     assert loss == pytest.approx((wrong**2).sum(axis=1).mean(), rel=1e-4)
-    part, loss = closed_form.solve(Tuning(method="ncm"), features, labels, CLASSES)
+    head, loss = closed_form.solve_members(Tuning(method="ncm"), features, labels, CLASSES)
     own = np.stack([rounded[labels == y].mean(axis=0) for y in range(CLASSES)])[labels]
     assert loss == pytest.approx(((rounded - own) ** 2).sum(axis=1).mean())
 
 
-class Read:
+class Watched:
     """Features that note which rows are read."""
 
     def __init__(self, values):
@@ -119,51 +113,50 @@ class Read:
 
 
 @given(st.integers(1, 40), st.integers(0, 30), st.integers(0, 30), st.integers(0, 1000))
-def test_a_tally_without_members_is_that_of_the_others_and_reads_only_those_who_go(kept, gone, strangers, seed):
-    everyone = kept + gone + strangers
-    features, labels = members(everyone, seed)
+def test_sums_after_a_subtraction_are_those_of_the_others_and_read_only_the_removed(left, removed, strangers, seed):
+    count = left + removed + strangers
+    features, labels = members(count, seed)
     features = features * 37.7  # some beyond the largest
-    rows = np.random.default_rng(seed).permutation(everyone).astype(np.int32)[: kept + gone]
-    stays = np.sort(np.random.default_rng(seed + 1).permutation(kept + gone)[:kept])
-    whole = closed_form.kept_sums(features[rows], labels[rows], rows, CLASSES)
-    read = Read(features)
-    left = whole.without(rows[stays], labels, read)
-    fresh = closed_form.kept_sums(features[rows[stays]], labels[rows[stays]], rows[stays], CLASSES)
-    for name in ("products", "by_class", "counts"):
-        assert getattr(left.total, name).tobytes() == getattr(fresh.total, name).tobytes(), name
-    assert all(np.array_equal(getattr(left, name), getattr(fresh, name)) for name in ("rows", "labels", "checks"))
-    assert sorted(read.rows) == sorted(set(rows.tolist()) - set(rows[stays].tolist())) and len(read.rows) == gone
+    rows = np.random.default_rng(seed).permutation(count).astype(np.int32)[: left + removed]
+    remaining = rows[np.sort(np.random.default_rng(seed + 1).permutation(left + removed)[:left])]
+    watched = Watched(features)
+    sums = closed_form.keep_sums(features[rows], labels[rows], rows, CLASSES).without(remaining, labels, watched)
+    fresh = closed_form.keep_sums(features[remaining], labels[remaining], remaining, CLASSES)
+    assert_same_sums(sums.total, fresh.total)
+    assert all(np.array_equal(getattr(sums, name), getattr(fresh, name)) for name in ("rows", "labels", "checksums"))
+    assert sorted(watched.rows) == sorted(set(rows.tolist()) - set(remaining.tolist()))
 
 
 def test_a_subtraction_that_would_not_be_exact_is_refused():
     features, labels = members(20)
     rows = np.arange(15, dtype=np.int32)
-    whole = closed_form.kept_sums(features[rows], labels[rows], rows, CLASSES)
+    whole = closed_form.keep_sums(features[rows], labels[rows], rows, CLASSES)
     other_labels, other_features = labels.copy(), features.copy()
     other_labels[3] = (labels[3] + 1) % CLASSES
     other_features[14, 0] = np.nextafter(features[14, 0], np.float32(9))
     assert whole.without(rows[:14], labels, features) is not None
-    assert whole.without(rows[:14], other_labels, features) is None, "who stays has another label"
-    assert whole.without(rows[:14], labels, other_features) is None, "who goes has another feature"
+    assert whole.without(rows[:14], other_labels, features) is None, "a remaining member has another label"
+    assert whole.without(rows[:14], labels, other_features) is None, "the removed member has another feature"
     assert whole.without(rows[:13], labels, features[:14]) is None, "a row that is not there"
-    assert whole.without(np.array([0, 1, 17], np.int32), labels, features) is None, "somebody joined"
+    assert whole.without(np.array([0, 1, 17], np.int32), labels, features) is None, "a member was added"
     assert whole.without(rows[:14][::-1], labels, features) is None, "another order of ids"
 
 
-def test_a_tally_is_read_back_or_not_at_all(tmp_path):
+def test_sums_are_read_back_or_not_at_all(tmp_path):
     features, labels = members(30)
-    whole = closed_form.kept_sums(features, labels, np.arange(30, dtype=np.int32), CLASSES)
+    whole = closed_form.keep_sums(features, labels, np.arange(30, dtype=np.int32), CLASSES)
     assert closed_form.load_sums(tmp_path) is None
     closed_form.save_sums(tmp_path, whole)
-    found = closed_form.load_sums(tmp_path)
-    assert np.array_equal(found.total.products, whole.total.products) and np.array_equal(found.checks, whole.checks)
+    read = closed_form.load_sums(tmp_path)
+    assert_same_sums(read.total, whole.total)
+    assert np.array_equal(read.checksums, whole.checksums)
     (file,) = tmp_path.iterdir()
     content = file.read_bytes()
-    for place in range(0, len(content), 97):  # a bit that turns is noticed, or was no number's
+    for place in range(0, len(content), 97):  # a flipped bit is noticed, or is in no number
         file.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-        turned = closed_form.load_sums(tmp_path)
-        for name in ("products", "by_class", "counts"):
-            assert turned is None or np.array_equal(getattr(turned.total, name), getattr(whole.total, name))
+        flipped = closed_form.load_sums(tmp_path)
+        if flipped is not None:
+            assert_same_sums(flipped.total, whole.total)
     file.write_bytes(content[: len(content) // 2])
     assert closed_form.load_sums(tmp_path) is None
 
@@ -171,14 +164,17 @@ def test_a_tally_is_read_back_or_not_at_all(tmp_path):
 def test_random_cosines_approximate_the_kernel_of_directions():
     """Mean of products of cosines -> half the Gaussian kernel of the features' directions (Rahimi and Recht)."""
     features, _ = members(20)
-    found = closed_form.expanded(features, 20_000)
-    assert np.array_equal(found[:, :WIDTH], features)
+    expanded = closed_form.expand(features, 20_000)
+    assert np.array_equal(expanded[:, :WIDTH], features)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     gaps = ((unit[:, None] - unit[None]) ** 2).sum(axis=-1)
-    kernel = found[:, WIDTH:] @ found[:, WIDTH:].T / 20_000
+    kernel = expanded[:, WIDTH:] @ expanded[:, WIDTH:].T / 20_000
     np.testing.assert_allclose(kernel, 0.5 * np.exp(-0.5 * closed_form.BANDWIDTH**2 * gaps), atol=0.03)
-    on_device = closed_form.expanded(jnp.asarray(features), 50)
-    np.testing.assert_allclose(on_device, closed_form.expanded(features, 50), atol=1e-5)
+    on_device = closed_form.expand(jnp.asarray(features), 50)
+    np.testing.assert_allclose(on_device, closed_form.expand(features, 50), atol=1e-5)
+
+
+# -- in a workdir --
 
 
 @pytest.fixture(scope="module")
@@ -186,61 +182,72 @@ def trained(tmp_path_factory):
     """A workdir with a ridge head of all records, whose sums are kept."""
     root = tmp_path_factory.mktemp("ridge") / "run"
     with pytest.MonkeyPatch.context() as patch, small_run(root, config=RIDGE) as run:
-        patch.setattr(closed_form, "TALLIED", 1)
+        patch.setattr(closed_form, "KEPT_FROM", 1)
         build(run)
     return root
 
 
 @pytest.fixture
-def summed(monkeypatch):
-    """How many members each call of `sums` added up."""
-    counts, sums = [], closed_form.sums
-    monkeypatch.setattr(closed_form, "TALLIED", 1)
-    monkeypatch.setattr(closed_form, "sums", lambda x, *rest: counts.append(len(x)) or sums(x, *rest))
+def workdir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def added_up(monkeypatch):
+    """How many members each call of `add_up` had."""
+    counts, add_up = [], closed_form.add_up
+
+    def watched(features, labels, classes):
+        counts.append(len(features))
+        return add_up(features, labels, classes)
+
+    monkeypatch.setattr(closed_form, "KEPT_FROM", 1)
+    monkeypatch.setattr(closed_form, "add_up", watched)
     return counts
 
 
-def tallies(run):
-    return sorted(path.parent.name for path in run.layout.slices.glob(f"*/{closed_form.TALLY}"))
+def slices_with_sums(run):
+    return sorted(path.parent.name for path in run.layout.slices.glob(f"*/{closed_form.SUMS_FILE}"))
 
 
-def test_an_erasure_subtracts_and_gives_the_bits_of_never_having_had_them(trained, tmp_path, summed, monkeypatch):
-    shutil.copytree(trained, tmp_path / "run")
-    everyone = []
-    with small_run(tmp_path / "run", config=RIDGE) as run:
-        records, features = run.catalog.live("train").ids, Run.features
+def test_an_erasure_subtracts_and_gives_the_bits_of_never_having_had_them(workdir, tmp_path, added_up, monkeypatch):
+    def no_features(run, table):
+        raise AssertionError("other records' features are read")
+
+    with small_run(workdir, config=RIDGE) as run:
+        records = run.catalog.live("train").ids
         with monkeypatch.context() as patch:
-            patch.setattr(Run, "features", lambda run, table: everyone.append(len(table)) or features(run, table))
+            patch.setattr(Run, "features", no_features)
             for names in (records[3:4], records[40:45]):
                 erase.request_erasure(run, names)
-                assert tallies(run) == [run.catalog.manifest().entries[key] for key in run.catalog.manifest().entries]
-        assert summed == [1, 5] and not everyone, "nobody else's features are read"
-        found = state(run)
+                assert slices_with_sums(run) == sorted(run.catalog.manifest().entries.values())
+        assert added_up == [1, 5]
+        after = state(run)
         assert audit(run).ok and not purge.leftovers(run)
-    gone = {*records[3:4], *records[40:45]}
-    with small_run(tmp_path / "fresh", without(small_source(), gone), RIDGE) as run:
+    erased = {*records[3:4], *records[40:45]}
+    with small_run(tmp_path / "fresh", without(small_source(), erased), RIDGE) as run:
         build(run)
-        assert summed[-1] == len(records) - 6 and differences(found, state(run)) == []
+        assert added_up[-1] == len(records) - 6 and differences(after, state(run)) == []
 
 
-def no_tally(run):
-    (path,) = run.layout.slices.glob(f"*/{closed_form.TALLY}")
+def remove_sums(run):
+    (path,) = run.layout.slices.glob(f"*/{closed_form.SUMS_FILE}")
     path.unlink()
 
 
-def other_tally(run, **sums):
+def replace_sums(run, **arrays):
     """Readable sums that are not those of the slice."""
-    (path,) = run.layout.slices.glob(f"*/{closed_form.TALLY}")
-    kept = closed_form.load_sums(path.parent)
-    total = dataclasses.replace(kept.total, **sums) if sums else kept.total + kept.total
-    closed_form.save_sums(path.parent, dataclasses.replace(kept, total=total))
+    (path,) = run.layout.slices.glob(f"*/{closed_form.SUMS_FILE}")
+    sums = closed_form.load_sums(path.parent)
+    total = dataclasses.replace(sums.total, **arrays) if arrays else sums.total + sums.total
+    closed_form.save_sums(path.parent, dataclasses.replace(sums, total=total))
 
 
-def other_products(run):
-    other_tally(run, products=2**20 * np.eye(16, dtype=np.int64))
+def replace_products(run):
+    replace_sums(run, products=2**20 * np.eye(16, dtype=np.int64))
 
 
-def rotten_feature(run):
+def change_feature(run):
     """Of the record that is going to be erased."""
     (path,) = run.layout.records.glob("features-*.f32")
     view = RowFile(path, (16,), np.float32).view("r+")
@@ -248,35 +255,36 @@ def rotten_feature(run):
     view.flush()
 
 
-def another_program(run):
-    run.catalog.db.execute("UPDATE slices SET program='another'")
+def change_fingerprint(run):
+    run.catalog.db.execute("UPDATE slices SET fingerprint='another'")
 
 
-def other_settings(run):
+def change_settings(run):
     run.catalog.db.execute("UPDATE slices SET tuning=replace(tuning, '\"penalty\":0.1', '\"penalty\":0.2')")
 
 
 @pytest.mark.parametrize(
-    "harm", [no_tally, other_tally, other_products, rotten_feature, another_program, other_settings]
+    "change", [remove_sums, replace_sums, replace_products, change_feature, change_fingerprint, change_settings]
 )
-def test_what_cannot_be_subtracted_exactly_is_added_up_again(trained, tmp_path, summed, harm):
-    shutil.copytree(trained, tmp_path / "run")
-    with small_run(tmp_path / "run", config=RIDGE) as run:
-        harm(run)
+def test_sums_from_which_nothing_can_be_subtracted_exactly_are_added_up_again(workdir, added_up, change):
+    with small_run(workdir, config=RIDGE) as run:
+        change(run)
         erase.request_erasure(run, run.catalog.live("train").ids[7:8])
-        assert summed[-1] == 99 and audit(run).ok
+        assert added_up[-1] == 99 and audit(run).ok
 
 
-def test_a_kill_before_the_sums_are_kept_costs_one_sum(trained, tmp_path, summed, monkeypatch):
-    shutil.copytree(trained, tmp_path / "run")
-    with small_run(tmp_path / "run", config=RIDGE) as run:
+def test_a_kill_before_the_sums_are_written_costs_adding_up_once(workdir, added_up, monkeypatch):
+    def kill(*_):
+        raise KeyboardInterrupt
+
+    with small_run(workdir, config=RIDGE) as run:
         records = run.catalog.live("train").ids
         with monkeypatch.context() as patch:
-            patch.setattr(closed_form, "save_sums", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+            patch.setattr(closed_form, "save_sums", kill)
             with pytest.raises(KeyboardInterrupt):
                 erase.request_erasure(run, records[:1])
-    with small_run(tmp_path / "run", config=RIDGE) as run:
-        assert build(run).adopted == 1 and not tallies(run)
+    with small_run(workdir, config=RIDGE) as run:
+        assert build(run).adopted == 1 and not slices_with_sums(run)
         erase.request_erasure(run, records[1:2])
         erase.request_erasure(run, records[2:3])
-        assert summed == [1, len(records) - 2, 1] and audit(run).ok
+        assert added_up == [1, len(records) - 2, 1] and audit(run).ok

@@ -21,7 +21,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import statistics
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.training.closed_form import expanded
+from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
@@ -142,7 +142,7 @@ def _logits_program(tuning_spec: TuningSpec, mesh: Mesh):
         inputs = centred(images, tuning_spec.image_spec)
         if tuning_spec.on_features:
             features = backbone_lib.features(tuning_spec.architecture, params, inputs)
-            inputs = expanded(features, tuning_spec.tuning.expand)
+            inputs = expand(features, tuning_spec.tuning.expand)
         return jax.vmap(logits_of_one, in_axes=(None, None, 0))(params, inputs, slices)
 
     axis = P(mesh.axis_names[0])
