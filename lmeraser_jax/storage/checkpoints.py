@@ -6,7 +6,6 @@ every array as Zarr into an OCDBT database. Neither JAX nor Orbax is loaded to r
 """
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -180,9 +179,16 @@ def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":
     import jax
     import orbax.checkpoint as ocp
 
-    handlers = {"arrays": ocp.StandardCheckpointHandler(), "metadata": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(create=True, max_to_keep=keep, enable_async_checkpointing=False)
-    if jax.process_count() > 1:  # process 0 alone writes: Orbax must not wait for the others
+    # Process 0 of several writes alone: Orbax must neither wait for the others nor make folders together with them.
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
-        options = dataclasses.replace(options, multiprocessing_options=alone)
+    handlers = {
+        "arrays": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        "metadata": ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    options = ocp.CheckpointManagerOptions(
+        create=False, max_to_keep=keep, enable_async_checkpointing=False, multiprocessing_options=alone
+    )
     return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)

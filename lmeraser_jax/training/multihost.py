@@ -8,6 +8,7 @@ catalog and writes, so a process that wakes up late has nothing to write to.
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 import sys
@@ -23,10 +24,13 @@ from jax.experimental import multihost_utils
 from lmeraser_jax.errors import UserError
 
 HEARTBEAT = 10  # seconds without a sign of life after which a process counts as lost
+LONGEST_WAIT = 30 * 24 * 3600 * 1000  # milliseconds
 WATCH = 1.0  # seconds between two looks at the others
 LOST = 2  # exit code
 AGAIN = "start the same command again, with any number of processes: it goes on from the slices that are written"
 Arrays = dict[str, np.ndarray]
+_ended = threading.Event()
+_rounds = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +60,32 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     processes = Processes(jax.process_index(), jax.process_count())
     if processes.count > 1:
         threading.Thread(target=_watch, args=(processes,), daemon=True).start()
+        with _together():  # now: Gloo would not wait for process 0 to import or to pretrain
+            multihost_utils.sync_global_devices("start")
     return processes
+
+
+def _service() -> Any:
+    """The client of JAX's coordination service, for which JAX has no public name."""
+    from jax._src import distributed
+
+    return distributed.global_state.client
+
+
+def _lost(processes: Processes) -> list[int]:
+    """Indices of the processes that the coordination service does not hear any more."""
+    indices = list(range(processes.count))
+    try:
+        return sorted(set(indices) - set(_service().get_live_nodes(indices)))
+    except jax.errors.JaxRuntimeError:
+        return [0]  # it runs the service
 
 
 def _watch(processes: Processes) -> None:
     """Ends this process with one line as soon as another one is lost, also while a collective waits for it."""
-    from jax._src import distributed  # JAX has no public name for the list of live processes
-
-    client, indices = distributed.global_state.client, list(range(processes.count))
-    while client is not None:
-        time.sleep(WATCH)
-        try:
-            lost = sorted(set(indices) - set(client.get_live_nodes(indices)))
-        except jax.errors.JaxRuntimeError:
-            lost = [0]  # it keeps the list
-        if lost:
+    while not _ended.wait(WATCH):
+        lost = _lost(processes)
+        if lost and not _ended.is_set():
             _give_up(f"process {', '.join(map(str, lost))} of {processes.count} was lost")
 
 
@@ -104,8 +119,12 @@ def exchange(arrays: Mapping[str, np.ndarray]) -> list[Arrays]:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """A collective that fails means that a process is lost, which `_watch` may not know yet."""
+    """Waits for all processes, then runs a collective; one that fails means that a process is lost.
+
+    The collective itself would not wait longer than half an hour for a process that imports, pretrains or tunes.
+    """
     try:
+        _service().wait_at_barrier(f"lmeraser_jax/{next(_rounds)}", LONGEST_WAIT)
         yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         _give_up(f"a process was lost ({str(error).splitlines()[0][:200]})")
@@ -132,8 +151,13 @@ def _padded(raw: np.ndarray, size: int) -> np.ndarray:
 
 
 def end(processes: Processes) -> None:
-    """Ends the command: process 0 tells the others, and all wait until every process knows it."""
+    """Ends the command: process 0 tells the others, all wait until every process knows it, process 0 leaves last."""
     if processes.index == 0:
         broadcast({"name": "end"})
+    _ended.set()
     with _together():
         multihost_utils.sync_global_devices("end")
+    deadline = time.monotonic() + HEARTBEAT
+    while processes.index == 0 and len(_lost(processes)) < processes.count - 1 and time.monotonic() < deadline:
+        time.sleep(0.05)  # leaving before them would abort them: it runs JAX's coordination service
+    jax.distributed.shutdown()
