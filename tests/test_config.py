@@ -18,7 +18,7 @@ from lmeraser_jax.errors import UserError
 AT_LEAST_1 = (
     "data.image_size data.max_pixels backbone.patch backbone.width backbone.depth pretraining.batch "
     "pretraining.checkpoint_epochs clustering.sample_size clustering.feature_batch clustering.shards tuning.epochs "
-    "tuning.slices tuning.batch tuning.lanes tuning.scan_steps checkpoints.keep inference.batch"
+    "tuning.batch tuning.lanes tuning.scan_steps checkpoints.keep inference.batch"
 ).split()
 SHARES = "data.holdout data.test_share tuning.warmup pretraining.warmup tuning.momentum".split()
 CHOICES = {
@@ -29,7 +29,7 @@ CHOICES = {
     "pretraining.augment": ("none", "crop", "flip", "paper"),
     "clustering.partition": ("adaptive", "random", "one"),
     "clustering.sample_from": ("private", "public"),
-    "tuning.method": ("prompt+head", "prompt", "prompts+one head", "head", "backbone", "ridge", "ncm"),
+    "tuning.method": ("prompt+head", "prompt", "head", "backbone", "ridge", "ncm"),
     "tuning.optimizer": ("sgd", "adam"),
     "tuning.dtype": ("auto", "float32", "bfloat16"),
     "common.method": ("none", "ridge", "ncm"),
@@ -147,7 +147,6 @@ def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
         "tuning.penalty=0.0: must be above 0": tree(tuning__method="ridge", tuning__penalty=0.0),
         "common.penalty=0.0: must be above 0": tree(common__method="ridge", common__penalty=0.0),
         "tuning.expand=8: must be 0 for tuning.method=prompt+head": tree(tuning__expand=8),
-        "tuning.slices=2: must be 1 for tuning.method=ncm": tree(tuning__slices=2, tuning__method="ncm"),
         "inference.common_weight=1.5: must be at most 1": tree(inference__common_weight=1.5),
     }
     for message, settings_ in conflicts.items():
