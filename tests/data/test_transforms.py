@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 
 import jax
 import numpy as np
@@ -13,15 +14,7 @@ from lmeraser_jax.data.transforms import ImageSpec, augmented, centred, resize_m
 from lmeraser_jax.models import zoo
 
 # height, width, channels, size, resize: shrunk and enlarged, wide and high, with and without a border to crop
-SHAPES = [
-    (20, 20, 1, 8, 8),
-    (8, 8, 1, 16, 16),
-    (30, 21, 3, 8, 8),
-    (21, 30, 3, 12, 14),
-    (10, 13, 1, 16, 18),
-    (64, 40, 3, 24, 27),
-    (9, 25, 3, 9, 9),
-]
+SHAPES = [(20, 20, 1, 8, 8), (30, 21, 3, 8, 8), (21, 30, 3, 12, 14), (10, 13, 1, 16, 18), (9, 25, 3, 9, 9)]
 
 
 def spec_of(height, width, channels, size, resize, **more) -> ImageSpec:
@@ -72,12 +65,6 @@ def test_centred_is_pillows_resize_and_centre_crop(shape):
         assert np.abs(mine - rounded).max() <= 2.0
 
 
-def test_equal_sizes_change_nothing_but_the_scale():
-    spec = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
-    images = pixels_of(spec, 4)
-    np.testing.assert_allclose(np.asarray(centred(images, spec)), (images / 255.0 - 0.4) / 0.25, atol=1e-6)
-
-
 def test_each_channel_has_its_own_normalisation():
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     spec = spec_of(21, 30, 3, 12, 14, mean=mean, std=std, augment="paper")
@@ -86,16 +73,15 @@ def test_each_channel_has_its_own_normalisation():
     for run in (lambda spec: centred(images, spec), lambda spec: augmented(images, spec, key)):
         got, scaled = np.asarray(run(spec)), np.asarray(run(plain))
         assert np.ptp(scaled) <= 1.0
-        for channel in range(3):
-            want = (scaled[..., channel] - mean[channel]) / std[channel]
-            np.testing.assert_allclose(got[..., channel], want, atol=1e-5)
+        np.testing.assert_allclose(got, (scaled - np.float32(mean)) / np.float32(std), atol=1e-5)
 
 
-def test_one_number_normalises_every_channel():
+def test_one_number_normalises_every_channel_and_equal_sizes_change_nothing_else():
     one = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
     three = dataclasses.replace(one, mean=(0.4,) * 3, std=(0.25,) * 3)
     images = pixels_of(one, 2)
     np.testing.assert_array_equal(np.asarray(centred(images, one)), np.asarray(centred(images, three)))
+    np.testing.assert_allclose(np.asarray(centred(images, one)), (images / 255.0 - 0.4) / 0.25, atol=1e-6)
 
 
 def test_resize_matrix_rows_are_averages():
@@ -130,7 +116,6 @@ def test_no_augmentation_is_the_centre_crop_bit_for_bit():
     spec = spec_of(21, 30, 3, 12, 14, augment="none")
     images = pixels_of(spec, 3)
     plain = np.asarray(centred(images, spec))
-    np.testing.assert_array_equal(np.asarray(augmented(images, spec, jax.random.key(0))), plain)
     np.testing.assert_array_equal(np.asarray(augmented(images, spec, jax.random.key(1))), plain)
 
 
@@ -149,36 +134,34 @@ def candidates(image: np.ndarray, spec: ImageSpec) -> dict[tuple[int, int, bool]
             pad = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
             full = np.pad(full, pad, mode="edge")
             starts.append(list(range(2 * reach + 1)))
-    found = {}
-    for top in starts[0]:
-        for left in starts[1]:
-            crop = full[top : top + size, left : left + size]
-            found[top, left, False] = crop
-            if spec.augment in ("flip", "paper"):
-                found[top, left, True] = crop[:, ::-1]
-    return found
+    crops = {}
+    for top, left in itertools.product(*starts):
+        crops[top, left, False] = full[top : top + size, left : left + size]
+        if spec.augment in ("flip", "paper"):
+            crops[top, left, True] = crops[top, left, False][:, ::-1]
+    return crops
 
 
 def choices(images: np.ndarray, spec: ImageSpec, key: jax.Array) -> tuple[list[tuple[int, int, bool]], set]:
     """Which candidate each augmented image is (it must be exactly one), and all candidates' names."""
     chosen, names = [], set()
     for image, got in zip(images, levels(augmented(images, spec, key), spec), strict=True):
-        every = candidates(image, spec)
-        close = [name for name, pixels in every.items() if np.abs(pixels - got).max() < 2e-3]
-        assert len(close) == 1, f"{len(close)} of {len(every)} possible crops match"
+        crops = candidates(image, spec)
+        close = [name for name, pixels in crops.items() if np.abs(pixels - got).max() < 2e-3]
+        assert len(close) == 1, f"{len(close)} of {len(crops)} possible crops match"
         chosen += close
-        names |= every.keys()
+        names |= crops.keys()
     return chosen, names
 
 
 @pytest.mark.parametrize("augment", ["crop", "flip", "paper"])
-@pytest.mark.parametrize("shape", [(10, 13, 1, 16, 18), (24, 24, 3, 16, 16), (20, 17, 3, 16, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(10, 13, 1, 16, 18), (20, 17, 3, 16, 16)], ids=str)
 def test_augmented_images_are_possible_crops_and_all_kinds_occur(shape, augment):
     spec = spec_of(*shape, augment=augment)
     images = pixels_of(spec, 96)
     chosen, names = choices(images, spec, jax.random.key(7))
-    for part in range(3):  # top, left, flipped: the whole range is used
-        assert {name[part] for name in chosen} == {name[part] for name in names}
+    for axis in range(3):  # top, left, flipped: the whole range is used
+        assert {name[axis] for name in chosen} == {name[axis] for name in names}
     if augment != "crop":
         assert 24 < sum(flipped for _, _, flipped in chosen) < 72  # 48 expected, 5 sigma
     if augment != "flip":
