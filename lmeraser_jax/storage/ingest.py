@@ -41,13 +41,13 @@ class Imported:
 def import_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which records a workdir holds, and with which pixels."""
     data = config.data
-    found = {name: getattr(data, name) for name in BINDING}
+    values = {name: getattr(data, name) for name in BINDING}
     if data.source in ("folder", "tfds"):
-        found["store_size"] = data.store_size or data.image_size
-        found["store_width"] = data.store_width or found["store_size"]
+        values["store_size"] = data.store_size or data.image_size
+        values["store_width"] = data.store_width or values["store_size"]
     if data.holdout or data.test_share:
-        found["seed"] = config.seed
-    return found
+        values["seed"] = config.seed
+    return values
 
 
 def image_file(layout: Layout, catalog: Catalog) -> RowFile:
@@ -58,10 +58,10 @@ def image_file(layout: Layout, catalog: Catalog) -> RowFile:
 def check_images(layout: Layout, catalog: Catalog) -> None:
     """Refuses a workdir whose image file is shorter than its catalog says."""
     rows = catalog.rows_used()
-    there = len(image_file(layout, catalog)) if rows else 0
-    if there < rows:
+    count = len(image_file(layout, catalog)) if rows else 0
+    if count < rows:
         raise UserError(
-            f"{layout.images} holds {there} images, the catalog {rows}: the workdir is damaged; restore the file, or"
+            f"{layout.images} holds {count} images, the catalog {rows}: the workdir is damaged; restore the file, or"
             " start again in a new workdir"
         )
 
@@ -75,8 +75,8 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     Raises:
         UserError: everything that makes the source unusable, or does not fit what was imported before.
     """
-    kept = limited(source.items, config.data.train_limit, config.data.test_limit)
-    return _import(layout, catalog, source, kept, config)
+    positions = limited(source.items, config.data.train_limit, config.data.test_limit)
+    return _import(layout, catalog, source, positions, config)
 
 
 def add_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
@@ -88,76 +88,49 @@ def add_source(layout: Layout, catalog: Catalog, source: Source, config: Config)
         UserError: as `import_source`; also an owner who would fall on both sides.
     """
     assert catalog.get("dataset") is not None, "adding joins what an import has made"
-    kept = [position for position, item in enumerate(source.items) if item.split == "train"]
-    imported = _import(layout, catalog, source, kept, config)
-    return dataclasses.replace(imported, left_out=len(source.items) - len(kept))
+    positions = [position for position, item in enumerate(source.items) if item.split == "train"]
+    imported = _import(layout, catalog, source, positions, config)
+    return dataclasses.replace(imported, left_out=len(source.items) - len(positions))
 
 
-def _import(layout: Layout, catalog: Catalog, source: Source, kept: list[int], config: Config) -> Imported:
+def _import(layout: Layout, catalog: Catalog, source: Source, positions: list[int], config: Config) -> Imported:
     """Adds the records at the given rising positions of a source."""
-    data = config.data
-    dataset = {
+    before, heading = catalog.get("dataset"), f"{source.name} cannot be imported:"
+    picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
+    lines = problems(picked, first=before is None) + _check_shares(picked, config.data)
+    lines += _check_dataset(picked, before) + _check_sides(catalog, picked, config)
+    raise_all(lines, heading)
+    dataset = before or {
         "settings": import_settings(config),
         "classes": list(source.class_names),
         "shape": list(source.shape),
         "name": source.name,
     }
-    picked = dataclasses.replace(source, items=[source.items[i] for i in kept])
-    before = catalog.get("dataset")
-    heading = f"{source.name} cannot be imported:"
-    wrong = problems(picked, first=before is None) + _unfit_shares(picked, data)
-    raise_all(wrong + _misfits(picked, before) + _unfit_sides(catalog, picked, config), heading)
-    label_of = {name: label for label, name in enumerate((before or dataset)["classes"])}
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
     check_images(layout, catalog)
-    intake = _Intake(catalog, file, data.skip_unreadable)
+    intake = _Intake(catalog, file, config.data.skip_unreadable)
     try:
-        with progress("import", len(kept)) as shown:
-            for first, stop in _pieces(kept):
-                interrupt.raise_if_stopped()
-                items = [assign_split(item, data, config.seed) for item in source.items[first:stop]]
-                labels = [label_of[source.class_names[item.label]] for item in items]
-                items = [
-                    item if item.label == label else item._replace(label=label)  # a new item costs memory
-                    for item, label in zip(items, labels, strict=True)
-                ]
-                new = intake.take(items, source.read(first, stop))
-                if len(new) and not intake.wrong:
-                    file.append(new)
-                shown.advance(stop - first)
+        intake.read(source, positions, dataset["classes"], config)
         if before is None:
-            intake.wrong += _too_few(intake, data, len(source.class_names))
-        if intake.unreadable and not data.skip_unreadable:
+            intake.problems += _check_classes(intake, config.data, len(source.class_names))
+        if intake.unreadable and not config.data.skip_unreadable:
             heading = f"{heading[:-1]}; images that cannot be read are left out with --config.data.skip_unreadable:"
-        raise_all(intake.wrong, heading)
+        raise_all(intake.problems, heading)
     except UserError:
         file.truncate(start)
         raise
     file.sync()
-    rows = range(start, start + len(intake.items))
-    counts = {"known": intake.known, "erased": intake.erased, "converted": intake.converted, "mended": intake.mended}
-    with catalog.transaction():
-        late = intake.erased_meanwhile()
-        file.overwrite(np.array([rows[i] for i in late], np.int64))
-        counts["erased"] += len(late)
-        added = [i for i in range(len(rows)) if i not in late]
-        catalog.set("dataset", before or dataset)
-        new = ([intake.items[i] for i in added], [rows[i] for i in added], [intake.contents[i] for i in added])
-        catalog.add_records(*new)
-        catalog.set("rows", rows.stop)
-        skipped = len(intake.unreadable)  # only their number: events outlive erasures
-        catalog.event("import", source=source.name, added=len(added), unreadable=skipped, **counts)
-    return Imported(len(added), duplicates=intake.duplicates, unreadable=tuple(intake.unreadable), **counts)
+    return intake.commit(dataset, source.name, start)
 
 
-def _pieces(kept: list[int]) -> Iterator[tuple[int, int]]:
+def _pieces(positions: list[int]) -> Iterator[tuple[int, int]]:
     """Cuts rising positions into ranges [first, stop) without gaps, of `PIECE` images at most."""
-    runs = itertools.groupby(enumerate(kept), lambda pair: (pair[1] // PIECE, pair[1] - pair[0]))
+    runs = itertools.groupby(enumerate(positions), lambda pair: (pair[1] // PIECE, pair[1] - pair[0]))
     for _, run in runs:
-        positions = [position for _, position in run]
-        yield positions[0], positions[-1] + 1
+        piece = [position for _, position in run]
+        yield piece[0], piece[-1] + 1
 
 
 class _Intake:
@@ -165,158 +138,182 @@ class _Intake:
 
     def __init__(self, catalog: Catalog, file: RowFile, skip_unreadable: bool):
         self.catalog, self.file, self.skip = catalog, file, skip_unreadable
-        self.seen = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
-        self.items: list[Item] = []
+        self.hashes = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
+        self.items: list[Item] = []  # the new ones
         self.contents: list[str] = []
-        self.wrong: list[str] = []
+        self.problems: list[str] = []
         self.unreadable: list[str] = []  # ids
         self.owners: dict[str, bool] = {"": False}  # whether an owner was erased
-        self.graves = catalog.tombstone_count()
-        self.known = self.erased = self.duplicates = self.converted = self.mended = self.changed = 0
+        self.tombstones = catalog.tombstone_count()
+        self.duplicates = self.changed = 0
+        self.counts = {"known": 0, "erased": 0, "converted": 0, "mended": 0}
 
-    def take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
+    def read(self, source: Source, positions: list[int], classes: list[str], config: Config) -> None:
+        """Reads the images at some positions and appends the pixels of new records."""
+        label_of = {name: label for label, name in enumerate(classes)}
+        with progress("import", len(positions)) as shown:
+            for first, stop in _pieces(positions):
+                interrupt.raise_if_stopped()
+                items = []
+                for item in source.items[first:stop]:
+                    label = label_of[source.class_names[item.label]]
+                    item = assign_split(item, config.data, config.seed)
+                    items.append(item if item.label == label else item._replace(label=label))  # a new one costs memory
+                new = self._take(items, source.read(first, stop))
+                if len(new) and not self.problems:
+                    self.file.append(new)
+                shown.advance(stop - first)
+
+    def _take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
         """Notes the records of a piece; returns the images of those that are new."""
-        have, new = self.catalog.known(item.id for item in items), []
-        self.converted += pixels.converted
+        known, new = self.catalog.known(item.id for item in items), []
+        self.counts["converted"] += pixels.converted
         for position, (item, image) in enumerate(zip(items, pixels.images, strict=True)):
-            known = item.id in have
-            if self.catalog.is_tombstoned(item.id) or (not known and self._of_erased_owner(item)):
-                self.erased += 1
+            if self._is_erased(item, item.id in known):
+                self.counts["erased"] += 1
             elif position in pixels.unreadable:
-                self._miss(item, pixels.unreadable[position], known)
-            elif known:
-                self._recognise(item, image, *have[item.id][1:3])
+                self._note_unreadable(item, pixels.unreadable[position], item.id in known)
+            elif item.id in known:
+                self._recognise(item, image, *known[item.id][1:3])
             else:
                 content = content_hash(image)
-                self.duplicates += content in self.seen
-                self.seen.add(content)
+                self.duplicates += content in self.hashes
+                self.hashes.add(content)
                 self.items.append(item)
                 self.contents.append(content)
                 new.append(position)
         return pixels.images[new]
 
-    def erased_meanwhile(self) -> frozenset[int]:
-        """Positions of new items that, or whose owner, an erasure named after they were read: it needs no lock."""
-        if self.catalog.tombstone_count() == self.graves:
-            return frozenset()
-        self.owners = {"": False}
-        names = enumerate(self.items)
-        return frozenset(i for i, item in names if self.catalog.is_tombstoned(item.id) or self._of_erased_owner(item))
-
-    def _of_erased_owner(self, item: Item) -> bool:
-        """Whether everything of the item's owner was erased, and with it whatever may come later."""
+    def _is_erased(self, item: Item, known: bool = False) -> bool:
+        """Whether a record was erased, or everything of its owner and with it whatever may come later."""
         if item.owner not in self.owners:
             self.owners[item.owner] = self.catalog.is_tombstoned(item.owner, "owner")
-        return self.owners[item.owner]
+        return self.catalog.is_tombstoned(item.id) or (not known and self.owners[item.owner])
 
     def _recognise(self, item: Item, image: np.ndarray, content: str, label: int) -> None:
         """A record that the workdir has: it must be the same; where its stored pixels have rotted they are mended."""
-        self.known += 1
+        self.counts["known"] += 1
         if (content, label) != (content_hash(image), item.label):
             self.changed += 1
             if self.changed <= LISTED:
-                self.wrong.append(f"{item.id} has other pixels or another label than the record in the workdir")
+                self.problems.append(f"{item.id} has other pixels or another label than the record in the workdir")
             elif self.changed == LISTED + 1:
-                self.wrong.append(f"and more than {LISTED} records in all; an id may stand for one image only")
+                self.problems.append(f"and more than {LISTED} records in all; an id may stand for one image only")
             return
-        row = self.catalog.db.execute("SELECT row FROM records WHERE id=?", (item.id,)).fetchone()[0]
-        view = self.file.view("r+")
+        row, view = self.catalog.rows([item.id])[item.id], self.file.view("r+")
         if content_hash(view[row]) != content:
             view[row] = image
             view.flush()
-            self.mended += 1
+            self.counts["mended"] += 1
 
-    def _miss(self, item: Item, why: str, known: bool) -> None:
+    def _note_unreadable(self, item: Item, reason: str, known: bool) -> None:
         """An image that cannot be read; a record that the workdir has keeps the pixels it has."""
         if known and self.skip:
-            self.known += 1
+            self.counts["known"] += 1
             return
         self.unreadable.append(item.id)
         if not self.skip:
-            self.wrong.append(f"{item.id}: {why}")
+            self.problems.append(f"{item.id}: {reason}")
 
+    def commit(self, dataset: dict[str, Any], source: str, start: int) -> Imported:
+        """Makes the new records live in one transaction; their images lie in the rows from `start` on.
 
-def _unfit_shares(source: Source, data: Data) -> list[str]:
-    """Shares to draw that the source's own images or owners do not allow."""
-    found = []
-    for split, share in (("test", "test_share"), ("holdout", "holdout")):
-        own = sum(item.split == split for item in source.items)
-        if own and getattr(data, share):
-            given = getattr(data, f"{split}_split") or split
-            where = f" (--config.data.{split}_split={given})" if data.source in ("folder", "tfds") else ""
-            found.append(
-                f"--config.data.{share}={getattr(data, share)} would mix drawn images with the {own} {split} images"
-                f" that the source has{where}; use one of them"
+        An erasure needs no lock: one that named a new record, or its owner, after it was read keeps it out.
+        """
+        with self.catalog.transaction():
+            late = frozenset[int]()
+            if self.catalog.tombstone_count() != self.tombstones:
+                self.owners = {"": False}
+                late = frozenset(i for i, item in enumerate(self.items) if self._is_erased(item))
+            self.file.overwrite(np.array([start + i for i in late], np.int64))
+            self.counts["erased"] += len(late)
+            added = [i for i in range(len(self.items)) if i not in late]
+            self.catalog.set("dataset", dataset)
+            self.catalog.add_records(
+                [self.items[i] for i in added], [start + i for i in added], [self.contents[i] for i in added]
             )
-    return found + (_unfit_owners(source) if data.split_by == "owner" else [])
+            self.catalog.set("rows", start + len(self.items))
+            skipped = len(self.unreadable)  # only their number: events outlive erasures
+            self.catalog.event("import", source=source, added=len(added), unreadable=skipped, **self.counts)
+        return Imported(len(added), duplicates=self.duplicates, unreadable=tuple(self.unreadable), **self.counts)
 
 
-def _unfit_owners(source: Source) -> list[str]:
+def _check_shares(source: Source, data: Data) -> list[str]:
+    """Shares to draw that the source's own images or owners do not allow."""
+    lines = []
+    for split, name in (("test", "test_share"), ("holdout", "holdout")):
+        count, share = sum(item.split == split for item in source.items), getattr(data, name)
+        if count and share:
+            where = ""
+            if data.source in ("folder", "tfds"):
+                where = f" (--config.data.{split}_split={getattr(data, f'{split}_split') or split})"
+            lines.append(
+                f"--config.data.{name}={share} would mix drawn images with the {count} {split} images that the source"
+                f" has{where}; use one of them"
+            )
+    return lines + (_check_owners(source) if data.split_by == "owner" else [])
+
+
+def _check_owners(source: Source) -> list[str]:
     """What keeps owners from being on one side each: training images without one, owners in two splits."""
-    train = [item for item in source.items if item.split == "train"]
-    without = [item.id for item in train if not item.owner]
+    flag = "--config.data.split_by=owner"
     remedy = (
         "name owners with --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
     )
+    train = [item for item in source.items if item.split == "train"]
+    without = [item.id for item in train if not item.owner]
     if len(without) == len(train):
-        return [f"--config.data.split_by=owner: no training image has an owner; {remedy}"]
-    found = []
-    if without:
-        found.append(
-            f"--config.data.split_by=owner: training images without an owner: {join_limited(without)}; {remedy}"
-        )
+        return [f"{flag}: no training image has an owner; {remedy}"]
+    lines = [f"{flag}: training images without an owner: {join_limited(without)}; {remedy}"] if without else []
     sides: dict[str, set[str]] = {}
     for item in source.items:
         if item.owner and item.split != "public":
             sides.setdefault(item.owner, set()).add(item.split)
     both = [f"{owner} ({' and '.join(sorted(splits))})" for owner, splits in sides.items() if len(splits) > 1]
     if both:
-        found.append(
-            f"--config.data.split_by=owner: owners in two splits of the source: {join_limited(both)}; let"
-            " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
+        lines.append(
+            f"{flag}: owners in two splits of the source: {join_limited(both)}; let --config.data.test_share or holdout"
+            " draw them, or set --config.data.split_by=record"
         )
-    return found
+    return lines
 
 
-def _too_few(intake: _Intake, data: Data, classes: int) -> list[str]:
-    """What shares and unreadable images may have left over: a classifier needs two classes."""
-    labels = {item.label for item in intake.items if item.split == "train"}
-    if intake.wrong or len(labels) > 1:
-        return []
-    causes = [
-        f"--config.data.{name}={getattr(data, name)}" for name in ("test_share", "holdout") if getattr(data, name)
-    ]
-    causes += [f"{len(intake.unreadable)} images that cannot be read"] if intake.unreadable else []
-    return [f"{' and '.join(causes)} leave {len(labels)} of {classes} classes to train on; at least 2 are needed"]
-
-
-def _unfit_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
+def _check_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
     """Owners whose records in the workdir lie on another side than those that arrive (`data.split_by`)."""
     if config.data.split_by != "owner":
         return []
-    sides = dict(
-        catalog.db.execute(
-            "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"
-        )
-    )
+    query = "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"
+    sides = dict(catalog.db.execute(query))
     arriving = (assign_split(item, config.data, config.seed) for item in source.items if item.split != "public")
     both = {item.owner: item.split for item in arriving if sides.get(item.owner, item.split) != item.split}
-    lines = [f"{owner} ({sides[owner]} in the workdir, {split} here)" for owner, split in sorted(both.items())]
-    return [f"--config.data.split_by=owner: owners who would be on both sides: {join_limited(lines)}"] if lines else []
+    owners = [f"{owner} ({sides[owner]} in the workdir, {split} here)" for owner, split in sorted(both.items())]
+    return [f"--config.data.split_by=owner: owners who would be on both sides: {join_limited(owners)}"] if both else []
 
 
-def _misfits(source: Source, old: dict | None) -> list[str]:
-    """Why an import cannot be made or joined: shape and classes were fixed by the first one."""
-    names = source.class_names
-    found = [f"class names must be unique: {join_limited(names)}"] if len(set(names)) < len(names) else []
-    if old is None:
-        return found
-    if list(source.shape) != old["shape"]:
-        found.append(f"images are {list(source.shape)}, those of the workdir {old['shape']}")
+def _check_classes(intake: _Intake, data: Data, classes: int) -> list[str]:
+    """A classifier needs two classes: shares and unreadable images may leave fewer."""
+    labels = {item.label for item in intake.items if item.split == "train"}
+    if intake.problems or len(labels) > 1:
+        return []
+    shares = {name: getattr(data, name) for name in ("test_share", "holdout")}
+    causes = [f"--config.data.{name}={share}" for name, share in shares.items() if share]
+    if intake.unreadable:
+        causes.append(f"{len(intake.unreadable)} images that cannot be read")
+    return [f"{' and '.join(causes)} leave {len(labels)} of {classes} classes to train on; at least 2 are needed"]
+
+
+def _check_dataset(source: Source, dataset: dict[str, Any] | None) -> list[str]:
+    """Why an import cannot be made or joined: the first one fixed the shape and the classes."""
+    names, lines = source.class_names, []
+    if len(set(names)) < len(names):
+        lines.append(f"class names must be unique: {join_limited(names)}")
+    if dataset is None:
+        return lines
+    if list(source.shape) != dataset["shape"]:
+        lines.append(f"images are {list(source.shape)}, those of the workdir {dataset['shape']}")
     used = sorted({item.label for item in source.items if 0 <= item.label < len(names)})
-    unknown = [names[label] for label in used if names[label] not in old["classes"]]
+    unknown = [names[label] for label in used if names[label] not in dataset["classes"]]
     if unknown:
-        found.append(
-            f"classes that the workdir does not have: {join_limited(unknown)}; it has {join_limited(old['classes'])}"
-        )
-    return found
+        known = join_limited(dataset["classes"])
+        lines.append(f"classes that the workdir does not have: {join_limited(unknown)}; it has {known}")
+    return lines
