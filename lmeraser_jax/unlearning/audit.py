@@ -1,15 +1,15 @@
-"""Audit: build everything again from the live records, somewhere else, and compare every leaf.
+"""Audit: build the state again from the live records, in a temporary place, and compare every bit.
 
-This is the product's proof: if an erased record had left a trace in what is served, a build that never saw
-it would differ. What is merely stored is searched for leftovers: anything that no kept manifest needs.
+This is the product's proof: if an erased record had left a trace in what is served, a build that never saw it would
+differ. Files and catalog are also searched for leftovers: anything that no manifest refers to.
 """
 
 import contextlib
 import dataclasses
 import json
 import random
-import shutil
 import tempfile
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.jobs import make_job
@@ -33,17 +34,19 @@ from lmeraser_jax.unlearning.run import Run
 PIECE = 4096  # images copied at a time
 TOLERANCE = 1e-2  # of a slice's largest number, where another program made it
 
+State = dict[str, dict[str, Any]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What an audit found.
+    """The result of an audit.
 
     Attributes:
         checked: clusters that were rebuilt.
         clusters: clusters in all.
         identical: rebuilt slices with the same bits.
-        near: rebuilt slices that another program made (library, device kind, lanes): their bits cannot be
-            made here, but all numbers agree within `TOLERANCE` of the slice's largest.
+        near: slices that another program made (library, device kind, lanes): their bits cannot be made here, but all
+            numbers agree within `TOLERANCE` of the slice's largest.
         differences: a line for everything that differs or should not be there.
     """
 
@@ -67,58 +70,66 @@ class Verdict:
         return "\n".join(lines + [f"differs: {line}" for line in self.differences])
 
 
-def state(run: Run, keys: frozenset[str] | None = None) -> dict[str, Any]:
+def state(run: Run, keys: Collection[str] | None = None) -> State:
     """Everything that is stored or served as a function of the live records, free of row numbers and times.
 
     Args:
         run: an opened workdir with a published manifest.
         keys: clusters whose parameters are read; None: all.
+
+    Returns:
+        {section: {name: value}}.
     """
     manifest = run.catalog.manifest()
     assert manifest is not None, "state() needs a published manifest"
     clustering = load_clustering(run.layout, manifest.clustering)
     records = run.catalog.live("train")
-    found: dict[str, Any] = {
-        "records": dict(
-            zip(records.ids, zip(records.labels.tolist(), records.owners, records.contents, strict=True), strict=True)
-        ),
-        "clustering": manifest.clustering,
+    contents = zip(records.labels.tolist(), records.owners, records.contents, strict=True)
+    return {
+        "records": dict(zip(records.ids, contents, strict=True)),
+        "clustering": {"digest": manifest.clustering},
         "sample": dict(zip(clustering.sample, clustering.labels.tolist(), strict=True)),
         "prototypes": {key: row.tobytes() for key, row in zip(clustering.keys, clustering.prototypes, strict=True)},
         "assignment": dict(zip(records.ids, records.clusters, strict=True)),
         "slices": dict(manifest.entries),
+        "parameters": {
+            key: _read_leaves(run, ref) for key, ref in manifest.entries.items() if keys is None or key in keys
+        },
     }
-    wanted = [key for key in manifest.entries if keys is None or key in keys]
-    found["parameters"] = {key: _bytes(run, manifest.entries[key]) for key in wanted}
-    return found
 
 
-def _bytes(run: Run, name: str) -> dict[str, bytes] | str:
-    """The leaves of a slice as bytes; a message when it cannot be read, which differs from any slice."""
+def _read_leaves(run: Run, ref: str) -> dict[str, bytes] | str:
+    """The leaves of a slice; a message when it cannot be read, which differs from any slice."""
     try:
-        return leaves(load_slice(run, name))
+        return leaves(load_slice(run, ref))
     except UserError as error:
         return str(error)
 
 
-def leaves(part: Slice) -> dict[str, bytes]:
+def leaves(slice_: Slice) -> dict[str, bytes]:
     """The arrays of a slice as bytes, by name."""
-    return {name: array.tobytes() for name, array in checkpoints.flatten(part).items()}
+    return {name: array.tobytes() for name, array in checkpoints.flatten(slice_).items()}
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+def differences(published: State, rebuilt: State) -> list[str]:
     """One line for every entry of two states that is not the same, bit for bit."""
-    lines = []
-    for part in one:
-        if not isinstance(one[part], dict):
-            lines += [part] * (one[part] != other[part])
-            continue
-        for key in sorted(set(one[part]) | set(other[part])):
-            a, b = one[part].get(key), other[part].get(key)
-            if a != b:
-                detail = f": {a}" if part == "parameters" and isinstance(a, str) else ""
-                lines.append(f"{part} {key}{detail}")
-    return lines
+    return [_line(published, *place) for place in _differing(published, rebuilt)]
+
+
+def _differing(published: State, rebuilt: State) -> list[tuple[str, str]]:
+    """(section, name) of every entry that is not the same."""
+    places = []
+    for section, values in published.items():
+        others = rebuilt[section]
+        names = sorted(values.keys() | others.keys())
+        places += [(section, name) for name in names if values.get(name) != others.get(name)]
+    return places
+
+
+def _line(published: State, section: str, name: str) -> str:
+    value = published[section].get(name)
+    problem = f": {value}" if section == "parameters" and isinstance(value, str) else ""
+    return f"{section} {name}{problem}"
 
 
 def audit(run: Run, sample: int = 0) -> Verdict:
@@ -131,41 +142,47 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     Raises:
         UserError: nothing is published yet, or an erasure is not finished.
     """
-    manifest = run.catalog.manifest()
+    root, manifest = run.layout.root, run.catalog.manifest()
     if manifest is None:
-        raise UserError(f"{run.layout.root} has nothing to audit; run: lmeraser train --workdir={run.layout.root}")
+        raise UserError(f"{root} has nothing to audit; run: lmeraser train --workdir={root}")
     if requests.any_open(run.catalog):
-        raise UserError(
-            "an erasure is not finished; finish it with: lmeraser process --workdir=" + str(run.layout.root)
-        )
+        raise UserError(f"an erasure is not finished; finish it with: lmeraser process --workdir={root}")
     keys = sorted(manifest.entries)
     chosen = frozenset(random.sample(keys, min(sample, len(keys))) if sample else keys)
+    rebuilt = _rebuild(run, chosen if sample else None)
+    _rebuild_pinned(run, rebuilt, chosen)
+    published = state(run, chosen)
+    differing = _differing(published, rebuilt)
+    near = {place for place in differing if _is_near(run, manifest, published, rebuilt, *place)}
+    lines = [_line(published, *place) for place in differing if place not in near]
+    identical = sum(published["parameters"][key] == rebuilt["parameters"].get(key) for key in chosen)
+    near_slices = sum(section == "parameters" for section, _ in near)
+    return Verdict(len(chosen), len(keys), identical, near_slices, tuple(lines + leftovers(run)))
+
+
+def _rebuild(run: Run, only: frozenset[str] | None) -> State:
+    """The state that the live records give when nothing but them, the config and the backbone is known."""
     run.layout.scratch.mkdir(exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="audit-", dir=run.layout.scratch)
-    try:
-        rebuilt = _rebuild(run, Layout(folder), chosen if sample else None)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    found = state(run, chosen)
-    _put_pins(run, rebuilt, chosen)
-    near = _made_elsewhere(run, found, rebuilt)
-    lines = [line for line in differences(found, rebuilt) if line not in near]
-    same = [key for key in chosen if found["parameters"][key] == rebuilt["parameters"].get(key)]
-    near_slices = sum(line.startswith("parameters") for line in near)
-    return Verdict(len(chosen), len(keys), len(same), near_slices, tuple(lines + leftovers(run)))
+    with tempfile.TemporaryDirectory(prefix="audit-", dir=run.layout.scratch, ignore_cleanup_errors=True) as folder:
+        layout = Layout(folder)
+        with contextlib.closing(Catalog(layout.catalog)) as catalog:
+            scratch = dataclasses.replace(run, layout=layout, catalog=catalog, writable=True)
+            _copy_live(run, scratch)
+            build(scratch, only)
+            return state(scratch, only)
 
 
-def _put_pins(run: Run, rebuilt: dict[str, Any], chosen: frozenset[str]) -> None:
-    """Puts what a rollback chose in the place of what the recipes call for, made again from its own settings."""
+def _rebuild_pinned(run: Run, rebuilt: State, chosen: Collection[str]) -> None:
+    """Puts slices that a rollback chose, made again from their own settings, in place of those of the recipes."""
     for key, ref in run.catalog.pins().items():
         if key in rebuilt["slices"]:
             rebuilt["slices"][key] = ref
         if key in chosen:
-            part = remade(run, ref)
-            rebuilt["parameters"][key] = leaves(part) if part is not None else {}
+            slice_ = rebuild_slice(run, ref)
+            rebuilt["parameters"][key] = leaves(slice_) if slice_ is not None else {}
 
 
-def remade(run: Run, ref: str) -> Slice | None:
+def rebuild_slice(run: Run, ref: str) -> Slice | None:
     """Tunes one slice again, on its own members and with its own settings; None where a member is no longer live.
 
     Args:
@@ -177,47 +194,37 @@ def remade(run: Run, ref: str) -> Slice | None:
     if row is None or len(records) != row.size:
         return None
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, tuning=Tuning(**json.loads(row.tuning))))
-    problem, inputs = run.tuning_spec, run.training_data(records, run.tuning_spec)
+    tuning_spec = run.tuning_spec
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     labels[records.rows] = records.labels
-    job = dataclasses.replace(make_job(row.cluster, records.rows, problem.tuning), snapshots=(step,) if step else ())
-    for tuned in tune.make_slices(problem, run.backbone, [job], inputs, labels, run.mesh):
+    job = make_job(row.cluster, records.rows, tuning_spec.tuning)
+    job = dataclasses.replace(job, snapshots=(step,) if step else ())
+    inputs = run.training_data(records, tuning_spec)
+    for tuned in tune.make_slices(tuning_spec, run.backbone, [job], inputs, labels, run.mesh):
         if tuned.step == step or tuned.final:
             return tuned.slice
     return None
 
 
-def _made_elsewhere(run: Run, found: dict[str, Any], rebuilt: dict[str, Any]) -> set[str]:
-    """Difference lines of numbers that another program made and that agree within the tolerance."""
-    manifest = run.catalog.manifest()
-    assert manifest is not None
-    near = set()
-    if manifest.fingerprint != run.fingerprint:
-        for key, one in found["prototypes"].items():
-            if _close({"": one}, {"": rebuilt["prototypes"].get(key, b"")}):
-                near.add(f"prototypes {key}")
-    for key, one in found["parameters"].items():
-        row, other = run.catalog.slice(slice_of(found["slices"][key])), rebuilt["parameters"].get(key)
-        if row is not None and row.fingerprint != run.fingerprint and isinstance(one, dict) and isinstance(other, dict):
-            if _close(one, other):
-                near.add(f"parameters {key}")
-    return near & set(differences(found, rebuilt))
+def _is_near(run: Run, manifest: Manifest, published: State, rebuilt: State, section: str, key: str) -> bool:
+    """Whether another program made these numbers, and they agree with the rebuilt ones within the tolerance."""
+    if section not in ("prototypes", "parameters") or not {key} <= published[section].keys() & rebuilt[section].keys():
+        return False
+    fingerprint = manifest.fingerprint
+    if section == "parameters":
+        row = run.catalog.slice(slice_of(published["slices"][key]))
+        fingerprint = row.fingerprint if row is not None else run.fingerprint
+    numbers, others = _numbers(published[section][key]), _numbers(rebuilt[section][key])
+    if fingerprint == run.fingerprint or numbers.shape != others.shape:
+        return False
+    return bool(np.abs(numbers - others).max(initial=0) <= TOLERANCE * np.abs(others).max(initial=0))
 
 
-def _close(one: dict[str, bytes], other: dict[str, bytes]) -> bool:
-    """Whether float32 numbers agree within the tolerance, relative to the largest of them."""
-    a, b = (np.frombuffer(b"".join(leaves.values()), np.float32) for leaves in (one, other))
-    return a.shape == b.shape and bool(np.abs(a - b).max(initial=0) <= TOLERANCE * np.abs(b).max(initial=0))
-
-
-def _rebuild(run: Run, layout: Layout, only: frozenset[str] | None) -> dict[str, Any]:
-    """The state that the live records give when nothing but them, the config and the backbone is known."""
-    layout.root.mkdir(exist_ok=True)
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        scratch = dataclasses.replace(run, layout=layout, catalog=catalog, writable=True)
-        _copy_live(run, scratch)
-        build(scratch, only)
-        return state(scratch, only)
+def _numbers(value: bytes | dict[str, bytes] | str) -> np.ndarray:
+    """float32 [n]: the numbers of a prototype or of a slice's leaves; NaN where the slice could not be read."""
+    if isinstance(value, str):
+        return np.full(1, np.nan, np.float32)
+    return np.frombuffer(b"".join(value.values()) if isinstance(value, dict) else value, np.float32)
 
 
 def _copy_live(run: Run, scratch: Run) -> None:

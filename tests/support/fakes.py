@@ -20,10 +20,10 @@ def fake_tune(tuning_spec, backbone, jobs, images, labels, mesh):
     shapes = ((4 * (size - 1),), (backbone.config.feature_size, tuning_spec.classes), (tuning_spec.classes,))
     for job in jobs:
         members = [(images[row].tobytes(), int(labels[row])) for row in job.rows]
-        seed = hashlib.sha256(repr((job.key, members, tuning_spec.tuning, tuning_spec.seed)).encode()).digest()
-        rng = np.random.default_rng(list(seed))
-        slice_ = Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
         for step in (*job.snapshots, job.steps):
+            inputs = (job.key, members, tuning_spec.tuning, tuning_spec.seed, step)
+            rng = np.random.default_rng(list(hashlib.sha256(repr(inputs).encode()).digest()))
+            slice_ = Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
             yield Tuned(job, step, slice_, 0.5, None, 0.01)
 
 
