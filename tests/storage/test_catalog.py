@@ -27,131 +27,90 @@ ITEMS = [
 @pytest.fixture
 def catalog(tmp_path):
     """A catalog with six records in rows 10, 11, ..."""
-    found = Catalog(tmp_path / "catalog.db")
-    found.add_records(ITEMS, range(10, 16), [f"hash-{item.id}" for item in ITEMS])
-    yield found
-    found.close()
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as new:
+        new.add_records(ITEMS, range(10, 16), [f"hash-{item.id}" for item in ITEMS])
+        yield new
 
 
-def slice_row(digest, cluster="k", loss=0.5) -> SliceRow:
-    return SliceRow(digest, cluster, "params", 2, 20, 5, loss, 0.1, "cpu", 1.0)
+def slice_row(digest, loss=0.5) -> SliceRow:
+    return SliceRow(digest, "k", "params", 2, 20, 5, loss, 0.1, "cpu", 1.0)
 
 
-# transactions and meta
-def test_rollback_on_exception(catalog):
+def test_a_transaction_is_all_or_nothing(catalog):
     with pytest.raises(KeyboardInterrupt), catalog.transaction():
-        catalog.set("x", 1)
+        with catalog.transaction():  # nested ones commit together
+            catalog.set("x", 1)
         catalog.erase(["a"], "r")
+        assert catalog.get("x") == 1
         raise KeyboardInterrupt
     assert catalog.get("x") is None and catalog.erased() == {} and not catalog.is_tombstoned("a")
-    with catalog.transaction():
-        catalog.set("x", {"deep": [1, None]})
-    assert catalog.get("x") == {"deep": [1, None]}
-
-
-def test_nested_transactions_commit_together(catalog):
-    with pytest.raises(RuntimeError), catalog.transaction():
-        with catalog.transaction():
-            catalog.set("x", 1)
-        assert catalog.get("x") == 1
-        raise RuntimeError
-    assert catalog.get("x") is None
-
-
-def test_failed_commit_leaves_nothing_open(catalog):
-    """A transaction that SQLite itself gave up is not rolled back twice and does not swallow the next one."""
     with pytest.raises(sqlite3.OperationalError, match="full"), catalog.transaction():
         catalog.set("x", 1)
-        catalog.db.execute("ROLLBACK")
+        catalog.db.execute("ROLLBACK")  # as SQLite itself does on a full disk
         raise sqlite3.OperationalError("database or disk is full")
     with catalog.transaction():
-        catalog.set("y", 2)
-    assert (catalog.get("x"), catalog.get("y"), catalog.db.in_transaction) == (None, 2, False)
+        catalog.set("y", {"deep": [1, None]})
+    assert (catalog.get("x"), catalog.get("y"), catalog.db.in_transaction) == (None, {"deep": [1, None]}, False)
 
 
 def test_readers_see_whole_states(catalog, tmp_path):
-    reader = Catalog(tmp_path / "catalog.db")
-    with catalog.transaction():
-        catalog.erase(["a"], "r")
-        assert reader.live("train").ids == ("a", "b", "é")
-    assert reader.live("train").ids == ("b", "é")
-    reader.close()
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as reader:
+        with catalog.transaction():
+            catalog.set("rows", 16)
+            catalog.erase(["a"], "r")
+            assert reader.live("train").ids == ("a", "b", "é") and reader.rows_used() == 0
+        assert reader.live("train").ids == ("b", "é") and reader.rows_used() == 16
+        assert reader.is_tombstoned("a") and reader.erased() == {"a": 11}
 
 
-def test_reopened(catalog, tmp_path):
-    catalog.set("rows", 16)
-    catalog.erase(["a"], "r")
-    catalog.close()
-    again = Catalog(tmp_path / "catalog.db")
-    assert again.rows_used() == 16 and again.is_tombstoned("a") and again.erased() == {"a": 11}
-    again.close()
-
-
-# records
-def test_live_sorted_by_id(catalog):
+def test_live_records_are_sorted_by_id(catalog):
     table = catalog.live("train")
     assert table.ids == ("a", "b", "é") and table.rows.tolist() == [11, 10, 12] and table.labels.tolist() == [0, 1, 0]
     assert table.owners == ("ann", "ann", "") and table.contents == ("hash-a", "hash-b", "hash-é")
     assert table.clusters == ("", "", "") and (table.rows.dtype, table.labels.dtype) == (np.int64, np.int32)
-
-
-def test_live_filters_splits(catalog):
-    assert catalog.live("public").ids == ("p",)
-    assert catalog.live("train", "holdout").ids == tuple(sorted(["a", "b", "é", "Z"]))
+    assert catalog.live("train", "holdout").ids == ("Z", "a", "b", "é") and catalog.live("public").ids == ("p",)
     empty = catalog.live("nothing")
     assert len(empty) == len(catalog.live()) == 0 and empty.rows.shape == (0,) and empty.labels.dtype == np.int32
 
 
-def test_known_and_owned(catalog):
+def test_ids_and_rows_are_unique(catalog):
+    for item in (Item("a", "train", 0), Item("new", "train", 0)):
+        with pytest.raises(sqlite3.IntegrityError):
+            catalog.add_records([item], [10], ["x"])
+
+
+def test_erased_records_are_kept_until_they_are_purged_and_their_tombstones_for_good(catalog):
     assert catalog.owned("ann") == ["Z", "a", "b", "t"] and catalog.owned("bob") == [], "all but public ones"
-    catalog.erase(["b"], "r")
-    assert catalog.owned("ann") == ["Z", "a", "b", "t"], "an erasure that is not purged can be asked for again"
-    catalog.forget(["r"])
-    assert catalog.owned("ann") == ["Z", "a", "t"]
-    catalog.add_records([Item("b", "train", 1, "ann")], [99], ["hash-b"])
-    catalog.erase(["b"], "r")
-    assert catalog.known(["b", "p", "unknown"]) == {
-        "b": ("train", "hash-b", 1, True),
-        "p": ("public", "hash-p", 0, False),
-    }
-
-
-@pytest.mark.parametrize("items", [[Item("a", "train", 0)], [Item("new", "train", 0)]])
-def test_ids_and_rows_are_unique(catalog, items):
-    with pytest.raises(sqlite3.IntegrityError):
-        catalog.add_records(items, [10], ["x"])
-
-
-def test_erase_forget_tombstone(catalog):
     catalog.erase(["a"], "first")
     catalog.erase(["é"], "second")
     assert catalog.erased() == {"a": 11, "é": 12} and catalog.live("train").ids == ("b",)
     assert catalog.erased(["second", "other"]) == {"é": 12} and catalog.erased([]) == {}
+    assert catalog.owned("ann") == ["Z", "a", "b", "t"], "an erasure that is not purged can be asked for again"
+    known = {"a": ("train", "hash-a", 0, True), "p": ("public", "hash-p", 0, False)}
+    assert catalog.known(["a", "p", "unknown"]) == known
     catalog.forget(["first", ""])  # no request is named "": live records stay
     assert catalog.erased() == {"é": 12} and catalog.known(["a", "b"]).keys() == {"b"}
     assert [catalog.is_tombstoned(name) for name in ("a", "é", "b")] == [True, True, False]
-    catalog.erase(["a"], "r")
-    assert catalog.db.execute("SELECT count(*) FROM tombstones").fetchone()[0] == 2
+    catalog.set("rows", 16)
+    assert catalog.free_rows().tolist() == [*range(10), 11] and len(catalog.tombstones()) == 2
 
 
-def test_forgotten_id_is_nowhere(tmp_path):
-    """No file of the catalog holds a forgotten id in the clear, and its tombstone is salted per workdir."""
-    secret, hashes = "patient-4711-unmistakable", []
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        catalog = Catalog(tmp_path / name / "catalog.db")
-        catalog.add_records([Item(secret, "train", 0, secret)], [0], ["x"])
-        assert any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
-        catalog.erase([secret], "r")
-        catalog.forget(["r"])
-        hashes.append(catalog.salted("tombstone", secret))
-        catalog.close()
-        assert not any(secret.encode() in file.read_bytes() for file in (tmp_path / name).iterdir())
-    assert hashes[0] != hashes[1]
+def test_a_forgotten_id_is_nowhere(tmp_path):
+    """No file of the catalog holds it in the clear, and its tombstone is salted per workdir."""
+    secret, hashes = "patient-4711-unmistakable", set()
+    for folder in (tmp_path / "one", tmp_path / "other"):
+        folder.mkdir()
+        with contextlib.closing(Catalog(folder / "catalog.db")) as catalog:
+            catalog.add_records([Item(secret, "train", 0, secret)], [0], ["x"])
+            assert any(secret.encode() in file.read_bytes() for file in folder.iterdir())
+            catalog.erase([secret], "r")
+            catalog.forget(["r"])
+            hashes.add(catalog.salted("tombstone", secret))
+        assert not any(secret.encode() in file.read_bytes() for file in folder.iterdir())
+    assert len(hashes) == 2
 
 
-# slices, manifests, requests
-def test_slices_of_rows(catalog):
+def test_slices_are_found_by_the_rows_of_their_members(catalog):
     catalog.add_slice(slice_row("s1"), [10, 11])
     catalog.add_slice(slice_row("s2"), np.array([12]))
     catalog.add_slice(slice_row("s3", loss=None), [11, 12])
@@ -162,7 +121,26 @@ def test_slices_of_rows(catalog):
     assert catalog.slices() == {"s2": slice_row("s2"), "s3": slice_row("s3", loss=None)}
 
 
-def test_publish_and_manifest(catalog):
+def test_the_list_of_slices_is_read_once_and_again_after_every_change(catalog, tmp_path):
+    statements = []
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as reader:
+        reader.db.set_trace_callback(statements.append)
+        catalog.add_slice(slice_row("s1"), [10])
+        for _ in range(3):
+            assert reader.slices().keys() == {"s1"}
+        assert sum("FROM slices" in statement for statement in statements) == 1
+        catalog.add_slice(slice_row("s2"), [11])
+        assert reader.slices().keys() == catalog.slices().keys() == {"s1", "s2"}
+    with pytest.raises(RuntimeError), catalog.transaction():
+        catalog.drop_slice("s1")
+        assert catalog.slices().keys() == {"s2"}
+        raise RuntimeError
+    assert catalog.slices().keys() == {"s1", "s2"}
+    catalog.set_clustering("tree", ["s1"])
+    assert catalog.slices()["s1"].clustering == "tree" and catalog.slices()["s2"].clustering == ""
+
+
+def test_manifests_are_numbered_and_never_twice_the_same(catalog):
     assert catalog.manifest() is None and catalog.manifests() == []
     first = catalog.publish("tree1", "program", "i", {"k2": "s2", "k1": "s1"}, [("a", "k1"), ("b", "k2")])
     second = catalog.publish("tree2", "other", "i", {"k1": "s3"}, [("b", "k1")])
@@ -170,15 +148,10 @@ def test_publish_and_manifest(catalog):
     assert (head.version, head.clustering, head.fingerprint, head.entries) == (second, "tree2", "other", {"k1": "s3"})
     assert [manifest.version for manifest in catalog.manifests()] == [second, first] and second > first
     assert catalog.live("train").clusters == ("k1", "k1", "")
-
-
-def test_drop_manifest(catalog):
-    versions = [catalog.publish("tree", "p", "i", {"k1": f"s{i}", "k2": "s"}, []) for i in range(3)]
-    catalog.drop_manifest(versions[1])
-    assert [manifest.version for manifest in catalog.manifests()] == [versions[2], versions[0]]
-    assert {row[0] for row in catalog.db.execute("SELECT version FROM entries")} == {versions[0], versions[2]}
-    catalog.drop_manifest(versions[2])
-    assert catalog.publish("tree", "p", "i", {}, []) > versions[2], "versions are never used twice"
+    catalog.drop_manifest(second)
+    assert [manifest.version for manifest in catalog.manifests()] == [first]
+    assert {row[0] for row in catalog.db.execute("SELECT version FROM entries")} == {first}
+    assert catalog.publish("tree", "p", "i", {}, []) > second
 
 
 def test_the_sample_is_the_smallest_keyed_hashes(catalog):
@@ -200,13 +173,32 @@ def test_the_sample_is_the_smallest_keyed_hashes(catalog):
 
 
 # files that are no catalog
-@pytest.mark.parametrize("content", [b"x", b"hello" * 100, b"hello" * 500, b"SQLite format 3\x00" + b"\xff" * 2000])
-def test_foreign_file_refused(tmp_path, content):
-    path = tmp_path / "catalog.db"
-    path.write_bytes(content)
+def test_what_is_no_catalog_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a readable catalog"):
-        Catalog(path)
-    assert path.read_bytes() == content
+        Catalog(tmp_path)
+    path = tmp_path / "catalog.db"
+    for content in (b"x", b"hello" * 100, b"hello" * 500, b"SQLite format 3\x00" + b"\xff" * 2000):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="is not a readable catalog"):
+            Catalog(path)
+        assert path.read_bytes() == content
+    path.unlink()
+    for version in (0, schema.VERSION - 1, schema.VERSION + 1):
+        with contextlib.closing(sqlite3.connect(path)) as db:
+            db.execute("CREATE TABLE IF NOT EXISTS theirs(x)")
+            db.execute(f"PRAGMA user_version={version}")
+        with pytest.raises(UserError, match=f"version {version}; this release reads version {schema.VERSION} only"):
+            Catalog(path)
+
+
+def test_a_catalog_whose_making_was_killed_is_made_again(tmp_path):
+    """A kill leaves an empty file, or one that only has its journal mode."""
+    for name, statement in (("empty.db", "SELECT 1"), ("wal.db", "PRAGMA journal_mode=WAL")):
+        (tmp_path / name).touch()
+        with contextlib.closing(sqlite3.connect(tmp_path / name)) as db:
+            db.execute(statement)
+        with contextlib.closing(Catalog(tmp_path / name)) as catalog:
+            assert catalog.get("salt") and len(catalog.live("train")) == 0
 
 
 READ_ONLY = """
@@ -251,32 +243,3 @@ def test_a_read_only_file_system_can_be_read_and_never_shows_an_old_state(tmp_pa
         pytest.skip(f"file systems cannot be mounted here: {error}")
     done = subprocess.run(call, capture_output=True, text=True)
     assert done.stdout == "followed\n", done.stderr
-
-
-def test_folder_as_catalog_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a readable catalog"):
-        Catalog(tmp_path)
-
-
-@pytest.mark.parametrize("version", [0, schema.VERSION - 1, schema.VERSION + 1])
-def test_other_version_refused(tmp_path, version):
-    db = sqlite3.connect(tmp_path / "catalog.db")
-    db.execute("CREATE TABLE theirs(x)")
-    db.execute(f"PRAGMA user_version={version}")
-    db.close()
-    with pytest.raises(
-        UserError, match=f"has catalog version {version}; this release reads version {schema.VERSION} only"
-    ):
-        Catalog(tmp_path / "catalog.db")
-
-
-def test_catalog_killed_while_made(tmp_path):
-    """An empty file, or one that only has its journal mode, is what a kill leaves; the next command goes on."""
-    for name, statement in (("empty.db", "SELECT 1"), ("wal.db", "PRAGMA journal_mode=WAL")):
-        (tmp_path / name).touch()
-        db = sqlite3.connect(tmp_path / name)
-        db.execute(statement)
-        db.close()
-        catalog = Catalog(tmp_path / name)
-        assert catalog.get("salt") and len(catalog.live("train")) == 0
-        catalog.close()
