@@ -7,14 +7,10 @@ images join; test and public images are left out. After an interruption the same
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
-
-if TYPE_CHECKING:
-    from lmeraser_jax.storage.ingest import Imported
 
 STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
 
@@ -32,21 +28,8 @@ def run(arguments: common.Arguments) -> int:
     with common.open_for_writing(arguments) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])
         imported, report = add.add(run_, source)
-    if imported.unreadable:
-        common.warn(f"{len(imported.unreadable)} images could not be read and were left out")
-    text = f"{_imported_text(imported)}\n{common.build_text(report)}"
+    text = f"{common.imported_text(imported, 'the same command')}\n{common.build_text(report)}"
     if report.reclustered:
         text += "; a new record was sampled, so the clusters were made again"
     common.show(arguments, text, {"imported": dataclasses.asdict(imported), **dataclasses.asdict(report)})
     return 0
-
-
-def _imported_text(imported: "Imported") -> str:
-    counts = {
-        "known before": imported.known,
-        "refused because they or their owner were erased": imported.erased,
-        "with the pixels of another": imported.duplicates,
-        "test, hold-out or public images left out": imported.left_out,
-    }
-    others = [f"{count} {text}" for text, count in counts.items() if count]
-    return ", ".join([f"added {imported.added} records", *others])

@@ -13,10 +13,11 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 if TYPE_CHECKING:
     from lmeraser_jax.storage.catalog import Catalog
+    from lmeraser_jax.storage.ingest import Imported
     from lmeraser_jax.storage.workdir import Layout
     from lmeraser_jax.training.multihost import Processes
     from lmeraser_jax.unlearning.build import BuildReport
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 Flags = absl_flags.FlagValues
 PLACE = ("coordinator_address", "num_processes", "process_id")  # flags that say where a process stands
+NAMES_IN_WARNING = 1000  # --json has all names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +208,25 @@ def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
     ):
         log_devices()
         yield run
+
+
+def imported_text(imported: "Imported", again: str) -> str:
+    """What an import did, in a line. Warns of unreadable images; the command `again` adds them once they are mended."""
+    if imported.unreadable:
+        warn(
+            f"{len(imported.unreadable)} images could not be read and were left out"
+            f" ({join_limited(imported.unreadable, NAMES_IN_WARNING)}); once they are mended, {again} adds them"
+        )
+    counts = {
+        "known before": imported.known,
+        "refused because they or their owner were erased": imported.erased,
+        "with the pixels of another": imported.duplicates,
+        "converted from another colour mode": imported.converted,
+        "damaged in the workdir and read from the source again": imported.mended,
+        "test, hold-out or public images left out": imported.left_out,
+    }
+    others = [f"{count} {text}" for text, count in counts.items() if count]
+    return ", ".join([f"imported {imported.added} records", *others])
 
 
 def build_text(report: "BuildReport") -> str:

@@ -53,17 +53,14 @@ DAMAGED = "it may be damaged: lmeraser doctor says what is wrong, and what can b
 
 
 def usage() -> str:
-    lines = [f"  {name:<10}{summary}" for name, summary in COMMANDS.items()]
-    return "\n".join(
-        [
-            f"lmeraser {__version__}: exact unlearning for large vision models",
-            "",
-            "usage: lmeraser COMMAND [--workdir=DIR] [--config=FILE.py] [--config.GROUP.SETTING=VALUE] ...",
-            "       lmeraser COMMAND --help",
-            "",
-            *lines,
-        ]
-    )
+    lines = [
+        f"lmeraser {__version__}: exact unlearning for large vision models",
+        "",
+        "usage: lmeraser COMMAND [--workdir=DIR] [--config=FILE.py] [--config.GROUP.SETTING=VALUE] ...",
+        "       lmeraser COMMAND --help",
+        "",
+    ]
+    return "\n".join([*lines, *(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

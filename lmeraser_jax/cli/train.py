@@ -6,17 +6,10 @@ The same command on the same workdir resumes, or says that there is nothing to d
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.errors import join_limited
-
-if TYPE_CHECKING:
-    from lmeraser_jax.storage.ingest import Imported
-
-NAMES_IN_WARNING = 1000  # --json has the names of all images
 
 
 def define(flags: common.Flags) -> None:
@@ -41,7 +34,7 @@ def run(arguments: common.Arguments) -> int:
         profiling.into(arguments["profile"]),
         prepare_run(workdir, config, processes=arguments.processes, **options) as (run_, imported),
     ):
-        lines = _imported_lines(imported, run_.image_spec.channels) if imported else []
+        lines = [common.imported_text(imported, "lmeraser train --reimport")] if imported else []
         for message in repair(run_):
             common.warn(message)
         report = build(run_)
@@ -55,24 +48,3 @@ def run(arguments: common.Arguments) -> int:
     values["imported"] = dataclasses.asdict(imported) if imported else None
     common.show(arguments, "\n".join(lines), values)
     return 0
-
-
-def _imported_lines(imported: "Imported", channels: int) -> list[str]:
-    """What an import did; warns of images that could not be read."""
-    line = f"imported {imported.added} records"
-    if imported.erased:
-        line += f", {imported.erased} refused because they were erased"
-    if imported.duplicates:
-        line += f", {imported.duplicates} with the pixels of another"
-    lines = [line]
-    if imported.converted:
-        lines.append(f"{imported.converted} images were not {'grey' if channels == 1 else 'RGB'} and were converted")
-    if imported.mended:
-        lines.append(f"{imported.mended} images were damaged in the workdir and were read from the source again")
-    if imported.unreadable:
-        common.warn(
-            f"{len(imported.unreadable)} images could not be read and were left out"
-            f" ({join_limited(imported.unreadable, NAMES_IN_WARNING)});"
-            " once they are mended, lmeraser train --reimport adds them"
-        )
-    return lines

@@ -151,7 +151,7 @@ def test_the_command_names_what_it_left_out(tmp_path, rng, capsys):
         assert "train/a/00.png: it has 40 x 40 pixels, more than --config.data.max_pixels=1000" in message
         assert main([*flags, "--config.data.skip_unreadable", f"--json={tmp_path / 'out.json'}"]) == 0
         out, err = capsys.readouterr()
-        assert "imported 36 records" in out and "\n9 images were not RGB and were converted\n" in out
+        assert "imported 36 records, 9 converted from another colour mode\n" in out
         warning = next(line for line in err.splitlines() if "could not be read and were left out" in line)
         assert warning.startswith("warning: 12 images") and warning.count(".png") == 12
         imported = json.loads((tmp_path / "out.json").read_text())["imported"]

@@ -246,7 +246,7 @@ def test_the_command_adds_a_file_and_a_folder_to_a_workdir_of_another_kind(tmp_p
     assert main(["train", run, "--config.data.source=npz", f"--config.data.path={path}", *flags]) == 0
     config = (tmp_path / "run" / "config.json").read_bytes()
     assert main(["add", run, f"--source={npz('one.npz', slice(40, 41))}", "--wait=1"]) == 0, "one image is enough"
-    assert "added 1 records" in capsys.readouterr().out
+    assert "imported 1 records" in capsys.readouterr().out
     assert main(["add", run, f"--source={folder}", f"--labels={owners}", "--json=-"]) == 0
     values = json.loads(capsys.readouterr().out)
     assert values["imported"] | {"added": 19, "known": 41, "left_out": 2} == values["imported"]
