@@ -3,9 +3,9 @@
 #
 #   GPUS=0,1,2,3 launch/local.sh train --config=configs/npz.py --workdir=runs/mine --config.data.path=FILE.npz ...
 #
-# Without GPUS every GPU of the machine is used, by one process, which spreads the clusters over them.
-# With PROCESSES=n there are n processes instead; with GPUS, process i takes the i-th GPU. Each runs the program of one
-# GPU, so the bits are those of a machine with one GPU (docs/launch.md).
+# One process uses all GPUs, or those of GPUS, and spreads the clusters over them. With PROCESSES=n there are n
+# processes instead; with GPUS, process i takes the i-th GPU. Each runs the program of one GPU, so the bits are those of
+# a machine with one GPU (docs/launch.md). Commands: train, add, unlearn, process, rollback.
 set -euo pipefail
 : "${1:?usage: [GPUS=0,1] [PROCESSES=2] launch/local.sh COMMAND --flags (see: lmeraser --help)}"
 PROCESSES="${PROCESSES:-1}"
@@ -14,9 +14,7 @@ if ! [ "$PROCESSES" -ge 1 ] 2>/dev/null; then
   exit 2
 fi
 if [ "$PROCESSES" -eq 1 ]; then
-  if [ -n "${GPUS:-}" ]; then
-    export CUDA_VISIBLE_DEVICES="$GPUS"
-  fi
+  if [ -n "${GPUS:-}" ]; then export CUDA_VISIBLE_DEVICES="$GPUS"; fi
   exec lmeraser "$@"
 fi
 
@@ -26,28 +24,18 @@ if [ -n "${GPUS:-}" ] && [ "${#gpus[@]}" -ne "$PROCESSES" ]; then
   exit 2
 fi
 port="${PORT:-$((20000 + RANDOM % 10000))}"
-one() { # runs a process; says its number, then its exit code, for a wait that a signal ends can lose the code
-  trap : TERM INT # passed on to the process below; Ctrl-C reaches all of them and must not end it at once
-  bash -c 'trap "" INT; echo "$$"; exec lmeraser "$@" >&3 3>&- </dev/null' lmeraser "$@" && echo 0 || echo "$?"
-}
 pids=()
-ends=()
-stopped=
-trap 'stopped=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
-exec 3>&1
+trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT # each ends after its wave, with exit code 0
 for ((i = 0; i < PROCESSES; i++)); do
-  if [ -n "$stopped" ]; then break; fi
-  if [ -n "${GPUS:-}" ]; then
-    export CUDA_VISIBLE_DEVICES="${gpus[i]}"
-  fi
-  exec {end}< <(one "$@" --coordinator_address="127.0.0.1:$port" --num_processes="$PROCESSES" --process_id="$i")
-  read -r pid <&"$end"
-  pids+=("$pid")
-  ends+=("$end")
+  if [ -n "${GPUS:-}" ]; then export CUDA_VISIBLE_DEVICES="${gpus[i]}"; fi
+  lmeraser "$@" --coordinator_address="127.0.0.1:$port" --num_processes="$PROCESSES" --process_id="$i" &
+  pids+=("$!")
 done
 highest=0
-for end in "${ends[@]}"; do
-  read -r code <&"$end" || code=1
+for pid in "${pids[@]}"; do
+  code=0
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done # a signal ends a wait early
+  wait "$pid" || code=$?
   if [ "$code" -gt "$highest" ]; then highest=$code; fi
 done
 exit "$highest"

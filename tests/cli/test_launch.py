@@ -1,180 +1,141 @@
-"""Where a process stands, told by flags or by a scheduler's variables; the files in launch/ set what is looked for."""
+"""The files in launch/: scripts that lose neither a signal nor an exit code, and a manifest that a cluster accepts."""
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 
-from lmeraser_jax.cli import common, main, train
-from lmeraser_jax.errors import UserError
-from lmeraser_jax.training.places import BY_HAND, Place, detect
+from lmeraser_jax.cli import common, main
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-SLURM = {
-    "SLURM_JOB_ID": "8195",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NODELIST": "gpu[007-008]",
-    "SLURM_PROCID": "5",
-    "SLURM_LOCALID": "1",
-}
-OPEN_MPI = {
-    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-    "OMPI_COMM_WORLD_SIZE": "4",
-    "OMPI_COMM_WORLD_RANK": "3",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "1",
-    "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-}
-KUBERNETES = {
-    "JOB_COMPLETION_INDEX": "2",
-    "JAX_NUM_PROCESSES": "4",
-    "JAX_COORDINATOR_ADDRESS": "lmeraser-workers-0-0.lmeraser:9876",
-}
+SAY = 'echo "$(basename "$0") $* [${CUDA_VISIBLE_DEVICES:-}]"; exit ${CODE:-0}'
+WAIT = 'trap "echo $(basename "$0") got TERM; exit ${CODE:-0}" TERM; echo ready; while :; do sleep 0.05; done'
 
 
-def test_a_plain_machine_is_alone():
-    assert detect({}) is None
-    assert detect({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) is None, "a batch script, no step"
-    assert detect(SLURM | {"SLURM_STEP_NUM_TASKS": "1"}) is None
-    assert detect(OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}) is None
-    assert detect({"JOB_COMPLETION_INDEX": "2"}) is None, "an indexed job of independent pods"
-    assert detect({}, "host:1", 1, 0) is None
+def start(script: str, folder: Path, *arguments: str, programs: dict[str, str] | None = None, **environment: str):
+    """Starts a script with stand-ins for lmeraser, srun, scancel and scontrol."""
+    stand_ins = {"lmeraser": SAY, "srun": 'shift; exec "$@"', "scancel": SAY, "scontrol": SAY} | (programs or {})
+    for name, body in stand_ins.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "CUDA", "PROCESSES"))}
+    command = ["bash", str(LAUNCH / script), *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=plain | {"PATH": f"{folder}:{os.environ['PATH']}"} | environment, **pipes)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("node1", "node1"),
-        ("node1,node2", "node1"),
-        ("gpu[007-008]", "gpu007"),
-        ("gpu[007,009-010],x", "gpu007"),
-        ("a-b[3]", "a-b3"),
-        ("gpu[1-2]-ib", "gpu1-ib"),
-        ("gpu[3,5-6]-ib,other", "gpu3-ib"),
-        ("r[1-2]n[3-4]", "r1n3"),
-        ("r[01,07]n[12-14]-ib[0],r2n[3-4]", "r01n12-ib0"),
-    ],
-)
-def test_slurm(nodes, first):
-    assert detect(SLURM | {"SLURM_STEP_NODELIST": nodes}) == Place(f"{first}:61443", 8, 5, 1)
+def run(script: str, folder: Path, *arguments: str, **options) -> tuple[int, str, str]:
+    process = start(script, folder, *arguments, **options)
+    out, error = process.communicate(timeout=60)
+    return process.returncode, out, error
 
 
-def test_slurm_with_one_task_a_node_uses_all_its_gpus():
-    assert detect(SLURM | {"SLURM_STEP_NUM_NODES": "8"}) == Place("gpu007:61443", 8, 5, None)
-    hidden = SLURM | {"CUDA_VISIBLE_DEVICES": "3"}
-    assert detect(hidden) == Place("gpu007:61443", 8, 5, None), "Slurm shows it one GPU only"
-    assert detect(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == Place("gpu007:61443", 8, 5, 1)
+def test_the_scripts_pass_shellcheck():
+    beside = Path(sys.executable).with_name("shellcheck")
+    program = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if not program:
+        pytest.skip("shellcheck is not installed (it is in the extra: test)")
+    for script in ("local.sh", "slurm.sbatch"):
+        done = subprocess.run([program, str(LAUNCH / script)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
 
 
-def test_open_mpi_and_before_slurm():
-    alone = Place("10.96.0.1:62624", 4, 3)
-    assert detect(OPEN_MPI) == alone == detect(OPEN_MPI | SLURM)
-    crowded = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "3"}
-    assert detect(crowded).device == 3
-    both = "1531576320.0;tcp6://[fe80::1]:34912;tcp://10.96.0.1:34911"
-    assert detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": both}) == alone
-    for uri in ("1531576320.0;tcp6://[fe80::1]:34911", "nonsense"):
-        with pytest.raises(UserError, match=f"names no IPv4 address.*{BY_HAND}"):
-            detect(OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": uri})
+def test_local_passes_the_command_on(tmp_path):
+    assert run("local.sh", tmp_path, "train", "--workdir=a b") == (0, "lmeraser train --workdir=a b []\n", "")
+    assert run("local.sh", tmp_path, "train", GPUS="2,3")[1] == "lmeraser train [2,3]\n"
+    assert run("local.sh", tmp_path, "train", CODE="3")[0] == 3
 
 
-@pytest.mark.parametrize(
-    ("environ", "names"),
-    [
-        (SLURM, ("SLURM_JOB_ID", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST", "SLURM_LOCALID")),
-        (
-            OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
-            ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_MCA_orte_hnp_uri"),
-        ),
-    ],
-    ids=["Slurm", "Open MPI"],
-)
-@pytest.mark.parametrize("empty", [False, True])
-def test_variables_that_a_scheduler_left_out_are_named(environ, names, empty):
-    for name in names:
-        kept = {key: value for key, value in environ.items() if key != name} | ({name: ""} if empty else {})
-        with pytest.raises(UserError, match=f"does not set {name}; {BY_HAND}"):
-            detect(kept)
+def test_local_gives_each_process_its_place_and_its_gpu(tmp_path):
+    code, out, _ = run("local.sh", tmp_path, "process", "--workdir=w", PROCESSES="2", GPUS="4,6", PORT="1234")
+    place = "lmeraser process --workdir=w --coordinator_address=127.0.0.1:1234 --num_processes=2 --process_id="
+    assert code == 0 and sorted(out.splitlines()) == [f"{place}0 [4]", f"{place}1 [6]"]
 
 
-def test_counts_must_be_numbers_and_empty_ones_are_not_set():
-    assert detect(OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": ""}) == detect(OPEN_MPI)
-    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        assert detect({name: "", "SLURM_PROCID": "0"}) is None
-        with pytest.raises(UserError, match=f"{name}='two' must be a whole number"):
-            detect({name: "two"})
-    for name in ("SLURM_STEP_NUM_NODES", "SLURM_JOB_ID"):
-        with pytest.raises(UserError, match=f"{name}='x'"):
-            detect(SLURM | {name: "x"})
-    for name in ("SLURM_PROCID", "SLURM_LOCALID"):
-        with pytest.raises(UserError, match="'x' is no number|at least 1, the index 0"):
-            detect(SLURM | {name: "x"})
-    for nodes in ("[", "[]", "[-2]", ",a", "]", "a[", "a[]", "a[-2]", "a[1"):
-        with pytest.raises(UserError, match=f"names no node; {BY_HAND}"):
-            detect(SLURM | {"SLURM_STEP_NODELIST": nodes})
+def test_local_ends_with_the_highest_exit_code(tmp_path):
+    first_fails = 'case "$*" in *process_id=0*) exit 5;; esac; exit 1'
+    assert run("local.sh", tmp_path, "train", PROCESSES="3", programs={"lmeraser": first_fails})[0] == 5
 
 
-def test_the_ports_and_hosts_are_those_that_jax_takes(monkeypatch):
-    """JAX's own detection, which this one replaces, agrees on the same variables."""
-    clusters = pytest.importorskip("jax._src.clusters")
-    for environ, kind in ((SLURM, clusters.SlurmCluster), (OPEN_MPI, clusters.OmpiCluster)):
-        with monkeypatch.context() as patch:
-            for name, value in environ.items():
-                patch.setenv(name, value)
-            assert detect(environ).coordinator == kind.get_coordinator_address(1, None)
+def test_local_refuses_what_cannot_be(tmp_path):
+    for environment, text in (
+        ({"PROCESSES": "two"}, "PROCESSES=two"),
+        ({"PROCESSES": "2", "GPUS": "1"}, "names 1 GPUs"),
+    ):
+        code, out, error = run("local.sh", tmp_path, "train", **environment)
+        assert code == 2 and text in error and not out
+    assert "usage" in run("local.sh", tmp_path)[2]
 
 
-def test_kubernetes():
-    assert detect(KUBERNETES) == Place("lmeraser-workers-0-0.lmeraser:9876", 4, 2)
-    for name in ("JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS"):
-        with pytest.raises(UserError, match=f"{name} is not set"):
-            detect({key: value for key, value in KUBERNETES.items() if key != name})
+@pytest.mark.parametrize("code", ["0", "3"])
+def test_a_signal_reaches_every_process_and_no_exit_code_is_lost(tmp_path, code):
+    process = start("local.sh", tmp_path, "train", PROCESSES="2", CODE=code, programs={"lmeraser": WAIT})
+    assert process.stdout is not None
+    assert [process.stdout.readline(), process.stdout.readline()] == ["ready\n", "ready\n"]
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out == "lmeraser got TERM\n" * 2 and process.returncode == int(code)
 
 
-def test_flags_come_first_and_together():
-    assert detect(SLURM, "10.0.0.1:99", 3, 0) == Place("10.0.0.1:99", 3, 0)
-    with pytest.raises(UserError, match="--num_processes, --process_id missing"):
-        detect({}, "host:99")
-    with pytest.raises(UserError, match="--coordinator_address missing"):
-        detect({}, "", 2, 1)
-    for given in (("host:99", 2, 2), ("host:99", 2, -1), ("host:99", 0, 0)):
-        with pytest.raises(UserError, match="the number of processes must be at least 1, the index 0 to that"):
-            detect({}, *given)
+def test_slurm_runs_the_command_by_all_tasks(tmp_path):
+    job = {"WORKDIR": str(tmp_path / "run"), "SLURM_JOB_ID": "7"}
+    code, out, _ = run("slurm.sbatch", tmp_path, "--config.seed=1", CONFIG="c.py", **job)
+    assert code == 0
+    assert out == f"lmeraser train --distributed --workdir={tmp_path}/run --config=c.py --config.seed=1 []\n"
+    assert run("slurm.sbatch", tmp_path, COMMAND="process", CODE="2", **job)[0] == 2
+    for lacking in ("WORKDIR", "SLURM_JOB_ID", "CONFIG"):
+        given = {name: value for name, value in ({"CONFIG": "c.py"} | job).items() if name != lacking}
+        code, out, error = run("slurm.sbatch", tmp_path, **given)
+        assert code != 0 and lacking in error and "lmeraser" not in out
 
 
-@pytest.mark.parametrize(
-    "address",
-    ["host", "a b:1", ":99", "host:", "host:0", "host:65536", "host:99999", "host:123456", "host:-1", "host:x"]
-    + ["[::1]:99", "::1:99", "fe80::1"],
-)
-def test_an_address_is_a_host_and_a_port(address):
-    with pytest.raises(UserError, match="must be HOST:PORT, HOST a name or an IPv4 address, PORT between 1 and 65535"):
-        detect({}, address, 2, 0)
-    assert detect({}, "host:65535", 2, 0) == Place("host:65535", 2, 0)
+def test_slurm_passes_sigterm_to_the_tasks_and_requeues(tmp_path):
+    passing = 'echo "scancel $*"; kill -TERM "$(cat "$TASK")"'
+    programs = {"srun": 'echo $$ > "$TASK"; shift; exec "$@"', "lmeraser": WAIT, "scancel": passing}
+    job = {"WORKDIR": str(tmp_path), "SLURM_JOB_ID": "7", "CONFIG": "c.py", "TASK": str(tmp_path / "task")}
+    process = start("slurm.sbatch", tmp_path, programs=programs, **job)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out.splitlines() == ["scancel --signal=TERM 7", "lmeraser got TERM", "scontrol requeue 7 []"]
+    assert process.returncode == 0
 
 
-def test_the_command_line_takes_the_flags(capsys):
-    flags = ["lmeraser", "--workdir=w", "--coordinator_address=h:1", "--num_processes=3", "--process_id=2"]
-    assert common.place_of(common.parse(train, flags)) == Place("h:1", 3, 2)
-    assert main.main(["train", "--workdir=w", "--num_processes=3"]) == 2
-    assert "--coordinator_address, --process_id missing" in capsys.readouterr().err
+def test_the_jobset_is_valid_and_its_names_agree():
+    documents = list(yaml.safe_load_all((LAUNCH / "k8s_jobset.yaml").read_text()))
+    jobset = documents[-1]
+    jsonschema.validate(jobset, json.loads(Path(__file__).with_name("jobset.schema.json").read_text()))
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert job["completions"] == job["parallelism"] and job["completionMode"] == "Indexed"
+    assert jobset["spec"]["network"]["subdomain"] == jobset["metadata"]["name"], "JAX looks for pod 0 there"
+    pod = job["template"]["spec"]
+    account, role, binding = documents[:3]
+    assert pod["serviceAccountName"] == account["metadata"]["name"] == binding["subjects"][0]["name"]
+    assert binding["roleRef"]["name"] == role["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert container["args"][0] == "train" and "--distributed" in container["args"]
+    assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
 
 
-def test_the_line_to_resume_with_leaves_the_place_out():
-    place = ["--coordinator_address=h:1", "-num_processes", "2", "--process_id", "0"]
-    assert main._of_one(["train", "--workdir", "w", *place, "--json=-", "2"]) == [
-        "train",
-        "--workdir",
-        "w",
-        "--json=-",
-        "2",
-    ]
+def test_the_flags_of_a_place_go_together(capsys):
+    for flags, text in (
+        (["--num_processes=2"], "--coordinator_address, --process_id missing"),
+        (["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"], "--process_id=2: must be below"),
+        (["--process_id=-1"], "process_id"),
+    ):
+        assert main.main(["train", "--workdir=w", *flags]) == 2
+        assert text in capsys.readouterr().err
+    assert main.main(["inspect", "--workdir=w", "--num_processes=2"]) == 2, "inspect is not shared"
 
 
-def test_what_process_0_does_alone_the_others_leave_to_it(monkeypatch, capsys, tmp_path):
-    for name, value in KUBERNETES.items():
-        monkeypatch.setenv(name, value)
-    assert main.main(["inspect", f"--workdir={tmp_path}/nothing"]) == 0
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
-    assert main.main(["inspect", f"--workdir={tmp_path}/nothing"]) == 2
-    assert "does not exist" in capsys.readouterr().err
+def test_the_line_to_resume_with_names_no_place():
+    line = ["train", "--workdir=w", "--distributed", "--coordinator_address=h:1", "--num_processes=2", "--process_id=1"]
+    assert main._without_place(line) == ["train", "--workdir=w"]
+    assert set(common.PLACE) == {"coordinator_address", "num_processes", "process_id"}
