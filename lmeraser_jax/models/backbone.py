@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
@@ -156,6 +156,6 @@ def restore(folder: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, 
         return make(config, params, tuple(metadata["mean"]), tuple(metadata["std"]))
     except Exception as error:  # metadata of other programs can raise nearly anything
         raise UserError(
-            f"{folder} is damaged: {type(error).__name__}: {str(error)[:500]};"
+            f"{folder} is damaged: {type(error).__name__}: {shorten(str(error), 500)};"
             " restore the folder, or delete it and make it again"
         ) from error

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import UserError, shorten
 from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.storage.atomic_files import disk_use
 
@@ -135,7 +135,7 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
         raise
     except Exception as error:  # TensorStore raises nearly every kind over damaged files
         _check_readable(folder)
-        why = str(error)[:SHOWN] or type(error).__name__
+        why = shorten(str(error), SHOWN) or type(error).__name__
         raise UserError(f"the checkpoint {folder} cannot be read: {why}") from error
 
 

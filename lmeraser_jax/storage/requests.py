@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from lmeraser_jax.data.names import lookalikes
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.catalog import Catalog
 
@@ -258,18 +258,18 @@ def _check_request(ids: Sequence[str], owners: Sequence[str], request: str, requ
         problems.append("say what to erase: --records=ID,ID, --records_file=FILE, --like=IMAGE or --owner=NAME")
     if request and not LEGAL_NAME.fullmatch(request):
         legal = "1 to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit"
-        problems.append(f"--request={ascii(request[:80])}: must be {legal}")
+        problems.append(f"--request={shorten(request)}: must be {legal}")
     for flag, text in (("requester", requester), ("reason", reason)):
         if len(text) > LONGEST_TEXT or not text.isprintable():
             legal = f"one line of at most {LONGEST_TEXT} printable characters"
-            problems.append(f"--{flag}={ascii(text[:80])}: must be {legal}")
+            problems.append(f"--{flag}={shorten(text)}: must be {legal}")
     return problems
 
 
 def _check_names(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
     """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
     assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
-    bad = [ascii(name[:80]) for name in (*ids, *owners) if not name or not _is_text(name)]
+    bad = [shorten(name) for name in (*ids, *owners) if not name or not _is_text(name)]
     return [f"ids and owners must be text in UTF-8 and not empty; these are not: {join_limited(bad)}"] if bad else []
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import digest, philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone, array_problems, from_flat
@@ -54,7 +54,7 @@ def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architec
         own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if field.startswith(OWN)}
         arrays = {field: leaf for field, leaf in arrays.items() if not field.startswith(OWN)}
     problems = [f"{field} is missing" for field in SHAPES if field not in arrays]
-    problems += [f"{ascii(field)[:80]} is no part of a slice" for field in arrays if field not in SHAPES]
+    problems += [f"{shorten(field)} is no part of a slice" for field in arrays if field not in SHAPES]
     for field, ndim in SHAPES.items():
         leaf = arrays.get(field)
         if leaf is not None and (leaf.dtype != np.float32 or leaf.ndim != ndim):

@@ -20,7 +20,7 @@ import numpy as np
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import SPLITS, content_hash
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
@@ -285,7 +285,7 @@ def _slices(run: "Run") -> Iterator[Problem]:
                 load_slice(run, ref)
             except UserError as error:
                 drop = functools.partial(_drop_slice, run.catalog, slice_of(ref))
-                yield Problem("slices", str(error)[:300], DROP, repair=drop)
+                yield Problem("slices", shorten(str(error), 300), DROP, repair=drop)
             shown.advance(1)
     yield from _unknown_files(run.layout.slices, run.catalog.slices().keys())
 

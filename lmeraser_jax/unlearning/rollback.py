@@ -7,7 +7,7 @@ rollback pins the cluster: it keeps the slice until it is unpinned or a record t
 import dataclasses
 import json
 
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceRow
@@ -52,7 +52,7 @@ def cluster_key(catalog: Catalog, text: str) -> str:
         return matches[0]
     problem = "means several clusters" if matches else "is no published cluster"
     legal = join_limited((key[:12] for key in matches or keys), 20)
-    raise UserError(f"--cluster={text[:80]!r}: {problem}; legal: {legal}")
+    raise UserError(f"--cluster={shorten(text)!r}: {problem}; legal: {legal}")
 
 
 def versions(run: Run, key: str) -> list[Version]:
@@ -152,7 +152,7 @@ def _chosen(run: Run, key: str, to: str) -> Version:
     problem = "means several versions"
     if not matches:
         problem = f"is no version of cluster {key[:12]}{_erased_by(run.catalog, to)}"
-    raise UserError(f"--to={to[:80]}: {problem}; legal: {join_limited(legal, 20)}")
+    raise UserError(f"--to={shorten(to)}: {problem}; legal: {join_limited(legal, 20)}")
 
 
 def _matches(known: list[Version], to: str) -> list[Version]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jsonschema
 
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -196,17 +196,12 @@ def _read(path: Path) -> dict[str, Any]:
         values = parse_strict_json(raw.decode())
         errors = list(itertools.islice(validator().iter_errors(values), MOST))
     except ValueError as error:
-        raise _Unusable(f"is not JSON: {_shortened(error)}") from None
+        raise _Unusable(f"is not JSON: {shorten(str(error), SHOWN)}") from None
     except RecursionError:
         raise _Unusable("is nested too deeply") from None
     if errors:
-        raise _Unusable(*(f"{_shortened(error.json_path)}: {_shortened(error.message)}" for error in errors))
+        raise _Unusable(*(f"{shorten(error.json_path, SHOWN)}: {shorten(error.message, SHOWN)}" for error in errors))
     return values
-
-
-def _shortened(text: object) -> str:
-    whole = str(text)
-    return ascii(whole[:SHOWN])[1:-1] + ("..." if len(whole) > SHOWN else "")
 
 
 def _times(values: Mapping[str, Any]) -> list[float]:
@@ -214,7 +209,7 @@ def _times(values: Mapping[str, Any]) -> list[float]:
     try:
         return [datetime.datetime.fromisoformat(state["at"]).timestamp() for state in values["request"]["states"]]
     except ValueError as error:
-        raise _Unusable(f"has a time that does not exist: {_shortened(error)}") from None
+        raise _Unusable(f"has a time that does not exist: {shorten(str(error), SHOWN)}") from None
 
 
 def _check_chain(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:

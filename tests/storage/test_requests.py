@@ -130,7 +130,7 @@ def test_a_second_request_for_a_record_that_waits(catalog):
         ({"ids": ["r1", ""]}, "not empty"),
         ({"ids": ["r1", "\udcff"]}, "text in UTF-8"),
         ({"ids": ["r1"], "owners": ["\ud800"]}, "text in UTF-8"),
-        ({"ids": ["r1"], "request": "../x"}, "--request='../x': must be"),
+        ({"ids": ["r1"], "request": "../x"}, "--request=../x: must be"),
         ({"ids": ["r1"], "request": "x" * 65}, "--request="),
         ({"ids": ["r1"], "reason": "two\nlines"}, "--reason="),
         ({"ids": ["r1"], "requester": "x" * 501, "reason": "\0"}, "(?s)--requester=.*--reason="),
