@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from fakes import fast_fakes
 from helpers import small_run, small_source, without
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
@@ -22,9 +23,11 @@ def run(tmp_path_factory):
     source = small_source(train=120, test=40)
     sixes = [item.id for item in source.items if item.split == "train" and item.label == 6]
     nines = {item.id for item in source.items if item.split == "train" and item.label == 9}
-    with small_run(tmp_path_factory.mktemp("run") / "w", without(source, nines | set(sixes[3:]))) as run:
-        build(run)
-        yield run
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        with small_run(tmp_path_factory.mktemp("run") / "w", without(source, nines | set(sixes[3:]))) as run:
+            build(run)
+            yield run
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,6 @@ def test_delong_is_its_definition(rng, digits):
 
 
 def test_the_interval_of_an_auc_covers_the_truth(rng):
-    """Its error is that of Hanley and McNeil (1982) too."""
-    auc, error = statistics.delong(rng.normal(0.8, 1, 80), rng.normal(0, 1, 160))
-    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
-    hanley = auc * (1 - auc) + 79 * (q1 - auc**2) + 159 * (q2 - auc**2)
-    assert np.sqrt(hanley / (80 * 160)) == pytest.approx(error, rel=0.15)
     aucs = [statistics.separation(rng.normal(0.8, 1, 60), rng.normal(0, 1, 90)).auc for _ in range(300)]
     assert np.mean([auc.low <= area(0.8) <= auc.high for auc in aucs]) == pytest.approx(0.95, abs=0.03)
 
@@ -98,7 +93,8 @@ def test_an_auc_difference_has_the_chance_of_all_exchanges_of_ranks(rng):
     ranks, exchanges = stats.rankdata(scores, axis=1), []
     for mask in np.indices((2,) * 9).reshape(9, -1).T.astype(bool):
         pair = np.where(mask, ranks[1], ranks[0]), np.where(mask, ranks[0], ranks[1])
-        exchanges.append(roc_auc_score(truth, pair[0]) - roc_auc_score(truth, pair[1]))
+        sums = [stats.rankdata(scores)[:4].sum() for scores in pair]
+        exchanges.append((sums[0] - sums[1]) / (4 * 5))
     assert result.p == pytest.approx(np.mean(np.array(exchanges) >= result.value - 1e-9), abs=0.05)
     same = statistics.auc_difference(members[[0, 0]], others[[0, 0]], rng)
     assert (same.value, same.p, same.smallest_p) == (0, 1, 1)
@@ -106,8 +102,9 @@ def test_an_auc_difference_has_the_chance_of_all_exchanges_of_ranks(rng):
     assert few.smallest_p > 0.1, "few records prove nothing"
 
 
-def test_an_auc_difference_ignores_what_both_slices_share(rng):
+def test_an_auc_difference_ignores_what_both_slices_share(rng, monkeypatch):
     """Hard records and a shift cancel; what the first slice alone knows is found."""
+    monkeypatch.setattr(statistics, "ROUNDS", 250)
 
     def scores(gain, members=40):
         both = rng.normal(0, 3, members + 60) + 0.7 * rng.normal(size=(2, members + 60))
@@ -208,8 +205,9 @@ def test_lira_is_the_likelihood_ratio(rng):
 
 
 @pytest.mark.parametrize("shift", [0.0, 1.0, 2.5])
-def test_lira_finds_as_much_as_there_is(rng, shift):
+def test_lira_finds_as_much_as_there_is(rng, shift, monkeypatch):
     """Gaussian margins: the best possible AUC is known. The loss alone sees little of it."""
+    monkeypatch.setattr(statistics, "ROUNDS", 250)
     mean, deviation, inside, shadows = shadow_margins(rng, 1000, 128, shift)
     member = np.arange(1000) < 500
     kept_only = np.array([[1], [0], [0]])
@@ -254,7 +252,8 @@ def test_ulira_and_klom_find_a_known_leak_and_nothing_else(rng, kept, unlearned)
         assert high[role][1] > mean[role][1]
 
 
-def test_ulira_reports_rates_where_there_are_enough_records(rng):
+def test_ulira_reports_rates_where_there_are_enough_records(rng, monkeypatch):
+    monkeypatch.setattr(statistics, "ROUNDS", 50)
     result = ulira([populations(rng, 2.0, 0.0, records=330)], rng)
     for rates, shift in zip(result.values["rates"], (2.0, 0.0, 0.0), strict=True):
         assert rates[0] is not None and rates[1] is None, "110 forgotten records"
