@@ -34,7 +34,6 @@ ZIP_ERRORS = (  # what zipfile raises over a damaged file, and `_read_header` ov
     *(BadZipFile, zlib.error, struct.error, EOFError, OSError),
     *(ValueError, RuntimeError, OverflowError),  # over a name or size, a compression or encryption, a place in the file
 )
-PIECE = 1 << 16  # bytes asked for at a time
 RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for, by compression
 
 
@@ -192,9 +191,7 @@ def _join(streams: Sequence["Rows"], start: int, stop: int) -> np.ndarray:
 
 
 class Rows:
-    """The rows of one array of an .npz, from the first to the last; asking for an earlier row starts again.
-
-    The array is never in memory as a whole.
+    """The rows of one array of an .npz. Reading on costs the rows alone; an earlier row starts the array again.
 
     Args:
         path: the zip file.
@@ -219,13 +216,11 @@ class Rows:
             raise ValueError(f"{member} calls for {info.file_size} bytes, more than its {packed} bytes can hold")
         with file.open(member) as stream:
             self.shape, self.fortran, self.dtype = _read_header(stream)
-            header_bytes = stream.tell()
-        self.row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
-        wanted = header_bytes + math.prod(self.shape) * self.dtype.itemsize
+            self.start = stream.tell()
+        wanted = self.start + math.prod(self.shape) * self.dtype.itemsize
         if info.file_size != wanted and not self.dtype.hasobject:
             raise ValueError(f"{member} holds {info.file_size} bytes, its header calls for {wanted}")
         self.stream: IO[bytes] | None = None
-        self.next = 0  # row that the stream stands before
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop: [stop - start, *shape[1:]]. With the last one zipfile compares checksums.
@@ -233,18 +228,23 @@ class Rows:
         Raises:
             UserError: the file is damaged or has changed.
         """
-        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         try:
-            _fill(self._stream_at(start), rows.data.cast("B"))
-            self.next = stop
+            if self.stream is None:
+                with ZipFile(self.path) as file:
+                    self.stream = file.open(self.member)  # stays open without the zip file
+                if _read_header(self.stream) != (self.shape, self.fortran, self.dtype):
+                    raise ValueError("it has changed since it was opened")
+            self.stream.seek(self.start + start * row_bytes)
+            raw = self.stream.read((stop - start) * row_bytes)
             if stop == self.shape[0]:
                 self.close()
+            return np.frombuffer(raw, self.dtype).reshape(stop - start, *self.shape[1:])  # refuses too few bytes
         except ZIP_ERRORS as error:
             self.close()
             raise UserError(
                 f"--config.data.path={self.path} is damaged: rows {start} to {stop} of {self.member}: {error}"
             ) from error
-        return rows
 
     def read_all(self) -> np.ndarray:
         """All of a small array. Raises one of `ZIP_ERRORS`; nothing is unpickled."""
@@ -256,32 +256,7 @@ class Rows:
         """Lets go of the file."""
         if self.stream is not None:
             self.stream.close()
-        self.stream, self.next = None, 0
-
-    def _stream_at(self, row: int) -> IO[bytes]:
-        """The stream, standing before a row."""
-        if self.stream is None or row < self.next:
-            self.close()
-            with ZipFile(self.path) as file:
-                self.stream = file.open(self.member)  # stays open without the zip file
-            if _read_header(self.stream) != (self.shape, self.fortran, self.dtype):
-                raise ValueError("it has changed since it was opened")
-        skipped, buffer = (row - self.next) * self.row_bytes, memoryview(bytearray(PIECE))
-        while skipped:
-            target = buffer[: min(skipped, PIECE)]
-            _fill(self.stream, target)
-            skipped -= len(target)
-        return self.stream
-
-
-def _fill(stream: Any, target: memoryview) -> None:
-    """Reads exactly as many bytes as the target has, in pieces."""
-    done = 0
-    while done < len(target):
-        count = stream.readinto(target[done : done + PIECE])
-        if not count:
-            raise EOFError("it ends too early")
-        done += count
+        self.stream = None
 
 
 def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

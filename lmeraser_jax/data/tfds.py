@@ -269,12 +269,9 @@ def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
 def _hidden_labels(prepared: Prepared, span: Span, count: int, data: Data) -> str:
     """What to do about a split without labels, such as the test split of a competition."""
     taken = {other.split for other in _spans(prepared, data)}
-    free = [name for name, size in prepared.sizes.items() if size and name not in taken]
-    hint = ""
-    if free:
-        other = "validation" if "validation" in free else free[0]
-        hint = f", such as --config.data.{span.role}_split={other}"
-    elif span.role == "test":
+    free = sorted((name for name, size in prepared.sizes.items() if size and name not in taken), reverse=True)
+    hint = f", such as --config.data.{span.role}_split={free[0]}" if free else ""  # validation comes before train
+    if span.role == "test" and not free:
         hint = ", or draw some of the training images with --config.data.test_share=0.1 and without a test_split"
     return (
         f"{prepared.name} hides labels of its split {span.split} (feature {prepared.fields.label} is negative in"

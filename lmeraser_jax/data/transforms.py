@@ -37,14 +37,6 @@ class ImageSpec:
     std: tuple[float, ...] = (0.5,)
     augment: str = "none"
 
-    @property
-    def crops(self) -> bool:
-        return self.augment in ("crop", "paper")
-
-    @property
-    def flips(self) -> bool:
-        return self.augment in ("flip", "paper")
-
 
 @functools.lru_cache(maxsize=64)
 def resize_matrix(old: int, new: int) -> np.ndarray:
@@ -93,7 +85,7 @@ def augmented(images: jax.Array, spec: ImageSpec, key: jax.Array) -> jax.Array:
     key_top, key_left, key_flip = jax.random.split(key, 3)
     wy = _windows(rows, spec, key_top, len(images))  # [B, S, h]
     wx = _windows(columns, spec, key_left, len(images))  # [B, S, w]
-    if spec.flips:
+    if spec.augment in ("flip", "paper"):
         flip = jax.random.bernoulli(key_flip, 0.5, (len(images), 1, 1))
         wx = jnp.where(flip, wx[:, ::-1], wx)
     x = jnp.einsum("byh,bhwc->bywc", wy, images.astype(jnp.float32), precision="highest")
@@ -104,7 +96,7 @@ def augmented(images: jax.Array, spec: ImageSpec, key: jax.Array) -> jax.Array:
 def _windows(matrix: jax.Array, spec: ImageSpec, key: jax.Array, count: int) -> jax.Array:
     """For each image the `spec.size` rows of the resize matrix that its crop keeps: [B, S, old]."""
     slack = matrix.shape[0] - spec.size
-    if not spec.crops:
+    if spec.augment == "flip":
         start = jnp.full((count,), slack // 2)
     elif slack:
         start = jax.random.randint(key, (count,), 0, slack + 1)
