@@ -142,7 +142,9 @@ def main() -> None:
     arguments = parser.parse_args()
     found: dict[str, dict] = {"paper": {}, "real": {}}
     for name, (count, records) in PAPER.items():
-        found["paper"][name] = formulas(cost_model.clusters_of(heavy_tailed(count, records), SAMPLE), changed=1.0)
+        sizes = np.asarray(heavy_tailed(count, records), np.float64)
+        clusters = Clusters(sizes, sizes * SAMPLE / sizes.sum(), sizes)  # each has its share of the sample
+        found["paper"][name] = formulas(clusters, changed=1.0)
     for path in filter(None, arguments.data.split(",")):
         features = features_of(Path(path), Path(arguments.weights))
         for name, cut in CUTS.items():

@@ -68,7 +68,9 @@ def main() -> None:
         result = surroundings("bench_unlearn.py", sys.argv[1:]) | measured(workdir, folder, arguments.quick)
         if base is not None:
             settings = settings_of(arguments)
-            result["others"] = {name: other(base, folder / name, methods.load(name).of(settings)) for name in OTHERS}
+            result["others"] = {
+                name: other(base, folder / name, methods.METHODS[name].configure(settings)) for name in OTHERS
+            }
     deliver(result, arguments.json)
 
 

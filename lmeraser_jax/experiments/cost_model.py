@@ -1,59 +1,68 @@
-"""Batch unlearning in formulas: the paper's (section 5.3 and appendix 2) and what they leave out. NumPy only.
+"""What batches of erasure requests cost: formulas (paper section 5.3, appendix 2), and a forecast for a workdir.
 
-Requests name private records independently and uniformly; those that arrive in one window are served together.
-The paper counts clusters that are hit and prices each at T_c, whatever its size, all at the same time. Left out are:
-a uniform request hits large clusters more often; a sampled record changes the clustering, and with it slices that
-nobody named; L lanes take turns.
+Requests name private records independently and uniformly; those of one window are served together. The paper counts the
+clusters that are hit and prices each at T_c, whatever its size, all at the same time. The formulas here also count that
+a uniform request hits large clusters more often, that a sampled record changes the clustering and with it slices that
+no request named, and that L lanes take turns. docs/theory.md explains them.
 
-Symbols: K clusters, m_i members of cluster i, N records, n_s sampled records, s_i of them in cluster i,
-lambda T expected requests of a window, k requests where their number is known, L lanes of all devices together.
-Arrays are float64 [K] unless it is said otherwise; times are in the unit of what they are made of.
+Symbols: K clusters, m_i members of cluster i, N records, n_s sampled records, s_i of them in cluster i, lambda T
+expected requests of a window, k requests where their number is known, L lanes of all devices together. Arrays are
+float64 [K].
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-Sizes = Sequence[float] | np.ndarray
+from lmeraser_jax import config as settings
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import parse_strict_json
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.workdir import Layout, read_config
+from lmeraser_jax.unlearning.artifacts import slice_of
+
+DAY = 24 * 3600.0  # seconds
+MONTH = 30.0  # days
+BUILD = "reconcile"  # kind of the log lines of builds
+WINDOWS = {"at once": 0.0, "an hour": 1 / 24, "a day": 1.0, "a week": 7.0}  # days
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """The requests that are served together.
-
-    Attributes:
-        requests: lambda T, the mean of a Poisson number; or, if `fixed`, k, exactly so many.
-        fixed: their number is known.
-    """
+    """The requests that are served together: lambda T, the mean of a Poisson number, or exactly k if `fixed`."""
 
     requests: float
     fixed: bool = False
 
     def hits(self, share: float | np.ndarray) -> np.ndarray:
-        """Probability that a request names one of a given share of the records, [...] -> [...] (Eq. 14).
+        """Probability that some request names one of a given share of the records, [...] -> [...] (Eq. 14).
 
-        1 - exp(-share lambda T), or 1 - (1 - share)^k. Repeated requests for a record count once for its cluster.
+        1 - exp(-share lambda T), or 1 - (1 - share)^k.
         """
-        return -np.expm1(self._log_spares(share))
+        return -np.expm1(self._log_misses(share))
 
-    def spares(self, share: float | np.ndarray) -> np.ndarray:
-        """Probability that no request names one of a given share of the records, 1 - `hits`."""
-        return np.exp(self._log_spares(share))
+    def misses(self, share: float | np.ndarray) -> np.ndarray:
+        """1 - `hits`."""
+        return np.exp(self._log_misses(share))
 
-    def _log_spares(self, share: float | np.ndarray) -> np.ndarray:
+    def _log_misses(self, share: float | np.ndarray) -> np.ndarray:
         share = np.clip(np.asarray(share, np.float64), 0.0, 1.0)  # sums of shares may end a rounding above 1
-        if not self.requests:
-            return np.zeros_like(share)
-        if not self.fixed:
+        if not self.fixed or not self.requests:
             return -share * self.requests
-        with np.errstate(divide="ignore"):  # everything is named for certain
+        with np.errstate(divide="ignore"):  # log 0: all records are named for certain
             return self.requests * np.log1p(-share)
+
+
+ONE_REQUEST = Batch(1, fixed=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clusters:
-    """What requests may hit, and what it costs.
+    """What requests may hit.
 
     Attributes:
         members: float64 [K], m_i > 0.
@@ -76,106 +85,50 @@ class Clusters:
         return float(self.sampled.sum())
 
 
-def clusters_of(sizes: Sizes, sample: float = 0.0, epochs: float = 1.0) -> Clusters:
-    """Clusters of given sizes, each with its proportional part of n_s sampled records.
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """L lanes of all devices together, and the images per second of all of them when none is idle."""
 
-    Every member is passed forward and backward `epochs` times.
-    """
-    members = np.asarray(sizes, np.float64)
-    return Clusters(members, members * (sample / members.sum()), members * epochs)
+    lanes: int = 1
+    speed: float = 1.0
 
-
-# the paper's formulas
-
-
-def cluster_rates(sizes: Sizes, rate: float) -> np.ndarray:
-    """Requests per unit of time that fall on each cluster: lambda m_i / N (Eq. 13)."""
-    return _shares(sizes) * rate
-
-
-def hit_probabilities(sizes: Sizes, batch: Batch) -> np.ndarray:
-    """P_i, the probability that a window's requests hit a cluster (Eq. 14)."""
-    return batch.hits(_shares(sizes))
-
-
-def expected_affected(sizes: Sizes, batch: Batch) -> float:
-    """E[K_affected] = sum of P_i (Eqs. 9 and 15); for k requests sum of 1 - (1 - m_i / N)^k."""
-    return float(hit_probabilities(sizes, batch).sum())
-
-
-def affected_bound(batch: Batch) -> float:
-    """lambda T: at least E[K_affected] and its variance, and what they come to for rare requests (Eqs. 10, 15, 17)."""
-    return batch.requests
-
-
-def variance_affected(sizes: Sizes, batch: Batch) -> float:
-    """Var[K_affected]: for Poisson requests the sum of P_i (1 - P_i) (Eqs. 16 and 17).
-
-    k requests couple the clusters: P(neither i nor j is hit) - (1 - P_i)(1 - P_j) is added for each pair. Pairs
-    are counted by their sizes, of which there are at most sqrt(2 N) different ones.
-    """
-    share, count = np.unique(_shares(sizes), return_counts=True)
-    hit, spared = batch.hits(share), batch.spares(share)
-    own = float((count * hit * spared).sum())
-    if not batch.fixed:
-        return own
-    both = batch.spares(share[:, None] + share[None]) - spared[:, None] * spared[None]
-    pairs = count[:, None] * count[None] - np.diag(count)
-    return own + float((pairs * both).sum())
+    @property
+    def lane_speed(self) -> float:
+        """Images per second of one lane; idle lanes beside it do not make it faster."""
+        return self.speed / self.lanes
 
 
 def any_affected(batch: Batch) -> float:
-    """P(any cluster affected) = 1 - exp(-lambda T) (Eqs. 18 and 21)."""
+    """P(any cluster is affected) = 1 - exp(-lambda T) (Eqs. 18 and 21)."""
     return float(batch.hits(1.0))
 
 
-def expected_time(seconds: float, batch: Batch) -> float:
-    """The paper's processing time of a window: seconds of one re-tuning times P(any).
+def expected_affected(members: Sequence[float] | np.ndarray, batch: Batch) -> float:
+    """E[K_affected] = sum of P_i (Eqs. 9 and 15); for k requests sum of 1 - (1 - m_i / N)^k."""
+    sizes = np.asarray(members, np.float64)
+    return float(batch.hits(sizes / sizes.sum()).sum())
 
-    With T_c, one cluster, that of LMEraser, whatever number of clusters is hit (Eq. 19); with T_s, the whole data
-    set, that of a single prompt (Eq. 22).
-    """
+
+def expected_time(seconds: float, batch: Batch) -> float:
+    """The paper's time of a window: seconds of one tuning times P(any) (Eq. 19 with T_c, Eq. 22 with T_s)."""
     return seconds * any_affected(batch)
 
 
-def rare_time(seconds: float, batch: Batch) -> float:
-    """What `expected_time` comes to when requests are rare: seconds times lambda T (Eqs. 20 and 23)."""
-    return seconds * batch.requests
-
-
-def efficiency_gain(single: float, cluster: float) -> float:
-    """T_s / T_c (Eqs. 11 and 24)."""
-    return single / cluster
-
-
-# what the paper's formulas leave out
-
-
 def size_biased_images(clusters: Clusters) -> float:
-    """Images that one uniform request re-tunes where nothing is clustered again: sum of m_i images_i / N.
-
-    One pass over the members costs sum of m_i^2 / N, which is at least the mean size N / K that pricing a request
-    at T_c amounts to: it is N / K times 1 + the squared coefficient of variation of the sizes.
-    """
+    """Images that one uniform request re-tunes where nothing is clustered again: sum of m_i images_i / N."""
     return float((clusters.members * clusters.images).sum() / clusters.records)
 
 
-def reclusters(clusters: Clusters, batch: Batch) -> float:
-    """Probability that a sampled record is named: for one request n_s / N."""
-    return float(batch.hits(clusters.sample / clusters.records))
-
-
 def retuned_probabilities(clusters: Clusters, batch: Batch, changed: float = 1.0) -> np.ndarray:
-    """Probability that each cluster is tuned again: it is hit, or another cluster's sampled record is and it changes.
+    """Probability that each cluster is tuned again, [K].
 
-    1 - (1 - changed) P(i is not hit) - changed P(i is not hit and nothing is clustered again). With changed = 0, or
-    without a private sample, this is P_i (Eq. 14).
+    1 - (1 - changed) P(i is not hit) - changed P(i is not hit, and no sampled record of another cluster is named).
+    With changed = 0, or without a private sample, this is P_i (Eq. 14).
 
     Args:
         clusters: K clusters.
         batch: the requests.
-        changed: share of the clusters that a new clustering changes although none of their members is erased; 1 is
-            the bound.
+        changed: c, share of the clusters without an erased member that a new clustering changes; 1 is the bound.
     """
     total, others = clusters.records, clusters.sample - clusters.sampled
     hit, disturbed = batch.hits(clusters.members / total), batch.hits((clusters.members + others) / total)
@@ -183,89 +136,278 @@ def retuned_probabilities(clusters: Clusters, batch: Batch, changed: float = 1.0
 
 
 def expected_retuned(clusters: Clusters, batch: Batch, changed: float = 1.0) -> float:
-    """Clusters tuned again, those of a new clustering included; with changed = 0 E[K_affected]."""
+    """Clusters tuned again, those of a new clustering included."""
     return float(retuned_probabilities(clusters, batch, changed).sum())
 
 
 def expected_images(clusters: Clusters, batch: Batch, changed: float = 1.0) -> float:
-    """Images that a window's requests re-tune: sum of images_i times `retuned_probabilities`.
-
-    A bound by the images of the erased members, which are not tuned on any more.
-    """
+    """Images that a window's requests re-tune; a bound, because erased members are not tuned on any more."""
     return float((clusters.images * retuned_probabilities(clusters, batch, changed)).sum())
 
 
-def makespan(images: np.ndarray, lanes: int) -> np.ndarray:
-    """Images of the lane that ends last, at least: the largest of longest and total / L, float64 [..., K] -> [...].
-
-    `schedule.pack` comes within 2 % of it for as many clusters as the paper has.
-    """
-    return np.maximum(images.max(axis=-1, initial=0.0), images.sum(axis=-1) / lanes)
-
-
 def expected_makespan(clusters: Clusters, batch: Batch, changed: float = 1.0, lanes: int = 1) -> float:
-    """Images of the lane that ends last, expected, at least: E[T] (Eq. 19) where clusters differ and lanes are few.
+    """Expected images of the lane that ends last, at least: E[T] (Eq. 19) where clusters differ and lanes are few.
 
-    max(E[longest], E[total] / L), windows with and without a new clustering apart; exact for one lane. Each cluster
-    changes independently of the others. E[longest] sums over the clusters, longest first, the probability that
-    this is the first one tuned again.
+    max(E[longest], E[total] / L), summed over windows with and without a new clustering; exact for one lane. Each
+    cluster changes independently of the others. E[longest] sums over the clusters, longest first, the probability that
+    this is the first one that is tuned again.
     """
     order = np.argsort(-clusters.images, kind="stable")
-    members, sampled, images = (part[order] for part in (clusters.members, clusters.sampled, clusters.images))
+    members, sampled, images = clusters.members[order], clusters.sampled[order], clusters.images[order]
     total, sample = clusters.records, clusters.sample
-    counted, counted_sampled = (np.concatenate([[0.0], np.cumsum(part)]) for part in (members, sampled))
-    quiet = batch.spares((counted + sample - counted_sampled) / total)  # first j not hit, nothing clustered again
-    spared = batch.spares(counted / total)  # first j not hit
-    untouched = (spared - quiet) * (1 - changed) ** np.arange(len(counted))  # first j left alone by a new clustering
-    alone = batch.spares(sample / total) - batch.spares((members + sample - sampled) / total)
-    kept_images = float((images * alone).sum())
-    rest_images = expected_images(clusters, batch, changed) - kept_images
-    kept_longest, rest_longest = (float((images * -np.diff(left)).sum()) for left in (quiet, untouched))
-    return max(kept_longest, kept_images / lanes) + max(rest_longest, rest_images / lanes)
+    members_before = np.concatenate([[0.0], np.cumsum(members)])  # members of the first j clusters
+    sampled_before = np.concatenate([[0.0], np.cumsum(sampled)])
+    missed = batch.misses(members_before / total)  # none of the first j is hit
+    quiet = batch.misses((members_before + sample - sampled_before) / total)  # and nothing is clustered again
+    unchanged = (missed - quiet) * (1 - changed) ** np.arange(len(missed))  # clustered again, the first j unchanged
+    alone = batch.misses(sample / total) - batch.misses((members + sample - sampled) / total)
+    quiet_images = float((images * alone).sum())
+    other_images = expected_images(clusters, batch, changed) - quiet_images
+    quiet_longest, other_longest = float((images * -np.diff(quiet)).sum()), float((images * -np.diff(unchanged)).sum())
+    return max(quiet_longest, quiet_images / lanes) + max(other_longest, other_images / lanes)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Workload:
+    """What a workdir would have to tune again.
+
+    Attributes:
+        workdir, version: the workdir and its published state.
+        clusters: members, sampled members and images of each published cluster.
+        lanes: L of one device.
+        speed: images per second of one device, measured on slices of the published program; None where none was timed.
+        reclusterings: for each past erasure that changed the clustering, images of the clusters without an erased
+            member, and images of those among them that were tuned again.
+    """
+
+    workdir: str
+    version: int
+    clusters: Clusters
+    lanes: int
+    speed: float | None
+    reclusterings: tuple[tuple[float, float], ...]
+
+    @property
+    def changed(self) -> float:
+        """c, measured on past erasures; 1, the bound, where there is none."""
+        if not self.reclusterings:
+            return 1.0
+        spared, changed = np.sum(self.reclusterings, axis=0)
+        return float(changed / spared)
+
+    def machine(self, devices: int, speed: float | None = None) -> Machine:
+        """So many devices: each as fast as those that made the slices, or of a given speed all together."""
+        speed = speed or (self.speed and self.speed * devices)
+        assert speed, "no slice was timed"
+        return Machine(self.lanes * devices, speed)
+
+
+def read_workload(layout: Layout, catalog: Catalog) -> Workload:
+    """Reads a workdir's published state from its catalog, as of one moment, and the log of past work.
+
+    Raises:
+        UserError: nothing is published, no live record is in a cluster, or slices are closed forms.
+    """
+    tree = read_config(layout)
+    with catalog.snapshot():
+        manifest = catalog.manifest()
+        if tree is None or manifest is None:
+            raise UserError(f"{layout.root} has no published state; run: lmeraser train --workdir={layout.root}")
+        config = settings.from_dict(tree)
+        slices, sizes = catalog.slices(), catalog.sizes()
+        k = config.clustering
+        private = k.partition == "adaptive" and k.sample_from == "private"  # shards have no sample
+        sampled = Counter(catalog.sample("train", k.sample_size if private else 0).clusters)
+    keys = [key for key in manifest.clusters if sizes.get(key)]
+    images = [slices[slice_of(manifest.clusters[key])].images for key in keys]
+    if not keys:
+        raise UserError(f"{layout.root} has no live private record in a published cluster: nobody can ask for one")
+    if not sum(images):
+        raise UserError(f"{layout.root} makes its slices by a formula: an erasure tunes no image, nothing to forecast")
+    timed = [row for row in slices.values() if row.fingerprint == manifest.fingerprint and row.seconds > 0]
+    columns = [[sizes[key] for key in keys], [sampled[key] for key in keys], images]
+    return Workload(
+        workdir=str(layout.root),
+        version=manifest.version,
+        clusters=Clusters(*np.array(columns, np.float64)),
+        lanes=config.tuning.lanes,
+        speed=sum(row.images for row in timed) / sum(row.seconds for row in timed) if timed else None,
+        reclusterings=_read_reclusterings(layout),
+    )
+
+
+def _read_reclusterings(layout: Layout) -> tuple[tuple[float, float], ...]:
+    pairs, path = [], layout.metrics
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash, or edited
+            values = parse_strict_json(line)
+            spared, changed = values["images_spared"], values["images_changed"]
+            if values["kind"] == BUILD and values["reclustered"] is True and 0 <= changed <= spared != 0:
+                pairs.append((float(spared), float(changed)))
+    return tuple(pairs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """What tunes: L lanes of all devices together, and the images per second of all of them when none is idle."""
+class Policy:
+    """Expected costs of serving requests together: all of a window with at least one request, or always k.
 
-    lanes: int = 1
-    speed: float = 1.0
-
-    @property
-    def lane_speed(self) -> float:
-        """Images per second of one lane; idle ones beside it make it no faster, one program has them all."""
-        return self.speed / self.lanes
-
-
-# SISA (Bourtoule et al., 2021), for comparison: records passed once, requests that fall on every shard alike
-
-
-def sisa_sequential(records: float, shards: int, requests: int) -> float:
-    """Records re-trained by k requests served one by one: k (N / S - 1) - k (k - 1) / (2 S)."""
-    return requests * (records / shards - 1) - requests * (requests - 1) / (2 * shards)
-
-
-def sisa_batched(records: float, shards: int, requests: int) -> float:
-    """Records re-trained by k requests served together: N (1 - (1 - 1 / S)^k) - k."""
-    return records * float(Batch(requests, fixed=True).hits(1 / shards)) - requests
-
-
-def sisa_sliced(records: float, shards: int, slices: int, epochs: float = 1.0) -> float:
-    """Records times epochs that one request re-trains with R slices in a shard: e N / S (2/3 + 1/(3 R))."""
-    return epochs * records / shards * (2 / 3 + 1 / (3 * slices))
-
-
-def sisa_sliced_batch(shard: float, slices: int, requests: int, epochs: float = 1.0) -> float:
-    """Records times epochs that k requests in one shard of D records re-train together.
-
-    Stage r passes r D / R records 2 e / (R + 1) times; it is repeated with probability 1 - (1 - r / R)^k.
+    Attributes:
+        name: when requests are served, in words.
+        window_days: T; for k requests the mean days from the first to the last; 0: each is served alone, at once.
+        any: probability of a request within a window.
+        requests, clusters, images, seconds: of a batch; clusters and images that are tuned again, and that time.
+        share: images over those of a full tuning.
+        reclustering: share of the images that new clusterings cause.
+        paper_clusters, paper_seconds: of a batch, by the paper's Eqs. 9 and 19.
+        wait_seconds: from a request to the end of tuning, mean: half a window and a batch.
+        batches, month_seconds: of 30 days.
+        busy: share of the time that tuning takes; from 1 on requests pile up.
     """
-    stage = np.arange(1, slices + 1)
-    repeated = Batch(requests, fixed=True).hits(stage / slices)
-    return float((stage * repeated).sum() * 2 * epochs * shard / (slices * (slices + 1)))
+
+    name: str
+    window_days: float
+    any: float
+    requests: float
+    clusters: float
+    images: float
+    share: float
+    reclustering: float
+    seconds: float
+    paper_clusters: float
+    paper_seconds: float
+    wait_seconds: float
+    batches: float
+    month_seconds: float
+    busy: float
 
 
-def _shares(sizes: Sizes) -> np.ndarray:
-    """m_i / N."""
-    members = np.asarray(sizes, np.float64)
-    return members / members.sum()
+def make_policy(name: str, batch: Batch, rate: float, clusters: Clusters, machine: Machine, changed: float) -> Policy:
+    """The expectations of a window, divided by the probability that it is not empty (Eq. 18)."""
+    some, days = any_affected(batch), days_of(batch, rate)
+    images = expected_images(clusters, batch, changed) / some
+    seconds = expected_makespan(clusters, batch, changed, machine.lanes) / machine.lane_speed / some
+    batches = MONTH * rate * some / batch.requests
+    cluster_seconds = float(clusters.images.mean()) / machine.lane_speed  # T_c
+    return Policy(
+        name=name,
+        window_days=days,
+        any=some,
+        requests=batch.requests / some,
+        clusters=expected_retuned(clusters, batch, changed) / some,
+        images=images,
+        share=images / float(clusters.images.sum()),
+        reclustering=max(0.0, 1 - expected_images(clusters, batch, changed=0.0) / some / images),
+        seconds=seconds,
+        paper_clusters=expected_affected(clusters.members, batch) / some,
+        paper_seconds=expected_time(cluster_seconds, batch) / some,
+        wait_seconds=days * DAY / 2 + seconds,
+        batches=batches,
+        month_seconds=seconds * batches,
+        busy=seconds * batches / (MONTH * DAY),
+    )
+
+
+def days_of(batch: Batch, rate: float) -> float:
+    """Length of a window in days; for k requests, mean days from the first to the last."""
+    return (batch.requests - batch.fixed) / rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Policies side by side, for `rate` requests a day."""
+
+    workload: Workload
+    rate: float
+    machine: Machine
+    changed: float
+    policies: tuple[Policy, ...]
+
+    def values(self) -> dict[str, Any]:
+        """Everything as plain values; shares in [0, 1]."""
+        workload, clusters = self.workload, self.workload.clusters
+        sizes = {"records": clusters.records, "sampled": clusters.sample, "clusters": len(clusters.members)}
+        images = {"images_full": float(clusters.images.sum()), "size_biased_images": size_biased_images(clusters)}
+        speed = {"images_per_second": self.machine.speed, "lanes": self.machine.lanes}
+        seen = {"reclustered_share": self.changed, "reclusterings_seen": len(workload.reclusterings)}
+        names = {"workdir": workload.workdir, "version": workload.version, "rate_per_day": self.rate}
+        policies = [dataclasses.asdict(policy) for policy in self.policies]
+        return names | sizes | images | speed | seen | {"policies": policies, "estimates": self.estimates()}
+
+    def table(self) -> str:
+        clusters = self.workload.clusters
+        sizes = f"{clusters.records:.0f} records ({clusters.sample:.0f} of them sampled)"
+        header = f"{self.workload.workdir}: state {self.workload.version}, {sizes} in {len(clusters.members)} clusters"
+        header += f"; {self.rate:g} requests a day"
+        lines = [header, "", _line("requests served", [policy.name for policy in self.policies])]
+        lines += [_line(name, [text(policy) for policy in self.policies]) for name, text in TABLE_ROWS]
+        return "\n".join([*lines, "", "all of this is an estimate:", *(f"- {line}" for line in self.estimates())])
+
+    def estimates(self) -> list[str]:
+        """What the numbers rest on."""
+        workload, lanes, devices = self.workload, self.machine.lanes, self.machine.lanes // self.workload.lanes
+        origin = "as given"
+        if workload.speed and self.machine == workload.machine(devices):
+            origin = "measured on this workdir's slices" + (f", times {devices} devices" if devices > 1 else "")
+        lines = [
+            "requests come independently, each for one training record drawn uniformly; owners are not considered",
+            f"{self.machine.speed:.1f} images a second on {lanes} lane{'s' if lanes > 1 else ''}, {origin}; tuning"
+            " alone, lanes packed without a gap; start, planning and purge come on top",
+        ]
+        if workload.clusters.sample:
+            origin = "as given"
+            if self.changed == workload.changed:
+                count = len(workload.reclusterings)
+                origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
+            lines.append(f"a new clustering re-tunes {self.changed:.0%} of the clusters that no request hit: {origin}")
+        late = [policy.name for policy in self.policies if policy.busy >= 1]
+        if late:
+            lines.append(f"requests arrive faster than they are served: {', '.join(late)}")
+        return lines
+
+
+def forecast(workload: Workload, rate: float, batch: Batch, machine: Machine, changed: float) -> Forecast:
+    """The cost of serving requests at once, every hour, day and week, and in batches of the given kind.
+
+    Args:
+        workload: of a workdir.
+        rate: lambda, requests a day, above 0.
+        batch: lambda T requests of a window, or exactly k.
+        machine: that tunes a batch.
+        changed: c, share of the clusters that no request hit and that a new clustering re-tunes.
+    """
+    batches = {name: Batch(rate * days) if days else ONE_REQUEST for name, days in WINDOWS.items()}
+    if batch not in batches.values():
+        name = f"every {batch.requests:g}" if batch.fixed else f"{days_of(batch, rate):.4g} days"
+        batches[name] = batch
+    ordered = sorted(batches.items(), key=lambda item: days_of(item[1], rate))
+    policies = [make_policy(name, each, rate, workload.clusters, machine, changed) for name, each in ordered]
+    return Forecast(workload, rate, machine, changed, tuple(policies))
+
+
+def _duration(seconds: float) -> str:
+    """A time in the largest unit of which there is one and a half."""
+    for name, unit in (("days", DAY), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"
+
+
+def _line(name: str, cells: list[str]) -> str:
+    return f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells)
+
+
+TABLE_ROWS: tuple[tuple[str, Callable[[Policy], str]], ...] = (
+    ("a batch: requests", lambda policy: f"{policy.requests:.3g}"),
+    ("  clusters tuned again", lambda policy: f"{policy.clusters:.3g}"),
+    ("    by the paper (Eq. 9)", lambda policy: f"{policy.paper_clusters:.3g}"),
+    ("  images", lambda policy: f"{policy.images:.0f}"),
+    ("    of a full tuning", lambda policy: f"{policy.share:.1%}"),
+    ("    due to re-clustering", lambda policy: f"{policy.reclustering:.0%}"),
+    ("  time", lambda policy: _duration(policy.seconds)),
+    ("    by the paper (Eq. 19)", lambda policy: _duration(policy.paper_seconds)),
+    ("30 days: batches", lambda policy: f"{policy.batches:.3g}"),
+    ("  time", lambda policy: _duration(policy.month_seconds)),
+    ("  busy", lambda policy: f"{policy.busy:.2%}"),
+    ("a request waits, on average", lambda policy: _duration(policy.wait_seconds)),
+)

@@ -1,47 +1,54 @@
 """The experiments of a comparison. Each takes a workdir of its own and yields its rows in order.
 
-A workdir begins as a copy of one that has the images, the backbone and no slice yet. What was interrupted carries on:
-slices that are there are not made again.
+A workdir begins as a copy of one that has images and a backbone and no slice yet. An interrupted task carries on:
+slices that exist are not tuned again.
 """
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.evaluation import montage, overview
+from lmeraser_jax.evaluation import overview
 from lmeraser_jax.evaluation.accuracy import evaluate
+from lmeraser_jax.evaluation.montage import save_montage
 from lmeraser_jax.evaluation.predict import Model, load_model, with_slices
 from lmeraser_jax.experiments import sequences
-from lmeraser_jax.experiments.costs import passes, planned, seconds_spent, served, sizes
 from lmeraser_jax.experiments.methods import Method
 from lmeraser_jax.experiments.results import Measurement
 from lmeraser_jax.hashing import digest, philox
-from lmeraser_jax.storage import requests
-from lmeraser_jax.storage.rows import SliceRow
+from lmeraser_jax.progress import progress
+from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.rows import SliceKind, SliceRow
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.artifacts import reference
+from lmeraser_jax.unlearning.artifacts import load_slice, reference
 from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.live_state import live_state, sampled
+from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
-REMOVED = (0.1, 0.2, 0.3, 0.4, 0.5)  # shares of the records (paper, Fig. 6 left)
+REMOVED_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the records (paper Fig. 6, left)
 MONTAGE = "clusters.png"
-SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last
-EVERY = 10**6  # snapshots of a slice that are kept: all, at most one a step
+SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last one
+ALL_SNAPSHOTS = 10**6  # more than a slice ever has
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Options:
     """What is measured of each method.
 
     Attributes:
         dataset, backbone: names for people.
         probes: records whose erasure is planned.
-        split: images that are asked about: test, or holdout to choose settings by.
-        requests: erasures that are really served and timed, of records that are sampled and of such that are not; one
-            of each where every request makes everything again.
+        split: images that are predicted: test, or holdout to choose settings by.
+        requests: erasures that are served and timed, of so many sampled records and of as many others; one of each
+            where every request tunes everything again.
         cuts: values of clustering.cut.
         sequences: kinds of sequences.
         length: batches of a sequence.
@@ -61,14 +68,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One workdir's worth of work: an experiment with a method and a seed.
+    """An experiment with a method and a seed, in one workdir.
 
     Attributes:
         experiment: one of `EXPERIMENTS`.
         method: the method.
         seed: of the run.
         variant: a cut or a kind of sequence; "" elsewhere.
-        config: the experiment file's config with the method's changes and the seed.
+        config: the comparison's config with the method's changes and the seed.
     """
 
     experiment: str
@@ -79,180 +86,277 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Names its folder and its rows: rows of a task are there all together or not at all."""
-        parts = (self.experiment, self.method.name, str(self.seed), self.variant.replace(":", "-").replace("/", "-"))
-        return "_".join(part for part in parts if part)
+        """The name of its workdir and of the file of its rows."""
+        variant = self.variant.replace(":", "-").replace("/", "-")
+        return "_".join(filter(None, (self.experiment, self.method.name, str(self.seed), variant)))
 
     @property
     def settings(self) -> str:
-        """Names all settings that its rows depend on."""
+        """The digest of all settings that its rows depend on."""
         return digest(settings.to_dict(self.config))
 
     @property
-    def tunes(self) -> str:
-        """Names what is tuned: tasks of the same name differ in who answers and in what is measured only."""
+    def tuning_digest(self) -> str:
+        """The digest of the settings of its slices: tasks that share it differ only in prediction and measurement."""
         tree = settings.to_dict(self.config)
         del tree["inference"], tree["common"]
         return digest(tree)[:16]
 
 
-def tasks(experiment: str, method: Method, seed: int, config: Config, plan: Plan) -> list[Task]:
+def tasks_of(experiment: str, method: Method, seed: int, config: Config, options: Options) -> list[Task]:
     """The tasks of an experiment with one method and seed."""
-    changed = method.of(dataclasses.replace(config, seed=seed))
-    variants = {"cut": plan.cuts, "sequence": plan.sequences}.get(experiment, ("",))
-    found = []
-    for variant in variants:
-        own = changed
-        if experiment == "cut":
-            own = dataclasses.replace(own, clustering=dataclasses.replace(own.clustering, cut=variant))
-        if experiment == "epochs":
-            every = max(1, own.tuning.epochs // (SNAPSHOTS + 1))
-            own = dataclasses.replace(
-                own, checkpoints=dataclasses.replace(own.checkpoints, every_epochs=every, keep=EVERY)
-            )
-        found.append(Task(experiment, method, seed, variant, own))
-    return found
+    config = method.configure(dataclasses.replace(config, seed=seed))
+    if experiment == "cut":
+        clusterings = {cut: dataclasses.replace(config.clustering, cut=cut) for cut in options.cuts}
+        configs = {cut: dataclasses.replace(config, clustering=value) for cut, value in clusterings.items()}
+    elif experiment == "sequence":
+        configs = dict.fromkeys(options.sequences, config)
+    elif experiment == "epochs":
+        every = max(1, config.tuning.epochs // (SNAPSHOTS + 1))
+        snapshots = dataclasses.replace(config.checkpoints, every_epochs=every, keep=ALL_SNAPSHOTS)
+        configs = {"": dataclasses.replace(config, checkpoints=snapshots)}
+    else:
+        configs = {"": config}
+    return [Task(experiment, method, seed, variant, changed) for variant, changed in configs.items()]
 
 
-def rows(task: Task, plan: Plan, base: Path, folder: Path, tuned: Path | None = None) -> list[Measurement]:
-    """Does a task in a folder, which begins as a copy of `base` and is left as the task leaves it.
+def run_task(task: Task, options: Options, base: Path, folder: Path, tuned: Path | None = None) -> list[Measurement]:
+    """Does a task in a workdir and returns its rows.
 
     Args:
-        task, plan: what to measure.
-        base: a workdir with images and a backbone.
-        folder: the task's workdir.
-        tuned: where other tasks that tune the same find the tuned workdir, or put it; None if there are none.
+        task, options: what to measure.
+        base: a workdir with images and a backbone, which the task's workdir begins as.
+        folder: the task's workdir; an interrupted try carries on there.
+        tuned: a workdir that tasks with the same `tuning_digest` share; this task makes it if it does not exist yet.
+            None if no other task is to come.
     """
-    if folder.exists() and _asked(folder, task):
-        shutil.rmtree(folder)  # killed after its first erasure: the state before is what is to be measured
+    if folder.exists() and _has_requests(folder, task):
+        shutil.rmtree(folder)  # the try before ended after its first erasure, and what comes before is to be measured
     if not folder.exists():
         _copy(tuned if tuned is not None and tuned.exists() else base, folder)
-    with prepare_run(folder, task.config, retune=True) as (run, _):  # the common head may be another
+    with prepare_run(folder, task.config, retune=True) as (run, _):  # the shared workdir has another common head
         build(run)
         picture = base.parent / MONTAGE
-        if plan.montage and task.experiment == "methods" and not picture.exists():
-            montage.save_montage(run, picture)
+        if options.montage and task.experiment == "methods" and not picture.exists():
+            save_montage(run, picture)
     if tuned is not None and not tuned.exists():
         _copy(folder, tuned)
     with prepare_run(folder, task.config) as (run, _):
-        return list(EXPERIMENTS[task.experiment](run, task, plan))
+        return list(EXPERIMENTS[task.experiment](run, task, options))
 
 
 def _copy(source: Path, target: Path) -> None:
-    """The target is there completely or not at all."""
-    making = target.with_name(f".{target.name}.copy")
-    shutil.rmtree(making, ignore_errors=True)
-    shutil.copytree(source, making)
-    making.rename(target)
+    """Copies a workdir; the target exists completely or not at all."""
+    partial = target.with_name(f".{target.name}.copy")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial)
+    partial.rename(target)
 
 
-def _asked(folder: Path, task: Task) -> bool:
+def _has_requests(folder: Path, task: Task) -> bool:
     with prepare_run(folder, task.config, retune=True) as (run, _):
         return bool(requests.listed(run.catalog))
 
 
-def _measured(run: Run, task: Task, plan: Plan, model: Model | None = None, **others: object) -> Measurement:
-    """A row of the published state, or of what `model` holds, without what requests cost."""
-    found, made = evaluate(run, plan.split, linear=False, model=model), run.catalog.slices()
-    shown, (own, common) = overview.overview(run.layout, run.catalog, run.config), sizes(run)
+def _measure(
+    run: Run, task: Task, options: Options, model: Model | None = None, x: float = 0.0, series: str = ""
+) -> Measurement:
+    """A row of the published state, or of `model`, without the costs of requests."""
+    evaluation = evaluate(run, options.split, linear=False, model=model)
+    shown, sizes = overview.overview(run.layout, run.catalog, run.config), _parameter_counts(run)
     slices = len({cluster.slice for cluster in shown.clusters})
-    facts = {
-        "experiment": task.experiment,
-        "dataset": plan.dataset,
-        "backbone": plan.backbone,
-        "method": task.method.name,
-        "seed": task.seed,
-        "records": shown.records["train"],
-        "clusters": len(shown.clusters),
-        "accuracy": found.accuracy,
-        "balanced": found.balanced,
-        "majority": found.majority,
-        "images_full": 0 if run.tuning_spec.on_features else sum(row.images for row in made.values()),
-        "parameters": own * slices + common,
-        "expected_share": shown.expected_share,
-        "sampled_share": shown.sampled_share,
-        "tested": found.images,
-        "passes": passes(run, len(shown.clusters)),
-    }
-    return Measurement(**(facts | others))  # pyright: ignore[reportArgumentType]
+    images = sum(row.images for row in run.catalog.slices().values())
+    return Measurement(
+        experiment=task.experiment,
+        dataset=options.dataset,
+        backbone=options.backbone,
+        method=task.method.name,
+        seed=task.seed,
+        x=x,
+        series=series,
+        records=shown.records["train"],
+        clusters=len(shown.clusters),
+        accuracy=evaluation.accuracy,
+        balanced=evaluation.balanced,
+        majority=evaluation.majority,
+        images_full=0 if run.tuning_spec.on_features else images,
+        parameters=sizes.cluster * slices + sizes.common,
+        expected_share=shown.expected_share,
+        sampled_share=shown.sampled_share,
+        tested=evaluation.images,
+        passes=forward_passes(run, len(shown.clusters)),
+    )
 
 
-def methods(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+def methods(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
-    spent, row, costs = seconds_spent(run), _measured(run, task, plan), planned(run, plan.probes)
-    images = costs.images * (not run.tuning_spec.on_features)
-    everything = row.images_full > 0 and images.min() > 0.999 * row.images_full * (1 - 1 / row.records)
-    found = served(run, min(plan.requests, 1) if everything else plan.requests)  # such a one lasts long, and all alike
+    seconds_full, row = full_tuning_seconds(run), _measure(run, task, options)
+    costs = planned_costs(run, options.probes)
+    images = np.zeros_like(costs.images) if run.tuning_spec.on_features else costs.images
+    always_full = row.images_full > 0 and images.min() > 0.999 * row.images_full * (1 - 1 / row.records)
+    count = min(options.requests, 1) if always_full else options.requests  # such requests last long and are all alike
+    unsampled, sampled_ = served_seconds(run, count)
     yield dataclasses.replace(
         row,
-        seconds_full=spent,
+        seconds_full=seconds_full,
         images_request=float(images.mean()),
         images_worst=float(images.max()),
         records_request=float(costs.records.mean()),
         parameters_request=float(costs.parameters.mean()),
-        seconds_request=(1 - row.sampled_share) * found.unsampled + row.sampled_share * found.sampled,
-        seconds_unsampled=found.unsampled,
-        seconds_sampled=found.sampled,
+        seconds_request=(1 - row.sampled_share) * unsampled + row.sampled_share * sampled_,
+        seconds_unsampled=unsampled,
+        seconds_sampled=sampled_,
     )
 
 
-def removal(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
-    """Accuracy while more and more records are erased (Fig. 6 left)."""
+def removal(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
+    """Accuracy while more and more records are erased (Fig. 6, left)."""
     ids = run.catalog.live("train").ids
-    order, gone = philox(run.config.seed, "removal").permutation(len(ids)), 0
-    yield _measured(run, task, plan)
-    for share in REMOVED:
-        upto = round(share * len(ids))
-        erase.request_erasure(run, [ids[i] for i in order[gone:upto]])
-        gone = upto
-        yield _measured(run, task, plan, x=share)
+    order, erased = philox(run.config.seed, "removal").permutation(len(ids)), 0
+    yield _measure(run, task, options)
+    for share in REMOVED_SHARES:
+        end = round(share * len(ids))
+        erase.request_erasure(run, [ids[i] for i in order[erased:end]])
+        erased = end
+        yield _measure(run, task, options, x=share)
 
 
-def cut(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
-    """Accuracy and number of prompts for a cut of the tree (Fig. 6 right)."""
-    yield _measured(run, task, plan, x=float(task.variant.removeprefix("auto:")), series=_axis(task.variant))
+def cut(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
+    """Accuracy and number of clusters for one cut of the tree (Fig. 6, right)."""
+    series = "K" if task.variant.startswith("auto:") else "threshold"
+    yield _measure(run, task, options, x=float(task.variant.removeprefix("auto:")), series=series)
 
 
-def _axis(text: str) -> str:
-    return "K" if text.startswith("auto:") else "threshold"
-
-
-def epochs(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
+def epochs(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     """Accuracy over the epochs of tuning, from the snapshots of every cluster (Fig. 5).
 
-    After x of e epochs a cluster is as it was after x / e of its own steps, which `tuning.min_steps` makes more for a
-    small one; the snapshot nearest to that.
+    After x of e epochs a cluster is as it was after x / e of its own steps, which `tuning.min_steps` raises for a
+    small cluster; the nearest snapshot stands for that.
     """
-    manifest, made, every = run.catalog.manifest(), run.catalog.slices(), run.config.checkpoints.every_epochs
+    manifest, slices, every = run.catalog.manifest(), run.catalog.slices(), run.config.checkpoints.every_epochs
     assert manifest is not None
-    for x in range(every, run.config.tuning.epochs, every):
-        then = {key: snapshot(run, made[name], x / run.config.tuning.epochs) for key, name in manifest.clusters.items()}
-        yield _measured(run, task, plan, with_slices(load_model(run), then), x=float(x))
-    yield _measured(run, task, plan, x=float(run.config.tuning.epochs))
+    last = run.config.tuning.epochs
+    for x in range(every, last, every):
+        earlier = {key: nearest_snapshot(run, slices[name], x / last) for key, name in manifest.clusters.items()}
+        yield _measure(run, task, options, with_slices(load_model(run), earlier), x=float(x))
+    yield _measure(run, task, options, x=float(last))
 
 
-def snapshot(run: Run, made: SliceRow, share: float) -> str:
-    """Reference of a slice as it was after about such a share of its steps; of equally near ones the earlier."""
-    steps = (*run.catalog.epochs(made.digest), made.steps)
-    nearest = min(steps, key=lambda step: (abs(step - share * made.steps), step))
-    return reference(made.digest, nearest % made.steps)
+def nearest_snapshot(run: Run, row: SliceRow, share: float) -> str:
+    """The reference of a slice after about this share of its steps; the earlier one of two equally near snapshots."""
+    steps = (*run.catalog.epochs(row.digest), row.steps)
+    nearest = min(steps, key=lambda step: (abs(step - share * row.steps), step))
+    return reference(row.digest, nearest % row.steps)
 
 
-def sequence(run: Run, task: Task, plan: Plan) -> Iterator[Measurement]:
-    """Images spent and accuracy along a sequence of requests."""
-    spent, batches = 0, sequences.KINDS[task.variant](run, plan.length)
-    yield _measured(run, task, plan, series=task.variant)
+def sequence(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
+    """Images passed and accuracy along a sequence of requests."""
+    spent, batches = 0, sequences.KINDS[task.variant](run, options.length)
+    yield _measure(run, task, options, series=task.variant)
     for number, batch in enumerate(batches, 1):
-        outcome = erase.request_erasure(run, batch).outcome
-        assert outcome is not None
-        spent += 0 if run.tuning_spec.on_features else outcome.images
-        yield _measured(run, task, plan, x=float(number), series=task.variant, spent=float(spent))
+        report = erase.request_erasure(run, batch).outcome
+        assert report is not None
+        spent += 0 if run.tuning_spec.on_features else report.images
+        row = _measure(run, task, options, x=float(number), series=task.variant)
+        yield dataclasses.replace(row, spent=float(spent))
 
 
-EXPERIMENTS: dict[str, Callable[[Run, Task, Plan], Iterator[Measurement]]] = {
+EXPERIMENTS: dict[str, Callable[[Run, Task, Options], Iterator[Measurement]]] = {
     "methods": methods,
     "removal": removal,
     "cut": cut,
     "epochs": epochs,
     "sequence": sequence,
 }
+
+
+class PlannedCosts(NamedTuple):
+    """Costs of n erasures that were planned and not carried out, float64 [n] each.
+
+    `images`: passed forward and backward; `records`: members of all slices that are tuned again; `parameters`: of
+    these slices.
+    """
+
+    images: np.ndarray
+    records: np.ndarray
+    parameters: np.ndarray
+
+
+def planned_costs(run: Run, count: int) -> PlannedCosts:
+    """Plans the erasures of `count` live records, drawn uniformly, each on its own. Changes nothing."""
+    ids = run.catalog.live("train").ids
+    chosen = philox(run.config.seed, "probe").choice(len(ids), min(count, len(ids)), replace=False)
+    costs, sizes = [], _parameter_counts(run)
+    with progress("plan", len(chosen)) as shown:
+        for index in chosen:
+            build_plan = plan(live_state(run, {ids[index]}))
+            members = [build_plan.members[key].rows for key in build_plan.missing]
+            records = len(np.unique(np.concatenate(members))) if members else 0
+            parameters = sum(sizes.common if key == SliceKind.COMMON else sizes.cluster for key in build_plan.missing)
+            costs.append((build_plan.images_missing, records, parameters))
+            shown.advance(1)
+    return PlannedCosts(*np.array(costs, np.float64).reshape(-1, 3).T)
+
+
+def served_seconds(run: Run, count: int) -> tuple[float, float]:
+    """Erases `count` records that are not sampled and as many that are, one request after the other.
+
+    Returns:
+        Mean seconds of the requests for unsampled and for sampled records, from the plan to the purge; 0 for none.
+    """
+    live, sample = run.catalog.live("train").ids, set(sampled(run)[0].ids)
+    unsampled_ids, sampled_ids = [name for name in live if name not in sample], sorted(sample.intersection(live))
+    return _mean_seconds(run, "unsampled", unsampled_ids, count), _mean_seconds(run, "sampled", sampled_ids, count)
+
+
+def _mean_seconds(run: Run, stratum: str, ids: list[str], count: int) -> float:
+    seconds = []
+    for index in philox(run.config.seed, "served", stratum).choice(len(ids), min(count, len(ids)), replace=False):
+        report = erase.request_erasure(run, [ids[index]]).outcome
+        assert report is not None
+        seconds.append(report.seconds)
+    return float(np.mean(seconds)) if seconds else 0.0
+
+
+def full_tuning_seconds(run: Run) -> float:
+    """Seconds of all builds of a workdir so far, features left out.
+
+    An interrupted try logged nothing; the slices that it left count instead.
+    """
+    lines = [json.loads(line) for line in run.layout.metrics.read_text("utf-8").splitlines()]
+    builds = [line for line in lines if line["kind"] == "reconcile"]
+    start = builds[0]["at"] - builds[0]["seconds"]
+    earlier = sum(row.seconds for row in run.catalog.slices().values() if row.created < start)
+    return earlier / run.mesh.size + sum(line["seconds"] for line in builds)
+
+
+class ParameterCounts(NamedTuple):
+    """Parameters in the slice of a cluster, all of which have as many, and in the common head (0 without one)."""
+
+    cluster: int
+    common: int
+
+
+def _parameter_counts(run: Run) -> ParameterCounts:
+    manifest = run.catalog.manifest()
+    assert manifest is not None
+
+    def count(ref: str) -> int:
+        return sum(leaf.size for leaf in checkpoints.flatten(load_slice(run, ref)).values())
+
+    common = manifest.entries.get(SliceKind.COMMON)
+    return ParameterCounts(count(next(iter(manifest.clusters.values()))), count(common) if common else 0)
+
+
+def forward_passes(run: Run, clusters: int) -> float:
+    """Images passed forward through the backbone for one prediction of K clusters (`predict.routed_probabilities`).
+
+    Padding of a batch or of the stack of clusters does not count.
+    """
+    routing, own_backbone = run.config.inference, run.tuning_spec.own_architecture
+    if run.config.tuning.active_prompt_width == 0 and not own_backbone:
+        return 1.0  # all heads read the same feature
+    prompted = clusters if routing.nearest == 0 or own_backbone else min(routing.nearest, clusters)
+    routed = run.config.clustering.partition == "adaptive" and routing.nearest > 0
+    common_head = routing.common_weight > 0 and run.config.common.method != "none"
+    return float(prompted + (routed or common_head))

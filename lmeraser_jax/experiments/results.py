@@ -1,4 +1,9 @@
-"""One row of a comparison: a method on a data set with a seed, at one point of an experiment."""
+"""The rows of a comparison, and the files that hold them.
+
+comparison.json     the settings that a folder's comparison is bound to
+rows/TASK.json      the rows of one finished task, with the digest of their settings
+results.json, .csv  all rows
+"""
 
 import csv
 import dataclasses
@@ -8,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.atomic_files import write_bytes, write_json
 
-NOTE = "comparison.json"  # what a folder compares
+BINDING = "comparison.json"
+TIMES = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sampled")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What was measured at one point.
+    """One row: a method on a data set with a seed, at one point of an experiment.
 
     Attributes:
         experiment: methods | removal (share erased) | cut (of the tree) | epochs | sequence (of requests).
@@ -25,29 +31,30 @@ class Measurement:
         method: name of a method, as in --methods.
         seed: of the run.
         x: place on the experiment's axis: share erased, threshold or K, epoch, requests served; 0 for methods.
-        series: which of several curves of an experiment, such as the kind of a sequence; "" for the only one.
+        series: one of several curves of an experiment, such as the kind of a sequence; "" for the only one.
         records: live training records.
         clusters: K, slices that predict.
-        accuracy, balanced: shares of right answers on the images asked about; balanced is the mean over the classes.
-        images_full, seconds_full: images passed forward and backward through the backbone to make everything, and the
-            seconds of that, from the plan to the purge, compiling included (of the methods only; 0 elsewhere). No
-            image is for heads on features, which are computed once.
-        images_request: mean over uniformly drawn records of the images an erasure of that record passes.
+        accuracy, balanced: shares of right answers on the images of the split; balanced is the mean over the classes.
+        images_full, seconds_full: images that a full tuning passes forward and backward through the backbone, and its
+            seconds, from the plan to the purge, cold: compilation is included (of the methods only; 0 elsewhere).
+            Heads on features pass no image, because features are computed once.
+        images_request: mean over uniformly drawn records, sampled ones counted, of the images that their erasure
+            passes.
         images_worst: the largest of them.
-        seconds_request: seconds of a uniformly drawn request, from the plan to the purge: the mean of the next two, as
-            frequent as their records are; 0 where none was served.
-        records_request: mean over these records of the members of all slices that are made again.
-        parameters_request: mean numbers in these slices.
-        parameters: numbers in all slices.
-        expected_share: of the data re-tuned by a uniform unsampled request, sum(m_k^2) / N^2.
-        sampled_share: of the records that are sampled, whose erasure also re-clusters.
+        seconds_request: expected seconds of a uniformly drawn request, from the plan to the purge: the next two,
+            weighted by how frequent their records are; 0 where none was served.
+        seconds_unsampled, seconds_sampled: mean seconds of requests that were served, for a record that is not sampled
+            and for one that is, whose erasure also re-clusters; 0 where none was served.
+        records_request: mean number of members of all slices that a request tunes again.
+        parameters_request: mean number of parameters in these slices.
+        parameters: parameters in all slices.
+        expected_share: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2.
+        sampled_share: of the records that are sampled.
         spent: images passed since the start of a sequence, 0 elsewhere.
-        tested: images that were asked about.
-        passes: images passed forward through the backbone for one answer.
-        seconds_unsampled, seconds_sampled: mean seconds of requests that were really served, for a record that is not
-            sampled and for one that is, whose erasure also re-clusters; 0 where none was served.
-        majority: share of right answers of who always names the class with the most training records; 0: not known.
-        source: names the entry of `Results.sources` that says where the row comes from; "" where that is not known.
+        tested: images of the split.
+        passes: images passed forward through the backbone for one prediction.
+        majority: accuracy of always naming the class with the most training records; 0: not known.
+        source: key of the entry of `Results.sources` that says where the row comes from; "": not known.
     """
 
     experiment: str
@@ -81,8 +88,12 @@ class Measurement:
 
     @property
     def point(self) -> tuple[str, str, str, str, int, float, str]:
-        """What makes a row one of its kind."""
+        """Identifies a row among all rows."""
         return self.experiment, self.dataset, self.backbone, self.method, self.seed, self.x, self.series
+
+    def without_times(self) -> "Measurement":
+        """The row without what differs from run to run."""
+        return dataclasses.replace(self, source="", **dict.fromkeys(TIMES, 0.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +101,7 @@ class Results:
     """All rows of a comparison.
 
     Attributes:
-        rows: at most one of a `point`.
+        rows: at most one for each `point`.
         command, machine: the last command, and where it ran.
         sources: {name: {"command", "machine", "version", "date"}} of the commands that the rows come from.
     """
@@ -105,92 +116,112 @@ class Results:
         return {"command": self.command, "machine": self.machine, "sources": dict(self.sources), "rows": rows}
 
 
-def load(path: Path) -> Results:
-    """Reads results.json. Raises `UserError` where it is none."""
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-        sources = tree.get("sources", {}).items()  # none in files of earlier versions
-        sources = {str(name): {str(k): str(v) for k, v in one.items()} for name, one in sources}
-        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not the results.json of a comparison: {_why(error)}") from error
-
-
-def bound(folder: Path) -> dict[str, Any] | None:
-    """What a folder's comparison is bound to: {"config", "plan"}; None where nothing was compared yet.
-
-    Raises:
-        UserError: the file that says it is damaged.
-    """
-    path = folder / NOTE
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(tree[name], dict) for name in ("config", "plan")):
-            raise TypeError("config and plan must be objects")
-        return tree
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {_why(error)}; name another --workdir") from error
-
-
 @dataclasses.dataclass(frozen=True)
-class Done:
-    """What a task has left: its rows, the digest of the settings they were made with, and where they come from."""
+class FinishedTask:
+    """The rows of a task, the digest of the settings they were made with, and the command that made them."""
 
     settings: str
     source: Mapping[str, str]
     rows: tuple[Measurement, ...]
 
     @property
-    def name(self) -> str:
-        """Of the source."""
+    def source_name(self) -> str:
         return digest(dict(self.source))[:12]
 
     def save(self, path: Path) -> None:
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        write_json(path, {"settings": self.settings, "source": dict(self.source), "rows": rows})
+        write_json(path, dataclasses.asdict(self))
 
 
-def load_done(path: Path) -> Done:
-    """Reads what a task has left. Raises `UserError` where it is none."""
+def load_task(path: Path) -> FinishedTask:
+    """Reads the rows of a task. Raises `UserError` where the file is damaged."""
     try:
         tree = json.loads(path.read_text("utf-8"))
-        return Done(tree["settings"], tree["source"], _rows(tree["rows"]))
+        return FinishedTask(tree["settings"], tree["source"], _rows(tree["rows"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        what = f"{path} holds no rows of a comparison: {_why(error)}; delete it, and it is made again"
-        raise UserError(what) from error
+        reason = f"{path} holds no rows of a comparison: {_reason(error)}; delete it, and its task is done again"
+        raise UserError(reason) from error
 
 
-def _why(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+def collect(folder: Path, command: str, machine: str) -> Results:
+    """All rows that are on disk in a comparison's folder, in the order of their tasks' names."""
+    tasks = [load_task(path) for path in sorted((folder / "rows").glob("*.json"))]
+    rows = tuple(dataclasses.replace(row, source=task.source_name) for task in tasks for row in task.rows)
+    return Results(rows, command, machine, {task.source_name: task.source for task in tasks})
 
 
-def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:
-    """Raises `ValueError` or `TypeError` that names what is missing, unknown or of another type."""
-    fields = {field.name: field for field in dataclasses.fields(Measurement)}
-    needed = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-    for number, row in enumerate(values):
-        if missing := sorted(needed - set(row)):
-            raise ValueError(f"row {number} has no {join_limited(missing)}")
-        if unknown := sorted(set(row) - set(fields)):
-            raise ValueError(f"row {number} has {join_limited(unknown)}, which this version does not know")
-        for name, value in row.items():
-            legal = str if fields[name].type in ("str", str) else int | float
-            if isinstance(value, bool) or not isinstance(value, legal):
-                raise TypeError(f"row {number}: {name} is {value!r}")
-    return tuple(Measurement(**row) for row in values)
+def merge(results: Results, others: Mapping[str, Results]) -> Results:
+    """Results with the rows of other comparisons, {folder: results}; the first row of each point is kept.
+
+    Raises:
+        UserError: two of them have different numbers at the same point, times apart.
+    """
+    rows, clashes = {row.point: row for row in results.rows}, []
+    for folder, other in others.items():
+        for row in other.rows:
+            if rows.setdefault(row.point, row).without_times() != row.without_times():
+                clashes.append(f"{folder}: {row.experiment} of {row.method}, {row.dataset}, seed {row.seed}")
+    if clashes:
+        where = join_limited(sorted(set(clashes)))
+        raise UserError(f"--merge: another folder has different results for the same point; leave one out: {where}")
+    sources = {name: source for other in (*others.values(), results) for name, source in other.sources.items()}
+    return dataclasses.replace(results, rows=tuple(rows.values()), sources=sources)
 
 
 def save(folder: Path, results: Results) -> None:
     """Writes results.json and results.csv, each completely or not at all."""
     write_bytes(folder / "results.json", json.dumps(results.values(), indent=1).encode())
-    lines = [[field.name for field in dataclasses.fields(Measurement)]]
-    lines += [[str(value) for value in dataclasses.astuple(row)] for row in results.rows]
-    write_bytes(folder / "results.csv", _csv(lines))
-
-
-def _csv(lines: Sequence[Sequence[str]]) -> bytes:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(lines)
-    return text.getvalue().encode()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in dataclasses.fields(Measurement))
+    writer.writerows(dataclasses.astuple(row) for row in results.rows)
+    write_bytes(folder / "results.csv", text.getvalue().encode())
+
+
+def load(path: Path) -> Results:
+    """Reads a results.json. Raises `UserError` where the file is none."""
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        sources = {str(name): dict(source) for name, source in tree["sources"].items()}
+        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not the results.json of a comparison: {_reason(error)}") from error
+
+
+def read_binding(folder: Path) -> dict[str, Any] | None:
+    """The settings that a folder's comparison is bound to, {"config", "options"}; None where there is none yet.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = folder / BINDING
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        if not all(isinstance(tree[name], dict) for name in ("config", "options")):
+            raise TypeError("config and options must be objects")
+        return tree
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {_reason(error)}; name another --workdir") from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:
+    """Raises `ValueError` that names what is missing, unknown or of another type."""
+    fields = {field.name: field for field in dataclasses.fields(Measurement)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    problems = []
+    for number, row in enumerate(values):
+        if missing := sorted(required - set(row)):
+            problems.append(f"row {number} has no {join_limited(missing)}")
+        if unknown := sorted(set(row) - set(fields)):
+            problems.append(f"row {number} has {join_limited(unknown)}, which this version does not know")
+        for name in fields.keys() & row.keys():
+            legal = str if fields[name].type is str else int | float
+            if isinstance(row[name], bool) or not isinstance(row[name], legal):
+                problems.append(f"row {number}: {name} is {row[name]!r}")
+    raise_all(problems, limit=10)
+    return tuple(Measurement(**row) for row in values)

@@ -1,27 +1,45 @@
-"""Rows to numbers: means, deviations and ranges over seeds, quantities with their units, the best trade-offs."""
+"""From rows to tables: means and deviations over seeds, paired intervals, report.md and report.html.
 
+All methods of a comparison share the split and the backbone of a seed. Two methods are therefore compared seed by seed:
+the mean of their differences, with Student's 95 % interval.
+"""
+
+import base64
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from lmeraser_jax.experiments.results import Measurement
+from lmeraser_jax.experiments.results import Measurement, Results
+from lmeraser_jax.storage.atomic_files import write_bytes
 
-LONGEST = 30  # characters of a name in a figure
-ABSENT = "–"  # in place of a number that was not measured
-Name = TypeVar("Name", bound=Hashable)
+MISSING_TEXT = "–"  # in place of a number that was not measured
+REFERENCE = "lmeraser"  # the method that others are compared with
+CONFIDENCE = 0.95
+Key = TypeVar("Key", bound=Hashable)
 Rows = Sequence[Measurement]
-Titles = Mapping[str, str]  # what people read in place of a method's, data set's or backbone's name
-UNTITLED: Titles = {}
+Titles = Mapping[str, str]  # {name of a method, data set or backbone: what people read}
+NOTES = (
+    "Mean over seeds ± sample standard deviation (n - 1). Bold: the best mean.",
+    "A seed redraws clusters, prompts, heads and the order of images; also the split where the data have none, and the"
+    " backbone where it is trained here. Otherwise all seeds share them, and ± does not contain the sampling error of"
+    ' the test set, sqrt(p (1 - p) / n) for an accuracy p on n images: the column "error of the test set".',
+    "Differences are means over the seeds that both methods have, in percentage points, with Student's 95 % interval;"
+    " one seed, or equal differences in all seeds, give no interval. Each is judged for itself, without a correction"
+    " for their number.",
+    "A request erases one record, drawn uniformly; sampled records, whose erasure also re-clusters, are counted as"
+    " often as they occur. 100 % is a full tuning. Heads on features and closed forms pass no image.",
+)
 
 
 class Spread(NamedTuple):
-    """Mean, sample standard deviation (n - 1) and range of one number per seed; no numbers where one is none."""
+    """Mean, sample standard deviation (n - 1; 0 for one seed), and range of one number per seed; NaN if not known."""
 
     mean: float
-    sd: float  # 0 for one seed
+    sd: float
     seeds: int
     low: float
     high: float
@@ -31,25 +49,25 @@ class Spread(NamedTuple):
         return math.isfinite(self.mean)
 
 
-MISSING = Spread(math.nan, math.nan, 0, math.nan, math.nan)
+UNKNOWN = Spread(math.nan, math.nan, 0, math.nan, math.nan)
 
 
 def spread(values: Iterable[float]) -> Spread:
-    """Of the values of some seeds; without any, or with one that is not finite, the mean is not a number."""
-    found = np.asarray(list(values), np.float64)
-    if not len(found) or not np.isfinite(found).all():
-        return MISSING._replace(seeds=len(found))
-    deviation = float(found.std(ddof=1)) if np.ptp(found) > 0 else 0.0  # of equal numbers the sum may round
-    return Spread(float(found.mean()), deviation, len(found), float(found.min()), float(found.max()))
+    """Of one value per seed; unknown without any, or with one that is not finite."""
+    array = np.asarray(list(values), np.float64)
+    if not len(array) or not np.isfinite(array).all():
+        return UNKNOWN
+    sd = float(array.std(ddof=1)) if np.ptp(array) > 0 else 0.0  # of equal numbers the sum may round
+    return Spread(float(array.mean()), sd, len(array), float(array.min()), float(array.max()))
 
 
-def percent(value: float, like: float | None = None) -> str:
+def percent(value: float, like: float) -> str:
     return f"{value:.2f}"
 
 
-def amount(value: float, like: float | None = None) -> str:
-    """Three digits or, below 10,000, all before the point: 0.0312, 3,185, 69.8k; with the decimals of `like`."""
-    like = abs(value if like is None else like)
+def amount(value: float, like: float) -> str:
+    """Three digits, or all before the point below 10,000, such as 0.0312, 3,185, 69.8k; with the decimals of `like`."""
+    like = abs(like)
     size, unit = next((pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if like >= max(pair[0], 1e4)), (1, ""))
     digits = math.floor(math.log10(like / size)) + 1 if like else 1
     decimals = 0 if like == int(like) and size == 1 else max(0, 3 - digits)
@@ -58,103 +76,91 @@ def amount(value: float, like: float | None = None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """Something to show.
+    """A number of a row to show.
 
     Attributes:
-        title: of an axis or a column, with the unit.
-        of: the number of one row; not a number where the row does not have it.
-        best: which of several means is the best; None where none is better.
+        title: of a column or an axis, with the unit.
+        of: the number of one row; NaN where the row does not have it.
+        best: chooses the best of several means; None where none is better.
         text: a number for people, with the decimals of a second one.
-        logarithmic: whether an axis of it is.
-        highest: what it cannot exceed.
     """
 
     title: str
     of: Callable[[Measurement], float]
     best: Callable[[Iterable[float]], float] | None = min
     text: Callable[[float, float], str] = amount
-    logarithmic: bool = True
-    highest: float = math.inf
 
-    def shown(self, found: Spread) -> str:
-        """Mean and, where the seeds differ, standard deviation."""
-        if not found.known:
-            return ABSENT
-        mean = self.text(found.mean, found.mean)
-        return f"{mean} ± {self.text(found.sd, found.mean)}" if found.sd > 0 else mean
-
-    def bar(self, found: Spread) -> tuple[float, float]:
-        """Ends of the bar at a mean: one standard deviation each way, as far as there are such numbers.
-
-        On a logarithmic axis, where the mean less a deviation may have no place, the lowest and the highest seed.
-        """
-        if self.logarithmic:
-            return found.low, found.high
-        low, high = found.mean - found.sd, found.mean + found.sd
-        return max(low, min(found.mean, 0.0)), min(high, max(found.mean, self.highest))
+    def show(self, value: Spread) -> str:
+        """The mean and, where seeds differ, the standard deviation."""
+        if not value.known:
+            return MISSING_TEXT
+        mean = self.text(value.mean, value.mean)
+        return f"{mean} ± {self.text(value.sd, value.mean)}" if value.sd > 0 else mean
 
 
-def cost(row: Measurement) -> float:
-    """Images of a mean request in percent of those that tuning everything passes; 0 where nothing is passed at all."""
+def request_cost(row: Measurement) -> float:
+    """Images of a mean request in percent of a full tuning; 0 where a full tuning passes none."""
     if row.images_full > 0:
         return 100 * row.images_request / row.images_full
     return 0.0 if row.images_request == 0 else math.nan
 
 
-def _measured(value: float) -> float:
-    return value if value > 0 else math.nan  # nothing takes no time, predicts without a pass: it was not measured
-
-
 def _test_error(row: Measurement) -> float:
-    """Standard error in points of an accuracy on so many test images, sqrt(p (1 - p) / n)."""
-    spread = row.accuracy * (1 - row.accuracy)
-    return 100 * math.sqrt(spread / row.tested) if row.tested > 0 and spread >= 0 else math.nan
+    """Standard error in points of an accuracy on n images, sqrt(p (1 - p) / n)."""
+    variance = row.accuracy * (1 - row.accuracy)
+    return 100 * math.sqrt(variance / row.tested) if row.tested > 0 and variance >= 0 else math.nan
 
 
-ACCURACY = Quantity("accuracy (%)", lambda row: 100 * row.accuracy, max, percent, logarithmic=False, highest=100)
-BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent, False, 100)
-TEST_ERROR = Quantity("standard error of the test set (points)", _test_error, None, percent, logarithmic=False)
-CLUSTERS = Quantity("clusters", lambda row: row.clusters, None, amount, logarithmic=False)
-COST = Quantity("images per request (% of a full tuning)", cost, highest=100)
-IMAGES = Quantity("images passed per request", lambda row: row.images_request)
+def _measured(field: str) -> Callable[[Measurement], float]:
+    """A number that is 0 where it was not measured."""
+    return lambda row: getattr(row, field) or math.nan
+
+
+ACCURACY = Quantity("accuracy (%)", lambda row: 100 * row.accuracy, max, percent)
+BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent)
+TEST_ERROR = Quantity("error of the test set (points)", _test_error, None, percent)
+COST = Quantity("images per request (% of a full tuning)", request_cost)
+IMAGES = Quantity("images per request", lambda row: row.images_request)
 WORST = Quantity("images at worst", lambda row: row.images_worst)
-PASSES = Quantity("forward passes per prediction", lambda row: _measured(row.passes))
-SECONDS = Quantity("time per request (s)", lambda row: _measured(row.seconds_request))
-UNSAMPLED = Quantity("time per request (s), record not sampled", lambda row: _measured(row.seconds_unsampled))
-SAMPLED = Quantity("time per request (s), sampled record", lambda row: _measured(row.seconds_sampled))
+SECONDS = Quantity("time per request (s)", _measured("seconds_request"))
+UNSAMPLED = Quantity("record not sampled (s)", _measured("seconds_unsampled"))
+SAMPLED = Quantity("sampled record (s)", _measured("seconds_sampled"))
+PASSES = Quantity("forward passes per prediction", _measured("passes"))
 RECORDS = Quantity("records affected per request", lambda row: row.records_request)
 PARAMETERS = Quantity("parameters affected per request", lambda row: row.parameters_request)
-FULL = Quantity("time of a full tuning (s)", lambda row: _measured(row.seconds_full))
+FULL = Quantity("time of a full tuning, cold (s)", _measured("seconds_full"))
+CLUSTERS = Quantity("clusters", lambda row: row.clusters, None)
 SPENT = Quantity("images passed since the start", lambda row: row.spent)
+COLUMNS = (BALANCED, TEST_ERROR, COST, IMAGES, WORST, SECONDS, UNSAMPLED, SAMPLED, PASSES, RECORDS, PARAMETERS, FULL)
 
 
-def unique(values: Iterable[Name]) -> list[Name]:
+def unique(values: Iterable[Key]) -> list[Key]:
     """In the order of first appearance."""
     return list(dict.fromkeys(values))
 
 
-def of(rows: Rows, experiment: str) -> list[Measurement]:
+def rows_of(rows: Rows, experiment: str) -> list[Measurement]:
     """The rows of an experiment that have a place on its axis."""
     return [row for row in rows if row.experiment == experiment and math.isfinite(row.x)]
 
 
-def main(rows: Rows) -> list[Measurement]:
-    """The rows of `methods`, for every data set those with the backbone that most methods were measured on."""
-    methods = of(rows, "methods")
-    measured = unique((row.dataset, row.backbone, row.method) for row in methods)
-    chosen: dict[str, str] = {}
+def main_rows(rows: Rows) -> list[Measurement]:
+    """The rows of `methods`: of every data set those with the backbone that most methods were measured on."""
+    methods = rows_of(rows, "methods")
+    places = unique((row.dataset, row.backbone, row.method) for row in methods)
+    chosen = {}
     for dataset in unique(row.dataset for row in methods):
-        backbones = [backbone for name, backbone, _ in measured if name == dataset]
-        chosen[dataset] = max(unique(backbones), key=backbones.count)  # the first of several
+        backbones = [backbone for name, backbone, _ in places if name == dataset]
+        chosen[dataset] = max(unique(backbones), key=backbones.count)
     return [row for row in methods if row.backbone == chosen[row.dataset]]
 
 
-def on_several(rows: Rows) -> list[Measurement]:
-    """The rows of `methods` of a method on a data set where it was measured on several backbones."""
-    methods = of(rows, "methods")
-    measured = unique((row.dataset, row.method, row.backbone) for row in methods)
-    places = [place[:2] for place in measured]
-    return [row for row in methods if places.count((row.dataset, row.method)) > 1]
+def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Key]) -> dict[Key, Spread]:
+    """Spreads over the rows with the same key."""
+    values: dict[Key, list[float]] = {}
+    for row in rows:
+        values.setdefault(key(row), []).append(quantity.of(row))
+    return {name: spread(group) for name, group in values.items()}
 
 
 def by_method(row: Measurement) -> str:
@@ -165,48 +171,190 @@ def by_dataset(row: Measurement) -> str:
     return row.dataset
 
 
-def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Name]) -> dict[Name, Spread]:
-    """Over the rows with the same key."""
-    values: dict[Name, list[float]] = {}
-    for row in rows:
-        values.setdefault(key(row), []).append(quantity.of(row))
-    return {name: spread(found) for name, found in values.items()}
+class Difference(NamedTuple):
+    """Mean of paired differences and the ends of Student's interval, which are NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
 
 
-def by_seed(
-    rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Name]
-) -> dict[Name, dict[int, float]]:
-    """The number of every seed, over the rows with the same key."""
-    found: dict[Name, dict[int, float]] = {}
-    for row in rows:
-        found.setdefault(key(row), {})[row.seed] = quantity.of(row)
-    return found
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
+    """Of two methods' numbers by seed; None without a common seed, or where a number is not finite.
 
-
-def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points (cost, accuracy) that no other beats: cheaper or as cheap, and better or as good.
-
-    In the order of their cost; equal points are all kept, those that are not finite are left out.
+    mean(d) ± t(n - 1, 0.975) sd(d) / sqrt(n), sd with n - 1. No interval if d does not vary: the seeds have not redrawn
+    what d depends on.
     """
-    finite = [i for i, point in enumerate(points) if all(map(math.isfinite, point))]
-    front: list[int] = []
-    for i in sorted(finite, key=lambda i: (points[i][0], -points[i][1], i)):
-        if not front or points[i][1] > points[front[-1]][1] or points[i] == points[front[-1]]:
-            front.append(i)
-    return front
+    from scipy.stats import t
+
+    differences = np.array([first[seed] - second[seed] for seed in first if seed in second], np.float64)
+    n = len(differences)
+    if not n or not np.isfinite(differences).all():
+        return None
+    mean, sd = float(differences.mean()), float(differences.std(ddof=1)) if n > 1 else 0.0
+    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n) if sd > 1e-9 else math.nan
+    return Difference(mean, mean - reach, mean + reach)
 
 
 def printable(text: object) -> str:
-    """What any font, SVG or HTML writer takes: control characters, line ends included, become �."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    """In one line with single spaces; control characters, which SVG and HTML refuse, become �."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
-def clean(text: object) -> str:
-    """Printable, in one line, with single spaces."""
-    return printable(" ".join(str(text).split()))
-
-
-def titled(name: str, titles: Titles, longest: int = LONGEST) -> str:
-    """What people read in place of a name, cut after so many characters."""
-    text = clean(titles.get(name, name)) or ABSENT
+def title_of(name: str, titles: Titles, longest: int = 200) -> str:
+    """What people read in place of a name, cut after `longest` characters."""
+    text = printable(titles.get(name, name)) or MISSING_TEXT
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+class Cell(NamedTuple):
+    """A text of a table; `best` marks the best of its column."""
+
+    text: str
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of plain texts, not escaped."""
+
+    caption: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def methods_table(rows: Rows, titles: Titles) -> Table:
+    """One data set: a row for every method and for always naming the largest class, the most accurate one first."""
+    accuracies = spreads(rows, ACCURACY, by_method)
+    names = sorted(accuracies, key=lambda name: -accuracies[name].mean if accuracies[name].known else math.inf)
+    reference = REFERENCE if REFERENCE in accuracies else rows[0].method
+    columns = [quantity for quantity in COLUMNS if any(quantity.of(row) > 0 for row in rows)]
+    cells = [
+        [Cell(title_of(name, titles)) for name in names],
+        _column(ACCURACY, accuracies, names),
+        [Cell(_difference(rows, name, reference)) for name in names],
+        *(_column(quantity, spreads(rows, quantity, by_method), names) for quantity in columns),
+        _column(CLUSTERS, spreads(rows, CLUSTERS, by_method), names),
+    ]
+    heads = ["method", ACCURACY.title, f"minus {title_of(reference, titles)} (points)"]
+    heads += [quantity.title for quantity in (*columns, CLUSTERS)]
+    lines = list(zip(*cells))
+    majority = spread(100 * row.majority for row in rows if row.majority > 0)
+    if majority.known:
+        line = Cell("always the largest class"), Cell(ACCURACY.show(majority)), *[Cell("")] * (len(heads) - 2)
+        better = sum(accuracies[name].known and accuracies[name].mean >= majority.mean for name in names)
+        lines.insert(better, line)
+    seeds, records = len({row.seed for row in rows}), max(row.records for row in rows)
+    caption = f"{title_of(rows[0].dataset, titles)}, {title_of(rows[0].backbone, titles)}"
+    return Table(f"{caption}: {records:,} records, {seeds} seed{'s' if seeds > 1 else ''}", tuple(heads), tuple(lines))
+
+
+def _column(quantity: Quantity, values: Mapping[str, Spread], names: Sequence[str]) -> list[Cell]:
+    """Cells of one quantity; those that read like the best mean are marked, unless all do."""
+    means = [values[name].mean for name in names if values[name].known]
+    texts = {name: quantity.text(values[name].mean, values[name].mean) for name in names if values[name].known}
+    best = ""
+    if quantity.best and len(set(texts.values())) > 1:
+        best = quantity.text(quantity.best(means), quantity.best(means))
+    return [Cell(quantity.show(values[name]), texts.get(name) == best) for name in names]
+
+
+def _difference(rows: Rows, name: str, reference: str) -> str:
+    accuracy = {method: {row.seed: ACCURACY.of(row) for row in rows if row.method == method}
+                for method in (name, reference)}  # fmt: skip
+    difference = paired_difference(accuracy[name], accuracy[reference])
+    if name == reference or difference is None:
+        return MISSING_TEXT
+    interval = f" [{difference.low:+.2f}, {difference.high:+.2f}]" if math.isfinite(difference.low) else ""
+    return f"{difference.mean:+.2f}{interval}"
+
+
+def curve_name(row: Measurement) -> tuple[str, str, str]:
+    """Identifies a curve of an experiment."""
+    return row.method, row.backbone, row.series
+
+
+def curves_table(rows: Rows, experiment: str, titles: Titles) -> Table | None:
+    """Both ends of every curve of an experiment; None without rows."""
+    rows, lines = rows_of(rows, experiment), []
+    for place in unique((row.dataset, *curve_name(row)) for row in rows):
+        curve = [row for row in rows if (row.dataset, *curve_name(row)) == place]
+        first, last = min(row.x for row in curve), max(row.x for row in curve)
+        ends = {x: [row for row in curve if row.x == x] for x in (first, last)}
+        accuracy = [spread(map(ACCURACY.of, ends[x])) for x in (first, last)]
+        change = paired_difference(*({row.seed: ACCURACY.of(row) for row in ends[x]} for x in (last, first)))
+        names = [title_of(name, titles) if name else MISSING_TEXT for name in place]
+        numbers = [f"{first:g} to {last:g}", *map(ACCURACY.show, accuracy)]
+        numbers.append(MISSING_TEXT if change is None else f"{change.mean:+.2f}")
+        numbers += [quantity.show(spread(map(quantity.of, ends[last]))) for quantity in (CLUSTERS, SPENT)]
+        lines.append(tuple(map(Cell, (*names, *numbers))))
+    heads = ("data", "method", "backbone", "series", "x", "accuracy at the first x (%)", "at the last x (%)")
+    heads += ("change (points)", "clusters at the last x", "images passed")
+    return Table(f"Experiment: {experiment}", heads, tuple(lines)) if lines else None
+
+
+def tables(rows: Rows, titles: Titles) -> list[Table]:
+    """Everything that was measured: a table for every data set, and one for every experiment along an axis."""
+    chosen = main_rows(rows)
+    datasets = [[row for row in chosen if row.dataset == name] for name in unique(map(by_dataset, chosen))]
+    experiments = [name for name in unique(row.experiment for row in rows) if name != "methods"]
+    curves = [curves_table(rows, name, titles) for name in experiments]
+    return [*(methods_table(here, titles) for here in datasets), *filter(None, curves)]
+
+
+class Plate(NamedTuple):
+    """A figure of the report: its heading and its SVG."""
+
+    heading: str
+    svg: bytes
+
+
+def render(template: str, results: Results, titles: Titles, **content: object) -> str:
+    """Fills a template of this package; every text that comes from rows, titles or commands is escaped.
+
+    Args:
+        template: report.html or report.md.
+        results: rows, and the commands and machines that they come from.
+        titles: what people read in place of names.
+        content: what else the template shows.
+    """
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=template.endswith(".html"), trim_blocks=True)
+    environment.filters["md"] = _escape_markdown
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    last = {"command": results.command, "machine": results.machine}
+    sources = unique(_source_text(last | dict(results.sources.get(row.source, {}))) for row in results.rows)
+    content |= {"notes": NOTES, "tables": tables(results.rows, titles), "sources": sources}
+    return environment.get_template(f"{template}.jinja").render(content)
+
+
+def _source_text(source: Mapping[str, str]) -> str:
+    parts = (source["command"], source["machine"], source.get("date", ""))
+    return " · ".join(printable(text) for text in parts if text)
+
+
+def _escape_markdown(text: str) -> str:
+    """Keeps a text inside its cell, and from being read as HTML, emphasis or a link."""
+    for character in "\\`*_|[]":
+        text = text.replace(character, f"\\{character}")
+    return text.replace("<", "&lt;")
+
+
+def write_report(
+    folder: Path, results: Results, titles: Titles, plates: Sequence[Plate] = (), montage: bytes | None = None
+) -> list[Path]:
+    """Writes report.html, which needs no other file and no network, and report.md; each completely or not at all.
+
+    Args:
+        folder: of the comparison.
+        results, titles: see `render`.
+        plates: the figures.
+        montage: PNG of clusters and prompts, which shows private images.
+    """
+    pages = {"report.html": {"plates": plates, "montage": montage}, "report.md": {}}
+    for name, content in pages.items():
+        write_bytes(folder / name, render(name, results, titles, **content).encode())
+    return [folder / name for name in pages]
