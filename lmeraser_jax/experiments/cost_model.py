@@ -27,7 +27,6 @@ from lmeraser_jax.unlearning.artifacts import slice_of
 
 DAY = 24 * 3600.0  # seconds
 MONTH = 30.0  # days
-BUILD = "reconcile"  # kind of the log lines of builds
 WINDOWS = {"at once": 0.0, "an hour": 1 / 24, "a day": 1.0, "a week": 7.0}  # days
 
 
@@ -243,7 +242,7 @@ def _read_reclusterings(layout: Layout) -> tuple[tuple[float, float], ...]:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash, or edited
             values = parse_strict_json(line)
             spared, changed = values["images_spared"], values["images_changed"]
-            if values["kind"] == BUILD and values["reclustered"] is True and 0 <= changed <= spared != 0:
+            if values["kind"] == "build" and values["reclustered"] is True and 0 <= changed <= spared != 0:
                 pairs.append((float(spared), float(changed)))
     return tuple(pairs)
 

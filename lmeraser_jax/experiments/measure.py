@@ -324,7 +324,7 @@ def full_tuning_seconds(run: Run) -> float:
     An interrupted try logged nothing; the slices that it left count instead.
     """
     lines = [json.loads(line) for line in run.layout.metrics.read_text("utf-8").splitlines()]
-    builds = [line for line in lines if line["kind"] == "reconcile"]
+    builds = [line for line in lines if line["kind"] == "build"]
     start = builds[0]["at"] - builds[0]["seconds"]
     earlier = sum(row.seconds for row in run.catalog.slices().values() if row.created < start)
     return earlier / run.mesh.size + sum(line["seconds"] for line in builds)

@@ -198,18 +198,18 @@ def test_the_share_of_a_re_clustering_is_measured_where_there_was_one(capsys, tm
     layout = make_workdir(tmp_path / "run")
     with_images = {"images": 290, "images_full": 300}  # most of them in clusters that were hit
     cases = (
-        (cost_model.BUILD, False, 300, 0),
-        (cost_model.BUILD, True, 50, 10),
-        (cost_model.BUILD, True, 250, 80),
-        (cost_model.BUILD, True, 0, 0),  # every cluster was hit, or nothing was erased
-        (cost_model.BUILD, True, 5, 6),
+        ("build", False, 300, 0),
+        ("build", True, 50, 10),
+        ("build", True, 250, 80),
+        ("build", True, 0, 0),  # every cluster was hit, or nothing was erased
+        ("build", True, 5, 6),
         ("other", True, 300, 300),
     )
     lines = [
         with_images | {"kind": kind, "reclustered": again, "images_spared": spared, "images_changed": changed}
         for kind, again, spared, changed in cases
     ]
-    lines += [["no object"], {"kind": cost_model.BUILD, "reclustered": True}]
+    lines += [["no object"], {"kind": "build", "reclustered": True}]
     layout.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "torn')
     forecast = forecast_of(capsys, layout)
     assert (forecast["reclustered_share"], forecast["reclusterings_seen"]) == (pytest.approx(0.3), 2)

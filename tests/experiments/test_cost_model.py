@@ -11,7 +11,7 @@ from simulation import clusters_of, makespan, simulate
 
 from lmeraser_jax.experiments import cost_model
 from lmeraser_jax.experiments.cost_model import Batch, Clusters
-from lmeraser_jax.training.jobs import pack
+from lmeraser_jax.training.lanes import pack
 
 SIZES = (1, 2, 3)
 SMALL = Clusters(np.array([1.0, 2, 3]), np.array([0.0, 1, 1]), np.array([40.0, 20, 30]))

@@ -19,7 +19,7 @@ from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.experiments import methods
 from lmeraser_jax.experiments.measure import forward_passes
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.training import closed_form, clustering, tune
+from lmeraser_jax.training import closed_form, clustering, train_step, tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import noise_activation, place_prompt
 from lmeraser_jax.unlearning import erase
@@ -48,7 +48,11 @@ SLOW = {
     "nearest class mean": ONE | {"tuning__method": "ncm"},
 }
 COMBINATIONS = QUICK | SLOW
-ALL = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+
+
+def _with_slow(*quick):
+    """All combinations as parameters; all but the quick ones are slow."""
+    return [*quick, *(pytest.param(name, marks=pytest.mark.slow) for name in COMBINATIONS if name not in quick)]
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def built(tmp_path_factory):
     return open_copy
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", _with_slow(*QUICK))
 def test_an_erasure_gives_the_state_of_never_having_had_the_records(name, built, tmp_path):
     """The audit builds all again; a random partition re-tunes the record's own shard only."""
     with built(name, tmp_path / "run") as run:
@@ -104,10 +108,10 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path, monkeypatch):
         ((key, ref),) = run.catalog.manifest().entries.items()
         slice_, records = load_slice(run, ref), run.catalog.live("train")
         assert run.tuning_spec.on_features and run.catalog.slices()[ref].images == run.config.tuning.epochs * 100
-        on_images = dataclasses.replace(run.tuning_spec, spec=dataclasses.replace(run.image_spec, augment="flip"))
+        on_images = dataclasses.replace(run.tuning_spec, image_spec=dataclasses.replace(run.image_spec, augment="flip"))
         labels = np.zeros(run.catalog.rows_used(), np.int32)
         labels[records.rows] = records.labels
-        monkeypatch.setattr(tune, "augmented", lambda images, spec, key: centred(images, spec))
+        monkeypatch.setattr(train_step, "augmented", lambda images, spec, key: centred(images, spec))
         jobs = [make_job(key, records.rows, run.config.tuning)]
         (tuned,) = tune.tune(on_images, run.backbone, jobs, run.images, labels, run.mesh)
     np.testing.assert_allclose(slice_.kernel, tuned.slice.kernel, atol=2e-5)
@@ -136,11 +140,11 @@ def answering(run, **inference):
     return dataclasses.replace(run, config=dataclasses.replace(run.config, inference=routing))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", _with_slow("DAM-VP", "expanded ridge of clusters"))
 def test_all_clusters_answer_together(name, built, tmp_path):
     """Mean and vote of every slice's answer; of equal shares of votes the first class wins."""
     with built(name, tmp_path / "run") as run:
-        images = run.images[run.catalog.live("test").rows]
+        images = run.images[run.catalog.live("test").rows][:8]
         each = literal_answers(run, images)
         votes = (each.argmax(axis=2)[..., None] == np.arange(each.shape[2])).mean(axis=0)
         for aggregate, expected in (("mean", each.mean(axis=0)), ("vote", votes)):
@@ -159,7 +163,7 @@ def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
     with built(name, tmp_path / "run") as run:
         records, images = run.catalog.live("train"), run.images[run.catalog.live("test").rows]
         head, _ = closed_form.solve_members(run.config.common, run.features(records), records.labels, 10)
-        features = closed_form.expand(run.extractor()(images), run.config.common.expand)
+        features = closed_form.expand(run.extractor(images), run.config.common.expand)
         common = np.asarray(jax.nn.softmax(features @ head.kernel + head.bias, axis=-1))
         weights = (0.0, 0.3, 1.0)
         none, some, all_ = (
@@ -243,7 +247,8 @@ def test_features_are_computed_once_for_all_augmentations(tmp_path, monkeypatch)
     for augment in ("paper", "none"):
         with small_run(tmp_path / "run", config=small_config(data__augment=augment)) as run:
             features[augment] = run.features(run.catalog.live("train"))
-            monkeypatch.setattr(type(run), "extractor", lambda run: pytest.fail("features are computed again"))
+            again = property(lambda run: pytest.fail("features are computed again"))
+            monkeypatch.setattr(type(run), "extractor", again)
     np.testing.assert_array_equal(features["paper"], features["none"])
 
 
@@ -274,10 +279,10 @@ def test_every_method_changes_legal_settings_and_no_other():
     ("name", "nearest", "expected"),
     [
         ("DAM-VP", 1, 2),
-        ("DAM-VP", 0, 5),
-        ("retrain", 1, 1),
         ("expanded ridge of clusters", 0, 1),
         ("a common head beside shards", 0, 4),
+        pytest.param("DAM-VP", 0, 5, marks=pytest.mark.slow),
+        pytest.param("retrain", 1, 1, marks=pytest.mark.slow),
         pytest.param("single prompt", 1, 1, marks=pytest.mark.slow),
         pytest.param("a common head beside clusters", 2, 3, marks=pytest.mark.slow),
     ],
