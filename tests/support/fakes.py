@@ -4,9 +4,14 @@ For tests of the store, of requests, receipts, rollback and serving. What tests 
 """
 
 import hashlib
+import json
+import shutil
+from types import MappingProxyType
 
 import numpy as np
 
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tune import Tuned
@@ -14,16 +19,21 @@ from lmeraser_jax.unlearning import live_state
 from lmeraser_jax.unlearning import run as run_module
 
 
-def fake_tune(tuning_spec, backbone, jobs, images, labels, mesh):
-    """Slices drawn from a hash of the jobs' inputs, handed over as the tuning loop does, with their snapshots."""
+def fake_slice(tuning_spec, backbone, key, images, labels, step) -> Slice:
+    """A slice drawn from a hash of everything that may matter to it, for members in the order of their ids."""
     size = backbone.config.image_size
     shapes = ((4 * (size - 1),), (backbone.config.feature_size, tuning_spec.classes), (tuning_spec.classes,))
+    members = [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
+    inputs = (key, members, tuning_spec.tuning, tuning_spec.seed, step)
+    rng = np.random.default_rng(list(hashlib.sha256(repr(inputs).encode()).digest()))
+    return Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+
+
+def fake_tune(tuning_spec, backbone, jobs, images, labels, mesh):
+    """Hands the slices of jobs over as the tuning loop does, with their snapshots."""
     for job in jobs:
-        members = [(images[row].tobytes(), int(labels[row])) for row in job.rows]
         for step in (*job.snapshots, job.steps):
-            inputs = (job.key, members, tuning_spec.tuning, tuning_spec.seed, step)
-            rng = np.random.default_rng(list(hashlib.sha256(repr(inputs).encode()).digest()))
-            slice_ = Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+            slice_ = fake_slice(tuning_spec, backbone, job.key, images[job.rows], labels[job.rows], step)
             yield Tuned(job, step, slice_, 0.5, None, 0.01)
 
 
@@ -46,3 +56,31 @@ def fast_fakes(patch) -> None:
     patch.setattr(tune, "make_slices", fake_tune)
     patch.setattr(run_module, "Extractor", FakeExtractor)
     patch.setattr(live_state.clustering_lib, "assign", fake_assign)
+
+
+def fake_save(folder, arrays, metadata, step=0, earlier=MappingProxyType({})) -> None:
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for number, tree in {**earlier, step: arrays}.items():
+        np.savez(temporary / f"{number}.npz", **tree)
+    (temporary / "metadata.json").write_text(json.dumps(metadata))
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def fake_load(folder, step=None):
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist")
+    try:
+        step = max(int(path.stem) for path in folder.glob("*.npz")) if step is None else step
+        with np.load(folder / f"{step}.npz") as file:
+            return dict(file), json.loads((folder / "metadata.json").read_text()), step
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from error
+
+
+def fast_checkpoints(patch) -> None:
+    """Lets every checkpoint, the backbone's too, be one .npz file for each step, as long as a `MonkeyPatch` holds."""
+    patch.setattr(checkpoints, "save", fake_save)
+    patch.setattr(checkpoints, "load", fake_load)

@@ -10,7 +10,7 @@ import shutil
 import jsonschema
 import numpy as np
 import pytest
-from fakes import fast_fakes
+from fakes import fast_checkpoints, fast_fakes
 from helpers import small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,6 +34,7 @@ from lmeraser_jax.unlearning.verify import validator, verify, verify_all
 def _fast():
     with pytest.MonkeyPatch.context() as patch:
         fast_fakes(patch)
+        fast_checkpoints(patch)
         yield
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import jax
 import pytest
-from fakes import fast_fakes
+from fakes import fast_checkpoints, fast_fakes
 from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax.errors import UserError
@@ -22,6 +22,7 @@ LATE = {f"digit-{i:04d}" for i in range(0, 60, 5)}
 def _fast():
     with pytest.MonkeyPatch.context() as patch:
         fast_fakes(patch)
+        fast_checkpoints(patch)
         yield
 
 

@@ -1,12 +1,12 @@
 """Random histories of a workdir against a plain-Python model: add, erase, process, rollback, unpin, crash.
 
-Tuning and features are fast stand-ins that still depend on every member, in order, on the labels, and on the slice
-that a stage starts from; what is under test is everything around them.
+Tuning, features and checkpoints are fast stand-ins, whose slices still depend on every member, in order, and on the
+labels; everything around them is what is tested.
 """
 
 import contextlib
-import hashlib
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
+from fakes import fake_slice, fast_checkpoints, fast_fakes
 from helpers import small_config, small_source, with_items
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -24,19 +25,14 @@ from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import add_source
-from lmeraser_jax.training import tune as tune_module
-from lmeraser_jax.training.jobs import parts
-from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import artifacts, audit, build, erase, purge, receipts, rollback
 from lmeraser_jax.unlearning import run as runs
-from lmeraser_jax.unlearning.run import Run, prepare_run
+from lmeraser_jax.unlearning.run import prepare_run
 
 CONFIG = small_config(
     clustering__sample_size=10,
     clustering__cut="auto:3",
     clustering__min_members=0,
-    tuning__slices=2,
     tuning__epochs=4,
     checkpoints__every_epochs=1,
 )
@@ -48,51 +44,16 @@ PIXELS = {item.id: image for item, image in zip(POOL.items, IMAGES, strict=True)
 OWNERS = {item.id: f"owner-{i % 7}" for i, item in enumerate(ITEMS)}
 
 
-def literal_slice(stream, images, labels, start, step) -> Slice:
-    """What the stand-in tunes: numbers drawn from a hash of all that may matter."""
-    sha = hashlib.sha256(json.dumps([stream, [int(label) for label in labels], step]).encode())
-    sha.update(np.ascontiguousarray(images).tobytes())
-    for leaf in (start or ())[:3]:
-        sha.update(np.asarray(leaf).tobytes())
-    rng = np.random.default_rng(np.frombuffer(sha.digest(), np.uint32))
-    return Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in ((28,), (16, 10), (10,))))
-
-
-def fake_tune(problem, backbone, jobs, images, labels, mesh):
-    for job in jobs:
-        for step in (*job.snapshots, job.steps):
-            part = literal_slice(job.stream, images[job.rows], labels[job.rows], job.start, step)
-            yield Tuned(job, step, part, 0.5, None, 0.0)
-
-
-def fake_features(run, records):
-    images = np.asarray(run.images)[records.rows].reshape(len(records), -1).astype(np.float32)
-    return np.ascontiguousarray(images[:, 16:32] + images[:, 32:48])
-
-
-def fake_save(folder, arrays, metadata, step=0, earlier=None):
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    for number, tree in {**(earlier or {}), step: arrays}.items():
-        np.savez(temporary / f"{number}.npz", **tree)
-    temporary.rename(folder)
-
-
-def fake_load(folder, step=None):
-    try:
-        step = max(int(path.stem) for path in folder.iterdir()) if step is None else step
-        with np.load(folder / f"{step}.npz") as file:
-            return {name: file[name] for name in file.files}, {}, step
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from error
-
-
-@pytest.fixture(scope="module")
-def backbone_only(tmp_path_factory):
+@pytest.fixture(scope="module", autouse=True)
+def backbone_folder(tmp_path_factory):
     """The backbone of every history, made once."""
-    folder = tmp_path_factory.mktemp("backbone")
-    with prepare_run(folder / "run", CONFIG, jax.devices()[:1], POOL) as (run, _):
-        return run.backbone
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        fast_checkpoints(patch)
+        folder = tmp_path_factory.mktemp("backbone") / "run"
+        with prepare_run(folder, CONFIG, jax.devices()[:1], POOL) as (run, _):
+            History.backbone_folder = run.layout.backbone
+        yield
 
 
 class Killed(BaseException):
@@ -104,25 +65,21 @@ STEPS += [(Catalog, "transaction"), (Catalog, "flush"), (receipts, "write_json")
 
 
 class History(RuleBasedStateMachine):
-    """The model: what is live, what waits, who was erased; beside the real workdir."""
+    """The model: what is live, what waits, and what was erased, beside the real workdir."""
 
-    backbone = None
+    backbone_folder = Path()
 
     def __init__(self):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(tune_module, "tune", fake_tune)
-        self.patch.setattr(Run, "features", fake_features)
-        self.patch.setattr(checkpoints, "save", fake_save)
-        self.patch.setattr(checkpoints, "load", fake_load)
-        self.patch.setattr(runs, "_make_backbone", lambda layout, *args: layout.backbone.mkdir())
-        self.patch.setattr(runs.frozen, "load", lambda folder: (self.backbone, runs.backbone_inputs(CONFIG)))
+        copied = self.backbone_folder
+        self.patch.setattr(runs, "_make_backbone", lambda layout, *_: shutil.copytree(copied, layout.backbone))
         self.live: set[str] = set()
         self.erased: set[str] = set()
-        self.buried: set[str] = set()
-        self.asked: list[str] = []
-        self.fresh = False  # something was changed that no reconcile has seen
+        self.erased_owners: set[str] = set()
+        self.requests: list[str] = []
+        self.changed = False  # something was changed that no build has seen
         self.stack = contextlib.ExitStack()
 
     @initialize(count=st.integers(12, 40))
@@ -151,8 +108,8 @@ class History(RuleBasedStateMachine):
     def add(self, numbers, now):
         chosen = [ITEMS[i] for i in sorted(numbers)]
         add_source(self.run.layout, self.run.catalog, self.source(chosen), CONFIG)
-        self.live |= {item.id for item in chosen} - self.erased - {i for i in OWNERS if OWNERS[i] in self.buried}
-        self.fresh = True
+        self.live |= {item.id for item in chosen} - self.erased - {i for i in OWNERS if OWNERS[i] in self.erased_owners}
+        self.changed = True
         if now:
             self.settle()
 
@@ -164,23 +121,23 @@ class History(RuleBasedStateMachine):
         who = data.draw(st.sampled_from(owners)) if owner and owners else ""
         if not names and not who:
             return
-        name = f"request-{len(self.asked)}"
+        name = f"request-{len(self.requests)}"
         done = erase.request_erasure(self.run, names, [who] if who else [], name, "", "", quarantine, defer)
         assert done.request.state == ("accepted" if defer else "purged")
         self.mark(names, who, name)
-        self.fresh = defer
+        self.changed = defer
 
-    def mark(self, names, who, name):
-        gone = set(names) | {i for i in self.live if who and OWNERS[i] == who}
-        self.live -= gone
-        self.erased |= gone
-        self.buried |= {who} - {""}
-        self.asked.append(name)
+    def mark(self, names, owner, request):
+        erased = set(names) | {name for name in self.live if owner and OWNERS[name] == owner}
+        self.live -= erased
+        self.erased |= erased
+        self.erased_owners |= {owner} - {""}
+        self.requests.append(request)
 
     @rule()
     def settle(self):
         erase.process(self.run)
-        self.fresh = False
+        self.changed = False
 
     @precondition(lambda self: self.run.catalog.manifest().entries)
     @rule(data=st.data())
@@ -195,7 +152,7 @@ class History(RuleBasedStateMachine):
                 assert requests.any_open(self.run.catalog) and key not in self.run.catalog.pins().keys() - pinned
                 return
             assert "ended at once" in str(error) and key not in self.run.catalog.pins()
-        self.fresh = False
+        self.changed = False
         entries = self.run.catalog.manifest().entries
         assert entries.get(key, version.ref) == version.ref or key not in self.run.catalog.pins()
 
@@ -203,13 +160,13 @@ class History(RuleBasedStateMachine):
     @rule()
     def unpin(self):
         rollback.unpin(self.run, sorted(self.run.catalog.pins())[0])
-        self.fresh = False
+        self.changed = False
 
     @rule(data=st.data(), at=st.integers(0, 40), defer=st.booleans())
     def crash(self, data, at, defer):
-        """The process dies before the at-th write of an erasure or of a reconcile; the next command goes on."""
+        """The process dies before the at-th write of an erasure or of a build; the next command goes on."""
         names = data.draw(st.lists(st.sampled_from(sorted(self.live or {""})), max_size=3, unique=True))
-        name, before = f"request-{len(self.asked)}", self.run.catalog.manifest()
+        name, before = f"request-{len(self.requests)}", self.run.catalog.manifest()
         with self.patch.context() as patch:
             self.die_at(patch, at)
             with contextlib.suppress(Killed):
@@ -224,7 +181,7 @@ class History(RuleBasedStateMachine):
         after = self.run.catalog.manifest()
         assert after.version in (before.version, before.version + 1)
         assert after.version > before.version or after == before
-        self.fresh = True
+        self.changed = True
 
     def die_at(self, patch, at):
         calls = []
@@ -257,43 +214,33 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def a_finished_state_is_what_the_live_records_call_for(self):
-        if not hasattr(self, "run") or self.fresh or requests.any_open(self.run.catalog):
+        if not hasattr(self, "run") or self.changed or requests.any_open(self.run.catalog):
             return
         verdict = audit.audit(self.run)
         assert verdict.ok, verdict.text()
         manifest, pins = self.run.catalog.manifest(), self.run.catalog.pins()
         assert all(manifest.entries[key] == ref for key, ref in pins.items())
         for key in set(manifest.entries) - set(pins):
-            found = artifacts.load_slice(self.run, manifest.entries[key])
-            wanted = self.literal(key)
-            assert all((a == b).all() for a, b in zip(found[:3], wanted[:3], strict=True))
+            slice_ = artifacts.load_slice(self.run, manifest.entries[key])
+            assert audit.leaves(slice_) == audit.leaves(self.expected_slice(key))
         self.receipts_are_chained()
 
-    def literal(self, key) -> Slice:
-        """The slice of a cluster, stage by stage, from the model's own records."""
-        records = self.run.catalog.live("train")
-        names = sorted(name for name, home in zip(records.ids, records.clusters, strict=True) if home == key)
-        label = {item.id: item.label for item in ITEMS}
-        part, start = parts(names, CONFIG.tuning.slices, CONFIG.seed), None
-        (row,) = [r for r in self.run.catalog.slices().values() if r.digest == self.run.catalog.manifest().entries[key]]
-        chain = [row]
-        while chain[0].parent:
-            chain.insert(0, self.run.catalog.slice(chain[0].parent))
-        for stage, made in zip(np.unique(part).tolist(), chain, strict=True):
-            inside = [name for name, number in zip(names, part, strict=True) if number <= stage]
-            images = np.stack([PIXELS[name] for name in inside])
-            stream = key if stage == 1 else f"{key}/{stage}"
-            start = literal_slice(stream, images, [label[name] for name in inside], start, made.steps)
-        return start
+    def expected_slice(self, key):
+        """The slice of a cluster from the model's own records."""
+        names, labels = self.run.catalog.members(key).ids, {item.id: item.label for item in ITEMS}
+        steps = self.run.catalog.slice(self.run.catalog.manifest().entries[key]).steps
+        images, labels = [PIXELS[name] for name in names], [labels[name] for name in names]
+        return fake_slice(self.run.tuning_spec, self.run.backbone, key, images, labels, steps)
 
     def receipts_are_chained(self):
-        chain, last = self.run.catalog.receipts(), ""
-        assert {link.request for link in chain} == set(self.asked)
-        for number, link in enumerate(chain, 1):
+        links, previous = self.run.catalog.receipts(), ""
+        assert {link.request for link in links} == set(self.requests)
+        for sequence, link in enumerate(links, 1):
             values = json.loads(self.run.layout.receipt(link.request).read_text())
             own = values.pop("digest")
-            assert (values["sequence"], values["previous"]) == (number, last) and digest(values) == own == link.digest
-            last = own
+            assert (values["sequence"], values["previous"]) == (sequence, previous)
+            assert digest(values) == own == link.digest
+            previous = own
 
     def teardown(self):
         self.stack.close()
@@ -301,16 +248,17 @@ class History(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-def test_random_histories(backbone_only):
-    History.backbone = backbone_only
-    hypothesis.stateful.run_state_machine_as_test(
-        History, settings=hypothesis.settings(max_examples=10, stateful_step_count=12, deadline=None, derandomize=True)
+def run_histories(examples, steps):
+    settings = hypothesis.settings(
+        max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None
     )
+    hypothesis.stateful.run_state_machine_as_test(History, settings=settings)
+
+
+def test_random_histories():
+    run_histories(10, 12)
 
 
 @pytest.mark.slow
-def test_more_random_histories(backbone_only):
-    History.backbone = backbone_only
-    hypothesis.stateful.run_state_machine_as_test(
-        History, settings=hypothesis.settings(max_examples=40, stateful_step_count=20, deadline=None, derandomize=True)
-    )
+def test_more_random_histories():
+    run_histories(40, 20)
