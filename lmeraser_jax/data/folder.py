@@ -80,8 +80,8 @@ def _roles(root: Path, data: Data) -> dict[str, str]:
             roles[split] = str(folder)
     raise_all(problems)
     real = {split: (root / folder).resolve() for split, folder in roles.items()}
-    for one, other in itertools.combinations(roles, 2):
-        inner, outer = (other, one) if real[other].is_relative_to(real[one]) else (one, other)
+    for first, second in itertools.combinations(roles, 2):
+        inner, outer = (second, first) if real[second].is_relative_to(real[first]) else (first, second)
         if real[inner].is_relative_to(real[outer]):
             default = "" if getattr(data, f"{inner}_split") else f" (a folder named {roles[inner]} is taken for it)"
             flags = (f"--config.data.{split}_split={roles[split]}" for split in (inner, outer))

@@ -43,14 +43,16 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     counts = Counter(row.file for row in rows)
     matches = _matches(counts.keys() - {""}, names, folders)
     spellings = defaultdict(list)
-    for file, found in sorted(matches.items()):
-        if len(found) == 1:
-            spellings[found[0]].append(shorten(file))
+    for file, images in sorted(matches.items()):
+        if len(images) == 1:
+            spellings[images[0]].append(shorten(file))
     offenders = {
         "has rows without a file name": [f"row {number}" for number, row in enumerate(rows, 1) if not row.file],
         "names files more than once": [shorten(file) for file in counts if file and counts[file] > 1],
         "names files that could be several images; give their paths": [
-            f"{shorten(file)} ({' or '.join(found[:2])})" for file, found in sorted(matches.items()) if len(found) > 1
+            f"{shorten(file)} ({' or '.join(images[:2])})"
+            for file, images in sorted(matches.items())
+            if len(images) > 1
         ],
         "names files that are not there": [shorten(file) for file in sorted(counts.keys() - {""} - matches.keys())],
         "names one image in several ways": [

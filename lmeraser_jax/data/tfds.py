@@ -213,19 +213,19 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
 def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
     """A line for every two roles that share images: an image that was trained on must not be tested on."""
     shared: dict[tuple[str, str], list[Span]] = {}
-    for one, other in itertools.combinations(spans, 2):
-        start, stop = max(one.start, other.start), min(one.stop, other.stop)
-        if one.split == other.split and start < stop:
-            shared.setdefault((one.role, other.role), []).append(Span("", one.split, start, stop))
+    for a, b in itertools.combinations(spans, 2):
+        start, stop = max(a.start, b.start), min(a.stop, b.stop)
+        if a.split == b.split and start < stop:
+            shared.setdefault((a.role, b.role), []).append(Span("", a.split, start, stop))
     problems = []
-    for (one, other), common in shared.items():
+    for (first, second), common in shared.items():
         count = sum(span.stop - span.start for span in common)
         where = join_limited(f"{span.split}[{span.start}:{span.stop}]" for span in common)
-        if one == other:
-            problems.append(f"{flags[one]} names {count} images twice: {where}")
+        if first == second:
+            problems.append(f"{flags[first]} names {count} images twice: {where}")
         else:
             problems.append(
-                f"{flags[one]} and {flags[other]} share {count} images: {where}; an image has one role only"
+                f"{flags[first]} and {flags[second]} share {count} images: {where}; an image has one role only"
             )
     return problems
 
