@@ -9,7 +9,7 @@ import fakes
 import numpy as np
 import pytest
 from helpers import SMALL
-from imports import check_pixels, made, refusal, with_items
+from imports import check_pixels, numbered_source, refusal, with_items
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
@@ -45,7 +45,7 @@ TORN = ("id-00003", "id-00008", "id-00009", "id-00021")
 
 def test_unreadable_images_are_refused_together(workdir, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 8)
-    lines = refusal(workdir, unreadable(made(), TORN)).splitlines()
+    lines = refusal(workdir, unreadable(numbered_source(), TORN)).splitlines()
     assert lines[0] == (
         "made cannot be imported; images that cannot be read are left out with --config.data.skip_unreadable:"
     )
@@ -55,26 +55,26 @@ def test_unreadable_images_are_refused_together(workdir, monkeypatch):
 def test_unreadable_images_can_be_left_out(workdir, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 8)
     layout, catalog = workdir
-    imported = import_source(layout, catalog, unreadable(made(), TORN, converted=2), SKIP)
+    imported = import_source(layout, catalog, unreadable(numbered_source(), TORN, converted=2), SKIP)
     assert imported == Imported(26, 0, 0, 0, TORN, 8)
     assert not {*TORN} & {*catalog.live("train", "test", "public").ids} and catalog.rows_used() == 26
     check_pixels(layout, catalog)
     ((kind, body),) = catalog.db.execute("SELECT kind, body FROM events")
     assert kind == "import" and json.loads(body)["unreadable"] == 4 and json.loads(body)["converted"] == 8
     assert "id-" not in body  # events outlive erasures
-    mended = import_source(layout, catalog, unreadable(made(), TORN[:1]), SKIP)
+    mended = import_source(layout, catalog, unreadable(numbered_source(), TORN[:1]), SKIP)
     assert mended == Imported(3, 26, 0, 0, TORN[:1]) and catalog.rows_used() == 29
     check_pixels(layout, catalog)
-    assert import_source(layout, catalog, made(), Config()) == Imported(1, 29, 0, 0)
+    assert import_source(layout, catalog, numbered_source(), Config()) == Imported(1, 29, 0, 0)
 
 
 def test_records_of_the_workdir_need_no_readable_file(workdir):
     """A record keeps its pixels; an erased one needs no file; without the flag a known one is refused."""
     layout, catalog = workdir
-    import_source(layout, catalog, made(), Config())
+    import_source(layout, catalog, numbered_source(), Config())
     catalog.erase(["id-00003"], "r")
     catalog.forget(["r"])
-    source = unreadable(made(32), ("id-00003", "id-00004", "id-00031"))
+    source = unreadable(numbered_source(32), ("id-00003", "id-00004", "id-00031"))
     message = refusal(workdir, source)
     assert "id-00003" not in message and "- id-00004: torn" in message and "- id-00031: torn" in message
     assert import_source(layout, catalog, source, SKIP) == Imported(1, 29, 1, 0, ("id-00031",))
@@ -82,10 +82,10 @@ def test_records_of_the_workdir_need_no_readable_file(workdir):
 
 
 def test_an_import_needs_two_classes_that_can_be_read(workdir):
-    names = {item.id for item in made().items if item.split == "train" and item.label}
-    message = refusal(workdir, unreadable(made(), names), SKIP)
+    names = {item.id for item in numbered_source().items if item.split == "train" and item.label}
+    message = refusal(workdir, unreadable(numbered_source(), names), SKIP)
     assert f"{len(names)} images that cannot be read leave 1 of 3 classes to train on; at least 2 are needed" in message
-    message = refusal(workdir, made(), Config(data=Data(holdout=0.999)))
+    message = refusal(workdir, numbered_source(), Config(data=Data(holdout=0.999)))
     assert "--config.data.holdout=0.999 leave 0 of 3 classes to train on" in message
 
 

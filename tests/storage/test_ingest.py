@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from imports import check_pixels, made, pixels, refusal, snapshot, with_items
+from imports import check_pixels, numbered_source, pixels, refusal, snapshot, with_items
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
@@ -27,7 +27,7 @@ def workdir(tmp_path):
 
 
 def test_counts_and_pixels(workdir):
-    assert import_source(*workdir, made(), Config()) == Imported(30, 0, 0, 0)
+    assert import_source(*workdir, numbered_source(), Config()) == Imported(30, 0, 0, 0)
     layout, catalog = workdir
     assert [len(catalog.live(split)) for split in ("train", "test", "public", "holdout")] == [18, 6, 6, 0]
     assert catalog.rows_used() == 30 == len(image_file(layout, catalog))
@@ -46,22 +46,22 @@ def test_digits(workdir):
 
 
 def test_reimport_changes_nothing(workdir):
-    import_source(*workdir, made(), Config())
+    import_source(*workdir, numbered_source(), Config())
     tables, images = snapshot(*workdir)
-    assert import_source(*workdir, made(), Config()) == Imported(0, 30, 0, 0)
+    assert import_source(*workdir, numbered_source(), Config()) == Imported(0, 30, 0, 0)
     again, images_again = snapshot(*workdir)
     assert again[:2] == tables[:2] and images_again == images
 
 
 def test_new_records_join(workdir):
-    import_source(*workdir, made(30), Config())
-    assert import_source(*workdir, made(40), Config()) == Imported(10, 30, 0, 0)
+    import_source(*workdir, numbered_source(30), Config())
+    assert import_source(*workdir, numbered_source(40), Config()) == Imported(10, 30, 0, 0)
     check_pixels(*workdir)
 
 
 def test_order_of_the_source_does_not_matter(tmp_path):
     tables = []
-    for name, items in (("one", made().items), ("other", made().items[::-1])):
+    for name, items in (("one", numbered_source().items), ("other", numbered_source().items[::-1])):
         layout = Layout(tmp_path / name)
         layout.prepare()
         with contextlib.closing(Catalog(layout.catalog)) as catalog:
@@ -74,37 +74,37 @@ def test_order_of_the_source_does_not_matter(tmp_path):
 @pytest.mark.parametrize("purged", [False, True])
 def test_erased_stays_out(workdir, purged):
     layout, catalog = workdir
-    import_source(layout, catalog, made(), Config())
+    import_source(layout, catalog, numbered_source(), Config())
     catalog.erase(["id-00002", "id-00003"], "r")
     if purged:
         catalog.forget(["r"])
-    assert import_source(layout, catalog, made(), Config()) == Imported(0, 28, 2, 0)
+    assert import_source(layout, catalog, numbered_source(), Config()) == Imported(0, 28, 2, 0)
     assert not {"id-00002", "id-00003"} & set(catalog.live("train").ids)
-    assert import_source(layout, catalog, made(35), Config()) == Imported(5, 28, 2, 0)
+    assert import_source(layout, catalog, numbered_source(35), Config()) == Imported(5, 28, 2, 0)
     check_pixels(layout, catalog)
 
 
 def test_changed_pixels_refused(workdir):
-    import_source(*workdir, made(), Config())
+    import_source(*workdir, numbered_source(), Config())
 
     def read(start, stop):
-        images = made(40).read(start, stop).images
+        images = numbered_source(40).read(start, stop).images
         images[[3, 7], 0, 0] ^= 1
         return Pixels(images)
 
-    message = refusal(workdir, made(40, read=read))
+    message = refusal(workdir, numbered_source(40, read=read))
     assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
 
 
 def test_changed_label_refused(workdir):
-    import_source(*workdir, made(), Config())
-    items = list(made().items)
+    import_source(*workdir, numbered_source(), Config())
+    items = list(numbered_source().items)
     items[4] = items[4]._replace(label=2)
     assert "id-00004 has other pixels or another label" in refusal(workdir, with_items(items))
 
 
 def test_twice_the_same_id_refused(workdir):
-    items = [*made().items, Item("id-00007", "train", 1)]
+    items = [*numbered_source().items, Item("id-00007", "train", 1)]
     message = refusal(workdir, with_items(items))
     assert (
         "made cannot be imported" in message and "ids must be unique; these occur more than once: id-00007" in message
@@ -112,15 +112,15 @@ def test_twice_the_same_id_refused(workdir):
 
 
 def test_other_shape_and_classes_refused(workdir):
-    import_source(*workdir, made(), Config())
-    message = refusal(workdir, made(shape=(4, 3, 1), class_names=("a", "b", "d")))
+    import_source(*workdir, numbered_source(), Config())
+    message = refusal(workdir, numbered_source(shape=(4, 3, 1), class_names=("a", "b", "d")))
     assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
     assert "classes that the workdir does not have: d; it has a, b, c" in message
 
 
 def test_a_source_without_an_erased_class_still_joins(workdir):
     """Labels are matched by class name: the files of a class may be gone."""
-    import_source(*workdir, made(), Config())
+    import_source(*workdir, numbered_source(), Config())
     items = [Item("id-00100", "train", 0), Item("id-00101", "train", 1)]
     assert import_source(*workdir, with_items(items, class_names=("b", "c")), Config()).added == 2
     table = workdir[1].live("train")
@@ -128,16 +128,16 @@ def test_a_source_without_an_erased_class_still_joins(workdir):
 
 
 def test_class_names_must_be_unique(workdir):
-    assert "class names must be unique: a, b, a" in refusal(workdir, made(class_names=("a", "b", "a")))
+    assert "class names must be unique: a, b, a" in refusal(workdir, numbered_source(class_names=("a", "b", "a")))
 
 
 def test_duplicates_counted(workdir):
-    items = list(made(10).items)
+    items = list(numbered_source(10).items)
 
     def read(start, stop):
         return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)]))
 
-    assert import_source(*workdir, made(10, read=read), Config()) == Imported(10, 0, 0, 2)
+    assert import_source(*workdir, numbered_source(10, read=read), Config()) == Imported(10, 0, 0, 2)
 
 
 def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
@@ -147,29 +147,29 @@ def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
     def read(start, stop):
         if start >= 16:
             raise KeyboardInterrupt
-        return Pixels(255 - made(40).read(start, stop).images)
+        return Pixels(255 - numbered_source(40).read(start, stop).images)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            import_source(layout, catalog, made(40, read=read), Config())
+            import_source(layout, catalog, numbered_source(40, read=read), Config())
         assert len(catalog.live("train", "test", "public")) == 0 and catalog.get("dataset") is None
         assert layout.images.stat().st_size == 16 * 12  # bytes that nothing points at
-    assert import_source(layout, catalog, made(30), Config()) == Imported(30, 0, 0, 0)
+    assert import_source(layout, catalog, numbered_source(30), Config()) == Imported(30, 0, 0, 0)
     with pytest.raises(KeyboardInterrupt):
-        import_source(layout, catalog, made(40, read=lambda start, stop: read(16, 17)), Config())
-    assert import_source(layout, catalog, made(40), Config()) == Imported(10, 30, 0, 0)
+        import_source(layout, catalog, numbered_source(40, read=lambda start, stop: read(16, 17)), Config())
+    assert import_source(layout, catalog, numbered_source(40), Config()) == Imported(10, 30, 0, 0)
     assert layout.images.stat().st_size == 40 * 12
     check_pixels(layout, catalog)
 
 
 def test_a_rotten_row_is_mended(workdir):
     layout, catalog = workdir
-    import_source(layout, catalog, made(), Config())
+    import_source(layout, catalog, numbered_source(), Config())
     view = image_file(layout, catalog).view("r+")
     view[7] ^= 1
     view[9] = 0
     del view
-    imported = import_source(layout, catalog, made(), Config())
+    imported = import_source(layout, catalog, numbered_source(), Config())
     assert (imported.added, imported.known, imported.mended) == (0, 30, 2)
     check_pixels(layout, catalog)
 
@@ -177,10 +177,10 @@ def test_a_rotten_row_is_mended(workdir):
 def test_later_images_of_an_erased_owner_stay_out(workdir):
     """Private ones, purged or not; what the workdir has of them, public images, stays."""
     layout, catalog = workdir
-    import_source(layout, catalog, made(22), Config())
+    import_source(layout, catalog, numbered_source(22), Config())
     requests.accept(catalog, owners=["owner-5"], request="r")  # 20 is public, 21 test, 22 and 23 train
     for _ in range(2):
-        assert import_source(layout, catalog, made(24), Config()) == Imported(0, 21, 3, 0)
+        assert import_source(layout, catalog, numbered_source(24), Config()) == Imported(0, 21, 3, 0)
         catalog.forget(["r"])
     assert catalog.live("public").ids[-1] == "id-00020" and "id-00022" not in catalog.live("train").ids
 
@@ -201,33 +201,33 @@ def test_owners_keep_their_side(workdir):
 
 def test_many_changed_records_are_counted(workdir, monkeypatch):
     monkeypatch.setattr(ingest, "LISTED", 3)
-    import_source(*workdir, made(), Config())
-    items = [item._replace(label=(item.label + 1) % 3) for item in made().items]
+    import_source(*workdir, numbered_source(), Config())
+    items = [item._replace(label=(item.label + 1) % 3) for item in numbered_source().items]
     message = refusal(workdir, with_items(items))
     assert message.count("has other pixels or another label") == 3 and "and more than 3 records in all" in message
 
 
 def test_damaged_image_file_refused(workdir):
     layout, _ = workdir
-    import_source(*workdir, made(), Config())
+    import_source(*workdir, numbered_source(), Config())
     layout.images.write_bytes(layout.images.read_bytes()[: 20 * 12])
-    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, made(40))
+    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, numbered_source(40))
 
 
 def test_limits(workdir):
     config = Config(data=Data(train_limit=4, test_limit=2))
     layout, catalog = workdir
-    assert import_source(layout, catalog, made(), config) == Imported(12, 0, 0, 0)
+    assert import_source(layout, catalog, numbered_source(), config) == Imported(12, 0, 0, 0)
     assert catalog.live("train").ids == ("id-00002", "id-00003", "id-00004", "id-00007")
     assert catalog.live("test").ids == ("id-00001", "id-00006") and len(catalog.live("public")) == 6
     check_pixels(layout, catalog)
-    assert import_source(layout, catalog, made(), Config()) == Imported(18, 12, 0, 0)
+    assert import_source(layout, catalog, numbered_source(), Config()) == Imported(18, 12, 0, 0)
     check_pixels(layout, catalog)
 
 
 def test_holdout(workdir):
     layout, catalog = workdir
-    import_source(layout, catalog, made(200), Config(data=Data(holdout=0.5)))
+    import_source(layout, catalog, numbered_source(200), Config(data=Data(holdout=0.5)))
     held, kept = set(catalog.live("holdout").ids), set(catalog.live("train").ids)
     assert len(held | kept) == 120 and not held & kept and 40 < len(held) < 80
     assert len(catalog.live("test")) == len(catalog.live("public")) == 40

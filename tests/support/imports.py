@@ -13,7 +13,7 @@ from lmeraser_jax.storage.ingest import image_file, import_source
 SHAPE = (3, 4, 1)
 
 
-def made(count=30, **changes) -> Source:
+def numbered_source(count=30, **changes) -> Source:
     """Records 0, 1, ...: every fifth public, the one after it a test image. Pixels depend on the position."""
     splits = ("public", "test", "train", "train", "train")
     items = [Item(f"id-{i:05d}", splits[i % 5], i % 3, f"owner-{i // 4}") for i in range(count)]
