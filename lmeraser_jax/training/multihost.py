@@ -60,9 +60,21 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     processes = Processes(jax.process_index(), jax.process_count())
     if processes.count > 1:
         threading.Thread(target=_watch, args=(processes,), daemon=True).start()
-        with _together():  # now: Gloo would not wait for process 0 to import or to pretrain
+        with _together(), _output_to_errors():  # now: Gloo would not wait for process 0 to import or to pretrain
             multihost_utils.sync_global_devices("start")
     return processes
+
+
+@contextlib.contextmanager
+def _output_to_errors() -> Iterator[None]:
+    """Gloo says on standard output that it is connected, where `--json=-` writes its result."""
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(output, 1)
+        os.close(output)
 
 
 def _service() -> Any:

@@ -1,6 +1,7 @@
 """Many processes on JAX's runtime: the bits of one, one line when a process is lost, nothing left by a late one."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -235,7 +236,6 @@ def test_a_killed_process_fails_the_job_in_seconds_and_the_next_start_reuses_wha
         assert code == 2 and "was lost" in error and "start the same command again" in error.splitlines()[-1]
     before = written(tmp_path / "run")
     ((code, out, _),) = finish(start(tmp_path, "train", f"--workdir={tmp_path}/run", "--json=-", epochs=400))
-    import json
 
     report = json.loads(out)
     assert code == 0 and report["reused"] >= before > 0 and report["clusters"] == report["reused"] + report["retuned"]
