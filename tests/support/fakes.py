@@ -61,10 +61,10 @@ def fast_fakes(patch) -> None:
 def fake_save(folder, arrays, metadata, step=0, earlier=MappingProxyType({})) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     for number, tree in {**earlier, step: arrays}.items():
-        np.savez(temporary / f"{number}.npz", **tree)
-    (temporary / "metadata.json").write_text(json.dumps(metadata))
+        (temporary / str(number) / "metadata").mkdir(parents=True)
+        np.savez(temporary / str(number) / "arrays.npz", **tree)
+        (temporary / str(number) / "metadata" / "metadata").write_text(json.dumps({"metadata": metadata}))
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
@@ -73,9 +73,10 @@ def fake_load(folder, step=None):
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist")
     try:
-        step = max(int(path.stem) for path in folder.glob("*.npz")) if step is None else step
-        with np.load(folder / f"{step}.npz") as file:
-            return dict(file), json.loads((folder / "metadata.json").read_text()), step
+        step = max(int(path.name) for path in folder.iterdir()) if step is None else step
+        metadata = json.loads((folder / str(step) / "metadata" / "metadata").read_text())["metadata"]
+        with np.load(folder / str(step) / "arrays.npz") as file:
+            return dict(file), metadata, step
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} cannot be read: {error}") from error
 

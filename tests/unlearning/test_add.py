@@ -1,13 +1,15 @@
 """Adding records: the state is that of training on everything at once; only touched slices are tuned."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
-from helpers import changed, files_of, small_config, small_run, small_source, with_items, without
+from fakes import fast_checkpoints, fast_fakes
+from helpers import SMALL, changed, files_of, small_config, small_run, small_source, with_items, without
 from PIL import Image
 
 from lmeraser_jax.cli.main import main
@@ -31,7 +33,7 @@ def ranked():
     return sorted(ids, key=lambda name: sample_rank(SEED, name))
 
 
-def part(ids):
+def only(ids):
     """The whole source's records with these ids."""
     source = small_source()
     return without(source, {item.id for item in source.items} - set(ids))
@@ -40,17 +42,25 @@ def part(ids):
 UNSAMPLED, MIXED = tuple(ranked()[-3:]), tuple(ranked()[:6] + ranked()[-6:])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fast():
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        fast_checkpoints(patch)
+        yield
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """{added ids: a workdir trained without them}, and the state of a training on everything."""
-    folder, found = tmp_path_factory.mktemp("trained"), {}
+def built(tmp_path_factory, _fast):
+    """{added ids: a workdir built without them}, and the state of a build on everything."""
+    folder, workdirs = tmp_path_factory.mktemp("built"), {}
     for number, ids in enumerate((UNSAMPLED, MIXED)):
-        with small_run(folder / f"run{number}", without(small_source(), set(ids))) as run:
+        workdirs[ids] = folder / f"run{number}"
+        with small_run(workdirs[ids], without(small_source(), set(ids))) as run:
             build(run)
-        found[ids] = folder / f"run{number}"
     with small_run(folder / "whole") as run:
         build(run)
-        return found, state(run)
+        return workdirs, state(run)
 
 
 @contextlib.contextmanager
@@ -60,23 +70,23 @@ def copied(workdir, target):
         yield run
 
 
-@pytest.mark.parametrize("ids", [UNSAMPLED, MIXED], ids=["unsampled", "mixed"])
-def test_adding_equals_training_on_everything_and_the_second_time_does_nothing(trained, tmp_path, ids):
-    with copied(trained[0][ids], tmp_path / "run") as run:
-        dataset, config = run.catalog.get("dataset"), run.layout.config.read_bytes()
-        imported, outcome = add(run, part(ids))
-        assert (imported.added, imported.known, outcome.published) == (len(ids), 0, True)
-        assert differences(state(run), trained[1]) == []
-        assert run.catalog.get("dataset") == dataset and run.layout.config.read_bytes() == config
-        imported, outcome = add(run, part(ids))
-        assert (imported.added, imported.known) == (0, len(ids))
-        assert (outcome.published, outcome.retuned) == (False, 0)
+def test_adding_equals_training_on_everything_and_the_second_time_does_nothing(built, tmp_path):
+    for number, ids in enumerate((UNSAMPLED, MIXED)):
+        with copied(built[0][ids], tmp_path / str(number)) as run:
+            dataset, config = run.catalog.get("dataset"), run.layout.config.read_bytes()
+            imported, outcome = add(run, only(ids))
+            assert (imported.added, imported.known, outcome.published) == (len(ids), 0, True)
+            assert differences(state(run), built[1]) == []
+            assert run.catalog.get("dataset") == dataset and run.layout.config.read_bytes() == config
+            imported, outcome = add(run, only(ids))
+            assert (imported.added, imported.known) == (0, len(ids))
+            assert (outcome.published, outcome.retuned) == (False, 0)
 
 
-def test_unsampled_records_tune_only_the_clusters_they_join(trained, tmp_path):
-    with copied(trained[0][UNSAMPLED], tmp_path / "run") as run:
+def test_unsampled_records_tune_only_the_clusters_they_join(built, tmp_path):
+    with copied(built[0][UNSAMPLED], tmp_path / "run") as run:
         before, files = state(run), {n: files_of(run, n) for n in run.catalog.manifest().entries.values()}
-        _, outcome = add(run, part(UNSAMPLED))
+        _, outcome = add(run, only(UNSAMPLED))
         after = state(run)
         joined = {after["assignment"][name] for name in UNSAMPLED}
         assert {key for key in after["slices"] if before["slices"][key] != after["slices"][key]} == joined
@@ -85,44 +95,43 @@ def test_unsampled_records_tune_only_the_clusters_they_join(trained, tmp_path):
             assert files_of(run, after["slices"][key]) == files[before["slices"][key]]
 
 
-def test_sampled_records_cluster_again(trained, tmp_path):
-    with copied(trained[0][MIXED], tmp_path / "run") as run:
+def test_sampled_records_cluster_again(built, tmp_path):
+    with copied(built[0][MIXED], tmp_path / "run") as run:
         before = state(run)["sample"]
-        _, outcome = add(run, part(MIXED))
+        _, outcome = add(run, only(MIXED))
         assert outcome.reclustered and set(state(run)["sample"]) - set(before) == set(MIXED[:6])
 
 
-def test_adding_and_erasing_is_never_having_added(trained, tmp_path):
-    with copied(trained[0][MIXED], tmp_path / "run") as run:
+def test_adding_and_erasing_is_never_having_added(built, tmp_path):
+    with copied(built[0][MIXED], tmp_path / "run") as run:
         before = state(run)
-        add(run, part(MIXED))
+        add(run, only(MIXED))
         erase.request_erasure(run, MIXED)
         assert differences(state(run), before) == []
-        imported, outcome = add(run, part(MIXED))
+        imported, outcome = add(run, only(MIXED))
         assert (imported.added, imported.erased, outcome.published) == (0, len(MIXED), False)
         assert differences(state(run), before) == []
 
 
-def test_adding_and_erasing_in_any_order(trained, tmp_path):
-    gone = [*ranked()[8:10], ranked()[-8], MIXED[0]]
-    wanted = None
-    for order in ("add first", "erase between", "erase with the add"):
-        with copied(trained[0][MIXED], tmp_path / order) as run:
-            if order == "add first":
-                add(run, part(MIXED))
-                erase.request_erasure(run, gone)
-            elif order == "erase between":
-                add(run, part(MIXED[:4]))
-                erase.request_erasure(run, gone)
-                add(run, part(MIXED[4:]))
-            else:
-                erase.request_erasure(run, gone[:3], quarantine=True, defer=True)
-                assert run.catalog.quarantined()
-                add(run, part(MIXED))
-                assert not any_open(run.catalog) and not run.catalog.quarantined() and run.catalog.erased() == {}
-                erase.request_erasure(run, gone[3:])
-            wanted = wanted or state_without(tmp_path / "scratch", gone)
-            assert differences(state(run), wanted) == []
+def test_adding_and_erasing_in_any_order(built, tmp_path):
+    erased = [*ranked()[8:10], ranked()[-8], MIXED[0]]
+    expected = state_without(tmp_path / "scratch", erased)
+    with copied(built[0][MIXED], tmp_path / "add first") as run:
+        add(run, only(MIXED))
+        erase.request_erasure(run, erased)
+        assert differences(state(run), expected) == []
+    with copied(built[0][MIXED], tmp_path / "erase between") as run:
+        add(run, only(MIXED[:4]))
+        erase.request_erasure(run, erased)
+        add(run, only(MIXED[4:]))
+        assert differences(state(run), expected) == []
+    with copied(built[0][MIXED], tmp_path / "erase with the add") as run:
+        erase.request_erasure(run, erased[:3], quarantine=True, defer=True)
+        assert run.catalog.quarantined()
+        add(run, only(MIXED))
+        assert not any_open(run.catalog) and not run.catalog.quarantined() and run.catalog.erased() == {}
+        erase.request_erasure(run, erased[3:])
+        assert differences(state(run), expected) == []
 
 
 def state_without(workdir, ids):
@@ -131,45 +140,41 @@ def state_without(workdir, ids):
         return state(run)
 
 
-@pytest.mark.parametrize("where", ["import", "tuning"])
-def test_an_interrupted_add_is_repeated(trained, tmp_path, monkeypatch, where):
-    with copied(trained[0][MIXED], tmp_path / "run") as run:
-        before = state(run)
-        with monkeypatch.context() as patch:
-            if where == "import":
-                patch.setattr(type(run.catalog), "add_records", interrupted)
-            else:
-                patch.setattr(build_module, "_keep", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                add(run, part(MIXED))
-        after = state(run)
-        assert all(before[name] == after[name] for name in ("slices", "parameters", "prototypes"))
-    with open_run(tmp_path / "run", devices=jax.devices()[:1], write=True) as run:
-        add(run, part(MIXED))
-        assert differences(state(run), trained[1]) == []
+def test_an_interrupted_add_is_repeated(built, tmp_path, monkeypatch):
+    def interrupted(*_args):
+        raise KeyboardInterrupt
+
+    for point in ("add_records", "register"):
+        with copied(built[0][MIXED], tmp_path / point) as run:
+            before = state(run)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(run.catalog) if point == "add_records" else build_module, point, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    add(run, only(MIXED))
+            after = state(run)
+            assert all(before[name] == after[name] for name in ("slices", "parameters", "prototypes"))
+        with open_run(tmp_path / point, devices=jax.devices()[:1], write=True) as run:
+            add(run, only(MIXED))
+            assert differences(state(run), built[1]) == []
 
 
-def interrupted(*_args):
-    raise KeyboardInterrupt
-
-
-def test_images_of_an_erased_owner_stay_out(trained, tmp_path):
-    with copied(trained[0][MIXED], tmp_path / "run") as run:
+def test_images_of_an_erased_owner_stay_out(built, tmp_path):
+    with copied(built[0][MIXED], tmp_path / "run") as run:
         mine = {item.id: item.owner for item in small_source().items if item.id in MIXED}
         owner = next(o for o in mine.values() if run.catalog.owned(o))
         later = [name for name, whose in mine.items() if whose == owner]
         erase.request_erasure(run, owners=[owner])
-        imported, _ = add(run, part(MIXED))
+        imported, _ = add(run, only(MIXED))
         assert (imported.added, imported.erased) == (len(MIXED) - len(later), len(later))
         assert not set(later) & set(run.catalog.live("train", "holdout").ids) and run.catalog.owned(owner) == []
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(trained, tmp_path):
-    known = part(ranked()[8:11])
+def test_what_does_not_fit_is_refused_and_changes_nothing(built, tmp_path):
+    known = only(ranked()[8:11])
     other = with_items(
         known, [item._replace(id=f"new-{item.id}") for item in known.items], 255 - known.read(0, 3).images
     )
-    with copied(trained[0][MIXED], tmp_path / "run") as run:
+    with copied(built[0][MIXED], tmp_path / "run") as run:
         before, rows = state(run), run.layout.images.read_bytes()
         for source, message in (
             (changed(known, {known.items[0].id}, lambda label: label), "has other pixels or another label"),
@@ -185,23 +190,20 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(trained, tmp_path):
 
 def with_shape(source, shape):
     images = source.read(0, len(source.items)).images.reshape(-1, *shape)
-    return with_items(source.__class__("other", source.class_names, shape, [], source.read), source.items, images)
+    return with_items(dataclasses.replace(source, shape=shape), source.items, images)
 
 
 def with_classes(source, prefix):
-    names = tuple(prefix + name for name in source.class_names)
-    return with_items(
-        source.__class__("other", names, source.shape, [], source.read),
-        [item._replace(label=0) for item in source.items],
-        source.read(0, len(source.items)).images,
-    )
+    renamed = dataclasses.replace(source, class_names=tuple(prefix + name for name in source.class_names))
+    items = [item._replace(label=0) for item in source.items]
+    return with_items(renamed, items, source.read(0, len(source.items)).images)
 
 
 def test_a_holdout_is_drawn_as_at_the_first_import(tmp_path):
     config = small_config(data__holdout=0.3, clustering__sample_size=20)
     with small_run(tmp_path / "run", without(small_source(), set(MIXED)), config) as run:
         build(run)
-        add(run, part(MIXED))
+        add(run, only(MIXED))
         found, held = state(run), run.catalog.live("holdout").ids
     with small_run(tmp_path / "whole", config=config) as run:
         build(run)
@@ -238,9 +240,7 @@ def pictures(tmp_path):
 
 def test_the_command_adds_a_file_and_a_folder_to_a_workdir_of_another_kind(tmp_path, pictures, capsys):
     npz, folder, owners, ids = pictures
-    flags = [
-        f"--config.{group}.{name}={value}" for group, values in small_flags().items() for name, value in values.items()
-    ]
+    flags = [f"--config.{group}.{name}={value}" for group, values in SMALL.items() for name, value in values.items()]
     path = npz("first.npz", slice(0, 40), test=True)
     run = f"--workdir={tmp_path / 'run'}"
     assert main(["train", run, "--config.data.source=npz", f"--config.data.path={path}", *flags]) == 0
@@ -260,15 +260,9 @@ def test_the_command_adds_a_file_and_a_folder_to_a_workdir_of_another_kind(tmp_p
     assert found["records"].keys() == set(ids)
 
 
-def small_flags():
-    from helpers import SMALL
-
-    return {group: dict(values) for group, values in SMALL.items()}
-
-
-def test_other_kinds_of_sources_are_refused(trained, tmp_path, pictures):
+def test_other_kinds_of_sources_are_refused(built, tmp_path, pictures):
     npz, folder, owners, _ = pictures
-    with open_run(trained[0][MIXED]) as run:
+    with open_run(built[0][MIXED]) as run:
         for path in ("digits", "tfds", str(tmp_path / "nowhere")):
             with pytest.raises(UserError, match="must be an .npz file or a folder"):
                 open_source(run, path)
@@ -284,26 +278,26 @@ def test_other_kinds_of_sources_are_refused(trained, tmp_path, pictures):
         assert open_source(run, folder).shape == (8, 8, 3)
 
 
-def test_a_reader_cannot_add(trained):
-    with open_run(trained[0][MIXED]) as run, pytest.raises(AssertionError, match="writer lock"):
-        add(run, part(MIXED))
+def test_a_reader_cannot_add(built):
+    with open_run(built[0][MIXED]) as run, pytest.raises(AssertionError, match="writer lock"):
+        add(run, only(MIXED))
 
 
-def test_requests_that_wait_are_finished_by_an_add_that_brings_nothing(trained, tmp_path):
-    with copied(trained[0][MIXED], tmp_path / "run") as run:
+def test_requests_that_wait_are_finished_by_an_add_that_brings_nothing(built, tmp_path):
+    with copied(built[0][MIXED], tmp_path / "run") as run:
         erase.request_erasure(run, ranked()[7:8], defer=True)
-        add(run, part(ranked()[8:9]))
+        add(run, only(ranked()[8:9]))
         assert [request.state for request in requests.listed(run.catalog)] == ["purged"]
 
 
-def test_new_members_of_pinned_clusters_are_published_without_tuning(trained, tmp_path):
+def test_new_members_of_pinned_clusters_are_published_without_tuning(built, tmp_path):
     """A pinned slice stays, so no entry changes; its new members are told their cluster all the same."""
-    workdirs, wanted = trained
+    workdirs, expected = built
     with copied(workdirs[UNSAMPLED], tmp_path / "run") as run:
         manifest = run.catalog.manifest()
         for key, ref in manifest.entries.items():
             rollback.rollback(run, key, ref)
-        _, outcome = add(run, part(UNSAMPLED))
+        _, outcome = add(run, only(UNSAMPLED))
         assert outcome.retuned == 0 and outcome.published and run.catalog.manifest().entries == manifest.entries
-        assert state(run)["assignment"] == wanted["assignment"] and audit(run).ok
+        assert state(run)["assignment"] == expected["assignment"] and audit(run).ok
         assert not build(run).published

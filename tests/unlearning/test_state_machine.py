@@ -36,6 +36,7 @@ CONFIG = small_config(
     tuning__epochs=4,
     checkpoints__every_epochs=1,
 )
+MEMORY = Path("/dev/shm")  # thousands of small files are synced, which costs nothing there
 POOL = small_source(train=60, test=2, public=2)
 ITEMS = [item for item in POOL.items if item.split == "train"]
 OTHERS = [item for item in POOL.items if item.split != "train"]
@@ -71,7 +72,7 @@ class History(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
         self.patch = pytest.MonkeyPatch()
         copied = self.backbone_folder
         self.patch.setattr(runs, "_make_backbone", lambda layout, *_: shutil.copytree(copied, layout.backbone))
