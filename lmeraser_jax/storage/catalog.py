@@ -118,25 +118,20 @@ class Catalog:
 
     # records
     def add_records(self, items: Iterable[Item], rows: Iterable[int], contents: Iterable[str]) -> None:
-        """New live records; whoever adds some outside an import ranks them before the next plan."""
+        """New live records. They have a rank in sampling as soon as the catalog has a seed for it (`rank`)."""
         seed = self.get("rank_seed")
-        self.db.executemany(
-            "INSERT INTO records(id,split,label,owner,row,content,rank) VALUES(?,?,?,?,?,?,?)",
-            (
-                (*item, row, content, b"" if seed is None else sample_rank(seed, item.id))
-                for item, row, content in zip(items, rows, contents, strict=True)
-            ),
-        )
+        query = "INSERT INTO records(id,split,label,owner,row,content,rank) VALUES(?,?,?,?,?,?,?)"
+        for item, row, content in zip(items, rows, contents, strict=True):
+            rank = b"" if seed is None else sample_rank(seed, item.id)
+            self.db.execute(query, (*item, row, content, rank))
 
     def rank(self, seed: int) -> None:
         """Makes sure that every record has the rank in sampling that the seed gives it."""
         if self.get("rank_seed") == seed:
             return
         with self.transaction():
-            names = [row[0] for row in self.db.execute("SELECT id FROM records")]
-            self.db.executemany(
-                "UPDATE records SET rank=? WHERE id=?", ((sample_rank(seed, name), name) for name in names)
-            )
+            ranks = [(sample_rank(seed, name), name) for name in self._values("SELECT id FROM records")]
+            self.db.executemany("UPDATE records SET rank=? WHERE id=?", ranks)
             self.set("rank_seed", seed)
 
     def sample(self, split: str, count: int, leaving: Collection[str] = ()) -> RecordTable:
@@ -172,15 +167,13 @@ class Catalog:
             cluster: its key.
             leaving: ids that count as erased already.
         """
-        query = (
-            "SELECT id,row,label,owner,content FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
-        )
-        return _table([row for row in self.db.execute(query, (cluster,)) if row[0] not in leaving], cluster)
+        query = f"SELECT {COLUMNS} FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
+        return _table([row for row in self.db.execute(query, (cluster,)) if row[0] not in leaving])
 
     def touched(self) -> frozenset[str]:
         """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
         query = "SELECT DISTINCT cluster FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"
-        return frozenset(row[0] for row in self.db.execute(query))
+        return frozenset(self._values(query))
 
     def sizes(self) -> dict[str, int]:
         """{published cluster: live members}; "" counts records that are in none yet."""
@@ -201,8 +194,8 @@ class Catalog:
 
     def free_rows(self) -> np.ndarray:
         """int64 [n]: image rows that belong to no record, ascending: their records were erased and purged."""
-        used = [row[0] for row in self.db.execute("SELECT row FROM records")]
-        return np.setdiff1d(np.arange(self.rows_used()), np.array(used, np.int64))
+        used = np.array(self._values("SELECT row FROM records"), np.int64)
+        return np.setdiff1d(np.arange(self.rows_used()), used)
 
     def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
         """{id: (split, content, label, erased)} of those ids that the catalog holds."""
@@ -221,18 +214,24 @@ class Catalog:
 
     def owned(self, owner: str) -> list[str]:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
-        query = "SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id"
-        return [row[0] for row in self.db.execute(query, (owner,))]
-
-    def owners(self) -> list[str]:
-        """The owners of live private records, hold-out and test images included; sorted."""
-        query = "SELECT DISTINCT owner FROM records WHERE erased='' AND owner!='' AND split!='public' ORDER BY owner"
-        return [row[0] for row in self.db.execute(query)]
+        return self._values("SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id", owner)
 
     def same_pixels(self, content: str) -> list[str]:
         """Ids of private records with this content hash, sorted; also erased ones that are not purged yet."""
-        query = "SELECT id FROM records WHERE content=? AND split!='public' ORDER BY id"
-        return [row[0] for row in self.db.execute(query, (content,))]
+        return self._values("SELECT id FROM records WHERE content=? AND split!='public' ORDER BY id", content)
+
+    def private_ids(self) -> list[str]:
+        """Ids of all records but public ones."""
+        return self._values("SELECT id FROM records WHERE split!='public'")
+
+    def contents(self) -> list[str]:
+        """The content hashes of all records."""
+        return self._values("SELECT content FROM records")
+
+    def owner_splits(self) -> dict[str, str]:
+        """{owner of live records, public ones aside: the split of them, the first by name if there are several}."""
+        query = "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"
+        return dict(self.db.execute(query))
 
     def erase(self, ids: Iterable[str], request: str) -> None:
         """Marks records erased by a request and leaves tombstones: from here on no build may see them."""
@@ -257,11 +256,7 @@ class Catalog:
 
     def tombstones(self) -> frozenset[str]:
         """The salted hashes of all ids and owners that were erased."""
-        return frozenset(row[0] for row in self.db.execute("SELECT hash FROM tombstones"))
-
-    def tombstone_count(self) -> int:
-        """How many ids and owners were erased so far."""
-        return self.db.execute("SELECT count(*) FROM tombstones").fetchone()[0]
+        return frozenset(self._values("SELECT hash FROM tombstones"))
 
     def is_tombstoned(self, name: str, purpose: str = "tombstone") -> bool:
         """Whether an id, or with purpose "owner" an owner, was erased before."""
@@ -277,9 +272,8 @@ class Catalog:
 
     def add_epochs(self, digest: str, params: dict[int, str]) -> None:
         """Registers earlier epochs of a slice: {step: digest of the parameters' bytes}."""
-        self.db.executemany(
-            "INSERT OR REPLACE INTO epochs VALUES(?,?,?)", [(digest, step, params[step]) for step in sorted(params)]
-        )
+        rows = [(digest, step, params[step]) for step in sorted(params)]
+        self.db.executemany("INSERT OR REPLACE INTO epochs VALUES(?,?,?)", rows)
 
     def epochs(self, digest: str) -> dict[int, str]:
         """{step: digest of the parameters' bytes} of a slice's earlier epochs."""
@@ -305,8 +299,7 @@ class Catalog:
 
     def rows_of(self, digest: str) -> np.ndarray:
         """int64 [m]: image rows of a slice's members, ascending."""
-        query = "SELECT row FROM members WHERE slice=? ORDER BY row"
-        return np.array([row[0] for row in self.db.execute(query, (digest,))], np.int64)
+        return np.array(self._values("SELECT row FROM members WHERE slice=? ORDER BY row", digest), np.int64)
 
     def slices_of(self, rows: Iterable[int]) -> frozenset[str]:
         """Digests of slices that have a member in one of the image rows."""
@@ -325,24 +318,18 @@ class Catalog:
             "SELECT DISTINCT slice FROM members WHERE slice IN (SELECT substr(slice,1,64) FROM entries WHERE version="
             "(SELECT max(version) FROM manifests)) AND row NOT IN (SELECT row FROM records)"
         )
-        return frozenset(row[0] for row in self.db.execute(query))
+        return frozenset(self._values(query))
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""
-        newest = self._manifests("LIMIT 1")
+        newest = self.manifests(limit=1)
         return newest[0] if newest else None
 
-    def manifests(self) -> list[Manifest]:
-        """All states that are still kept, newest first."""
-        return self._manifests("")
-
-    def _manifests(self, limit: str) -> list[Manifest]:
-        heads = self.db.execute(
-            "SELECT version,created,clustering,fingerprint,recipe_constants_digest FROM manifests"
-            f" ORDER BY version DESC {limit}"
-        )
+    def manifests(self, limit: int = -1) -> list[Manifest]:
+        """The states that are still there, newest first; with a limit only so many."""
+        heads = self.db.execute("SELECT * FROM manifests ORDER BY version DESC LIMIT ?", (limit,)).fetchall()
         query = "SELECT cluster,slice FROM entries WHERE version=? ORDER BY cluster"
-        return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads.fetchall()]
+        return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads]
 
     def publish(
         self,
@@ -353,14 +340,10 @@ class Catalog:
         moved: Iterable[tuple[str, str]],
     ) -> int:
         """Makes a state the current one: its entries, and the cluster of each record that moved, as (id, key)."""
-        head = (time.time(), clustering, fingerprint, recipe_constants_digest)
-        cursor = self.db.execute(
-            "INSERT INTO manifests(created,clustering,fingerprint,recipe_constants_digest) VALUES(?,?,?,?)", head
-        )
-        version = int(cursor.lastrowid or 0)
-        self.db.executemany(
-            "INSERT INTO entries VALUES(?,?,?)", [(version, *entry) for entry in sorted(entries.items())]
-        )
+        head = (None, time.time(), clustering, fingerprint, recipe_constants_digest)
+        version = int(self.db.execute("INSERT INTO manifests VALUES(?,?,?,?,?)", head).lastrowid or 0)
+        rows = [(version, *entry) for entry in sorted(entries.items())]
+        self.db.executemany("INSERT INTO entries VALUES(?,?,?)", rows)
         self.db.executemany("UPDATE records SET cluster=? WHERE id=?", ((key, name) for name, key in moved))
         return version
 
@@ -394,7 +377,11 @@ class Catalog:
 
     def quarantined(self) -> frozenset[str]:
         """Clusters that no prediction may use until the requests that touch them are published."""
-        return frozenset(row[0] for row in self.db.execute("SELECT DISTINCT cluster FROM quarantine"))
+        return frozenset(self._values("SELECT DISTINCT cluster FROM quarantine"))
+
+    def _values(self, query: str, *values: object) -> list[Any]:
+        """The first column of a query's rows."""
+        return [row[0] for row in self.db.execute(query, values)]
 
 
 def sample_rank(seed: int, name: str) -> bytes:
@@ -402,9 +389,8 @@ def sample_rank(seed: int, name: str) -> bytes:
     return keyed_hash(seed, "sample", name)
 
 
-def _table(rows: Sequence[tuple[Any, ...]], cluster: str | None = None) -> RecordTable:
-    """Rows of `COLUMNS` as columns; without the last one if all records are of one cluster."""
-    columns = (tuple(map(operator.itemgetter(i), rows)) for i in range(5))  # zip(*rows) is slow for long tables
-    ids, image_rows, labels, owners, contents = columns
-    clusters = tuple(row[5] for row in rows) if cluster is None else (cluster,) * len(rows)
+def _table(rows: Sequence[tuple[Any, ...]]) -> RecordTable:
+    """Rows of `COLUMNS` as columns."""
+    columns = (tuple(map(operator.itemgetter(i), rows)) for i in range(6))  # zip(*rows) is slow for long tables
+    ids, image_rows, labels, owners, contents, clusters = columns
     return RecordTable(ids, np.array(image_rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

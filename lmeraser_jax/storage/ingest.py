@@ -138,13 +138,13 @@ class _Intake:
 
     def __init__(self, catalog: Catalog, file: RowFile, skip_unreadable: bool):
         self.catalog, self.file, self.skip = catalog, file, skip_unreadable
-        self.hashes = {row[0] for row in catalog.db.execute("SELECT content FROM records")}
+        self.hashes = set(catalog.contents())
         self.items: list[Item] = []  # the new ones
         self.contents: list[str] = []
         self.problems: list[str] = []
         self.unreadable: list[str] = []  # ids
         self.owners: dict[str, bool] = {"": False}  # whether an owner was erased
-        self.tombstones = catalog.tombstone_count()
+        self.tombstones = catalog.tombstones()
         self.duplicates = self.changed = 0
         self.counts = {"known": 0, "erased": 0, "converted": 0, "mended": 0}
 
@@ -222,7 +222,7 @@ class _Intake:
         """
         with self.catalog.transaction():
             late = frozenset[int]()
-            if self.catalog.tombstone_count() != self.tombstones:
+            if self.catalog.tombstones() != self.tombstones:
                 self.owners = {"": False}
                 late = frozenset(i for i, item in enumerate(self.items) if self._is_erased(item))
             self.file.overwrite(np.array([start + i for i in late], np.int64))
@@ -282,8 +282,7 @@ def _check_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
     """Owners whose records in the workdir lie on another side than those that arrive (`data.split_by`)."""
     if config.data.split_by != "owner":
         return []
-    query = "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"
-    sides = dict(catalog.db.execute(query))
+    sides = catalog.owner_splits()
     arriving = (assign_split(item, config.data, config.seed) for item in source.items if item.split != "public")
     both = {item.owner: item.split for item in arriving if sides.get(item.owner, item.split) != item.split}
     owners = [f"{owner} ({sides[owner]} in the workdir, {split} here)" for owner, split in sorted(both.items())]

@@ -133,10 +133,9 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
 
 
 def _unknown_records(catalog: Catalog, unknown: Sequence[str]) -> str:
-    private_ids = (row[0] for row in catalog.db.execute("SELECT id FROM records WHERE split!='public'"))
     hints = [
         f"did you mean {join_limited(known, 3)} (another Unicode form)?"
-        for known in lookalikes(unknown, private_ids).values()
+        for known in lookalikes(unknown, catalog.private_ids()).values()
     ]
     hint = " ".join([*hints[:5], "(lmeraser inspect --records lists the ids)"])
     return f"unknown records: {join_limited(unknown, 50)} {hint}"

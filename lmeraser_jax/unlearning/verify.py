@@ -71,7 +71,7 @@ class _Snapshot:
             live = catalog.live("train", "holdout", "test", "public").ids
             self.live = {
                 "records": {salted("tombstone", name) for name in live},
-                "owners": {salted("owner", name) for name in catalog.owners()},
+                "owners": {salted("owner", name) for name in catalog.owner_splits()},
             }
             self.created = {
                 "slices": {salted("slice", name): seconds for name, seconds in slices.items()},
