@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from reporting import add_json, commit, deliver
+from reporting import commit, log, machine, new_parser, store
 
 SIDE, KEPT = 32, 64  # pixels: of an image in the .npz, of a stored image of the folder
 SMALLEST, LARGEST = 24, 192  # sides of the folder's images
@@ -26,11 +26,10 @@ CLASSES, PIECE = 10, 10_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--images", type=int, default=200_000, help="images")
     parser.add_argument("--source", choices=["npz", "folder"], default="npz", help="where they come from")
     parser.add_argument("--threads", default="", help="folder: numbers of threads to compare, such as 1,2")
-    add_json(parser)
     parser.add_argument("--step", choices=["make", "import"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -43,14 +42,14 @@ def main() -> None:
         load_average, runs = round(os.getloadavg()[0], 1), []
         for threads in arguments.threads.split(","):
             runs.append(in_a_process("import", folder, f"--threads={threads}"))
-            print(json.dumps(runs[-1]), file=sys.stderr, flush=True)
+            log(runs[-1])
     versions = runs[0].pop("versions")
     for run in runs[1:]:
         run.pop("versions")
     result = {
         "command": "python benchmarks/bench_import.py " + " ".join(sys.argv[1:]),
         "device": "cpu",
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": machine(),
         "load_average": load_average,  # of other jobs, before the first import
         **versions,
         "commit": commit(),
@@ -59,7 +58,8 @@ def main() -> None:
         "source_bytes": made["bytes"],
         "runs": runs,
     }
-    deliver(result, arguments.json)
+    print(json.dumps(result, indent=2))
+    store(result, arguments.json)
 
 
 def in_a_process(step: str, folder: str, *more: str) -> dict:

@@ -7,21 +7,17 @@ passes: `cost` is the time of a prediction over the time of a plain pass of the 
 Without --workdir: scikit-learn's digits. --quick: few epochs, few calls.
 """
 
-import argparse
 import dataclasses
 import functools
 import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from bench_unlearn import trained_digits
-from reporting import add_json, deliver, surroundings
+from reporting import deliver, new_parser, timed
+from workloads import train_digits
 
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.evaluation.predict import load_model, predict
@@ -30,19 +26,16 @@ from lmeraser_jax.unlearning.run import Run, open_run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, quick="few epochs, few calls")
     parser.add_argument("--workdir", default="", help="a trained workdir")
-    parser.add_argument("--quick", action="store_true", help="few epochs, few calls")
-    add_json(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         workdir = arguments.workdir or folder + "/trained"
         if not arguments.workdir:
-            trained_digits(Path(workdir), arguments.quick)
+            train_digits(Path(workdir), arguments.quick)
         with open_run(workdir) as run:
             batches = {size: measured(run, size, 20 if arguments.quick else 100) for size in (1, 16, 128)}
-    result = surroundings("bench_predict.py", sys.argv[1:]) | {"batches": batches}
-    deliver(result, arguments.json)
+    deliver("bench_predict.py", {"batches": batches}, arguments.json)
 
 
 def measured(run: Run, size: int, calls: int) -> dict[str, Any]:
@@ -52,14 +45,16 @@ def measured(run: Run, size: int, calls: int) -> dict[str, Any]:
     )
     model = load_model(run)
     rows = np.random.default_rng(0).integers(0, len(run.images), (calls, size))
-    pieces = [np.asarray(run.images[one]) for one in rows]
+    batches = [np.asarray(run.images[chosen]) for chosen in rows]
     head = jax.device_put(np.zeros((run.backbone.config.feature_size, len(run.classes)), np.float32))
     plain = jax.jit(functools.partial(classified, run))
     clusters = {int(k) for k in predict(model, run.images[:200]).clusters[:, 0]}
     seconds: dict[str, list[float]] = {"predict": [], "plain": []}
-    for number, piece in enumerate([pieces[0], *pieces]):
-        for name, call in (("predict", lambda p: predict(model, p)), ("plain", lambda p: plain(model.params, head, p))):
-            took = timed(call, piece)
+    calls_of = {"predict": lambda batch: predict(model, batch)}
+    calls_of["plain"] = lambda batch: jax.block_until_ready(plain(model.arrays.params, head, batch))
+    for number, batch in enumerate([batches[0], *batches]):
+        for name, call in calls_of.items():
+            took = timed(call, batch)
             if number:
                 seconds[name].append(took)
     ratios = [a / b for a, b in zip(seconds["predict"], seconds["plain"], strict=True)]
@@ -75,14 +70,6 @@ def measured(run: Run, size: int, calls: int) -> dict[str, Any]:
 def classified(run: Run, params: Any, head: jax.Array, images: jax.Array) -> jax.Array:
     """What any classifier does: one pass, one head. uint8 [B, h, w, c] -> int32 [B]."""
     return (backbone_lib.features(run.backbone.config, params, centred(images, run.image_spec)) @ head).argmax(axis=1)
-
-
-def timed(call: Callable[[np.ndarray], Any], images: np.ndarray) -> float:
-    start = time.perf_counter()
-    found = call(images)
-    if isinstance(found, jax.Array):
-        np.asarray(found)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

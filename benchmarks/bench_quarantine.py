@@ -1,6 +1,6 @@
 """How long an accepted erasure with quarantine can still reach answers of a process that serves predictions.
 
-  python benchmarks/bench_quarantine.py [--quick] [--kept=DIR] [--json=FILE]
+  python benchmarks/bench_quarantine.py [--quick] [--keep=DIR] [--json=FILE]
 
 One process answers batches of 16 images in a loop through a `Predictor`; this one accepts erasures with quarantine,
 one record each, at random times. Per request: from the start of the call of `accept` to the return of the last answer
@@ -20,16 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from reporting import add_json, deliver, spread, surroundings
+from reporting import deliver, new_parser, spread
 
 IMAGES = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything")
-    parser.add_argument("--kept", default="", help="folder that keeps the made workdirs, to measure again with copies")
-    add_json(parser)
+    parser = new_parser(__doc__, quick="a tenth of everything")
+    parser.add_argument("--keep", default="", help="folder that keeps synthetic workdirs; copies are measured")
     parser.add_argument("--answer", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer:
@@ -40,11 +38,11 @@ def main() -> None:
     records, clusters, sample, count = (100_000, 200, 1_000, 50) if arguments.quick else (1_000_000, 2_000, 10_000, 300)
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        synthetic.copied(workdir, arguments.kept, records, clusters, sample)
+        synthetic.copy(workdir, arguments.keep, records, clusters, sample)
         accepted, seen = measured(workdir, count)
     last = [max(0.0, seen["changes"][key][0] - start) for key, start, _ in accepted]
     first = [seen["changes"][key][1] - start for key, start, _ in accepted]
-    result = surroundings("bench_quarantine.py", sys.argv[1:]) | {
+    result = {
         "records": records,
         "clusters": clusters,
         "images_per_call": IMAGES,
@@ -54,7 +52,7 @@ def main() -> None:
         "accept": spread([end - start for _, start, end in accepted]),
         "answer": spread(seen["answers"]),
     }
-    deliver(result, arguments.json)
+    deliver("bench_quarantine.py", result, arguments.json)
 
 
 def measured(workdir: Path, count: int) -> tuple[list[tuple[str, float, float]], dict[str, Any]]:
@@ -66,11 +64,11 @@ def measured(workdir: Path, count: int) -> tuple[list[tuple[str, float, float]],
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
     catalog, rng, accepted = Catalog(workdir / "catalog.db"), np.random.default_rng(3), []
-    homes = dict(catalog.db.execute("SELECT cluster,min(id) FROM records WHERE split='train' GROUP BY cluster"))
-    for key in rng.permutation(sorted(homes))[:count].tolist():
+    record_of = dict(catalog.db.execute("SELECT cluster,min(id) FROM records WHERE split='train' GROUP BY cluster"))
+    for key in rng.permutation(sorted(record_of))[:count].tolist():
         time.sleep(rng.uniform(0.02, 0.15))
         start = time.monotonic()
-        requests.accept(catalog, [homes[key]], quarantine=True)
+        requests.accept(catalog, [record_of[key]], quarantine=True)
         accepted.append((key, start, time.monotonic()))
     time.sleep(1)
     catalog.close()

@@ -6,16 +6,14 @@ Works on a copy of the workdir, so the run itself keeps its records. Ratios are 
 images of a full re-tune.
 """
 
-import argparse
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from reporting import add_json, store, surroundings
+from reporting import log, new_parser, store, surroundings
 
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning import erase
@@ -33,21 +31,22 @@ def one_by_one(run: Run, count: int) -> list[dict]:
         assert manifest is not None
         sampled = ids[i] in load_clustering(run.layout, manifest.clustering).sample
         start = time.perf_counter()
-        o = erase.request_erasure(run, [ids[i]]).outcome
-        entry = {"sampled": sampled, "retuned": o.retuned, "reused": o.reused, "images": o.images, "ratio": o.ratio}
-        requests.append(entry | {"seconds": time.perf_counter() - start})
-        print(json.dumps(requests[-1]), file=sys.stderr, flush=True)
+        report = erase.request_erasure(run, [ids[i]]).outcome
+        assert report is not None
+        work = {name: getattr(report, name) for name in ("retuned", "reused", "images", "ratio")}
+        requests.append({"sampled": sampled} | work | {"seconds": time.perf_counter() - start})
+        log(requests[-1])
     return requests
 
 
 def summary(requests: list[dict]) -> dict:
     """Mean and worst of each kind of request."""
-    found = {}
+    kinds = {}
     for name, kind in (("unsampled", [False]), ("sampled", [True]), ("all", [False, True])):
         chosen = [r for r in requests if r["sampled"] in kind]
         if chosen:
             ratios, slices = [r["ratio"] for r in chosen], [r["retuned"] for r in chosen]
-            found[name] = {
+            kinds[name] = {
                 "requests": len(chosen),
                 "ratio_mean": statistics.mean(ratios),
                 "ratio_worst": max(ratios),
@@ -55,15 +54,14 @@ def summary(requests: list[dict]) -> dict:
                 "retuned_worst": max(slices),
                 "seconds_median": statistics.median(r["seconds"] for r in chosen),
             }
-    return found
+    return kinds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--workdir", required=True, help="a trained workdir")
     parser.add_argument("--count", type=int, default=20, help="requests")
     parser.add_argument("--audit", type=int, default=2, help="clusters to rebuild from scratch at the end")
-    add_json(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "run"
@@ -71,7 +69,7 @@ def main() -> None:
         with open_run(copy, write=True) as run:
             requests = one_by_one(run, arguments.count)
             verdict = audit(run, arguments.audit)
-    result = surroundings("bench_requests.py", sys.argv[1:]) | {
+    result = surroundings("bench_requests.py") | {
         "summary": summary(requests),
         "audit": verdict.text(),
         "requests": requests,

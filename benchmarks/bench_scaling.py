@@ -8,18 +8,19 @@ slice has the same bits on 2, 4 and 8 devices; on one device XLA compiles the st
 fingerprint says: `agrees_with_one` is the largest difference to it. --quick: fewer clusters.
 """
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from reporting import add_json, deliver, surroundings
+from reporting import deliver, log, new_parser
 from sklearn.datasets import load_digits
+from workloads import jobs_of
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
@@ -27,16 +28,15 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.vit import ViTConfig
 from lmeraser_jax.training import train_step, tune
-from lmeraser_jax.training.jobs import Job, efficiency, make_job, pack
+from lmeraser_jax.training.jobs import Job
+from lmeraser_jax.training.lanes import efficiency, pack
 
 COUNTS = (1, 2, 4, 8)
 INNER = "--devices="
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer clusters")
-    add_json(parser)
+    parser = new_parser(__doc__, quick="fewer clusters")
     parser.add_argument("--devices", type=int, default=0, help="used by the script itself: one measurement")
     arguments = parser.parse_args()
     if arguments.devices:
@@ -51,13 +51,12 @@ def main() -> None:
             print(f"{count} devices: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
         rows.append(json.loads(done.stdout))
-        print(json.dumps({k: v for k, v in rows[-1].items() if k != "slices"}), file=sys.stderr, flush=True)
+        log({k: v for k, v in rows[-1].items() if k != "slices"})
     several = [row["slices"] for row in rows if row["devices"] > 1]
-    result = surroundings("bench_scaling.py", sys.argv[1:])
-    result |= {"same_bits_on_several": all(one == several[0] for one in several)}
-    result |= {"agrees_with_one": difference(rows[0]["slices"], several[0]) if several else None}
+    result: dict[str, Any] = {"same_bits_on_several": all(slices == several[0] for slices in several)}
+    result["agrees_with_one"] = difference(rows[0]["slices"], several[0]) if several else None
     result["scaling"] = [{k: v for k, v in row.items() if k != "slices"} for row in rows]
-    deliver(result, arguments.json)
+    deliver("bench_scaling.py", result, arguments.json)
 
 
 def difference(a: dict[str, list], b: dict[str, list]) -> float:
@@ -69,31 +68,26 @@ def small_problem() -> tuple[train_step.TuningSpec, Backbone, np.ndarray, np.nda
     config = ViTConfig(image_size=8, patch=4, width=32, depth=2, heads=2, mlp=64, channels=1)
     params = jax.device_get(nnx.to_pure_dict(nnx.split(config.build(nnx.Rngs(0)), nnx.Param)[1]))
     backbone = backbone_lib.make(config, params, (0.5,), (0.5,))
-    spec = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1)
-    problem = train_step.TuningSpec(config, spec, Tuning(batch=8, epochs=2, min_steps=1, prompt_width=1), 10, seed=0)
+    images = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1)
+    spec = train_step.TuningSpec(config, images, Tuning(batch=8, epochs=2, min_steps=1, prompt_width=1), 10, seed=0)
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    return problem, backbone, images, digits.target.astype(np.int32)
-
-
-def jobs_of(sizes: np.ndarray, settings: Tuning) -> list[Job]:
-    ends = np.cumsum(sizes)
-    return [make_job(f"c{k}", np.arange(end - size, end), settings) for k, (size, end) in enumerate(zip(sizes, ends))]
+    return spec, backbone, images, digits.target.astype(np.int32)
 
 
 def measured(devices: int, quick: bool) -> dict:
     """Tunes the same clusters on so many devices, and plans as many times more."""
-    problem, backbone, images, labels = small_problem()
-    t, sizes = problem.tuning, np.random.default_rng(0).integers(8, 64, 8 if quick else 24)
+    spec, backbone, images, labels = small_problem()
+    t, sizes = spec.tuning, np.random.default_rng(0).integers(8, 64, 8 if quick else 24)
     jobs = jobs_of(sizes, t)
     mesh = train_step.mesh_of(jax.devices()[:devices])
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
-        found = {done.job.key: done.slice for done in tune.tune(problem, backbone, jobs, images, labels, mesh)}
+        slices = {done.job.key: done.slice for done in tune.tune(spec, backbone, jobs, images, labels, mesh)}
         seconds = time.perf_counter() - start
 
-    def longest(some):
-        return max(sum(some[i].steps for i in lane) for lane in pack([job.steps for job in some], devices))
+    def longest(jobs: list[Job]) -> int:
+        return max(sum(jobs[i].steps for i in lane) for lane in pack([job.steps for job in jobs], devices))
 
     alone = sum(job.steps for job in jobs)
     more = jobs_of(np.random.default_rng(1).integers(8, 64, len(sizes) * devices), t)
@@ -105,7 +99,7 @@ def measured(devices: int, quick: bool) -> dict:
     row |= {"weak_efficiency": round(sum(job.steps for job in more) / devices / longest(more), 3)}
     if jax.devices()[0].platform != "cpu":
         row["images_per_s"] = round(sum(job.images for job in jobs) / seconds, 1)
-    row["slices"] = {key: np.concatenate([np.ravel(leaf) for leaf in part[:3]]).tolist() for key, part in found.items()}
+    row["slices"] = {key: np.concatenate([np.ravel(leaf) for leaf in s[:3]]).tolist() for key, s in slices.items()}
     return row
 
 

@@ -8,54 +8,36 @@ cluster limits what any schedule can do: `bound`. `seconds`: to plan runs of up 
 batches are cut while the device works, so what counts for them is the time per call. --quick: one million at most.
 """
 
-import argparse
-import sys
 import time
 
-import numpy as np
-from reporting import add_json, deliver, surroundings
+from reporting import deliver, new_parser
+from workloads import PAPER, heavy_tailed, jobs_of
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.training.jobs import Job, efficiency, make_job, step_batches
+from lmeraser_jax.training.jobs import Job
+from lmeraser_jax.training.lanes import efficiency, step_batches
 
-PAPER = {"cifar10": (194, 40_000), "cifar100": (347, 40_000), "svhn": (30, 58_605), "gtsrb": (90, 21_312)}
 TUNING = Tuning(batch=64, epochs=50, lanes=1)
 DEVICES = (1, 2, 4, 8)
 SLOTS = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one million records at most")
-    add_json(parser)
+    parser = new_parser(__doc__, quick="one million records at most")
     arguments = parser.parse_args()
-    found: dict[str, dict] = {"efficiency": {}, "bound": {}, "seconds": {}, "seconds_per_call": {}}
+    result: dict[str, dict] = {"efficiency": {}, "bound": {}, "seconds": {}, "seconds_per_call": {}}
     for name, (clusters, records) in PAPER.items():
-        jobs = jobs_of(heavy_tailed(clusters, records))
+        jobs = jobs_of(heavy_tailed(clusters, records), TUNING)
         for devices in DEVICES:
             label = f"{name}, {devices} devices" if devices > 1 else name
-            found["efficiency"][label] = round(efficiency(jobs, devices, TUNING.batch), 4)
-            found["bound"][label] = round(bound(jobs, devices), 4)
+            result["efficiency"][label] = round(efficiency(jobs, devices, TUNING.batch), 4)
+            result["bound"][label] = round(bound(jobs, devices), 4)
     for records in (100_000, 1_000_000) if arguments.quick else (100_000, 1_000_000, 10_000_000):
         name, clusters = f"{records} records", min(5_000, records // 100)
-        found["efficiency"][f"{name}, 8 devices"], found["seconds"][name], found["seconds_per_call"][name] = large(
-            records, clusters
-        )
-    result = surroundings("bench_schedule.py", sys.argv[1:]) | found
-    deliver(result, arguments.json)
-
-
-def heavy_tailed(clusters: int, records: int, seed: int = 0) -> np.ndarray:
-    """int64 [K] that sum to N, at least 1 each."""
-    shares = np.random.default_rng(seed).lognormal(sigma=1.0, size=clusters)
-    sizes = np.maximum(1, np.floor(shares / shares.sum() * records)).astype(np.int64)
-    sizes[sizes.argmax()] += records - sizes.sum()
-    return sizes
-
-
-def jobs_of(sizes: np.ndarray) -> list[Job]:
-    ends = np.cumsum(sizes)
-    return [make_job(f"c{k}", np.arange(end - size, end), TUNING) for k, (size, end) in enumerate(zip(sizes, ends))]
+        full, planned, per_call = large(records, clusters)
+        result["efficiency"][f"{name}, 8 devices"] = full
+        result["seconds"][name], result["seconds_per_call"][name] = planned, per_call
+    deliver("bench_schedule.py", result, arguments.json)
 
 
 def bound(jobs: list[Job], lanes: int) -> float:
@@ -68,7 +50,7 @@ def large(records: int, clusters: int) -> tuple[float, float, float]:
     """Efficiency of a large run on 8 devices, seconds to plan it, seconds to cut the batches of a call of 64 steps."""
     sizes = heavy_tailed(clusters, records)
     start = time.perf_counter()
-    jobs = jobs_of(sizes)
+    jobs = jobs_of(sizes, TUNING)
     full = efficiency(jobs, 8, TUNING.batch)
     planned = time.perf_counter() - start
     calls, start = 0, time.perf_counter()

@@ -6,7 +6,6 @@ Medians of commands in processes of their own: --help, inspect, requests, unlear
 without kept programs, with an empty cache, and with a filled one. --quick: three runs of each.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -16,9 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench_unlearn import trained_digits
-from reporting import add_json, deliver, surroundings
+from reporting import deliver, new_parser
 from synthetic import unsampled
+from workloads import train_digits
 
 from lmeraser_jax.unlearning.run import open_run
 
@@ -33,31 +32,27 @@ COMMANDS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three runs of each")
-    add_json(parser)
+    parser = new_parser(__doc__, quick="three runs of each")
     arguments = parser.parse_args()
-    times = 3 if arguments.quick else 9
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        trained_digits(folder / "trained", quick=True)
+        train_digits(folder / "trained", quick=True)
         with open_run(folder / "trained", write=True) as run:
             (record,) = unsampled(run, 1)
         seconds: dict[str, list[float]] = {}
-        for _ in range(times):  # interleaved: other jobs on the machine hit all alike
+        for _ in range(3 if arguments.quick else 9):  # interleaved: other jobs on the machine hit all alike
             for label, command in COMMANDS.items():
                 cold = label == "unlearn"
                 for kind in ("without_cache", "empty_cache", "filled_cache") if cold else ("",):
                     if kind == "empty_cache":
                         shutil.rmtree(folder / "cache", ignore_errors=True)
-                    took = timed(command, folder, record, kind)
+                    took = command_seconds(command, folder, record, kind)
                     seconds.setdefault(" ".join(filter(None, (label, kind))), []).append(took)
-    medians = {label: round(statistics.median(found), 3) for label, found in seconds.items()}
-    result = surroundings("bench_start.py", sys.argv[1:]) | {"seconds": medians}
-    deliver(result, arguments.json)
+    medians = {label: round(statistics.median(times), 3) for label, times in seconds.items()}
+    deliver("bench_start.py", {"seconds": medians}, arguments.json)
 
 
-def timed(command: list[str], folder: Path, record: str, cache: str) -> float:
+def command_seconds(command: list[str], folder: Path, record: str, cache: str) -> float:
     """Seconds of one command on a copy of the trained workdir."""
     shutil.rmtree(folder / "run", ignore_errors=True)
     shutil.copytree(folder / "trained", folder / "run")

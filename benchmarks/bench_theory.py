@@ -11,15 +11,13 @@ request re-tunes, unsampled records exactly, sampled ones by the other half. Eac
 is one of the drops. --quick: 4 drops.
 """
 
-import argparse
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from bench_schedule import PAPER, heavy_tailed
-from reporting import add_json, deliver, surroundings
+from reporting import deliver, new_parser
+from workloads import PAPER, heavy_tailed
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.transforms import ImageSpec
@@ -133,12 +131,10 @@ def _restored(grouping: Grouping, row: int) -> Grouping:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, quick="4 drops")
     parser.add_argument("--data", default="", help="packs with train_images, separated by commas")
     parser.add_argument("--weights", default="", help="of a published backbone")
     parser.add_argument("--drops", type=int, default=120, help="sampled records dropped one by one, at least 4")
-    parser.add_argument("--quick", action="store_true", help="4 drops")
-    add_json(parser)
     arguments = parser.parse_args()
     found: dict[str, dict] = {"paper": {}, "real": {}}
     for name, (count, records) in PAPER.items():
@@ -154,8 +150,7 @@ def main() -> None:
         part: {name: {key: round(value, 5) for key, value in one.items()} for name, one in rows.items()}
         for part, rows in found.items()
     }
-    result = surroundings("bench_theory.py", sys.argv[1:]) | rounded
-    deliver(result, arguments.json)
+    deliver("bench_theory.py", rounded, arguments.json)
 
 
 if __name__ == "__main__":

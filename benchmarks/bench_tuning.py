@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import os
 import statistics
-import sys
 import time
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch_tuning
 from flax import nnx
-from reporting import add_json, deliver, surroundings
+from reporting import deliver, new_parser
 from torch import nn
 from torch_swin import swin_pair
 from torch_vit import frozen_vit
@@ -33,8 +32,9 @@ from lmeraser_jax.models import zoo
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.training import train_step, tune
-from lmeraser_jax.training.features import Extractor, compute_dtype
-from lmeraser_jax.training.jobs import Job, batches, make_job, step_batches
+from lmeraser_jax.training.features import Extractor, compute_dtype, on_device
+from lmeraser_jax.training.jobs import Job, batches, make_job
+from lmeraser_jax.training.lanes import step_batches
 
 CLASSES = 10
 CHECKED = 5  # steps whose losses must agree
@@ -65,11 +65,11 @@ class Ours:
     def losses(self) -> np.ndarray:
         """Mean over the clusters of each of the first steps' losses."""
         program, t = train_step.compiled(self.problem, self.mesh), self.problem.tuning
-        params = tune.on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
-        chunk = next(step_batches(self.jobs, 1, t, self.problem.slots, self.problem.seed))
-        rows = (chunk.rows, chunk.valid, chunk.words, chunk.step, chunk.total, chunk.slot)
+        params = on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
+        call = next(step_batches(self.jobs, 1, t, self.problem.slots, self.problem.seed))
+        batch = train_step.Batch(call.rows, call.valid, call.seed_words, call.step, call.total, call.slot)
         data = (self.images, self.labels, np.int32(CHECKED), train_step.initial_state(self.problem, self.mesh))
-        return np.asarray(program(params, *data, train_step.Batch(*rows), None)[2])[:CHECKED].mean(axis=1)
+        return np.asarray(program(params, *data, batch)[2])[:CHECKED].mean(axis=1)
 
 
 def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
@@ -170,15 +170,13 @@ def interleaved(methods: dict, rounds: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four blocks, short rounds")
+    parser = new_parser(__doc__, quick="four blocks, short rounds")
     parser.add_argument("--backbone", default="vit-ti", help="of lmeraser backbone --list, with random weights")
     parser.add_argument("--size", type=int, default=96, help="side of the images")
     parser.add_argument("--lanes", type=int, default=4, help="clusters tuned at the same time")
     parser.add_argument("--batch", type=int, default=16, help="images of a cluster per step")
     parser.add_argument("--steps", type=int, default=10, help="steps of a round, at least 5")
     parser.add_argument("--rounds", type=int, default=5)
-    add_json(parser)
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.steps = CHECKED
@@ -197,13 +195,15 @@ def main() -> None:
         for name, times in seconds.items()
         if name != "ours"
     }
-    result = surroundings("bench_tuning.py", sys.argv[1:]) | {"torch": torch.__version__}
-    result |= {name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")}
+    result: dict = {
+        name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")
+    }
+    result["torch"] = torch.__version__
     architecture = mine.problem.architecture
     blocks = architecture.depths if isinstance(architecture, SwinConfig) else architecture.depth
     result |= {"depth": blocks, "losses_differ_by": worst}
     result |= {"images_per_s": rates, "ratio": ratios, "seconds": seconds}
-    deliver(result, arguments.json)
+    deliver("bench_tuning.py", result, arguments.json)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,9 @@ from typing import Any
 
 import jax
 from jax import monitoring
-from reporting import add_json, deliver, surroundings
+from reporting import Clock, deliver, log, new_parser
 from synthetic import unsampled
+from workloads import QUICK
 
 from lmeraser_jax import config
 from lmeraser_jax.experiments import methods
@@ -36,26 +37,25 @@ from lmeraser_jax.unlearning import build, erase
 from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 OTHERS = ("single", "sisa-mean", "retrain", "linear-head", "ridge")
-PARTS = {
+STEPS = {
+    "read": (build, "live_state"),
     "plan": (build, "plan"),
-    "write": (slice_files, "written"),
-    "register": (build, "_keep"),
-    "publish": (build, "_publish"),
+    "write": (slice_files, "write_slice"),
+    "register": (build, "register"),
+    "publish": (build, "publish"),
     "purge": (build, "purge"),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, quick="few epochs, one repetition")
     parser.add_argument("--workdir", default="", help="a trained workdir; it is copied")
     parser.add_argument("--data", default="", help="an .npz, in place of the digits")
     parser.add_argument("--weights", default="", help="the backbone for --data")
-    parser.add_argument("--quick", action="store_true", help="few epochs, one repetition")
-    add_json(parser)
     parser.add_argument("--cold", nargs=2, default=None, help="used by the script itself: a workdir and a record")
     arguments = parser.parse_args()
     if arguments.cold:
-        print(json.dumps(serve(Path(arguments.cold[0]), [arguments.cold[1]], Clock())))
+        print(json.dumps(serve(Path(arguments.cold[0]), [arguments.cold[1]], BuildClock())))
         return
     with tempfile.TemporaryDirectory() as name:
         folder, base = Path(name), None
@@ -64,19 +64,19 @@ def main() -> None:
             base = folder / "base"
             with prepare_run(base, settings_of(arguments)) as (run, _):
                 run.features(run.catalog.live("train"))
-            trained(base, workdir, settings_of(arguments))
-        result = surroundings("bench_unlearn.py", sys.argv[1:]) | measured(workdir, folder, arguments.quick)
+            train_copy(base, workdir, settings_of(arguments))
+        result = measured(workdir, folder, arguments.quick)
         if base is not None:
             settings = settings_of(arguments)
             result["others"] = {
                 name: other(base, folder / name, methods.METHODS[name].configure(settings)) for name in OTHERS
             }
-    deliver(result, arguments.json)
+    deliver("bench_unlearn.py", result, arguments.json)
 
 
 def settings_of(arguments: argparse.Namespace) -> config.Config:
     """The digits as they are, or an .npz in clusters of about a hundred."""
-    tree: dict[str, dict] = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if arguments.quick else {}
+    tree: dict[str, dict] = dict(QUICK) if arguments.quick else {}
     if arguments.data:
         limits = {"train_limit": 4000, "test_limit": 100}
         tree["data"] = {"source": "npz", "path": arguments.data, "image_size": 32} | limits
@@ -86,16 +86,9 @@ def settings_of(arguments: argparse.Namespace) -> config.Config:
     return config.from_dict(tree)
 
 
-def trained(base: Path, workdir: Path, settings: config.Config) -> None:
+def train_copy(base: Path, workdir: Path, settings: config.Config) -> None:
     shutil.copytree(base, workdir)
     with prepare_run(workdir, settings) as (run, _):
-        build.build(run)
-
-
-def trained_digits(workdir: Path, quick: bool) -> None:
-    """Images, backbone and slices of the digits; few epochs where it must be quick."""
-    few = {"tuning": {"epochs": 4}, "pretraining": {"epochs": 8}} if quick else {}
-    with prepare_run(workdir, config.from_dict(few)) as (run, _):
         build.build(run)
 
 
@@ -103,7 +96,7 @@ def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float
     """Another method: everything tuned, in a process that has tuned before, and one record erased."""
     for _ in range(2):  # the first compiles
         shutil.rmtree(workdir, ignore_errors=True)
-        trained(base, workdir, settings)
+        train_copy(base, workdir, settings)
     with open_run(workdir, write=True) as run:
         rows = run.catalog.slices().values()
         outcome = erase.request_erasure(run, unsampled(run, 1, seed=1)).outcome
@@ -114,7 +107,7 @@ def other(base: Path, workdir: Path, settings: config.Config) -> dict[str, float
 
 def measured(workdir: Path, folder: Path, quick: bool) -> dict[str, Any]:
     """All requests, each on a copy of the workdir."""
-    clock = Clock()
+    clock = BuildClock()
     with open_run(workdir, write=True) as run:
         count, epochs = run.catalog.counts()["train"], run.config.tuning.epochs
         k = run.config.clustering
@@ -125,21 +118,21 @@ def measured(workdir: Path, folder: Path, quick: bool) -> dict[str, Any]:
     serve(workdir, requests["unsampled_1"], clock)  # compiles
     warm = {}
     for name, ids in requests.items():
-        found = [serve(workdir, ids, clock) for _ in range(1 if quick or len(ids) > 10 else 3)]
-        warm[name] = {part: statistics.median(one[part] for one in found) for part in found[0]}
+        served = [serve(workdir, ids, clock) for _ in range(1 if quick or len(ids) > 10 else 3)]
+        warm[name] = {step: statistics.median(seconds[step] for seconds in served) for step in served[0]}
         warm[name]["in_program"] = round(warm[name]["tune"] / warm[name]["total"], 3)  # opening the workdir counted
-        print(name, json.dumps(warm[name]), file=sys.stderr, flush=True)
+        log({name: warm[name]})
     cold = command(workdir, folder, requests["unsampled_1"][0])
     return {"records": count, "epochs": epochs, "warm": warm, "cold_unsampled_1": cold}
 
 
-def serve(workdir: Path, ids: list[str], clock: "Clock") -> dict[str, float]:
+def serve(workdir: Path, ids: list[str], clock: "BuildClock") -> dict[str, float]:
     """Serves one request on a copy: seconds of each part, images."""
     with tempfile.TemporaryDirectory() as folder:
         return _served(shutil.copytree(workdir, Path(folder) / "copy"), ids, clock)
 
 
-def _served(copy: Path, ids: list[str], clock: "Clock") -> dict[str, float]:
+def _served(copy: Path, ids: list[str], clock: "BuildClock") -> dict[str, float]:
     clock.reset()
     start = time.perf_counter()
     with open_run(copy, write=True) as run:
@@ -155,47 +148,34 @@ def _served(copy: Path, ids: list[str], clock: "Clock") -> dict[str, float]:
 def command(workdir: Path, folder: Path, name: str) -> list[dict[str, float]]:
     """One record in processes of their own: seconds from start to end, and of each part. The second finds programs."""
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    found = []
+    runs = []
     for _ in range(2):
         start = time.perf_counter()
         call = [sys.executable, __file__, "--cold", str(workdir), name]
         done = subprocess.run(call, check=True, capture_output=True, text=True, env=os.environ | cache)
-        found.append(json.loads(done.stdout) | {"process": round(time.perf_counter() - start, 2)})
-    return found
+        runs.append(json.loads(done.stdout) | {"process": round(time.perf_counter() - start, 2)})
+    return runs
 
 
-class Clock:
-    """Seconds spent in the parts of a reconcile; compiling is also part of whatever called for it."""
+class BuildClock(Clock):
+    """Seconds spent in the steps of a build; compiling also counts in the step that needed it."""
 
     def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self.reset()
-        for name, (module, function) in PARTS.items():
-            setattr(module, function, self._timed(name, getattr(module, function)))
-        tune_module.tune = self._stepped(tune_module.tune)
+        super().__init__(STEPS)
+        tune_module.tune = self._timed_generator(tune_module.tune)
         monitoring.register_event_duration_secs_listener(self._compiled)
 
     def reset(self) -> None:
-        self.seconds = dict.fromkeys(("open", *PARTS, "tune", "compile"), 0.0)
+        self.seconds = dict.fromkeys(("open", *STEPS, "tune", "compile"), 0.0)
 
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds[name] += time.perf_counter() - start
-
-        return wrapper
-
-    def _stepped(self, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    def _timed_generator(self, function: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
         """What a generator takes, without what is done with the things it yields."""
 
         def wrapper(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            start, inner = time.perf_counter(), function(*args, **kwargs)
-            for one in inner:
+            start, results = time.perf_counter(), function(*args, **kwargs)
+            for result in results:
                 self.seconds["tune"] += time.perf_counter() - start
-                yield one
+                yield result
                 start = time.perf_counter()
             self.seconds["tune"] += time.perf_counter() - start
 

@@ -14,11 +14,10 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
-from reporting import add_json, store, surroundings
+from reporting import new_parser, store, surroundings
 
 from lmeraser_jax.models import zoo
 from lmeraser_jax.models.swin import SwinConfig
@@ -109,6 +108,7 @@ def month(run: Run) -> dict[str, float]:
     n = run.requests_per_day * run.window_hours / 24
     batches, sizes = 30 * 24 / run.window_hours, run.sizes()
     scale = run.clusters / len(sizes)
+    planning = served.get("build.live_state", 0) + served["build.plan"]
     hit = 1 - np.exp(n * np.log1p(-np.minimum(sizes / run.records, 0.5)))
     resampled = 1 - (1 - min(run.sample / run.records, 1.0)) ** n
     clusters = float(hit.sum() * scale) * (1 - resampled) + resampled * run.reclustered * run.clusters
@@ -188,25 +188,28 @@ def check() -> dict[str, dict[str, float]]:
     served, records, count = catalog["serve_1200"], catalog["records"], catalog["clusters"]
     pairs = {
         "catalog_gb (set)": (CATALOG * records / 1e9, catalog["catalog_mb"] / 1e3),
-        "purge_s (set)": (PURGED * served["retuned"], served["reconcile.purge"]),
+        "purge_s (set)": (PURGED * served["retuned"], served["build.purge"]),
         "write_s (set)": (WRITTEN * served["retuned"], served["checkpoints.save"]),
     }
     sizes = heavy_tailed(count, records, 8)
+    planning = served.get("build.live_state", 0) + served["build.plan"]
     hit = 1 - (1 - sizes / records) ** 1200
     pairs |= {
         "clusters of 1,200": (float(hit.sum()), served["retuned"]),
-        "plan_s of 1,200": (PLANNED * float((hit * sizes).sum()), served["reconcile.plan"]),
-        "publish_s": (PUBLISHED * float(hit.sum()), served["reconcile._publish"]),
+        "plan_s of 1,200": (
+            PLANNED * float((hit * sizes).sum()),
+            served.get("build.live_state", 0) + served["build.plan"],
+        ),
+        "publish_s": (PUBLISHED * float(hit.sum()), served["build.publish"]),
     }
     speed = json.loads((RESULTS / "tuning_vit_tiny_cpu.json").read_text())
     tiny = zoo.entry("vit-ti").architecture
     at = {size: forward_flops(dataclasses.replace(tiny, image_size=size)) for size in (speed["size"], 64)}
     flops_per_s = 2 * at[speed["size"]] * speed["images_per_s"]["ours"]
     for name in ("mnist", "cifar10", "ham10000"):
-        one = next(
-            r for r in json.loads((RESULTS / f"{name}_requests_cpu.json").read_text())["requests"] if r["images"]
-        )
-        pairs[f"request_s, {name}"] = (2 * at[64] * one["images"] / flops_per_s, one["seconds"])
+        requests = json.loads((RESULTS / f"{name}_requests_cpu.json").read_text())["requests"]
+        request = next(request for request in requests if request["images"])
+        pairs[f"request_s, {name}"] = (2 * at[64] * request["images"] / flops_per_s, request["seconds"])
     return {
         name: {"predicted": round(a, 3), "measured": round(b, 3), "ratio": round(a / b, 2)}
         for name, (a, b) in pairs.items()
@@ -221,7 +224,7 @@ def heavy_tailed(clusters: float, records: float, max_share: float) -> np.ndarra
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="the model beside measured points")
     parser.add_argument("--records", type=float, default=1e6, help="private images")
     parser.add_argument("--clusters", type=float, default=2000)
@@ -244,7 +247,6 @@ def main() -> None:
         "--reclustered", type=float, default=1.0, help="share of clusters that a new clustering changes"
     )
     parser.add_argument("--price", type=float, default=2.5, help="of a device for an hour")
-    add_json(parser)
     arguments = parser.parse_args()
     zero_is_legal = ("check", "json", "stored", "sample", "requests_per_day", "reclustered", "price")
     bad = [f"--{k}={v}" for k, v in vars(arguments).items() if k not in zero_is_legal and v in (0, 0.0)]
@@ -260,7 +262,7 @@ def main() -> None:
         print(part)
         for name, value in values.items():
             print(f"  {name:<24}{value:>16,.3f}")
-    store(surroundings("plan_scale.py", sys.argv[1:]) | {"arguments": vars(arguments)} | result, arguments.json)
+    store(surroundings("plan_scale.py") | {"arguments": vars(arguments)} | result, arguments.json)
 
 
 if __name__ == "__main__":

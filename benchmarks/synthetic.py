@@ -1,4 +1,4 @@
-"""A made-up workdir with a large catalog: real tables, clustering and slices, random numbers instead of training.
+"""A synthetic workdir with a large catalog: real tables, clustering and slices, random numbers instead of training.
 
 Cluster sizes fall as 1 / (rank + 10): with 1,000,000 records in 2,000 clusters from about 19,000 to about 100.
 """
@@ -14,7 +14,6 @@ from flax import nnx
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models import backbone as backbone_lib
@@ -26,10 +25,10 @@ from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering
-from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.slices import Slice, init_slice
-from lmeraser_jax.unlearning import plan
 from lmeraser_jax.unlearning.artifacts import save_clustering
+from lmeraser_jax.unlearning.live_state import sampled
+from lmeraser_jax.unlearning.plan import constants_digest
 from lmeraser_jax.unlearning.run import Run, open_run
 
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
@@ -51,11 +50,11 @@ def config_of(sample: int, clusters: int, sample_from: str = "private") -> Confi
     )
 
 
-def copied(folder: Path, kept: str, records: int, clusters: int, sample: int, sample_from: str = "private") -> None:
-    """Puts a made workdir into a folder: a copy of the one in `kept`, which is made first where it is missing."""
-    if not kept:
+def copy(folder: Path, keep: str, records: int, clusters: int, sample: int, sample_from: str = "private") -> None:
+    """Puts a synthetic workdir into a folder: a copy of the one in `keep`, which is made first where it is missing."""
+    if not keep:
         return make(folder, records, clusters, sample, sample_from)
-    source = Path(kept) / f"{records}-{clusters}-{sample}-{sample_from}"
+    source = Path(keep) / f"{records}-{clusters}-{sample}-{sample_from}"
     if not source.exists():
         make(source.with_suffix(".making"), records, clusters, sample, sample_from)
         source.with_suffix(".making").rename(source)
@@ -74,28 +73,28 @@ def make(folder: Path, records: int, clusters: int, sample: int, sample_from: st
         file.truncate((records + public) * SIDE * SIDE)  # a sparse file: all black
     write_json(layout.config, settings.to_dict(config))
     names = [f"image-{i:07d}" for i in range(records)]
-    open_names = [f"public-{i:07d}" for i in range(public)]
-    pool = open_names or names
-    chosen = sorted(sorted(pool, key=lambda name: sample_rank(config.seed, name))[:sample])
+    public_names = [f"public-{i:07d}" for i in range(public)]
+    pool = public_names or names
+    sample_ids = sorted(sorted(pool, key=lambda name: sample_rank(config.seed, name))[:sample])
     rng = np.random.default_rng(0)
     weights = 1 / (np.arange(clusters) + 10)
-    homes = rng.choice(clusters, records + public, p=weights / weights.sum()).astype(np.int32)
-    place = {name: i for i, name in enumerate(names + open_names)}
-    where = np.array([place[name] for name in chosen])
-    homes[where[:clusters]] = np.arange(clusters)  # a cluster has at least one sampled record
-    features = rng.normal(size=(clusters, 16)).astype(np.float32)[homes]
+    cluster_of = rng.choice(clusters, records + public, p=weights / weights.sum()).astype(np.int32)
+    place = {name: i for i, name in enumerate(names + public_names)}
+    where = np.array([place[name] for name in sample_ids])
+    cluster_of[where[:clusters]] = np.arange(clusters)  # a cluster has at least one sampled record
+    features = rng.normal(size=(clusters, 16)).astype(np.float32)[cluster_of]
     features += 0.05 * rng.normal(size=features.shape).astype(np.float32)
     with catalog.transaction():
         catalog.set("dataset", _dataset(config))
         catalog.set("rank_seed", config.seed)
         catalog.set("rows", records + public)
         items = [Item(name, "train", i % CLASSES, f"owner-{i // OWNED:07d}") for i, name in enumerate(names)]
-        items += [Item(name, "public", i % CLASSES) for i, name in enumerate(open_names)]
+        items += [Item(name, "public", i % CLASSES) for i, name in enumerate(public_names)]
         catalog.add_records(items, range(len(items)), [digest(item.id) for item in items])
     catalog.close()
     with open_run(folder, devices=jax.devices()[:1], write=True) as run:
-        run.feature_file(fingerprint(run.config.tuning, run.mesh)).append(features)
-        _publish(run, names, homes, chosen, homes[where], features[where])
+        run.feature_file().append(features)
+        _publish(run, names, cluster_of, sample_ids, cluster_of[where], features[where])
 
 
 def _dataset(config: Config) -> dict:
@@ -110,36 +109,42 @@ def _write_backbone(layout: Layout, config: Config) -> None:
     backbone_lib.save(layout.backbone, backbone_lib.make(vit, jax.device_get(params), (0.5,), (0.5,)), {}, {})
 
 
-def _publish(run: Run, names: list[str], homes: np.ndarray, chosen: list[str], labels: np.ndarray, features) -> None:
+def _publish(
+    run: Run, names: list[str], cluster_of: np.ndarray, sample_ids: list[str], labels: np.ndarray, features
+) -> None:
     """A clustering of the sample, a slice of every cluster, and the manifest that names them."""
-    clusters = int(homes.max()) + 1
+    clusters = int(cluster_of.max()) + 1
     by_cluster = [[] for _ in range(clusters)]
-    for name, k in zip(chosen, labels):
+    for name, k in zip(sample_ids, labels):
         by_cluster[k].append(name)
     keys = [digest(members) for members in by_cluster]
     order = np.argsort(keys)
     rank = np.argsort(order).astype(np.int32)  # place of cluster k among the sorted keys
     prototypes = np.stack([features[labels == k].mean(axis=0) for k in order]).astype(np.float32)
-    name = plan.sampled(run)[1]
-    save_clustering(run.layout, Clustering(name, tuple(chosen), rank[labels], tuple(sorted(keys)), prototypes))
+    name = sampled(run)[1]
+    save_clustering(run.layout, Clustering(name, tuple(sample_ids), rank[labels], tuple(sorted(keys)), prototypes))
     slices = {key: digest(["slice", key]) for key in keys}
     arrays = _write_slices(run, list(slices.values()))
     rows = np.arange(len(names))
     with run.catalog.transaction():
         for k, key in enumerate(keys):
-            mine = rows[homes[: len(names)] == k]
+            members = rows[cluster_of[: len(names)] == k]
             row = SliceRow(
-                slices[key], key, arrays_digest(arrays), len(mine), len(mine), 1, 0.5, 0.01, "synthetic", time.time()
+                slices[key],
+                key,
+                arrays_digest(arrays),
+                len(members),
+                len(members),
+                1,
+                0.5,
+                0.01,
+                "synthetic",
+                time.time(),
             )
-            run.catalog.add_slice(row, mine)
-        inputs = digest(plan._recipe(run, "", RecordTable.empty()))
-        moved = [(name, keys[k]) for name, k in zip(names, homes)]
-        run.catalog.publish(name, "synthetic", inputs, slices, moved)
-
-
-def _sampling(run: Run) -> tuple[str, int]:
-    k = run.config.clustering
-    return ("train" if k.sample_from == "private" else "public"), k.sample_size
+            run.catalog.add_slice(row, members)
+        constants = constants_digest(run.recipe_constants)
+        moved = [(name, keys[k]) for name, k in zip(names, cluster_of)]
+        run.catalog.publish(name, run.fingerprint, constants, slices, moved)
 
 
 def _write_slices(run: Run, names: list[str]) -> dict[str, np.ndarray]:
@@ -155,7 +160,5 @@ def _write_slices(run: Run, names: list[str]) -> dict[str, np.ndarray]:
 
 def unsampled(run: Run, count: int, seed: int = 1) -> list[str]:
     """Live records that are not sampled, drawn uniformly."""
-    sampled = set(run.catalog.sample(*_sampling(run)).ids)
-    found = [row[0] for row in run.catalog.db.execute("SELECT id FROM records WHERE split='train' AND erased=''")]
-    found = sorted(set(found) - sampled)
-    return [found[i] for i in np.random.default_rng(seed).choice(len(found), count, replace=False)]
+    others = sorted(set(run.catalog.live("train").ids) - set(sampled(run)[0].ids))
+    return [others[i] for i in np.random.default_rng(seed).choice(len(others), count, replace=False)]
