@@ -108,7 +108,6 @@ def month(run: Run) -> dict[str, float]:
     n = run.requests_per_day * run.window_hours / 24
     batches, sizes = 30 * 24 / run.window_hours, run.sizes()
     scale = run.clusters / len(sizes)
-    planning = served.get("build.live_state", 0) + served["build.plan"]
     hit = 1 - np.exp(n * np.log1p(-np.minimum(sizes / run.records, 0.5)))
     resampled = 1 - (1 - min(run.sample / run.records, 1.0)) ** n
     clusters = float(hit.sum() * scale) * (1 - resampled) + resampled * run.reclustered * run.clusters
@@ -198,7 +197,7 @@ def check() -> dict[str, dict[str, float]]:
         "clusters of 1,200": (float(hit.sum()), served["retuned"]),
         "plan_s of 1,200": (
             PLANNED * float((hit * sizes).sum()),
-            served.get("build.live_state", 0) + served["build.plan"],
+            planning,
         ),
         "publish_s": (PUBLISHED * float(hit.sum()), served["build.publish"]),
     }

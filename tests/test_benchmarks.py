@@ -17,7 +17,7 @@ def output(monkeypatch, tmp_path, name, *flags):
     monkeypatch.setattr(sys, "path", [str(FOLDER), *sys.path])
     monkeypatch.setattr(sys, "argv", [name, *flags, f"--json={tmp_path / 'result.json'}"])
     runpy.run_path(str(FOLDER / name), run_name="__main__")
-    return json.loads((tmp_path / "found.json").read_text())
+    return json.loads((tmp_path / "result.json").read_text())
 
 
 def test_schedules_are_full_and_quickly_made(monkeypatch, tmp_path):
