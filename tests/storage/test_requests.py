@@ -1,4 +1,4 @@
-"""Erasure requests: accepted at once and once, served together, and the same whatever is said about them."""
+"""Erasure requests: accepted at once and once, served together, with one state whatever their options."""
 
 import contextlib
 import json
@@ -30,10 +30,10 @@ ITEMS += [Item("h0", "holdout", 0, "own-0"), Item("t0", "test", 0, "own-0"), Ite
 @pytest.fixture
 def catalog(tmp_path):
     """A catalog of records in two published clusters, without a workdir around it."""
-    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as found:
-        found.add_records(ITEMS, range(len(ITEMS)), [f"hash-{item.id}" for item in ITEMS])
-        found.publish("tree", "cpu", "inputs", {}, [(f"r{i}", f"k{i % 2}") for i in range(9)])
-        yield found
+    with contextlib.closing(Catalog(tmp_path / "catalog.db")) as new:
+        new.add_records(ITEMS, range(len(ITEMS)), [f"hash-{item.id}" for item in ITEMS])
+        new.publish("tree", "cpu", "inputs", {}, [(f"r{i}", f"k{i % 2}") for i in range(9)])
+        yield new
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,18 +62,14 @@ def dump(catalog):
     return list(catalog.db.iterdump())
 
 
-def told(catalog, name):
-    """The states that the events tell of a request."""
-    rows = catalog.db.execute("SELECT body FROM events WHERE kind='request' ORDER BY rowid")
-    return [body["state"] for row in rows if (body := json.loads(row[0]))["request"] == name]
-
-
 def check_states(catalog, name):
     """In order, never back in time, each change an event."""
+    rows = catalog.db.execute("SELECT body FROM events WHERE kind='request' ORDER BY rowid")
+    events = [body["state"] for body in (json.loads(row[0]) for row in rows) if body["request"] == name]
     request = get(catalog, name)
     states, times = zip(*request.body["states"], strict=True)
-    assert states[0] == "accepted" and states[-1] == request.state == told(catalog, name)[-1]
-    assert list(states) == [known for known in STATES if known in states] == told(catalog, name)
+    assert states[0] == "accepted" and states[-1] == request.state
+    assert list(states) == [known for known in STATES if known in states] == events
     assert list(times) == sorted(times) and request.created <= times[0]
     return states
 
@@ -88,16 +84,16 @@ def test_accept_erases_at_once_and_holds_no_id(catalog):
     assert "r1" not in json.dumps(request.body | {"members": {}}) and check_states(catalog, "a") == ("accepted",)
 
 
-def test_owners_are_erased_and_buried(catalog):
+def test_owners_are_erased_with_a_tombstone(catalog):
     request = accept(catalog, ["r8"], ["own-0", "own-1", "own-0"])
     wanted = {"r0", "r1", "r2", "r3", "r4", "r5", "r8", "h0", "t0"}
     assert set(catalog.erased([request.id])) == wanted, "hold-out and test images too, public ones not"
     assert len(request.body["owners"]) == 2 and "own-0" not in json.dumps(request.body)
     assert [catalog.is_tombstoned(f"own-{i}", "owner") for i in range(3)] == [True, True, False]
-    assert accept(catalog, [], ["own-0"]).body["records"] == [], "a buried owner may be named again"
+    assert accept(catalog, [], ["own-0"]).body["records"] == [], "an erased owner may be named again"
 
 
-def test_asking_twice_is_asking_once(catalog):
+def test_a_request_that_is_made_twice_is_accepted_once(catalog):
     first = accept(catalog, ["r1", "r2"], ["own-2"], request="a", reason="one")
     before = dump(catalog)
     assert accept(catalog, ["r2", "r1"], ["own-2"], request="a") == first
@@ -119,9 +115,9 @@ def test_a_second_request_for_a_record_that_waits(catalog):
     assert catalog.quarantined() == {"k1"}, "also where another request erases"
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_what_cannot_be_accepted_changes_nothing(catalog):
+    before = dump(catalog)
+    cases = [
         ({}, "say what to erase"),
         ({"ids": ["r1", "x", "y"]}, "unknown records: x, y"),
         ({"ids": ["r1"], "owners": ["own-0", "nobody"]}, "--owner=nobody: owns no live private record"),
@@ -134,37 +130,35 @@ def test_a_second_request_for_a_record_that_waits(catalog):
         ({"ids": ["r1"], "request": "x" * 65}, "--request="),
         ({"ids": ["r1"], "reason": "two\nlines"}, "--reason="),
         ({"ids": ["r1"], "requester": "x" * 501, "reason": "\0"}, "(?s)--requester=.*--reason="),
-    ],
-)
-def test_what_cannot_be_accepted_changes_nothing(catalog, given, message):
-    before = dump(catalog)
-    with pytest.raises(UserError, match=message):
-        accept(catalog, **given)
-    assert dump(catalog) == before
+    ]
+    for arguments, message in cases:
+        with pytest.raises(UserError, match=message):
+            accept(catalog, **arguments)
+        assert dump(catalog) == before
 
 
 def test_two_connections_accept_at_the_same_time(catalog, tmp_path):
     """Every record belongs to one request, and an id is given once."""
-    start, found = threading.Barrier(4), []
+    start, created = threading.Barrier(4), set()
 
-    def ask(own):
+    def request_all(own):
         with contextlib.closing(Catalog(tmp_path / "catalog.db")) as other:
             start.wait()
             for i in range(9):
-                found.append(accept(other, [f"r{i}"], request=f"same-{i}").created)
+                created.add(accept(other, [f"r{i}"], request=f"same-{i}").created)
                 accept(other, [f"r{i}"], request=f"{own}-{i}")
 
-    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+    threads = [threading.Thread(target=request_all, args=(name,)) for name in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(listed(catalog)) == 9 * 5 and len(set(found)) == 9
+    assert len(listed(catalog)) == 9 * 5 and len(created) == 9
     for i in range(9):
         erased = [request for request in listed(catalog) if f"r{i}" in catalog.erased([request.id])]
         assert len(erased) == 1
-        asked = [request.body for request in listed(catalog) if request.id.endswith(f"-{i}")]
-        assert sorted(len(body["records"]) + len(body["shared"]) for body in asked) == [1] * 5
+        bodies = [request.body for request in listed(catalog) if request.id.endswith(f"-{i}")]
+        assert sorted(len(body["records"]) + len(body["shared"]) for body in bodies) == [1] * 5
 
 
 def test_a_clock_that_is_set_back_does_not_turn_states_around(catalog, monkeypatch):
@@ -251,8 +245,7 @@ def test_accepting_needs_no_writer_lock(workdir):
         assert get(run.catalog, "a").state == "purged" and run.catalog.quarantined() == frozenset()
 
 
-def test_what_is_said_about_a_request_does_not_change_what_it_does(trained, tmp_path):
-    """Requester, reason, quarantine and defer are about the order, not about the state."""
+def test_requester_reason_quarantine_and_defer_do_not_change_the_state(trained, tmp_path):
     ways = [
         {},
         {"requester": "A. Person", "reason": "Art. 17", "request": "with-a-name"},
@@ -274,4 +267,4 @@ def test_what_is_said_about_a_request_does_not_change_what_it_does(trained, tmp_
     with small_run(tmp_path / "scratch", without(small_source(), erased)) as run:
         build(run)
         states.append(state(run))
-    assert [differences(found, states[-1]) for found in states] == [[]] * len(states)
+    assert [differences(other, states[-1]) for other in states] == [[]] * len(states)

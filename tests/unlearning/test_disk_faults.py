@@ -92,9 +92,9 @@ def test_an_error_around_save_publish_purge_and_receipt(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_an_error_at_a_third_of_all_points(tmp_path, capsys, name):
+def test_an_error_at_a_sixth_of_all_points(tmp_path, capsys, name):
     trial, draw = Trial(name, tmp_path), random.Random(0)
-    for number in range(0, len(labels_of(trial)), 3):
+    for number in range(0, len(labels_of(trial)), 6):
         fail(trial, number, draw.choice(["ENOSPC", "EIO"]), draw.random() < 0.5, capsys)
 
 
