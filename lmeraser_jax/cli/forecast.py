@@ -38,11 +38,10 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.experiments.cost_model import Batch, forecast
 
-    workload, changed, count = _check(arguments), arguments["reclustered"], arguments["requests"]
+    workload, count = _check(arguments), arguments["requests"]
     batch = Batch(count, fixed=True) if count else Batch(arguments["rate"] * arguments["window"])
-    machine = workload.machine(arguments["devices"], arguments["images_per_second"])
-    changed = workload.changed if changed is None else changed
-    result = forecast(workload, arguments["rate"], batch, machine, changed)
+    options = (arguments[name] for name in ("devices", "images_per_second", "reclustered"))
+    result = forecast(workload, arguments["rate"], batch, *options)
     common.show(arguments, result.table(), result.values())
     return 0
 

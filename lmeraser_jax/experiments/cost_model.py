@@ -84,19 +84,6 @@ class Clusters:
         return float(self.sampled.sum())
 
 
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """L lanes of all devices together, and the images per second of all of them when none is idle."""
-
-    lanes: int = 1
-    speed: float = 1.0
-
-    @property
-    def lane_speed(self) -> float:
-        """Images per second of one lane; idle lanes beside it do not make it faster."""
-        return self.speed / self.lanes
-
-
 def any_affected(batch: Batch) -> float:
     """P(any cluster is affected) = 1 - exp(-lambda T) (Eqs. 18 and 21)."""
     return float(batch.hits(1.0))
@@ -194,12 +181,6 @@ class Workload:
         spared, changed = np.sum(self.reclusterings, axis=0)
         return float(changed / spared)
 
-    def machine(self, devices: int, speed: float | None = None) -> Machine:
-        """So many devices: each as fast as those that made the slices, or of a given speed all together."""
-        speed = speed or (self.speed and self.speed * devices)
-        assert speed, "no slice was timed"
-        return Machine(self.lanes * devices, speed)
-
 
 def read_workload(layout: Layout, catalog: Catalog) -> Workload:
     """Reads a workdir's published state from its catalog, as of one moment, and the log of past work.
@@ -281,13 +262,102 @@ class Policy:
     busy: float
 
 
-def make_policy(name: str, batch: Batch, rate: float, clusters: Clusters, machine: Machine, changed: float) -> Policy:
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Policies side by side, the most prompt one first; `estimates` says in sentences what the numbers rest on."""
+
+    workload: Workload
+    rate: float  # lambda, requests a day
+    lanes: int  # L of all devices together
+    speed: float  # images per second of all devices together when no lane is idle
+    changed: float  # c, share of the clusters without an erased member that a new clustering re-tunes
+    policies: tuple[Policy, ...]
+    estimates: tuple[str, ...]
+
+    def values(self) -> dict[str, Any]:
+        """Everything as plain values; shares in [0, 1]."""
+        workload, clusters = self.workload, self.workload.clusters
+        sizes = {"records": clusters.records, "sampled": clusters.sample, "clusters": len(clusters.members)}
+        images = {"images_full": float(clusters.images.sum()), "size_biased_images": size_biased_images(clusters)}
+        speed = {"images_per_second": self.speed, "lanes": self.lanes}
+        seen = {"reclustered_share": self.changed, "reclusterings_seen": len(workload.reclusterings)}
+        names = {"workdir": workload.workdir, "version": workload.version, "rate_per_day": self.rate}
+        policies = [dataclasses.asdict(policy) for policy in self.policies]
+        return names | sizes | images | speed | seen | {"policies": policies, "estimates": list(self.estimates)}
+
+    def table(self) -> str:
+        clusters = self.workload.clusters
+        sizes = f"{clusters.records:.0f} records ({clusters.sample:.0f} of them sampled)"
+        header = f"{self.workload.workdir}: state {self.workload.version}, {sizes} in {len(clusters.members)} clusters"
+        rows = [("requests served", [policy.name for policy in self.policies])]
+        rows += [(name, [text(policy) for policy in self.policies]) for name, text in TABLE_ROWS]
+        lines = [f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+        estimates = ["", "all of this is an estimate:", *(f"- {line}" for line in self.estimates)]
+        return "\n".join([f"{header}; {self.rate:g} requests a day", "", *lines, *estimates])
+
+
+def forecast(
+    workload: Workload,
+    rate: float,
+    batch: Batch,
+    devices: int = 1,
+    speed: float | None = None,
+    changed: float | None = None,
+) -> Forecast:
+    """The cost of serving requests at once, every hour, day and week, and in batches of the given kind.
+
+    Args:
+        workload: of a workdir.
+        rate: lambda, requests a day, above 0.
+        batch: lambda T requests of a window, or exactly k.
+        devices: that tune a batch.
+        speed: images per second of all devices; None: each is as fast as those that made the workdir's slices.
+        changed: c; None: as on past erasures.
+    """
+    lanes, notes = (
+        workload.lanes * devices,
+        ["requests come independently, each for one training record drawn uniformly; owners are not considered"],
+    )
+    origin = "as given"
+    if speed is None:
+        assert workload.speed, "no slice was timed"
+        speed = workload.speed * devices
+        origin = "measured on this workdir's slices" + (f", times {devices} devices" if devices > 1 else "")
+    notes.append(
+        f"{speed:.1f} images a second on {lanes} lane{'s' if lanes > 1 else ''}, {origin}; tuning alone, lanes packed"
+        " without a gap; start, planning and purge come on top"
+    )
+    origin = "as given"
+    if changed is None:
+        changed, count = workload.changed, len(workload.reclusterings)
+        origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
+    if workload.clusters.sample:
+        notes.append(f"a new clustering re-tunes {changed:.0%} of the clusters that no request hit: {origin}")
+    batches = {name: Batch(rate * days) if days else ONE_REQUEST for name, days in WINDOWS.items()}
+    if batch not in batches.values():
+        name = f"every {batch.requests:g}" if batch.fixed else f"{_days(batch, rate):.4g} days"
+        batches[name] = batch
+    ordered = sorted(batches.items(), key=lambda item: _days(item[1], rate))
+    policies = [_policy(name, each, rate, workload.clusters, changed, lanes, speed) for name, each in ordered]
+    late = [policy.name for policy in policies if policy.busy >= 1]
+    if late:
+        notes.append(f"requests arrive faster than they are served: {', '.join(late)}")
+    return Forecast(workload, rate, lanes, speed, changed, tuple(policies), tuple(notes))
+
+
+def _days(batch: Batch, rate: float) -> float:
+    """Length of a window in days; for k requests, mean days from the first to the last."""
+    return (batch.requests - batch.fixed) / rate
+
+
+def _policy(
+    name: str, batch: Batch, rate: float, clusters: Clusters, changed: float, lanes: int, speed: float
+) -> Policy:
     """The expectations of a window, divided by the probability that it is not empty (Eq. 18)."""
-    some, days = any_affected(batch), days_of(batch, rate)
+    some, days, lane_speed = any_affected(batch), _days(batch, rate), speed / lanes  # idle lanes speed no other up
     images = expected_images(clusters, batch, changed) / some
-    seconds = expected_makespan(clusters, batch, changed, machine.lanes) / machine.lane_speed / some
+    seconds = expected_makespan(clusters, batch, changed, lanes) / lane_speed / some
     batches = MONTH * rate * some / batch.requests
-    cluster_seconds = float(clusters.images.mean()) / machine.lane_speed  # T_c
     return Policy(
         name=name,
         window_days=days,
@@ -299,89 +369,12 @@ def make_policy(name: str, batch: Batch, rate: float, clusters: Clusters, machin
         reclustering=max(0.0, 1 - expected_images(clusters, batch, changed=0.0) / some / images),
         seconds=seconds,
         paper_clusters=expected_affected(clusters.members, batch) / some,
-        paper_seconds=expected_time(cluster_seconds, batch) / some,
+        paper_seconds=expected_time(float(clusters.images.mean()) / lane_speed, batch) / some,
         wait_seconds=days * DAY / 2 + seconds,
         batches=batches,
         month_seconds=seconds * batches,
         busy=seconds * batches / (MONTH * DAY),
     )
-
-
-def days_of(batch: Batch, rate: float) -> float:
-    """Length of a window in days; for k requests, mean days from the first to the last."""
-    return (batch.requests - batch.fixed) / rate
-
-
-@dataclasses.dataclass(frozen=True)
-class Forecast:
-    """Policies side by side, for `rate` requests a day."""
-
-    workload: Workload
-    rate: float
-    machine: Machine
-    changed: float
-    policies: tuple[Policy, ...]
-
-    def values(self) -> dict[str, Any]:
-        """Everything as plain values; shares in [0, 1]."""
-        workload, clusters = self.workload, self.workload.clusters
-        sizes = {"records": clusters.records, "sampled": clusters.sample, "clusters": len(clusters.members)}
-        images = {"images_full": float(clusters.images.sum()), "size_biased_images": size_biased_images(clusters)}
-        speed = {"images_per_second": self.machine.speed, "lanes": self.machine.lanes}
-        seen = {"reclustered_share": self.changed, "reclusterings_seen": len(workload.reclusterings)}
-        names = {"workdir": workload.workdir, "version": workload.version, "rate_per_day": self.rate}
-        policies = [dataclasses.asdict(policy) for policy in self.policies]
-        return names | sizes | images | speed | seen | {"policies": policies, "estimates": self.estimates()}
-
-    def table(self) -> str:
-        clusters = self.workload.clusters
-        sizes = f"{clusters.records:.0f} records ({clusters.sample:.0f} of them sampled)"
-        header = f"{self.workload.workdir}: state {self.workload.version}, {sizes} in {len(clusters.members)} clusters"
-        header += f"; {self.rate:g} requests a day"
-        lines = [header, "", _line("requests served", [policy.name for policy in self.policies])]
-        lines += [_line(name, [text(policy) for policy in self.policies]) for name, text in TABLE_ROWS]
-        return "\n".join([*lines, "", "all of this is an estimate:", *(f"- {line}" for line in self.estimates())])
-
-    def estimates(self) -> list[str]:
-        """What the numbers rest on."""
-        workload, lanes, devices = self.workload, self.machine.lanes, self.machine.lanes // self.workload.lanes
-        origin = "as given"
-        if workload.speed and self.machine == workload.machine(devices):
-            origin = "measured on this workdir's slices" + (f", times {devices} devices" if devices > 1 else "")
-        lines = [
-            "requests come independently, each for one training record drawn uniformly; owners are not considered",
-            f"{self.machine.speed:.1f} images a second on {lanes} lane{'s' if lanes > 1 else ''}, {origin}; tuning"
-            " alone, lanes packed without a gap; start, planning and purge come on top",
-        ]
-        if workload.clusters.sample:
-            origin = "as given"
-            if self.changed == workload.changed:
-                count = len(workload.reclusterings)
-                origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
-            lines.append(f"a new clustering re-tunes {self.changed:.0%} of the clusters that no request hit: {origin}")
-        late = [policy.name for policy in self.policies if policy.busy >= 1]
-        if late:
-            lines.append(f"requests arrive faster than they are served: {', '.join(late)}")
-        return lines
-
-
-def forecast(workload: Workload, rate: float, batch: Batch, machine: Machine, changed: float) -> Forecast:
-    """The cost of serving requests at once, every hour, day and week, and in batches of the given kind.
-
-    Args:
-        workload: of a workdir.
-        rate: lambda, requests a day, above 0.
-        batch: lambda T requests of a window, or exactly k.
-        machine: that tunes a batch.
-        changed: c, share of the clusters that no request hit and that a new clustering re-tunes.
-    """
-    batches = {name: Batch(rate * days) if days else ONE_REQUEST for name, days in WINDOWS.items()}
-    if batch not in batches.values():
-        name = f"every {batch.requests:g}" if batch.fixed else f"{days_of(batch, rate):.4g} days"
-        batches[name] = batch
-    ordered = sorted(batches.items(), key=lambda item: days_of(item[1], rate))
-    policies = [make_policy(name, each, rate, workload.clusters, machine, changed) for name, each in ordered]
-    return Forecast(workload, rate, machine, changed, tuple(policies))
 
 
 def _duration(seconds: float) -> str:
@@ -390,10 +383,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 1.5 * unit:
             return f"{seconds / unit:.3g} {name}"
     return f"{seconds:.3g} s"
-
-
-def _line(name: str, cells: list[str]) -> str:
-    return f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells)
 
 
 TABLE_ROWS: tuple[tuple[str, Callable[[Policy], str]], ...] = (

@@ -9,15 +9,16 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.atomic_files import write_bytes, write_json
 
 BINDING = "comparison.json"
+Content = TypeVar("Content")
 TIMES = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sampled")
 
 
@@ -134,12 +135,11 @@ class FinishedTask:
 
 def load_task(path: Path) -> FinishedTask:
     """Reads the rows of a task. Raises `UserError` where the file is damaged."""
-    try:
-        tree = json.loads(path.read_text("utf-8"))
+
+    def parse(tree: Any) -> FinishedTask:
         return FinishedTask(tree["settings"], tree["source"], _rows(tree["rows"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = f"{path} holds no rows of a comparison: {_reason(error)}; delete it, and its task is done again"
-        raise UserError(reason) from error
+
+    return _read(path, parse, "{path} holds no rows of a comparison: {reason}; delete it, and its task is done again")
 
 
 def collect(folder: Path, command: str, machine: str) -> Results:
@@ -179,12 +179,12 @@ def save(folder: Path, results: Results) -> None:
 
 def load(path: Path) -> Results:
     """Reads a results.json. Raises `UserError` where the file is none."""
-    try:
-        tree = json.loads(path.read_text("utf-8"))
-        sources = {str(name): dict(source) for name, source in tree["sources"].items()}
+
+    def parse(tree: Any) -> Results:
+        sources = {name: dict(source) for name, source in tree["sources"].items()}
         return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not the results.json of a comparison: {_reason(error)}") from error
+
+    return _read(path, parse, "{path} is not the results.json of a comparison: {reason}")
 
 
 def read_binding(folder: Path) -> dict[str, Any] | None:
@@ -193,20 +193,20 @@ def read_binding(folder: Path) -> dict[str, Any] | None:
     Raises:
         UserError: the file is damaged.
     """
+
+    def parse(tree: Any) -> dict[str, Any]:
+        return {"config": dict(tree["config"]), "options": dict(tree["options"])}
+
     path = folder / BINDING
+    return _read(path, parse, "{path} is damaged: {reason}; name another --workdir") if path.exists() else None
+
+
+def _read(path: Path, parse: Callable[[Any], Content], message: str) -> Content:
     try:
-        tree = json.loads(path.read_text("utf-8"))
-        if not all(isinstance(tree[name], dict) for name in ("config", "options")):
-            raise TypeError("config and options must be objects")
-        return tree
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {_reason(error)}; name another --workdir") from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        return parse(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise UserError(message.format(path=path, reason=reason)) from error
 
 
 def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:

@@ -144,15 +144,11 @@ def rows_of(rows: Rows, experiment: str) -> list[Measurement]:
     return [row for row in rows if row.experiment == experiment and math.isfinite(row.x)]
 
 
-def main_rows(rows: Rows) -> list[Measurement]:
-    """The rows of `methods`: of every data set those with the backbone that most methods were measured on."""
+def places_of(rows: Rows) -> dict[tuple[str, str], list[Measurement]]:
+    """The rows of `methods` by data set and backbone."""
     methods = rows_of(rows, "methods")
-    places = unique((row.dataset, row.backbone, row.method) for row in methods)
-    chosen = {}
-    for dataset in unique(row.dataset for row in methods):
-        backbones = [backbone for name, backbone, _ in places if name == dataset]
-        chosen[dataset] = max(unique(backbones), key=backbones.count)
-    return [row for row in methods if row.backbone == chosen[row.dataset]]
+    places = unique((row.dataset, row.backbone) for row in methods)
+    return {place: [row for row in methods if (row.dataset, row.backbone) == place] for place in places}
 
 
 def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Key]) -> dict[Key, Spread]:
@@ -165,10 +161,6 @@ def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Meas
 
 def by_method(row: Measurement) -> str:
     return row.method
-
-
-def by_dataset(row: Measurement) -> str:
-    return row.dataset
 
 
 class Difference(NamedTuple):
@@ -225,7 +217,7 @@ class Table:
 
 
 def methods_table(rows: Rows, titles: Titles) -> Table:
-    """One data set: a row for every method and for always naming the largest class, the most accurate one first."""
+    """Of one data set and backbone: a row for every method, and for always naming the largest class; the best first."""
     accuracies = spreads(rows, ACCURACY, by_method)
     names = sorted(accuracies, key=lambda name: -accuracies[name].mean if accuracies[name].known else math.inf)
     reference = REFERENCE if REFERENCE in accuracies else rows[0].method
@@ -261,46 +253,41 @@ def _column(quantity: Quantity, values: Mapping[str, Spread], names: Sequence[st
 
 
 def _difference(rows: Rows, name: str, reference: str) -> str:
-    accuracy = {method: {row.seed: ACCURACY.of(row) for row in rows if row.method == method}
-                for method in (name, reference)}  # fmt: skip
-    difference = paired_difference(accuracy[name], accuracy[reference])
+    first, second = (
+        {row.seed: ACCURACY.of(row) for row in rows if row.method == method} for method in (name, reference)
+    )
+    difference = paired_difference(first, second)
     if name == reference or difference is None:
         return MISSING_TEXT
     interval = f" [{difference.low:+.2f}, {difference.high:+.2f}]" if math.isfinite(difference.low) else ""
     return f"{difference.mean:+.2f}{interval}"
 
 
-def curve_name(row: Measurement) -> tuple[str, str, str]:
-    """Identifies a curve of an experiment."""
-    return row.method, row.backbone, row.series
-
-
 def curves_table(rows: Rows, experiment: str, titles: Titles) -> Table | None:
     """Both ends of every curve of an experiment; None without rows."""
-    rows, lines = rows_of(rows, experiment), []
-    for place in unique((row.dataset, *curve_name(row)) for row in rows):
-        curve = [row for row in rows if (row.dataset, *curve_name(row)) == place]
+    curves: dict[tuple[str, ...], list[Measurement]] = {}
+    for row in rows_of(rows, experiment):
+        curves.setdefault((row.dataset, row.method, row.backbone, row.series), []).append(row)
+    lines = []
+    for place, curve in curves.items():
         first, last = min(row.x for row in curve), max(row.x for row in curve)
-        ends = {x: [row for row in curve if row.x == x] for x in (first, last)}
-        accuracy = [spread(map(ACCURACY.of, ends[x])) for x in (first, last)]
-        change = paired_difference(*({row.seed: ACCURACY.of(row) for row in ends[x]} for x in (last, first)))
-        names = [title_of(name, titles) if name else MISSING_TEXT for name in place]
-        numbers = [f"{first:g} to {last:g}", *map(ACCURACY.show, accuracy)]
-        numbers.append(MISSING_TEXT if change is None else f"{change.mean:+.2f}")
-        numbers += [quantity.show(spread(map(quantity.of, ends[last]))) for quantity in (CLUSTERS, SPENT)]
-        lines.append(tuple(map(Cell, (*names, *numbers))))
+        start, end = [row for row in curve if row.x == first], [row for row in curve if row.x == last]
+        change = paired_difference(*({row.seed: ACCURACY.of(row) for row in ends} for ends in (end, start)))
+        cells = [title_of(name, titles) for name in place] + [f"{first:g} to {last:g}"]
+        cells += [ACCURACY.show(spread(map(ACCURACY.of, ends))) for ends in (start, end)]
+        cells.append(MISSING_TEXT if change is None else f"{change.mean:+.2f}")
+        cells += [quantity.show(spread(map(quantity.of, end))) for quantity in (CLUSTERS, SPENT)]
+        lines.append(tuple(map(Cell, cells)))
     heads = ("data", "method", "backbone", "series", "x", "accuracy at the first x (%)", "at the last x (%)")
     heads += ("change (points)", "clusters at the last x", "images passed")
     return Table(f"Experiment: {experiment}", heads, tuple(lines)) if lines else None
 
 
 def tables(rows: Rows, titles: Titles) -> list[Table]:
-    """Everything that was measured: a table for every data set, and one for every experiment along an axis."""
-    chosen = main_rows(rows)
-    datasets = [[row for row in chosen if row.dataset == name] for name in unique(map(by_dataset, chosen))]
+    """A table for every data set and backbone, and one for every experiment along an axis."""
     experiments = [name for name in unique(row.experiment for row in rows) if name != "methods"]
     curves = [curves_table(rows, name, titles) for name in experiments]
-    return [*(methods_table(here, titles) for here in datasets), *filter(None, curves)]
+    return [*(methods_table(here, titles) for here in places_of(rows).values()), *filter(None, curves)]
 
 
 class Plate(NamedTuple):

@@ -114,9 +114,11 @@ def test_both_ends_of_a_curve_are_in_a_table():
     )
 
 
-def test_the_backbone_that_most_methods_were_measured_with_is_shown():
+def test_every_data_set_and_backbone_has_a_table():
     rows = [row(backbone="a"), row(backbone="b"), row(backbone="b", method="ncm"), row(dataset="svhn", backbone="c")]
-    assert summary.main_rows(rows) == rows[1:]
+    found = summary.tables(rows, TITLES)
+    assert [table.caption.partition(":")[0] for table in found] == ["CIFAR-10, a", "CIFAR-10, b", "svhn, c"]
+    assert [len(table.rows) for table in found] == [1, 2, 1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)), min_size=2, max_size=9))
