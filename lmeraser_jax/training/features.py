@@ -65,16 +65,16 @@ class Extractor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, h, w, c] -> float32 [N, D]."""
-        found = np.zeros((len(images), self.width), np.float32)
-        with progress("features", len(images)) as shown:
+        features = np.zeros((len(images), self.width), np.float32)
+        with progress("features", len(images)) as bar:
             for start in range(0, len(images), self.size):
                 interrupt.raise_if_stopped()
                 piece = images[start : start + self.size]
                 padded = np.zeros((self.size, *images.shape[1:]), np.uint8)
                 padded[: len(piece)] = piece
-                found[start : start + self.size] = np.asarray(self.function(self.params, padded))[: len(piece)]
-                shown.advance(len(piece))
-        return found
+                features[start : start + self.size] = np.asarray(self.function(self.params, padded))[: len(piece)]
+                bar.advance(len(piece))
+        return features
 
 
 def cached(
@@ -84,7 +84,7 @@ def cached(
 
     Args:
         file: the cache, a row for each row of the image file.
-        rows: int64 [n], rows wanted.
+        rows: int64 [n], the rows to give.
         count: N, rows of the image file.
         compute: rows int64 [k] -> float32 [k, D]; called only if something is missing.
         piece: rows computed between two writes.
@@ -98,16 +98,16 @@ def cached(
         file.truncate(min(len(file), count))
         if len(file) < count:
             file.append(np.full((count - len(file), *file.shape), np.nan, np.float32))
-    found = np.full((len(rows), *file.shape), np.nan, np.float32)
-    there = np.flatnonzero(rows < len(file))
-    if len(there):
-        found[there] = file.view()[rows[there]]
-    missing = np.flatnonzero(np.isnan(found).any(axis=1))
+    features = np.full((len(rows), *file.shape), np.nan, np.float32)
+    cached_rows = np.flatnonzero(rows < len(file))
+    if len(cached_rows):
+        features[cached_rows] = file.view()[rows[cached_rows]]
+    missing = np.flatnonzero(np.isnan(features).any(axis=1))
     for start in range(0, len(missing), piece):
-        chosen = missing[start : start + piece]
-        found[chosen] = compute(rows[chosen])
+        piece_rows = missing[start : start + piece]
+        features[piece_rows] = compute(rows[piece_rows])
         if write:
             view = file.view("r+")
-            view[rows[chosen]] = found[chosen]
+            view[rows[piece_rows]] = features[piece_rows]
             view.flush()
-    return found
+    return features

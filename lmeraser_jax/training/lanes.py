@@ -30,11 +30,11 @@ def pack(steps: Sequence[int], lanes: int) -> list[list[int]]:
     shortest = max(-(-sum(steps) // lanes), max(steps, default=0))
     while shortest < longest:
         middle = (shortest + longest) // 2
-        found = _first_fit(steps, order, lanes, middle)
-        if found is None:
+        shorter = _first_fit(steps, order, lanes, middle)
+        if shorter is None:
             shortest = middle + 1
         else:
-            plan, longest = found, max(sum(steps[i] for i in lane) for lane in found)
+            plan, longest = shorter, max(sum(steps[i] for i in lane) for lane in shorter)
     return plan
 
 

@@ -64,7 +64,7 @@ class TuningSpec:
 
     @property
     def own_architecture(self) -> Architecture | None:
-        """Of the backbone that every slice has of its own; None where all share the frozen one."""
+        """The architecture of a backbone that every slice has of its own; None where all share the frozen backbone."""
         return self.architecture if self.tuning.method == "backbone" else None
 
     @property
@@ -246,7 +246,7 @@ def compiled(tuning_spec: TuningSpec, mesh: Mesh):
     inputs, outputs = (P(), P(), P(), P(), lanes, work), (lanes, lanes, work)
     program = functools.partial(device_program, tuning_spec)
     mapped = jax.shard_map(program, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-    # Shardings are said outright: on one device XLA would return the state under another name for the same
+    # The shardings are explicit: on one device XLA would return the state under another name for the same
     # layout, and the second call would compile again.
     named = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
     return jax.jit(mapped, donate_argnums=4, in_shardings=named(inputs), out_shardings=named(outputs))
@@ -255,11 +255,11 @@ def compiled(tuning_spec: TuningSpec, mesh: Mesh):
 def initial_state(tuning_spec: TuningSpec, mesh: Mesh) -> LaneState:
     """Zeros in the shape of all lanes' states, split over the mesh."""
 
-    def one(params: Any) -> LaneState:
+    def lane_state(params: Any) -> LaneState:
         slice_ = _fresh_slice(tuning_spec, jax.random.key(0), params)
         return LaneState(slice_, optimizer(tuning_spec.tuning).init(slice_))
 
     lanes = mesh.size * tuning_spec.tuning.lanes
-    shapes = jax.eval_shape(one, backbone_lib.graph(tuning_spec.architecture)[1])
+    shapes = jax.eval_shape(lane_state, backbone_lib.graph(tuning_spec.architecture)[1])
     zeros = jax.tree.map(lambda leaf: np.zeros((lanes, *leaf.shape), leaf.dtype), shapes)
     return jax.device_put(zeros, NamedSharding(mesh, P(mesh.axis_names[0])))

@@ -1,7 +1,7 @@
 """A run: one workdir opened with its config, data, backbone and devices.
 
-Everything after this line of the program works on a `Run`; making one imports the data and pretrains or
-converts the backbone if the workdir does not have them yet.
+All commands that compute work on a `Run`. `open_run` opens a finished workdir; `prepare_run` also imports the data and
+pretrains or converts the backbone where the workdir lacks them.
 """
 
 import contextlib
@@ -272,12 +272,14 @@ def prepare_run(
             if retune or requests.any_open(catalog):
                 free += ("tuning", "common")
             _check_same(layout, stored, config, free)
-        _check_made(layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data.")
+        _check_unchanged(
+            layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data."
+        )
         mesh, imported = mesh_of(devices), None
         converted = None
         if layout.backbone.exists():
             backbone, inputs = backbone_lib.load(layout.backbone)
-            _check_made(layout, "backbone", inputs, backbone_inputs(config), "")
+            _check_unchanged(layout, "backbone", inputs, backbone_inputs(config), "")
         if stored != config:  # before anything can fail: the same command without --config must not mean another run
             write_json(layout.config, settings.to_dict(config))
         if not layout.backbone.exists() and config.backbone.weights:
@@ -293,38 +295,39 @@ def prepare_run(
 
 def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:
     """Refuses a config that differs from the stored one in any group that is not free."""
-    old, new = ({k: v for k, v in settings.to_dict(c).items() if k not in free} for c in (stored, config))
-    for tree in (old, new):
+    trees = []
+    for tree in (settings.to_dict(stored), settings.to_dict(config)):
         for name in ("skip_unreadable", "max_pixels"):  # which files are read, not what the records are
             tree["data"].pop(name)
         for name in NOT_IN_RECIPE:
-            tree.get("tuning", {}).pop(name, None)
-    _check_made(layout, "state", old, new, "")
+            tree["tuning"].pop(name)
+        trees.append({group: values for group, values in tree.items() if group not in free})
+    old, new = trees
+    _check_unchanged(layout, "state", old, new, "")
 
 
-def _check_made(layout: Layout, what: str, old: dict | None, new: dict, prefix: str) -> None:
+def _check_unchanged(layout: Layout, thing: str, old: dict | None, new: dict, prefix: str) -> None:
     """Refuses settings that contradict those that a part of the workdir was made with."""
     lines = settings.differences(old, new, prefix) if old is not None else []
     heading = (
-        f"the {what} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
+        f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
     )
     raise_all(lines, heading if lines else "")
 
 
 def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     """What the config asks of the data; the sample may only outgrow it later, by erasures."""
-    k = config.clustering
-    split = "train" if k.sample_from == "private" else "public"
-    count = catalog.counts().get(split, 0)
-    problems = []
-    if k.partition != "adaptive":
+    clustering, problems = config.clustering, []
+    if clustering.partition != "adaptive":
         return
-    if first and k.sample_size > count and not requests.any_open(catalog):
-        what = f"at most the number of {k.sample_from} records, {count}"
-        problems.append(f"--config.clustering.sample_size={k.sample_size}: must be {what}")
-    kind, value = parse_cut(k.cut)
-    if kind == "auto" and value > k.sample_size:
-        problems.append(f"--config.clustering.cut={k.cut}: K must be at most clustering.sample_size={k.sample_size}")
+    count = catalog.counts().get("train" if clustering.sample_from == "private" else "public", 0)
+    if first and clustering.sample_size > count and not requests.any_open(catalog):
+        legal = f"at most the number of {clustering.sample_from} records, {count}"
+        problems.append(f"--config.clustering.sample_size={clustering.sample_size}: must be {legal}")
+    kind, value = parse_cut(clustering.cut)
+    if kind == "auto" and value > clustering.sample_size:
+        legal = f"K must be at most clustering.sample_size={clustering.sample_size}"
+        problems.append(f"--config.clustering.cut={clustering.cut}: {legal}")
     raise_all(problems)
 
 
