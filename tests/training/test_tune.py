@@ -15,301 +15,257 @@ from tuning_problem import (
     CLASSES,
     GROUPS,
     assert_near,
-    problem_of,
     reference,
-    run,
-    run_jobs,
     same_bits,
     small_backbone,
     small_data,
+    small_spec,
+    tune_groups,
+    tune_jobs,
 )
 
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import train_step, tune
 from lmeraser_jax.training.fingerprint import fingerprint
-from lmeraser_jax.training.jobs import make_job, snapshot_steps, step_batches
+from lmeraser_jax.training.jobs import make_job, snapshot_steps
+from lmeraser_jax.training.lanes import step_batches
+from lmeraser_jax.training.slices import init_slice, place_prompt
 from lmeraser_jax.training.train_step import mesh_of
 
 
 @pytest.fixture(scope="module")
-def backbone():
-    return small_backbone()
+def together():
+    """All clusters tuned at once, with random augmentation."""
+    return tune_groups(small_spec("flip"))
 
 
-@pytest.fixture(scope="module")
-def data():
-    return small_data()
+def snapped_jobs(spec):
+    """The jobs of GROUPS with a snapshot after each epoch."""
+    jobs = [make_job(key, rows, spec.tuning) for key, rows in GROUPS.items()]
+    return [dataclasses.replace(job, snapshots=snapshot_steps(job, 1, 99)) for job in jobs]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"optimizer": "sgd", "prompt_rate": 0.5, "head_rate": 0.2, "prompt_decay": 0.01, "head_decay": 0.02},
-        {"optimizer": "adam", "prompt_rate": 0.03, "head_rate": 0.01, "head_decay": 0.1},
-    ],
-    ids=["sgd", "adamw"],
-)
-def test_equals_a_literal_loop(backbone, data, changes):
-    problem = problem_of(backbone, **changes)
+def test_tuning_equals_a_literal_loop():
     rows = np.arange(30, 41)  # 11 members, batches of 4: the last batch is short
-    found = run(problem, backbone, data, {"a": np.arange(9), "b": rows})["b"]
-    wanted = reference(problem, backbone, data, make_job("b", rows, problem.tuning))
-    assert_near(found.slice, wanted)
-    assert np.abs(wanted[0]).max() > 1e-3, "the prompt did learn"
+    sgd = {"optimizer": "sgd", "prompt_rate": 0.5, "head_rate": 0.2, "prompt_decay": 0.01, "head_decay": 0.02}
+    adamw = {"optimizer": "adam", "prompt_rate": 0.03, "head_rate": 0.01, "head_decay": 0.1}
+    for settings in (sgd, adamw):
+        spec = small_spec(**settings)
+        expected = reference(spec, make_job("b", rows, spec.tuning))[-1]
+        assert_near(tune_groups(spec, {"a": np.arange(9), "b": rows})["b"].slice, expected)
+        assert np.abs(expected[0]).max() > 1e-3, "the prompt did learn"
 
 
-def test_the_loss_is_the_masked_mean_cross_entropy(backbone, data, rng):
-    problem = problem_of(backbone)
-    images, labels = centred(jnp.asarray(data[0][:4]), problem.image_spec), data[1][:4]
-    part = tune.init_slice(
-        jax.random.key(1),
-        dataclasses.replace(problem.tuning, prompt_init=1.0, head_init=1.0),
-        problem.architecture,
-        CLASSES,
-    )
-    prompt = tune.place_prompt(part.prompt, 8, 1, 1)
-    logits = np.asarray(
-        backbone_lib.features(problem.architecture, backbone.params, images + prompt[None]) @ part.kernel, np.float64
-    )
+def test_the_loss_is_the_masked_mean_cross_entropy():
+    spec, params, (pixels, labels) = small_spec(prompt_init=1.0, head_init=1.0), small_backbone().params, small_data()
+    images, labels = centred(jnp.asarray(pixels[:4]), spec.image_spec), labels[:4]
+    slice_ = init_slice(jax.random.key(1), spec.tuning, spec.architecture, CLASSES)
+    prompt = place_prompt(slice_.prompt, 8, 1, 1)
+    features = jax.jit(backbone_lib.features, static_argnums=0)(spec.architecture, params, images + prompt[None])
+    logits = np.asarray(features @ slice_.kernel, np.float64)
     losses = logsumexp(logits, axis=1) - logits[np.arange(4), labels]
+    cluster_loss = jax.jit(train_step.cluster_loss, static_argnums=1)
     for valid in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 0]):
-        found = train_step.cluster_loss(part, problem, backbone.params, images, labels, jnp.asarray(valid, bool))
-        wanted = (losses * valid).sum() / max(sum(valid), 1)
-        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+        loss = cluster_loss(slice_, spec, params, images, labels, jnp.asarray(valid, bool))
+        np.testing.assert_allclose(loss, (losses * valid).sum() / max(sum(valid), 1), rtol=1e-5)
 
 
-def test_bits_do_not_depend_on_lane_neighbours_or_their_number(backbone, data):
-    problem = problem_of(backbone, augment="paper")
-    together = run(problem, backbone, data, GROUPS)
-    backwards = run(problem, backbone, data, dict(reversed(GROUPS.items())))
+def test_bits_do_not_depend_on_lane_neighbours_or_their_number(together):
+    backwards = tune_groups(small_spec("flip"), dict(reversed(GROUPS.items())))
     for key, rows in GROUPS.items():
-        alone = run(problem, backbone, data, {key: rows})[key]
-        assert same_bits(alone, together[key]) and same_bits(alone, backwards[key])
+        alone = tune_groups(small_spec("flip"), {key: rows})[key].slice
+        assert same_bits(alone, together[key].slice) and same_bits(alone, backwards[key].slice)
 
 
-def test_bits_do_not_depend_on_which_of_many_devices(backbone, data):
+def test_bits_do_not_depend_on_the_length_of_a_call_or_on_where_the_images_are(together):
+    short_and_streamed = tune_groups(small_spec("flip", scan_steps=3, device_bytes=0))
+    assert all(same_bits(together[key].slice, short_and_streamed[key].slice) for key in GROUPS)
+
+
+def test_bits_do_not_depend_on_which_of_many_devices(together):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    problem = problem_of(backbone)
-    found = [run(problem, backbone, data, GROUPS, devices) for devices in (2, 8)]
-    one = run(problem, backbone, data, GROUPS, 1)
+    forwards = tune_groups(small_spec("flip"), devices=8)
+    backwards = tune_groups(small_spec("flip"), dict(reversed(GROUPS.items())), devices=8)
     for key in GROUPS:
-        assert same_bits(found[0][key], found[1][key])
-        for a, b in zip(*map(jax.tree.leaves, (one[key].slice, found[0][key].slice)), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4)  # another program: XLA fuses it differently
+        assert same_bits(forwards[key].slice, backwards[key].slice)
+        chex.assert_trees_all_close(together[key].slice, forwards[key].slice, atol=1e-4)  # fused differently
 
 
-def test_bits_do_not_depend_on_where_the_images_are(backbone, data):
-    """On the device, or streamed because they do not fit."""
-    resident = run(problem_of(backbone), backbone, data, GROUPS)
-    streamed = run(problem_of(backbone, device_bytes=0), backbone, data, GROUPS)
-    assert all(same_bits(resident[key], streamed[key]) for key in GROUPS)
+@pytest.mark.slow
+def test_bits_do_not_depend_on_how_many_devices():
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    two, eight = (tune_groups(small_spec("flip"), devices=devices) for devices in (2, 8))
+    assert all(same_bits(two[key].slice, eight[key].slice) for key in GROUPS)
 
 
-def test_bits_do_not_depend_on_the_length_of_a_call(backbone, data):
-    long = run(problem_of(backbone), backbone, data, GROUPS)
-    short = run(problem_of(backbone, scan_steps=3), backbone, data, GROUPS)
-    assert all(same_bits(long[key], short[key]) for key in GROUPS)
-
-
-def test_more_clusters_than_output_slots(backbone, data):
-    problem = problem_of(backbone, min_steps=0, epochs=1)
-    groups = {f"s{i}": np.arange(i, i + 1) for i in range(3 * problem.slots)}
-    assert set(run(problem, backbone, data, groups)) == set(groups)
+def test_more_clusters_than_output_slots():
+    spec = small_spec("flip", min_steps=0, epochs=1)
+    groups = {f"s{i}": np.arange(i, i + 1) for i in range(3 * spec.slots)}
+    assert set(tune_groups(spec, groups)) == set(groups)
 
 
 def shapes_of_products(jaxpr):
     """Shapes of all matrix products anywhere in a jaxpr."""
-    found = set()
+    shapes = set()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
-            found |= {tuple(var.aval.shape) for var in eqn.outvars}
+            shapes |= {tuple(var.aval.shape) for var in eqn.outvars}
         for value in eqn.params.values():
             for inner in value if isinstance(value, (tuple, list)) else [value]:
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
-                    found |= shapes_of_products(inner)
-    return found
+                    shapes |= shapes_of_products(inner)
+    return shapes
 
 
-def weight_shapes(backbone):
-    shapes = {leaf.shape for leaf in jax.tree.leaves(backbone.params) if leaf.ndim == 2 and 1 not in leaf.shape}
-    return shapes | {shape[::-1] for shape in shapes}
-
-
-def test_no_backbone_gradient_exists_in_the_program(backbone, data):
+def test_no_backbone_gradient_exists_in_the_program():
     """A gradient of a weight is a matrix product with the weight's shape; the program has none."""
-    problem = problem_of(backbone)
-    shapes = weight_shapes(backbone)
+    spec, params = small_spec(), small_backbone().params
+    weights = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2 and 1 not in leaf.shape}
+    weights |= {shape[::-1] for shape in weights}
 
-    def products(argument):
-        def loss(part, params):
-            images = jnp.zeros((4, 8, 8, 1))
-            return train_step.cluster_loss(part, problem, params, images, jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+    def loss(slice_, params):
+        labels, valid = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
+        return train_step.cluster_loss(slice_, spec, params, jnp.zeros((4, 8, 8, 1)), labels, valid)
 
-        part = tune.init_slice(jax.random.key(0), problem.tuning, problem.architecture, CLASSES)
-        return shapes_of_products(jax.make_jaxpr(jax.grad(loss, argnums=argument))(part, backbone.params).jaxpr)
-
-    assert shapes & products(1), "control: with a backbone gradient the finder finds it"
-    assert not shapes & products(0)
-    state = jax.tree.map(lambda leaf: leaf[:2], train_step.initial_state(problem, mesh_of(jax.devices()[:1])))
-    work = train_step.Batch(
-        np.zeros((8, 2, 4), np.int32),
-        np.ones((8, 2, 4), bool),
-        np.zeros((8, 2, 2), np.uint32),
-        *(np.zeros((8, 2), np.int32) for _ in range(3)),
-    )
-    whole = jax.make_jaxpr(lambda *args: train_step.device_program(problem, *args))(
-        backbone.params, *data, np.int32(8), state, work
-    )
-    ending = {shape[-2:] for shape in shapes_of_products(whole.jaxpr)}
-    assert ending and not shapes & ending
+    slice_ = init_slice(jax.random.key(0), spec.tuning, spec.architecture, CLASSES)
+    with_gradient = jax.make_jaxpr(jax.grad(loss, argnums=1))(slice_, params)
+    assert weights & shapes_of_products(with_gradient.jaxpr), "control: with a backbone gradient one is there"
+    state = train_step.initial_state(spec, mesh_of(jax.devices()[:1]))
+    rows, words, numbers = (np.zeros((8, 2, *shape), np.int32) for shape in ((4,), (2,), ()))
+    work = train_step.Batch(rows, np.ones((8, 2, 4), bool), words.astype(np.uint32), numbers, numbers, numbers)
+    program = jax.make_jaxpr(lambda *args: train_step.device_program(spec, *args))
+    shapes = {
+        shape[-2:] for shape in shapes_of_products(program(params, *small_data(), np.int32(8), state, work).jaxpr)
+    }
+    assert shapes and not weights & shapes
 
 
-@pytest.mark.parametrize("fits", [True, False])
-def test_a_call_sends_no_image_where_all_fit_on_the_device(backbone, data, monkeypatch, fits):
+def test_a_call_sends_no_image_where_all_fit_on_the_device(monkeypatch):
     """Images go to the device once. A call is given its batches' row numbers, and sends nothing while it runs."""
-    images, _ = data
-    changes = {} if fits else {"device_bytes": 1}
-    problem = problem_of(backbone, scan_steps=4, **changes)
-    kept, given, sent = train_step.compiled, [], []
+    compiled = train_step.compiled
+    for fits in (True, False):
+        spec = small_spec("flip") if fits else small_spec("flip", scan_steps=3, device_bytes=0)
+        images, sent = [], []
 
-    def watched(problem, mesh):
-        program = kept(problem, mesh)
+        def watched(spec, mesh, images=images, sent=sent):
+            def call(*args):
+                images.append(args[1])
+                sent.append(sum(leaf.nbytes for leaf in jax.tree.leaves(args) if isinstance(leaf, np.ndarray)))
+                on_device = jax.device_put(args)
+                with jax.transfer_guard_host_to_device("disallow"):
+                    return compiled(spec, mesh)(*on_device)
 
-        def call(*args):
-            given.append(args[1])
-            sent.append(sum(leaf.nbytes for leaf in jax.tree.leaves(args) if isinstance(leaf, np.ndarray)))
-            there = jax.device_put(args)
-            with jax.transfer_guard_host_to_device("disallow"):
-                return program(*there)
+            return call
 
-        return call
-
-    monkeypatch.setattr(tune, "compiled", watched)
-    run(problem, backbone, data, GROUPS)
-    assert len(given) > 3 and all(isinstance(leaf, jax.Array) for leaf in given)
-    assert (len({id(leaf) for leaf in given}) == 1) == fits
-    batches = problem.tuning.scan_steps * problem.tuning.lanes * problem.tuning.batch
-    assert max(sent) < 32 * batches < images.nbytes, "row numbers, places in the schedule: no pixels"
+        monkeypatch.setattr(tune, "compiled", watched)
+        tune_groups(spec)
+        assert len(images) > 2 and all(isinstance(array, jax.Array) for array in images)
+        assert (len({id(array) for array in images}) == 1) == fits
+        call_images = spec.tuning.scan_steps * spec.tuning.lanes * spec.tuning.batch
+        assert max(sent) < 32 * call_images < small_data()[0].nbytes, "row numbers, places in the schedule: no pixels"
     with pytest.raises(Exception, match="[Dd]isallowed"), jax.transfer_guard_host_to_device("disallow"):
         jax.jit(jnp.sum)(np.ones(3))  # control: the guard works on this backend
 
 
-def snapped(problem):
-    """The jobs of GROUPS with a snapshot after each epoch."""
-    jobs = [make_job(key, rows, problem.tuning) for key, rows in GROUPS.items()]
-    return [dataclasses.replace(job, snapshots=snapshot_steps(job, 1, 99)) for job in jobs]
-
-
-@pytest.mark.parametrize("devices", [1, 8])
-def test_snapshots_change_neither_the_end_nor_the_program(backbone, data, devices, monkeypatch):
-    if len(jax.devices()) < devices:
-        pytest.skip(f"needs {devices} devices")
+def test_snapshots_change_neither_the_end_nor_the_program(monkeypatch):
     chex.clear_trace_counter()
-    monkeypatch.setattr(tune, "device_program", chex.assert_max_traces(train_step.device_program, n=1))
-    problem = dataclasses.replace(problem_of(backbone, augment="paper"), seed=101)  # new to this process
-    plain = run(problem, backbone, data, GROUPS, devices)
-    found = run_jobs(problem, snapped(problem), devices)
-    for job in snapped(problem):
-        mine = [done for done in found if done.job.key == job.key]
-        assert [done.step for done in mine] == [*job.snapshots, job.steps] and len(mine) > 1
-        assert [done.final for done in mine] == [False] * len(job.snapshots) + [True]
-        assert same_bits(mine[-1], plain[job.key]) and mine[-1].loss == plain[job.key].loss
-        assert not any(same_bits(a, b) for a, b in itertools.pairwise(mine))
+    monkeypatch.setattr(train_step, "device_program", chex.assert_max_traces(train_step.device_program, n=1))
+    spec = small_spec(seed=101)  # new to this process
+    plain, results = tune_groups(spec), tune_jobs(spec, snapped_jobs(spec))
+    for job in snapped_jobs(spec):
+        own = [tuned for tuned in results if tuned.job.key == job.key]
+        assert [tuned.step for tuned in own] == [*job.snapshots, job.steps] and len(own) > 1
+        assert [tuned.final for tuned in own] == [False] * len(job.snapshots) + [True]
+        assert same_bits(own[-1].slice, plain[job.key].slice) and own[-1].loss == plain[job.key].loss
+        assert not any(same_bits(a.slice, b.slice) for a, b in itertools.pairwise(own))
 
 
-def stopped(problem, backbone, data, job, steps):
-    """(slice, losses) of a job whose program was told to stop after so many steps."""
-    mesh, size = mesh_of(jax.devices()[:1]), tune.bucket(len(data[0]))
-    padded = [np.concatenate([part, np.zeros((size - len(part), *part.shape[1:]), part.dtype)]) for part in data]
-    chunk = next(step_batches([job], 1, problem.tuning, problem.slots, problem.seed))
-    work = train_step.Batch(chunk.rows, chunk.valid, chunk.seed_words, chunk.step, chunk.total, chunk.slot)
-    state = train_step.initial_state(problem, mesh)
-    program = train_step.compiled(problem, mesh)
-    state, _, losses = program(backbone.params, *padded, np.int32(steps), state, work, None)
+def stopped_slice(spec, job, steps):
+    """(slice, losses) of a job whose program ends after so many steps."""
+    images, labels = small_data()
+    padding = ((0, tune.bucket(len(images)) - len(images)),)
+    data = np.pad(images, padding + ((0, 0),) * 3), np.pad(labels, padding)
+    call = next(step_batches([job], 1, spec.tuning, spec.slots, spec.seed))
+    work = train_step.Batch(call.rows, call.valid, call.seed_words, call.step, call.total, call.slot)
+    mesh = mesh_of(jax.devices()[:1])
+    program, state = train_step.compiled(spec, mesh), train_step.initial_state(spec, mesh)
+    state, _, losses = program(small_backbone().params, *data, np.int32(steps), state, work)
     return jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.slice), np.asarray(losses)[:steps, 0]
 
 
-def test_a_snapshot_is_the_run_stopped_there(backbone, data):
+def test_a_snapshot_is_the_run_stopped_there():
     """Bit for bit where the program stops, and near where the literal loop does."""
-    problem = problem_of(backbone)
-    found = {(done.job.key, done.step): done for done in run_jobs(problem, snapped(problem))}
-    for job in snapped(problem)[:3]:
+    spec = small_spec()
+    results = {(tuned.job.key, tuned.step): tuned for tuned in tune_jobs(spec, snapped_jobs(spec))}
+    for job in snapped_jobs(spec)[:3]:
         whole = dataclasses.replace(job, snapshots=())
+        history = reference(spec, whole)
         for epoch, step in enumerate(job.snapshots, 1):
-            done, (part, losses) = found[job.key, step], stopped(problem, backbone, data, whole, step)
-            assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (done.slice, part)), strict=True))
-            assert_near(done.slice, reference(problem, backbone, data, whole, step))
-            seen = -(-len(job.rows) // 4)
-            assert step == math.ceil(epoch * len(job.rows) / 4) and not done.final and done.failed_at is None
-            assert done.loss == pytest.approx(losses[step - seen :].mean(), rel=1e-6)
+            tuned, (slice_, losses) = results[job.key, step], stopped_slice(spec, whole, step)
+            assert same_bits(tuned.slice, slice_)
+            assert_near(tuned.slice, history[step - 1])
+            assert step == math.ceil(epoch * len(job.rows) / 4) and not tuned.final and tuned.failed_at is None
+            assert tuned.loss == pytest.approx(losses[step - math.ceil(len(job.rows) / 4) :].mean(), rel=1e-6)
 
 
-@pytest.mark.parametrize("total", [1, 2, 7, 100])
-@pytest.mark.parametrize("warmup", [0.0, 0.2])
-def test_learning_rate_rises_then_falls_to_zero(total, warmup):
-    settings = dataclasses.replace(small_config().tuning, warmup=warmup)
-    steps = jnp.arange(total)
-    rates = np.asarray(train_step.learning_rate(settings, steps, jnp.full(total, total)))
-    rising = math.ceil(warmup * total)
-    assert (0 <= rates).all() and (rates <= 1 + 1e-6).all() and rates.max() == pytest.approx(1.0)
-    assert (np.diff(rates[:rising]) > 0).all() and (np.diff(rates[rising:]) < 0).all()
+def test_the_learning_rate_rises_then_falls_to_zero():
+    for warmup, total in itertools.product((0.0, 0.2), (1, 2, 7, 100)):
+        settings = dataclasses.replace(small_config().tuning, warmup=warmup)
+        rates = np.asarray(train_step.learning_rate(settings, jnp.arange(100), jnp.full(100, total)))[:total]
+        rising = math.ceil(warmup * total)
+        assert (0 <= rates).all() and (rates <= 1 + 1e-6).all() and rates.max() == pytest.approx(1.0)
+        assert (np.diff(rates[:rising]) > 0).all() and (np.diff(rates[rising:]) < 0).all()
 
 
-def test_a_rate_of_zero_leaves_the_prompt_alone(backbone, data):
-    found = run(problem_of(backbone, prompt_rate=0.0), backbone, data, {"a": np.arange(20)})["a"]
-    assert (found.slice.prompt == 0).all() and (found.slice.kernel != 0).any()
-
-
-def test_a_loss_that_is_not_finite_stops_its_cluster_only(backbone, data, monkeypatch):
+def test_a_loss_that_is_not_finite_fails_its_cluster_only(together, monkeypatch):
     """A poisoned label makes the loss NaN; clusters without it, in the next lane too, keep their bits."""
-    loss, poisoned = train_step.cluster_loss, 9
+    cluster_loss, poisoned = train_step.cluster_loss, 9
 
-    def poison(part, problem, params, images, labels, valid):
+    def poison(slice_, spec, params, images, labels, valid):
         bad = jnp.any((labels == poisoned) & valid)
-        return loss(part, problem, params, images, labels, valid) * jnp.where(bad, jnp.nan, 1.0)
+        return cluster_loss(slice_, spec, params, images, labels, valid) * jnp.where(bad, jnp.nan, 1.0)
 
-    fine = run(problem_of(backbone), backbone, data, GROUPS)
-    assert all(done.failed_at is None and math.isfinite(done.loss) for done in fine.values())
+    assert all(tuned.failed_at is None and math.isfinite(tuned.loss) for tuned in together.values())
     train_step.compiled.cache_clear()
-    monkeypatch.setattr(tune, "cluster_loss", poison)
+    monkeypatch.setattr(train_step, "cluster_loss", poison)
     try:
-        found = run(problem_of(backbone), backbone, data, GROUPS)
+        results = tune_groups(small_spec("flip"))
     finally:
         train_step.compiled.cache_clear()
-    hit = {key for key, rows in GROUPS.items() if (data[1][rows] == poisoned).any()}
+    hit = {key for key, rows in GROUPS.items() if (small_data()[1][rows] == poisoned).any()}
     assert 0 < len(hit) < len(GROUPS)
-    for key, done in found.items():
-        assert (done.failed_at is not None) == (key in hit)
-        assert key in hit or same_bits(done, fine[key])
+    assert {key for key, tuned in results.items() if tuned.failed_at is not None} == hit
+    assert all(same_bits(results[key].slice, together[key].slice) for key in results.keys() - hit)
 
 
-def test_a_huge_rate_fails_and_says_at_which_step(backbone):
-    problem = problem_of(backbone, optimizer="sgd", head_rate=1e38, prompt_rate=1e38)
-    found = run_jobs(problem, snapped(problem))
-    failed = {done.job.key: done.failed_at for done in found if done.final}
+def test_a_huge_rate_fails_and_the_step_is_named():
+    spec = small_spec(optimizer="sgd", head_rate=1e38, prompt_rate=1e38)
+    results = tune_jobs(spec, snapped_jobs(spec))
+    failed = {tuned.job.key: tuned.failed_at for tuned in results if tuned.final}
     assert len(failed) == len(GROUPS) and None not in failed.values()
-    for done in found:
-        first = failed[done.job.key]
-        assert first <= done.job.steps
-        assert done.failed_at in ((None, first) if done.step <= first else (first,)), "snapshots before it are whole"
+    for tuned in results:
+        first = failed[tuned.job.key]
+        assert first <= tuned.job.steps
+        allowed = (None, first) if tuned.step <= first else (first,)
+        assert tuned.failed_at in allowed, "snapshots before it are whole"
 
 
-def test_bfloat16_stays_near_float32(backbone, data):
-    low = run(problem_of(backbone, dtype="bfloat16"), backbone, data, {"a": np.arange(20)})["a"]
-    full = run(problem_of(backbone), backbone, data, {"a": np.arange(20)})["a"]
-    assert low.slice.kernel.dtype == np.float32 and not same_bits(low, full)
+def test_bfloat16_stays_near_float32():
+    low, full = (tune_groups(small_spec(dtype=dtype))["c5"] for dtype in ("bfloat16", "float32"))
+    assert low.slice.kernel.dtype == np.float32 and not same_bits(low.slice, full.slice)
     assert low.loss == pytest.approx(full.loss, rel=0.1)
 
 
 def test_the_fingerprint_names_what_the_bits_depend_on():
-    settings, one = small_config().tuning, mesh_of(jax.devices()[:1])
-    assert fingerprint(settings, one) != fingerprint(dataclasses.replace(settings, lanes=5), one)
-    assert jax.__version__ in fingerprint(settings, one)
+    tuning, mesh = small_config().tuning, mesh_of(jax.devices()[:1])
+    assert fingerprint(tuning, mesh) != fingerprint(dataclasses.replace(tuning, lanes=5), mesh)
+    assert jax.__version__ in fingerprint(tuning, mesh)
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, 256), (1, 256), (256, 256), (257, 512), (50_000, 53_248)])
-def test_buckets_hold_the_count_and_waste_little(count, size):
-    assert tune.bucket(count) == size
+def test_buckets_hold_the_count_and_waste_little():
+    for count, size in ((0, 256), (1, 256), (256, 256), (257, 512), (50_000, 53_248)):
+        assert tune.bucket(count) == size
