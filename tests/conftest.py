@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+from fakes import fast_fakes
 from helpers import small_run
 from hypothesis import HealthCheck, settings
 
@@ -70,6 +71,31 @@ def erased_template(trained_template, tmp_path_factory) -> Path:
     with small_run(folder) as run:
         erase.request_erasure(run, [run.catalog.live("train").ids[0]], request="first")
     return folder
+
+
+@pytest.fixture(scope="module")
+def fast():
+    """The stand-ins of `fakes`, for all tests of a module: `pytestmark = pytest.mark.usefixtures("fast")`."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def fast_template(tmp_path_factory) -> Path:
+    """A small workdir, trained once on one device with the stand-ins. Tests copy it and never change it."""
+    folder = tmp_path_factory.mktemp("fast") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        fast_fakes(patch)
+        with small_run(folder) as run:
+            build(run)
+    return folder
+
+
+@pytest.fixture
+def fast_workdir(fast, fast_template, tmp_path) -> Path:
+    """A copy of the workdir that was trained with the stand-ins, for one test to change."""
+    return Path(shutil.copytree(fast_template, tmp_path / "fast" / "run"))
 
 
 @pytest.fixture

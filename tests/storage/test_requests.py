@@ -9,7 +9,6 @@ import threading
 import time
 
 import pytest
-from fakes import fast_fakes
 from helpers import small_run, small_source, without
 
 from lmeraser_jax.data.source import Item
@@ -34,27 +33,6 @@ def catalog(tmp_path):
         new.add_records(ITEMS, range(len(ITEMS)), [f"hash-{item.id}" for item in ITEMS])
         new.publish("tree", "cpu", "inputs", {}, [(f"r{i}", f"k{i % 2}") for i in range(9)])
         yield new
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, _fast):
-    """A trained workdir."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    with small_run(folder) as run:
-        build(run)
-    return folder
-
-
-@pytest.fixture
-def workdir(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
 
 
 def dump(catalog):
@@ -184,8 +162,8 @@ def test_due(catalog, monkeypatch):
 
 
 # serving
-def test_deferred_requests_are_served_together(workdir):
-    with small_run(workdir) as run:
+def test_deferred_requests_are_served_together(fast_workdir):
+    with small_run(fast_workdir) as run:
         ids, before = list(run.catalog.live("train").ids), run.catalog.manifest()
         sampled = set(load_clustering(run.layout, before.clustering).sample)
         one, two, three = [name for name in ids if name not in sampled][:3]
@@ -205,8 +183,8 @@ def test_deferred_requests_are_served_together(workdir):
         assert erase.process(run)[1] == []
 
 
-def test_a_second_request_for_what_is_gone_has_its_own_receipt(workdir):
-    with small_run(workdir) as run:
+def test_a_second_request_for_what_is_gone_has_its_own_receipt(fast_workdir):
+    with small_run(fast_workdir) as run:
         name = run.catalog.live("train").ids[0]
         erase.request_erasure(run, [name], request="a")
         before = state(run)
@@ -228,24 +206,24 @@ with writer_lock(Layout(sys.argv[1])):
 """
 
 
-def test_accepting_needs_no_writer_lock(workdir):
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(workdir)], stdout=subprocess.PIPE, text=True) as holder:
+def test_accepting_needs_no_writer_lock(fast_workdir):
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(fast_workdir)], stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
-            with contextlib.closing(Catalog(Layout(workdir).catalog)) as catalog:
+            with contextlib.closing(Catalog(Layout(fast_workdir).catalog)) as catalog:
                 name = catalog.live("train").ids[0]
                 accept(catalog, [name], request="a", quarantine=True)
                 assert catalog.quarantined() and resolve(catalog, [name]).pending == (name,)
         finally:
             holder.kill()
             holder.wait()
-    with small_run(workdir) as run:
+    with small_run(fast_workdir) as run:
         assert get(run.catalog, "a").open and not run.catalog.live("train").ids.count(name)
         build(run)
         assert get(run.catalog, "a").state == "purged" and run.catalog.quarantined() == frozenset()
 
 
-def test_requester_reason_quarantine_and_defer_do_not_change_the_state(trained, tmp_path):
+def test_requester_reason_quarantine_and_defer_do_not_change_the_state(fast, fast_template, tmp_path):
     ways = [
         {},
         {"requester": "A. Person", "reason": "Art. 17", "request": "with-a-name"},
@@ -254,7 +232,7 @@ def test_requester_reason_quarantine_and_defer_do_not_change_the_state(trained, 
     ]
     states, erased = [], set()
     for number, way in enumerate(ways):
-        with small_run(shutil.copytree(trained, tmp_path / f"run-{number}")) as run:
+        with small_run(shutil.copytree(fast_template, tmp_path / f"run-{number}")) as run:
             sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
             names = [sample[0], next(i for i in run.catalog.live("train").ids if i not in sample)]
             owner = run.catalog.live("train").owners[-1]

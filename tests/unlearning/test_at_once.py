@@ -7,8 +7,6 @@ import sys
 import threading
 
 import pytest
-from fakes import fast_fakes
-from helpers import small_run
 
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
@@ -16,28 +14,7 @@ from lmeraser_jax.evaluation import overview as overview_module
 from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    """Fast slices and features: what is tried is who sees what."""
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def template(tmp_path_factory, _fast):
-    with small_run(tmp_path_factory.mktemp("at_once") / "run") as run:
-        build(run)
-        return run.layout.root
-
-
-@pytest.fixture
-def workdir(tmp_path, template):
-    return shutil.copytree(template, tmp_path / "run")
 
 
 def overview(run):
@@ -50,9 +27,9 @@ def erase_sampled(run) -> None:
     erase.request_erasure(run, [sample[0]])
 
 
-def test_a_clustering_that_is_purged_while_it_is_read_is_looked_up_again(workdir, monkeypatch):
+def test_a_clustering_that_is_purged_while_it_is_read_is_looked_up_again(fast_workdir, monkeypatch):
     reads, real = [], overview_module.load_clustering
-    with open_run(workdir, write=True) as writer, open_run(workdir) as reader:
+    with open_run(fast_workdir, write=True) as writer, open_run(fast_workdir) as reader:
         before = overview(reader)
 
         def purged_before(layout, name):
@@ -62,17 +39,17 @@ def test_a_clustering_that_is_purged_while_it_is_read_is_looked_up_again(workdir
             return real(layout, name)
 
         monkeypatch.setattr(overview_module, "load_clustering", purged_before)
-        found = overview(reader)
+        after = overview(reader)
         assert len(reads) == 2 and reads[0] != reads[1]
-        assert found.version == before.version + 1 and found.records["train"] == before.records["train"] - 1
-        assert sum(row.members for row in found.clusters) == found.records["train"]
+        assert after.version == before.version + 1 and after.records["train"] == before.records["train"] - 1
+        assert sum(row.members for row in after.clusters) == after.records["train"]
 
 
-def test_a_state_that_is_always_replaced_and_a_damaged_one_end(workdir, monkeypatch):
-    with open_run(workdir, write=True) as writer, open_run(workdir) as reader:
+def test_a_state_that_is_always_replaced_and_a_damaged_one_end(fast_workdir, monkeypatch):
+    with open_run(fast_workdir, write=True) as writer, open_run(fast_workdir) as reader:
         with monkeypatch.context() as patch:
             real = overview_module.load_clustering
-            patch.setattr(overview_module, "load_clustering", lambda *found: (erase_sampled(writer), real(*found))[1])
+            patch.setattr(overview_module, "load_clustering", lambda *place: (erase_sampled(writer), real(*place))[1])
             patch.setattr(overview_module, "ATTEMPTS", 3)
             with pytest.raises(UserError, match="cannot be read"):
                 overview(reader)
@@ -89,7 +66,7 @@ def test_files_that_vanish_while_they_are_counted(tmp_path, monkeypatch):
     assert atomic_files.disk_use(tmp_path) == 5
 
 
-def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):
+def test_readers_go_on_during_erasures_and_see_one_state_each(fast_workdir):
     """A thread opens the workdir and looks, again and again, while records are erased."""
     published: dict[int, set[str]] = {}
     seen: list[tuple[int, set[str]]] = []
@@ -103,14 +80,14 @@ def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):
     def look() -> None:
         try:
             while not done.is_set():
-                with open_run(workdir) as run:
+                with open_run(fast_workdir) as run:
                     for _ in range(5):
-                        found = overview(run)
-                        seen.append((found.version, {row.slice for row in found.clusters}))
+                        now = overview(run)
+                        seen.append((now.version, {row.slice for row in now.clusters}))
         except BaseException as error:
             failed.append(error)
 
-    with open_run(workdir, write=True) as run:
+    with open_run(fast_workdir, write=True) as run:
         note(run)
         reader = threading.Thread(target=look)
         reader.start()
@@ -124,16 +101,16 @@ def test_readers_go_on_during_erasures_and_see_one_state_each(workdir):
     assert all(published[version] == slices for version, slices in seen)
 
 
-def test_a_second_writer_is_refused_with_pid_and_host(workdir, capsys):
+def test_a_second_writer_is_refused_with_pid_and_host(fast_workdir, capsys):
     code = "import sys; from lmeraser_jax.storage.workdir import Layout, writer_lock\n"
     code += "with writer_lock(Layout(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", code, str(workdir)], **pipes) as holder:
+    with subprocess.Popen([sys.executable, "-c", code, str(fast_workdir)], **pipes) as holder:
         assert holder.stdout.readline() == "held\n"
-        assert main(["rollback", f"--workdir={workdir}", "--cluster=f00d"]) == 2
+        assert main(["rollback", f"--workdir={fast_workdir}", "--cluster=f00d"]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert f"is being written by process {holder.pid} on {socket.gethostname()}" in line
-        assert main(["inspect", f"--workdir={workdir}"]) == 0, "a reader is not refused"
+        assert main(["inspect", f"--workdir={fast_workdir}"]) == 0, "a reader is not refused"
         holder.communicate("")
-    assert main(["rollback", f"--workdir={workdir}", "--cluster=f00d"]) == 2
+    assert main(["rollback", f"--workdir={fast_workdir}", "--cluster=f00d"]) == 2
     assert "is no published cluster" in capsys.readouterr().err

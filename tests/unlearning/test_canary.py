@@ -12,7 +12,6 @@ import sqlite3
 import jax
 import numpy as np
 import pytest
-from fakes import fast_fakes
 from helpers import small_config, small_run, small_source, with_items
 
 from lmeraser_jax.data.row_file import RowFile
@@ -26,14 +25,8 @@ from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
 
 ID, OWNER = "canary-5f1d/Ünverwechselbar", "Grace Canary-Hopper"
+pytestmark = pytest.mark.usefixtures("fast")
 SNAPSHOTS = small_config(tuning__epochs=6, checkpoints__every_epochs=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        yield
 
 
 def source_with_canary(sampled: bool):

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from damages import REPAIRABLE, feature_file
-from fakes import fast_fakes
 from helpers import SMALL
 from PIL import Image
 
@@ -18,20 +17,13 @@ from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import open_run
 
+pytestmark = pytest.mark.usefixtures("fast")
 FLAGS = [f"--config.{group}.{name}={value}" for group, values in SMALL.items() for name, value in values.items()]
 FLAGS += ["--config.data.train_limit=60", "--config.data.test_limit=10"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    """Fast slices and features: what is tried is the store."""
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def template(tmp_path_factory, _fast):
+def template(tmp_path_factory, fast):
     """A workdir that was trained and erased from, its state, and an image."""
     folder = tmp_path_factory.mktemp("damage")
     assert main(["train", *FLAGS, f"--workdir={folder / 'run'}"]) == 0

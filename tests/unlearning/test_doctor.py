@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from damages import IRREPARABLE, REPAIRABLE, flip, slice_flipped
-from fakes import fast_fakes
 from helpers import small_config, small_run, small_source
 
 from lmeraser_jax.cli.main import main
@@ -35,22 +34,16 @@ from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import open_run, prepare_run
 
+pytestmark = pytest.mark.usefixtures("fast")
 OPEN_HELPERS = ("lock", "catalog.db-shm", "catalog.db-wal")  # whoever opens a catalog makes them
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def template(tmp_path_factory, _fast):
+def template(tmp_path_factory, fast, fast_template):
     """A workdir from which one sampled record was erased, with all features, and its state."""
     folder = tmp_path_factory.mktemp("doctor") / "run"
+    shutil.copytree(fast_template, folder)
     with small_run(folder) as run:
-        build(run)
         erase.request_erasure(run, [load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]])
         run.features(run.catalog.live("train", "test"))
         return folder, state(run)
