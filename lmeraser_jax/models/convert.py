@@ -343,7 +343,7 @@ def _indices(flat: Flat, pattern: str) -> list[tuple[int, ...]]:
 
 def _side(value: Any) -> Any:
     """The side of a square that config.json may give as two numbers."""
-    return value[0] if isinstance(value, (list, tuple)) and len(set(value)) == 1 else value
+    return value[0] if isinstance(value, list) and value and all(side == value[0] for side in value) else value
 
 
 def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> tuple[Params, tuple[str, ...]]:
