@@ -99,7 +99,9 @@ def test_labels_are_integers_of_any_kind_below_the_number_of_names(saved):
     assert lines == ["labels must lie in 0..2 (the class names): train/3=3, train/4=-1"]
 
 
-def test_test_images_may_be_left_out_for_a_share(saved):
+def test_missing_arrays_are_named_and_test_images_may_be_left_out_for_a_share(saved):
+    message = refusal(saved(train_labels=None, test_images=None))
+    assert "lacks train_labels, test_images" in message and "train_images, test_labels, class_names" in message
     path = saved(test_images=None, test_labels=None)
     assert "lacks test_images, test_labels" in refusal(path)
     source = load.load(Data(source="npz", path=path, test_share=0.5))
@@ -208,11 +210,6 @@ def test_what_is_no_npz_is_refused(tmp_path):
 
 
 # wrong arrays
-def test_missing_arrays_are_named(saved):
-    message = refusal(saved(train_labels=None, test_images=None))
-    assert "lacks train_labels, test_images" in message and "train_images, test_labels, class_names" in message
-
-
 def test_pickles_are_refused_and_not_run(saved, tmp_path):
     class Bomb:
         def __reduce__(self):
