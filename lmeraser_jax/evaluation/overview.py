@@ -40,8 +40,8 @@ class ClusterRow:
     quarantined: bool
 
     def line(self) -> str:
-        text = f"{self.key[:12]:<14}{self.slice[:12]:<14}{self.members:>8}{self.sampled:>9}{self.versions:>10}"
-        text += f"{self.steps:>8}{self.loss:>9.4f}"
+        counts = f"{self.members:>8}{self.sampled:>9}{self.versions:>10}{self.steps:>8}{self.loss:>9.4f}"
+        text = f"{self.key[:12]:<14}{self.slice[:12]:<14}{counts}"
         if self.pinned:
             text += "  pinned"
         if self.quarantined:
@@ -137,18 +137,16 @@ class _Snapshot(NamedTuple):
     manifest: Manifest
     slices: Mapping[str, SliceRow]
     private: RecordTable
-    counts: dict[str, int]
+    counts: Mapping[str, int]
     open_requests: int
-    pinned: frozenset[str]
+    pinned: Mapping[str, str]
     quarantined: frozenset[str]
 
 
 def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
     """Reads a workdir's catalog and clustering, both of one published state, and its disk use.
 
-    Args:
-        layout, catalog: the workdir.
-        config: its settings, which the warnings and the common head are about.
+    The config says what the warnings and the common head are about.
 
     Raises:
         UserError: nothing is published yet, or the clustering or the backbone's description cannot be read.
@@ -178,53 +176,32 @@ def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
 def _read(layout: Layout, catalog: Catalog) -> tuple[_Snapshot, Clustering]:
     """A snapshot and its clustering; a later one where a writer has published and purged meanwhile."""
     for attempt in range(1, ATTEMPTS + 1):
-        snapshot = _snapshot(layout, catalog)
+        with catalog.snapshot():  # left before files are read: a writer's purge waits for readers of the catalog
+            manifest = catalog.manifest()
+            if manifest is None:
+                raise UserError(f"{layout.root} has no published state; run: lmeraser train --workdir={layout.root}")
+            waiting = len(requests.listed(catalog, only_open=True))
+            rows = catalog.slices(), catalog.live("train"), catalog.counts(), waiting
+            snapshot = _Snapshot(manifest, *rows, catalog.pins(), catalog.quarantined())
         try:
-            return snapshot, load_clustering(layout, snapshot.manifest.clustering)
+            return snapshot, load_clustering(layout, manifest.clustering)
         except UserError:
-            if attempt == ATTEMPTS or catalog.manifest() == snapshot.manifest:
+            if attempt == ATTEMPTS or catalog.manifest() == manifest:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def _snapshot(layout: Layout, catalog: Catalog) -> _Snapshot:
-    with catalog.snapshot():
-        manifest = catalog.manifest()
-        if manifest is None:
-            raise UserError(f"{layout.root} has no published state; run: lmeraser train --workdir={layout.root}")
-        return _Snapshot(
-            manifest=manifest,
-            slices=catalog.slices(),
-            private=catalog.live("train"),
-            counts=catalog.counts(),
-            open_requests=len(requests.listed(catalog, only_open=True)),
-            pinned=frozenset(catalog.pins()),
-            quarantined=catalog.quarantined(),
-        )
-
-
 def _cluster_rows(snapshot: _Snapshot, clustering: Clustering) -> tuple[ClusterRow, ...]:
     """The published clusters, largest first."""
+    members = Counter(snapshot.private.clusters)
     sampled = Counter(clustering.keys[k] for k in clustering.labels)
     versions = Counter(row.cluster for row in snapshot.slices.values())
-    sizes = Counter(snapshot.private.clusters)
     rows = []
     for key, ref in snapshot.manifest.clusters.items():
         digest, step = parts_of(ref)
-        slice_ = snapshot.slices[digest]
-        rows.append(
-            ClusterRow(
-                key=key,
-                slice=ref,
-                members=sizes[key],
-                sampled=sampled[key],
-                versions=versions[key],
-                steps=step or slice_.steps,
-                loss=slice_.loss or 0.0,
-                pinned=key in snapshot.pinned,
-                quarantined=key in snapshot.quarantined,
-            )
-        )
+        steps, loss = step or snapshot.slices[digest].steps, snapshot.slices[digest].loss or 0.0
+        counts = members[key], sampled[key], versions[key], steps
+        rows.append(ClusterRow(key, ref, *counts, loss, key in snapshot.pinned, key in snapshot.quarantined))
     return tuple(sorted(rows, key=lambda row: (-row.members, row.key)))
 
 

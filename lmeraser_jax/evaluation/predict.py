@@ -207,11 +207,12 @@ def _rearranged(before: Model, clustering: Clustering) -> Model:
     prototypes, _ = padded(clustering.prototypes)
     source = np.full(len(prototypes), -1, np.int32)
     source[: len(clustering.keys)] = [places.get(key, -1) for key in clustering.keys]
-    mesh = before.run.mesh
-    arrays = before.arrays._replace(
-        stack=_gather_program(mesh)(before.arrays.stack, source),
-        prototypes=jax.device_put(prototypes, _on_all(mesh)),
-    )
+
+    def moved(leaf: jax.Array) -> jax.Array:  # zeros for -1
+        return leaf.at[source].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+
+    stack, prototypes = jax.tree.map(moved, before.arrays.stack), jax.device_put(prototypes, _on_all(before.run.mesh))
+    arrays = before.arrays._replace(stack=stack, prototypes=prototypes)
     refs = tuple(before.refs[places[key]] if key in places else "" for key in clustering.keys)
     return dataclasses.replace(before, clustering=clustering.digest, keys=clustering.keys, refs=refs, arrays=arrays)
 
@@ -246,18 +247,6 @@ def _place_program(mesh: Mesh):
         return jax.tree.map(lambda leaf, new: leaf.at[k].set(new), stack, slice_)
 
     return jax.jit(placed, donate_argnums=0, out_shardings=_on_all(mesh))
-
-
-@functools.lru_cache(maxsize=8)
-def _gather_program(mesh: Mesh):
-    """Compiled `(stack, source int32 [K]) -> stack` of the slices at the given places; zeros for -1."""
-
-    def gathered(stack: Slice, source: jax.Array) -> Slice:
-        return jax.tree.map(
-            lambda leaf: leaf.at[source].get(mode="fill", fill_value=0, wrap_negative_indices=False), stack
-        )
-
-    return jax.jit(gathered, out_shardings=_on_all(mesh))
 
 
 def routed_probabilities(

@@ -154,7 +154,7 @@ def test_targets_are_the_hardest_and_others_are_as_hard(run, trials):
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
     test, forgotten = set(run.catalog.live("test").ids), []
     for trial in trials:
-        pool, sets = trial.pool, trial.shadows
+        pool, sets = trial.pool, trial.shadow_sets
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.members(pool.key).ids
         assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= targets.FEWEST_MEMBERS
         assert test.issuperset(pool.of(OUTSIDE, VALIDATION).ids)
@@ -165,13 +165,13 @@ def test_targets_are_the_hardest_and_others_are_as_hard(run, trials):
         forgotten += pool.of(FORGOTTEN).ids
     assert len(forgotten) == OPTIONS.targets
     unseen = np.concatenate([trial.scores.margins[2, trial.roles == FORGOTTEN] for trial in trials])
-    retained = np.concatenate([trial.shadows.never[:, trial.roles == RETAINED].mean(axis=0) for trial in trials])
+    retained = np.concatenate([trial.shadow_sets.never[:, trial.roles == RETAINED].mean(axis=0) for trial in trials])
     assert unseen.mean() < retained.mean() - 1, "the hardest were to be taken"
 
 
 def test_populations_are_tuned_on_the_records_that_they_name(trials):
     """Records that were drawn score higher; forgotten ones do not in the slices that unlearned or never saw them."""
-    for sets in (trial.shadows for trial in trials):
+    for sets in (trial.shadow_sets for trial in trials):
         hard = np.isin(sets.roles, (FORGOTTEN, OUTSIDE))
         kept, inside = sets.kept[:, hard], sets.inside[:, hard]
         assert kept[inside].mean() - kept[~inside].mean() > 2
@@ -200,8 +200,8 @@ def test_the_controls_work_and_erased_records_are_not_found(result):
 def leaking(trial):
     """The trial with the kept slice in the place of the unlearned one: an "unlearning" that does nothing."""
     scores = shadows.Scores(*(part[[0, 0, 2]] for part in (trial.scores.margins, trial.scores.right)))
-    sets = dataclasses.replace(trial.shadows, unlearned=trial.shadows.kept)
-    return trial._replace(scores=scores, slices=(*trial.slices[:1] * 2, *trial.slices[2:]), shadows=sets)
+    sets = dataclasses.replace(trial.shadow_sets, unlearned=trial.shadow_sets.kept)
+    return trial._replace(scores=scores, slices=(*trial.slices[:1] * 2, *trial.slices[2:]), shadow_sets=sets)
 
 
 def test_an_unlearning_that_does_nothing_is_found(run, trials):
@@ -214,7 +214,7 @@ def test_an_unlearning_that_does_nothing_is_found(run, trials):
 
 def test_a_residue_is_found(trials):
     """A weaker leak: half of what the records had left in the slices stays."""
-    sets = [trial.shadows for trial in trials]
+    sets = [trial.shadow_sets for trial in trials]
     residue = [dataclasses.replace(s, unlearned=(s.kept + s.unlearned) / 2) for s in sets]
     assert all(attack(residue, philox(0, "residue")).detected[1] for attack in (unlearned.ulira, unlearned.klom))
 
@@ -393,9 +393,9 @@ def test_named_records_are_the_targets(run):
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
     eligible, _ = targets._eligible(run, run.catalog.live("train").ids)
     assert len(eligible) <= 70 and sample.isdisjoint(eligible)
-    drawn = targets.draw(run, eligible[:3], 64, 0)
-    assert sorted(name for pool in drawn.pools for name in pool.of(FORGOTTEN).ids) == eligible[:3]
-    assert drawn.slices == 0 and not any(len(pool.of(VALIDATION)) for pool in drawn.pools)
+    pools, slices, _ = targets.draw(run, eligible[:3], 64, 0)
+    assert sorted(name for pool in pools for name in pool.of(FORGOTTEN).ids) == eligible[:3]
+    assert slices == 0 and not any(len(pool.of(VALIDATION)) for pool in pools)
 
 
 def test_an_erasure_during_the_attack_voids_the_result(writer, monkeypatch):

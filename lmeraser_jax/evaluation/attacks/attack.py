@@ -18,16 +18,7 @@ from lmeraser_jax.evaluation.attacks import membership, shadows, targets, unlear
 from lmeraser_jax.evaluation.attacks.relearn import relearn, scratch_for
 from lmeraser_jax.evaluation.attacks.report import Accuracies, Attack, Finding
 from lmeraser_jax.evaluation.attacks.routing import routing
-from lmeraser_jax.evaluation.attacks.shadows import (
-    FORGOTTEN,
-    OUTSIDE,
-    RETAINED,
-    VALIDATION,
-    Counterfactual,
-    Pool,
-    Scores,
-    ShadowSets,
-)
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Counterfactual, Pool
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training.slices import Slice
@@ -77,14 +68,14 @@ class Trial(NamedTuple):
     """A pool with its slices: kept, unlearned, then from scratch.
 
     `again` is one more slice that keeps the records, None where nothing is learned again; `scores` are those of the
-    watched records under the first three slices; `shadows` is None where no attack needs shadow models.
+    watched records under the first three slices; `shadow_sets` is None where no attack needs shadow models.
     """
 
     pool: Pool
     slices: tuple[Slice, ...]
     again: Slice | None
-    scores: Scores
-    shadows: ShadowSets | None
+    scores: shadows.Scores
+    shadow_sets: shadows.ShadowSets | None
 
     @property
     def roles(self) -> np.ndarray:
@@ -127,15 +118,15 @@ def attack(run: Run, options: Options) -> Attack:
 
 def _trials(run: Run, options: Options) -> tuple[list[Trial], int, int]:
     """Tunes everything that the attacks on slices need; also says how many slices and images that were, in all."""
-    drawn = targets.draw(run, options.records, options.targets, options.seed)
+    pools, slices, images = targets.draw(run, options.records, options.targets, options.seed)
     relearned = "relearn" in options.attacks and not run.config.tuning.closed
-    scratch = scratch_for(len(drawn.pools), options.shadows) if relearned else 1
-    clusters = [c for pool in drawn.pools for c in _counterfactuals(pool, options.seed, scratch, relearned)]
-    tuned, images = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
-    slices, images = drawn.slices + len(tuned), drawn.images + images
-    trials, share = [], len(tuned) // len(drawn.pools)
-    with progress("attacked clusters", len(drawn.pools)) as bar:
-        for place, pool in enumerate(drawn.pools):
+    scratch = scratch_for(len(pools), options.shadows) if relearned else 1
+    clusters = [c for pool in pools for c in _counterfactuals(pool, options.seed, scratch, relearned)]
+    tuned, passed = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
+    slices, images = slices + len(tuned), images + passed
+    trials, share = [], len(tuned) // len(pools)
+    with progress("attacked clusters", len(pools)) as bar:
+        for place, pool in enumerate(pools):
             own = tuned[place * share : (place + 1) * share]
             candidates = (load_slice(run, pool.ref), *own[: 1 + scratch])
             scores = shadows.score(run, candidates[:3], pool.records.take(pool.watched))
@@ -168,7 +159,7 @@ def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> 
         return relearn(run, [t.pool for t in trials], [t.slices for t in trials], again) if again else None
     if name in CURVES:
         return compare_members(name, trials, rng)
-    sets = [trial.shadows for trial in trials if trial.shadows is not None]
+    sets = [trial.shadow_sets for trial in trials if trial.shadow_sets is not None]
     return unlearned.ulira(sets, rng) if name == "ulira" else unlearned.klom(sets, rng)
 
 
@@ -177,7 +168,7 @@ def compare_members(name: str, trials: Sequence[Trial], rng: np.random.Generator
     roles = np.concatenate([trial.roles for trial in trials])
     scores = [trial.scores.margins for trial in trials]  # the loss falls as the margin rises
     if name == "lira":
-        sets = [trial.shadows for trial in trials if trial.shadows is not None]
+        sets = [trial.shadow_sets for trial in trials if trial.shadow_sets is not None]
         scores = [membership.lira(margins, s.kept, s.inside) for margins, s in zip(scores, sets, strict=True)]
     scores = np.concatenate(scores, axis=1)
     return membership.membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE], rng)

@@ -14,14 +14,8 @@ from lmeraser_jax.evaluation.attacks.statistics import SIGNIFICANT
 def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Finding:
     """What scores tell under three slices: kept, unlearned, and from scratch, the reference.
 
-    Args:
-        name: of the attack.
-        members: float [3, m], of the forgotten records.
-        others: float [3, n], of records that no slice saw.
-        rng: of permutations.
-
-    Returns:
-        A finding with the `Separation` of each column, and the AUCs of the first two above that of the third.
+    Scores are float [3, m] of the forgotten records and [3, n] of records that no slice saw. The finding has the
+    `Separation` of each column, and the AUCs of the first two above that of the third.
     """
     pairs = list(zip(members, others, strict=True))
     columns = [statistics.separation(*pair) for pair in pairs]
@@ -45,13 +39,8 @@ def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.rando
 def lira(margins: np.ndarray, shadows: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Log-likelihood ratio of each margin under the Gaussians of shadows that saw the record, and that did not.
 
-    Args:
-        margins: float [C, n], under the slices under attack.
-        shadows: float [N, n], under the shadows.
-        inside: bool [N, n], which shadows saw the record; two of either kind at least.
-
-    Returns:
-        float64 [C, n].
+    Margins are float [C, n] under C slices under attack and [N, n] under N shadows; `inside`, bool [N, n], says which
+    shadows saw the record, at least two of either kind. Returns float64 [C, n].
     """
     all_rows = np.ones((1, len(shadows)), bool)
     seen, unseen = (statistics.moments(shadows, mask, all_rows) for mask in (inside, ~inside))

@@ -31,6 +31,7 @@ class Finding:
         smallest_p: the smallest chance that the test of the kept records can give.
         lines: rows of the table: what is measured, and a cell for each column.
         values: what the lines are made of, for machines.
+        note: what is said in place of a verdict.
         curves: false and true positive rates of the ROC curve for each column; empty for other attacks.
     """
 
@@ -39,6 +40,7 @@ class Finding:
     smallest_p: float
     lines: list[tuple[str, ...]]
     values: dict[str, Any]
+    note: str = ""
     curves: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
 
     @property
@@ -47,8 +49,8 @@ class Finding:
 
     def verdict(self) -> str:
         """One line for people."""
-        if self.name == "routing":
-            return _routing_verdict(self)
+        if self.note:
+            return self.note
         kept, unlearned, reference = self.detected
         shift = "DOUBTFUL REFERENCE: slices that never saw the records differ from each other; try another --seed"
         if self.curves:
@@ -186,14 +188,6 @@ class Attack:
             if self.on_slices:
                 reason = "no attack finds even records that are kept; raise --targets or --shadows"
             yield f"nothing can be said of erased records: {reason}"
-
-
-def _routing_verdict(finding: Finding) -> str:
-    tells = "tell" if finding.detected[0] else "do not tell"
-    values, text = finding.values, f"the published prototypes {tells} who was sampled"
-    if values["source"] == "public":
-        return f"{text}; they are made of public records"
-    return f"{text}; {values['single']} of {values['clusters']} are the feature of one private record"
 
 
 def _rows(name: str, lines: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -36,20 +36,23 @@ def routing(run: Run, seed: int) -> Finding | None:
         return None
     near, far = run.features(sample), run.features(others)
     columns: list[Separation | None] = [_separation(published, near, far), None, None]
-    single = 0
+    single, origin = 0, "they are made of public records"
     if config.sample_from == "private":
         single = int((np.bincount(published.labels) == 1).sum())
+        origin = f"{single} of {len(published.keys)} are the feature of one private record"
         columns[1] = _after_erasure(run, sample, others, seed)
         public = run.catalog.sample("public", config.sample_size)
         if len(public) > 1:
             columns[2] = _separation(_clustered(run, public), near, far)
     values = {"source": config.sample_from, "clusters": len(published.keys), "single": single}
+    detected = tuple(column is not None and column.p < SIGNIFICANT for column in columns)
     return Finding(
         "routing",
-        detected=tuple(column is not None and column.p < SIGNIFICANT for column in columns),
+        detected,
         smallest_p=0.0,  # there is no control to be missed
         lines=[("AUC, distance to the prototype", *("-" if column is None else str(column.auc) for column in columns))],
         values=values | dict(zip(("published", "erased", "public"), columns, strict=True)),
+        note=f"the published prototypes {'tell' if detected[0] else 'do not tell'} who was sampled; {origin}",
     )
 
 

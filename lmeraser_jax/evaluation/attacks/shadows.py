@@ -9,6 +9,7 @@ Shapes: N shadows, n records of a pool, w of them watched, S slices, Y classes.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -57,16 +58,14 @@ class Pool:
         return self.records.take(np.flatnonzero(np.isin(self.roles, roles)))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Counterfactual:
+class Counterfactual(NamedTuple):
     """A cluster as it might have been: the name of its random streams, and its members."""
 
     stream: str
     members: RecordTable
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scores:
+class Scores(NamedTuple):
     """What S slices say of records: margins float64 [S, w], and bool [S, w], whether the answer was right."""
 
     margins: np.ndarray

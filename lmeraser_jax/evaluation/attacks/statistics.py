@@ -39,14 +39,13 @@ class Separation:
         p: chance of members scoring at least so much higher if there were no difference (Mann-Whitney).
         accuracy: mean of true positive and true negative rate at the best threshold; at least 0.5, also by chance.
         rates: true positive rates at the false positive rates `RATES`; None where there are too few others to tell.
-        members, others: how many were scored.
+        others: how many others were scored.
     """
 
     auc: Estimate
     p: float
     accuracy: float
     rates: tuple[Estimate | None, ...]
-    members: int
     others: int
 
 
@@ -92,16 +91,10 @@ def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def rate_at(
     members: np.ndarray, others: np.ndarray, rate: float, counts: tuple[int, int] | None = None
 ) -> Estimate | None:
-    """The true positive rate at a false positive rate, with its interval (Clopper and Pearson, 1934).
+    """The true positive rate at a rate of false positives, with its interval (Clopper and Pearson, 1934).
 
-    Args:
-        members: float [m], scores.
-        others: float [n].
-        rate: of false positives.
-        counts: independent members and others, where a record has several scores; by default m and n.
-
-    Returns:
-        None where one false positive is more than the rate already.
+    Scores are float [m] and [n]; `counts` are the independent members and others, where a record has several scores.
+    None where one false positive is more than the rate already.
     """
     m, n = counts or (len(members), len(others))
     if m < 1 or n * rate < 1:
@@ -132,7 +125,6 @@ def separation(members: np.ndarray, others: np.ndarray) -> Separation:
         p=float(stats.mannwhitneyu(members, others, alternative="greater").pvalue),
         accuracy=float((true + 1.0 - false).max() / 2),
         rates=tuple(rate_at(members, others, rate) for rate in RATES),
-        members=len(members),
         others=len(others),
     )
 
@@ -151,11 +143,8 @@ def auc_difference(members: np.ndarray, others: np.ndarray, rng: np.random.Gener
     """By how much one slice's AUC is above another's: a paired permutation test (Bandos et al., 2005).
 
     If neither knows the members better, a record's rank under the one might as well be its rank under the other. What
-    both have in common cancels: hard records, and members that differ from others whoever saw them.
-
-    Args:
-        members, others: float [2, m] and [2, n], the scores of the same records under either slice.
-        rng: of the exchanges.
+    both have in common cancels: hard records, and members that differ from others whoever saw them. Scores of the same
+    records under either slice are float [2, m] and [2, n].
     """
     ranks, m = stats.rankdata(np.concatenate([members, others], axis=1), axis=1), members.shape[1]
     exchanged = rng.random((1 + ROUNDS, ranks.shape[1])) < 0.5
@@ -173,12 +162,8 @@ def clustered_auc(
 ) -> Estimate | None:
     """The area under the ROC curve where each record has several scores, by a bootstrap over records.
 
-    Args:
-        members, others: for each of n records its scores as a member and as none, float [any].
-        rng: of the bootstrap.
-
-    Returns:
-        None where no record has scores of both kinds; records that do not are left out.
+    `members` and `others` have for each of n records its scores as a member and as none. Records without scores of both
+    kinds are left out; None where no record is left.
     """
     pairs = [(inside, outside) for inside, outside in zip(members, others, strict=True) if len(inside) and len(outside)]
     if not pairs:
@@ -209,15 +194,8 @@ def moments(values: np.ndarray, valid: np.ndarray, rows: np.ndarray) -> tuple[np
     """Mean and standard deviation of each column over some of its rows.
 
     A column with fewer than `ENOUGH` values gets the deviation of all columns together (Carlini et al., 2022, do so
-    with few shadow models).
-
-    Args:
-        values: float [M, N].
-        valid: bool [M, N], values that count.
-        rows: bool [R, M], the rows of each of R selections.
-
-    Returns:
-        Two of float64 [R, N]; a mean is NaN where no value counts.
+    with few shadow models). Of the values, float [M, N], those count that are valid, bool [M, N], and in one of R
+    selections of rows, bool [R, M]. Two of float64 [R, N]; a mean is NaN where no value counts.
     """
     centre = values.mean(axis=0)  # keeps the digits of the squares
     gaps, chosen = np.where(valid, values - centre, 0.0), rows.astype(np.float64)
@@ -233,16 +211,10 @@ def moments(values: np.ndarray, valid: np.ndarray, rows: np.ndarray) -> tuple[np
 def permuted(
     statistic: Callable[[np.ndarray], np.ndarray], first: np.ndarray, strata: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """A statistic of two groups of rows, as they are and with the rows dealt anew.
+    """A statistic of two groups of rows, float [1 + ROUNDS, N]: as they are in front, then with the rows dealt anew.
 
-    Args:
-        statistic: bool [R, M], the rows of the first group in each of R deals -> float [R, N].
-        first: bool [M], the rows of the first group as they are.
-        strata: int [M]; rows are exchanged with rows of the same stratum only.
-        rng: of the deals.
-
-    Returns:
-        float [1 + ROUNDS, N], the statistic as it is in front.
+    The statistic maps the rows of the first group in each of R deals, bool [R, M], to float [R, N]; `first`, bool [M],
+    are those rows as they are. Rows are exchanged with rows of the same stratum, int [M], only.
     """
     deals = np.repeat(first[None], 1 + ROUNDS, axis=0)
     for stratum in np.unique(strata):

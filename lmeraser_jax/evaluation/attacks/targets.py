@@ -28,15 +28,6 @@ FEWEST_MEMBERS = 4  # that a cluster keeps
 PROBES = 8  # slices of each cluster that say how hard a record is, each tuned on half of the records
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
-    """The pools of an attack, sorted by key; slices tuned and images passed to draw them."""
-
-    pools: tuple[Pool, ...]
-    slices: int
-    images: int
-
-
 def workdir_problems(run: Run) -> list[str]:
     """Why a workdir cannot be attacked at all, a line each."""
     root, manifest = run.layout.root, run.catalog.manifest()
@@ -102,10 +93,11 @@ def _unseen(run: Run) -> RecordTable:
     return records.take(np.array([i for i, content in enumerate(records.contents) if content not in trained], np.int64))
 
 
-def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> Drawn:
-    """The pools of an attack on so many targets, or on those with the given ids.
+def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> tuple[list[Pool], int, int]:
+    """The pools of an attack on so many targets, or on those with the given ids, sorted by key.
 
-    Drawn targets are compared with unseen images that are as hard as these; named targets with all unseen images.
+    Drawn targets are compared with unseen images that are as hard as these; named targets with all unseen images. Also
+    returns how many slices were tuned and images passed to find out how hard records are.
 
     Raises:
         UserError: fewer than two such images are routed to the targets' clusters, or a stored image is damaged.
@@ -136,7 +128,7 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> Drawn:
             f"fewer than two test or hold-out images are routed to the {len(pools)} clusters of the targets and as hard"
             " as these; raise --targets"
         )
-    return Drawn(tuple(pools), slices, images)
+    return pools, slices, images
 
 
 def make_pool(key: str, ref: str, records: RecordTable, roles: Mapping[str, int], seed: int) -> Pool:

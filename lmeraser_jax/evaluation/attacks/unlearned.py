@@ -50,14 +50,10 @@ class PopulationPair:
     fitted: np.ndarray
 
     def log_ratios(self, in_first: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Log-likelihood ratios of the t slices that nothing was fitted to, and which of them count.
+        """Log-likelihood ratios of the t slices that nothing was fitted to, float [R, t, w].
 
-        Args:
-            in_first: bool [R, M], the slices of the first population in each of R deals.
-
-        Returns:
-            float [R, t, w], NaN where a population has no slice to fit; bool [R, t, w], of the first population and to
-            be counted; the same for the second.
+        `in_first`, bool [R, M], are the slices of the first population in each of R deals. Ratios are NaN where a
+        population has no slice to fit. Also returns which count for the first and for the second population.
         """
         tests = ~self.fitted
         first = statistics.moments(self.margins, self.counts_in_first, in_first & self.fitted)
@@ -212,13 +208,9 @@ class KlomPair:
     oracles: np.ndarray
 
     def divergences(self, in_first: np.ndarray) -> np.ndarray:
-        """KL(histogram of some slices' margins || histogram of the oracles'), record by record, in nats.
+        """KL(histogram of the first slices' margins || histogram of the oracles'), in nats: float64 [R, w].
 
-        Args:
-            in_first: bool [R, M], the slices in question in each of R deals.
-
-        Returns:
-            float64 [R, w]; the bins span all margins, those of the oracles too.
+        `in_first`, bool [R, M], are the first slices in each of R deals. The bins span all margins.
         """
         margins = np.clip(np.concatenate([self.margins, self.oracles]), -CLIPPED, CLIPPED)
         low, span = margins.min(axis=0), np.ptp(margins, axis=0)
