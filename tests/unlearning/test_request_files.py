@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -25,61 +25,48 @@ def written(folder, name, content):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "ids", "owners"),
-    [
+def test_formats(tmp_path):
+    for name, content, ids, owners in (
         ("a.txt", "# one\n  b c \n\n#\nb c\nd,e", ("# one", "b c", "#", "d,e"), ()),
         ("a", "\ufeffx\r\ny\r\n", ("x", "y"), ()),
         ("a.txt", "é\u2028x\x1cy\n", ("é\u2028x\x1cy",), ()),
         ("a.csv", "id\nx\n\ny\nx\n", ("x", "y"), ()),
-        ("a.CSV", "Label, ID \n1,x\n2, y\n", ("x", "y"), ()),
+        ("a.CSV", "Label, ID \n1,x\n,\n2, y\n", ("x", "y"), ()),
         ("a.csv", '\ufefffile;Owner;n\n"a;b";ann;1\nc;"o ""b""";2\n', (), ("ann", 'o "b"')),
         ("a.csv", "id\towner\nx\t\n\tann\n", ("x",), ("ann",)),
         ("a.csv", 'note,id\n"two\nlines",x\n', ("x",), ()),
         ("a.jsonl", '{"id": "x", "n": [1]}\n\n{"owner": "ann"}\n{"id": "x"}\n', ("x",), ("ann",)),
         ("a.JSONL", '\ufeff{"id": "\\u00e9"}', ("é",), ()),
-    ],
-)
-def test_formats(tmp_path, name, content, ids, owners):
-    assert read(written(tmp_path, name, content)) == Named(ids, owners)
+    ):
+        assert read(written(tmp_path, name, content)) == Named(ids, owners), (name, content)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "messages"),
-    [
-        ("a.txt", "", ["names nothing"]),
-        ("a.csv", "id\n", ["names nothing"]),
-        ("a.txt", b"ok\nb\xff\n", ["not UTF-8 text: invalid start byte in line 2"]),
-        ("a.txt", "a".encode("utf-16"), ["not UTF-8 text: invalid start byte in line 1"]),
-        ("a.txt", "x\na\0b\n" + "y" * 5000, ["line 2: no text", "line 3: longer than 4096"]),
-        ("a.csv", "file,label\nx,1\n", ["line 1: must name one column id"]),
-        ("a.csv", "id,Id\nx,y\n", ["line 1: must name one column id"]),
-        (
-            "a.csv",
-            "id,n\nx\ny,1\nz,1,2\n,3\n",
-            ["line 2: has 1 fields", "line 4: has 3 fields", "line 5: names neither"],
-        ),
-        ("a.csv", "id,owner\nx,ann\n", ["line 2: names an id and an owner"]),
-        ("a.csv", 'id,n\nx,1\n"y,2\nz,3\n', ["line 3: not CSV"]),
-        ("a.csv", "id,n\nx," + "1" * 200_000, ["line 2: not CSV: field larger"]),
-        ("a.csv", "id\na\0b\n", ["line 2: no text"]),
-        (
-            "a.jsonl",
-            '{"id": 17}\n[]\n{\n{"id": ""}\n{"id": "x"}\n',
-            ["line 1: id must be text", "line 2: must be an object", "line 3: not JSON", "line 4: names neither"],
-        ),
-        ("a.jsonl", '{"id": "x", "id": "y"}', ["line 1: not JSON: a key occurs twice"]),
-        ("a.jsonl", '{"id": "x", "owner": "ann"}', ["line 1: names an id and an owner"]),
-        ("a.jsonl", '{"id": "\\ud800"}\n{"id": ' + "9" * 5000 + "}\n", ["line 1: not JSON", "line 2: not JSON"]),
-        ("a.jsonl", '{"id": "x"}\n' + "[" * 200_000, ["line 2: not JSON: nested too deeply"]),
-    ],
-)
-def test_errors_are_listed_at_once_with_their_lines(tmp_path, name, content, messages):
-    with pytest.raises(UserError) as caught:
-        read(written(tmp_path, name, content))
-    found = str(caught.value)
-    assert all(message in found for message in ["--records_file=", *messages]), found
-    assert found.count("line ") == sum(message.count("line ") for message in messages)
+def test_problems_are_listed_at_once_with_their_lines(tmp_path):
+    for name, content, *messages in (
+        ("a.txt", "", "names nothing"),
+        ("a.csv", "id\n", "names nothing"),
+        ("a.txt", b"ok\nb\xff\n", "not UTF-8 text: invalid start byte in line 2"),
+        ("a.txt", "a".encode("utf-16"), "not UTF-8 text: invalid start byte in line 1"),
+        ("a.txt", "x\na\0b\n" + "y" * 5000, "line 2: no text", "line 3: longer than 4096"),
+        ("a.csv", "file,label\nx,1\n", "line 1: must name one column id"),
+        ("a.csv", "id,Id\nx,y\n", "line 1: must name one column id"),
+        ("a.csv", "id,n\nx\ny,1\nz,1,2\n,3\n", "line 2: has 1 fields", "line 4: has 3 fields", "line 5: names neither"),
+        ("a.csv", "id,owner\nx,ann\n", "line 2: names an id and an owner"),
+        ("a.csv", 'id,n\nx,1\n"y,2\nz,3\n', "line 3: not CSV"),
+        ("a.csv", "id,n\nx," + "1" * 200_000, "line 2: not CSV: field larger"),
+        ("a.csv", "id\na\0b\n", "line 2: no text"),
+        ("a.jsonl", '{"id": 17}\n[]\n{\n', "line 1: id must be text", "line 2: must be an object", "line 3: not JSON"),
+        ("a.jsonl", '{"id": ""}\n{"id": "x"}\n', "line 1: names neither"),
+        ("a.jsonl", '{"id": "x", "id": "y"}', "line 1: not JSON: a key occurs twice"),
+        ("a.jsonl", '{"id": "x", "owner": "ann"}', "line 1: names an id and an owner"),
+        ("a.jsonl", '{"id": "\\ud800"}\n{"id": ' + "9" * 5000 + "}\n", "line 1: not JSON", "line 2: not JSON"),
+        ("a.jsonl", '{"id": "x"}\n' + "[" * 200_000, "line 2: not JSON: nested too deeply"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read(written(tmp_path, name, content))
+        text = str(caught.value)
+        assert all(message in text for message in ["--records_file=", *messages]), text
+        assert text.count("line ") == sum(message.count("line ") for message in messages), text
 
 
 def test_files_that_are_none_or_too_large(tmp_path, monkeypatch):
@@ -98,11 +85,10 @@ def test_a_message_stays_readable(tmp_path):
     assert str(caught.value).count("\n") < 110 and "(5000 lines in all)" in str(caught.value)
 
 
-fuzz = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 pieces = st.sampled_from([b"id", b"owner", b",", b";", b'"', b"\n", b"\r", b"{", b"}", b'{"id":', b"[", b"\0", b"\xff"])
 
 
-@fuzz
+@settings(max_examples=100)
 @given(st.sampled_from(["a.txt", "a.csv", "a.jsonl"]), st.one_of(st.binary(), st.lists(pieces).map(b"".join)))
 def test_any_bytes_are_read_or_refused(tmp_path, name, content):
     try:
@@ -118,7 +104,7 @@ names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 names = names.map(str.strip).filter(bool)
 
 
-@fuzz
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.sampled_from(["id", "owner"]), names), min_size=1))
 def test_what_is_written_is_read(tmp_path, wanted):
     """CSV and JSON lines carry any name, and both say the same."""
