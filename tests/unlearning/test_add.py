@@ -24,13 +24,11 @@ from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
 
-SEED, SAMPLED = 0, 30
-
 
 def ranked():
     """Private ids in the order of sampling."""
     ids = [item.id for item in small_source().items if item.split == "train"]
-    return sorted(ids, key=lambda name: sample_rank(SEED, name))
+    return sorted(ids, key=lambda name: sample_rank(0, name))
 
 
 def only(ids):
@@ -76,7 +74,7 @@ def test_adding_equals_training_on_everything_and_the_second_time_does_nothing(b
             dataset, config = run.catalog.get("dataset"), run.layout.config.read_bytes()
             imported, outcome = add(run, only(ids))
             assert (imported.added, imported.known, outcome.published) == (len(ids), 0, True)
-            assert differences(state(run), built[1]) == []
+            assert differences(state(run), built[1]) == [] and outcome.reclustered == (ids is MIXED)
             assert run.catalog.get("dataset") == dataset and run.layout.config.read_bytes() == config
             imported, outcome = add(run, only(ids))
             assert (imported.added, imported.known) == (0, len(ids))
@@ -93,13 +91,6 @@ def test_unsampled_records_tune_only_the_clusters_they_join(built, tmp_path):
         assert (outcome.retuned, outcome.reclustered) == (len(joined), False) and len(joined) < outcome.clusters
         for key in set(after["slices"]) - joined:
             assert files_of(run, after["slices"][key]) == files[before["slices"][key]]
-
-
-def test_sampled_records_cluster_again(built, tmp_path):
-    with copied(built[0][MIXED], tmp_path / "run") as run:
-        before = state(run)["sample"]
-        _, outcome = add(run, only(MIXED))
-        assert outcome.reclustered and set(state(run)["sample"]) - set(before) == set(MIXED[:6])
 
 
 def test_adding_and_erasing_is_never_having_added(built, tmp_path):
@@ -178,7 +169,6 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(built, tmp_path):
         before, rows = state(run), run.layout.images.read_bytes()
         for source, message in (
             (changed(known, {known.items[0].id}, lambda label: label), "has other pixels or another label"),
-            (changed(known, {known.items[0].id}, lambda label: (label + 1) % 10), "another label"),
             (with_shape(other, (4, 16, 1)), r"images are \[4, 16, 1\], those of the workdir \[8, 8, 1\]"),
             (with_classes(other, "x"), "classes that the workdir does not have: x0"),
             (without(other, {item.id for item in other.items}), "there is no training image"),
@@ -204,10 +194,10 @@ def test_a_holdout_is_drawn_as_at_the_first_import(tmp_path):
     with small_run(tmp_path / "run", without(small_source(), set(MIXED)), config) as run:
         build(run)
         add(run, only(MIXED))
-        found, held = state(run), run.catalog.live("holdout").ids
+        whole, held = state(run), run.catalog.live("holdout").ids
     with small_run(tmp_path / "whole", config=config) as run:
         build(run)
-        assert differences(found, state(run)) == [] and run.catalog.live("holdout").ids == held
+        assert differences(whole, state(run)) == [] and run.catalog.live("holdout").ids == held
         assert set(held) & set(MIXED) and not set(MIXED) <= set(held)
 
 
@@ -253,11 +243,10 @@ def test_the_command_adds_a_file_and_a_folder_to_a_workdir_of_another_kind(tmp_p
     assert values["published"] and (tmp_path / "run" / "config.json").read_bytes() == config
     assert main(["add", run, f"--source={folder}"]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    with open_run(tmp_path / "run") as opened_:
-        found, owned = state(opened_), opened_.catalog.owned("hand-14")
-    assert owned == sorted(ids[56:60])
+    with open_run(tmp_path / "run") as opened:
+        assert opened.catalog.owned("hand-14") == sorted(ids[56:60])
+        assert set(opened.catalog.live("train").ids) == set(ids)
     assert main(["audit", run]) == 0
-    assert found["records"].keys() == set(ids)
 
 
 def test_other_kinds_of_sources_are_refused(built, tmp_path, pictures):
@@ -276,11 +265,6 @@ def test_other_kinds_of_sources_are_refused(built, tmp_path, pictures):
             with pytest.raises(UserError, match=message):
                 open_source(run, path, labels)
         assert open_source(run, folder).shape == (8, 8, 3)
-
-
-def test_a_reader_cannot_add(built):
-    with open_run(built[0][MIXED]) as run, pytest.raises(AssertionError, match="writer lock"):
-        add(run, only(MIXED))
 
 
 def test_requests_that_wait_are_finished_by_an_add_that_brings_nothing(built, tmp_path):
