@@ -148,14 +148,14 @@ def _without_place(arguments: Sequence[str]) -> list[str]:
     """A command line without the flags of several processes: any number of them can resume it."""
     from lmeraser_jax.cli.common import PLACE
 
-    kept, rest = [], iter(arguments)
+    remaining, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.lstrip("-").partition("=")
         if not argument.startswith("-") or name not in ("distributed", *PLACE):
-            kept.append(argument)
+            remaining.append(argument)
         elif name in PLACE and not equals:
             next(rest, None)  # its value
-    return kept
+    return remaining
 
 
 def console() -> int:

@@ -42,22 +42,22 @@ def picture(path, name, scale=1):
 
 def test_the_operators_day(at, trained_workdir, capsys, tmp_path):
     """Requests arrive in every form, wait, are served together, and leave receipts that hold."""
-    one, two, three, *_ = live(trained_workdir)
+    first, second, third, *_ = live(trained_workdir)
     with catalog_of(trained_workdir) as catalog:
-        owned = len({two, *catalog.owned("hand-005")})
-    (tmp_path / "ids.csv").write_text(f"note;id;owner\nx;{two};\ny;;hand-005\n")
-    first = [f"--records={one}", "--request=first", "--requester=desk 3", "--reason=" + "long " * 20]
-    like = f"--like={picture(tmp_path / 'a.png', three)}"
-    for flags in (first, [f"--records_file={tmp_path}/ids.csv", "--quarantine"], [like]):
+        owned = len({second, *catalog.owned("hand-005")})
+    (tmp_path / "ids.csv").write_text(f"note;id;owner\nx;{second};\ny;;hand-005\n")
+    flags_of_first = [f"--records={first}", "--request=first", "--requester=desk 3", "--reason=" + "long " * 20]
+    like = f"--like={picture(tmp_path / 'a.png', third)}"
+    for flags in (flags_of_first, [f"--records_file={tmp_path}/ids.csv", "--quarantine"], [like]):
         code, out, err = call(capsys, "unlearn", at, "--defer", *flags)
         assert code == 0 and out.startswith("accepted: request "), (out, err)
-    assert f"a.png has the pixels of: {three}" in err
+    assert f"a.png has the pixels of: {third}" in err
     code, out, _ = call(capsys, "process", at, "--max_wait=3600", "--max_batch=5")
     when = r"the oldest is 0:\d\d:\d\d old; due in (0:59:\d\d|1:00:00) or when 2 more arrive"
     assert code == 0 and re.fullmatch(f"3 requests wait; {when}\n", out), out
     code, out, _ = call(capsys, "requests", at, "--open")
     assert code == 0 and out.count("accepted") == 3 and "long long ..." not in out and "long..." in out
-    assert call(capsys, "unlearn", at, *first, "--defer")[0] == 0, "the same request again"
+    assert call(capsys, "unlearn", at, *flags_of_first, "--defer")[0] == 0, "the same request again"
     code, out, _ = call(capsys, "process", at, "--max_wait=3600", "--max_batch=3", "--json=-")
     values = json.loads(out)
     assert code == 0 and [r["request"] for r in values["served"]][0] == "first" and len(values["served"]) == 3
@@ -68,18 +68,18 @@ def test_the_operators_day(at, trained_workdir, capsys, tmp_path):
     assert rows[0]["requester"] == "desk 3" and rows[0]["receipt"] == str(receipt)
     assert call(capsys, "requests", at, "--open") == (0, "no requests\n", "")
     assert call(capsys, "process", at, "--max_batch=1") == (0, "no request waits\n", "")
-    assert {one, two, three}.isdisjoint(live(trained_workdir))
+    assert {first, second, third}.isdisjoint(live(trained_workdir))
     code, out, _ = call(capsys, "verify", at, "--all")
     assert code == 0 and out.count("holds: ") == 4
-    code, out, _ = call(capsys, "unlearn", at, *first)
+    code, out, _ = call(capsys, "unlearn", at, *flags_of_first)
     assert code == 0 and "request first was served before" in out
     assert call(capsys, "audit", at, "--sample=2")[0] == 0
 
 
 def test_one_command_from_request_to_receipt(at, trained_workdir, capsys):
-    one, two, *_ = live(trained_workdir)
-    assert call(capsys, "unlearn", at, f"--records={two}", "--defer")[0] == 0
-    code, out, err = call(capsys, "unlearn", at, f"--records={one},{two}", "--request=a")
+    first, second, *_ = live(trained_workdir)
+    assert call(capsys, "unlearn", at, f"--records={second}", "--defer")[0] == 0
+    code, out, err = call(capsys, "unlearn", at, f"--records={first},{second}", "--request=a")
     assert code == 0 and "accepted: request a" in err and "1 other requests wait" in err
     assert "erased 1 records (request a)" in out and "1 records are being erased by an earlier request" in out
     receipt = Path(out.strip().rpartition("receipt: ")[2])
@@ -95,41 +95,41 @@ def test_one_command_from_request_to_receipt(at, trained_workdir, capsys):
 
 
 def test_a_request_is_accepted_while_another_process_writes(at, trained_workdir, capsys):
-    one, *_ = live(trained_workdir)
+    first, *_ = live(trained_workdir)
     with writer_lock(Layout(trained_workdir)):
-        message = refused(capsys, "unlearn", at, f"--records={one}", "--request=a")
+        message = refused(capsys, "unlearn", at, f"--records={first}", "--request=a")
         assert "is being written by process" in message and "request a is accepted all the same" in message
-        assert "lmeraser process" in message and one not in live(trained_workdir)
+        assert "lmeraser process" in message and first not in live(trained_workdir)
         assert "is being written by process" in refused(capsys, "process", at, "--wait=0.2")
     assert call(capsys, "process", at, "--wait=5")[0] == 0
     assert (trained_workdir / "receipts" / "a.json").is_file()
 
 
 def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsys, tmp_path):
-    one, *_ = live(trained_workdir)
+    first, *_ = live(trained_workdir)
     noise = tmp_path / "noise.png"
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(noise)
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n[]\n')
     with catalog_of(trained_workdir) as catalog:
         before = [line for line in catalog.db.iterdump() if "INSERT" in line]
         for flags, message in (
-            ([f"--records={one},nobody,none"], "unknown records: nobody, none"),
-            ([f"--records={one}", "--owner=hand-005,nobody"], "--owner=nobody"),
-            ([f"--records={one}", "--records_file=none"], "no such file"),
+            ([f"--records={first},nobody,none"], "unknown records: nobody, none"),
+            ([f"--records={first}", "--owner=hand-005,nobody"], "--owner=nobody"),
+            ([f"--records={first}", "--records_file=none"], "no such file"),
             ([f"--records_file={tmp_path}/bad.jsonl"], "line 2: must be an object"),
-            ([f"--records={one}", f"--like={noise}"], "no live record has exactly these pixels"),
-            ([f"--like={picture(tmp_path / 'big.png', one, 2)}"], "has 16 x 16 pixels; must have 8 x 8"),
-            ([f"--records={one}", "--defer", "--dry_run"], "use one of them"),
-            ([f"--records={one}", "--request=a b"], "--request='a b'"),
-            ([f"--records={one}", "--wait=-1"], "--wait"),
-            ([f"--records={one}", "--config.tuning.batch=0"], "tuning.batch"),
+            ([f"--records={first}", f"--like={noise}"], "no live record has exactly these pixels"),
+            ([f"--like={picture(tmp_path / 'big.png', first, 2)}"], "has 16 x 16 pixels; must have 8 x 8"),
+            ([f"--records={first}", "--defer", "--dry_run"], "use one of them"),
+            ([f"--records={first}", "--request=a b"], "--request='a b'"),
+            ([f"--records={first}", "--wait=-1"], "--wait"),
+            ([f"--records={first}", "--config.tuning.batch=0"], "tuning.batch"),
             (["--records=nobody", "--dry_run"], "unknown records"),
             (["--requester=me"], "say what to erase"),
         ):
             assert message in refused(capsys, "unlearn", at, *flags), flags
         for flag in ("--max_wait=-1", "--max_batch=0"):
             assert "--max_" in refused(capsys, "process", at, flag)
-        assert call(capsys, "unlearn", at, f"--records={one}", "--owner=hand-005", "--dry_run")[0] == 0
+        assert call(capsys, "unlearn", at, f"--records={first}", "--owner=hand-005", "--dry_run")[0] == 0
         assert [line for line in catalog.db.iterdump() if "INSERT" in line] == before
     assert "does not exist" in refused(capsys, "requests", f"--workdir={tmp_path}/none")
     assert not (tmp_path / "none").exists()
