@@ -120,7 +120,7 @@ def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsy
             ([f"--records={first}", f"--like={noise}"], "no live record has exactly these pixels"),
             ([f"--like={picture(tmp_path / 'big.png', first, 2)}"], "has 16 x 16 pixels; must have 8 x 8"),
             ([f"--records={first}", "--defer", "--dry_run"], "use one of them"),
-            ([f"--records={first}", "--request=a b"], "--request='a b'"),
+            ([f"--records={first}", "--request=a b"], "--request=a b: must be"),
             ([f"--records={first}", "--wait=-1"], "--wait"),
             ([f"--records={first}", "--config.tuning.batch=0"], "tuning.batch"),
             (["--records=nobody", "--dry_run"], "unknown records"),
