@@ -226,7 +226,7 @@ def from_dict(tree: Any) -> Config:
         raise UserError(f"the config must be a group of settings, is {type(tree).__name__}")
     problems: list[str] = []
     config = _build(Config, tree, "", problems)
-    raise_all(problems, "the config cannot be used:" if len(problems) > 1 else "")
+    raise_all(problems)
     raise_all(validate(config))
     return config
 

@@ -193,7 +193,7 @@ def test_all_illegal_values_are_named_at_once():
 
 def test_all_unknown_names_and_wrong_types_are_named_at_once():
     lines = refusal(tree(tuning__lane=1, dota={}, seed="1", clustering__zzz=0, data=3)).splitlines()
-    assert lines[0] == "the config cannot be used:" and len(lines) == 6
+    assert lines[0] == "several things are wrong:" and len(lines) == 6
     for words in (
         "unknown setting tuning.lane; did you mean tuning.lanes?",
         "unknown setting dota; did you mean data?",

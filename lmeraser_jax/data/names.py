@@ -21,6 +21,11 @@ FAULTS = {  # Unicode categories of characters that no name may have
 VISIBLE = tuple(category for category in FAULTS if category != "Cf")  # some scripts spell words with joiners
 
 
+def as_name(value: object) -> str:
+    """A name that a file holds as text, bytes or a number; bytes that are no UTF-8 become illegal characters."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
 def fault(name: str, refused: Iterable[str] = FAULTS) -> str:
     """What makes a name illegal, "" where nothing does.
 

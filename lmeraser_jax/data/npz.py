@@ -21,7 +21,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 
 from lmeraser_jax.config import Data
-from lmeraser_jax.data.names import LONGEST
+from lmeraser_jax.data.names import LONGEST, as_name
 from lmeraser_jax.data.source import Item, Pixels, Source
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 
@@ -176,7 +176,7 @@ def _texts(array: np.ndarray) -> list[str]:
         values = array.tolist()
     except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
         raise ValueError(f"text with numbers that are no characters: {error}") from error
-    return [value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value) for value in values]
+    return [as_name(value) for value in values]
 
 
 def _join(streams: Sequence["Rows"], start: int, stop: int) -> np.ndarray:

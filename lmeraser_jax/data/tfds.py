@@ -17,6 +17,7 @@ import numpy as np
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.data.decode import decode
+from lmeraser_jax.data.names import as_name
 from lmeraser_jax.data.source import Item, Pixels, Source
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
@@ -257,7 +258,7 @@ def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
                         continue
                     label = int(values[label_feature])
                     hidden[span] += label < 0
-                    name = _text(values[id_feature]) if id_feature else index
+                    name = as_name(values[id_feature]) if id_feature else index
                     items.append(Item(f"{span.split}/{name}", span.role, label))
                 shown.advance(last - first)
     if damaged:
@@ -298,7 +299,7 @@ def _id_feature(prepared: Prepared) -> str:
     parse, records = _parser(prepared, candidates), prepared.records(largest, 0, min(PROBE, sizes[largest]))
     parsed = [values for values in map(parse, records) if values is not None]
     for name in candidates:
-        texts = [_text(values[name]) for values in parsed]
+        texts = [as_name(values[name]) for values in parsed]
         if len(set(texts)) == len(texts) and all(texts):
             return name
     return ""
@@ -321,7 +322,3 @@ def _parser(prepared: Prepared, names: Sequence[str]) -> Callable[[bytes], dict[
         return None if any(value is None for value in values.values()) else values
 
     return parse
-
-
-def _text(value: object) -> str:
-    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

@@ -50,7 +50,7 @@ class Method:
                 tree[group][setting] = value
             elif name not in _flatten(tree) or _flatten(tree)[name] != value:
                 shared.append(f"{name}={value!r}: all methods of a comparison share it; legal: {LEGAL_SETTINGS}")
-        raise_all(shared, f"the method {self.name} changes other settings:" if shared else "")
+        raise_all(shared, f"the method {self.name} changes other settings:")
         try:
             return settings.from_dict(tree)
         except UserError as error:

@@ -127,7 +127,7 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
         problems.append("--like: no live record has exactly these pixels")
     if public:
         problems.append(f"public records trained the backbone and cannot be erased: {join_limited(public, 50)}")
-    raise_all(problems, "nothing is erased:" if problems else "")
+    raise_all(problems, "nothing is erased:")
     done = {*erased, *pending}
     return Targets(tuple(name for name in names if name not in done), erased, pending, owners)
 

@@ -177,7 +177,7 @@ def tune_missing(run: Run, wanted: Plan, missing: Mapping[str, Target]) -> None:
     if SliceKind.COMMON in missing:
         failures += _tune(run, wanted, run.common_spec, {SliceKind.COMMON: missing[SliceKind.COMMON]})
     heading = "the loss became infinite or not a number; nothing is published. Lower --config.tuning.prompt_rate"
-    raise_all(failures, f"{heading} or --config.tuning.head_rate:" if failures else "")
+    raise_all(failures, f"{heading} or --config.tuning.head_rate:")
 
 
 def _tune(run: Run, wanted: Plan, tuning_spec: TuningSpec, missing: Mapping[str, Target]) -> list[str]:

@@ -312,7 +312,7 @@ def _check_unchanged(layout: Layout, thing: str, old: dict | None, new: dict, pr
     heading = (
         f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
     )
-    raise_all(lines, heading if lines else "")
+    raise_all(lines, heading)
 
 
 def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
