@@ -25,7 +25,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 # folders
-def test_not_prepared_and_unknown_sets(tmp_path, folder, monkeypatch):
+def test_sets_that_are_not_prepared_or_unknown_are_named(tmp_path, folder, monkeypatch):
     message = refusal(tmp_path, "cifar10")
     assert message == (
         f"--config.data.dataset=cifar10 is not prepared in {tmp_path}; prepare it with:"
@@ -44,7 +44,7 @@ def test_not_prepared_and_unknown_sets(tmp_path, folder, monkeypatch):
     assert tfds.load(Data(source="tfds", dataset="plain")).name == "plain/1.2.0"
 
 
-def test_versions_and_configs(tmp_path):
+def test_the_newest_version_and_the_default_config_are_found(tmp_path):
     def prepared_set(*folders: str) -> Path:
         for name in folders:
             (tmp_path / name).mkdir(parents=True)
@@ -74,7 +74,7 @@ def copied(folder: Path, target: Path) -> Path:
     return Path(shutil.copytree(folder / "plain", target / "plain")) / "1.2.0"
 
 
-def test_other_file_formats(tmp_path, folder, capsys):
+def test_other_file_formats_are_refused(tmp_path, folder, capsys):
     info = copied(folder, tmp_path) / "dataset_info.json"
     info.write_text(json.dumps(json.loads(info.read_text()) | {"fileFormat": "tfrecord"}))
     message = refusal(tmp_path)
@@ -84,7 +84,7 @@ def test_other_file_formats(tmp_path, folder, capsys):
     assert "as tfrecord" in capsys.readouterr().err
 
 
-def test_damaged_sets(tmp_path, folder):
+def test_damaged_sets_are_refused_by_name(tmp_path, folder):
     home = copied(folder, tmp_path)
     shard = sorted(home.glob("plain-train*"))[1]
     content = shard.read_bytes()
@@ -172,7 +172,7 @@ def test_prepare_writes_and_then_changes_nothing(tmp_path, capsys, can_write, mo
     assert files_in(tmp_path) == before
 
 
-def test_prepare_without_tensorflow(tmp_path, capsys, monkeypatch):
+def test_prepare_says_what_to_install_without_tensorflow(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(prepare, "NEEDED", ("json", "no_such_module", "no_such_other"))
     assert main(["prepare", "--dataset=cifar10", f"--data_dir={tmp_path}"]) == 2
     assert capsys.readouterr().err == (
@@ -198,14 +198,14 @@ def test_prepare_refuses_names_configs_and_versions_that_do_not_exist(tmp_path, 
         assert not any(tmp_path.iterdir())
 
 
-def test_prepare_takes_the_config(tmp_path, capsys, can_write):
+def test_prepare_reads_the_config(tmp_path, capsys, can_write):
     settings = [f"--config.data.{name}" for name in ("source=tfds", f"dataset={SHAPES}", f"path={tmp_path}")]
     assert main(["prepare", *settings]) == 0
     assert f"{SHAPES}/small/1.0.0 is prepared: {tmp_path}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("manual", ["", "Register at the museum,\n  then put scans.zip here."])
-def test_prepare_without_a_network(tmp_path, capsys, can_write, monkeypatch, manual):
+def test_prepare_without_a_network_says_what_to_do(tmp_path, capsys, can_write, monkeypatch, manual):
     def unreachable(self, dl_manager):
         raise requests.exceptions.ConnectionError("scans.example cannot\nbe found")
 

@@ -55,7 +55,7 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
         assert imported.added == 8
         expected = dataclasses.replace(zoo.entry(name).architecture, image_size=224)
         assert run.backbone.config == dataclasses.replace(expected, epsilon=run.backbone.config.epsilon)
-        assert (run.spec.mean, run.spec.std) == zoo.entry(name).normalisation
+        assert (run.image_spec.mean, run.image_spec.std) == zoo.entry(name).normalisation
         report = build(run)
         assert report.retuned == report.clusters == 2
         answers = predict(load_model(run), run.images[:3])

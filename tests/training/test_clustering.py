@@ -163,23 +163,6 @@ def test_merging_small_clusters_follows_its_rule():
         assert len(after) == 1 or min(len(members) for members in after) >= least
 
 
-def test_merging_by_hand():
-    line = np.array([[0], [0], [0], [4], [5], [5], [20]], np.float32)
-    clusters = [[0, 1, 2], [3], [4, 5], [6]]
-    assert merge_small(clusters, line, 1, 0) == clusters  # nothing is small
-    # record 3 first (equal size, smaller member) and to the nearest; then record 6 to the nearest
-    assert merge_small(clusters, line, 2, 0) == [[0, 1, 2], [3, 4, 5, 6]]
-    # no cluster but record 6 has room for record 3, however near; they then make a cluster of two
-    assert merge_small([[0, 1, 2], [3], [4, 5], [6]], line, 2, 2) == [[0, 1, 2], [3, 6], [4, 5]]
-    # no cluster has room: the nearest takes it all the same
-    assert merge_small([[0, 1, 2], [3], [4, 5, 6]], line, 2, 3) == [[0, 1, 2, 3], [4, 5, 6]]
-    # equally near: the smaller first member wins
-    assert merge_small([[0, 1], [2], [3, 4]], np.array([[-1], [-1], [0], [1], [1]], np.float32), 2, 0) == [
-        [0, 1, 2],
-        [3, 4],
-    ]
-
-
 def test_clusters_partition_the_sample_and_prototypes_are_means():
     sample, features = names(80), points(80)
     for limits in ((0, 0), (0, 3), (5, 0), (20, 3), (50, 7)):
@@ -192,15 +175,6 @@ def test_clusters_partition_the_sample_and_prototypes_are_means():
         for k, members in enumerate(groups(clustering)):
             mean = sum(features[i].astype(np.float64) for i in members) / len(members)
             np.testing.assert_array_max_ulp(clustering.prototypes[k], mean.astype(np.float32), maxulp=1)
-
-
-def test_limits_hold_in_a_clustering():
-    sample, features = names(80), points(80)
-    sizes = [len(m) for m in groups(cluster(sample, features, options("auto:2", max_members=9), "x"))]
-    assert max(sizes) <= 9
-    sizes = [len(m) for m in groups(cluster(sample, features, options("auto:30", min_members=6), "x"))]
-    assert min(sizes) >= 6 and len(sizes) > 1
-    assert len(cluster(sample, features, options("auto:30", min_members=81), "x").keys) == 1
 
 
 def test_a_key_is_the_digest_of_the_members_ids_alone():
