@@ -1,6 +1,6 @@
-"""Pictures drawn with matplotlib: one style for all of them, their bytes, and what is said where matplotlib is missing.
+"""Pictures drawn with matplotlib: one style for all of them, and their bytes.
 
-No global state of pyplot; matplotlib is imported where it is used, so that nothing else needs it.
+pyplot and its global state are not used. Matplotlib is imported where it is used, so that nothing else needs it.
 """
 
 import contextlib
@@ -26,27 +26,22 @@ STYLE = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
-    "axes.labelsize": 9.5,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9.5,
-    "legend.fontsize": 9.5,
     "legend.frameon": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": GREY,
     "axes.axisbelow": True,
-    "axes.unicode_minus": True,
     "text.parse_math": False,  # names are names, also with $ in them
     "svg.fonttype": "path",
     "svg.hashsalt": "lmeraser",
 }
-DATES = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}  # left out of the bytes
+NO_DATES = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 def required() -> None:
-    """Raises `UserError` where matplotlib is missing: for commands, to refuse before the work and not in the end."""
+    """Raises `UserError` where matplotlib is missing: for commands, to refuse before the work and not at the end."""
     try:
         import matplotlib.figure
         import matplotlib.style  # noqa: F401
@@ -61,7 +56,7 @@ def style() -> Iterator[None]:
     import matplotlib.style
 
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name in any script; shown as boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
         yield
 
 
@@ -69,19 +64,18 @@ def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Runs a function that draws in `style`."""
 
     @functools.wraps(draw)
-    def inside(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         with style():
             return draw(*args, **kwargs)
 
-    return inside
+    return wrapper
 
 
 def blank(width: float, height: float) -> "Figure":
     """An empty figure of so many inches that lays itself out. For `styled` functions."""
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.08))
+    return Figure((width, height), layout="constrained")
 
 
 def ticked(value: float, _: int | None = None) -> str:
@@ -101,7 +95,7 @@ def unlabelled(value: float, _: int | None = None) -> str:
 def picture(figure: "Figure", kind: str) -> bytes:
     """A figure as png, svg or pdf: the same bytes whenever it is drawn."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=DPI, metadata=DATES[kind])
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=NO_DATES[kind])
     return buffer.getvalue()
 
 

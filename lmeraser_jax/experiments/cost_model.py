@@ -155,22 +155,15 @@ def expected_makespan(clusters: Clusters, batch: Batch, changed: float = 1.0, la
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """What a workdir would have to tune again.
-
-    Attributes:
-        workdir, version: the workdir and its published state.
-        clusters: members, sampled members and images of each published cluster.
-        lanes: L of one device.
-        speed: images per second of one device, measured on slices of the published program; None where none was timed.
-        reclusterings: for each past erasure that changed the clustering, images of the clusters without an erased
-            member, and images of those among them that were tuned again.
-    """
+    """What a workdir would have to tune again."""
 
     workdir: str
-    version: int
+    version: int  # of the published state
     clusters: Clusters
-    lanes: int
-    speed: float | None
+    lanes: int  # L of one device
+    speed: float | None  # images per second of one device, on slices of the published program; None: none was timed
+    # of each past erasure that changed the clustering: images of the clusters without an erased member, and images of
+    # those among them that were tuned again
     reclusterings: tuple[tuple[float, float], ...]
 
     @property
@@ -230,36 +223,23 @@ def _read_reclusterings(layout: Layout) -> tuple[tuple[float, float], ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """Expected costs of serving requests together: all of a window with at least one request, or always k.
+    """Expected costs of serving requests together: all of a window with at least one request, or always k."""
 
-    Attributes:
-        name: when requests are served, in words.
-        window_days: T; for k requests the mean days from the first to the last; 0: each is served alone, at once.
-        any: probability of a request within a window.
-        requests, clusters, images, seconds: of a batch; clusters and images that are tuned again, and that time.
-        share: images over those of a full tuning.
-        reclustering: share of the images that new clusterings cause.
-        paper_clusters, paper_seconds: of a batch, by the paper's Eqs. 9 and 19.
-        wait_seconds: from a request to the end of tuning, mean: half a window and a batch.
-        batches, month_seconds: of 30 days.
-        busy: share of the time that tuning takes; from 1 on requests pile up.
-    """
-
-    name: str
-    window_days: float
-    any: float
-    requests: float
-    clusters: float
-    images: float
-    share: float
-    reclustering: float
+    name: str  # when requests are served, in words
+    window_days: float  # T; for k requests the mean days from the first to the last; 0: each is served at once
+    any: float  # probability of a request within a window
+    requests: float  # of a batch, as are the next
+    clusters: float  # tuned again
+    images: float  # tuned again
+    share: float  # images over those of a full tuning
+    reclustering: float  # share of the images that new clusterings cause
     seconds: float
-    paper_clusters: float
-    paper_seconds: float
-    wait_seconds: float
-    batches: float
-    month_seconds: float
-    busy: float
+    paper_clusters: float  # by Eq. 9
+    paper_seconds: float  # by Eq. 19
+    wait_seconds: float  # from a request to the end of tuning, mean: half a window and a batch
+    batches: float  # of 30 days
+    month_seconds: float  # of 30 days
+    busy: float  # share of the time that tuning takes; from 1 on requests pile up
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,11 +65,9 @@ class Demo:
         return "\n".join(lines)
 
 
-def _line(name: str, records: int, o: BuildReport) -> str:
-    count = str(records or "")
-    return (
-        f"{name:<26}{count:>8}{o.clusters:>10}{o.retuned:>10}{o.reused:>8}{o.images:>9}{o.ratio:>8.1%}{o.seconds:>9.1f}"
-    )
+def _line(name: str, records: int, report: BuildReport) -> str:
+    counts = f"{report.clusters:>10}{report.retuned:>10}{report.reused:>8}{report.images:>9}"
+    return f"{name:<26}{records or '':>8}{counts}{report.ratio:>8.1%}{report.seconds:>9.1f}"
 
 
 def demo(workdir: str, config: Config) -> Demo:
@@ -81,39 +79,44 @@ def demo(workdir: str, config: Config) -> Demo:
         trained = build(run)
         before = evaluate(run)
         share = overview.overview(run.layout, run.catalog, run.config).expected_share
-        requests = tuple(_request(run, name, ids) for name, ids in _choose(run))
+        requests = tuple(_serve(run, name, ids) for name, ids in _choose(run).items() if ids)
         after = evaluate(run)
         audit_start = time.perf_counter()
         verdict = audit(run)
         audit_seconds = time.perf_counter() - audit_start
-        picture = run.layout.picture
-        montage.save_montage(run, picture)
-    seconds = time.perf_counter() - start
+        montage.save_montage(run, run.layout.picture)
     return Demo(
-        str(run.layout.root), str(picture), before, after, trained, share, requests, verdict, audit_seconds, seconds
+        workdir=str(run.layout.root),
+        picture=str(run.layout.picture),
+        before=before,
+        after=after,
+        trained=trained,
+        expected_share=share,
+        requests=requests,
+        verdict=verdict,
+        audit_seconds=audit_seconds,
+        seconds=time.perf_counter() - start,
     )
 
 
-def _choose(run: Run) -> list[tuple[str, list[str]]]:
-    """An unsampled record, a sampled record, and all records of one owner, of typical clusters."""
+def _choose(run: Run) -> dict[str, list[str]]:
+    """An unsampled and a sampled record of a cluster of median size, and all records of one owner."""
     manifest = run.catalog.manifest()
     assert manifest is not None
     sample = set(load_clustering(run.layout, manifest.clustering).sample)
     records = run.catalog.live("train")
     sizes = Counter(records.clusters)
-    middle = sorted(sizes, key=lambda key: (sizes[key], key))[len(sizes) // 2]
-    inside = [name for name, cluster in zip(records.ids, records.clusters, strict=True) if cluster == middle]
-    choices = [
-        ("an unsampled record", [name for name in inside if name not in sample][:1]),
-        ("a sampled record", [name for name in inside if name in sample][:1]),
-    ]
+    median = sorted(sizes, key=lambda key: (sizes[key], key))[len(sizes) // 2]
+    members = [name for name, cluster in zip(records.ids, records.clusters, strict=True) if cluster == median]
     owners = sorted(set(filter(None, records.owners)))
-    if owners:
-        choices.append(("an owner", run.catalog.owned(owners[len(owners) // 2])))
-    return [(name, ids) for name, ids in choices if ids]
+    return {
+        "an unsampled record": [name for name in members if name not in sample][:1],
+        "a sampled record": [name for name in members if name in sample][:1],
+        "an owner": run.catalog.owned(owners[len(owners) // 2]) if owners else [],
+    }
 
 
-def _request(run: Run, name: str, ids: list[str]) -> Request:
-    done = erase.request_erasure(run, ids)
-    assert done.outcome is not None
-    return Request(name, done.records, done.outcome)
+def _serve(run: Run, name: str, ids: list[str]) -> Request:
+    erasure = erase.request_erasure(run, ids)
+    assert erasure.outcome is not None
+    return Request(name, erasure.records, erasure.outcome)

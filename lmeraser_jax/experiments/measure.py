@@ -41,48 +41,28 @@ ALL_SNAPSHOTS = 10**6  # more than a slice ever has
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is measured of each method.
+    """What is measured of each method."""
 
-    Attributes:
-        dataset, backbone: names for people.
-        probes: records whose erasure is planned.
-        split: images that are predicted: test, or holdout to choose settings by.
-        requests: erasures that are served and timed, of so many sampled records and of as many others; one of each
-            where every request tunes everything again.
-        cuts: values of clustering.cut.
-        sequences: kinds of sequences.
-        length: batches of a sequence.
-        montage: draw the clusters of the first method of the first seed (Fig. 10); the picture shows private images.
-    """
-
-    dataset: str
-    backbone: str
-    split: str = "test"
-    probes: int = 100
-    requests: int = 2
-    cuts: tuple[str, ...] = ()
+    dataset: str  # name for people
+    backbone: str  # name for people
+    split: str = "test"  # images that are predicted: test, or holdout to choose settings by
+    probes: int = 100  # records whose erasure is planned
+    requests: int = 2  # erasures that are served and timed, of so many sampled records and of as many others
+    cuts: tuple[str, ...] = ()  # values of clustering.cut
     sequences: tuple[str, ...] = tuple(sequences.KINDS)
-    length: int = 10
-    montage: bool = False
+    length: int = 10  # batches of a sequence
+    montage: bool = False  # draw the clusters of the first method (Fig. 10): private images
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """An experiment with a method and a seed, in one workdir.
+    """An experiment with a method and a seed, in one workdir."""
 
-    Attributes:
-        experiment: one of `EXPERIMENTS`.
-        method: the method.
-        seed: of the run.
-        variant: a cut or a kind of sequence; "" elsewhere.
-        config: the comparison's config with the method's changes and the seed.
-    """
-
-    experiment: str
+    experiment: str  # one of `EXPERIMENTS`
     method: Method
     seed: int
-    variant: str
-    config: Config
+    variant: str  # a cut or a kind of sequence; "" elsewhere
+    config: Config  # of the comparison, with the method's changes and the seed
 
     @property
     def name(self) -> str:

@@ -26,66 +26,39 @@ TIMES = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sample
 class Measurement:
     """One row: a method on a data set with a seed, at one point of an experiment.
 
-    Attributes:
-        experiment: methods | removal (share erased) | cut (of the tree) | epochs | sequence (of requests).
-        dataset, backbone: names for people.
-        method: name of a method, as in --methods.
-        seed: of the run.
-        x: place on the experiment's axis: share erased, threshold or K, epoch, requests served; 0 for methods.
-        series: one of several curves of an experiment, such as the kind of a sequence; "" for the only one.
-        records: live training records.
-        clusters: K, slices that predict.
-        accuracy, balanced: shares of right answers on the images of the split; balanced is the mean over the classes.
-        images_full, seconds_full: images that a full tuning passes forward and backward through the backbone, and its
-            seconds, from the plan to the purge, cold: compilation is included (of the methods only; 0 elsewhere).
-            Heads on features pass no image, because features are computed once.
-        images_request: mean over uniformly drawn records, sampled ones counted, of the images that their erasure
-            passes.
-        images_worst: the largest of them.
-        seconds_request: expected seconds of a uniformly drawn request, from the plan to the purge: the next two,
-            weighted by how frequent their records are; 0 where none was served.
-        seconds_unsampled, seconds_sampled: mean seconds of requests that were served, for a record that is not sampled
-            and for one that is, whose erasure also re-clusters; 0 where none was served.
-        records_request: mean number of members of all slices that a request tunes again.
-        parameters_request: mean number of parameters in these slices.
-        parameters: parameters in all slices.
-        expected_share: of the data, re-tuned by a uniform request for an unsampled record, sum(m_k^2) / N^2.
-        sampled_share: of the records that are sampled.
-        spent: images passed since the start of a sequence, 0 elsewhere.
-        tested: images of the split.
-        passes: images passed forward through the backbone for one prediction.
-        majority: accuracy of always naming the class with the most training records; 0: not known.
-        source: key of the entry of `Results.sources` that says where the row comes from; "": not known.
+    A full tuning makes everything. Images are counted where they pass forward and backward through the backbone; heads
+    on features pass none, because features are computed once. Costs of requests are of uniformly drawn records, sampled
+    ones counted; seconds are from the plan to the purge, and 0 where nothing was timed.
     """
 
-    experiment: str
-    dataset: str
-    backbone: str
-    method: str
+    experiment: str  # methods | removal | cut | epochs | sequence
+    dataset: str  # name for people
+    backbone: str  # name for people
+    method: str  # as in --methods
     seed: int
-    x: float = 0.0
-    series: str = ""
-    records: int
-    clusters: int
-    accuracy: float
-    balanced: float
-    images_full: int
-    seconds_full: float = 0.0
-    images_request: float = 0.0
-    images_worst: float = 0.0
-    seconds_request: float = 0.0
-    records_request: float = 0.0
-    parameters_request: float = 0.0
-    parameters: int = 0
-    expected_share: float = 0.0
-    sampled_share: float = 0.0
-    spent: float = 0.0
-    tested: int = 0
-    passes: float = 0.0
-    seconds_unsampled: float = 0.0
-    seconds_sampled: float = 0.0
-    majority: float = 0.0
-    source: str = ""
+    x: float = 0.0  # share erased, threshold or K, epoch, requests served; 0 for methods
+    series: str = ""  # one of several curves of an experiment, such as the kind of a sequence; "" for the only one
+    records: int  # live training records
+    clusters: int  # K, slices that predict
+    accuracy: float  # share of right answers on the images of the split
+    balanced: float  # mean of the accuracies within the classes
+    images_full: int  # of a full tuning
+    seconds_full: float = 0.0  # of a full tuning, cold: compilation is included
+    images_request: float = 0.0  # mean over planned erasures
+    images_worst: float = 0.0  # largest of them
+    seconds_request: float = 0.0  # expected: seconds_unsampled and seconds_sampled, as frequent as their records are
+    records_request: float = 0.0  # mean members of all slices that are tuned again
+    parameters_request: float = 0.0  # mean parameters in these slices
+    parameters: int = 0  # in all slices
+    expected_share: float = 0.0  # of the data, re-tuned for an unsampled record, sum(m_k^2) / N^2
+    sampled_share: float = 0.0  # of the records that are sampled, whose erasure also re-clusters
+    spent: float = 0.0  # images passed since the start of a sequence
+    tested: int = 0  # images of the split
+    passes: float = 0.0  # images passed forward through the backbone for one prediction
+    seconds_unsampled: float = 0.0  # mean of the requests that were served for records that are not sampled
+    seconds_sampled: float = 0.0  # mean of those for sampled records
+    majority: float = 0.0  # accuracy of always naming the class with the most training records; 0: not known
+    source: str = ""  # key of the entry of `Results.sources` that says where the row comes from; "": not known
 
     @property
     def point(self) -> tuple[str, str, str, str, int, float, str]:

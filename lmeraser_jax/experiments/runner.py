@@ -34,23 +34,15 @@ FREE_OPTIONS = ("cuts", "sequences", "montage")  # they add tasks or a picture a
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What to compare, and where.
+    """What to compare, and where. Each method is combined with each seed and experiment."""
 
-    Attributes:
-        folder: everything goes here.
-        config: of the experiment, without any method's changes.
-        methods, seeds, experiments: each is combined with each.
-        options: what is measured.
-        keep: keep the workdirs; else each is removed once its rows are on disk.
-    """
-
-    folder: Path
-    config: Config
+    folder: Path  # everything goes here
+    config: Config  # of the experiment, without any method's changes
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     experiments: tuple[str, ...]
     options: Options
-    keep: bool = False
+    keep: bool = False  # keep the workdirs; else each is removed once its rows are on disk
 
     @property
     def tasks(self) -> list[Task]:

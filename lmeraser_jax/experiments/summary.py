@@ -76,19 +76,12 @@ def amount(value: float, like: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Quantity:
-    """A number of a row to show.
+    """A number of a row to show."""
 
-    Attributes:
-        title: of a column or an axis, with the unit.
-        of: the number of one row; NaN where the row does not have it.
-        best: chooses the best of several means; None where none is better.
-        text: a number for people, with the decimals of a second one.
-    """
-
-    title: str
-    of: Callable[[Measurement], float]
-    best: Callable[[Iterable[float]], float] | None = min
-    text: Callable[[float, float], str] = amount
+    title: str  # of a column or an axis, with the unit
+    of: Callable[[Measurement], float]  # NaN where the row does not have it
+    best: Callable[[Iterable[float]], float] | None = min  # chooses the best of several means; None: none is better
+    text: Callable[[float, float], str] = amount  # a number for people, with the decimals of a second one
 
     def show(self, value: Spread) -> str:
         """The mean and, where seeds differ, the standard deviation."""
