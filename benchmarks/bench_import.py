@@ -38,7 +38,7 @@ def main() -> None:
         print(json.dumps(step(arguments, Path(arguments.folder))))
         return
     with tempfile.TemporaryDirectory() as folder:
-        made = in_a_process("make", folder)
+        written = in_a_process("make", folder)
         load_average, runs = round(os.getloadavg()[0], 1), []
         for threads in arguments.threads.split(","):
             runs.append(in_a_process("import", folder, f"--threads={threads}"))
@@ -55,7 +55,7 @@ def main() -> None:
         "commit": commit(),
         "images": arguments.images,
         "source": arguments.source,
-        "source_bytes": made["bytes"],
+        "source_bytes": written["bytes"],
         "runs": runs,
     }
     print(json.dumps(result, indent=2))
@@ -138,7 +138,7 @@ def load(arguments: argparse.Namespace, folder: Path) -> dict:
         end, busy = time.perf_counter(), time.process_time() - busy
     assert imported.added == arguments.images
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
-    found = {
+    measured = {
         "seconds": round(end - start, 2),
         "images_per_second": round(arguments.images / (end - start)),
         "cpu_seconds": round(busy, 2),
@@ -149,9 +149,9 @@ def load(arguments: argparse.Namespace, folder: Path) -> dict:
         "catalog_mb": round(layout.catalog.stat().st_size / 1e6, 1),
     }
     if arguments.source == "folder":
-        found = {"decode_threads": decode.THREADS, **found}
+        measured = {"decode_threads": decode.THREADS, **measured}
     versions = {"python": platform.python_version(), "numpy": np.__version__, "pillow": PIL.__version__}
-    return found | {"versions": versions | {"lmeraser_jax": lmeraser_jax.__version__}}
+    return measured | {"versions": versions | {"lmeraser_jax": lmeraser_jax.__version__}}
 
 
 def resident() -> int:

@@ -42,7 +42,7 @@ TOLERANCE = {"cpu": 1e-3, "gpu": 5e-2}  # of a loss, relative; bfloat16 on GPU
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Ours:
+class Workload:
     """A tuning problem: as many clusters as lanes, of equal size, so that every step is a full batch."""
 
     problem: train_step.TuningSpec
@@ -87,7 +87,7 @@ def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
     return backbone, frozen_vit(backbone)
 
 
-def ours(arguments: argparse.Namespace) -> Ours:
+def workload_of(arguments: argparse.Namespace) -> Workload:
     """Random images, a random network; the members of a cluster are images whose nearest prototype is the cluster's."""
     backbone, network = networks(arguments)
     config = backbone.config
@@ -110,29 +110,29 @@ def ours(arguments: argparse.Namespace) -> Ours:
     noise = rng.integers(-40, 40, (arguments.lanes, members, arguments.size, arguments.size, 3))
     images = np.clip(tints[:, None] + noise, 0, 255).astype(np.uint8).reshape(-1, *noise.shape[2:])
     labels = (rng.integers(0, 2, len(images)) + np.arange(len(images)) // members) % CLASSES  # two in each cluster
-    found = Ours(problem, backbone, network, [], images, labels.astype(np.int32), np.zeros(0))
-    extract = Extractor(backbone, spec, 32, found.mesh, compute_dtype("auto", found.mesh))
+    workload = Workload(problem, backbone, network, [], images, labels.astype(np.int32), np.zeros(0))
+    extract = Extractor(backbone, spec, 32, workload.mesh, compute_dtype("auto", workload.mesh))
     features = extract(images).reshape(arguments.lanes, members, -1)
     prototypes = features.mean(axis=1)
     nearest = ((features[:, :, None] - prototypes) ** 2).sum(axis=-1).argmin(axis=-1)
     assert (nearest == np.arange(arguments.lanes)[:, None]).all(), "the clusters overlap"
     jobs = [make_job(f"c{k}", np.arange(k * members, (k + 1) * members), settings) for k in range(arguments.lanes)]
-    return dataclasses.replace(found, jobs=jobs, prototypes=prototypes)
+    return dataclasses.replace(workload, jobs=jobs, prototypes=prototypes)
 
 
-def task_of(mine: Ours) -> torch_tuning.Task:
+def task_of(workload: Workload) -> torch_tuning.Task:
     """The same problem for PyTorch, with the batches that our lanes get, in their order."""
-    t, on_gpu = mine.problem.tuning, torch.cuda.is_available()
+    t, on_gpu = workload.problem.tuning, torch.cuda.is_available()
     device, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    rows = np.stack([batches(job, mine.problem.seed)[0] for job in mine.jobs], axis=1)  # [steps, G, B]
-    total = mine.jobs[0].steps
+    rows = np.stack([batches(job, workload.problem.seed)[0] for job in workload.jobs], axis=1)  # [steps, G, B]
+    total = workload.jobs[0].steps
     factors = [train_step.learning_rate(t, np.int32(step), np.int32(total)) for step in range(total)]
     return torch_tuning.Task(
-        network=mine.network.to(device, dtype),
-        images=mine.images,
-        labels=mine.labels.astype(np.int64),
+        network=workload.network.to(device, dtype),
+        images=workload.images,
+        labels=workload.labels.astype(np.int64),
         rows=rows.astype(np.int64),
-        prototypes=mine.prototypes,
+        prototypes=workload.prototypes,
         classes=CLASSES,
         width=t.prompt_width,
         rates=t.prompt_rate * np.array(factors, np.float64),
@@ -146,14 +146,14 @@ def first(losses) -> list[float]:
     return [float(loss) for loss, _ in zip(losses, range(CHECKED), strict=False)]
 
 
-def disagreement(mine: Ours, task: torch_tuning.Task, best: torch_tuning.Best) -> float:
+def disagreement(workload: Workload, task: torch_tuning.Task, best: torch_tuning.Best) -> float:
     """The largest relative difference between the losses of the first steps; refuses to compare different things."""
-    wanted = mine.losses()
-    found = np.array([first(torch_tuning.reference(task)), first(best.run())])
-    worst = float(np.abs(found / wanted - 1).max())
+    expected = workload.losses()
+    torch_losses = np.array([first(torch_tuning.reference(task)), first(best.run())])
+    worst = float(np.abs(torch_losses / expected - 1).max())
     limit = TOLERANCE[jax.devices()[0].platform]
-    assert worst < limit, f"losses differ by {worst:.1e}, more than {limit}: {wanted}, {found}"
-    assert wanted[-1] < wanted[0], f"nothing is learnt: {wanted}"
+    assert worst < limit, f"losses differ by {worst:.1e}, more than {limit}: {expected}, {torch_losses}"
+    assert expected[-1] < expected[0], f"nothing is learnt: {expected}"
     return worst
 
 
@@ -181,14 +181,14 @@ def main() -> None:
     if arguments.quick:
         arguments.steps = CHECKED
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    mine = ours(arguments)
-    task = task_of(mine)
+    workload = workload_of(arguments)
+    task = task_of(workload)
     best = torch_tuning.Best(task)
-    worst = disagreement(mine, task, best)
-    last = {"ours": mine.tune, "reference": lambda: list(torch_tuning.reference(task))}
+    worst = disagreement(workload, task, best)
+    last = {"ours": workload.tune, "reference": lambda: list(torch_tuning.reference(task))}
     last["best_torch"] = lambda: float(list(best.run())[-1])  # waits for the device
     seconds = interleaved(last, arguments.rounds)
-    images = mine.problem.tuning.lanes * arguments.batch * arguments.steps
+    images = workload.problem.tuning.lanes * arguments.batch * arguments.steps
     rates = {name: round(images / statistics.median(times), 2) for name, times in seconds.items()}
     ratios = {
         name: round(statistics.median(b / a for a, b in zip(seconds["ours"], times, strict=True)), 3)
@@ -199,7 +199,7 @@ def main() -> None:
         name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")
     }
     result["torch"] = torch.__version__
-    architecture = mine.problem.architecture
+    architecture = workload.problem.architecture
     blocks = architecture.depths if isinstance(architecture, SwinConfig) else architecture.depth
     result |= {"depth": blocks, "losses_differ_by": worst}
     result |= {"images_per_s": rates, "ratio": ratios, "seconds": seconds}

@@ -69,12 +69,12 @@ def frozen_vit(backbone: Backbone) -> TorchViT:
     model, tree = TorchViT(backbone.config), backbone.params
     with torch.no_grad():
         for name, leaf in model.named_parameters():
-            leaf.copy_(torch.from_numpy(_found(tree, name)))
+            leaf.copy_(torch.from_numpy(_array_of(tree, name)))
             leaf.requires_grad_(False)
     return model.eval()
 
 
-def _found(tree, name: str) -> np.ndarray:
+def _array_of(tree, name: str) -> np.ndarray:
     """The array of one of our parameter trees that a PyTorch name stands for; kernels are transposed."""
     within = {"qkv": "attention", "out": "attention", "fc1": "mlp", "fc2": "mlp"}
     leaves = {"weight": ("kernel", "scale"), "bias": ("bias",), "cls": ("cls",), "positions": ("positions",)}

@@ -146,9 +146,11 @@ def restore(folder: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, 
     """
     try:
         content = [metadata["config"], metadata["mean"], metadata["std"], arrays_digest(arrays)]
-        found = digest(content)
-        if found != metadata["digest"]:
-            raise ValueError(f"its contents have the digest {found[:12]}, recorded is {str(metadata['digest'])[:12]}")
+        computed = digest(content)
+        if computed != metadata["digest"]:
+            raise ValueError(
+                f"its contents have the digest {computed[:12]}, recorded is {str(metadata['digest'])[:12]}"
+            )
         if not isinstance(metadata["inputs"], dict) or not isinstance(metadata["provenance"], dict):
             raise TypeError("inputs and provenance must be JSON objects")
         config = architecture_from(metadata["config"])
