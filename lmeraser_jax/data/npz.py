@@ -283,9 +283,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         ValueError: it is missing or damaged.
+        OSError: it cannot be read now, which says nothing about what it holds.
     """
     try:
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             return dict(file)
     except Exception as error:  # NumPy evaluates headers as Python source, which raises nearly every kind
         raise ValueError(f"{path} cannot be read: {error}") from error

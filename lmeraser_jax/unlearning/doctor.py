@@ -24,7 +24,7 @@ from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import remove_others, resize_file
+from lmeraser_jax.storage.atomic_files import publish_folder, remove_others, resize_file
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.workdir import Layout, current_writer, read_config, refuse_links, writer_lock
@@ -239,8 +239,8 @@ def _backbone(layout: Layout) -> Iterator[Problem]:
     try:
         backbone.load(layout.backbone)
     except UserError as error:
-        aside = layout.root / "backbone.damaged"
-        yield Problem("backbone", str(error), DROP, repair=functools.partial(os.replace, layout.backbone, aside))
+        move = functools.partial(publish_folder, layout.backbone, layout.root / "backbone.damaged")
+        yield Problem("backbone", str(error), DROP, repair=move if layout.backbone.exists() else None)
 
 
 def _features(run: "Run") -> Iterator[Problem]:
@@ -284,19 +284,21 @@ def _slices(run: "Run") -> Iterator[Problem]:
             try:
                 load_slice(run, ref)
             except UserError as error:
-                drop = functools.partial(_drop_slice, run.catalog, slice_of(ref))
+                name = slice_of(ref)
+                drop = functools.partial(_drop, run.catalog, name, run.layout.slice(name))
                 yield Problem("slices", shorten(str(error), 300), DROP, repair=drop)
             shown.advance(1)
     yield from _unknown_files(run.layout.slices, run.catalog.slices().keys())
 
 
-def _drop_slice(catalog: Catalog, name: str) -> None:
-    """Also the older states that had it: they cannot be made again."""
+def _drop(catalog: Catalog, name: str, folder: Path) -> None:
+    """Drops a slice or a clustering, and the older states that had it: they cannot be made again."""
     with catalog.transaction():
         catalog.drop_slice(name)
         for manifest in catalog.manifests()[1:]:
-            if name in map(slice_of, manifest.entries.values()):
+            if name in (manifest.clustering, *map(slice_of, manifest.entries.values())):
                 catalog.drop_manifest(manifest.version)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _clusterings(run: "Run") -> Iterator[Problem]:
@@ -304,8 +306,6 @@ def _clusterings(run: "Run") -> Iterator[Problem]:
     manifests = run.catalog.manifests()
     for manifest in manifests:
         folder, reason = run.layout.clustering(manifest.clustering), ""
-        with contextlib.suppress(FileNotFoundError):
-            (folder / "clustering.npz").read_bytes()  # an error of the disk is no damage
         try:
             clustering, members = load_clustering(run.layout, manifest.clustering), dict[int, list[str]]()
             for name, label in zip(clustering.sample, clustering.labels.tolist(), strict=True):
@@ -316,17 +316,10 @@ def _clusterings(run: "Run") -> Iterator[Problem]:
             reason = str(error)
         if reason:
             message = f"clustering {manifest.clustering[:12]} is missing or damaged: {reason}"
-            older = manifest.version if manifest != manifests[0] else None
-            drop = functools.partial(_drop_clustering, run.catalog, folder, older)
+            drop = functools.partial(_drop, run.catalog, manifest.clustering, folder)
             yield Problem("clusterings", message, DROP, repair=drop)
     known = {row.clustering for row in run.catalog.slices().values()}
     yield from _unknown_files(run.layout.clusterings, known | {manifest.clustering for manifest in manifests})
-
-
-def _drop_clustering(catalog: Catalog, folder: Path, older: int | None) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    if older is not None:  # that state cannot be made again
-        catalog.drop_manifest(older)
 
 
 def _unknown_files(folder: Path, known: Collection[str]) -> Iterator[Problem]:

@@ -132,7 +132,7 @@ def test_what_cannot_be_read_just_now_is_no_damage(copy, monkeypatch):
 
     def failing(read):
         def fail(path, *args, **options):
-            if layout.slices in path.parents:
+            if {layout.slices, layout.clusterings} & {*path.parents}:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return read(path, *args, **options)
 
@@ -143,7 +143,8 @@ def test_what_cannot_be_read_just_now_is_no_damage(copy, monkeypatch):
         patch.setattr(Path, "read_bytes", failing(Path.read_bytes))
         for fix in (False, True):
             seen = examined(layout, fix)
-            assert [(problem.part, problem.state) for problem in seen.problems] == [("slices", State.UNCHECKED)]
+            unchecked = [("slices", State.UNCHECKED), ("clusterings", State.UNCHECKED)]
+            assert [(problem.part, problem.state) for problem in seen.problems] == unchecked
             assert not seen.healthy and not seen.damaged and "Input/output error" in seen.table()
     assert contents(layout) == before
 
