@@ -102,6 +102,7 @@ def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str],
         if not Path(path).is_file():
             hint = "experiments are in configs/, for example configs/digits.py"
             raise UserError(f"--config={path}: no such file; {hint}")
+        sys.path.append(str(Path(path).resolve().parent.parent))  # experiment files do `from configs import common`
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
         return
     workdir = early["workdir"].value
