@@ -41,12 +41,12 @@ def publish_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_others(folder: Path, kept: Collection[str]) -> None:
-    """Removes every folder and file in `folder` whose name is not among `kept`, and makes that durable."""
+def remove_others(folder: Path, names: Collection[str]) -> None:
+    """Removes every folder and file in `folder` whose name is not among `names`, and makes that durable."""
     if not folder.exists():
         return
     for path in folder.iterdir():
-        if path.name not in kept:
+        if path.name not in names:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     sync_folder(folder)
 

@@ -64,8 +64,8 @@ def connect(path: Path) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
     """Opens a catalog; also one in a folder that this process cannot write to.
 
     Returns:
-        The connection. And None; or, where SQLite cannot follow a writer because the log's index cannot be made or
-        read, what `look` says of the file: the connection shows that moment only.
+        The connection, and None. Where SQLite cannot follow a writer, because the index of its log cannot be made or
+        read, the connection shows this moment only, and `file_stamp` stands in the place of None.
 
     Raises:
         UserError: a writer's log is there and cannot be read, so that the file alone would show an old state.
@@ -79,24 +79,24 @@ def connect(path: Path) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
         return db, None
     except sqlite3.OperationalError:
         db.close()
-    seen = look(path)
-    if seen[-1]:
+    stamp = file_stamp(path)
+    if stamp[-1]:
         raise UserError(
             f"{path} is being written by another process, and its log cannot be read in a folder that this process"
             " cannot write to; try again when the writer has finished, or get write access to the folder"
         )
-    return sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True, isolation_level=None), seen
+    return sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True, isolation_level=None), stamp
 
 
-def look(path: Path) -> tuple[int, ...]:
+def file_stamp(path: Path) -> tuple[int, ...]:
     """Time and size of a catalog's file, size of its log."""
     file, log = path.stat(), path.with_name(f"{path.name}-wal")
     return file.st_mtime_ns, file.st_size, log.stat().st_size if log.exists() else 0
 
 
-def refuse_change(path: Path, seen: tuple[int, ...] | None) -> None:
+def refuse_change(path: Path, stamp: tuple[int, ...] | None) -> None:
     """Raises `UserError` where a connection shows one moment only (`connect`) and the catalog has changed since."""
-    if seen is not None and look(path) != seen:
+    if stamp is not None and file_stamp(path) != stamp:
         raise UserError(
             f"{path} was changed; this process cannot write to its folder and so cannot follow changes: open it again,"
             " or let it write to the folder of the workdir"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, join_limited
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
 CONFIG_BYTES = 1 << 20  # no config is larger
@@ -70,8 +70,8 @@ class Layout:
         """Raises `UserError` unless this is a workdir."""
         self._refuse_without_catalog()
         if not self.catalog.exists():
-            what = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
-            raise UserError(f"--workdir={self.root} {what}; make one with: lmeraser train --workdir={self.root}")
+            reason = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
+            raise UserError(f"--workdir={self.root} {reason}; make one with: lmeraser train --workdir={self.root}")
 
 
 def read_config(layout: Layout) -> dict[str, Any] | None:
@@ -81,10 +81,10 @@ def read_config(layout: Layout) -> dict[str, Any] | None:
     try:
         if layout.config.stat().st_size > CONFIG_BYTES:
             raise ValueError(f"it is larger than {CONFIG_BYTES} bytes")
-        found = json.loads(layout.config.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds no group of settings but {type(found).__name__}")
-        return found
+        values = json.loads(layout.config.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds no group of settings but {type(values).__name__}")
+        return values
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{layout.config} is damaged ({error}); delete it and run lmeraser train --workdir={layout.root}"
@@ -105,8 +105,11 @@ def refuse_links(layout: Layout) -> None:
     folders = [entry for entry in inside if entry.is_dir(follow_symlinks=False)]
     entries = [*inside, *(deeper for folder in folders for deeper in os.scandir(folder))]
     links = sorted(os.path.relpath(entry.path, layout.root) for entry in entries if entry.is_symlink())
-    what = f"{layout.root} holds symbolic links, through which files outside could be overwritten or deleted"
-    raise_all([f"{what}: {join_limited(map(ascii, links))}; put the files themselves there"] if links else [])
+    if links:
+        raise UserError(
+            f"{layout.root} holds symbolic links, through which files outside could be overwritten or deleted:"
+            f" {join_limited(map(ascii, links))}; put the files themselves there"
+        )
 
 
 @contextlib.contextmanager
@@ -174,7 +177,7 @@ def _lock_file(layout: Layout) -> BinaryIO:
 
 def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
     """Takes the lock, or raises `UserError` when another process still holds it after so many seconds."""
-    end, said = time.monotonic() + wait, False
+    end, announced = time.monotonic() + wait, False
     while True:
         try:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -185,9 +188,9 @@ def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
         if time.monotonic() >= end:
             waited = f", still after {wait:g} s" if wait else ""
             raise UserError(f"{holder}{waited}; wait for it with --wait=SECONDS")
-        if not said:
+        if not announced:
             print(f"{holder}; waiting for it, {wait:g} s at most", file=sys.stderr)
-            said = True
+            announced = True
         time.sleep(POLL)
 
 

@@ -49,9 +49,9 @@ class State(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What was noticed about one part of a workdir, what to do about it, and how --fix does that."""
+    """What was noticed about one component of a workdir, what to do about it, and how --fix does that."""
 
-    part: str
+    component: str
     message: str
     remedy: str = ""
     state: State = State.DAMAGED
@@ -61,7 +61,7 @@ class Problem:
         assert self.repair is not None
         self.repair()
         state, remedy = (State.DROPPED, "lmeraser train makes it again") if self.remedy == DROP else (State.FIXED, "")
-        return Problem(self.part, self.message, remedy, state)
+        return Problem(self.component, self.message, remedy, state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Diagnosis:
         """The problems for people, a line or two each, and the verdict."""
         lines = []
         for problem in self.problems:
-            lines.append(f"{problem.state:<10}{problem.part:<12}{problem.message}")
+            lines.append(f"{problem.state:<10}{problem.component:<12}{problem.message}")
             if problem.remedy:
                 lines.append(f"{'':22}{problem.remedy}")
         verdict = "healthy" if self.healthy else "damaged" if self.damaged else "not all of it could be checked"
@@ -92,7 +92,7 @@ class Diagnosis:
 
 
 def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | None = None) -> Diagnosis:
-    """Looks at every part of a workdir.
+    """Looks at every component of a workdir.
 
     Args:
         workdir: an existing one.
@@ -124,26 +124,26 @@ def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | Non
         problems += _check("requests", _requests(layout, catalog), fix)
         problems += _check("images", _images(layout, catalog), fix)
         lock.close()  # what follows opens the workdir as every command does
-        if not any(problem.part == "images" and problem.state == State.DAMAGED for problem in problems):
+        if not any(problem.component == "images" and problem.state == State.DAMAGED for problem in problems):
             problems += _examine_built(layout, catalog, fix, devices)
         if not fix and (current_writer(layout) or catalog.stamp() != before):
             problems = [_unchecked("lock", "another process wrote to the workdir meanwhile")]
     return Diagnosis(tuple(problems))
 
 
-def _check(part: str, problems: Iterator[Problem], fix: bool) -> list[Problem]:
+def _check(component: str, problems: Iterator[Problem], fix: bool) -> list[Problem]:
     """The problems that a check notices, repaired one by one; a check that an error cuts short is one of them."""
     noticed: list[Problem] = []
     try:
         for problem in problems:
             noticed.append(problem.repaired() if fix and problem.repair else problem)
-    except Exception as error:  # whatever it is, it is no finding about the workdir
-        noticed.append(_unchecked(part, f"{type(error).__name__}: {error}"))
+    except Exception as error:  # it says nothing about the workdir
+        noticed.append(_unchecked(component, f"{type(error).__name__}: {error}"))
     return noticed
 
 
-def _unchecked(part: str, message: str) -> Problem:
-    return Problem(part, message, "run this command again; nothing was changed", State.UNCHECKED)
+def _unchecked(component: str, message: str) -> Problem:
+    return Problem(component, message, "run this command again; nothing was changed", State.UNCHECKED)
 
 
 def _leftover_files(layout: Layout) -> Iterator[Problem]:
@@ -196,12 +196,12 @@ def _images(layout: Layout, catalog: Catalog) -> Iterator[Problem]:
         message = f"the catalog has records behind row {rows}, which it calls the last one"
         yield Problem("images", message, "restore catalog.db from a copy; write nothing before")
         return
-    there, size = len(file), layout.images.stat().st_size if layout.images.exists() else 0
-    view = file.view() if there else np.zeros((0, *file.shape), np.uint8)
+    count, size = len(file), layout.images.stat().st_size if layout.images.exists() else 0
+    view = file.view() if count else np.zeros((0, *file.shape), np.uint8)
     changed = []
     with progress("images", len(records)) as shown:
         for name, row, content in zip(records.ids, records.rows, records.contents, strict=True):
-            if row >= there or content_hash(view[row]) != content:
+            if row >= count or content_hash(view[row]) != content:
                 changed.append(name)
             shown.advance(1)
     if changed:
@@ -228,8 +228,8 @@ def _examine_built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequenc
     if problems:
         return problems
     with open_run(layout.root, devices=devices, write=fix) as run:
-        for part, check in (("features", _features), ("slices", _slices), ("clusterings", _clusterings)):
-            problems += _check(part, check(run), fix)
+        for component, check in (("features", _features), ("slices", _slices), ("clusterings", _clusterings)):
+            problems += _check(component, check(run), fix)
         return problems or _check("state", _contradictions(run), fix)
 
 

@@ -16,10 +16,10 @@ from lmeraser_jax.storage.workdir import Layout
 
 
 class Damage(NamedTuple):
-    """How to do it, the part of the workdir that the doctor names, and words of its message."""
+    """How to do it, the component of the workdir that the doctor names, and words of its message."""
 
     apply: Callable[[Layout], object]
-    part: str
+    component: str
     words: str
 
 

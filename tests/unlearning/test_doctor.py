@@ -88,7 +88,7 @@ def test_damage_is_named_without_a_write_and_repaired_to_the_last_bit(copy, temp
         damage.apply(layout)
         before = contents(layout)
         seen = examined(layout)
-        named = [p for p in seen.problems if p.part == damage.part and damage.words in p.message]
+        named = [p for p in seen.problems if p.component == damage.component and damage.words in p.message]
         assert seen.damaged and named, f"{kind}: {seen.table()}"
         assert contents(layout) == before, f"{kind}: looking writes nothing"
         repaired = examined(layout, fix=True)
@@ -104,8 +104,8 @@ def test_what_cannot_be_made_again_is_named_and_left_alone(copy):
         before = contents(layout)
         for fix in (False, True):
             seen = examined(layout, fix)
-            named = [p for p in seen.problems if p.part == damage.part and damage.words in p.message]
-            assert [problem.state for problem in named] == [State.DAMAGED] and named[0].remedy + damage.part, kind
+            named = [p for p in seen.problems if p.component == damage.component and damage.words in p.message]
+            assert [problem.state for problem in named] == [State.DAMAGED] and named[0].remedy + damage.component, kind
             assert not seen.healthy and contents(layout) == before, f"{kind}: {seen.table()}"
 
 
@@ -144,7 +144,7 @@ def test_what_cannot_be_read_just_now_is_no_damage(copy, monkeypatch):
         for fix in (False, True):
             seen = examined(layout, fix)
             unchecked = [("slices", State.UNCHECKED), ("clusterings", State.UNCHECKED)]
-            assert [(problem.part, problem.state) for problem in seen.problems] == unchecked
+            assert [(problem.component, problem.state) for problem in seen.problems] == unchecked
             assert not seen.healthy and not seen.damaged and "Input/output error" in seen.table()
     assert contents(layout) == before
 
@@ -163,7 +163,7 @@ def test_a_workdir_or_catalog_that_another_process_holds_is_not_checked(copy, mo
         with pytest.raises(UserError, match="locked by another process"):
             Catalog(layout.catalog)
         (problem,) = examined(layout).problems
-        assert (problem.part, problem.state) == ("catalog", State.UNCHECKED) and "locked" in problem.message
+        assert (problem.component, problem.state) == ("catalog", State.UNCHECKED) and "locked" in problem.message
 
 
 def test_erasures_that_wait_are_noted(copy):
@@ -215,15 +215,15 @@ def harmed(layout, wanted, features) -> bool:
         return True
 
 
-@pytest.mark.parametrize("part", ["slices/**/*", "clusterings/**/*", "records/*", "config.json", "catalog.db"])
+@pytest.mark.parametrize("files", ["slices/**/*", "clusterings/**/*", "records/*", "config.json", "catalog.db"])
 @pytest.mark.parametrize("flips", [2, pytest.param(30, marks=pytest.mark.slow)])
-def test_a_flipped_bit_that_matters_is_never_called_healthy(copy, template, part, flips):
-    layout, rng, mattered = copy(), np.random.default_rng(len(part)), 0
+def test_a_flipped_bit_that_matters_is_never_called_healthy(copy, template, files, flips):
+    layout, rng, mattered = copy(), np.random.default_rng(len(files)), 0
     with open_run(layout.root, devices=jax.devices()[:1]) as run:
         features = run.features(run.catalog.live("train")).tobytes()
-    files = sorted(path for path in layout.root.glob(part) if path.is_file())
+    paths = sorted(path for path in layout.root.glob(files) if path.is_file())
     for _ in range(flips):
-        path = files[rng.integers(len(files))]
+        path = paths[rng.integers(len(paths))]
         good = path.read_bytes()
         flip(path, int(rng.integers(len(good))))
         seen, matters = examined(layout), harmed(layout, template[1], features)
