@@ -122,35 +122,28 @@ def test_every_number_has_a_least_value_and_shares_a_limit():
 
 
 def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
-    conflicts = {
-        "data.path='': must be set for data.source=npz": tree(data__source="npz"),
-        "data.path='': must be set for data.source=folder": tree(data__source="folder"),
-        "data.dataset='': must be the name of a TFDS data set, such as cifar10": tree(data__source="tfds"),
-        "data.owner_pattern='a(b': must be a regular expression with a group": tree(data__owner_pattern="a(b"),
-        "data.owner_pattern='ab': must be a regular expression with a group": tree(data__owner_pattern="ab"),
-        "data.csv_columns='file': must be two or three column names": tree(data__csv_columns="file"),
-        "data.resize_size=15: must be 0 or at least --config.data.image_size=16": tree(data__resize_size=15),
-        "backbone.weights='': must be a file, a folder or hub (lmeraser backbone --name=vit-s says": tree(
-            backbone__name="vit-s"
-        ),
-        "data.image_size=16: must be a multiple of the patch size 3": tree(backbone__patch=3),
-        "backbone.heads=5: must be a divisor of the width 64": tree(backbone__heads=5),
-        "backbone.heads=0: must be a divisor of the width 49 (0: 3)": tree(backbone__width=49),
-        "clustering.min_members=31: must be at most --config.clustering.max_members=30": tree(
-            clustering__min_members=31
-        ),
-        "clustering.cut='auto': must be a distance of 0 or more, or auto:K with K >= 1": tree(clustering__cut="auto"),
-        "tuning.prompt_width=9: must be at most half of --config.data.image_size=16": tree(tuning__prompt_width=9),
-        "tuning.prompt_width=0: must be above 0 for tuning.method=prompt": tree(
-            tuning__prompt_width=0, tuning__method="prompt"
-        ),
-        "tuning.penalty=0.0: must be above 0": tree(tuning__method="ridge", tuning__penalty=0.0),
-        "common.penalty=0.0: must be above 0": tree(common__method="ridge", common__penalty=0.0),
-        "tuning.expand=8: must be 0 for tuning.method=prompt+head": tree(tuning__expand=8),
-        "inference.common_weight=1.5: must be at most 1": tree(inference__common_weight=1.5),
-    }
-    for message, settings_ in conflicts.items():
-        assert f"--config.{message}" in refusal(settings_)
+    for message, changes in (
+        ("data.path='': must be set for data.source=npz", {"data.source": "npz"}),
+        ("data.path='': must be set for data.source=folder", {"data.source": "folder"}),
+        ("data.dataset='': must be the name of a TFDS data set, such as cifar10", {"data.source": "tfds"}),
+        ("data.owner_pattern='a(b': must be a regular expression with a group", {"data.owner_pattern": "a(b"}),
+        ("data.owner_pattern='ab': must be a regular expression with a group", {"data.owner_pattern": "ab"}),
+        ("data.csv_columns='file': must be two or three column names", {"data.csv_columns": "file"}),
+        ("data.resize_size=15: must be 0 or at least --config.data.image_size=16", {"data.resize_size": 15}),
+        ("backbone.weights='': must be a file, a folder or hub (lmeraser backbone --name=a", {"backbone.name": "a"}),
+        ("data.image_size=16: must be a multiple of the patch size 3", {"backbone.patch": 3}),
+        ("backbone.heads=5: must be a divisor of the width 64", {"backbone.heads": 5}),
+        ("backbone.heads=0: must be a divisor of the width 49 (0: 3)", {"backbone.width": 49}),
+        ("clustering.min_members=31: must be at most --config.clustering.max", {"clustering.min_members": 31}),
+        ("clustering.cut='auto': must be a distance of 0 or more, or auto:K", {"clustering.cut": "auto"}),
+        ("tuning.prompt_width=9: must be at most half of --config.data.image_size=16", {"tuning.prompt_width": 9}),
+        ("tuning.prompt_width=0: must be above 0", {"tuning.prompt_width": 0, "tuning.method": "prompt"}),
+        ("tuning.penalty=0.0: must be above 0", {"tuning.method": "ridge", "tuning.penalty": 0.0}),
+        ("common.penalty=0.0: must be above 0", {"common.method": "ridge", "common.penalty": 0.0}),
+        ("tuning.expand=8: must be 0 for tuning.method=prompt+head", {"tuning.expand": 8}),
+        ("inference.common_weight=1.5: must be at most 1", {"inference.common_weight": 1.5}),
+    ):
+        assert f"--config.{message}" in refusal(tree(**changes))
     from_dict(tree(tuning__prompt_width=8, data__resize_size=16))
     from_dict(tree(clustering__min_members=30))
     from_dict(tree(inference__common_weight=1.0))

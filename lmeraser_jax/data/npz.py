@@ -64,7 +64,7 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     problems = [line for split in splits for line in _problems_of_split(members, split, max_pixels)]
     raise_all(problems + _problems_of_texts(members), f"{path} cannot be used:")
     streams = [members[f"{split}_images"] for split in splits]
-    shapes = {_shape_of_image(stream) for stream in streams}
+    shapes = {(*stream.shape[1:], 1)[:3] for stream in streams}  # grey images need no axis for their one channel
     if len(shapes) > 1:
         raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _refuse_damage(path):
@@ -76,18 +76,12 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
         if top >= CLASS_LIMIT:
             raise UserError(f"{path}: a label of {top} without class_names; name the classes or number them from 0")
         names = [str(label) for label in range(top + 1)]
-    (shape,) = shapes
+    height, width, channels = shapes.pop()
 
     def read(start: int, stop: int) -> Pixels:
-        return Pixels(_join(streams, start, stop).reshape(-1, *shape))
+        return Pixels(_join(streams, start, stop).reshape(-1, height, width, channels))
 
-    return Source(path, tuple(names), shape, items, read)
-
-
-def _shape_of_image(images: "Rows") -> tuple[int, int, int]:
-    """Height, width and channels; grey images need no axis for their one channel."""
-    height, width, channels = (*images.shape[1:], 1)[:3]
-    return height, width, channels
+    return Source(path, tuple(names), (height, width, channels), items, read)
 
 
 @contextlib.contextmanager

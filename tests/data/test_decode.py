@@ -170,17 +170,6 @@ def test_unreadable_images_are_reported_by_position_and_harm_no_other(mixed):
     assert {position for position, file in enumerate(files) if f"- {file}: " in str(caught.value)} == broken
 
 
-def test_the_number_of_threads_does_not_matter(mixed, rng, monkeypatch):
-    files, results = [*mixed[0], *[encoded(picture(rng, 30, 20, "L")) for _ in range(30)]], []
-    for threads in (1, 2, 7):
-        monkeypatch.setattr(decode, "THREADS", threads)
-        results.append(decode.decode(files, 8, 8, 3))
-    for other in results[1:]:
-        np.testing.assert_array_equal(other.images, results[0].images)
-        assert (other.unreadable, other.converted) == (results[0].unreadable, results[0].converted)
-    assert results[0].converted == 30 and len(results[0].unreadable) == 4
-
-
 @settings(max_examples=150)
 @given(
     form=st.sampled_from(FORMATS),
