@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags as absl_flags
 
@@ -32,17 +33,16 @@ def run(arguments: common.Arguments) -> int:
         common.warn_if_unfinished(run_)
         spec = run_.image_spec
         images = decode_all(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
-        found = Predictor(run_)(images)
+        answers = Predictor(run_)(images)
+        columns = zip(files, answers.labels, answers.probabilities.max(axis=1), answers.clusters[:, 0], strict=True)
         rows = [
             {
                 "file": str(file),
                 "label": run_.classes[label],
                 "probability": round(float(probability), 6),
-                "cluster": found.keys[cluster],
+                "cluster": answers.keys[cluster],
             }
-            for file, label, probability, cluster in zip(
-                files, found.labels, found.probabilities.max(axis=1), found.clusters[:, 0], strict=True
-            )
+            for file, label, probability, cluster in columns
         ]
     common.show(arguments, _text(rows, arguments["format"]), {"predictions": rows})
     return 0
@@ -55,16 +55,19 @@ def _files(paths: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
     raise_all([f"{path}: no such file or folder" for path in paths if not path.exists()])
     files = []
     for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in suffixes) if path.is_dir() else [path]
-        raise_all([f"{path} holds no images ({', '.join(suffixes)})"] if not inside else [])
-        files += inside
+        images = [path]
+        if path.is_dir():
+            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+        if not images:
+            raise UserError(f"{path} holds no images ({', '.join(suffixes)})")
+        files += images
     return files
 
 
-def _text(rows: list[dict], form: str) -> str:
-    if form == "json":
+def _text(rows: list[dict[str, Any]], format_: str) -> str:
+    if format_ == "json":
         return json.dumps(rows, indent=2)
-    if form == "csv":
+    if format_ == "csv":
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.evaluation import linear_head as linear_head
+from lmeraser_jax.evaluation import linear_head
 from lmeraser_jax.evaluation.predict import Model, load_model, predict
 from lmeraser_jax.unlearning.run import Run
 
@@ -82,24 +82,27 @@ def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | 
     if not len(records):
         hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
         raise UserError(f"--split={split}: the workdir has no such images{hint}")
-    found = predict(model or load_model(run), run.images[records.rows])
-    right = found.labels == records.labels
-    first = found.clusters[:, 0]
-    clusters = [(found.keys[k], int((first == k).sum()), float(right[first == k].mean())) for k in np.unique(first)]
+    labels, answers = records.labels, predict(model or load_model(run), run.images[records.rows])
+    right, nearest = answers.labels == labels, answers.clusters[:, 0]
+    clusters = [
+        (answers.keys[k], int((nearest == k).sum()), float(right[nearest == k].mean())) for k in np.unique(nearest)
+    ]
     largest = int(np.bincount(train.labels, minlength=len(run.classes)).argmax())
-    always = np.full_like(records.labels, largest)
-    answers = linear_head.fit_predict(run.features(train), train.labels, run.features(records)) if linear else None
+    always_largest = np.full_like(labels, largest)
+    linear_answers = None
+    if linear:
+        linear_answers = linear_head.fit_predict(run.features(train), train.labels, run.features(records))
     return Evaluation(
         split=split,
         images=len(records),
         accuracy=float(right.mean()),
-        balanced=balanced_accuracy(records.labels, found.labels),
-        linear=None if answers is None else float((answers == records.labels).mean()),
-        linear_balanced=None if answers is None else balanced_accuracy(records.labels, answers),
+        balanced=balanced_accuracy(labels, answers.labels),
+        linear=None if linear_answers is None else float((linear_answers == labels).mean()),
+        linear_balanced=None if linear_answers is None else balanced_accuracy(labels, linear_answers),
         largest=run.classes[largest],
-        majority=float((always == records.labels).mean()),
-        majority_balanced=balanced_accuracy(records.labels, always),
-        classes=class_scores(records.labels, found.labels, run.classes),
+        majority=float((always_largest == labels).mean()),
+        majority_balanced=balanced_accuracy(labels, always_largest),
+        classes=class_scores(labels, answers.labels, run.classes),
         clusters=tuple(sorted(clusters, key=lambda row: (-row[1], row[0]))),
     )
 
@@ -112,8 +115,8 @@ def balanced_accuracy(labels: np.ndarray, answers: np.ndarray) -> float:
 def class_scores(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) -> tuple[ClassScore, ...]:
     """Scores of all classes, also of those without images; labels and answers int [N]."""
     counts = np.bincount(labels, minlength=len(names))
-    rights = np.bincount(labels[answers == labels], minlength=len(names))
+    hits = np.bincount(labels[answers == labels], minlength=len(names))
     return tuple(
-        ClassScore(name, int(count), float(hits / count) if count else None)
-        for name, count, hits in zip(names, counts, rights, strict=True)
+        ClassScore(name, int(count), float(right / count) if count else None)
+        for name, count, right in zip(names, counts, hits, strict=True)
     )

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
 import sys
 from collections import Counter
 
@@ -293,33 +292,23 @@ def test_the_command_writes_a_table_json_and_a_figure(workdir, capsys, tmp_path)
     assert not any(name in out + text for name in ("digit-", "hand-")), "no record is named"
 
 
-def lira_finding(rng, *shifts):
+def lira_finding(*shifts):
     """What LiRA finds where members lie so much above others in the three slices; the same noise in all."""
+    rng = np.random.default_rng(0)
     noise = rng.normal(size=120) + 0.3 * rng.normal(size=(3, 120))
     return membership.membership("lira", noise[:, :60] + np.array(shifts)[:, None], noise[:, 60:], rng)
 
 
-def test_a_leak_is_found_also_where_training_images_differ_from_others(result, rng):
-    """A slice that never saw the records tells them from test images, too: what counts is what is above that."""
-    leak = lira_finding(rng, 3.0, 2.5, 0.8)
-    assert [column.auc.value for column in leak.values["columns"]] == pytest.approx([0.98, 0.96, 0.71], abs=0.04)
-    leaky = dataclasses.replace(result, findings=(leak,))
-    assert leaky.leaks == ("lira",) and leaky.code == 1 and not leaky.values()["ok"]
-    assert "FINDS ERASED RECORDS; SHIFTED REFERENCE" in leaky.text()
-    clean = dataclasses.replace(result, findings=(lira_finding(rng, 3.0, 0.8, 0.8),))
-    assert clean.leaks == () and clean.shifted == ("lira",) and clean.code == 0
-    assert "differs from test images already without having seen the records; beyond that it finds" in clean.text()
-    blind = dataclasses.replace(result, findings=(lira_finding(rng, 1.2, 1.2, 1.2),))
-    assert blind.blind == blind.shifted == ("lira",) and blind.code == 3 and not blind.values()["ok"]
-    assert "INCONCLUSIVE: SHIFTED REFERENCE" in blind.text() and "nothing can be said" in blind.text()
-
-
-def test_exit_codes_and_verdicts(result, workdir, monkeypatch, capsys, rng):
+def test_exit_codes_and_verdicts(result, workdir, monkeypatch, capsys):
+    """A slice that never saw the records may tell them from test images, too: what counts is what is above that."""
     weak = Finding("relearn", (False,) * 3, 0.25, [("steps", "0", "30", "30")], {})
-    good, leak = lira_finding(rng, 2.0, 0.0, 0.0), lira_finding(rng, 2.0, 2.0, 0.0)
+    good = lira_finding(2.0, 0.0, 0.0)
     cases = [
-        ((leak,), 1, ["FINDS ERASED RECORDS\n", "LEAK: erased records found by lira"]),
-        ((lira_finding(rng, 0.0, 0.0, 0.0),), 3, ["POSITIVE CONTROL FAILED", "nothing can be said"]),
+        ((lira_finding(2.0, 2.0, 0.0),), 1, ["FINDS ERASED RECORDS\n", "LEAK: erased records found by lira"]),
+        ((lira_finding(3.0, 2.5, 0.8),), 1, ["FINDS ERASED RECORDS; SHIFTED REFERENCE", "LEAK"]),
+        ((lira_finding(3.0, 0.8, 0.8),), 0, ["SHIFTED REFERENCE: differs from test", "; beyond that it finds"]),
+        ((lira_finding(1.2, 1.2, 1.2),), 3, ["INCONCLUSIVE: SHIFTED REFERENCE", "nothing can be said"]),
+        ((lira_finding(0.0, 0.0, 0.0),), 3, ["POSITIVE CONTROL FAILED", "nothing can be said"]),
         ((weak,), 3, ["NO POWER", "no chance falls below 0.25"]),
         ((weak, good), 0, ["NO POWER", "no attack finds an erased record"]),
     ]
@@ -329,23 +318,8 @@ def test_exit_codes_and_verdicts(result, workdir, monkeypatch, capsys, rng):
         assert main(["attack", f"--workdir={workdir}"]) == code, texts
         out = capsys.readouterr().out
         assert all(text in out for text in texts), out
-    assert dataclasses.replace(result, findings=(weak,)).powerless == ("relearn",)
-
-
-@pytest.mark.slow
-def test_the_figure_draws_without_pyplot(tmp_path):
-    """A program of its own: nothing else may have imported pyplot, and no backend is chosen for the caller."""
-    code = (
-        "import sys, numpy as np, matplotlib\n"
-        "from pathlib import Path\n"
-        "from lmeraser_jax.evaluation.attacks import membership, report\n"
-        "scores = np.random.default_rng(0).normal(size=(3, 300))\n"
-        "finding = membership.membership('lira', scores[:, :150] + 1, scores[:, 150:], np.random.default_rng(0))\n"
-        "report.figure([finding], Path(sys.argv[1]))\n"
-        "assert 'matplotlib.pyplot' not in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "folder" / "roc.png")], check=True)
-    assert (tmp_path / "folder" / "roc.png").read_bytes().startswith(b"\x89PNG")
+        assert attack.values()["ok"] == (code == 0) and bool(attack.leaks) == (code == 1)
+        assert attack.powerless == (("relearn",) if weak in findings else ())
 
 
 def test_a_figure_without_matplotlib_is_refused_before_the_work(workdir, monkeypatch, capsys):

@@ -35,7 +35,7 @@ def reference(run, images, nearest, quarantined=frozenset()):
     manifest, vit = run.catalog.manifest(), run.backbone.config
     clustering = load_clustering(run.layout, manifest.clustering)
     features = jax.jit(lambda x: backbone_lib.features(vit, run.backbone.params, x))
-    parts = {key: load_slice(run, name) for key, name in manifest.entries.items()}
+    slices = {key: load_slice(run, name) for key, name in manifest.entries.items()}
     probabilities, clusters = [], []
     for image in images:
         pixels = centred(jnp.asarray(image[None]), run.image_spec)
@@ -43,9 +43,9 @@ def reference(run, images, nearest, quarantined=frozenset()):
         chosen = [key for k in np.argsort(gaps) if (key := clustering.keys[k]) not in quarantined][:nearest]
         each = []
         for key in chosen:
-            prompt = place_prompt(jnp.asarray(parts[key].prompt), vit.image_size, run.config.tuning.prompt_width, 1)
+            prompt = place_prompt(jnp.asarray(slices[key].prompt), vit.image_size, run.config.tuning.prompt_width, 1)
             feature = np.asarray(features(pixels + prompt[None]), np.float64)[0]
-            each.append(softmax(feature @ parts[key].kernel + parts[key].bias))
+            each.append(softmax(feature @ slices[key].kernel + slices[key].bias))
         probabilities.append(np.mean(each, axis=0))
         clusters.append(chosen)
     return np.array(probabilities), clusters
@@ -55,11 +55,11 @@ def reference(run, images, nearest, quarantined=frozenset()):
 def test_equals_a_literal_loop(run, nearest):
     images = run.images[run.catalog.live("test").rows]
     model = predict.load_model(with_nearest(run, nearest))
-    found = predict.predict(model, images)
+    answers = predict.predict(model, images)
     probabilities, clusters = reference(run, images, nearest)
-    assert [[model.keys[k] for k in row] for row in found.clusters] == clusters
-    np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-5)
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-5)
+    assert [[model.keys[k] for k in row] for row in answers.clusters] == clusters
+    np.testing.assert_allclose(answers.probabilities, probabilities, atol=1e-5)
+    np.testing.assert_allclose(answers.probabilities.sum(axis=1), 1, atol=1e-5)
 
 
 def test_ragged_batches_and_neighbours_change_nothing_and_compile_nothing(run):
@@ -69,9 +69,9 @@ def test_ragged_batches_and_neighbours_change_nothing_and_compile_nothing(run):
     program = predict.compiled(run.tuning_spec, model.routing, run.mesh)
     traces = program._cache_size()
     for count in (1, 5, 16, 17, 33):
-        part = predict.predict(model, images[:count])
-        assert np.array_equal(part.probabilities, whole.probabilities[:count])
-        assert len(part.labels) == count
+        few = predict.predict(model, images[:count])
+        assert np.array_equal(few.probabilities, whole.probabilities[:count])
+        assert len(few.labels) == count
     backwards = predict.predict(model, images[::-1])
     assert np.array_equal(backwards.probabilities[::-1], whole.probabilities)
     assert program._cache_size() == traces
@@ -93,11 +93,11 @@ def test_eight_devices_agree(run):
     from lmeraser_jax.training.train_step import mesh_of
 
     images = run.images[run.catalog.live("test").rows]
-    one = predict.predict(predict.load_model(run), images)
+    single = predict.predict(predict.load_model(run), images)
     wide = predict.load_model(dataclasses.replace(run, mesh=mesh_of(jax.devices()[:8])))
     eight = predict.predict(wide, images)
-    assert np.array_equal(one.clusters, eight.clusters)
-    np.testing.assert_allclose(one.probabilities, eight.probabilities, atol=1e-5)
+    assert np.array_equal(single.clusters, eight.clusters)
+    np.testing.assert_allclose(single.probabilities, eight.probabilities, atol=1e-5)
 
 
 def test_a_damaged_slice_is_refused_by_name(trained_workdir):

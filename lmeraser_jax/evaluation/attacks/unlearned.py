@@ -93,7 +93,7 @@ def population_pair(sets: ShadowSets, role: int, column: int) -> PopulationPair:
         in_first=np.arange(len(saw)) < len(first),
         counts_in_first=saw,
         counts_in_second=np.ones_like(saw) if role == FORGOTTEN else saw,
-        fitted=np.concatenate([np.arange(len(part)) % 2 == 0 for part in (first, second)]),
+        fitted=np.concatenate([np.arange(len(first)) % 2 == 0, np.arange(len(second)) % 2 == 0]),
     )
 
 
