@@ -9,7 +9,7 @@ from imports import check_pixels, numbered_source, pixels, refusal, snapshot, wi
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data import digits, folder
+from lmeraser_jax.data import folder
 from lmeraser_jax.data.source import Item, Pixels
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest, requests
@@ -38,25 +38,47 @@ def test_counts_and_pixels(workdir):
     check_pixels(*workdir)
 
 
-def test_digits(workdir):
-    source = digits.load()
-    assert import_source(*workdir, source, Config()).added == 1797
-    layout, catalog = workdir
-    np.testing.assert_array_equal(image_file(layout, catalog).view(), source.read(0, 1797).images)
-
-
-def test_reimport_changes_nothing(workdir):
+def test_what_the_workdir_has_stays_and_new_records_join(workdir):
     import_source(*workdir, numbered_source(), Config())
     tables, images = snapshot(*workdir)
     assert import_source(*workdir, numbered_source(), Config()) == Imported(0, 30, 0, 0)
     again, images_again = snapshot(*workdir)
     assert again[:2] == tables[:2] and images_again == images
-
-
-def test_new_records_join(workdir):
-    import_source(*workdir, numbered_source(30), Config())
     assert import_source(*workdir, numbered_source(40), Config()) == Imported(10, 30, 0, 0)
     check_pixels(*workdir)
+
+
+def test_a_source_that_does_not_fit_is_refused_with_all_reasons(workdir, monkeypatch):
+    assert "class names must be unique: a, b, a" in refusal(workdir, numbered_source(class_names=("a", "b", "a")))
+    twice = with_items([*numbered_source().items, Item("id-00007", "train", 1)])
+    message = refusal(workdir, twice)
+    assert message.startswith("made cannot be imported") and "these occur more than once: id-00007" in message
+    import_source(*workdir, numbered_source(), Config())
+    message = refusal(workdir, numbered_source(shape=(4, 3, 1), class_names=("a", "b", "d")))
+    assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
+    assert "classes that the workdir does not have: d; it has a, b, c" in message
+    layout, _ = workdir
+    content = layout.images.read_bytes()
+    layout.images.write_bytes(content[: 20 * 12])
+    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, numbered_source(40))
+    layout.images.write_bytes(content)
+
+
+def test_records_that_have_changed_are_refused(workdir, monkeypatch):
+    monkeypatch.setattr(ingest, "LISTED", 3)
+    import_source(*workdir, numbered_source(), Config())
+
+    def read(start, stop):
+        images = numbered_source(40).read(start, stop).images
+        images[[3, 7], 0, 0] ^= 1
+        return Pixels(images)
+
+    message = refusal(workdir, numbered_source(40, read=read))
+    assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
+    message = refusal(
+        workdir, with_items([item._replace(label=(item.label + 1) % 3) for item in numbered_source().items])
+    )
+    assert message.count("has other pixels or another label") == 3 and "and more than 3 records in all" in message
 
 
 def test_order_of_the_source_does_not_matter(tmp_path):
@@ -84,40 +106,6 @@ def test_erased_stays_out(workdir, purged):
     check_pixels(layout, catalog)
 
 
-def test_changed_pixels_refused(workdir):
-    import_source(*workdir, numbered_source(), Config())
-
-    def read(start, stop):
-        images = numbered_source(40).read(start, stop).images
-        images[[3, 7], 0, 0] ^= 1
-        return Pixels(images)
-
-    message = refusal(workdir, numbered_source(40, read=read))
-    assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
-
-
-def test_changed_label_refused(workdir):
-    import_source(*workdir, numbered_source(), Config())
-    items = list(numbered_source().items)
-    items[4] = items[4]._replace(label=2)
-    assert "id-00004 has other pixels or another label" in refusal(workdir, with_items(items))
-
-
-def test_twice_the_same_id_refused(workdir):
-    items = [*numbered_source().items, Item("id-00007", "train", 1)]
-    message = refusal(workdir, with_items(items))
-    assert (
-        "made cannot be imported" in message and "ids must be unique; these occur more than once: id-00007" in message
-    )
-
-
-def test_other_shape_and_classes_refused(workdir):
-    import_source(*workdir, numbered_source(), Config())
-    message = refusal(workdir, numbered_source(shape=(4, 3, 1), class_names=("a", "b", "d")))
-    assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
-    assert "classes that the workdir does not have: d; it has a, b, c" in message
-
-
 def test_a_source_without_an_erased_class_still_joins(workdir):
     """Labels are matched by class name: the files of a class may be gone."""
     import_source(*workdir, numbered_source(), Config())
@@ -125,10 +113,6 @@ def test_a_source_without_an_erased_class_still_joins(workdir):
     assert import_source(*workdir, with_items(items, class_names=("b", "c")), Config()).added == 2
     table = workdir[1].live("train")
     assert [table.labels[table.ids.index(item.id)] for item in items] == [1, 2]
-
-
-def test_class_names_must_be_unique(workdir):
-    assert "class names must be unique: a, b, a" in refusal(workdir, numbered_source(class_names=("a", "b", "a")))
 
 
 def test_duplicates_counted(workdir):
@@ -197,21 +181,6 @@ def test_owners_keep_their_side(workdir):
     late = [*items, Item("id-00040", "train", 0, "owner-2")]
     with pytest.raises(UserError, match=r"on both sides: owner-2 \(test in the workdir, train here\)"):
         add_source(layout, catalog, with_items(late), config)
-
-
-def test_many_changed_records_are_counted(workdir, monkeypatch):
-    monkeypatch.setattr(ingest, "LISTED", 3)
-    import_source(*workdir, numbered_source(), Config())
-    items = [item._replace(label=(item.label + 1) % 3) for item in numbered_source().items]
-    message = refusal(workdir, with_items(items))
-    assert message.count("has other pixels or another label") == 3 and "and more than 3 records in all" in message
-
-
-def test_damaged_image_file_refused(workdir):
-    layout, _ = workdir
-    import_source(*workdir, numbered_source(), Config())
-    layout.images.write_bytes(layout.images.read_bytes()[: 20 * 12])
-    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, numbered_source(40))
 
 
 def test_limits(workdir):
