@@ -9,7 +9,7 @@ from typing import Any
 from lmeraser_jax.config import default_config
 
 BACKBONES = ("vit-b-22k", "vit-b-1k", "swin-b-22k", "swin-b-1k")
-OTHERS = ("vit-ti", "vit-s", "vit-l", "swin-t", "swin-s")
+OTHER_BACKBONES = ("vit-ti", "vit-s", "vit-l", "swin-t", "swin-s")
 # Threshold of the cut, where the paper's code states no number of clusters: 10 in the text, for features of
 # vit-b-22k, whose numbers lie in [-1, 1]; for the others those that the code it was built on gives.
 THRESHOLDS = {"vit-b-22k": "10.0", "vit-b-1k": "31.0", "swin-b-22k": "20.0", "swin-b-1k": "20.0"}
@@ -25,15 +25,15 @@ def paper_config(backbone: str, file: str) -> Any:
     not do and which makes requests cheaper.
 
     Args:
-        backbone: one of `BACKBONES` or `OTHERS`; "" for the paper's main one, vit-b-22k.
+        backbone: one of `BACKBONES` or `OTHER_BACKBONES`; "" for the paper's main one, vit-b-22k.
         file: the experiment file, for the message.
 
     Raises:
         ValueError: another name.
     """
     backbone = backbone or BACKBONES[0]
-    if backbone not in BACKBONES + OTHERS:
-        legal = ", ".join(BACKBONES + OTHERS)
+    if backbone not in BACKBONES + OTHER_BACKBONES:
+        legal = ", ".join(BACKBONES + OTHER_BACKBONES)
         raise ValueError(f"{file}:{backbone}: the argument must be one of {legal}, or left out")
     config = default_config()
     config.data.image_size = 224

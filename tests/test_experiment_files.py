@@ -34,7 +34,7 @@ def test_every_experiment_file_is_valid_with_each_of_its_arguments():
 
 
 def test_every_named_backbone_has_an_experiment():
-    assert common.BACKBONES + common.OTHERS == tuple(zoo.ZOO)
+    assert common.BACKBONES + common.OTHER_BACKBONES == tuple(zoo.ZOO)
 
 
 def test_an_experiment_file_loads_from_any_current_folder(tmp_path, monkeypatch, capsys, request):

@@ -110,7 +110,7 @@ def assign_split(item: Item, data: Data, seed: int) -> Item:
     return item
 
 
-def limited(items: Sequence[Item], train: int, test: int) -> list[int]:
+def limit_positions(items: Sequence[Item], train: int, test: int) -> list[int]:
     """Positions of the items that the limits keep: the first so many of each split (0: all)."""
     limits, counts, positions = {"train": train, "test": test}, Counter(), []
     for position, item in enumerate(items):

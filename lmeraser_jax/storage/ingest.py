@@ -10,7 +10,7 @@ import numpy as np
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limited, problems
+from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage.catalog import Catalog
@@ -75,7 +75,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     Raises:
         UserError: everything that makes the source unusable, or does not fit what was imported before.
     """
-    positions = limited(source.items, config.data.train_limit, config.data.test_limit)
+    positions = limit_positions(source.items, config.data.train_limit, config.data.test_limit)
     return _import(layout, catalog, source, positions, config)
 
 

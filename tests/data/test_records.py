@@ -9,7 +9,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import digits, load
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limited, problems
+from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError
 
 
@@ -60,8 +60,8 @@ def test_everything_that_makes_items_unusable_is_named():
 
 def test_limits_keep_the_first_items_of_each_split():
     items = [Item(str(i), split, 0) for i, split in enumerate(("train", "test", "public") * 4)]
-    assert limited(items, 0, 0) == limited(items, 99, 99) == list(range(12))
-    assert limited(items, 2, 1) == [0, 1, 2, 3, 5, 8, 11]
+    assert limit_positions(items, 0, 0) == limit_positions(items, 99, 99) == list(range(12))
+    assert limit_positions(items, 2, 1) == [0, 1, 2, 3, 5, 8, 11]
 
 
 def test_equal_images_have_equal_hashes(rng):

@@ -30,7 +30,7 @@ from tfds_sets import (
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data import load as load_module
 from lmeraser_jax.data.decode import decode
-from lmeraser_jax.data.source import Source, limited, problems
+from lmeraser_jax.data.source import Source, limit_positions, problems
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file, import_source
 from lmeraser_jax.storage.workdir import Layout
@@ -105,7 +105,7 @@ def test_limits_are_those_of_the_import(folder):
     """Labels beyond the limits are not even read, and what is left is what the import would have kept."""
     splits = {"train_split": "validation+train[5:]", "holdout_split": "train[:5]"}
     whole, cut = load(folder, **splits), load(folder, **splits, train_limit=11, test_limit=4)
-    assert cut.items == [whole.items[i] for i in limited(whole.items, 11, 4)] and len(cut.items) == 11 + 5 + 4
+    assert cut.items == [whole.items[i] for i in limit_positions(whole.items, 11, 4)] and len(cut.items) == 11 + 5 + 4
     expected = images_of(whole)
     assert all(np.array_equal(image, expected[name]) for name, image in images_of(cut).items())
 
