@@ -41,20 +41,15 @@ State = dict[str, dict[str, Any]]
 class Verdict:
     """The result of an audit.
 
-    Attributes:
-        checked: clusters that were rebuilt.
-        clusters: clusters in all.
-        identical: rebuilt slices with the same bits.
-        near: slices that another program made (library, device kind, lanes): their bits cannot be made here, but all
-            numbers agree within `TOLERANCE` of the slice's largest.
-        differences: a line for everything that differs or should not be there.
+    Slices are near where another program (library, device kind, lanes) made them: their bits cannot be made here, but
+    all numbers agree within `TOLERANCE` of the slice's largest.
     """
 
-    checked: int
-    clusters: int
-    identical: int
+    checked: int  # clusters that were rebuilt
+    clusters: int  # clusters in all
+    identical: int  # rebuilt slices with the same bits
     near: int
-    differences: tuple[str, ...]
+    differences: tuple[str, ...]  # a line for everything that differs or should not be there
 
     @property
     def ok(self) -> bool:

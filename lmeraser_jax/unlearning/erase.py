@@ -34,17 +34,11 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Erasure:
-    """A request and what serving it did.
-
-    Attributes:
-        request: as it is now.
-        outcome: of the build that served it; None while it waits, or if it was served before.
-        receipt: the file of its receipt, which is there once the request is purged.
-    """
+    """A request and what serving it did."""
 
     request: Request
-    outcome: "BuildReport | None"
-    receipt: Path
+    outcome: "BuildReport | None"  # of the build that served it; None while it waits, or if it was served before
+    receipt: Path  # exists once the request is purged
 
     @property
     def records(self) -> int:

@@ -20,25 +20,15 @@ SHORTEST = 4  # characters of a cluster key or a slice digest that are enough, i
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """One slice that a cluster can have.
+    """One slice that a cluster can have."""
 
-    Attributes:
-        ref: slice reference.
-        versions: the published states that use it, newest first.
-        epoch: whole epochs that its members were seen.
-        members: records that it was tuned on.
-        created: seconds since the epoch.
-        current: the published state uses it now.
-        pinned: by a rollback.
-    """
-
-    ref: str
-    versions: tuple[int, ...]
-    epoch: int
-    members: int
-    created: float
-    current: bool
-    pinned: bool
+    ref: str  # slice reference
+    versions: tuple[int, ...]  # the published states that use it, newest first
+    epoch: int  # whole epochs that its members were seen
+    members: int  # records that it was tuned on
+    created: float  # seconds since 1970
+    current: bool  # the published state uses it now
+    pinned: bool  # by a rollback
 
 
 def cluster_key(catalog: Catalog, text: str) -> str:

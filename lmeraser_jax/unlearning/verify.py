@@ -33,19 +33,12 @@ SHOWN = 200  # characters of a text that a receipt or a library gives
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of checking one receipt, or the folder of all receipts.
+    """The result of checking one receipt, or the folder of all receipts."""
 
-    Attributes:
-        name: the file or folder.
-        request: id of the request, "" where it is not known.
-        findings: why the receipt does not hold; empty when it does.
-        notes: legal changes since the receipt was written.
-    """
-
-    name: str
-    request: str
-    findings: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    name: str  # of the file or folder
+    request: str  # its id, "" where it is not known
+    findings: tuple[str, ...]  # why the receipt does not hold; empty when it does
+    notes: tuple[str, ...] = ()  # legal changes since the receipt was written
 
     @property
     def ok(self) -> bool:
