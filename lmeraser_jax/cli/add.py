@@ -23,8 +23,10 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
+    common.workdir_of(arguments)  # refuses before JAX is loaded, as does the next check
     from lmeraser_jax.unlearning import add
 
+    add.check_source(arguments["source"], arguments["labels"])
     with common.open_for_writing(arguments) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])
         imported, report = add.add(run_, source)

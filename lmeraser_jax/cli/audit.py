@@ -20,6 +20,7 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
+    common.workdir_of(arguments)  # refuses before JAX is loaded
     from lmeraser_jax.unlearning.audit import audit
 
     with common.open_for_writing(arguments) as run_:

@@ -121,11 +121,16 @@ def config_of(arguments: Arguments) -> Config:
     return settings.from_dict(arguments["config"])
 
 
-def workdir_of(arguments: Arguments) -> str:
-    """The workdir. Raises `UserError` when none was given."""
-    if not arguments["workdir"]:
+def workdir_of(arguments: Arguments, must_exist: bool = True) -> str:
+    """The workdir. Raises `UserError` when none was given, or when it must exist and does not; loads no JAX."""
+    from lmeraser_jax.storage.workdir import Layout
+
+    workdir = arguments["workdir"]
+    if not workdir:
         raise UserError("--workdir=DIR is missing: the folder of the run")
-    return arguments["workdir"]
+    if must_exist:
+        Layout(workdir).require()
+    return workdir
 
 
 def _help(module: ModuleType, flags: Flags) -> str:
@@ -186,12 +191,11 @@ def several_processes(arguments: Arguments) -> bool:
 
 @contextlib.contextmanager
 def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
-    """A workdir's catalog alone: no lock, no backbone, no JAX. Raises `UserError` when it is no workdir."""
+    """A workdir's catalog alone: no lock, no backbone, no JAX."""
     from lmeraser_jax.storage.catalog import Catalog
     from lmeraser_jax.storage.workdir import Layout
 
     layout = Layout(workdir)
-    layout.require()
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         yield layout, catalog
 

@@ -62,7 +62,7 @@ def stored_config(workdir: str) -> dict[str, Any] | None:
 
 
 def run(arguments: common.Arguments) -> int:
-    common.workdir_of(arguments)  # refuses a missing one first
+    common.workdir_of(arguments, must_exist=False)  # refuses a missing one first
     raise_all([f"--{n}={arguments[n]}: must be at least {low}" for n, low in LEAST.items() if arguments[n] < low])
     from lmeraser_jax.evaluation import plotting
     from lmeraser_jax.experiments import figures, methods, results, runner, summary
@@ -105,7 +105,7 @@ def _comparison(arguments: common.Arguments) -> "Comparison":
         **{name: arguments[name] for name in ("split", "probes", "requests", "length", "montage")},
     )
     return Comparison(
-        folder=Path(common.workdir_of(arguments)),
+        folder=Path(common.workdir_of(arguments, must_exist=False)),
         config=config,
         methods=methods.load(arguments["methods"] or tuple(methods.METHODS)),
         seeds=tuple(range(arguments["seeds"])),

@@ -32,6 +32,7 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
+    common.workdir_of(arguments)  # refuses before JAX is loaded
     if not arguments["cluster"]:
         raise UserError("--cluster=KEY is missing: the cluster to roll back (lmeraser inspect lists them)")
     if sum([arguments["list"], arguments["unpin"], bool(arguments["to"])]) > 1:

@@ -6,19 +6,22 @@ everything at once would have given.
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import load
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import Imported, add_source
-from lmeraser_jax.unlearning.build import BuildReport, build
-from lmeraser_jax.unlearning.run import Run
+
+if TYPE_CHECKING:  # both load JAX, which refusing a source does without
+    from lmeraser_jax.unlearning.build import BuildReport
+    from lmeraser_jax.unlearning.run import Run
 
 SPLITS = ("train_split", "holdout_split", "test_split", "public_split")
 
 
-def add(run: Run, source: Source) -> tuple[Imported, BuildReport]:
+def add(run: "Run", source: Source) -> "tuple[Imported, BuildReport]":
     """Adds a source's training images to a workdir and brings it to the state that its live records call for.
 
     Adding twice changes nothing; an interrupted `add` is repeated. What the workdir's config says of its own
@@ -31,22 +34,15 @@ def add(run: Run, source: Source) -> tuple[Imported, BuildReport]:
     Raises:
         UserError: the source does not fit (nothing is added then), or a cluster's loss was not finite.
     """
+    from lmeraser_jax.unlearning.build import build
+
     assert run.writable, "adding needs a run that holds the writer lock"
     imported = add_source(run.layout, run.catalog, source, run.config)
     return imported, build(run)
 
 
-def open_source(run: Run, path: str, labels: str = "") -> Source:
-    """Opens an .npz file or a folder of images with the workdir's own data settings.
-
-    Args:
-        run: opened.
-        path: the file, or a folder laid out as the workdir's config says.
-        labels: CSV of labels and owners, for a folder.
-
-    Raises:
-        UserError: another kind of source, or one that cannot be used.
-    """
+def check_source(path: str, labels: str = "") -> None:
+    """Refuses what is neither an .npz file nor a folder, and labels without a folder. See `open_source`."""
     if not path:
         raise UserError("--source=FILE.npz or --source=FOLDER is missing: the images to add")
     is_folder = Path(path).is_dir()
@@ -59,6 +55,21 @@ def open_source(run: Run, path: str, labels: str = "") -> Source:
             f"--source={path}: must be an .npz file or a folder of images that exists; a data set of scikit-learn or"
             " TensorFlow Datasets is named by --config.data.source when a workdir is made"
         )
+
+
+def open_source(run: "Run", path: str, labels: str = "") -> Source:
+    """Opens an .npz file or a folder of images with the workdir's own data settings.
+
+    Args:
+        run: opened.
+        path: the file, or a folder laid out as the workdir's config says.
+        labels: CSV of labels and owners, for a folder.
+
+    Raises:
+        UserError: another kind of source, or one that cannot be used.
+    """
+    check_source(path, labels)
+    is_folder = Path(path).is_dir()
     height, width, splits = 0, 0, dict.fromkeys(SPLITS, "")
     if is_folder:
         height, width, _ = run.catalog.get("dataset")["shape"]

@@ -32,6 +32,12 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["train", at, "--config.tuning.epoch=3"], 2),
         (["train", at, "--config.tuning.epochs=0"], 2),
         (["audit", at, "--wait=-1"], 2),
+        *(
+            ([name, "--workdir=/nowhere"], 2)
+            for name in ("evaluate", "attack", "audit", "unlearn", "process", "doctor")
+        ),
+        (["add", at, "--source=none.npz"], 2),
+        (["unlearn", at, "--records_file=none.txt"], 2),
         (["requests", at], 0),
         (["inspect", at], 0),
         (["verify", at, "--all"], 0),
