@@ -66,7 +66,7 @@ def difference(a: dict[str, list], b: dict[str, list]) -> float:
 def small_problem() -> tuple[train_step.TuningSpec, Backbone, np.ndarray, np.ndarray]:
     """Digits and a small random ViT."""
     config = ViTConfig(image_size=8, patch=4, width=32, depth=2, heads=2, mlp=64, channels=1)
-    params = jax.device_get(nnx.to_pure_dict(nnx.split(config.build(nnx.Rngs(0)), nnx.Param)[1]))
+    params = jax.device_get(nnx.to_pure_dict(nnx.split(backbone_lib.build(config, nnx.Rngs(0)), nnx.Param)[1]))
     backbone = backbone_lib.make(config, params, (0.5,), (0.5,))
     images = ImageSpec(8, 8, 1, size=8, resize=8, out_channels=1)
     spec = train_step.TuningSpec(config, images, Tuning(batch=8, epochs=2, min_steps=1, prompt_width=1), 10, seed=0)

@@ -81,7 +81,7 @@ def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
         network, backbone = swin_pair(config)
         return backbone, network
     config = dataclasses.replace(config, feature="cls", depth=4 if arguments.quick else config.depth)
-    model = config.build(nnx.Rngs(0))
+    model = backbone_lib.build(config, nnx.Rngs(0))
     params = jax.device_get(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
     backbone = backbone_lib.make(config, params, (0.5,), (0.5,))
     return backbone, frozen_vit(backbone)

@@ -96,13 +96,12 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def _list(arguments: common.Arguments) -> int:
-    from lmeraser_jax.models import backbone as backbone_lib
-    from lmeraser_jax.models import zoo
+    from lmeraser_jax.models import architectures, zoo
 
     rows = {
         name: {
             **{field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)},
-            "architecture": backbone_lib.describe(entry.architecture),
+            "architecture": architectures.describe(entry.architecture),
             "feature": entry.architecture.feature,
         }
         for name, entry in zoo.ZOO.items()

@@ -17,13 +17,12 @@ from flax import nnx
 
 from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import arrays_digest, digest
-from lmeraser_jax.models.swin import SwinConfig
-from lmeraser_jax.models.vit import ViTConfig
+from lmeraser_jax.models.architectures import Architecture, ViTConfig, architecture_from, describe
+from lmeraser_jax.models.swin import Swin
+from lmeraser_jax.models.vit import ViT
 from lmeraser_jax.storage import checkpoints
 
 Params = Any  # nested dict of arrays
-Architecture = ViTConfig | SwinConfig
-FAMILIES: dict[str, type[Architecture]] = {"vit": ViTConfig, "swin": SwinConfig}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,10 +43,15 @@ class Backbone:
     digest: str
 
 
+def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin:
+    """The module with random parameters."""
+    return ViT(config, rngs) if isinstance(config, ViTConfig) else Swin(config, rngs)
+
+
 @functools.lru_cache(maxsize=16)
 def graph(config: Architecture) -> tuple[Any, Params]:
     """Static graph and abstract parameters (shapes only) of an architecture."""
-    model = nnx.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
 
@@ -101,20 +105,6 @@ def from_flat(config: Architecture, arrays: Mapping[str, np.ndarray], name: str)
     """Nested parameters from flat ones. Raises `UserError` with all mismatches at once; `name` is the file's."""
     raise_all(array_problems(config, arrays), f"the weights {name} do not fit the backbone:")
     return checkpoints.unflatten(arrays, graph(config)[1])
-
-
-def describe(config: Architecture) -> dict[str, Any]:
-    """An architecture as plain values, which `architecture_from` reads."""
-    family = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
-    return {"family": family, **dataclasses.asdict(config)}
-
-
-def architecture_from(values: Mapping[str, Any]) -> Architecture:
-    """The inverse of `describe`, also from JSON."""
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
-    return FAMILIES[fields.pop("family")](**fields)
 
 
 def save(folder: Path, backbone: Backbone, inputs: dict[str, Any], provenance: dict[str, Any]) -> None:

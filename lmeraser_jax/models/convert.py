@@ -17,10 +17,10 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import zoo
-from lmeraser_jax.models.backbone import Architecture, Backbone, Params
+from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
+from lmeraser_jax.models.backbone import Backbone, Params
 from lmeraser_jax.models.key_maps import FINAL_RULES, GELUS, ORIGINS, PREFIXES, Origin
-from lmeraser_jax.models.swin import SwinConfig
-from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
+from lmeraser_jax.models.vit import interpolate_positions
 from lmeraser_jax.models.weight_files import Normalisation, Weights, read
 
 Flat = dict[str, np.ndarray]

@@ -6,7 +6,7 @@ Flax files. After them, ".weight" becomes ".kernel" (".scale" of a norm) and "."
 
 import dataclasses
 
-from lmeraser_jax.models.layers import Gelu
+from lmeraser_jax.models.architectures import Gelu
 
 Rules = tuple[tuple[str, str], ...]
 

@@ -1,12 +1,10 @@
 """What ViT and Swin share: float32 LayerNorm, the two GELUs, the MLP, cutting images into patches."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Gelu = Literal["erf", "tanh"]
+from lmeraser_jax.models.architectures import Gelu
 
 
 class LayerNorm(nnx.LayerNorm):

@@ -8,7 +8,6 @@ uses the rows of the bias table that belong to its distances.
 Shapes: B batch, H W grid, D width of the stage, A heads, w side of a window, M windows of an image.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -16,55 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.models.layers import MLP, Gelu, LayerNorm, extract_patches, self_attention
+from lmeraser_jax.models.architectures import SwinConfig
+from lmeraser_jax.models.layers import MLP, LayerNorm, extract_patches, self_attention
 
 OUTSIDE = -100.0  # added to the score of a pair that only the shift brought into one window; as in the public code
 MERGE_EPSILON = 1e-5  # of the LayerNorms around embedding and merging, whatever epsilon the blocks have
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SwinConfig:
-    """Architecture of one Swin.
-
-    Attributes:
-        image_size: side of the square input, in pixels; a multiple of `patch`.
-        patch: side of a patch, in pixels.
-        channels: colour channels of the input.
-        width: D of the first stage; it doubles with each.
-        depths: blocks of each stage.
-        heads: attention heads of each stage.
-        window: side of a window, in patches.
-        mlp_ratio: hidden width of a block's MLP over D.
-        classes: outputs of the public classifier; 0 leaves it out.
-        epsilon: of the blocks' and the last LayerNorm.
-        gelu: "erf" (exact) or "tanh".
-    """
-
-    image_size: int
-    patch: int
-    width: int
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    window: int
-    mlp_ratio: float = 4.0
-    channels: int = 3
-    classes: int = 0
-    epsilon: float = 1e-5
-    gelu: Gelu = "erf"
-
-    @property
-    def feature(self) -> str:
-        """Kind of the feature: the mean token."""
-        return "mean"
-
-    @property
-    def feature_size(self) -> int:
-        """D of the feature."""
-        return self.width * 2 ** (len(self.depths) - 1)
-
-    def build(self, rngs: nnx.Rngs) -> "Swin":
-        """The module with random parameters."""
-        return Swin(self, rngs)
 
 
 class WindowAttention(nnx.Module):

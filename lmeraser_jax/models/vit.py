@@ -6,7 +6,6 @@ product, so that a `vmap` over lanes leaves a single large product for the whole
 Shapes: B batch, H W C image, N tokens (1 + number of patches), D width, A heads.
 """
 
-import dataclasses
 import math
 
 import jax
@@ -14,61 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lmeraser_jax.models.architectures import ViTConfig
 from lmeraser_jax.models.layers import (
     MLP,
-    Gelu,
     LayerNorm,
     attention,
     extract_patches,
     linear_columns,
     self_attention,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ViTConfig:
-    """Architecture of one ViT.
-
-    Attributes:
-        image_size: side of the square input, in pixels; a multiple of `patch`.
-        patch: side of a patch, in pixels.
-        channels: colour channels of the input.
-        width: D, a multiple of `heads`.
-        depth: number of blocks.
-        heads: attention heads.
-        mlp: hidden width of the block's MLP.
-        feature: "cls" (class token after the final LayerNorm) or "pooler" (tanh of a dense layer on it,
-            the feature that ViT-B trained on ImageNet-22K has).
-        classes: outputs of the public classifier; 0 leaves it out.
-        epsilon: of every LayerNorm, as the checkpoint's origin has it.
-        gelu: "erf" (exact) or "tanh", as the checkpoint's origin has it.
-    """
-
-    image_size: int
-    patch: int
-    width: int
-    depth: int
-    heads: int
-    mlp: int
-    channels: int = 3
-    feature: str = "cls"
-    classes: int = 0
-    epsilon: float = 1e-6
-    gelu: Gelu = "erf"
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch
-
-    @property
-    def feature_size(self) -> int:
-        """D of the feature."""
-        return self.width
-
-    def build(self, rngs: nnx.Rngs) -> "ViT":
-        """The module with random parameters."""
-        return ViT(self, rngs)
 
 
 class Attention(nnx.Module):

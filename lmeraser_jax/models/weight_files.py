@@ -16,7 +16,7 @@ import numpy as np
 
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models.backbone import Architecture
+from lmeraser_jax.models.architectures import Architecture
 from lmeraser_jax.storage import checkpoints
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std)

@@ -10,9 +10,7 @@ import dataclasses
 import difflib
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models.backbone import Architecture
-from lmeraser_jax.models.swin import SwinConfig
-from lmeraser_jax.models.vit import ViTConfig
+from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
 
 HALF = (0.5,) * 3, (0.5,) * 3
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
