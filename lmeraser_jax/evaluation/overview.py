@@ -17,7 +17,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering, expected_share
-from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of, slice_of
+from lmeraser_jax.unlearning.artifacts import load_clustering, slice_of, split_reference
 
 ATTEMPTS = 10  # to read a clustering that writers replace and purge meanwhile
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows only so many of the largest and of the smallest
@@ -198,7 +198,7 @@ def _cluster_rows(snapshot: _Snapshot, clustering: Clustering) -> tuple[ClusterR
     versions = Counter(row.cluster for row in snapshot.slices.values())
     rows = []
     for key, ref in snapshot.manifest.clusters.items():
-        digest, step = parts_of(ref)
+        digest, step = split_reference(ref)
         steps, loss = step or snapshot.slices[digest].steps, snapshot.slices[digest].loss or 0.0
         counts = members[key], sampled[key], versions[key], steps
         rows.append(ClusterRow(key, ref, *counts, loss, key in snapshot.pinned, key in snapshot.quarantined))

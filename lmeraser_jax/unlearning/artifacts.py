@@ -18,6 +18,7 @@ import numpy as np
 from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest
+from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceKind
@@ -36,7 +37,7 @@ def reference(digest: str, step: int = 0) -> str:
     return f"{digest}@{step}" if step else digest
 
 
-def parts_of(ref: str) -> tuple[str, int]:
+def split_reference(ref: str) -> tuple[str, int]:
     """The digest and the step of a reference."""
     digest, _, step = ref.partition("@")
     return digest, int(step or 0)
@@ -44,12 +45,12 @@ def parts_of(ref: str) -> tuple[str, int]:
 
 def slice_of(ref: str) -> str:
     """The digest of a reference."""
-    return parts_of(ref)[0]
+    return split_reference(ref)[0]
 
 
 def expected_params(catalog: Catalog, ref: str) -> str | None:
     """The digest that the parameters of a slice must have; None where the catalog does not know it."""
-    name, step = parts_of(ref)
+    name, step = split_reference(ref)
     if not step:
         row = catalog.slice(name)
         return row.params_digest if row else None
@@ -62,10 +63,9 @@ def load_slice(run: "Run", ref: str) -> "Slice":
     Raises:
         UserError: the checkpoint is missing or damaged.
     """
-    from lmeraser_jax.storage import checkpoints  # with JAX and Orbax: what only looks at clusterings starts without
-    from lmeraser_jax.training.slices import as_slice
+    from lmeraser_jax.training.slices import as_slice  # loads JAX, which readers of clusterings do without
 
-    name, step = parts_of(ref)
+    name, step = split_reference(ref)
     params = expected_params(run.catalog, ref)
     if params is None:
         raise UserError(f"slice {name[:12]} is not in the catalog{AGAIN}")

@@ -26,7 +26,7 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of, slice_of
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of, split_reference
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import Run
@@ -184,7 +184,7 @@ def rebuild_slice(run: Run, ref: str) -> Slice | None:
         run: a workdir that holds the slice.
         ref: its reference; with a step, the earlier epoch.
     """
-    name, step = parts_of(ref)
+    name, step = split_reference(ref)
     row, records = run.catalog.slice(name), run.catalog.at(run.catalog.rows_of(name))
     if row is None or len(records) != row.size:
         return None

@@ -23,7 +23,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.unlearning.artifacts import parts_of
+from lmeraser_jax.unlearning.artifacts import split_reference
 from lmeraser_jax.unlearning.receipts import receipt_body
 
 LARGEST = 100_000_000  # bytes of a receipt; enough for two million records
@@ -82,7 +82,7 @@ class _Snapshot:
 
     def params(self, cluster: str) -> str:
         """The digest of the published slice's parameters. Raises `UserError` when they cannot be read."""
-        name, step = parts_of(self.published[cluster])
+        name, step = split_reference(self.published[cluster])
         return self._salted("params", arrays_digest(checkpoints.load(self._layout.slice(name), step or None)[0]))
 
 

@@ -19,7 +19,7 @@ from lmeraser_jax.evaluation import montage
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import erase, purge, rollback
-from lmeraser_jax.unlearning.artifacts import load_clustering, parts_of, tainted
+from lmeraser_jax.unlearning.artifacts import load_clustering, split_reference, tainted
 from lmeraser_jax.unlearning.audit import audit
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
@@ -86,7 +86,7 @@ def test_no_byte_remembers_an_erased_record(tmp_path, kind):
         rows = run.catalog.rows([name])
         feature = run.features(run.catalog.at(rows.values())).tobytes()
         slices = tainted(run, rows).by_member
-        assert parts_of(run.catalog.manifest().entries[key])[0] in slices
+        assert split_reference(run.catalog.manifest().entries[key])[0] in slices
         parameters = stretches(run, slices)
         needles = [*spellings(name), *spellings(OWNER), pixels, feature, *parameters]
         if sampled:

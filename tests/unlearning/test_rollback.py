@@ -9,7 +9,7 @@ from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.unlearning import erase, purge, rollback
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, parts_of
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, split_reference
 from lmeraser_jax.unlearning.audit import audit, differences, leaves, rebuild_slice, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
@@ -109,7 +109,7 @@ def test_the_audit_makes_pinned_slices_again(run):
         rollback.rollback(run, key, to)
         verdict = audit(run)
         assert verdict.ok and verdict.identical == verdict.clusters, verdict
-    name, _ = parts_of(snapshot)
+    name, _ = split_reference(snapshot)
     run.catalog.db.execute("UPDATE slices SET tuning=replace(tuning, '0.03', '0.04') WHERE digest=?", (name,))
     assert audit(run).differences == (f"parameters {key}",), "made with other settings than it says"
 
@@ -167,7 +167,7 @@ def test_what_does_not_exist_is_refused_and_changes_nothing(run):
         with pytest.raises(UserError, match="is no version of cluster"):
             rollback.rollback(run, key, to)
     broken = rollback.versions(run, key)[-1].ref
-    shutil.rmtree(run.layout.slice(parts_of(broken)[0]))
+    shutil.rmtree(run.layout.slice(split_reference(broken)[0]))
     with pytest.raises(UserError, match="does not exist"):
         rollback.rollback(run, key, broken)
     assert run.catalog.pins() == {} and run.catalog.manifest() == before
