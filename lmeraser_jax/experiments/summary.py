@@ -40,7 +40,6 @@ class Spread(NamedTuple):
 
     mean: float
     sd: float
-    seeds: int
     low: float
     high: float
 
@@ -49,7 +48,7 @@ class Spread(NamedTuple):
         return math.isfinite(self.mean)
 
 
-UNKNOWN = Spread(math.nan, math.nan, 0, math.nan, math.nan)
+UNKNOWN = Spread(math.nan, math.nan, math.nan, math.nan)
 
 
 def spread(values: Iterable[float]) -> Spread:
@@ -58,7 +57,7 @@ def spread(values: Iterable[float]) -> Spread:
     if not len(array) or not np.isfinite(array).all():
         return UNKNOWN
     sd = float(array.std(ddof=1)) if np.ptp(array) > 0 else 0.0  # of equal numbers the sum may round
-    return Spread(float(array.mean()), sd, len(array), float(array.min()), float(array.max()))
+    return Spread(float(array.mean()), sd, float(array.min()), float(array.max()))
 
 
 def percent(value: float, like: float) -> str:
