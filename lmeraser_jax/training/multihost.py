@@ -108,11 +108,7 @@ def _give_up(reason: str) -> NoReturn:
 
 
 def broadcast(task: Mapping[str, Any] | None = None, arrays: Mapping[str, np.ndarray] | None = None):
-    """Sends process 0's task, JSON values, and its arrays to all processes; the others call it without arguments.
-
-    Returns:
-        (task, arrays) of process 0, at every process.
-    """
+    """(task, arrays) of process 0, at every process; the others call it without arguments. A task is JSON values."""
     own = _pack({**(arrays or {}), "task": np.array(json.dumps(task))})
     with _together():
         size = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))

@@ -32,19 +32,12 @@ WRITERS = 4  # slices written at a time: a write is mostly waiting for the disk
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class WrittenSlice:
-    """A slice that was tuned and, where its numbers are finite, written to its folder.
+    """A slice that was tuned and, where its numbers are finite, written to its folder."""
 
-    Attributes:
-        row: what the catalog is to know of it.
-        rows: int32 [m], image rows of its members.
-        epochs: {step: digest of the parameters' bytes} of its snapshots.
-        failed_at: step at which the loss was no longer finite; nothing was written then.
-    """
-
-    row: SliceRow
-    rows: np.ndarray
-    epochs: dict[int, str]
-    failed_at: int | None
+    row: SliceRow  # what the catalog is to know of it
+    rows: np.ndarray  # int32 [m], image rows of its members
+    epochs: dict[int, str]  # {step: digest of the parameters' bytes} of its snapshots
+    failed_at: int | None  # step at which the loss was no longer finite; nothing was written then
 
 
 def write_slices(

@@ -29,25 +29,15 @@ from lmeraser_jax.training.train_step import Batch, TuningSpec, compiled, initia
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """A job's slice at its end, or at one of its snapshots.
-
-    Attributes:
-        job: the job.
-        step: steps made.
-        slice: float32 arrays on the host.
-        loss: mean over the last epoch until then.
-        failed_at: step at which the loss or the slice was no longer finite, None while all is well.
-        seconds: of device time, the job's share until the call that handed the slice over was done.
-        sums: what a closed form was computed from, where it is to be kept.
-    """
+    """A job's slice at its end, or at one of its snapshots."""
 
     job: Job
-    step: int
-    slice: Slice
-    loss: float
-    failed_at: int | None
-    seconds: float
-    sums: KeptSums | None = None
+    step: int  # steps made
+    slice: Slice  # float32 arrays on the host
+    loss: float  # mean over the last epoch until then
+    failed_at: int | None  # step at which the loss or the slice was no longer finite
+    seconds: float  # of device time: the job's share until the call that handed the slice over was done
+    sums: KeptSums | None = None  # what a closed form was computed from, where it is to be kept
 
     @property
     def final(self) -> bool:

@@ -35,15 +35,12 @@ def make_slices(
     """Makes slices by all processes, in waves. Called at process 0; the others call `do_share`.
 
     Args:
-        processes: this process among those of the command.
         context: JSON values from which the other processes find their own `tune_own`.
-        tuning_spec: static settings of the slices.
-        jobs: one for each slice.
         labels: int32 [N], of all image rows.
         tune_own: makes the slices of some jobs on this process's devices (`tune.make_slices`).
 
     Raises:
-        Stopped: a process was asked to stop; what it and the others had finished was yielded before.
+        Stopped: a process was asked to stop; what all had finished was yielded before.
     """
     if processes.count == 1 or tuning_spec.tuning.closed:
         yield from tune_own(jobs)

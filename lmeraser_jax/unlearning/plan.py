@@ -19,76 +19,42 @@ from lmeraser_jax.unlearning.artifacts import Tainted, slice_of
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LiveState:
-    """Everything that a plan depends on, of one moment.
+    """Everything that a plan depends on, of one moment."""
 
-    Attributes:
-        manifest: the published state, or None.
-        slices: {digest: row} of the slices in the catalog.
-        on_disk: digests of those whose folder exists.
-        pins: {cluster key: slice reference} of pinned clusters.
-        tainted: slices that were made with a record that is leaving.
-        clustering: prototypes and keys that the live records call for.
-        clustering_unchanged: the clustering is the published one and lies on disk.
-        members: {cluster key: its live records} of the clusters to look at.
-        untouched: {cluster key: number of members} of the others.
-        moved: (record id, cluster key) of records that are in another cluster than published.
-        private: all live private records where there is a common head, else None.
-        constants: what every recipe depends on beside its members.
-        common_constants: the same of the common head.
-        checkpoints: which earlier epochs are kept.
-        requests: ids of the open erasure requests that are taken into account.
-    """
-
-    manifest: Manifest | None
-    slices: Mapping[str, SliceRow]
-    on_disk: frozenset[str]
-    pins: Mapping[str, str]
-    tainted: Tainted
-    clustering: Clustering
-    clustering_unchanged: bool
-    members: Mapping[str, RecordTable]
-    untouched: Mapping[str, int]
-    moved: list[tuple[str, str]]
-    private: RecordTable | None
-    constants: RecipeConstants
-    common_constants: RecipeConstants
-    checkpoints: Checkpoints
-    requests: tuple[str, ...]
+    manifest: Manifest | None  # the published state
+    slices: Mapping[str, SliceRow]  # {digest: row} of the slices in the catalog
+    on_disk: frozenset[str]  # digests of those whose folder exists
+    pins: Mapping[str, str]  # {cluster key: slice reference}
+    tainted: Tainted  # slices that were made with a record that is leaving
+    clustering: Clustering  # that the live records call for
+    clustering_unchanged: bool  # it is the published one and lies on disk
+    members: Mapping[str, RecordTable]  # {cluster key: its live records} of the clusters to look at
+    untouched: Mapping[str, int]  # {cluster key: number of members} of the others
+    moved: list[tuple[str, str]]  # (record id, cluster key) of records in another cluster than published
+    private: RecordTable | None  # all live private records where there is a common head
+    constants: RecipeConstants  # what every recipe depends on beside its members
+    common_constants: RecipeConstants  # the same of the common head
+    checkpoints: Checkpoints  # which earlier epochs are kept
+    requests: tuple[str, ...]  # ids of the open erasure requests that are taken into account
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Plan:
-    """The state that some live records call for.
-
-    Attributes:
-        clustering: prototypes and keys.
-        clustering_unchanged: the clustering is the published one and lies on disk.
-        recipe_constants_digest: digest of everything but the members that a recipe depends on.
-        entries: {cluster key: slice reference} of clusters that have members, and of the common head.
-        targets: {cluster key: the slice that its records call for} of the clusters that were looked at.
-        missing: {cluster key: target} of those slices that do not exist yet.
-        members: {cluster key: its records} of what is missing.
-        slices: {digest: row} of the slices that were in the catalog.
-        moved: (record id, cluster key) of records that are in another cluster than published.
-        pinned: clusters that stay at the slice they are pinned to.
-        unpinned: clusters that can no longer stay there.
-        requests: ids of the open erasure requests that are taken into account.
-        images_full: images to pass forward and backward for a full re-tune of every cluster.
-    """
+    """The state that some live records call for, and what is missing for it."""
 
     clustering: Clustering
     clustering_unchanged: bool
     recipe_constants_digest: str
-    entries: Mapping[str, str]
-    targets: Mapping[str, Target]
-    missing: Mapping[str, Target]
-    members: Mapping[str, RecordTable]
-    slices: Mapping[str, SliceRow]
+    entries: Mapping[str, str]  # {cluster key: slice reference} of clusters with members, and of the common head
+    targets: Mapping[str, Target]  # {cluster key: the slice that its records call for} of the clusters looked at
+    missing: Mapping[str, Target]  # those of the targets that do not exist yet
+    members: Mapping[str, RecordTable]  # {cluster key: its records} of what is missing
+    slices: Mapping[str, SliceRow]  # {digest: row} of the slices in the catalog
     moved: list[tuple[str, str]]
-    pinned: frozenset[str]
-    unpinned: tuple[str, ...]
+    pinned: frozenset[str]  # clusters that stay at the slice they are pinned to
+    unpinned: tuple[str, ...]  # clusters whose pin ends
     requests: tuple[str, ...]
-    images_full: int
+    images_full: int  # images to pass forward and backward for a full re-tune of every cluster
 
     @property
     def required_slices(self) -> set[str]:

@@ -205,12 +205,10 @@ def open_run(
     """Opens a finished workdir.
 
     Args:
-        workdir: an existing workdir.
         config: may differ from the stored one in `FREE` only.
-        devices: all by default.
+        devices: all of this process by default.
         write: take the writer lock.
         wait: seconds to wait for another writer.
-        processes: this process among those that share the work.
 
     Raises:
         UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
@@ -247,14 +245,10 @@ def prepare_run(
     is open `tuning` may change, so that one whose loss was not finite can be finished.
 
     Args:
-        workdir: new, empty or an existing workdir.
-        config: the run's config.
-        devices: all by default.
         source: the data; by default what `config.data` names.
-        retune: let `tuning` differ from the published state's; the old slices stay for rollback.
         reimport: read the source again although the workdir has data; new records join, erased ones do not.
-        wait: seconds to wait for another writer.
-        processes: this process among those that share the work.
+        retune: let `tuning` differ from the published state's; the old slices stay for rollback.
+        devices, wait: as in `open_run`.
 
     Yields:
         The run, and what an import did (None when nothing was imported).
