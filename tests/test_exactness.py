@@ -170,22 +170,15 @@ def test_the_contract_holds_with_everything_on(trained, scratch, tmp_path, devic
     assert differences(unlearned, train_from_scratch(tmp_path / "scratch", rest, devices, config)) == []
 
 
-def test_an_unsampled_record_moves_one_slice_and_nothing_upstream(trained_workdir):
+def test_an_unsampled_record_changes_one_slice_and_a_sampled_one_what_the_next_hash_changes(trained_workdir):
     with small_run(trained_workdir) as run:
-        before = state(run)
-        requests = unsampled_record(run)
-    after, (report,) = erase_requests(trained_workdir, requests)
+        trained_state, unsampled, sampled = state(run), unsampled_record(run), sampled_record(run)
+    before, (report,) = erase_requests(trained_workdir, unsampled)
     assert (report.retuned, report.reclustered) == (1, False)
-    assert before["prototypes"] == after["prototypes"] and before["sample"] == after["sample"]
-    moved = [key for key in before["slices"] if before["slices"][key] != after["slices"][key]]
-    assert moved == [before["assignment"][requests[0][0]]]
-
-
-def test_a_sampled_record_admits_the_next_hash_and_tunes_only_changed_recipes(trained_workdir):
-    with small_run(trained_workdir) as run:
-        before = state(run)
-        requests = sampled_record(run)
-    after, (report,) = erase_requests(trained_workdir, requests)
+    assert trained_state["prototypes"] == before["prototypes"] and trained_state["sample"] == before["sample"]
+    other = [key for key, bits in trained_state["slices"].items() if before["slices"][key] != bits]
+    assert other == [trained_state["assignment"][unsampled[0][0]]], "nothing upstream, and one slice"
+    after, (report,) = erase_requests(trained_workdir, sampled)
     assert report.reclustered and len(set(after["sample"]) - set(before["sample"])) == 1
     new_slices = set(after["slices"].values()) - set(before["slices"].values())
     assert report.retuned == len(new_slices) < report.clusters
@@ -213,7 +206,7 @@ def test_rows_and_order_of_import_do_not_reach_the_numbers(scratch, tmp_path):
 def test_public_sampling_never_reclusters(tmp_path):
     config = small_config(clustering__sample_from="public")
     before = train_from_scratch(tmp_path / "run", small_source(), config=config)
-    erased = [name for name in before["records"]][:40]
+    erased = list(before["records"])[:40]
     after, (report,) = erase_requests(tmp_path / "run", [erased], config=config)
     expected = train_from_scratch(tmp_path / "scratch", without(small_source(), set(erased)), config=config)
     assert not report.reclustered and before["prototypes"] == after["prototypes"]

@@ -28,7 +28,7 @@ from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import train_step, tune
 from lmeraser_jax.training.fingerprint import fingerprint
-from lmeraser_jax.training.jobs import make_job, snapshot_steps
+from lmeraser_jax.training.jobs import batches, make_job, snapshot_steps
 from lmeraser_jax.training.lanes import step_batches
 from lmeraser_jax.training.slices import init_slice, place_prompt
 from lmeraser_jax.training.train_step import mesh_of
@@ -221,7 +221,7 @@ def test_the_learning_rate_rises_then_falls_to_zero():
         assert (np.diff(rates[:rising]) > 0).all() and (np.diff(rates[rising:]) < 0).all()
 
 
-def test_a_loss_that_is_not_finite_fails_its_cluster_only(together, monkeypatch):
+def test_a_loss_that_is_not_finite_fails_its_cluster_only_and_the_step_is_named(together, monkeypatch):
     """A poisoned label makes the loss NaN; clusters without it, in the next lane too, keep their bits."""
     cluster_loss, poisoned = train_step.cluster_loss, 9
 
@@ -236,22 +236,15 @@ def test_a_loss_that_is_not_finite_fails_its_cluster_only(together, monkeypatch)
         results = tune_groups(small_spec("flip"))
     finally:
         train_step.compiled.cache_clear()
-    hit = {key for key, rows in GROUPS.items() if (small_data()[1][rows] == poisoned).any()}
-    assert 0 < len(hit) < len(GROUPS)
-    assert {key for key, tuned in results.items() if tuned.failed_at is not None} == hit
-    assert all(same_bits(results[key].slice, together[key].slice) for key in results.keys() - hit)
-
-
-def test_a_huge_rate_fails_and_the_step_is_named():
-    spec = small_spec(optimizer="sgd", head_rate=1e38, prompt_rate=1e38)
-    results = tune_jobs(spec, snapped_jobs(spec))
-    failed = {tuned.job.key: tuned.failed_at for tuned in results if tuned.final}
-    assert len(failed) == len(GROUPS) and None not in failed.values()
-    for tuned in results:
-        first = failed[tuned.job.key]
-        assert first <= tuned.job.steps
-        allowed = (None, first) if tuned.step <= first else (first,)
-        assert tuned.failed_at in allowed, "snapshots before it are whole"
+    failed = {}  # {cluster key: first step whose batch has the poisoned label}
+    for key, rows in GROUPS.items():
+        order, valid = batches(make_job(key, rows, small_config().tuning), 0)
+        hit = ((small_data()[1][order] == poisoned) & valid).any(axis=1)
+        failed[key] = int(hit.argmax()) if hit.any() else None
+    assert {key: tuned.failed_at for key, tuned in results.items()} == failed
+    sound = [key for key in GROUPS if failed[key] is None]
+    assert 0 < len(sound) < len(GROUPS)
+    assert all(same_bits(results[key].slice, together[key].slice) for key in sound)
 
 
 def test_bfloat16_stays_near_float32():

@@ -196,18 +196,6 @@ def test_leftovers_are_reported(workdir):
         assert f"leftover {line}" in lines
 
 
-def test_an_erasure_leaves_no_old_slice_clustering_manifest_or_picture(workdir):
-    with small_run(workdir) as run:
-        before = run.catalog.manifest()
-        run.layout.picture.write_bytes(b"montage")
-        erase.request_erasure(run, sample_of(run)[:1])
-        after = run.catalog.manifest()
-        assert {path.name for path in run.layout.clusterings.iterdir()} == {after.clustering} != {before.clustering}
-        assert {path.name for path in run.layout.slices.iterdir()} == set(after.entries.values())
-        assert set(run.catalog.slices()) == set(after.entries.values()) != set(before.entries.values())
-        assert run.catalog.manifests() == [after] and not run.layout.picture.exists()
-
-
 def test_rows_of_an_interrupted_reimport_do_no_harm(workdir, tmp_path):
     with open(workdir / "records" / "images.u8", "ab") as file:
         file.write(b"x" * 64 * 700)  # appended, and killed before the catalog knew
@@ -242,21 +230,6 @@ def test_a_reader_never_writes_the_feature_cache(workdir):
         assert features.shape == (len(test), 16) and not np.isnan(features).any()
         np.testing.assert_array_equal(features, run.features(test))
         assert file.read_bytes() == before
-
-
-def test_resolve_lists_everything_unknown_and_knows_owners(workdir):
-    with small_run(workdir) as run:
-        records = run.catalog.live("train", "test")
-        with pytest.raises(UserError, match="(?s)nothing is erased.*unknown records: nobody, nothing"):
-            resolve(run.catalog, ["nobody", records.ids[0], "nothing"])
-        with pytest.raises(UserError, match="--owner=stranger: owns no live private record"):
-            resolve(run.catalog, [], ["stranger"])
-        with pytest.raises(UserError, match="public records"):
-            resolve(run.catalog, [run.catalog.live("public").ids[0]])
-        owner = Counter(records.owners).most_common(1)[0][0]
-        owned = {name for name, other in zip(records.ids, records.owners, strict=True) if other == owner}
-        assert set(resolve(run.catalog, [], [owner]).live) == owned, "test images of the owner too"
-        assert resolve(run.catalog, [records.ids[0]] * 2).live == (records.ids[0],)
 
 
 def test_an_estimate_changes_nothing_and_says_what_the_erasure_then_does(workdir, expected):
