@@ -115,8 +115,6 @@ def test_misuse_of_commands_and_flags(capsys, tmp_path, workdir):
         (["train", "--config", "none.py", new], "no such file"),
         (["train", "--config=configs/digits.py:huge", new], "smoke"),
         (["train", f"--config={tmp_path}/bad.py", new], "SyntaxError"),
-        (["train", new, "--num_processes=3"], "--coordinator_address, --process_id missing"),
-        (["train", new, "--coordinator_address=h:1", "--num_processes=3", "--process_id=3"], "must be below"),
         (["unlearn", at, "digit-0017"], "ids are given as --records="),
         (["unlearn", at], "--records=ID"),
         (["unlearn", at, "--records_file=none.txt"], "no such file"),
