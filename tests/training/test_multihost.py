@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tuning_problem import GROUPS, problem_of, same_bits, small_backbone, small_data
+from tuning_problem import GROUPS, same_bits, small_backbone, small_data, small_spec
 
 from lmeraser_jax.interrupt import Stopped
 from lmeraser_jax.storage.catalog import Catalog
@@ -71,7 +71,7 @@ class Together:
 
 def share(monkeypatch, count: int, tune_own) -> list[list]:
     """Every thread's results of one wave over the small problem's clusters; a thread that stopped has None last."""
-    together, local, spec = Together(count), threading.local(), problem_of(small_backbone())
+    together, local, spec = Together(count), threading.local(), small_spec()
     monkeypatch.setattr(multihost, "exchange", lambda arrays: together.exchange(local.index, arrays))
     wave = [make_job(key, rows, spec.tuning) for key, rows in GROUPS.items()]
     shares = [list(range(len(wave)))[index::count] for index in range(count)]
@@ -103,7 +103,7 @@ def test_every_process_gets_the_slices_of_all_with_the_bits_of_one(monkeypatch):
     by_key = {tuned.job.key: tuned for tuned in alone}
     for results in shared:
         assert sorted(tuned.job.key for tuned in results) == sorted(GROUPS)
-        assert all(same_bits(tuned, by_key[tuned.job.key]) for tuned in results)
+        assert all(same_bits(tuned.slice, by_key[tuned.job.key].slice) for tuned in results)
         assert all(
             (tuned.step, tuned.loss) == (by_key[tuned.job.key].step, by_key[tuned.job.key].loss) for tuned in results
         )
@@ -121,7 +121,7 @@ def test_a_process_that_is_asked_to_stop_stops_all_and_loses_nothing_that_is_fin
 
 
 def test_jobs_are_rebuilt_as_they_were_sent(monkeypatch):
-    sent, spec = {}, problem_of(small_backbone())
+    sent, spec = {}, small_spec()
 
     def broadcast(task, arrays):
         sent.update(task=task, arrays=arrays)
