@@ -38,15 +38,12 @@ def small_config(**overrides: Any) -> Config:
 
 def small_source(train: int = 100, test: int = 20, public: int = 40) -> Source:
     """The first so many digits of each split."""
-    whole = digits.load()
-    left = {"train": train, "test": test, "public": public}
-    kept = []
-    for position, item in enumerate(whole.items):
-        if left[item.split] > 0:
-            left[item.split] -= 1
-            kept.append(position)
-    images = whole.read(0, len(whole.items)).images[kept]
-    return with_items(whole, [whole.items[i] for i in kept], images)
+    source, limits = digits.load(), {"train": train, "test": test, "public": public}
+    chosen = []
+    for split, limit in limits.items():
+        chosen += [i for i, item in enumerate(source.items) if item.split == split][:limit]
+    chosen.sort()
+    return with_items(source, [source.items[i] for i in chosen], source.read(0, len(source.items)).images[chosen])
 
 
 def with_items(source: Source, items: Sequence[Item], images: np.ndarray) -> Source:
@@ -55,8 +52,8 @@ def with_items(source: Source, items: Sequence[Item], images: np.ndarray) -> Sou
 
 def without(source: Source, ids: set[str]) -> Source:
     """The source as if the records had never been there."""
-    keep = [i for i, item in enumerate(source.items) if item.id not in ids]
-    return with_items(source, [source.items[i] for i in keep], source.read(0, len(source.items)).images[keep])
+    rest = [i for i, item in enumerate(source.items) if item.id not in ids]
+    return with_items(source, [source.items[i] for i in rest], source.read(0, len(source.items)).images[rest])
 
 
 def changed(source: Source, ids: set[str], label: Callable[[int], int]) -> Source:
@@ -81,5 +78,5 @@ def small_run(workdir, source: Source | None = None, config: Config | None = Non
 
 def files_of(run: Run, name: str) -> dict[str, tuple[int, int]]:
     """{file: (inode, time of change)} below a slice: equal only if nothing was written again."""
-    folder = run.layout.slice(name)
-    return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+    files = {path: path.stat() for path in run.layout.slice(name).rglob("*") if path.is_file()}
+    return {str(path): (status.st_ino, status.st_mtime_ns) for path, status in files.items()}
