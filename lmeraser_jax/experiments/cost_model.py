@@ -334,22 +334,22 @@ def _policy(
     name: str, batch: Batch, rate: float, clusters: Clusters, changed: float, lanes: int, speed: float
 ) -> Policy:
     """The expectations of a window, divided by the probability that it is not empty (Eq. 18)."""
-    some, days, lane_speed = any_affected(batch), _days(batch, rate), speed / lanes  # idle lanes speed no other up
-    images = expected_images(clusters, batch, changed) / some
-    seconds = expected_makespan(clusters, batch, changed, lanes) / lane_speed / some
-    batches = MONTH * rate * some / batch.requests
+    nonempty, days, lane_speed = any_affected(batch), _days(batch, rate), speed / lanes  # idle lanes speed no other up
+    images = expected_images(clusters, batch, changed) / nonempty
+    seconds = expected_makespan(clusters, batch, changed, lanes) / lane_speed / nonempty
+    batches = MONTH * rate * nonempty / batch.requests
     return Policy(
         name=name,
         window_days=days,
-        any=some,
-        requests=batch.requests / some,
-        clusters=expected_retuned(clusters, batch, changed) / some,
+        any=nonempty,
+        requests=batch.requests / nonempty,
+        clusters=expected_retuned(clusters, batch, changed) / nonempty,
         images=images,
         share=images / float(clusters.images.sum()),
-        reclustering=max(0.0, 1 - expected_images(clusters, batch, changed=0.0) / some / images),
+        reclustering=max(0.0, 1 - expected_images(clusters, batch, changed=0.0) / nonempty / images),
         seconds=seconds,
-        paper_clusters=expected_affected(clusters.members, batch) / some,
-        paper_seconds=expected_time(float(clusters.images.mean()) / lane_speed, batch) / some,
+        paper_clusters=expected_affected(clusters.members, batch) / nonempty,
+        paper_seconds=expected_time(float(clusters.images.mean()) / lane_speed, batch) / nonempty,
         wait_seconds=days * DAY / 2 + seconds,
         batches=batches,
         month_seconds=seconds * batches,

@@ -105,17 +105,17 @@ def test_windows_are_batches_of_all_who_ask(capsys, layout):
     assert [policy["window_days"] for policy in policies] == [0, 1 / 24, 1, 2, 7]
     for p in policies[1:]:
         mean = 3 * p["window_days"]
-        some = 1 - np.exp(-mean)
+        nonempty = 1 - np.exp(-mean)
         same = {
             key: np.exp(-mean * (SIZES[key] + SAMPLE - sampled[key]) / 100) for key in SIZES
         }  # neither hit nor moved
-        assert p["any"] == pytest.approx(some) and p["requests"] == pytest.approx(mean / some)
-        assert p["images"] == pytest.approx(sum(IMAGES[key] * (1 - same[key]) for key in SIZES) / some)
-        assert p["clusters"] == pytest.approx(sum(1 - same[key] for key in SIZES) / some)
-        assert p["paper_clusters"] == pytest.approx(sum(1 - np.exp(-mean * m / 100) for m in SIZES.values()) / some)
+        assert p["any"] == pytest.approx(nonempty) and p["requests"] == pytest.approx(mean / nonempty)
+        assert p["images"] == pytest.approx(sum(IMAGES[key] * (1 - same[key]) for key in SIZES) / nonempty)
+        assert p["clusters"] == pytest.approx(sum(1 - same[key] for key in SIZES) / nonempty)
+        assert p["paper_clusters"] == pytest.approx(sum(1 - np.exp(-mean * m / 100) for m in SIZES.values()) / nonempty)
         assert p["seconds"] == pytest.approx(p["images"] / SPEED), "one lane"
         assert p["wait_seconds"] == pytest.approx(p["window_days"] * 86400 / 2 + p["seconds"])
-        assert p["batches"] == pytest.approx(30 / p["window_days"] * some)
+        assert p["batches"] == pytest.approx(30 / p["window_days"] * nonempty)
         assert p["month_seconds"] == pytest.approx(p["batches"] * p["seconds"])
     months = [policy["month_seconds"] for policy in policies]
     assert months == sorted(months, reverse=True), "collecting never costs more"

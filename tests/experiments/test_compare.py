@@ -56,8 +56,8 @@ def _bases(tmp_path_factory):
         yield
 
 
-def rows_of(found, experiment, method):
-    return [row for row in found.rows if (row.experiment, row.method) == (experiment, method)]
+def rows_of(outcome, experiment, method):
+    return [row for row in outcome.rows if (row.experiment, row.method) == (experiment, method)]
 
 
 def without_times(rows):
@@ -82,21 +82,21 @@ def base(done, tmp_path):
 
 
 def test_every_task_gives_its_rows(done):
-    first, found = done
-    assert results.load(first.folder / "results.json") == found and found.command == "another command"
-    commands = {row.experiment: found.sources[row.source]["command"] for row in found.rows}
+    first, outcome = done
+    assert results.load(first.folder / "results.json") == outcome and outcome.command == "another command"
+    commands = {row.experiment: outcome.sources[row.source]["command"] for row in outcome.rows}
     second = "another command"
     assert commands == {"methods": "the command", "removal": second, "sequence": second}
-    assert len({row.point for row in found.rows}) == len(found.rows) == 3 + 6 + 3
+    assert len({row.point for row in outcome.rows}) == len(outcome.rows) == 3 + 6 + 3
     lines = (first.folder / "results.csv").read_text().splitlines()
-    assert len(lines) == 1 + len(found.rows) and lines[0].startswith("experiment,dataset,backbone,method,seed")
+    assert len(lines) == 1 + len(outcome.rows) and lines[0].startswith("experiment,dataset,backbone,method,seed")
     assert {path.name for path in first.folder.iterdir() if path.is_dir()} == {"base_0", "rows"}
 
 
 def test_costs_are_those_of_real_erasures(done, tmp_path):
     """Planned costs against a plan for every record, and against one erasure that is served."""
-    first, found = done
-    (row,) = rows_of(found, "methods", "lmeraser")
+    first, outcome = done
+    (row,) = rows_of(outcome, "methods", "lmeraser")
     measure._copy(first.base(0), tmp_path / "run")
     with prepare_run(tmp_path / "run", first.methods[0].configure(CONFIG)) as (run, _):
         report = build(run)
@@ -111,7 +111,7 @@ def test_costs_are_those_of_real_erasures(done, tmp_path):
     assert row.seconds_request == (1 - share) * row.seconds_unsampled + share * row.seconds_sampled
     assert row.passes == 2 and row.tested == 30
     for name in ("ridge", "linear-head"):
-        (closed,) = rows_of(found, "methods", name)
+        (closed,) = rows_of(outcome, "methods", name)
         assert (closed.images_request, closed.images_full, closed.clusters, closed.records_request) == (0, 0, 1, 79)
 
 
@@ -154,11 +154,11 @@ def test_removal_and_sequences_end_with_fewer_records(done):
 
 @pytest.mark.slow
 def test_experiments_of_lmeraser_give_their_rows(tmp_path):
-    found = runner.compare(comparison(tmp_path / "c", ("lmeraser",), ("cut", "epochs", "sequence")), "x")
-    clusters = {row.x: row.clusters for row in rows_of(found, "cut", "lmeraser")}
+    outcome = runner.compare(comparison(tmp_path / "c", ("lmeraser",), ("cut", "epochs", "sequence")), "x")
+    clusters = {row.x: row.clusters for row in rows_of(outcome, "cut", "lmeraser")}
     assert clusters[2.0] < clusters[10.0]
-    assert [row.x for row in rows_of(found, "epochs", "lmeraser")] == list(range(1, CONFIG.tuning.epochs + 1))
-    spent = [row.spent for row in rows_of(found, "sequence", "lmeraser")]
+    assert [row.x for row in rows_of(outcome, "epochs", "lmeraser")] == list(range(1, CONFIG.tuning.epochs + 1))
+    spent = [row.spent for row in rows_of(outcome, "sequence", "lmeraser")]
     assert spent[0] == 0 < spent[1] < spent[2]
 
 
@@ -176,9 +176,9 @@ def test_epochs_are_shares_of_a_cluster_s_own_steps():
 
 
 def test_nothing_is_done_twice_and_a_method_joins(done, monkeypatch):
-    first, found = done
+    first, outcome = done
     monkeypatch.setattr(runner, "run_task", None)  # any task would fail
-    assert runner.compare(first, "again").rows == found.rows
+    assert runner.compare(first, "again").rows == outcome.rows
     with pytest.raises(TypeError):
         runner.compare(comparison(first.folder, ("ridge", "ncm")), "more")
 
@@ -216,10 +216,10 @@ def test_slices_that_methods_share_are_tuned_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure, "build", counted)
     names = ("lmeraser", "lmeraser-top5", "lmeraser-ridge")
-    found = runner.compare(comparison(tmp_path / "c", names), "x")
+    outcome = runner.compare(comparison(tmp_path / "c", names), "x")
     assert [images[f"methods_{name}_0"] > 0 for name in names] == [True, False, False]
     assert not list((tmp_path / "c").glob("*tuned*"))
-    (plain,), (beside,) = (rows_of(found, "methods", name) for name in names[::2])
+    (plain,), (beside,) = (rows_of(outcome, "methods", name) for name in names[::2])
     head = beside.parameters - plain.parameters  # 16 features and a bias for each of ten classes
     assert head == 17 * 10 and beside.parameters_request == plain.parameters_request + head
     assert plain.records_request < beside.records_request == 79, "every record but the erased one, each once"
@@ -340,13 +340,13 @@ def test_a_method_that_was_edited_does_not_pass_for_the_old_one(tmp_path):
 
 
 def test_merged_rows_may_not_contradict_each_other(done):
-    found = done[1]
-    first = found.rows[0]
-    slower = dataclasses.replace(found, rows=(dataclasses.replace(first, seconds_full=99.0, source="s"),))
-    assert results.merge(found, {"a": found, "b": slower}).rows == found.rows
-    other = dataclasses.replace(found, rows=(dataclasses.replace(first, accuracy=0.123),))
+    outcome = done[1]
+    first = outcome.rows[0]
+    slower = dataclasses.replace(outcome, rows=(dataclasses.replace(first, seconds_full=99.0, source="s"),))
+    assert results.merge(outcome, {"a": outcome, "b": slower}).rows == outcome.rows
+    other = dataclasses.replace(outcome, rows=(dataclasses.replace(first, accuracy=0.123),))
     with pytest.raises(UserError, match=f"--merge: .* different results .*: b: {first.experiment} of {first.method}"):
-        results.merge(found, {"a": found, "b": other})
+        results.merge(outcome, {"a": outcome, "b": other})
 
 
 def test_sequences_erase_live_records_and_each_once(done, base):

@@ -82,9 +82,9 @@ def test_the_paper_s_equations_one_by_one():
     hits = [1 - math.exp(-rate * m / sum(sizes) * period) for m in sizes]  # 13, 14
     assert batch.hits(np.array(sizes) / sum(sizes)).tolist() == pytest.approx(hits)
     assert cost_model.expected_affected(sizes, batch) == pytest.approx(sum(hits))  # 9, 15
-    some = 1 - math.prod(1 - p for p in hits)  # 18, 21
-    assert cost_model.any_affected(batch) == pytest.approx(some)
-    assert cost_model.expected_time(12.0, batch) == pytest.approx(12 * some)  # 19, 22
+    nonempty = 1 - math.prod(1 - p for p in hits)  # 18, 21
+    assert cost_model.any_affected(batch) == pytest.approx(nonempty)
+    assert cost_model.expected_time(12.0, batch) == pytest.approx(12 * nonempty)  # 19, 22
 
 
 def test_rare_and_busy_windows():
@@ -105,10 +105,10 @@ def test_a_uniform_request_pays_for_the_cluster_of_its_record(rng):
     own = [LARGE.images[i] for i, _ in records_of(LARGE)]
     assert cost_model.size_biased_images(LARGE) == pytest.approx(np.mean(own))
     plain = clusters_of(rng.integers(1, 500, 40))
-    one = cost_model.expected_images(plain, Batch(1, fixed=True))
+    request = cost_model.expected_images(plain, Batch(1, fixed=True))
     mean = plain.records / 40
-    assert cost_model.size_biased_images(plain) == pytest.approx(one)
-    assert one == pytest.approx(mean * (1 + (plain.members.std() / mean) ** 2))
+    assert cost_model.size_biased_images(plain) == pytest.approx(request)
+    assert request == pytest.approx(mean * (1 + (plain.members.std() / mean) ** 2))
 
 
 def test_without_a_private_sample_only_clusters_that_are_hit_are_tuned_again():

@@ -26,11 +26,11 @@ NAMES = {title: name for name, title in TITLES.items()}
 @pytest.fixture(scope="module")
 def rows():
     """Recorded rows, and the same again with another backbone."""
-    found = list(recorded().rows)
+    originals = list(recorded().rows)
     extra = [
-        dataclasses.replace(r, backbone="other") for r in found if r.method == "lmeraser" and r.experiment != "cut"
+        dataclasses.replace(r, backbone="other") for r in originals if r.method == "lmeraser" and r.experiment != "cut"
     ]
-    return found + extra
+    return originals + extra
 
 
 @pytest.fixture(scope="module")
@@ -129,9 +129,9 @@ def test_names_of_any_kind_are_drawn():
         shown = "".join(c if c.isprintable() else "�" for c in " ".join(name.split())) or "–"
         shown = shown if len(shown) <= 40 else shown[:39] + "…"
         for figure in ("accuracy", "tradeoff", "epochs"):
-            found = figures.FIGURES[figure][1](rows, {})
-            assert found.axes[0].get_title().partition(" · vit-b")[0] == shown
-        ElementTree.fromstring(picture(found, "svg"))
+            figure_ = figures.FIGURES[figure][1](rows, {})
+            assert figure_.axes[0].get_title().partition(" · vit-b")[0] == shown
+        ElementTree.fromstring(picture(figure_, "svg"))
 
 
 def test_the_same_bytes_whatever_the_user_s_settings_are():

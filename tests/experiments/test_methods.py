@@ -81,7 +81,7 @@ def test_an_erasure_gives_the_state_of_never_having_had_the_records(name, built,
         erase.request_erasure(run, chosen[:1])
         between = run.catalog.manifest().entries
         erase.request_erasure(run, chosen[1:])
-        found, verdict = state(run), audit(run)
+        after, verdict = state(run), audit(run)
         assert verdict.ok and verdict.identical == len(run.catalog.manifest().entries), verdict.text()
     changed = {key for key in between if between[key] != before.get(key)}
     assert changed
@@ -90,7 +90,7 @@ def test_an_erasure_gives_the_state_of_never_having_had_the_records(name, built,
     if name in ("DAM-VP", "SISA", "a common head beside clusters"):  # once more, from a source without the records
         with small_run(tmp_path / "fresh", without(small_source(), set(chosen)), run.config) as fresh:
             build(fresh)
-            assert differences(found, state(fresh)) == []
+            assert differences(after, state(fresh)) == []
 
 
 def test_shards_are_dealt_by_the_id_alone():
@@ -149,11 +149,11 @@ def test_all_clusters_answer_together(name, built, tmp_path):
         votes = (each.argmax(axis=2)[..., None] == np.arange(each.shape[2])).mean(axis=0)
         for aggregate, expected in (("mean", each.mean(axis=0)), ("vote", votes)):
             everything = answering(run, nearest=0, aggregate=aggregate, common_weight=0.0)
-            found = predict(load_model(everything), images)
-            np.testing.assert_allclose(found.probabilities, expected, atol=2e-4)
-            assert (np.sort(found.clusters, axis=1) == np.arange(len(each))).all()
+            answers = predict(load_model(everything), images)
+            np.testing.assert_allclose(answers.probabilities, expected, atol=2e-4)
+            assert (np.sort(answers.clusters, axis=1) == np.arange(len(each))).all()
             if aggregate == "vote":
-                assert np.array_equal(found.labels, votes.argmax(axis=1))
+                assert np.array_equal(answers.labels, votes.argmax(axis=1))
 
 
 @pytest.mark.parametrize(
@@ -177,14 +177,14 @@ def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
 def test_quarantine_silences_shard_and_common_head_and_every_erasure_makes_both_again(built, tmp_path):
     with built("a common head beside shards", tmp_path / "run") as run:
         predictor = Predictor(run)
-        before, one = predictor.state.common_ref, run.catalog.live("train").ids[5]
-        accepted = erase.request_erasure(run, [one], quarantine=True, defer=True)
+        before, name = predictor.state.common_ref, run.catalog.live("train").ids[5]
+        accepted = erase.request_erasure(run, [name], quarantine=True, defer=True)
         assert before and predictor.follow().common_ref == "" and predictor.state.arrays.common is None
         (out,) = run.catalog.quarantined()
         model = load_model(run)
-        found = predict(model, run.images[:30])
-        assert model.keys.index(out) not in np.unique(found.clusters)
-        np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-5)
+        answers = predict(model, run.images[:30])
+        assert model.keys.index(out) not in np.unique(answers.clusters)
+        np.testing.assert_allclose(answers.probabilities.sum(axis=1), 1, atol=1e-5)
         erase.process(run)
         assert predictor.follow().common_ref not in ("", before)
         assert "common head: ncm of all 99 private records" in overview(run.layout, run.catalog, run.config).table()
@@ -198,11 +198,11 @@ def test_an_image_goes_to_the_same_shard_always_and_images_spread(built, tmp_pat
         run = answering(run, common_weight=0.0)
         images = run.images[run.catalog.live("train").rows]
         model = load_model(run)
-        found, again = predict(model, images), predict(model, images[::-1])
-        assert np.array_equal(found.clusters, again.clusters[::-1])
-        assert len(np.unique(found.clusters)) == 3
-        chosen = literal_answers(run, images)[found.clusters[:, 0], np.arange(len(images))]
-    np.testing.assert_allclose(found.probabilities, chosen, atol=2e-5)
+        answers, again = predict(model, images), predict(model, images[::-1])
+        assert np.array_equal(answers.clusters, again.clusters[::-1])
+        assert len(np.unique(answers.clusters)) == 3
+        chosen = literal_answers(run, images)[answers.clusters[:, 0], np.arange(len(images))]
+    np.testing.assert_allclose(answers.probabilities, chosen, atol=2e-5)
 
 
 def test_a_fixed_head_never_moves_and_reads_the_features_that_noise_excites(built, tmp_path):
@@ -219,11 +219,11 @@ def test_a_fixed_head_never_moves_and_reads_the_features_that_noise_excites(buil
 def test_noise_activation_is_the_literal_rule():
     """Images of N(0, 1), population standard deviation, the C largest (DAM-VP, head-missing)."""
     backbone = small_backbone()
-    found = noise_activation(backbone, 5)
+    mapping = noise_activation(backbone, 5)
     size, channels = backbone.config.image_size, backbone.config.channels
     noise = np.random.default_rng(3).standard_normal((8192, size, size, channels), np.float32)
     spread = np.asarray(backbone_lib.features(backbone.config, backbone.params, jnp.asarray(noise))).std(axis=0)
-    assert spread[list(found)].mean() > 0.97 * np.sort(spread)[-5:].mean()
+    assert spread[list(mapping)].mean() > 0.97 * np.sort(spread)[-5:].mean()
 
 
 def test_more_classes_than_features_are_refused(tmp_path):

@@ -116,9 +116,9 @@ def test_both_ends_of_a_curve_are_in_a_table():
 
 def test_every_data_set_and_backbone_has_a_table():
     rows = [row(backbone="a"), row(backbone="b"), row(backbone="b", method="ncm"), row(dataset="svhn", backbone="c")]
-    found = summary.tables(rows, TITLES)
-    assert [table.caption.partition(":")[0] for table in found] == ["CIFAR-10, a", "CIFAR-10, b", "svhn, c"]
-    assert [len(table.rows) for table in found] == [1, 2, 1]
+    tables = summary.tables(rows, TITLES)
+    assert [table.caption.partition(":")[0] for table in tables] == ["CIFAR-10, a", "CIFAR-10, b", "svhn, c"]
+    assert [len(table.rows) for table in tables] == [1, 2, 1]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)), min_size=2, max_size=9))
@@ -178,9 +178,9 @@ def hostile(tmp_path):
     """(report.html, report.md) of rows whose names are hostile."""
     rows = [row(method=m, dataset=EVIL, backbone=EVIL, source="s") for m in ("lmeraser", "single")]
     rows += [row(experiment="removal", x=x, dataset=EVIL, series=EVIL, method=EVIL) for x in (0.0, 0.5)]
-    found = Results(tuple(rows), "", "", {"s": {"command": f"compare '{EVIL}'", "machine": EVIL}})
+    results = Results(tuple(rows), "", "", {"s": {"command": f"compare '{EVIL}'", "machine": EVIL}})
     plates = [Plate(EVIL, b"<svg/>")]
-    paths = write_report(tmp_path, found, {"single": EVIL}, plates, b"\x89PNG")
+    paths = write_report(tmp_path, results, {"single": EVIL}, plates, b"\x89PNG")
     return [path.read_text("utf-8") for path in paths]
 
 
@@ -211,8 +211,7 @@ def test_names_stay_inside_their_cell_of_the_markdown_table(hostile):
 
 
 def test_a_recorded_comparison_has_a_report(tmp_path):
-    found = recorded()
-    write_report(tmp_path, found, TITLES)
+    write_report(tmp_path, recorded(), TITLES)
     shown = "".join(Reader((tmp_path / "report.html").read_text("utf-8")).text)
     text = (tmp_path / "report.md").read_text("utf-8")
     for name in ("LMEraser", "linear head", "always the largest class", "Experiment: sequence", "Sources"):
