@@ -50,7 +50,7 @@ def main() -> None:
 
 def private(workdir: Path) -> dict[str, Any]:
     """Everything with the sample among the private records."""
-    result = {"open": spread([opening(workdir) for _ in range(TIMES)])}
+    result: dict[str, Any] = {"open": spread([opening(workdir) for _ in range(TIMES)])}
     with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
         names = synthetic.unsampled(run, 1_200)
         few, many = names[:200], names[200:]

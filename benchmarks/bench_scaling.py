@@ -81,6 +81,7 @@ def measured(devices: int, quick: bool) -> dict:
     t, sizes = spec.tuning, np.random.default_rng(0).integers(8, 64, 8 if quick else 24)
     jobs = jobs_of(sizes, t)
     mesh = train_step.mesh_of(jax.devices()[:devices])
+    slices, seconds = {}, 0.0
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
         slices = {done.job.key: done.slice for done in tune.tune(spec, backbone, jobs, images, labels, mesh)}
@@ -91,7 +92,7 @@ def measured(devices: int, quick: bool) -> dict:
 
     alone = sum(job.steps for job in jobs)
     more = jobs_of(np.random.default_rng(1).integers(8, 64, len(sizes) * devices), t)
-    row = {"devices": devices, "strong_steps": longest(jobs), "weak_steps": longest(more)}
+    row: dict[str, Any] = {"devices": devices, "strong_steps": longest(jobs), "weak_steps": longest(more)}
     row |= {
         "strong_speedup": round(alone / longest(jobs), 2),
         "efficiency": round(efficiency(jobs, devices, t.batch), 3),
