@@ -30,9 +30,10 @@ def tuned(target, step=None, failed_at=None):
 
 
 class Writes:
-    """Stands in for `checkpoints.save`: notes what has begun and ended; the first write waits for the fourth."""
+    """Stands in for `checkpoints.save`: notes what has begun and ended; writes wait until so many have begun."""
 
-    def __init__(self, patch, failing=None):
+    def __init__(self, patch, failing=None, together=WRITERS):
+        self.together = together
         self.begun, self.ended, self.most, self.failing = [], [], 0, failing
         self.enough = threading.Event()
         patch.setattr(checkpoints, "save", self.save)
@@ -40,7 +41,7 @@ class Writes:
     def save(self, folder, *_):
         self.begun.append(folder.name)
         self.most = max(self.most, len(self.begun) - len(self.ended))
-        if len(self.begun) == WRITERS:
+        if len(self.begun) == self.together:
             self.enough.set()
         assert self.enough.wait(20), "too few writes at a time"
         if folder.name == self.failing:
@@ -81,14 +82,14 @@ def test_a_write_that_fails_is_raised_after_the_others_have_ended(tmp_path, monk
 
 def test_a_stop_is_raised_after_what_was_finished_is_written(tmp_path, monkeypatch):
     def results():
-        yield from map(tuned, TARGETS[:WRITERS])
+        yield from map(tuned, TARGETS[:2])
         raise Stopped
 
-    writes, digests = Writes(monkeypatch), []
+    writes, digests = Writes(monkeypatch, together=2), []
     with pytest.raises(Stopped):
         for written in write(tmp_path, results()):
             digests.append(written.row.digest)
-    assert digests == [target.digest for target in TARGETS[:WRITERS]] and set(digests) == set(writes.ended)
+    assert digests == [target.digest for target in TARGETS[:2]] and set(digests) == set(writes.ended)
 
 
 def test_a_slice_that_is_not_finite_is_not_written(tmp_path):
