@@ -21,6 +21,7 @@ PROMPTED = ("prompt+head", "prompt")
 CLOSED_FORMS = ("ridge", "ncm")
 METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 INTEGER_LIMIT = 2**63  # whole numbers lie below it
+NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings of `tuning` that never reach the numbers
 Rule = tuple[str, bool, str]  # a setting's dotted name, whether its value is legal, what would be legal
 
 

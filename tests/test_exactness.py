@@ -158,7 +158,7 @@ def test_the_contract_holds_with_everything_on(trained, scratch, tmp_path, devic
         build(run)
         add(run, without(small_source(), {item.id for item in small_source().items} - late))
         key = run.catalog.clusters_of(unsampled_record(run)[0]).popitem()[1]
-        version = next(version for version in rollback.versions(run, key) if "@" in version.ref)
+        version = next(version for version in rollback.versions(run.catalog, key) if "@" in version.ref)
         rollback.rollback(run, key, version.ref)
         requests = [unsampled_record(run)[0], sampled_record(run)[0], owner(run)[0]]
         for number, ids in enumerate(requests):

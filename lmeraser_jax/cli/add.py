@@ -23,7 +23,7 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    common.workdir_of(arguments)  # refuses before JAX is loaded, as does the next check
+    common.workdir_of(arguments)  # refuses a missing one first
     from lmeraser_jax.unlearning import add
 
     add.check_source(arguments["source"], arguments["labels"])

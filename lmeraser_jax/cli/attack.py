@@ -35,12 +35,11 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
+    common.finished(arguments)
     figure = _figure_path(arguments["figure"], arguments["attacks"])
     from lmeraser_jax.evaluation import plotting
     from lmeraser_jax.evaluation.attacks import report
     from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options, attack
-    from lmeraser_jax.unlearning.run import open_run
 
     if figure is not None:
         plotting.required()  # refuses now, not in the end
@@ -52,8 +51,7 @@ def run(arguments: common.Arguments) -> int:
         records=tuple(arguments["records"]),
         seed=arguments["seed"],
     )
-    common.log_devices()
-    with open_run(workdir, config) as run_:
+    with common.open_for_reading(arguments) as run_:
         result = attack(run_, options)
     common.show(arguments, result.text(), result.values())
     if figure is not None:

@@ -20,10 +20,9 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    common.workdir_of(arguments)  # refuses before JAX is loaded
-    from lmeraser_jax.unlearning.audit import audit
-
     with common.open_for_writing(arguments) as run_:
+        from lmeraser_jax.unlearning.audit import audit
+
         verdict = audit(run_, arguments["sample"])
     common.show(arguments, verdict.text(), {**dataclasses.asdict(verdict), "ok": verdict.ok})
     return 0 if verdict.ok else 1

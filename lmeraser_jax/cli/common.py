@@ -200,19 +200,57 @@ def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
         yield layout, catalog
 
 
+def finished(arguments: Arguments) -> tuple[str, Config]:
+    """The finished workdir and the config of a command. Raises `UserError` unless they go together; loads no JAX."""
+    from lmeraser_jax.storage.workdir import Layout
+    from lmeraser_jax.unlearning import binding
+
+    workdir, config = workdir_of(arguments), config_of(arguments)
+    binding.finished_config(Layout(workdir), config)
+    return workdir, config
+
+
+@contextlib.contextmanager
+def open_for_reading(arguments: Arguments) -> Iterator["Run"]:
+    """The finished workdir of a command, opened; says what the work runs on."""
+    workdir, config = finished(arguments)
+    from lmeraser_jax.unlearning.run import open_run
+
+    log_devices()
+    with open_run(workdir, config) as run:
+        yield run
+
+
 @contextlib.contextmanager
 def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
-    """The finished workdir of a command with the flags of `define_writing`; says what the work runs on."""
-    workdir, config = workdir_of(arguments), config_of(arguments)
+    """The same for a command with the flags of `define_writing`."""
+    workdir, config = finished(arguments)
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning.run import open_run
 
+    log_devices()
     with (
         profiling.into(arguments["profile"]),
         open_run(workdir, config, write=True, wait=arguments["wait"], processes=arguments.processes) as run,
     ):
-        log_devices()
         yield run
+
+
+def begun(arguments: Arguments) -> tuple[str, Config]:
+    """The same for a workdir that is new or not finished yet."""
+    from lmeraser_jax.storage import checkpoints
+    from lmeraser_jax.storage.workdir import Layout
+    from lmeraser_jax.unlearning import binding
+
+    workdir, config = workdir_of(arguments, must_exist=False), config_of(arguments)
+    Layout(workdir).prepare()
+    if Layout(workdir).catalog.exists():
+        with catalog_of(workdir) as (layout, catalog):
+            binding.check_training(layout, catalog, config, "retune" in arguments.flags and arguments["retune"])
+            if catalog.manifest() is None and layout.backbone.exists():
+                _, metadata, _ = checkpoints.load(layout.backbone)
+                binding.check_backbone(layout, metadata["inputs"], config)
+    return workdir, config
 
 
 def imported_text(imported: "Imported", again: str) -> str:

@@ -9,6 +9,7 @@ unsampled record, a sampled record, an owner), evaluates again and audits.
 import time
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.errors import UserError
 
 
 def define(flags: common.Flags) -> None:
@@ -18,6 +19,10 @@ def define(flags: common.Flags) -> None:
 def run(arguments: common.Arguments) -> int:
     config = common.config_of(arguments)
     workdir = arguments["workdir"] or time.strftime("runs/demo-%Y%m%d-%H%M%S")
+    from lmeraser_jax.storage.workdir import Layout
+
+    if Layout(workdir).catalog.exists():
+        raise UserError(f"--workdir={workdir} holds a run already; the demo erases records, so name a new folder")
     from lmeraser_jax.experiments import demo
 
     common.log_devices()

@@ -14,12 +14,9 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.evaluation import accuracy
-    from lmeraser_jax.unlearning.run import open_run
+    with common.open_for_reading(arguments) as run_:
+        from lmeraser_jax.evaluation import accuracy
 
-    common.log_devices()
-    with open_run(workdir, config) as run_:
         common.warn_if_unfinished(run_)
         result = accuracy.evaluate(run_, arguments["split"], linear=arguments["linear"])
     common.show(arguments, result.table(), result.values())

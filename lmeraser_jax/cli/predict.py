@@ -22,14 +22,14 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
     from lmeraser_jax.data import folder
     from lmeraser_jax.data.decode import decode_all
-    from lmeraser_jax.evaluation.serving import Predictor
-    from lmeraser_jax.unlearning.run import open_run
 
+    common.workdir_of(arguments)  # refuses a missing one first
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
-    with open_run(workdir, config) as run_:
+    with common.open_for_reading(arguments) as run_:
+        from lmeraser_jax.evaluation.serving import Predictor
+
         common.warn_if_unfinished(run_)
         spec = run_.image_spec
         images = decode_all(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)

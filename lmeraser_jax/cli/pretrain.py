@@ -14,7 +14,7 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments, must_exist=False), common.config_of(arguments)
+    workdir, config = common.begun(arguments)
     from lmeraser_jax.unlearning.run import prepare_run
 
     common.log_devices()

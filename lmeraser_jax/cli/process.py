@@ -40,10 +40,10 @@ def run(arguments: common.Arguments) -> int:
         values = {"due": dataclasses.asdict(due), "served": [], "outcome": None}
         common.show(arguments, _waiting_text(due), values)
         return 0
-    from lmeraser_jax.unlearning import erase
-
     print(_queue_text(due), file=sys.stderr)
     with common.open_for_writing(arguments) as run_:
+        from lmeraser_jax.unlearning import erase
+
         report, finished = erase.process(run_)
     served = [{"request": request.id, "receipt": str(layout.receipt(request.id))} for request in finished]
     lines = [f"served {len(served)} requests", common.build_text(report)]

@@ -32,17 +32,26 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    common.workdir_of(arguments)  # refuses before JAX is loaded
+    workdir, _ = common.finished(arguments)
     if not arguments["cluster"]:
         raise UserError("--cluster=KEY is missing: the cluster to roll back (lmeraser inspect lists them)")
     if sum([arguments["list"], arguments["unpin"], bool(arguments["to"])]) > 1:
         raise UserError("--list, --unpin and --to exclude each other")
-    if arguments["list"]:
-        return _list(arguments)
     from lmeraser_jax.unlearning import rollback
 
+    with common.catalog_of(workdir) as (_, catalog):
+        key = rollback.cluster_key(catalog, arguments["cluster"])
+        if arguments["list"]:
+            versions = rollback.versions(catalog, key)
+            values = {"cluster": key, "versions": [dataclasses.asdict(version) for version in versions]}
+            common.show(arguments, _table(key, versions), values)
+            return 0
+        if arguments["unpin"]:  # both refuse before JAX is loaded
+            rollback.pinned(catalog, key)
+        else:
+            rollback.choose(catalog, key, arguments["to"])
     with common.open_for_writing(arguments) as run_:
-        key = rollback.cluster_key(run_.catalog, arguments["cluster"])
+        key = rollback.cluster_key(run_.catalog, key)  # again, now that no other process writes
         if arguments["unpin"]:
             version, report = None, rollback.unpin(run_, key)
         else:
@@ -55,19 +64,6 @@ def run(arguments: common.Arguments) -> int:
         text += f" again and is pinned to it: state {report.version}"
         values["slice"] = dataclasses.asdict(version)
     common.show(arguments, text, values)
-    return 0
-
-
-def _list(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments), common.config_of(arguments)
-    from lmeraser_jax.unlearning import rollback
-    from lmeraser_jax.unlearning.run import open_run
-
-    with open_run(workdir, config) as run_:
-        key = rollback.cluster_key(run_.catalog, arguments["cluster"])
-        versions = rollback.versions(run_, key)
-    values = {"cluster": key, "versions": [dataclasses.asdict(version) for version in versions]}
-    common.show(arguments, _table(key, versions), values)
     return 0
 
 

@@ -22,7 +22,7 @@ def define(flags: common.Flags) -> None:
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, config = common.workdir_of(arguments, must_exist=False), common.config_of(arguments)
+    workdir, config = common.begun(arguments)
     from lmeraser_jax.evaluation import overview
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning.build import build, repair

@@ -89,9 +89,10 @@ def _targets(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str]
 
 def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], contents: list[str]) -> int:
     from lmeraser_jax.storage import requests
-    from lmeraser_jax.unlearning import erase
 
     with common.open_for_writing(arguments) as run_:
+        from lmeraser_jax.unlearning import erase
+
         estimate = erase.estimate(run_, requests.resolve(run_.catalog, ids, owners, contents))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0
@@ -101,9 +102,10 @@ def _serve(arguments: common.Arguments, request: "Request") -> int:
     """Serves an accepted request as soon as the workdir is free."""
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
     from lmeraser_jax.storage import requests
-    from lmeraser_jax.unlearning import erase
 
     with _say_accepted(request, arguments["workdir"]), common.open_for_writing(arguments) as run_:
+        from lmeraser_jax.unlearning import erase
+
         others = len(requests.listed(run_.catalog, only_open=True)) - 1
         if others > 0:
             common.warn(f"{others} other requests wait; they are served with this one")

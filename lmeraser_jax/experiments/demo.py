@@ -6,10 +6,8 @@ from collections import Counter
 from typing import Any
 
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import montage, overview
 from lmeraser_jax.evaluation.accuracy import Evaluation, evaluate
-from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import Verdict, audit
@@ -71,9 +69,7 @@ def _line(name: str, records: int, report: BuildReport) -> str:
 
 
 def demo(workdir: str, config: Config) -> Demo:
-    """Runs the demo in a new workdir. Raises `UserError` when the workdir is in use already."""
-    if Layout(workdir).catalog.exists():
-        raise UserError(f"--workdir={workdir} holds a run already; the demo erases records, so name a new folder")
+    """Runs the demo in a new workdir."""
     start = time.perf_counter()
     with prepare_run(workdir, config) as (run, _):
         trained = build(run)

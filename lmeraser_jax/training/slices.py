@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmeraser_jax.config import Tuning
+from lmeraser_jax.config import NOT_IN_RECIPE, Tuning
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import digest, philox
@@ -22,7 +22,6 @@ from lmeraser_jax.models.backbone import Architecture, Backbone, array_problems,
 RECIPE_VERSION = 3  # raise it when the same recipe starts to give other bits
 OWN = "backbone/"  # begins the names of a slice's own backbone in a checkpoint
 SHAPES = {"prompt": 1, "kernel": 2, "bias": 1}  # dimensions of a slice's arrays
-NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings that never reach the numbers
 NOISE_IMAGES, NOISE_BATCH = 512, 64  # of `noise_activation`
 
 

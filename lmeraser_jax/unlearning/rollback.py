@@ -6,14 +6,17 @@ rollback pins the cluster: it keeps the slice until it is unpinned or a record t
 
 import dataclasses
 import json
+from typing import TYPE_CHECKING
 
 from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.unlearning.artifacts import load_slice, reference, slice_of, tainted
-from lmeraser_jax.unlearning.build import BuildReport, build
-from lmeraser_jax.unlearning.run import Run
+
+if TYPE_CHECKING:  # both load JAX, which refusing a flag does without
+    from lmeraser_jax.unlearning.build import BuildReport
+    from lmeraser_jax.unlearning.run import Run
 
 SHORTEST = 4  # characters of a cluster key or a slice digest that are enough, if no other begins with them
 
@@ -45,14 +48,8 @@ def cluster_key(catalog: Catalog, text: str) -> str:
     raise UserError(f"--cluster={shorten(text)!r}: {problem}; legal: {legal}")
 
 
-def versions(run: Run, key: str) -> list[Version]:
-    """What a cluster can be rolled back to, and what it has now: newest first.
-
-    Args:
-        run: an opened workdir.
-        key: a published cluster.
-    """
-    catalog = run.catalog
+def versions(catalog: Catalog, key: str) -> list[Version]:
+    """What a published cluster can be rolled back to, and what it has now: newest first."""
     manifests, rows, pin = catalog.manifests(), catalog.slices(), catalog.pins().get(key)
     current = manifests[0].entries.get(key) if manifests else None
     users: dict[str, list[int]] = {}
@@ -73,7 +70,7 @@ def _epoch(row: SliceRow, step: int) -> int:
     return step * json.loads(row.tuning)["batch"] // row.size
 
 
-def rollback(run: Run, key: str, to: str = "") -> tuple[Version, BuildReport]:
+def rollback(run: "Run", key: str, to: str = "") -> "tuple[Version, BuildReport]":
     """Pins a cluster to an earlier slice and publishes that.
 
     Args:
@@ -85,8 +82,10 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, BuildReport]:
     Raises:
         UserError: there is no such version, it was erased, or its checkpoint is damaged. Nothing is changed then.
     """
+    from lmeraser_jax.unlearning.build import build
+
     assert run.writable, "a rollback needs a run that holds the writer lock"
-    version = _chosen(run, key, to)
+    version = choose(run.catalog, key, to)
     if slice_of(version.ref) in tainted(run, run.catalog.erased()).all:
         waiting = join_limited((request.id for request in requests.listed(run.catalog, only_open=True)), 5)
         raise UserError(
@@ -106,21 +105,25 @@ def rollback(run: Run, key: str, to: str = "") -> tuple[Version, BuildReport]:
     return version, outcome
 
 
-def unpin(run: Run, key: str) -> BuildReport:
-    """Gives a pinned cluster the slice again that its records and the config call for.
+def unpin(run: "Run", key: str) -> "BuildReport":
+    """Gives a pinned cluster the slice again that its records and the config call for. Raises as `pinned` does."""
+    from lmeraser_jax.unlearning.build import build
 
-    Raises:
-        UserError: the cluster is not pinned.
-    """
-    pins = run.catalog.pins()
-    if key not in pins:
-        pinned = join_limited((name[:12] for name in pins), 20) or "none"
-        raise UserError(f"cluster {key[:12]} is not pinned; pinned: {pinned}")
+    ref = pinned(run.catalog, key)
     with run.catalog.transaction():
         run.catalog.unpin([key])
         run.catalog.invalidate_plan()
-        _add_event(run.catalog, "unpin", key, pins[key])
+        _add_event(run.catalog, "unpin", key, ref)
     return build(run)
+
+
+def pinned(catalog: Catalog, key: str) -> str:
+    """The reference that a cluster is pinned to. Raises `UserError` where it is not pinned."""
+    pins = catalog.pins()
+    if key not in pins:
+        others = join_limited((name[:12] for name in pins), 20) or "none"
+        raise UserError(f"cluster {key[:12]} is not pinned; pinned: {others}")
+    return pins[key]
 
 
 def _add_event(catalog: Catalog, kind: str, key: str, ref: str) -> None:
@@ -128,20 +131,20 @@ def _add_event(catalog: Catalog, kind: str, key: str, ref: str) -> None:
     catalog.event(kind, cluster=catalog.salted("cluster", key), slice=catalog.salted("slice", ref))
 
 
-def _chosen(run: Run, key: str, to: str) -> Version:
+def choose(catalog: Catalog, key: str, to: str) -> Version:
     """The version that `--to` names; without one the newest that is not current. Raises `UserError` otherwise."""
-    known = versions(run, key)
+    known = versions(catalog, key)
     matches = _matches(known, to)
     if not to and matches:
         return matches[0]
     if not to:
-        raise UserError(f"cluster {key[:12]} has no other version{_erased_by(run.catalog, to)}")
+        raise UserError(f"cluster {key[:12]} has no other version{_erased_by(catalog, to)}")
     if len(matches) == 1:
         return matches[0]
     legal = (f"{','.join(map(str, v.versions)) or '-'} = {v.ref[:12]} (epoch:{v.epoch})" for v in known)
     problem = "means several versions"
     if not matches:
-        problem = f"is no version of cluster {key[:12]}{_erased_by(run.catalog, to)}"
+        problem = f"is no version of cluster {key[:12]}{_erased_by(catalog, to)}"
     raise UserError(f"--to={shorten(to)}: {problem}; legal: {join_limited(legal, 20)}")
 
 

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,16 @@ from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_settings, import_source
+from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
 from lmeraser_jax.storage.rows import SliceKind
-from lmeraser_jax.storage.workdir import Layout, read_config, writer_lock
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.training import tune, waves
 from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
 from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.multihost import ALONE, Processes
-from lmeraser_jax.training.slices import NOT_IN_RECIPE, RecipeConstants, noise_activation
+from lmeraser_jax.training.slices import RecipeConstants, noise_activation
 from lmeraser_jax.training.train_step import TuningSpec, mesh_of
-
-FREE = ("inference", "checkpoints")  # settings that no published number depends on
+from lmeraser_jax.unlearning import binding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -187,12 +186,6 @@ def image_spec(config: Config, shape: Sequence[int], backbone: Backbone) -> Imag
     )
 
 
-def stored_config(layout: Layout) -> Config | None:
-    """The config a workdir was made with, or None."""
-    tree = read_config(layout)
-    return settings.from_dict(tree) if tree is not None else None
-
-
 @contextlib.contextmanager
 def open_run(
     workdir: str | Path,
@@ -205,7 +198,7 @@ def open_run(
     """Opens a finished workdir.
 
     Args:
-        config: may differ from the stored one in `FREE` only.
+        config: may differ from the stored one in `binding.FREE` only.
         devices: all of this process by default.
         write: take the writer lock.
         wait: seconds to wait for another writer.
@@ -214,12 +207,7 @@ def open_run(
         UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
     """
     layout = Layout(workdir)
-    layout.require()
-    stored = stored_config(layout)
-    if stored is None or not layout.backbone.exists():
-        raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
-    if config is not None:
-        _check_same(layout, stored, config, FREE)
+    stored = binding.finished_config(layout, config)
     lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
@@ -241,7 +229,7 @@ def prepare_run(
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
     A config binds a workdir as far as the workdir has come: what the images and the backbone were made with
-    from the moment they exist, everything but `FREE` from the first published state on. While an erasure
+    from the moment they exist, everything but `binding.FREE` from the first published state on. While an erasure
     is open `tuning` may change, so that one whose loss was not finite can be finished.
 
     Args:
@@ -259,54 +247,25 @@ def prepare_run(
     layout = Layout(workdir)
     layout.prepare()
     with writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
-        stored, manifest = stored_config(layout), catalog.manifest()
         check_images(layout, catalog)
-        if stored is not None and manifest is not None:
-            free = FREE
-            if retune or requests.any_open(catalog):
-                free += ("tuning", "common")
-            _check_same(layout, stored, config, free)
-        _check_unchanged(
-            layout, "images", (catalog.get("dataset") or {}).get("settings"), import_settings(config), "data."
-        )
-        mesh, imported = mesh_of(devices), None
-        converted = None
+        binding.check_training(layout, catalog, config, retune)
+        first, mesh = catalog.manifest() is None, mesh_of(devices)
+        imported = converted = None
         if layout.backbone.exists():
             backbone, inputs = backbone_lib.load(layout.backbone)
-            _check_unchanged(layout, "backbone", inputs, backbone_inputs(config), "")
-        if stored != config:  # before anything can fail: the same command without --config must not mean another run
+            binding.check_backbone(layout, inputs, config)
+        # Before anything can fail: the same command without --config must not mean another run.
+        if binding.stored_config(layout) != config:
             write_json(layout.config, settings.to_dict(config))
         if not layout.backbone.exists() and config.backbone.weights:
             converted = convert.load(config.backbone, config.data.image_size)
         if catalog.get("dataset") is None or reimport:
             imported = import_source(layout, catalog, source or load.load(config.data), config)
-        _check_data(config, catalog, first=manifest is None)
+        _check_data(config, catalog, first)
         if not layout.backbone.exists():
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
         yield Run(layout, config, catalog, backbone, mesh, True, processes or ALONE), imported
-
-
-def _check_same(layout: Layout, stored: Config, config: Config, free: Collection[str]) -> None:
-    """Refuses a config that differs from the stored one in any group that is not free."""
-    trees = []
-    for tree in (settings.to_dict(stored), settings.to_dict(config)):
-        for name in ("skip_unreadable", "max_pixels"):  # which files are read, not what the records are
-            tree["data"].pop(name)
-        for name in NOT_IN_RECIPE:
-            tree["tuning"].pop(name)
-        trees.append({group: values for group, values in tree.items() if group not in free})
-    old, new = trees
-    _check_unchanged(layout, "state", old, new, "")
-
-
-def _check_unchanged(layout: Layout, thing: str, old: dict | None, new: dict, prefix: str) -> None:
-    """Refuses settings that contradict those that a part of the workdir was made with."""
-    lines = settings.differences(old, new, prefix) if old is not None else []
-    heading = (
-        f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
-    )
-    raise_all(lines, heading)
 
 
 def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
@@ -325,15 +284,6 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
     raise_all(problems)
 
 
-def backbone_inputs(config: Config) -> dict[str, Any]:
-    """The settings that a backbone depends on."""
-    inputs = {"backbone": dataclasses.asdict(config.backbone), "data": {"image_size": config.data.image_size}}
-    if not config.backbone.weights:
-        inputs |= {"pretraining": dataclasses.asdict(config.pretraining), "seed": config.seed}
-        inputs["data"]["resize_size"] = config.data.resize_size
-    return inputs
-
-
 def _make_backbone(
     layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: tuple[Backbone, convert.Provenance] | None
 ) -> None:
@@ -341,11 +291,13 @@ def _make_backbone(
     if converted is not None:
         backbone, provenance = converted
         image_spec(config, catalog.get("dataset")["shape"], backbone)
-        backbone_lib.save(layout.backbone, backbone, backbone_inputs(config), dataclasses.asdict(provenance))
+        backbone_lib.save(layout.backbone, backbone, binding.backbone_inputs(config), dataclasses.asdict(provenance))
         return
     public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
     images = image_file(layout, catalog).view()[public.rows]
     backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
-    backbone_lib.save(layout.backbone, backbone, backbone_inputs(config), {"origin": "pretrained in the workdir"})
+    backbone_lib.save(
+        layout.backbone, backbone, binding.backbone_inputs(config), {"origin": "pretrained in the workdir"}
+    )
     shutil.rmtree(layout.pretraining, ignore_errors=True)
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)

@@ -1,5 +1,6 @@
 """What starts fast: help, refusals and the commands that only read or write the catalog load no JAX and no Orbax."""
 
+import contextlib
 import json
 import resource
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmeraser_jax.cli.main import COMMANDS
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.workdir import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
@@ -24,6 +27,8 @@ for arguments, expected in json.loads(sys.argv[1]):
 
 def light_commands(workdir) -> list[tuple[list[str], int]]:
     """Command lines that need no JAX, each with its exit code."""
+    with contextlib.closing(Catalog(Layout(workdir).catalog)) as catalog:
+        cluster = min(catalog.manifest().clusters)
     commands = [(["--help"], 0)]
     for name in COMMANDS:
         commands += [([name, "--help"], 0), ([name, "--nonsense=1"], 2)]
@@ -36,6 +41,19 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
             ([name, "--workdir=/nowhere"], 2)
             for name in ("evaluate", "attack", "audit", "unlearn", "process", "doctor")
         ),
+        *(
+            ([name, at, "--config.tuning.epochs=99"], 2)
+            for name in ("train", "pretrain", "evaluate", "attack", "audit")
+        ),
+        (["predict", at], 2),
+        (["predict", at, "none.png"], 2),
+        (["predict", at, str(ROOT / "README.md"), "--config.seed=1"], 2),
+        (["rollback", at, f"--cluster={cluster}", "--to=epoch:999"], 2),
+        (["rollback", at, "--cluster=unknown"], 2),
+        (["rollback", at, f"--cluster={cluster}", "--unpin"], 2),
+        (["rollback", at, f"--cluster={cluster}", "--list"], 0),
+        (["demo", at], 2),
+        (["add", at, f"--source={ROOT}", "--config.seed=1"], 2),
         (["add", at, "--source=none.npz"], 2),
         (["unlearn", at, "--records_file=none.txt"], 2),
         (["requests", at], 0),
@@ -44,6 +62,8 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["forecast", at, "--rate=5", "--window=2"], 0),
         (["unlearn", at, "--records=nobody", "--dry_run"], 2),
         (["unlearn", at, "--records=digit-0018", "--defer", "--quarantine"], 0),
+        (["unlearn", at, "--records=digit-0019", "--dry_run", "--config.seed=1"], 2),
+        (["process", at, "--config.seed=1"], 2),
         (["process", at, "--max_wait=1000"], 0),
     ]
     return commands

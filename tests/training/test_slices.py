@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmeraser_jax.config import Tuning
+from lmeraser_jax.config import NOT_IN_RECIPE, Tuning
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.models.vit import ViTConfig
 from lmeraser_jax.training.slices import (
-    NOT_IN_RECIPE,
     RecipeConstants,
     border_size,
     init_slice,

@@ -79,7 +79,7 @@ def test_no_byte_remembers_an_erased_record(tmp_path, kind):
         manifest = run.catalog.manifest()
         assert (name in load_clustering(run.layout, manifest.clustering).sample) == sampled
         key = run.catalog.clusters_of([name])[name]
-        snapshots = [version.ref for version in rollback.versions(run, key) if "@" in version.ref]
+        snapshots = [version.ref for version in rollback.versions(run.catalog, key) if "@" in version.ref]
         assert bool(snapshots) != sampled
         if snapshots:
             rollback.rollback(run, key, snapshots[0])

@@ -60,7 +60,7 @@ def ids_of(run, *refs):
 
 def test_versions_are_listed_newest_first(run):
     key, new, old = two_slices(run)
-    versions = rollback.versions(run, key)
+    versions = rollback.versions(run.catalog, key)
     states = [manifest.version for manifest in run.catalog.manifests()]
     finished = [version for version in versions if "@" not in version.ref]
     assert [(v.ref, v.versions) for v in finished] == [(new, (states[0],)), (old, (states[1],))]
@@ -88,7 +88,7 @@ def test_rollback_pins_and_survives_a_build_until_it_is_unpinned(run):
 def test_every_way_to_name_a_version(run):
     key, new, old = two_slices(run)
     number = run.catalog.manifests()[1].version
-    snapshot = next(version for version in rollback.versions(run, key) if version.ref.startswith(f"{new}@"))
+    snapshot = next(version for version in rollback.versions(run.catalog, key) if version.ref.startswith(f"{new}@"))
     for to, ref in (
         (f"epoch:{snapshot.epoch}", snapshot.ref),
         (str(number), old),
@@ -99,12 +99,12 @@ def test_every_way_to_name_a_version(run):
         version, _ = rollback.rollback(run, key, to)
         assert version.ref == run.catalog.manifest().entries[key] == ref, to
         assert leaves(load_slice(run, ref)) == leaves(rebuild_slice(run, ref)), to
-        assert [v.ref for v in rollback.versions(run, key) if v.pinned and v.current] == [ref], to
+        assert [v.ref for v in rollback.versions(run.catalog, key) if v.pinned and v.current] == [ref], to
 
 
 def test_the_audit_makes_pinned_slices_again(run):
     key, _, old = two_slices(run)
-    snapshot = rollback.versions(run, key)[1].ref
+    snapshot = rollback.versions(run.catalog, key)[1].ref
     for to in (old, snapshot):
         rollback.rollback(run, key, to)
         verdict = audit(run)
@@ -166,7 +166,7 @@ def test_what_does_not_exist_is_refused_and_changes_nothing(run):
     for to in ("999", "epoch:1", "epoch:x", "../..", "'; DROP TABLE pins; --", "\0", f"{new}@3"):
         with pytest.raises(UserError, match="is no version of cluster"):
             rollback.rollback(run, key, to)
-    broken = rollback.versions(run, key)[-1].ref
+    broken = rollback.versions(run.catalog, key)[-1].ref
     shutil.rmtree(run.layout.slice(split_reference(broken)[0]))
     with pytest.raises(UserError, match="does not exist"):
         rollback.rollback(run, key, broken)

@@ -144,7 +144,7 @@ class History(RuleBasedStateMachine):
     @rule(data=st.data())
     def roll_back(self, data):
         key = data.draw(st.sampled_from(sorted(self.run.catalog.manifest().entries)))
-        version = data.draw(st.sampled_from(rollback.versions(self.run, key)))
+        version = data.draw(st.sampled_from(rollback.versions(self.run.catalog, key)))
         pinned = self.run.catalog.pins().keys()
         try:
             rollback.rollback(self.run, key, version.ref)

@@ -1,0 +1,85 @@
+"""Which settings of a command may differ from those that a workdir was made with.
+
+Loads no JAX: the command line refuses a config before it does, `unlearning.run` again under the lock.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import NOT_IN_RECIPE, Config
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import import_settings
+from lmeraser_jax.storage.workdir import Layout, read_config
+
+FREE = ("inference", "checkpoints")  # groups that no published number depends on
+UNBOUND = {"data": ("skip_unreadable", "max_pixels"), "tuning": NOT_IN_RECIPE}  # they change neither records nor slices
+
+
+def stored_config(layout: Layout) -> Config | None:
+    """The config a workdir was made with, or None."""
+    tree = read_config(layout)
+    return settings.from_dict(tree) if tree is not None else None
+
+
+def finished_config(layout: Layout, config: Config | None) -> Config:
+    """The stored config of a finished workdir.
+
+    Raises:
+        UserError: no workdir, not finished yet, or `config` differs from the stored one in more than `FREE`.
+    """
+    layout.require()
+    stored = stored_config(layout)
+    if stored is None or not layout.backbone.exists():
+        raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
+    if config is not None:
+        _check_state(layout, stored, config, FREE)
+    return stored
+
+
+def check_training(layout: Layout, catalog: Catalog, config: Config, retune: bool = False) -> None:
+    """Refuses a config that contradicts the images or the published state of a workdir: see `run.prepare_run`."""
+    stored = stored_config(layout)
+    if stored is not None and catalog.manifest() is not None:
+        may_tune = retune or requests.any_open(catalog)
+        _check_state(layout, stored, config, (*FREE, "tuning", "common") if may_tune else FREE)
+    dataset = catalog.get("dataset")
+    if dataset is not None:
+        _check_unchanged(layout, "images", dataset["settings"], import_settings(config), "data.")
+
+
+def check_backbone(layout: Layout, inputs: Mapping[str, Any], config: Config) -> None:
+    """Refuses a config that contradicts the `backbone_inputs` that a workdir's backbone was made with."""
+    _check_unchanged(layout, "backbone", inputs, backbone_inputs(config))
+
+
+def backbone_inputs(config: Config) -> dict[str, Any]:
+    """The settings that a backbone depends on."""
+    inputs = {"backbone": dataclasses.asdict(config.backbone), "data": {"image_size": config.data.image_size}}
+    if not config.backbone.weights:
+        inputs |= {"pretraining": dataclasses.asdict(config.pretraining), "seed": config.seed}
+        inputs["data"]["resize_size"] = config.data.resize_size
+    return inputs
+
+
+def _check_state(layout: Layout, stored: Config, config: Config, free: tuple[str, ...]) -> None:
+    old, new = settings.to_dict(stored), settings.to_dict(config)
+    for tree in (old, new):
+        for group, names in UNBOUND.items():
+            for name in names:
+                del tree[group][name]
+        for group in free:
+            del tree[group]
+    _check_unchanged(layout, "state", old, new)
+
+
+def _check_unchanged(
+    layout: Layout, thing: str, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> None:
+    heading = (
+        f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
+    )
+    raise_all(settings.differences(old, new, prefix), heading)
