@@ -17,11 +17,11 @@ class Row(NamedTuple):
 
     file: str
     label: str
-    owner: str
+    owner: str = ""
 
 
 def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) -> dict[str, Row]:
-    """Reads the CSV (comma, semicolon or tab separated, UTF-8) and finds the file of every row.
+    """Reads the CSV (comma, semicolon or tab separated, UTF-8): {name of an image: its row}.
 
     A row's file is a path below the data folder, else below a role's folder, else a file name, else a file
     name without its suffix; it has to match one image only.
@@ -32,12 +32,8 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
         names: image files, as paths below the data folder.
         folders: for each, its role's folder below the data folder ("." for the data folder itself).
 
-    Returns:
-        {name: row} for the files that the CSV names.
-
     Raises:
-        UserError: no such file, wrong columns; rows that name no file, several files, or a file that another
-            row names too, all at once.
+        UserError: no such file, wrong columns, or all rows that do not name one image of their own.
     """
     rows = _rows(path, columns)
     counts = Counter(row.file for row in rows)
@@ -98,15 +94,11 @@ def _rows(path: str, columns: str) -> list[Row]:
             header, delimiter = read_header(file.readline(), wanted)
             _check_columns(path, header, wanted)
             reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote would swallow rows
-            places = [header.index(name) if name in header else -1 for name in wanted] + [-1]
-            cells = [[_cell(row, place) for place in places[:3]] for row in reader if any(map(str.strip, row))]
+            cells = [dict(zip(header, map(str.strip, row), strict=False)) for row in reader if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
-    return [Row(_normal(file), label, owner) for file, label, owner in cells]
-
-
-def _cell(row: list[str], place: int) -> str:
-    return row[place].strip() if 0 <= place < len(row) else ""
+    rows = [Row(*(row.get(name, "") for name in wanted)) for row in cells]
+    return [row._replace(file=str(PurePosixPath(row.file.replace("\\", "/")))) if row.file else row for row in rows]
 
 
 def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:
@@ -133,8 +125,3 @@ def _check_columns(path: str, header: list[str], wanted: list[str]) -> None:
     twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
     if twice:
         raise UserError(f"{path} has several columns named {', '.join(twice)} (--config.data.csv_columns)")
-
-
-def _normal(file: str) -> str:
-    """A path with slashes and without ./ in front."""
-    return str(PurePosixPath(file.replace("\\", "/"))) if file else ""

@@ -27,12 +27,7 @@ def as_name(value: object) -> str:
 
 
 def fault(name: str, refused: Iterable[str] = FAULTS) -> str:
-    """What makes a name illegal, "" where nothing does.
-
-    Args:
-        name: an id, an owner or the name of a class.
-        refused: Unicode categories of characters that it must not have, of `FAULTS`.
-    """
+    """What makes a name illegal, "" where nothing does; `refused` are categories of characters, of `FAULTS`."""
     if name.isprintable() and 4 * len(name) <= LONGEST:
         return ""
     if len(name) > LONGEST or len(name.encode(errors="replace")) > LONGEST:
@@ -48,15 +43,9 @@ def faults(names: Iterable[str], refused: Iterable[str] = FAULTS) -> list[str]:
 
 
 def lookalikes(unknown: Iterable[str], known: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """Known names that unknown ones are another Unicode form of.
+    """{unknown name: known names, sorted, of which it is another Unicode form}, for names that have any.
 
-    Args:
-        unknown: names that are not among the known ones.
-        known: all there are.
-
-    Returns:
-        {unknown name: known names, sorted} for those that are equal under NFKC and case folding, apart from invisible
-        formatting characters; names without any are left out.
+    Two forms are equal under NFKC and case folding, apart from invisible formatting characters.
     """
     unknown = list(dict.fromkeys(unknown))
     forms = {_form(name) for name in unknown}

@@ -10,23 +10,14 @@ from lmeraser_jax.errors import UserError, join_limited
 
 @dataclasses.dataclass(frozen=True)
 class RecordTable:
-    """Columns of N records, sorted by id.
-
-    Attributes:
-        ids: N strings.
-        rows: int64 [N], places in the image file; never part of a digest or a result.
-        labels: int32 [N].
-        owners: N strings, may be empty.
-        contents: N content hashes.
-        clusters: N published cluster keys, "" where none is published yet.
-    """
+    """Columns of N records, sorted by id."""
 
     ids: tuple[str, ...]
-    rows: np.ndarray
-    labels: np.ndarray
-    owners: tuple[str, ...]
-    contents: tuple[str, ...]
-    clusters: tuple[str, ...]
+    rows: np.ndarray  # int64 [N], places in the image file; never part of a digest or a result
+    labels: np.ndarray  # int32 [N]
+    owners: tuple[str, ...]  # may be empty
+    contents: tuple[str, ...]  # content hashes
+    clusters: tuple[str, ...]  # published cluster keys, "" where none is published yet
 
     @staticmethod
     def empty() -> "RecordTable":
@@ -63,12 +54,7 @@ class RecordTable:
 def check_pixel_hashes(images: np.ndarray, records: RecordTable) -> None:
     """Refuses records whose stored pixels are no longer those that were imported: a digest would name other bytes.
 
-    Args:
-        images: uint8 [N, h, w, c], the rows of the image file.
-        records: those whose pixels are about to be used.
-
-    Raises:
-        UserError: names them.
+    `images` are the rows of the image file, uint8 [N, h, w, c]. Raises `UserError` naming the records.
     """
     pairs = zip(records.ids, records.rows, records.contents, strict=True)
     changed = [name for name, row, content in pairs if content_hash(images[row]) != content]

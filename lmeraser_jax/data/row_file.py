@@ -12,13 +12,7 @@ PIECE = 4096  # rows looked at together
 
 
 class RowFile:
-    """Rows of one shape and dtype in one file.
-
-    Args:
-        path: the file; made when the first rows are appended.
-        shape: shape of one row.
-        dtype: dtype of the elements.
-    """
+    """Rows of one shape and dtype in one file, which is made when the first rows are appended."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: np.typing.DTypeLike):
         self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -27,45 +28,26 @@ class Item(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """A piece of a source's images.
+    """A piece of a source's images."""
 
-    Attributes:
-        images: uint8 [n, h, w, c]; zeros where an image could not be read.
-        unreadable: {position in the piece: what is wrong with it}.
-        converted: images that had another colour mode and were converted.
-    """
-
-    images: np.ndarray
-    unreadable: Mapping[int, str] = MappingProxyType({})
-    converted: int = 0
+    images: np.ndarray  # uint8 [n, h, w, c]; zeros where an image could not be read
+    unreadable: Mapping[int, str] = MappingProxyType({})  # {position in the piece: what is wrong with it}
+    converted: int = 0  # images that had another colour mode and were converted
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set, before it is imported.
+    """A data set, before it is imported."""
 
-    Attributes:
-        name: what messages call it.
-        class_names: index = label; fixed at import, so that erasing a whole class keeps its logit.
-        shape: (h, w, c) of a stored image.
-        items: all items, in any order.
-        read: `read(start, stop)` gives the pixels of `items[start:stop]`; imports ask for rising positions.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    shape: tuple[int, int, int]
-    items: Sequence[Item]
-    read: Callable[[int, int], Pixels]
+    name: str  # what messages call it
+    class_names: tuple[str, ...]  # index = label; fixed at import, so that erasing a whole class keeps its logit
+    shape: tuple[int, int, int]  # (h, w, c) of a stored image
+    items: Sequence[Item]  # all, in any order
+    read: Callable[[int, int], Pixels]  # pixels of items[start:stop]; imports ask for rising positions
 
 
 def problems(source: Source, first: bool = True) -> list[str]:
-    """Everything about the items that makes the source unusable: one line each.
-
-    Args:
-        source: opened.
-        first: nothing was imported before, so that it has to bring two classes itself.
-    """
+    """A line for everything that makes the source unusable; the first source of a workdir must have two classes."""
     items, last, lines = source.items, len(source.class_names) - 1, []
     labels = {item.label for item in items if item.split == "train"}
     if not labels:
@@ -112,10 +94,9 @@ def assign_split(item: Item, data: Data, seed: int) -> Item:
 
 def limit_positions(items: Sequence[Item], train: int, test: int) -> list[int]:
     """Positions of the items that the limits keep: the first so many of each split (0: all)."""
-    limits, counts, positions = {"train": train, "test": test}, Counter(), []
+    limits, counts, positions = {"train": train or math.inf, "test": test or math.inf}, Counter(), []
     for position, item in enumerate(items):
         counts[item.split] += 1
-        limit = limits.get(item.split, 0)
-        if limit == 0 or counts[item.split] <= limit:
+        if counts[item.split] <= limits.get(item.split, math.inf):
             positions.append(position)
     return positions

@@ -16,26 +16,17 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpec:
-    """How stored images become input.
-
-    Attributes:
-        height, width, channels: shape of a stored image, uint8.
-        size: side S of the input, pixels.
-        resize: length of the shorter side after resizing, at least `size`.
-        out_channels: C; a grey image is repeated to fill 3 channels.
-        mean, std: normalisation of pixels scaled to [0, 1]; one number, or one for each of the C channels.
-        augment: none | crop | flip | paper, used by `augmented` only.
-    """
+    """How stored images, uint8 [height, width, channels], become input."""
 
     height: int
     width: int
     channels: int
-    size: int
-    resize: int
-    out_channels: int
-    mean: tuple[float, ...] = (0.5,)
+    size: int  # side S of the input, pixels
+    resize: int  # length of the shorter side after resizing, at least `size`
+    out_channels: int  # C; a grey image is repeated to fill 3 channels
+    mean: tuple[float, ...] = (0.5,)  # of pixels scaled to [0, 1]; one number, or one for each of the C channels
     std: tuple[float, ...] = (0.5,)
-    augment: str = "none"
+    augment: str = "none"  # none | crop | flip | paper, used by `augmented` only
 
 
 @functools.lru_cache(maxsize=64)
@@ -70,14 +61,6 @@ def augmented(images: jax.Array, spec: ImageSpec, key: jax.Array) -> jax.Array:
 
     Crop offsets are uniform over the resized image; when the resize leaves nothing to crop, the image is
     shifted by up to an eighth of its side instead, with edge pixels repeated.
-
-    Args:
-        images: uint8 [B, h, w, c].
-        spec: the pipeline.
-        key: random key; the same key gives the same crops.
-
-    Returns:
-        float32 [B, S, S, C].
     """
     if spec.augment == "none":
         return centred(images, spec)
