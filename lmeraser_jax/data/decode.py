@@ -23,16 +23,11 @@ MAX_PIXELS = Data().max_pixels
 def decode(
     files: Sequence[Path | bytes], height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
 ) -> Pixels:
-    """Decodes images; each is resized (bilinear, antialiased) to just cover height x width, then centre-cropped.
+    """Decodes image files, or their bytes: resized (bilinear, antialiased) to just cover height x width, then cropped.
 
     Args:
-        files: image files, or what is in them.
-        height, width: wanted size in pixels.
         channels: 1 (grey) or 3 (RGB); images of other colour modes are converted and counted.
         max_pixels: pixels of an image at most (`data.max_pixels`), compared before anything is decoded.
-
-    Returns:
-        Pixels of shape [len(files), height, width, channels]; those that cannot be read are named in it.
     """
     images = np.zeros((len(files), height, width, channels), np.uint8)
     mode = "L" if channels == 1 else "RGB"

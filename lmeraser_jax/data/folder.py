@@ -21,14 +21,7 @@ CHANNELS = 3
 
 
 def load(data: Data) -> Source:
-    """Lists the folder and reads the CSV.
-
-    Args:
-        data: `path`, the four `*_split` folders, `labels`, `csv_columns` and the stored size.
-
-    Raises:
-        UserError: no such folder, no images or no labels, roles that overlap, or a CSV that does not fit.
-    """
+    """Lists the folder and reads the CSV. Raises `UserError` where images or labels are missing or roles overlap."""
     root = Path(data.path)
     if not root.is_dir():
         raise UserError(f"--config.data.path={data.path}: no such folder")
@@ -107,11 +100,9 @@ def _is_loop(path: str, folder: Path) -> bool:
 
 
 def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str, label_csv.Row]) -> list[str]:
-    """For each image the label in the CSV, else the name of its class folder.
+    """For each image the label in the CSV, else the name of its class folder. Raises `UserError` if one has neither.
 
-    Raises:
-        UserError: images without a label. Beside a CSV with labels the subfolders of the whole folder may be parts of
-            an archive, so they are not taken for classes.
+    Beside a CSV with labels the subfolders of the whole folder may be parts of an archive: they are no classes.
     """
     labels, unnamed = [], []
     for name, folder in zip(names, folders, strict=True):

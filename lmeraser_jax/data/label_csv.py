@@ -37,18 +37,16 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     """
     rows = _rows(path, columns)
     counts = Counter(row.file for row in rows)
-    matches = _matches(counts.keys() - {""}, names, folders)
+    matches = dict(sorted(_matches(counts.keys() - {""}, names, folders).items()))
     spellings = defaultdict(list)
-    for file, images in sorted(matches.items()):
+    for file, images in matches.items():
         if len(images) == 1:
             spellings[images[0]].append(shorten(file))
     offenders = {
         "has rows without a file name": [f"row {number}" for number, row in enumerate(rows, 1) if not row.file],
         "names files more than once": [shorten(file) for file in counts if file and counts[file] > 1],
         "names files that could be several images; give their paths": [
-            f"{shorten(file)} ({' or '.join(images[:2])})"
-            for file, images in sorted(matches.items())
-            if len(images) > 1
+            f"{shorten(file)} ({' or '.join(images[:2])})" for file, images in matches.items() if len(images) > 1
         ],
         "names files that are not there": [shorten(file) for file in sorted(counts.keys() - {""} - matches.keys())],
         "names one image in several ways": [
@@ -102,11 +100,7 @@ def _rows(path: str, columns: str) -> list[Row]:
 
 
 def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:
-    """The column names in the first line of a CSV, and the delimiter: the one that finds most of the wanted names.
-
-    Raises:
-        csv.Error: the line is no CSV.
-    """
+    """The column names in the first line of a CSV, and the delimiter: the one that finds most of the wanted names."""
     known = {name.lower() for name in wanted}
     headers = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark), [])] for mark in DELIMITERS}
     delimiter = max(DELIMITERS, key=lambda mark: len(known & {name.lower() for name in headers[mark]}))

@@ -14,12 +14,8 @@ SOURCES_OF = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(IN_FO
 def load(data: Data, own_test: bool = True) -> Source:
     """Opens the source that `data.source` names, with the owners that `data.owner_pattern` finds.
 
-    Args:
-        data: settings.
-        own_test: an .npz must have test images unless `data.test_share` draws some.
-
-    Raises:
-        UserError: a source that cannot be used, a setting that it would ignore, a pattern without a match.
+    With `own_test` an .npz must have test images unless `data.test_share` draws some. Raises `UserError` for a source
+    that cannot be used, a setting that it would ignore, a pattern without a match.
     """
     raise_all(
         [

@@ -49,11 +49,11 @@ class Fields(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A prepared data set: its full name such as cifar10/3.0.2, its folder and what TFDS knows about it."""
+    """A prepared data set."""
 
-    name: str
+    name: str  # in full, such as cifar10/3.0.2
     folder: Path
-    builder: Any
+    builder: Any  # TFDS's
     readers: dict[str, Any] = dataclasses.field(default_factory=dict)  # one for each base split that has been read
 
     @property
@@ -88,9 +88,6 @@ class Prepared:
 def load(data: Data) -> Source:
     """Finds the prepared data set, and reads its labels and ids; pixels are decoded when they are read.
 
-    Args:
-        data: `dataset`, `path` (TFDS's data folder), the four `*_split`, the limits and the stored size.
-
     Raises:
         UserError: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
             labels that are hidden.
@@ -118,11 +115,7 @@ def load(data: Data) -> Source:
 
 
 def open_prepared(folder: Path) -> Prepared:
-    """Opens a prepared data set.
-
-    Raises:
-        UserError: not readable, or kept in another format than array_record.
-    """
+    """Opens a prepared data set. Raises `UserError`: not readable, or in another format than array_record."""
     import tensorflow_datasets as tfds
 
     try:
@@ -141,11 +134,7 @@ def open_prepared(folder: Path) -> Prepared:
 
 
 def find_fields(name: str, info: Any) -> Fields:
-    """Finds the image and the label among the features of a data set (a `tfds.core.DatasetInfo`).
-
-    Raises:
-        UserError: there is no image, no class label, or no way to tell which one is meant.
-    """
+    """Finds image and label among a set's features. Raises `UserError` where one is missing or none the main one."""
     import tensorflow_datasets as tfds
 
     features, problems, chosen = dict(info.features), [], []
@@ -225,9 +214,8 @@ def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
         if first == second:
             problems.append(f"{flags[first]} names {count} images twice: {where}")
         else:
-            problems.append(
-                f"{flags[first]} and {flags[second]} share {count} images: {where}; an image has one role only"
-            )
+            both = f"{flags[first]} and {flags[second]}"
+            problems.append(f"{both} share {count} images: {where}; an image has one role only")
     return problems
 
 

@@ -10,21 +10,12 @@ import os
 import re
 import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 from lmeraser_jax.errors import UserError, join_limited
 
 PATTERN = re.compile(r"([A-Za-z]\w*)(?:/([\w.+-]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?", re.ASCII)
 VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
 FLAG = "--config.data.dataset"
-
-
-class Variant(NamedTuple):
-    """One prepared config ("" where the set has none) and version of a data set."""
-
-    config: str
-    version: str
-    folder: Path
 
 
 def data_folder(path: str) -> Path:
@@ -45,12 +36,11 @@ def find(dataset: str, path: str, flag: str = FLAG) -> Path | None:
     """The folder of the newest prepared version that fits; None where there is none."""
     name, config, version = parse(dataset, flag)
     home = data_folder(path) / name
-    variants = _variants(home)
-    if not config and not any(variant.config == "" for variant in variants):
+    folders = _folders(home)
+    if not config and not any(folder.parent == home for folder in folders):
         config = _default_config(home)
-    fitting = [v for v in variants if v.config == config and fnmatch.fnmatchcase(v.version, version or "*")]
-    newest = max(fitting, key=lambda variant: [int(number) for number in variant.version.split(".")], default=None)
-    return newest.folder if newest else None
+    fitting = [f for f in folders if f.parent == home / config and fnmatch.fnmatchcase(f.name, version or "*")]
+    return max(fitting, key=lambda folder: [int(number) for number in folder.name.split(".")], default=None)
 
 
 def require(dataset: str, path: str) -> Path:
@@ -59,7 +49,7 @@ def require(dataset: str, path: str) -> Path:
     if folder is not None:
         return folder
     name, root = parse(dataset)[0], data_folder(path)
-    prepared = [f"{'/'.join(filter(None, (name, v.config)))}:{v.version}" for v in _variants(root / name)]
+    prepared = [f"{version.parent.relative_to(root).as_posix()}:{version.name}" for version in _folders(root / name)]
     if not prepared:
         check_name(name, FLAG, f" and {root} holds none")
     there = f"; prepared there: {join_limited(prepared)}" if prepared else ""
@@ -82,14 +72,10 @@ def check_name(name: str, flag: str, addition: str = "") -> None:
         raise UserError(f"{flag}={name}: TFDS has no such data set{addition}; {hint} (TFDS knows {len(known)})")
 
 
-def _variants(home: Path) -> list[Variant]:
-    """All prepared configs and versions of a data set."""
+def _folders(home: Path) -> list[Path]:
+    """The folders of all prepared versions of a data set, those without a config first."""
     folders = [file.parent for pattern in ("*", "*/*") for file in sorted(home.glob(f"{pattern}/dataset_info.json"))]
-    return [
-        Variant("" if folder.parent == home else folder.parent.name, folder.name, folder)
-        for folder in folders
-        if VERSION.fullmatch(folder.name) and (folder / "features.json").is_file()
-    ]
+    return [folder for folder in folders if VERSION.fullmatch(folder.name) and (folder / "features.json").is_file()]
 
 
 def _default_config(home: Path) -> str:
