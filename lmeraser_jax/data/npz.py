@@ -1,12 +1,13 @@
 """A user's own images in one .npz file.
 
-Keys: train_images, train_labels, test_images, test_labels (uint8 [N, H, W, 1 or 3] or [N, H, W], int
-[N]), class_names; optional train_ids, test_ids, train_owners, public_images, public_labels. Ids default
-to "train/<index>", so give ids of your own if the file will ever lose or gain images.
+Keys: train_images, train_labels, test_images, test_labels (uint8 [N, H, W, 1 or 3] or [N, H, W], int [N]), class_names;
+optional *_ids, *_owners, public_images, public_labels. Ids default to "train/<index>", so give ids of your own if the
+file will ever lose or gain images.
 """
 
 import contextlib
 import io
+import itertools
 import math
 import os
 import struct
@@ -40,15 +41,8 @@ RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file c
 def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) -> Source:
     """Reads the file but for its images, of which only shape and type are looked at; nothing is unpickled.
 
-    Shapes and types of all arrays are checked before any of them is read.
-
-    Args:
-        path: the file.
-        own_test: test images are required.
-        max_pixels: pixels of an image at most (`data.max_pixels`).
-
-    Raises:
-        UserError: the file is missing or no .npz, or its arrays have wrong keys, shapes or dtypes.
+    Shapes and types of all arrays are checked before any of them is read; `own_test` requires test images. Raises
+    `UserError`: the file is missing or no .npz, or its arrays have wrong keys, shapes or dtypes.
     """
     if not Path(path).is_file():
         raise UserError(f"--config.data.path={path}: no such file")
@@ -68,20 +62,18 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     if len(shapes) > 1:
         raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _refuse_damage(path):
-        columns = {key: rows.read_all() for key, rows in members.items() if not key.endswith("_images")}
-        items = [item for split in splits for item in _items(columns, split)]
-        names = _texts(columns["class_names"]) if "class_names" in columns else None
-    if names is None:
-        top = max((item.label for item in items), default=0)
-        if top >= CLASS_LIMIT:
-            raise UserError(f"{path}: a label of {top} without class_names; name the classes or number them from 0")
-        names = [str(label) for label in range(top + 1)]
+        columns = {key: _values(rows.read_all()) for key, rows in members.items() if not key.endswith("_images")}
+    items = [item for split in splits for item in _items(columns, split)]
+    top = max((item.label for item in items), default=0)
+    if "class_names" not in columns and top >= CLASS_LIMIT:
+        raise UserError(f"{path}: a label of {top} without class_names; name the classes or number them from 0")
+    names = columns.get("class_names", range(top + 1))
     height, width, channels = shapes.pop()
 
     def read(start: int, stop: int) -> Pixels:
         return Pixels(_join(streams, start, stop).reshape(-1, height, width, channels))
 
-    return Source(path, tuple(names), (height, width, channels), items, read)
+    return Source(path, tuple(map(as_name, names)), (height, width, channels), items, read)
 
 
 @contextlib.contextmanager
@@ -113,7 +105,7 @@ def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: in
     problems, shape, size = [], images.shape, os.path.getsize(images.path)
     count = shape[0] if shape else 0
     if images.dtype != np.uint8:
-        problems.append(f"{split}_images must be uint8, are {_kind(images)}")
+        problems.append(f"{split}_images must be uint8, are {images.kind}")
     if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
         problems.append(f"{split}_images must be [N, H, W] or [N, H, W, 1 or 3], are {list(shape)}")
     elif not 1 <= shape[1] * shape[2] <= max_pixels:
@@ -127,7 +119,7 @@ def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: in
     if labels is None:
         problems.append(f"{split}_labels is missing")
     elif labels.dtype.kind not in "iu" or labels.shape != (count,):
-        problems.append(f"{split}_labels must be {count} integers, are {_kind(labels)} {list(labels.shape)}")
+        problems.append(f"{split}_labels must be {count} integers, are {labels.kind} {list(labels.shape)}")
     for key in (f"{split}_ids", f"{split}_owners"):
         if key in members and members[key].shape != (count,):
             problems.append(f"{key} must have {count} entries, has shape {list(members[key].shape)}")
@@ -148,29 +140,24 @@ def _problems_of_texts(members: Mapping[str, "Rows"]) -> list[str]:
         if dtype.hasobject:
             problems.append(f"{key} holds Python objects, which only a pickle can store; save np.array(.., str)")
         elif dtype.kind not in "USiu" or dtype.itemsize > 4 * LONGEST:
-            problems.append(f"{key} must be whole numbers or text of {LONGEST} bytes at most, is {_kind(members[key])}")
+            problems.append(f"{key} must be whole numbers or text of {LONGEST} bytes at most, is {members[key].kind}")
     return problems
 
 
-def _kind(rows: "Rows") -> str:
-    return shorten(str(rows.dtype))
+def _items(columns: Mapping[str, list], split: str) -> Iterator[Item]:
+    labels = columns[f"{split}_labels"]
+    ids = columns.get(f"{split}_ids", (f"{split}/{i}" for i in range(len(labels))))
+    owners = columns.get(f"{split}_owners", itertools.repeat("", len(labels)))
+    for name, label, owner in zip(ids, labels, owners, strict=True):
+        yield Item(as_name(name), split, label, sys.intern(as_name(owner)))
 
 
-def _items(columns: Mapping[str, np.ndarray], split: str) -> Iterator[Item]:
-    labels = columns[f"{split}_labels"].tolist()
-    ids = _texts(columns[f"{split}_ids"]) if f"{split}_ids" in columns else None
-    owners = _texts(columns[f"{split}_owners"]) if f"{split}_owners" in columns else None
-    for i, label in enumerate(labels):
-        yield Item(ids[i] if ids else f"{split}/{i}", split, label, sys.intern(owners[i]) if owners else "")
-
-
-def _texts(array: np.ndarray) -> list[str]:
-    """Names from an array of strings, bytes or numbers."""
+def _values(array: np.ndarray) -> list:
+    """The numbers, texts or bytes of an array."""
     try:
-        values = array.tolist()
+        return array.tolist()
     except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
         raise ValueError(f"text with numbers that are no characters: {error}") from error
-    return [as_name(value) for value in values]
 
 
 def _join(streams: Sequence["Rows"], start: int, stop: int) -> np.ndarray:
@@ -185,24 +172,11 @@ def _join(streams: Sequence["Rows"], start: int, stop: int) -> np.ndarray:
 
 
 class Rows:
-    """The rows of one array of an .npz. Reading on costs the rows alone; an earlier row starts the array again.
-
-    Args:
-        path: the zip file.
-        member: name of the .npy file inside.
-        file: the zip file, open; it is not kept.
-
-    Attributes:
-        shape, dtype, fortran: as the header says.
-
-    Raises:
-        One of `ZIP_ERRORS`: the header cannot be read, does not fit the size of the member, or calls for more than
-            the bytes in the file can hold.
-    """
+    """The rows of one array of an .npz. Reading on costs the rows alone; an earlier row starts the array again."""
 
     def __init__(self, path: str, member: str, file: ZipFile):
-        self.path, self.member = path, member
-        info = file.getinfo(member)
+        """Reads the header. Raises one of `ZIP_ERRORS` where it is damaged or does not fit the size of the member."""
+        self.path, self.member, info = path, member, file.getinfo(member)
         packed = min(info.compress_size, os.path.getsize(path))
         if info.compress_type not in RATIO:
             raise ValueError(f"{member} is compressed in another way than by np.savez_compressed")
@@ -210,18 +184,14 @@ class Rows:
             raise ValueError(f"{member} calls for {info.file_size} bytes, more than its {packed} bytes can hold")
         with file.open(member) as stream:
             self.shape, self.fortran, self.dtype = _read_header(stream)
-            self.start = stream.tell()
+            self.start, self.kind = stream.tell(), shorten(str(self.dtype))
         wanted = self.start + math.prod(self.shape) * self.dtype.itemsize
         if info.file_size != wanted and not self.dtype.hasobject:
             raise ValueError(f"{member} holds {info.file_size} bytes, its header calls for {wanted}")
         self.stream: IO[bytes] | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start..stop: [stop - start, *shape[1:]]. With the last one zipfile compares checksums.
-
-        Raises:
-            UserError: the file is damaged or has changed.
-        """
+        """Rows [stop - start, *shape[1:]]; with the last one zipfile compares checksums. Raises `UserError`: damage."""
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         try:
             if self.stream is None:
@@ -275,9 +245,7 @@ def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """All arrays of a small .npz that the project has written; nothing is unpickled.
 
-    Raises:
-        ValueError: it is missing or damaged.
-        OSError: it cannot be read now, which says nothing about what it holds.
+    Raises ValueError if it is missing or damaged, OSError if it cannot be read now.
     """
     try:
         content = path.read_bytes()

@@ -42,7 +42,6 @@ class RowFile:
 
     def view(self, mode: str = "r") -> np.memmap:
         """All rows as a memory map [n, *shape]; "r+" to write."""
-        assert mode in ("r", "r+"), mode
         return np.memmap(self.path, self.dtype, mode, shape=(len(self), *self.shape))  # pyright: ignore[reportCallIssue]
 
     def overwrite(self, rows: np.ndarray) -> None:

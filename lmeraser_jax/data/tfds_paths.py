@@ -73,7 +73,7 @@ def check_name(name: str, flag: str, addition: str = "") -> None:
 
 
 def _folders(home: Path) -> list[Path]:
-    """The folders of all prepared versions of a data set, those without a config first."""
+    """The folders of all prepared configs and versions of a data set."""
     folders = [file.parent for pattern in ("*", "*/*") for file in sorted(home.glob(f"{pattern}/dataset_info.json"))]
     return [folder for folder in folders if VERSION.fullmatch(folder.name) and (folder / "features.json").is_file()]
 
