@@ -5,6 +5,7 @@ A row is overwritten when its record is erased; rows never move, so that a row n
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class RowFile:
             with open(self.path, "rb") as file:
                 os.fsync(file.fileno())
 
-    def view(self, mode: str = "r") -> np.memmap:
+    def view(self, mode: Literal["r", "r+"] = "r") -> np.memmap:
         """All rows as a memory map [n, *shape]; "r+" to write."""
         return np.memmap(self.path, self.dtype, mode, shape=(len(self), *self.shape))  # pyright: ignore[reportCallIssue]
 

@@ -8,11 +8,14 @@ of the base split. So the id of an image never depends on how the splits are cut
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import tfds_paths
@@ -30,20 +33,25 @@ PIECE = 512  # records in memory at a time
 
 
 class Span(NamedTuple):
-    """Images start..stop of a base split, and what they are used for."""
+    """Images of a base split that follow each other, and what they are used for."""
 
     role: str
     split: str
-    start: int
-    stop: int
+    images: range
+
+    def __str__(self) -> str:
+        return f"{self.split}[{self.images.start}:{self.images.stop}]"
+
+    def cut(self, start: int, stop: int) -> "Span":
+        return self._replace(images=self.images[max(start, 0) : max(stop, 0)])
 
 
 class Fields(NamedTuple):
-    """Which features hold image and label; height, width or channels are None where images differ."""
+    """Which features hold image and label."""
 
     image: str
     label: str
-    shape: tuple[int | None, int | None, int | None]
+    shape: tuple[int | None, int | None, int | None]  # height, width, channels; None where images differ
     class_names: tuple[str, ...]
 
 
@@ -65,18 +73,16 @@ class Prepared:
     def fields(self) -> Fields:
         return find_fields(self.name, self.builder.info)
 
-    def records(self, split: str, start: int, stop: int) -> Sequence[bytes]:
-        """Serialized records start..stop of a base split; no file stays open: large sets have too many."""
-        import tensorflow_datasets as tfds
-
+    def records(self, span: Span) -> Sequence[bytes]:
+        """Serialized records; no file stays open: large sets have too many."""
         try:
-            if split not in self.readers:
+            if span.split not in self.readers:
                 raw = tfds.decode.DeserializeMethod.RAW_BYTES
-                self.readers[split] = self.builder.as_data_source(split, deserialize_method=raw)
-            with self.readers[split].data_source:
-                return self.readers[split].__getitems__(list(range(start, stop)))
+                self.readers[span.split] = self.builder.as_data_source(span.split, deserialize_method=raw)
+            with self.readers[span.split].data_source:
+                return self.readers[span.split].__getitems__(list(span.images))
         except (RuntimeError, OSError, IndexError, ValueError) as error:  # array_record's, over damaged or absent files
-            raise self.damaged(f"{split}[{start}:{stop}]: {error}") from error
+            raise self.damaged(f"{span}: {error}") from error
 
     def damaged(self, fault: str) -> UserError:
         return UserError(
@@ -94,21 +100,20 @@ def load(data: Data) -> Source:
     """
     prepared = open_prepared(tfds_paths.require(data.dataset, data.path))
     fields = prepared.fields
-    spans = [span for span in _limit(_spans(prepared, data), data) if span.stop > span.start]
+    spans = _limit(_spans(prepared, data), data)
     items = _items(prepared, spans, data)
     height, width = _stored_size(fields, data)
     channels = 1 if fields.shape[2] == 1 else 3
-    ends = list(itertools.accumulate(span.stop - span.start for span in spans))
     parse = _parser(prepared, (fields.image,))
 
     def read(start: int, stop: int) -> Pixels:
         files: list[bytes] = []
-        for span, end in zip(spans, ends, strict=True):
-            shift = span.stop - end  # from a position in `items` to one in the base split
-            first, last = max(start + shift, span.start), min(stop + shift, span.stop)
-            if first < last:
-                records = prepared.records(span.split, first, last)
-                files += [(parse(record) or {}).get(fields.image, b"") for record in records]
+        offset = 0
+        for span in spans:
+            piece = span.cut(start - offset, stop - offset)
+            offset += len(span.images)
+            if piece.images:
+                files += [(parse(record) or {}).get(fields.image, b"") for record in prepared.records(piece)]
         return decode(files, height, width, channels, data.max_pixels)
 
     return Source(prepared.name, fields.class_names, (height, width, channels), items, read)
@@ -116,8 +121,6 @@ def load(data: Data) -> Source:
 
 def open_prepared(folder: Path) -> Prepared:
     """Opens a prepared data set. Raises `UserError`: not readable, or in another format than array_record."""
-    import tensorflow_datasets as tfds
-
     try:
         builder = tfds.builder_from_directory(str(folder))
         formats = {kind.value for kind in builder.info.available_file_formats()}
@@ -135,8 +138,6 @@ def open_prepared(folder: Path) -> Prepared:
 
 def find_fields(name: str, info: Any) -> Fields:
     """Finds image and label among a set's features. Raises `UserError` where one is missing or none the main one."""
-    import tensorflow_datasets as tfds
-
     features, problems, chosen = dict(info.features), [], []
     supervised = [key for key in (info.supervised_keys or ()) if isinstance(key, str)]
     images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
@@ -172,8 +173,6 @@ def _stored_size(fields: Fields, data: Data) -> tuple[int, int]:
 
 def _spans(prepared: Prepared, data: Data) -> list[Span]:
     """The roles' splits in absolute numbers. Raises `UserError` naming all that do not exist, are empty or overlap."""
-    import tensorflow_datasets as tfds
-
     sizes, flags, problems = prepared.sizes, {}, []
     spans: list[Span] = []
     has = join_limited(f"{name} ({count})" for name, count in sizes.items()) or "none"
@@ -192,8 +191,8 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
             continue
         for cut in cuts:
             stop = sizes[cut.splitname] if cut.to is None else cut.to
-            spans.append(Span(role, cut.splitname, cut.from_ or 0, stop))
-        if not any(span.stop > span.start for span in spans if span.role == role):
+            spans.append(Span(role, cut.splitname, range(cut.from_ or 0, stop)))
+        if not any(span.images for span in spans if span.role == role):
             problems.append(f"{flags[role]} holds no image; {prepared.name} has the splits {has}")
     raise_all(problems)
     raise_all(_overlaps(spans, flags))
@@ -202,15 +201,14 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
 
 def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
     """A line for every two roles that share images: an image that was trained on must not be tested on."""
-    shared: dict[tuple[str, str], list[Span]] = {}
+    shared = defaultdict(list)
     for a, b in itertools.combinations(spans, 2):
-        start, stop = max(a.start, b.start), min(a.stop, b.stop)
-        if a.split == b.split and start < stop:
-            shared.setdefault((a.role, b.role), []).append(Span("", a.split, start, stop))
+        common = range(max(a.images.start, b.images.start), min(a.images.stop, b.images.stop))
+        if a.split == b.split and common:
+            shared[a.role, b.role].append(a._replace(images=common))
     problems = []
     for (first, second), common in shared.items():
-        count = sum(span.stop - span.start for span in common)
-        where = join_limited(f"{span.split}[{span.start}:{span.stop}]" for span in common)
+        count, where = sum(len(span.images) for span in common), join_limited(common)
         if first == second:
             problems.append(f"{flags[first]} names {count} images twice: {where}")
         else:
@@ -219,15 +217,14 @@ def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _limit(spans: Sequence[Span], data: Data) -> Iterator[Span]:
+def _limit(spans: Sequence[Span], data: Data) -> list[Span]:
     """The spans cut to the first so many images of train and test, as the import would: nothing is read in vain."""
-    left = {"train": data.train_limit, "test": data.test_limit}
-    left = {role: limit for role, limit in left.items() if limit}
+    left, limited = {"train": data.train_limit or sys.maxsize, "test": data.test_limit or sys.maxsize}, []
     for span in spans:
+        limited.append(span.cut(0, left.get(span.role, sys.maxsize)))
         if span.role in left:
-            span = span._replace(stop=min(span.stop, span.start + left[span.role]))
-            left[span.role] -= max(0, span.stop - span.start)
-        yield span
+            left[span.role] -= len(limited[-1].images)
+    return limited
 
 
 def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
@@ -235,11 +232,11 @@ def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
     id_feature, label_feature = _id_feature(prepared), prepared.fields.label
     parse = _parser(prepared, [name for name in (label_feature, id_feature) if name])
     items, damaged, hidden = [], [], dict.fromkeys(spans, 0)
-    with progress(f"{prepared.name}: labels", sum(span.stop - span.start for span in spans)) as shown:
+    with progress(f"{prepared.name}: labels", sum(len(span.images) for span in spans)) as shown:
         for span in spans:
-            for first in range(span.start, span.stop, PIECE):
-                last = min(first + PIECE, span.stop)
-                for index, record in enumerate(prepared.records(span.split, first, last), first):
+            for first in range(0, len(span.images), PIECE):
+                piece = span.cut(first, first + PIECE)
+                for index, record in zip(piece.images, prepared.records(piece), strict=True):
                     values = parse(record)
                     if values is None:
                         damaged.append(f"{span.split}[{index}]")
@@ -248,7 +245,7 @@ def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
                     hidden[span] += label < 0
                     name = as_name(values[id_feature]) if id_feature else index
                     items.append(Item(f"{span.split}/{name}", span.role, label))
-                shown.advance(last - first)
+                shown.advance(len(piece.images))
     if damaged:
         raise prepared.damaged(f"no whole records: {join_limited(damaged)}")
     raise_all([_hidden_labels(prepared, span, count, data) for span, count in hidden.items() if count])
@@ -264,14 +261,12 @@ def _hidden_labels(prepared: Prepared, span: Span, count: int, data: Data) -> st
         hint = ", or draw some of the training images with --config.data.test_share=0.1 and without a test_split"
     return (
         f"{prepared.name} hides labels of its split {span.split} (feature {prepared.fields.label} is negative in"
-        f" {count} of {span.stop - span.start} images); use images with labels{hint}"
+        f" {count} of {len(span.images)} images); use images with labels{hint}"
     )
 
 
 def _id_feature(prepared: Prepared) -> str:
     """The feature that names every image, or "". Looks at the same records whatever the roles are."""
-    import tensorflow_datasets as tfds
-
     features, sizes = prepared.builder.info.features, prepared.sizes
     candidates = [
         name
@@ -284,8 +279,8 @@ def _id_feature(prepared: Prepared) -> str:
     if not candidates:
         return ""
     largest = max(sorted(sizes), key=lambda name: sizes[name])
-    parse, records = _parser(prepared, candidates), prepared.records(largest, 0, min(PROBE, sizes[largest]))
-    parsed = [values for values in map(parse, records) if values is not None]
+    records = prepared.records(Span("", largest, range(min(PROBE, sizes[largest]))))
+    parsed = [values for values in map(_parser(prepared, candidates), records) if values is not None]
     for name in candidates:
         texts = [as_name(values[name]) for values in parsed]
         if len(set(texts)) == len(texts) and all(texts):
@@ -295,8 +290,6 @@ def _id_feature(prepared: Prepared) -> str:
 
 def _parser(prepared: Prepared, names: Sequence[str]) -> Callable[[bytes], dict[str, Any] | None]:
     """Takes features out of a serialized record: numbers as they are, bytes for texts and (encoded) images."""
-    import tensorflow_datasets as tfds
-
     kinds = {name: prepared.builder.info.features[name] for name in names}
     features = tfds.features.FeaturesDict(kinds)
     skip = {name: tfds.decode.SkipDecoding() for name, kind in kinds.items() if isinstance(kind, tfds.features.Image)}

@@ -102,7 +102,7 @@ def test_damaged_sets_are_refused_by_name(tmp_path, folder):
 def test_help_does_not_import_tfds():
     code = (
         "import sys; from lmeraser_jax.cli.main import main; main(['--help']); main(['prepare', '--help']);"
-        "import lmeraser_jax.data.tfds, lmeraser_jax.data.tfds_paths;"
+        "import lmeraser_jax.data.load, lmeraser_jax.data.tfds_paths;"
         "assert not {'tensorflow_datasets', 'tensorflow', 'jax'} & set(sys.modules)"
     )
     out = python(code)
