@@ -226,7 +226,7 @@ def change_slice(run, position, field, change):
     arrays = dict(checkpoints.load(run.layout.slice(name))[0])
     arrays[field] = change(arrays[field])
     checkpoints.save(run.layout.slice(name), arrays, {})
-    run.catalog.add_slice(run.catalog.slice(name)._replace(params_digest=arrays_digest(arrays)), [])
+    run.catalog.add_slice(run.catalog.slices()[name]._replace(params_digest=arrays_digest(arrays)), [])
     return key
 
 

@@ -1,4 +1,4 @@
-"""The catalog: one SQLite file that says what is live, what is published and what was asked for.
+"""The catalog: one SQLite file that says what is live, what is published and which erasures wait.
 
 It is the only source of truth. Files are written first; a change becomes true in one transaction here.
 """
@@ -20,8 +20,6 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import schema
 from lmeraser_jax.storage.rows import Manifest, ReceiptLink, SliceRow
-
-COLUMNS = "id,row,label,owner,content,cluster"
 
 
 class Catalog:
@@ -79,22 +77,13 @@ class Catalog:
             self.db.execute("ROLLBACK")
 
     def stamp(self) -> tuple[int, int]:
-        """Changes whenever something was committed, here or by another connection. Costs microseconds.
-
-        Raises:
-            UserError: something was committed, and this connection cannot follow (`schema.connect`).
-        """
+        """Changes with every commit of any connection; raises `UserError` where none can be seen (`schema.connect`)."""
         schema.refuse_change(self.path, self._frozen)
         return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
 
     def flush(self) -> None:
-        """Moves everything committed into the file itself and empties the log, where old pages would linger.
-
-        Raises:
-            UserError: another process has been reading for so long that the log could not be emptied.
-        """
-        busy, _, _ = self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-        if busy:
+        """Empties the log, where old pages would linger. Raises `UserError` while another process keeps reading."""
+        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             raise UserError(
                 "another process has been reading the catalog for too long, so that old pages could not be removed yet;"
                 " the erasure is published but not purged: run lmeraser process on the workdir again"
@@ -135,40 +124,28 @@ class Catalog:
             self.set("rank_seed", seed)
 
     def sample(self, split: str, count: int, leaving: Collection[str] = ()) -> RecordTable:
-        """The `count` live records of a split with the smallest ranks, sorted by id.
+        """The `count` live records of a split with the smallest ranks, sorted by id; `leaving` counts as erased.
 
         Removing a record that is not among them changes nothing; removing one that is admits the next.
-
-        Args:
-            split: train or public.
-            count: n_s.
-            leaving: ids that count as erased already.
         """
-        query = f"SELECT {COLUMNS} FROM records WHERE split=? AND erased='' ORDER BY rank,id LIMIT ?"
-        rows = [row for row in self.db.execute(query, (split, count + len(leaving))) if row[0] not in leaving]
-        return _table(sorted(rows[:count]))
+        condition = "split=? ORDER BY rank,id LIMIT ?"
+        return _table(sorted(self._live(condition, split, count + len(leaving), leaving=leaving)[:count]))
 
     def live(self, *splits: str) -> RecordTable:
         """The live records of the given splits, sorted by id."""
-        marks = ",".join("?" * len(splits))
-        query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND split IN ({marks}) ORDER BY id"
-        return _table(self.db.execute(query, splits).fetchall())
+        return _table(self._live(f"split IN ({','.join('?' * len(splits))}) ORDER BY id", *splits))
 
     def at(self, rows: Iterable[int]) -> RecordTable:
         """The live private records in the given image rows, sorted by id."""
-        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND split='train' AND erased=''"
-        records = (self.db.execute(query, (int(row),)).fetchone() for row in rows)
-        return _table(sorted(record for record in records if record))
+        return _table(sorted(record for row in rows for record in self._live("row=? AND split='train'", int(row))))
 
     def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
-        """The live private records of one published cluster, sorted by id; with "" those of none yet.
+        """The live private records of a published cluster, of "" those in none yet, sorted by id; without `leaving`."""
+        return _table(self._live("split='train' AND cluster=? ORDER BY id", cluster, leaving=leaving))
 
-        Args:
-            cluster: its key.
-            leaving: ids that count as erased already.
-        """
-        query = f"SELECT {COLUMNS} FROM records WHERE split='train' AND cluster=? AND erased='' ORDER BY id"
-        return _table([row for row in self.db.execute(query, (cluster,)) if row[0] not in leaving])
+    def _live(self, condition: str, *values: object, leaving: Collection[str] = ()) -> list[tuple[Any, ...]]:
+        query = f"SELECT id,row,label,owner,content,cluster FROM records WHERE erased='' AND {condition}"
+        return [row for row in self.db.execute(query, values) if row[0] not in leaving]
 
     def touched(self) -> frozenset[str]:
         """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
@@ -220,10 +197,6 @@ class Catalog:
         """Ids of private records with this content hash, sorted; also erased ones that are not purged yet."""
         return self._values("SELECT id FROM records WHERE content=? AND split!='public' ORDER BY id", content)
 
-    def private_ids(self) -> list[str]:
-        """Ids of all records but public ones."""
-        return self._values("SELECT id FROM records WHERE split!='public'")
-
     def contents(self) -> list[str]:
         """The content hashes of all records."""
         return self._values("SELECT content FROM records")
@@ -264,27 +237,26 @@ class Catalog:
         return bool(self.db.execute(query, (self.salted(purpose, name),)).fetchone())
 
     # slices and manifests
-    def add_slice(self, row: SliceRow, rows: Iterable[int]) -> None:
-        """Registers a slice whose checkpoint is on disk, with the image rows of its members."""
+    def add_slice(self, row: SliceRow, rows: Iterable[int], epochs: Mapping[int, str] = MappingProxyType({})) -> None:
+        """Registers a slice whose checkpoint is on disk.
+
+        Args:
+            row: what is known of it.
+            rows: image rows of its members.
+            epochs: {step: digest of the parameters' bytes} of its earlier epochs.
+        """
         self._slices = None
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
-
-    def add_epochs(self, digest: str, params: dict[int, str]) -> None:
-        """Registers earlier epochs of a slice: {step: digest of the parameters' bytes}."""
-        rows = [(digest, step, params[step]) for step in sorted(params)]
-        self.db.executemany("INSERT OR REPLACE INTO epochs VALUES(?,?,?)", rows)
+        steps = [(row.digest, *epoch) for epoch in sorted(epochs.items())]
+        self.db.executemany("INSERT OR REPLACE INTO epochs VALUES(?,?,?)", steps)
 
     def epochs(self, digest: str) -> dict[int, str]:
         """{step: digest of the parameters' bytes} of a slice's earlier epochs."""
         return dict(self.db.execute("SELECT step,params_digest FROM epochs WHERE slice=? ORDER BY step", (digest,)))
 
-    def slice(self, digest: str) -> SliceRow | None:
-        row = self.db.execute("SELECT * FROM slices WHERE digest=?", (digest,)).fetchone()
-        return SliceRow(*row) if row else None
-
     def slices(self) -> Mapping[str, SliceRow]:
-        """{digest: row} of all registered slices. Asking again costs microseconds as long as none has changed."""
+        """{digest: row} of all registered slices; read once, and again after a change."""
         version = self.db.execute("PRAGMA data_version").fetchone()[0]  # counts the commits of other connections
         if self._slices is None or self._slices_version != version:
             self._slices = {row[0]: SliceRow(*row) for row in self.db.execute("SELECT * FROM slices")}
@@ -293,9 +265,8 @@ class Catalog:
 
     def drop_slice(self, digest: str) -> None:
         self._slices = None
-        self.db.execute("DELETE FROM slices WHERE digest=?", (digest,))
-        self.db.execute("DELETE FROM members WHERE slice=?", (digest,))
-        self.db.execute("DELETE FROM epochs WHERE slice=?", (digest,))
+        for table, column in (("slices", "digest"), ("members", "slice"), ("epochs", "slice")):
+            self.db.execute(f"DELETE FROM {table} WHERE {column}=?", (digest,))
 
     def rows_of(self, digest: str) -> np.ndarray:
         """int64 [m]: image rows of a slice's members, ascending."""
@@ -335,12 +306,12 @@ class Catalog:
         self,
         clustering: str,
         fingerprint: str,
-        recipe_constants_digest: str,
+        constants: str,
         entries: dict[str, str],
         moved: Iterable[tuple[str, str]],
     ) -> int:
-        """Makes a state the current one: its entries, and the cluster of each record that moved, as (id, key)."""
-        head = (None, time.time(), clustering, fingerprint, recipe_constants_digest)
+        """Makes a state the current one; `moved` has the (id, key) of each record that changed its cluster."""
+        head = (None, time.time(), clustering, fingerprint, constants)
         version = int(self.db.execute("INSERT INTO manifests VALUES(?,?,?,?,?)", head).lastrowid or 0)
         rows = [(version, *entry) for entry in sorted(entries.items())]
         self.db.executemany("INSERT INTO entries VALUES(?,?,?)", rows)
@@ -390,7 +361,7 @@ def sample_rank(seed: int, name: str) -> bytes:
 
 
 def _table(rows: Sequence[tuple[Any, ...]]) -> RecordTable:
-    """Rows of `COLUMNS` as columns."""
-    columns = (tuple(map(operator.itemgetter(i), rows)) for i in range(6))  # zip(*rows) is slow for long tables
-    ids, image_rows, labels, owners, contents, clusters = columns
+    """Rows of `Catalog._live` as columns."""
+    # zip(*rows) is slow for long tables
+    ids, image_rows, labels, owners, contents, clusters = (tuple(map(operator.itemgetter(i), rows)) for i in range(6))
     return RecordTable(ids, np.array(image_rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

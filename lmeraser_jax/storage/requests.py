@@ -21,19 +21,11 @@ from lmeraser_jax.storage.catalog import Catalog
 STATES = ("accepted", "planned", "re-tuning", "published", "purged")
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
-EMPTY: dict[str, Any] = {
-    "targets": "",  # salted digest of the names that were given: tells another erasure from the same one
-    **{"requester": "", "reason": "", "owners": [], "quarantine": False, "states": []},
-    **{"records": [], "erased_before": [], "shared": [], "members": {}, "clusters": []},
-    "work": {
-        "images": 0,
-        "images_full": 0,
-        "steps": 0,
-        "seconds": 0.0,
-        "clusters_tuned": 0,
-        "program": "",
-        "batch": [],
-    },
+COUNTS = ("images", "images_full", "steps", "clusters_tuned")
+EMPTY: dict[str, Any] = {  # what a publication fills in
+    "states": [],
+    "clusters": [],
+    "work": dict.fromkeys(COUNTS, 0) | {"seconds": 0.0, "program": "", "batch": []},
     "manifest": {"before": 0, "after": 0},
     "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
 }
@@ -41,55 +33,32 @@ EMPTY: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """The records that a request names.
+    """The records that a request names, by id."""
 
-    Attributes:
-        live: ids that are erased with it.
-        erased: ids that were erased before: nothing to do for them.
-        pending: ids that another request, accepted before, erases.
-        owners: the owners it names.
-    """
-
-    live: tuple[str, ...]
-    erased: tuple[str, ...] = ()
-    pending: tuple[str, ...] = ()
-    owners: tuple[str, ...] = ()
+    live: tuple[str, ...]  # erased with it
+    erased: tuple[str, ...]  # erased before: nothing to do for them
+    pending: tuple[str, ...]  # another request, accepted before, erases them
 
 
 @dataclasses.dataclass(frozen=True)
 class Due:
-    """Whether it is time to serve the requests that wait.
+    """Whether it is time to serve the requests that wait."""
 
-    Attributes:
-        waiting: requests that are not finished.
-        age: seconds since the oldest of them was accepted.
-        now: a limit is reached, or none was given.
-        left: seconds until the oldest has waited long enough; None where no time limit was given.
-        room: requests that may still arrive before the batch is full; None where no limit was given.
-    """
-
-    waiting: int
-    age: float
-    now: bool
-    left: float | None = None
-    room: int | None = None
+    waiting: int  # requests that are not finished
+    age: float  # seconds since the oldest of them was accepted
+    now: bool  # a limit is reached, or none was given
+    left: float | None = None  # seconds until the oldest has waited long enough; None: no limit
+    room: int | None = None  # requests that may still arrive before the batch is full; None: no limit
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One erasure request.
+    """One erasure request."""
 
-    Attributes:
-        id: given by the user, or made up; the name of its receipt.
-        created: seconds since the epoch.
-        state: one of `STATES`.
-        body: the fields of its receipt; grows from state to state, holds salted hashes instead of ids.
-    """
-
-    id: str
-    created: float
-    state: str
-    body: dict[str, Any]
+    id: str  # given by the user, or made up; the name of its receipt
+    created: float  # seconds since the epoch
+    state: str  # one of `STATES`
+    body: dict[str, Any]  # the fields of its receipt: salted hashes instead of ids
 
     @property
     def open(self) -> bool:
@@ -97,27 +66,15 @@ class Request:
 
 
 def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), contents: Sequence[str] = ()) -> Targets:
-    """Looks up what a request names.
-
-    Args:
-        catalog: of the workdir.
-        ids: record ids.
-        owners: also all records of these owners, hold-out and test images included.
-        contents: also all private records whose pixels have these content hashes.
-
-    Raises:
-        UserError: lists every unknown id and owner; nothing is erased then.
-    """
+    """Looks up what a request names (`accept`). Raises `UserError`, which lists every unknown id and owner."""
     raise_all(_check_names(ids, owners))
-    owners = tuple(dict.fromkeys(owners))
     owned = {owner: catalog.owned(owner) for owner in owners}
     alike = {content: catalog.same_pixels(content) for content in contents}
     names = list(dict.fromkeys(name for group in (ids, *owned.values(), *alike.values()) for name in group))
     known = catalog.known(names)
-    erased = tuple(name for name in names if name not in known and catalog.is_tombstoned(name))
-    pending = tuple(name for name in names if name in known and known[name][3])
-    unknown = [name for name in names if name not in known and name not in set(erased)]
-    strangers = [owner for owner in owners if not owned[owner] and not catalog.is_tombstoned(owner, "owner")]
+    absent = {name: catalog.is_tombstoned(name) for name in names if name not in known}
+    unknown = [name for name, erased in absent.items() if not erased]
+    strangers = [owner for owner in owned if not owned[owner] and not catalog.is_tombstoned(owner, "owner")]
     public = [name for name in known if known[name][0] == "public"]
     problems = [_unknown_records(catalog, unknown)] if unknown else []
     if strangers:
@@ -128,14 +85,15 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
     if public:
         problems.append(f"public records trained the backbone and cannot be erased: {join_limited(public, 50)}")
     raise_all(problems, "nothing is erased:")
-    done = {*erased, *pending}
-    return Targets(tuple(name for name in names if name not in done), erased, pending, owners)
+    pending = tuple(name for name in names if name in known and known[name][3])
+    live = tuple(name for name in names if name in known and not known[name][3])
+    return Targets(live, tuple(absent), pending)
 
 
 def _unknown_records(catalog: Catalog, unknown: Sequence[str]) -> str:
     hints = [
         f"did you mean {join_limited(known, 3)} (another Unicode form)?"
-        for known in lookalikes(unknown, catalog.private_ids()).values()
+        for known in lookalikes(unknown, catalog.live("train", "holdout", "test").ids).values()
     ]
     hint = " ".join([*hints[:5], "(lmeraser inspect --records lists the ids)"])
     return f"unknown records: {join_limited(unknown, 50)} {hint}"
@@ -156,15 +114,11 @@ def accept(
     Args:
         catalog: of the workdir; the writer lock is not needed.
         ids: record ids.
-        owners: also everything of these owners; their later images are refused, too.
+        owners: also all their records, hold-out and test images included; their later images are refused, too.
         request: an id; a second request with it is the same request. Made up where empty.
         requester, reason: kept in the receipt for good, so no personal data belongs here.
-        quarantine: take the clusters of these records out of routing from this moment on.
+        quarantine: take the clusters of these records out of routing from this moment on; a second call may add it.
         contents: also all private records whose pixels have these content hashes.
-
-    Returns:
-        The request; the earlier one if its id was used before for the same erasure, with quarantine added where this
-        call wants it.
 
     Raises:
         UserError: unknown records, nothing named, an id in use for another erasure. Nothing is changed then.
@@ -180,18 +134,18 @@ def accept(
         targets = resolve(catalog, ids, owners, contents)
         clusters = catalog.clusters_of(targets.live)
         body = EMPTY | {
-            "targets": given,
+            "targets": given,  # tells another erasure from the same one
             "requester": requester,
             "reason": reason,
             "quarantine": quarantine,
             "records": [catalog.salted("tombstone", record) for record in targets.live],
             "erased_before": [catalog.salted("tombstone", record) for record in targets.erased],
             "shared": [catalog.salted("tombstone", record) for record in targets.pending],
-            "owners": [catalog.salted("owner", owner) for owner in targets.owners],
+            "owners": [catalog.salted("owner", owner) for owner in dict.fromkeys(owners)],
             "members": dict(sorted(Counter(clusters.values()).items())),
         }
         catalog.erase(targets.live, name)
-        for owner in targets.owners:
+        for owner in owners:
             catalog.add_tombstone("owner", owner)
         if quarantine:
             _quarantine(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
@@ -200,15 +154,13 @@ def accept(
 
 def _refuse_another(earlier: Request, given: str, requester: str, reason: str) -> None:
     """Refuses an id that an earlier, different request has."""
-    differences = []
-    if earlier.body["targets"] != given:
-        differences.append("for another erasure")
-    if requester and requester != earlier.body["requester"]:
-        differences.append("by another requester")
-    if reason and reason != earlier.body["reason"]:
-        differences.append("for another reason")
-    if differences:
-        uses = " and ".join(differences)
+    conflicts = {
+        "for another erasure": earlier.body["targets"] != given,
+        "by another requester": requester and requester != earlier.body["requester"],
+        "for another reason": reason and reason != earlier.body["reason"],
+    }
+    if any(conflicts.values()):
+        uses = " and ".join(use for use, applies in conflicts.items() if applies)
         raise UserError(f"--request={earlier.id}: was used {uses}; give this one another id, or none")
 
 
@@ -268,24 +220,24 @@ def _check_request(ids: Sequence[str], owners: Sequence[str], request: str, requ
 def _check_names(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
     """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
     assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
-    bad = [shorten(name) for name in (*ids, *owners) if not name or not _is_text(name)]
+    names = [name for name in (*ids, *owners) if not name or name.encode(errors="replace").decode() != name]
+    bad = [shorten(name) for name in names]
     return [f"ids and owners must be text in UTF-8 and not empty; these are not: {join_limited(bad)}"] if bad else []
 
 
-def _is_text(name: str) -> bool:
-    return name.isascii() or name.encode(errors="replace").decode() == name
-
-
 def get(catalog: Catalog, name: str) -> Request | None:
-    row = catalog.db.execute("SELECT id,created,state,body FROM requests WHERE id=?", (name,)).fetchone()
-    return _request(*row) if row else None
+    requests = _select(catalog, "WHERE id=?", name)
+    return requests[0] if requests else None
 
 
 def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
     """All requests, or those that are not purged yet, oldest first."""
-    where = "WHERE state!='purged'" if only_open else ""
-    rows = catalog.db.execute(f"SELECT id,created,state,body FROM requests {where} ORDER BY created,id")
-    return [_request(*row) for row in rows.fetchall()]
+    return _select(catalog, "WHERE state!='purged'" if only_open else "")
+
+
+def _select(catalog: Catalog, condition: str, *values: str) -> list[Request]:
+    query = f"SELECT id,created,state,body FROM requests {condition} ORDER BY created,id"
+    return [Request(*row[:3], json.loads(row[3])) for row in catalog.db.execute(query, values)]
 
 
 def any_open(catalog: Catalog) -> bool:
@@ -294,13 +246,7 @@ def any_open(catalog: Catalog) -> bool:
 
 
 def due(catalog: Catalog, max_wait: float | None = None, max_batch: int | None = None) -> Due:
-    """Whether it is time to serve the requests that wait.
-
-    Args:
-        catalog: of the workdir.
-        max_wait: seconds that the oldest request may wait; None: no limit.
-        max_batch: requests that may wait; None: no limit.
-    """
+    """Whether the oldest request waits since `max_wait` seconds, `max_batch` wait, or any where neither is a limit."""
     waiting = listed(catalog, only_open=True)
     if not waiting:
         return Due(0, 0.0, False)
@@ -311,20 +257,13 @@ def due(catalog: Catalog, max_wait: float | None = None, max_batch: int | None =
     return Due(len(waiting), age, not limits or min(limits) <= 0, left, room)
 
 
-def advance(catalog: Catalog, names: Iterable[str], state: str, facts: Collection[tuple[str, Any]] = ()) -> None:
-    """Brings requests to a later state; one that is there already, or further, stays as it is.
-
-    Args:
-        catalog: of the workdir.
-        names: request ids.
-        state: one of `STATES`.
-        facts: fields of their bodies that this step sets.
-    """
+def advance(catalog: Catalog, names: Iterable[str], state: str, **facts: Any) -> None:
+    """Brings requests to a later state and sets fields of their bodies; leaves those that are as far or further."""
     with catalog.transaction():
         for name in names:
             request = get(catalog, name)
             if request is not None and STATES.index(request.state) < STATES.index(state):
-                _write(catalog, dataclasses.replace(request, state=state, body=request.body | dict(facts)))
+                _write(catalog, dataclasses.replace(request, state=state, body=request.body | facts))
 
 
 def lift_quarantine(catalog: Catalog, names: Iterable[str]) -> None:
@@ -351,7 +290,3 @@ def _store(catalog: Catalog, request: Request) -> Request:
         (request.id, request.created, request.state, text),
     )
     return request
-
-
-def _request(name: str, created: float, state: str, body: str) -> Request:
-    return Request(name, created, state, EMPTY | json.loads(body))

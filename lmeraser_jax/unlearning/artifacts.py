@@ -52,7 +52,7 @@ def expected_params(catalog: Catalog, ref: str) -> str | None:
     """The digest that the parameters of a slice must have; None where the catalog does not know it."""
     name, step = split_reference(ref)
     if not step:
-        row = catalog.slice(name)
+        row = catalog.slices().get(name)
         return row.params_digest if row else None
     return catalog.epochs(name).get(step)
 
@@ -75,7 +75,7 @@ def load_slice(run: "Run", ref: str) -> "Slice":
         raise UserError(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
         raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
-    row = run.catalog.slice(name)
+    row = run.catalog.slices().get(name)
     if row is not None and row.cluster == SliceKind.COMMON:
         return as_slice(arrays, name[:12])
     return as_slice(arrays, name[:12], run.tuning_spec.own_architecture)

@@ -185,7 +185,7 @@ def rebuild_slice(run: Run, ref: str) -> Slice | None:
         ref: its reference; with a step, the earlier epoch.
     """
     name, step = split_reference(ref)
-    row, records = run.catalog.slice(name), run.catalog.at(run.catalog.rows_of(name))
+    row, records = run.catalog.slices().get(name), run.catalog.at(run.catalog.rows_of(name))
     if row is None or len(records) != row.size:
         return None
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, tuning=Tuning(**json.loads(row.tuning))))
@@ -207,7 +207,7 @@ def _is_near(run: Run, manifest: Manifest, published: State, rebuilt: State, sec
         return False
     fingerprint = manifest.fingerprint
     if section == "parameters":
-        row = run.catalog.slice(slice_of(published["slices"][key]))
+        row = run.catalog.slices().get(slice_of(published["slices"][key]))
         fingerprint = row.fingerprint if row is not None else run.fingerprint
     numbers, others = _numbers(published[section][key]), _numbers(rebuilt[section][key])
     if fingerprint == run.fingerprint or numbers.shape != others.shape:

@@ -162,8 +162,8 @@ def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
 def register(run: Run, wanted: Plan, written: WrittenSlice) -> None:
     """Registers a slice that is on disk, and its snapshots."""
     with run.catalog.transaction():
-        run.catalog.add_slice(written.row._replace(clustering=wanted.clustering.digest), written.rows)
-        run.catalog.add_epochs(written.row.digest, written.epochs)
+        row = written.row._replace(clustering=wanted.clustering.digest)
+        run.catalog.add_slice(row, written.rows, written.epochs)
 
 
 def tune_missing(run: Run, wanted: Plan, missing: Mapping[str, Target]) -> None:

@@ -31,13 +31,8 @@ def publish(run: Run, wanted: Plan, before: Manifest | None, changed: bool, seco
     with catalog.transaction():
         if changed:
             assert tainted(run, catalog.erased(served)).by_member.isdisjoint(map(slice_of, wanted.entries.values()))
-            version = catalog.publish(
-                wanted.clustering.digest,
-                run.fingerprint,
-                wanted.recipe_constants_digest,
-                dict(wanted.entries),
-                wanted.moved,
-            )
+            constants, entries = wanted.recipe_constants_digest, dict(wanted.entries)
+            version = catalog.publish(wanted.clustering.digest, run.fingerprint, constants, entries, wanted.moved)
             catalog.set_clustering(wanted.clustering.digest, wanted.required_slices)
             catalog.event("publish", version=version, clusters=len(wanted.entries))
         waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
@@ -48,7 +43,7 @@ def publish(run: Run, wanted: Plan, before: Manifest | None, changed: bool, seco
             facts = {"work": work, "clusters": _changes(run, request, wanted, before), "purged": removed}
             facts["manifest"] = {"before": before.version if before else 0, "after": version}
             facts["members"] = {}  # names clusters, and a cluster's name is a digest of its sampled ids
-            requests.advance(catalog, [request.id], "published", list(facts.items()))
+            requests.advance(catalog, [request.id], "published", **facts)
         requests.lift_quarantine(catalog, served)
         requests.relocate(catalog, served)
         catalog.unpin(wanted.unpinned)

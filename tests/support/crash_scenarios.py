@@ -162,7 +162,7 @@ def needles(folder: Path, ids: Sequence[str]) -> Needles:
             wanted[f"feature of {name}"] = run.features(table).tobytes()
             for digest in (digest for digest in catalog.slices() if row in catalog.rows_of(digest)):
                 wanted[f"slice {digest}"] = digest.encode()
-                wanted[f"params of {digest}"] = catalog.slice(digest).params_digest.encode()
+                wanted[f"params of {digest}"] = catalog.slices()[digest].params_digest.encode()
                 files = sorted(run.layout.slice(digest).rglob("d/*"), key=lambda path: path.stat().st_size)
                 packed = files[-1].read_bytes()  # parameters lie compressed
                 wanted[f"parameters of {digest}"] = packed[len(packed) // 2 :][:64]

@@ -248,7 +248,7 @@ def test_what_a_new_clustering_changes_is_counted_where_no_member_was_erased(wor
     def published(run):
         """{cluster key: (ids of its members, images of its slice)}"""
         entries = run.catalog.manifest().entries
-        return {key: (run.catalog.members(key).ids, run.catalog.slice(ref).images) for key, ref in entries.items()}
+        return {key: (run.catalog.members(key).ids, run.catalog.slices()[ref].images) for key, ref in entries.items()}
 
     with small_run(workdir) as run:
         sampled = run.catalog.sample("train", 30).ids

@@ -80,16 +80,16 @@ def test_a_slice_is_readable_before_it_is_registered_and_registered_before_it_is
     layout, order = Layout(tmp_path / "run"), []
     add_slice, publish = Catalog.add_slice, Catalog.publish
 
-    def add_and_read(catalog, row, rows):
+    def add_and_read(catalog, row, *members):
         assert arrays_digest(checkpoints.load(layout.slice(row.digest))[0]) == row.params_digest
         order.append("registered")
-        add_slice(catalog, row, rows)
+        add_slice(catalog, row, *members)
 
     def publish_and_read(catalog, clustering, *args):
         entries = next(arg for arg in args if isinstance(arg, dict))
         for digest in entries.values():
             params = arrays_digest(checkpoints.load(layout.slice(digest))[0])
-            assert params == catalog.slice(digest).params_digest
+            assert params == catalog.slices()[digest].params_digest
         assert (layout.clustering(clustering) / "clustering.npz").is_file()
         order.append("published")
         return publish(catalog, clustering, *args)

@@ -229,7 +229,7 @@ class History(RuleBasedStateMachine):
     def expected_slice(self, key):
         """The slice of a cluster from the model's own records."""
         names, labels = self.run.catalog.members(key).ids, {item.id: item.label for item in ITEMS}
-        steps = self.run.catalog.slice(self.run.catalog.manifest().entries[key]).steps
+        steps = self.run.catalog.slices()[self.run.catalog.manifest().entries[key]].steps
         images, labels = [PIXELS[name] for name in names], [labels[name] for name in names]
         return fake_slice(self.run.tuning_spec, self.run.backbone, key, images, labels, steps)
 
