@@ -1,8 +1,6 @@
-"""Checkpoints. The only file that imports Orbax, and only to write: TensorStore alone reads, many times faster.
+"""Checkpoints: Orbax writes a flat tree, {"blocks/0/fc1/kernel": array}, as Zarr arrays in an OCDBT database.
 
-A tree of arrays is saved flat, as {"blocks/0/fc1/kernel": array}, by an Orbax `CheckpointManager` in a
-hidden folder; the folder is synced and renamed into place, so it is there completely or not at all. Orbax writes
-every array as Zarr into an OCDBT database. Neither JAX nor Orbax is loaded to read one.
+Only this file imports Orbax, and only to write. TensorStore reads many times faster, without JAX.
 """
 
 import contextlib
@@ -10,6 +8,7 @@ import errno
 import json
 import logging
 import math
+import operator
 import os
 import shutil
 from collections.abc import Mapping
@@ -67,21 +66,16 @@ def save(
     step: int = 0,
     earlier: Mapping[int, Arrays] = MappingProxyType({}),
 ) -> None:
-    """Writes a checkpoint, and earlier ones of the same training, completely or not at all.
+    """Writes a checkpoint, and those of `earlier` steps of its training, completely or not at all.
 
-    Args:
-        folder: their own folder; replaced if it exists.
-        arrays: flat tree.
-        metadata: JSON kept beside it.
-        step: its number in the folder.
-        earlier: {smaller step: flat tree}.
+    Replaces the folder: everything is written to a hidden one, which is synced and renamed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with _manager(temporary) as manager:
-            for number, tree in sorted([*earlier.items(), (step, arrays)], key=lambda pair: pair[0]):
+            for number, tree in sorted({**earlier, step: arrays}.items(), key=operator.itemgetter(0)):
                 _write(manager, number, tree, metadata)
         atomic_files.publish_folder(temporary, folder)
     except BaseException:
@@ -115,8 +109,7 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
     """Reads a step, the newest by default: arrays on the host, metadata, step. Nothing is unpickled.
 
     Raises:
-        UserError: it is missing or damaged: its files can be read, but no checkpoint is in them, or its description
-            calls for more than they can hold.
+        UserError: it is missing or damaged: its files can be read, but hold no checkpoint.
         OSError: its files cannot be read now, which says nothing about what they hold.
     """
     if not folder.is_dir():
@@ -130,7 +123,11 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
         if not isinstance(notes["metadata"], dict):
             raise ValueError("its metadata is no JSON object")
         arrays = _read_arrays(folder / str(step) / "arrays", disk_use(folder))
-        return arrays | {name: _empty(*kind) for name, kind in notes["empty"].items()}, notes["metadata"], step
+        for name, (dtype, shape) in notes["empty"].items():
+            if 0 not in shape:
+                raise ValueError(f"an array of shape {shape} is noted as empty")
+            arrays[name] = np.zeros(shape, dtype)
+        return arrays, notes["metadata"], step
     except MemoryError:
         raise
     except Exception as error:  # TensorStore raises nearly every kind over damaged files
@@ -168,21 +165,13 @@ def _check_readable(folder: Path) -> None:
                 (Path(parent) / name).read_bytes()
 
 
-def _empty(dtype: str, shape: list[int]) -> np.ndarray:
-    """An array without elements, as `save` noted it."""
-    if 0 not in shape:
-        raise ValueError(f"an array of shape {shape} is noted as empty")
-    return np.zeros(shape, dtype)
-
-
 def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":
     import jax
     import orbax.checkpoint as ocp
 
     # Process 0 of several writes alone: Orbax must neither wait for the others nor make folders together with them.
-    alone = ocp.options.MultiprocessingOptions()
-    if jax.process_count() > 1:
-        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    active = {0} if jax.process_count() > 1 else None
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=active)
     handlers = {
         "arrays": ocp.StandardCheckpointHandler(multiprocessing_options=alone),
         "metadata": ocp.JsonCheckpointHandler(multiprocessing_options=alone),

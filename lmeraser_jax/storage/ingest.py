@@ -17,7 +17,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
 
 PIECE = 512  # images in memory at a time
-LISTED = 100  # records in a message
+LISTED = 100  # changed records in a message
 BINDING = (
     *("source", "path", "dataset", "train_split", "holdout_split", "test_split", "public_split"),
     *("test_share", "holdout", "split_by", "owner_pattern", "labels", "csv_columns", "train_limit", "test_limit"),
@@ -66,40 +66,29 @@ def check_images(layout: Layout, catalog: Catalog) -> None:
         )
 
 
-def import_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
-    """Adds the records of the configured source that the workdir does not have yet. Erased ids stay out.
+def import_source(layout: Layout, catalog: Catalog, source: Source, config: Config, adding: bool = False) -> Imported:
+    """Brings in the records of a source that the workdir does not have yet. Erased ids stay out.
 
     Pixels are appended and synced first; the records become live in one transaction, so an interrupted
     import leaves nothing but bytes that the next one truncates. Rotten pixels of known records are written again.
 
+    Args:
+        layout, catalog, config: of the workdir.
+        source: the configured one, or another one.
+        adding: take all training images of another source and no others; limits do not apply.
+
     Raises:
         UserError: everything that makes the source unusable, or does not fit what was imported before.
     """
-    positions = limit_positions(source.items, config.data.train_limit, config.data.test_limit)
-    return _import(layout, catalog, source, positions, config)
-
-
-def add_source(layout: Layout, catalog: Catalog, source: Source, config: Config) -> Imported:
-    """Adds the training images of another source to a workdir that has data, as `import_source` adds its own.
-
-    The source may be small, one image of one class; limits do not apply. Shares draw hold-out and test images.
-
-    Raises:
-        UserError: as `import_source`; also an owner who would fall on both sides.
-    """
-    assert catalog.get("dataset") is not None, "adding joins what an import has made"
-    positions = [position for position, item in enumerate(source.items) if item.split == "train"]
-    imported = _import(layout, catalog, source, positions, config)
-    return dataclasses.replace(imported, left_out=len(source.items) - len(positions))
-
-
-def _import(layout: Layout, catalog: Catalog, source: Source, positions: list[int], config: Config) -> Imported:
-    """Adds the records at the given rising positions of a source."""
-    before, heading = catalog.get("dataset"), f"{source.name} cannot be imported:"
+    before, heading, data = catalog.get("dataset"), f"{source.name} cannot be imported:", config.data
+    assert before is not None or not adding, "adding joins what an import has made"
+    if adding:
+        positions = [position for position, item in enumerate(source.items) if item.split == "train"]
+    else:
+        positions = limit_positions(source.items, data.train_limit, data.test_limit)
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
-    lines = problems(picked, first=before is None) + _check_shares(picked, config.data)
-    lines += _check_dataset(picked, before) + _check_sides(catalog, picked, config)
-    raise_all(lines, heading)
+    lines = problems(picked, first=before is None) + _check_shares(picked, data)
+    raise_all(lines + _check_dataset(picked, before) + _check_sides(catalog, picked, config), heading)
     dataset = before or {
         "settings": import_settings(config),
         "classes": list(source.class_names),
@@ -110,19 +99,21 @@ def _import(layout: Layout, catalog: Catalog, source: Source, positions: list[in
     file.truncate(catalog.rows_used())
     start = len(file)
     check_images(layout, catalog)
-    intake = _Intake(catalog, file, config.data.skip_unreadable)
+    intake = _Intake(catalog, file, config)
     try:
-        intake.read(source, positions, dataset["classes"], config)
-        if before is None:
-            intake.problems += _check_classes(intake, config.data, len(source.class_names))
-        if intake.unreadable and not config.data.skip_unreadable:
+        intake.read(source, positions, dataset["classes"])
+        lines = intake.problems
+        if before is None and not lines:
+            lines = _check_classes(intake, data, len(source.class_names))
+        if intake.unreadable and not data.skip_unreadable:
             heading = f"{heading[:-1]}; images that cannot be read are left out with --config.data.skip_unreadable:"
-        raise_all(intake.problems, heading)
+        raise_all(lines, heading)
     except UserError:
         file.truncate(start)
         raise
     file.sync()
-    return intake.commit(dataset, source.name, start)
+    imported = intake.commit(dataset, source.name, start)
+    return dataclasses.replace(imported, left_out=len(source.items) - len(positions)) if adding else imported
 
 
 def _pieces(positions: list[int]) -> Iterator[tuple[int, int]]:
@@ -136,48 +127,59 @@ def _pieces(positions: list[int]) -> Iterator[tuple[int, int]]:
 class _Intake:
     """Sorts arriving records into new, known, erased and unreadable ones, piece by piece."""
 
-    def __init__(self, catalog: Catalog, file: RowFile, skip_unreadable: bool):
-        self.catalog, self.file, self.skip = catalog, file, skip_unreadable
-        self.hashes = set(catalog.contents())
+    def __init__(self, catalog: Catalog, file: RowFile, config: Config):
+        self.catalog, self.file, self.config = catalog, file, config
+        self.tombstones, self.hashes = catalog.tombstones(), set(catalog.contents())
         self.items: list[Item] = []  # the new ones
-        self.contents: list[str] = []
+        self.contents: list[str] = []  # their content hashes
         self.problems: list[str] = []
         self.unreadable: list[str] = []  # ids
-        self.owners: dict[str, bool] = {"": False}  # whether an owner was erased
-        self.tombstones = catalog.tombstones()
-        self.duplicates = self.changed = 0
-        self.counts = {"known": 0, "erased": 0, "converted": 0, "mended": 0}
+        self.counts = {"known": 0, "erased": 0, "duplicates": 0, "converted": 0, "mended": 0}
 
-    def read(self, source: Source, positions: list[int], classes: list[str], config: Config) -> None:
+    def read(self, source: Source, positions: list[int], classes: list[str]) -> None:
         """Reads the images at some positions and appends the pixels of new records."""
-        label_of = {name: label for label, name in enumerate(classes)}
+        label_of, changed = {name: label for label, name in enumerate(classes)}, []
         with progress("import", len(positions)) as shown:
             for first, stop in _pieces(positions):
                 interrupt.raise_if_stopped()
                 items = []
                 for item in source.items[first:stop]:
                     label = label_of[source.class_names[item.label]]
-                    item = assign_split(item, config.data, config.seed)
+                    item = assign_split(item, self.config.data, self.config.seed)
                     items.append(item if item.label == label else item._replace(label=label))  # a new one costs memory
-                new = self._take(items, source.read(first, stop))
-                if len(new) and not self.problems:
+                new = self._take(items, source.read(first, stop), changed)
+                if len(new) and not self.problems and not changed:
                     self.file.append(new)
                 shown.advance(stop - first)
+        if changed:
+            names = join_limited(changed, LISTED)
+            reason = "have other pixels or another label than in the workdir; an id may stand for one image only"
+            self.problems.append(f"these records {reason}: {names}")
 
-    def _take(self, items: list[Item], pixels: Pixels) -> np.ndarray:
+    def _take(self, items: list[Item], pixels: Pixels, changed: list[str]) -> np.ndarray:
         """Notes the records of a piece; returns the images of those that are new."""
         known, new = self.catalog.known(item.id for item in items), []
         self.counts["converted"] += pixels.converted
         for position, (item, image) in enumerate(zip(items, pixels.images, strict=True)):
+            reason = pixels.unreadable.get(position)
             if self._is_erased(item, item.id in known):
                 self.counts["erased"] += 1
-            elif position in pixels.unreadable:
-                self._note_unreadable(item, pixels.unreadable[position], item.id in known)
+            elif reason is not None and item.id in known and self.config.data.skip_unreadable:
+                self.counts["known"] += 1  # it keeps the pixels that it has
+            elif reason is not None:
+                self.unreadable.append(item.id)
+                if not self.config.data.skip_unreadable:
+                    self.problems.append(f"{item.id}: {reason}")
             elif item.id in known:
-                self._recognise(item, image, *known[item.id][1:3])
+                self.counts["known"] += 1
+                _, content, label, _ = known[item.id]
+                if (content, label) == (content_hash(image), item.label):
+                    self._mend(item.id, image, content)
+                else:
+                    changed.append(item.id)
             else:
                 content = content_hash(image)
-                self.duplicates += content in self.hashes
+                self.counts["duplicates"] += content in self.hashes
                 self.hashes.add(content)
                 self.items.append(item)
                 self.contents.append(content)
@@ -186,34 +188,17 @@ class _Intake:
 
     def _is_erased(self, item: Item, known: bool = False) -> bool:
         """Whether a record was erased, or everything of its owner and with it whatever may come later."""
-        if item.owner not in self.owners:
-            self.owners[item.owner] = self.catalog.is_tombstoned(item.owner, "owner")
-        return self.catalog.is_tombstoned(item.id) or (not known and self.owners[item.owner])
+        if self.catalog.salted("tombstone", item.id) in self.tombstones:
+            return True
+        return bool(item.owner) and not known and self.catalog.salted("owner", item.owner) in self.tombstones
 
-    def _recognise(self, item: Item, image: np.ndarray, content: str, label: int) -> None:
-        """A record that the workdir has: it must be the same; where its stored pixels have rotted they are mended."""
-        self.counts["known"] += 1
-        if (content, label) != (content_hash(image), item.label):
-            self.changed += 1
-            if self.changed <= LISTED:
-                self.problems.append(f"{item.id} has other pixels or another label than the record in the workdir")
-            elif self.changed == LISTED + 1:
-                self.problems.append(f"and more than {LISTED} records in all; an id may stand for one image only")
-            return
-        row, view = self.catalog.rows([item.id])[item.id], self.file.view("r+")
+    def _mend(self, name: str, image: np.ndarray, content: str) -> None:
+        """Writes the pixels of a known record again where the stored ones have rotted."""
+        row, view = self.catalog.rows([name])[name], self.file.view("r+")
         if content_hash(view[row]) != content:
             view[row] = image
             view.flush()
             self.counts["mended"] += 1
-
-    def _note_unreadable(self, item: Item, reason: str, known: bool) -> None:
-        """An image that cannot be read; a record that the workdir has keeps the pixels it has."""
-        if known and self.skip:
-            self.counts["known"] += 1
-            return
-        self.unreadable.append(item.id)
-        if not self.skip:
-            self.problems.append(f"{item.id}: {reason}")
 
     def commit(self, dataset: dict[str, Any], source: str, start: int) -> Imported:
         """Makes the new records live in one transaction; their images lie in the rows from `start` on.
@@ -221,10 +206,8 @@ class _Intake:
         An erasure needs no lock: one that named a new record, or its owner, after it was read keeps it out.
         """
         with self.catalog.transaction():
-            late = frozenset[int]()
-            if self.catalog.tombstones() != self.tombstones:
-                self.owners = {"": False}
-                late = frozenset(i for i, item in enumerate(self.items) if self._is_erased(item))
+            self.tombstones = self.catalog.tombstones()
+            late = frozenset(i for i, item in enumerate(self.items) if self._is_erased(item))
             self.file.overwrite(np.array([start + i for i in late], np.int64))
             self.counts["erased"] += len(late)
             added = [i for i in range(len(self.items)) if i not in late]
@@ -235,23 +218,22 @@ class _Intake:
             self.catalog.set("rows", start + len(self.items))
             skipped = len(self.unreadable)  # only their number: events outlive erasures
             self.catalog.event("import", source=source, added=len(added), unreadable=skipped, **self.counts)
-        return Imported(len(added), duplicates=self.duplicates, unreadable=tuple(self.unreadable), **self.counts)
+        return Imported(len(added), unreadable=tuple(self.unreadable), **self.counts)
 
 
 def _check_shares(source: Source, data: Data) -> list[str]:
     """Shares to draw that the source's own images or owners do not allow."""
-    lines = []
+    lines = _check_owners(source) if data.split_by == "owner" else []
     for split, name in (("test", "test_share"), ("holdout", "holdout")):
         count, share = sum(item.split == split for item in source.items), getattr(data, name)
+        folder = getattr(data, f"{split}_split") or split
+        where = f" (--config.data.{split}_split={folder})" if data.source in ("folder", "tfds") else ""
         if count and share:
-            where = ""
-            if data.source in ("folder", "tfds"):
-                where = f" (--config.data.{split}_split={getattr(data, f'{split}_split') or split})"
             lines.append(
                 f"--config.data.{name}={share} would mix drawn images with the {count} {split} images that the source"
                 f" has{where}; use one of them"
             )
-    return lines + (_check_owners(source) if data.split_by == "owner" else [])
+    return lines
 
 
 def _check_owners(source: Source) -> list[str]:
@@ -292,7 +274,7 @@ def _check_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
 def _check_classes(intake: _Intake, data: Data, classes: int) -> list[str]:
     """A classifier needs two classes: shares and unreadable images may leave fewer."""
     labels = {item.label for item in intake.items if item.split == "train"}
-    if intake.problems or len(labels) > 1:
+    if len(labels) > 1:
         return []
     shares = {name: getattr(data, name) for name in ("test_share", "holdout")}
     causes = [f"--config.data.{name}={share}" for name, share in shares.items() if share]

@@ -29,17 +29,14 @@ class SliceRow(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """A published state: clustering digest, fingerprint of the program, {cluster key: slice digest}.
-
-    `recipe_constants_digest` is the digest of everything but the members that a recipe depends on.
-    """
+    """A published state."""
 
     version: int
     created: float
-    clustering: str
-    fingerprint: str
-    recipe_constants_digest: str
-    entries: dict[str, str]
+    clustering: str  # its digest
+    fingerprint: str  # of the program
+    recipe_constants_digest: str  # of everything but the members that a recipe depends on
+    entries: dict[str, str]  # {cluster key: slice reference}
 
     @property
     def clusters(self) -> dict[str, str]:

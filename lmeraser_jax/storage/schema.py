@@ -70,10 +70,9 @@ def connect(path: Path) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
     Raises:
         UserError: a writer's log is there and cannot be read, so that the file alone would show an old state.
     """
-    address = path.absolute().as_uri()
     if not path.exists() or os.access(path.parent, os.W_OK):
-        return sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT, isolation_level=None), None
-    db = sqlite3.connect(f"{address}?mode=ro", uri=True, timeout=LONGEST_WAIT, isolation_level=None)
+        return _open(path, "rwc"), None
+    db = _open(path, "ro")
     try:
         db.execute("SELECT 1 FROM sqlite_master").fetchone()
         return db, None
@@ -85,7 +84,12 @@ def connect(path: Path) -> tuple[sqlite3.Connection, tuple[int, ...] | None]:
             f"{path} is being written by another process, and its log cannot be read in a folder that this process"
             " cannot write to; try again when the writer has finished, or get write access to the folder"
         )
-    return sqlite3.connect(f"{address}?mode=ro&immutable=1", uri=True, isolation_level=None), stamp
+    return _open(path, "ro&immutable=1"), stamp
+
+
+def _open(path: Path, mode: str) -> sqlite3.Connection:
+    address = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT, isolation_level=None)
 
 
 def file_stamp(path: Path) -> tuple[int, ...]:
@@ -112,16 +116,12 @@ def create(db: sqlite3.Connection) -> None:
 
 def refuse_other_version(db: sqlite3.Connection, path: Path) -> None:
     """Raises `UserError` unless a catalog has the tables of this release."""
-    version = _version(db)
+    (version,) = db.execute("PRAGMA user_version").fetchone()
     if version != VERSION:
         raise UserError(
             f"{path} has catalog version {version}; this release reads version {VERSION} only: use the release that"
             " made the workdir, or train again in a new --workdir"
         )
-
-
-def _version(db: sqlite3.Connection) -> int:
-    return db.execute("PRAGMA user_version").fetchone()[0]
 
 
 def damages(path: Path) -> list[str]:
@@ -134,16 +134,16 @@ def damages(path: Path) -> list[str]:
         return [f"{path.name} is {'a folder' if path.is_dir() else 'missing'}"]
     if path.stat().st_size < SMALLEST:
         return [f"{path.name} is no SQLite file"]
-    mode = "mode=ro" if os.access(path.parent, os.W_OK) else "mode=ro&immutable=1"
-    address = f"{path.absolute().as_uri()}?{mode}"
+    mode = "ro" if os.access(path.parent, os.W_OK) else "ro&immutable=1"
     try:
-        with contextlib.closing(sqlite3.connect(address, uri=True, timeout=LONGEST_WAIT)) as db:
+        with contextlib.closing(_open(path, mode)) as db:
             lines = [" ".join(row[0].split()) for row in db.execute(f"PRAGMA integrity_check({SHOWN})")]
             if lines != ["ok"]:
                 return lines
-            if _version(db) != VERSION:
-                return [f"it has catalog version {_version(db)}, this release reads version {VERSION}"]
+            refuse_other_version(db, path)
             return _undecodable(db)
+    except UserError as error:
+        return [str(error)]
     except sqlite3.OperationalError as error:
         if "UTF-8" in str(error):
             return [str(error)]
@@ -163,18 +163,14 @@ def _undecodable(db: sqlite3.Connection) -> list[str]:
     return [f"{count} rows of {table} hold no JSON" for table, count in counts.items() if count]
 
 
-def is_locked(error: sqlite3.Error) -> bool:
-    """Whether SQLite gave up waiting for another process."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[None]:
     """Says which file is damaged or locked, and what can be done, instead of SQLite's own words."""
     try:
         yield
     except sqlite3.OperationalError as error:
-        if not is_locked(error):  # full disk, not readable: the command line says it
+        locked = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in locked:  # full disk: the command line says it
             raise
         raise UserError(
             f"{path} is locked by another process, which has been writing to it for too long; let it finish or end it"

@@ -1,7 +1,6 @@
 """The paths of a workdir, and the lock that lets one process write to it."""
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -93,13 +92,10 @@ def read_config(layout: Layout) -> dict[str, Any] | None:
 
 
 def refuse_links(layout: Layout) -> None:
-    """Refuses a workdir in which a file or folder is a symbolic link: what is written or purged must lie inside.
+    """Raises `UserError` where a file or folder is a symbolic link: what is written or purged must lie inside.
 
     Looks at the entries of the workdir and of its folders; deeper ones are never written in place, and a removal
     does not follow links. The workdir itself may be reached through a link.
-
-    Raises:
-        UserError: names the links.
     """
     inside = list(os.scandir(layout.root))
     folders = [entry for entry in inside if entry.is_dir(follow_symlinks=False)]
@@ -123,11 +119,13 @@ def writer_lock(layout: Layout, wait: float = 0) -> Iterator[None]:
         wait: seconds to wait for another writer.
 
     Raises:
-        UserError: another process holds it, also after the wait (the message names its pid and host), or the
-            workdir holds symbolic links.
+        UserError: another process holds it, also after the wait, or the workdir holds symbolic links.
     """
     _make_private(layout.root)
-    with _lock_file(layout) as file:
+    if layout.lock.is_symlink():
+        refuse_links(layout)
+    handle = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with open(handle, "r+b", buffering=0) as file:
         _acquire(layout, file, wait)
         refuse_links(layout)  # not before: the other writer may be renaming folders
         file.truncate(0)
@@ -155,34 +153,16 @@ def _make_private(root: Path) -> None:
     """Makes the workdir, open to its user alone; its parents are made as the user's umask says."""
     root.parent.mkdir(parents=True, exist_ok=True)
     root.mkdir(mode=0o777 & ~PRIVATE, exist_ok=True)
-    mode = root.stat().st_mode
-    if mode & PRIVATE:
-        with contextlib.suppress(PermissionError):  # somebody else's folder that this user may write to
-            root.chmod(mode & 0o777 & ~PRIVATE)
-
-
-def _lock_file(layout: Layout) -> BinaryIO:
-    """The lock file, made if need be, open without following a link."""
-    try:
-        return os.fdopen(os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+b", buffering=0)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            refuse_links(layout)
-        if error.errno == errno.EISDIR:
-            raise UserError(
-                f"{layout.lock} must be a file that locks the workdir; remove it: {error.strerror}"
-            ) from error
-        raise
+    with contextlib.suppress(PermissionError):  # somebody else's folder that this user may write to
+        root.chmod(root.stat().st_mode & 0o7777 & ~PRIVATE)
 
 
 def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
     """Takes the lock, or raises `UserError` when another process still holds it after so many seconds."""
     end, announced = time.monotonic() + wait, False
     while True:
-        try:
+        with contextlib.suppress(BlockingIOError):
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
         interrupt.raise_if_stopped()
         holder = f"{layout.root} is being written by {_holder(file)}"
         if time.monotonic() >= end:
@@ -195,6 +175,6 @@ def _acquire(layout: Layout, file: BinaryIO, wait: float) -> None:
 
 
 def _holder(file: BinaryIO) -> str:
-    """What the lock file says of the process that holds it, whatever somebody has put there."""
+    """What the lock file says of the process that holds it, unless somebody else wrote there."""
     text = os.pread(file.fileno(), HOLDER_BYTES, 0).decode(errors="replace").strip()
     return text if text.startswith("process ") and text.isprintable() else "another process"

@@ -12,7 +12,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import load
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage.ingest import Imported, add_source
+from lmeraser_jax.storage.ingest import Imported, import_source
 
 if TYPE_CHECKING:  # both load JAX, which refusing a source does without
     from lmeraser_jax.unlearning.build import BuildReport
@@ -37,7 +37,7 @@ def add(run: "Run", source: Source) -> "tuple[Imported, BuildReport]":
     from lmeraser_jax.unlearning.build import build
 
     assert run.writable, "adding needs a run that holds the writer lock"
-    imported = add_source(run.layout, run.catalog, source, run.config)
+    imported = import_source(run.layout, run.catalog, source, run.config, adding=True)
     return imported, build(run)
 
 
