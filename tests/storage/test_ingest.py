@@ -14,7 +14,7 @@ from lmeraser_jax.data.source import Item, Pixels
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest, requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.ingest import Imported, add_source, image_file, import_source
+from lmeraser_jax.storage.ingest import Imported, image_file, import_source
 from lmeraser_jax.storage.workdir import Layout
 
 
@@ -74,11 +74,9 @@ def test_records_that_have_changed_are_refused(workdir, monkeypatch):
         return Pixels(images)
 
     message = refusal(workdir, numbered_source(40, read=read))
-    assert [f"id-{i:05d} has other pixels" in message for i in (2, 3, 7, 8)] == [False, True, True, False]
-    message = refusal(
-        workdir, with_items([item._replace(label=(item.label + 1) % 3) for item in numbered_source().items])
-    )
-    assert message.count("has other pixels or another label") == 3 and "and more than 3 records in all" in message
+    assert "have other pixels or another label" in message and message.endswith(": id-00003, id-00007")
+    relabelled = with_items([item._replace(label=(item.label + 1) % 3) for item in numbered_source().items])
+    assert refusal(workdir, relabelled).endswith("id-00000, id-00001, id-00002, ... (30 in all)")
 
 
 def test_order_of_the_source_does_not_matter(tmp_path):
@@ -174,13 +172,13 @@ def test_owners_keep_their_side(workdir):
     config = Config(data=Data(split_by="owner", holdout=0.2))
     items = [Item(f"id-{i:05d}", "train", i % 3, f"owner-{i // 4}") for i in range(40)]
     import_source(layout, catalog, with_items(items[:30]), config)
-    assert add_source(layout, catalog, with_items(items), config).added == 10
+    assert import_source(layout, catalog, with_items(items), config, adding=True).added == 10
     held = set(catalog.live("holdout").owners)
     assert held and not held & set(catalog.live("train").owners)
     catalog.db.execute("UPDATE records SET split='test' WHERE owner='owner-2'")
     late = [*items, Item("id-00040", "train", 0, "owner-2")]
     with pytest.raises(UserError, match=r"on both sides: owner-2 \(test in the workdir, train here\)"):
-        add_source(layout, catalog, with_items(late), config)
+        import_source(layout, catalog, with_items(late), config, adding=True)
 
 
 def test_limits(workdir):

@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(built, tmp_path):
     with copied(built[0][MIXED], tmp_path / "run") as run:
         before, rows = state(run), run.layout.images.read_bytes()
         for source, message in (
-            (changed(known, {known.items[0].id}, lambda label: label), "has other pixels or another label"),
+            (changed(known, {known.items[0].id}, lambda label: label), "have other pixels or another label"),
             (with_shape(other, (4, 16, 1)), r"images are \[4, 16, 1\], those of the workdir \[8, 8, 1\]"),
             (with_classes(other, "x"), "classes that the workdir does not have: x0"),
             (without(other, {item.id for item in other.items}), "there is no training image"),

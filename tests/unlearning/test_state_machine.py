@@ -24,7 +24,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.ingest import add_source
+from lmeraser_jax.storage.ingest import import_source
 from lmeraser_jax.unlearning import artifacts, audit, build, erase, purge, receipts, rollback
 from lmeraser_jax.unlearning import run as runs
 from lmeraser_jax.unlearning.run import prepare_run
@@ -108,7 +108,7 @@ class History(RuleBasedStateMachine):
     @rule(numbers=st.sets(st.integers(0, len(ITEMS) - 1), min_size=1, max_size=12), now=st.booleans())
     def add(self, numbers, now):
         chosen = [ITEMS[i] for i in sorted(numbers)]
-        add_source(self.run.layout, self.run.catalog, self.source(chosen), CONFIG)
+        import_source(self.run.layout, self.run.catalog, self.source(chosen), CONFIG, adding=True)
         self.live |= {item.id for item in chosen} - self.erased - {i for i in OWNERS if OWNERS[i] in self.erased_owners}
         self.changed = True
         if now:
