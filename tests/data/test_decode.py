@@ -64,21 +64,6 @@ def test_pixels_are_those_of_plain_pillow(rng, target):
         np.testing.assert_array_equal(grey.images[0, ..., 0], reference(image.convert("L"), *target))
 
 
-def test_shrinking_is_antialiased():
-    """A fine chequerboard becomes even grey; point sampling would keep black or white."""
-    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
-    images = decode.decode([encoded(Image.fromarray(np.stack([board] * 3, -1)))], 8, 8, 3).images
-    assert abs(images.astype(int) - 128).max() < 16
-
-
-def test_wide_and_high_images_lose_their_ends_and_are_not_squeezed():
-    pixels = np.zeros((8, 24, 3), np.uint8)
-    pixels[:, 8:16] = np.arange(8, dtype=np.uint8)[None, :, None]
-    high = np.ascontiguousarray(pixels.transpose(1, 0, 2))
-    images = decode.decode([encoded(Image.fromarray(array)) for array in (pixels, high)], 8, 8, 3).images
-    np.testing.assert_array_equal(images, [pixels[:, 8:16], high[8:16]])
-
-
 def test_files_and_bytes_agree_whatever_the_suffix(tmp_path, rng):
     raw = [encoded(picture(rng, 20, 14)), encoded(picture(rng, 9, 33), "JPEG")]
     files = [tmp_path / "a.png", tmp_path / "b.png"]

@@ -101,11 +101,6 @@ def test_roles_are_folders_of_any_name(tmp_path):
     }
 
 
-def test_the_whole_folder_may_be_the_training_images(tmp_path):
-    tree(tmp_path, "a/1.png", "b/2.png")
-    assert records(load(tmp_path, train_split=".")) == {"a/1.png": ("train", "a", ""), "b/2.png": ("train", "b", "")}
-
-
 def test_overlapping_roles_are_refused(tmp_path):
     tree(tmp_path, "train/a/1.png", "train/b/2.png", "train2/b/2.png", "test/a/3.png")
     (tmp_path / "link").symlink_to(tmp_path / "test")
@@ -153,16 +148,6 @@ def test_pixels_have_the_stored_size(root):
     assert shapes == [(7, 7, 3), (12, 12, 3), (9, 4, 3)]
     with Image.open(root / "train/cat/b.png") as image:
         np.testing.assert_array_equal(load(root).read(1, 2).images[0], np.asarray(image))
-
-
-def test_unreadable_files_have_their_positions(root):
-    torn = root / "train/cat/b.png"
-    torn.write_bytes(torn.read_bytes()[:60])
-    (root / "train/dog/c.PNG").write_bytes(b"")
-    (root / "test/dog/f.png").write_bytes(b"GIF89a no image")
-    source = load(root)
-    assert set(source.read(0, 6).unreadable) == {1, 2, 5} and set(source.read(1, 2).unreadable) == {0}
-    assert source.read(0, 1).unreadable == {} and source.read(0, 1).images.shape == (1, 8, 8, 3)
 
 
 # classes

@@ -1,22 +1,17 @@
 """TensorFlow Datasets as a source: sets really written as array_record files are read back, without TensorFlow."""
 
-import contextlib
 import io
 import itertools
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from helpers import small_source
 from PIL import Image
 from tfds_sets import (
-    KINDS,
     NAMES,
     RECORDS,
-    data_of,
     encoded,
     example,
     labelled,
@@ -27,13 +22,10 @@ from tfds_sets import (
     write_standard,
 )
 
-from lmeraser_jax.config import Config, Data
+from lmeraser_jax.config import Data
 from lmeraser_jax.data import load as load_module
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.source import Source, limit_positions, problems
-from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.ingest import image_file, import_source
-from lmeraser_jax.storage.workdir import Layout
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +55,6 @@ def test_items_and_pixels_are_those_that_were_written(folder):
     for name, image in images_of(source).items():
         split, _, index = name.partition("/")
         np.testing.assert_array_equal(image, pixels_of(split, int(index)))
-
-
-def test_ids_of_the_set_itself(folder):
-    """They repeat in every split here, so the base split is part of the id."""
-    source = load(folder, "named", holdout_split="validation")
-    assert problems(source) == []
-    assert [item.id for item in source.items][:2] == ["train/img_0", "train/img_1"]
-    assert {item.id for item in source.items if item.split == "holdout"} == {f"validation/img_{i}" for i in range(8)}
-    np.testing.assert_array_equal(images_of(source)["test/img_5"], pixels_of("test", 5))
 
 
 SLICES = [
@@ -197,14 +180,6 @@ def test_mixed_sizes_and_formats(tmp_path, rng):
     np.testing.assert_array_equal(found.images[2], rgb)
 
 
-def test_grey_images_stay_grey(tmp_path):
-    records = [{"image": encoded(pixels_of("train", i, (28, 28, 1))), "label": i % 3} for i in range(5)]
-    write(tmp_path, "grey", labelled(shape=(28, 28, 1)), {"train": records, "test": records[:2]})
-    source = load(tmp_path, "grey")
-    assert source.shape == (28, 28, 1)
-    np.testing.assert_array_equal(source.read(4, 7).images[0], pixels_of("train", 4, (28, 28, 1)))
-
-
 def test_corrupt_images_are_reported_not_dropped(tmp_path):
     def broken(index: int) -> io.BytesIO:
         content = encoded(pixels_of("train", index)).getvalue()
@@ -241,26 +216,3 @@ def test_nothing_needs_tensorflow(folder, monkeypatch):
 
 
 # the whole path
-def test_a_workdir_of_a_written_set(tmp_path):
-    """The digits through array_record files: the workdir holds their very pixels, labels and owners."""
-    plain = small_source(train=60, test=12, public=20)
-    images = plain.read(0, len(plain.items)).images
-    records: dict[str, list[dict[str, Any]]] = {"train": [], "test": [], "public": []}
-    for item, image in zip(plain.items, images, strict=True):
-        records[item.split].append({"image": encoded(image), "label": item.label, "id": f"{item.owner}.{item.id}"})
-    write(tmp_path, "scans", labelled(plain.class_names, plain.shape, id=KINDS.Text()), records)
-    config = Config(data=data_of(tmp_path, "scans", public_split="public", owner_pattern="(hand-[0-9]+)"))
-    layout = Layout(tmp_path / "run")
-    layout.prepare()
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        assert import_source(layout, catalog, load_module.load(config.data), config).added == 92
-        assert import_source(layout, catalog, load_module.load(config.data), config).known == 92
-        stored = image_file(layout, catalog).view()
-        for split in ("train", "test", "public"):
-            wanted = {f"{split}/{i.owner}.{i.id}": (i, p) for i, p in zip(plain.items, images) if i.split == split}
-            table = catalog.live(split)
-            assert sorted(wanted) == list(table.ids)
-            for name, row, label, owner in zip(table.ids, table.rows, table.labels, table.owners, strict=True):
-                item, image = wanted[name]
-                assert (label, owner) == (item.label, item.owner)
-                np.testing.assert_array_equal(stored[row], image)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lmeraser_jax.data.decode import decode
-from lmeraser_jax.data.transforms import ImageSpec, augmented, centred, resize_matrix
+from lmeraser_jax.data.transforms import ImageSpec, augmented, centred
 from lmeraser_jax.models import zoo
 
 # height, width, channels, size, resize: shrunk and enlarged, wide and high, with and without a border to crop
@@ -74,23 +74,6 @@ def test_each_channel_has_its_own_normalisation():
         got, scaled = np.asarray(run(spec)), np.asarray(run(plain))
         assert np.ptp(scaled) <= 1.0
         np.testing.assert_allclose(got, (scaled - np.float32(mean)) / np.float32(std), atol=1e-5)
-
-
-def test_one_number_normalises_every_channel_and_equal_sizes_change_nothing_else():
-    one = spec_of(12, 12, 3, 12, 12, mean=(0.4,), std=(0.25,))
-    three = dataclasses.replace(one, mean=(0.4,) * 3, std=(0.25,) * 3)
-    images = pixels_of(one, 2)
-    np.testing.assert_array_equal(np.asarray(centred(images, one)), np.asarray(centred(images, three)))
-    np.testing.assert_allclose(np.asarray(centred(images, one)), (images / 255.0 - 0.4) / 0.25, atol=1e-6)
-
-
-def test_resize_matrix_rows_are_averages():
-    for old, new in ((7, 7), (5, 12), (40, 9), (1, 6), (6, 1)):
-        matrix = resize_matrix(old, new)
-        assert matrix.shape == (new, old) and matrix.dtype == np.float32
-        assert (matrix >= 0).all()
-        np.testing.assert_allclose(matrix.sum(axis=1), 1, atol=1e-6)
-        np.testing.assert_array_equal(matrix, matrix[::-1, ::-1])  # neither end is favoured
 
 
 def test_grey_fills_three_channels():
