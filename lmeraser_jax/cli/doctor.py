@@ -22,8 +22,7 @@ def define(flags: common.Flags) -> None:
 
 def run(arguments: common.Arguments) -> int:
     diagnosis = doctor.examine(common.workdir_of(arguments, must_exist=False), arguments["fix"])
-    fields = ("component", "message", "remedy", "state")
-    problems = [{name: getattr(problem, name) for name in fields} for problem in diagnosis.problems]
+    problems = [problem._asdict() for problem in diagnosis.problems]
     common.show(arguments, diagnosis.table(), {"healthy": diagnosis.healthy, "problems": problems})
     if diagnosis.healthy:
         return 0

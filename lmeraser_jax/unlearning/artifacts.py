@@ -1,23 +1,18 @@
 """What a run keeps in files: slices, their earlier epochs, and clusterings; and which of them are tainted.
 
-A manifest names a slice by a reference: its digest, or "digest@step" for an earlier epoch of it.
-
-A slice is tainted by an erased record in two ways: as a member, whose pixels the slice has seen; or as one of the
-sample, which decided who the members are. A slice that the live records call for has no erased member, and its members
-follow from the present clustering; so the second way matters only for slices that are kept all the same: pinned ones,
-and those of older states.
+A slice is tainted by an erased record in two ways: as a member, or as one of the sample, which decided who the members
+are. The second way matters only for slices that are kept whatever the live records call for: pinned and older ones.
 """
 
-import dataclasses
 import io
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.hashing import arrays_digest
+from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.catalog import Catalog
@@ -32,15 +27,15 @@ if TYPE_CHECKING:
 AGAIN = "; lmeraser train on the same workdir makes it again"
 
 
-def reference(digest: str, step: int = 0) -> str:
-    """How a manifest names a slice; step 0 is the finished one."""
-    return f"{digest}@{step}" if step else digest
+def reference(name: str, step: int = 0) -> str:
+    """How a manifest names a slice: its digest, or "digest@step" for an earlier epoch of it."""
+    return f"{name}@{step}" if step else name
 
 
 def split_reference(ref: str) -> tuple[str, int]:
-    """The digest and the step of a reference."""
-    digest, _, step = ref.partition("@")
-    return digest, int(step or 0)
+    """The digest and the step of a reference; step 0 is the finished slice."""
+    name, _, step = ref.partition("@")
+    return name, int(step or 0)
 
 
 def slice_of(ref: str) -> str:
@@ -51,10 +46,10 @@ def slice_of(ref: str) -> str:
 def expected_params(catalog: Catalog, ref: str) -> str | None:
     """The digest that the parameters of a slice must have; None where the catalog does not know it."""
     name, step = split_reference(ref)
-    if not step:
-        row = catalog.slices().get(name)
-        return row.params_digest if row else None
-    return catalog.epochs(name).get(step)
+    if step:
+        return catalog.epochs(name).get(step)
+    row = catalog.slices().get(name)
+    return row.params_digest if row else None
 
 
 def load_slice(run: "Run", ref: str) -> "Slice":
@@ -76,20 +71,14 @@ def load_slice(run: "Run", ref: str) -> "Slice":
     if arrays_digest(arrays) != params:
         raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
     row = run.catalog.slices().get(name)
-    if row is not None and row.cluster == SliceKind.COMMON:
-        return as_slice(arrays, name[:12])
-    return as_slice(arrays, name[:12], run.tuning_spec.own_architecture)
+    common = row is not None and row.cluster == SliceKind.COMMON
+    return as_slice(arrays, name[:12], None if common else run.tuning_spec.own_architecture)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:
+    texts = {"sample": np.array(clustering.sample, np.str_), "keys": np.array(clustering.keys, np.str_)}
     buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        sample=np.array(clustering.sample, np.str_),
-        labels=clustering.labels,
-        keys=np.array(clustering.keys, np.str_),
-        prototypes=clustering.prototypes,
-    )
+    np.savez(buffer, labels=clustering.labels, prototypes=clustering.prototypes, **texts)
     write_bytes(layout.clustering(clustering.digest) / "clustering.npz", buffer.getvalue())
 
 
@@ -99,13 +88,17 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
     try:
         arrays = read_arrays(path)
         sample, keys = (tuple(str(x) for x in arrays[field]) for field in ("sample", "keys"))
+        members: list[list[str]] = [[] for _ in keys]
+        for record, label in zip(sample, arrays["labels"].tolist(), strict=True):
+            members[label].append(record)
+        if sample and tuple(map(digest, members)) != keys:
+            raise ValueError("its keys are not the digests of its sampled ids")
         return Clustering(name, sample, arrays["labels"], keys, arrays["prototypes"])
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError) as error:
         raise UserError(f"{path} cannot be read: {error}{AGAIN}") from error
 
 
-@dataclasses.dataclass(frozen=True)
-class Tainted:
+class Tainted(NamedTuple):
     """Digests of slices that an erased record was a member of, and of those whose clustering had it in its sample."""
 
     by_member: frozenset[str]
@@ -117,18 +110,11 @@ class Tainted:
 
 
 def tainted(run: "Run", erased: Mapping[str, int]) -> Tainted:
-    """The slices in the catalog that some erased records had a part in.
-
-    Args:
-        run: an opened workdir.
-        erased: {id: image row} of the records.
-    """
-    if not erased:
-        return Tainted(frozenset(), frozenset())
+    """The slices in the catalog that some erased records, {id: image row}, had a part in."""
     rows = run.catalog.slices()
-    clusterings = {row.clustering for row in rows.values()}
-    clusterings = {name for name in clusterings if was_sampled(run.layout, name, erased)}
-    by_sample = frozenset(digest for digest, row in rows.items() if row.clustering in clusterings)
+    clusterings = {row.clustering for row in rows.values()} if erased else ()
+    sampled = {name for name in clusterings if was_sampled(run.layout, name, erased)}
+    by_sample = frozenset(name for name, row in rows.items() if row.clustering in sampled)
     return Tainted(run.catalog.slices_of(erased.values()), by_sample)
 
 

@@ -71,12 +71,13 @@ def receipt_body(request: Request) -> dict[str, Any]:
         "request": {
             "id": request.id,
             **{name: body[name] for name in ("requester", "reason", "owners", "quarantine")},
-            "states": [{"state": state, "at": _iso_time(seconds)} for state, seconds in body["states"]],
+            "states": [{"state": state, "at": iso_time(seconds)} for state, seconds in body["states"]],
         },
         "records": {name: body[name] for name in ("records", "erased_before", "shared")},
         **{name: body[name] for name in ("clusters", "work", "manifest", "purged")},
     }
 
 
-def _iso_time(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
+    """A time in UTC, in text that sorts as time does."""
     return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")

@@ -4,7 +4,6 @@ Reads the catalog and the files; loads neither JAX nor Orbax. A receipt may come
 nothing in it is ever taken for a path or for SQL.
 """
 
-import datetime
 import functools
 import importlib.resources
 import itertools
@@ -16,6 +15,7 @@ from typing import Any
 
 import jsonschema
 
+from lmeraser_jax.data.source import SPLITS
 from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
 from lmeraser_jax.storage import checkpoints, requests
@@ -24,7 +24,7 @@ from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning.artifacts import split_reference
-from lmeraser_jax.unlearning.receipts import receipt_body
+from lmeraser_jax.unlearning.receipts import iso_time, receipt_body
 
 LARGEST = 100_000_000  # bytes of a receipt; enough for two million records
 MOST = 20  # findings about the structure of one receipt
@@ -49,45 +49,31 @@ class _Snapshot:
     """A workdir at one moment; names are salted as receipts salt them."""
 
     def __init__(self, layout: Layout, catalog: Catalog):
-        self._layout, self._salted, salted = layout, catalog.salted, catalog.salted
+        self.layout, self.salted, salted = layout, catalog.salted, catalog.salted
         with catalog.snapshot():
             manifests, free_rows = catalog.manifests(), catalog.free_rows()
-            finished = [request for request in requests.listed(catalog) if not request.open]
             slices = dict.fromkeys(_names(layout.slices), 0.0)  # 0: on disk, and unknown to the catalog
             slices |= {name: row.created for name, row in catalog.slices().items()}
             clusterings = dict.fromkeys(_names(layout.clusterings), 0.0)
             clusterings |= {manifest.clustering: manifest.created for manifest in reversed(manifests)}
             self.links = {link.sequence: link for link in catalog.receipts()}
-            self.bodies = {request.id: receipt_body(request) for request in finished}
-            self.unpurged = {request.id: len(catalog.erased([request.id])) for request in finished}
+            self.requests = {request.id: request for request in requests.listed(catalog)}
+            self.unpurged = {name: len(catalog.erased([name])) for name in self.requests}
             self.tombstones = catalog.tombstones()
-            live = catalog.live("train", "holdout", "test", "public").ids
+            live = catalog.live(*SPLITS).ids
             self.live = {
                 "records": {salted("tombstone", name) for name in live},
                 "owners": {salted("owner", name) for name in catalog.owner_splits()},
             }
             self.created = {
-                "slices": {salted("slice", name): seconds for name, seconds in slices.items()},
-                "clusterings": {salted("clustering", name): seconds for name, seconds in clusterings.items()},
+                "slices": {salted("slice", name): iso_time(seconds) for name, seconds in slices.items()},
+                "clusterings": {salted("clustering", name): iso_time(at) for name, at in clusterings.items()},
             }
             self.versions = {manifest.version for manifest in manifests}
             entries = manifests[0].entries if manifests else {}
             self.published = {salted("cluster", key): reference for key, reference in entries.items()}
             self.filled_rows = len(image_file(layout, catalog).filled(free_rows)) if len(free_rows) else 0
             self.orphaned_slices = len(catalog.orphaned_slices())
-
-    def slice(self, cluster: str) -> str:
-        """The published slice of a cluster; empty where there is none."""
-        return self._salted("slice", self.published[cluster]) if cluster in self.published else ""
-
-    def params(self, cluster: str) -> str:
-        """The digest of the published slice's parameters. Raises `UserError` when they cannot be read."""
-        name, step = split_reference(self.published[cluster])
-        return self._salted("params", arrays_digest(checkpoints.load(self._layout.slice(name), step or None)[0]))
-
-
-class _Unusable(ValueError):
-    """A file that holds no receipt; the arguments are findings."""
 
 
 def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path]) -> list[Verdict]:
@@ -106,7 +92,8 @@ def verify_all(layout: Layout, catalog: Catalog) -> list[Verdict]:
     Returns:
         A verdict on the folder, then one for each receipt in the order of the chain.
     """
-    snapshot, verdicts = _Snapshot(layout, catalog), [_folder_verdict(layout, catalog)]
+    snapshot = _Snapshot(layout, catalog)
+    verdicts = [_folder_verdict(layout, snapshot)]
     for link in snapshot.links.values():
         path = layout.receipt(link.request)
         if not requests.LEGAL_NAME.fullmatch(link.request):
@@ -129,22 +116,21 @@ def _names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
-def _folder_verdict(layout: Layout, catalog: Catalog) -> Verdict:
+def _folder_verdict(layout: Layout, snapshot: _Snapshot) -> Verdict:
     """Compares the folder of receipts with the catalog."""
-    links, known = catalog.receipts(), {request.id: request for request in requests.listed(catalog)}
     findings, notes = [], []
-    if [link.sequence for link in links] != list(range(1, len(links) + 1)):
-        findings.append(f"the catalog's chain has gaps: {join_limited(link.sequence for link in links)}")
-    linked = {link.request for link in links}
-    purged = {name for name, request in known.items() if "purged" in dict(request.body["states"])}
+    if list(snapshot.links) != list(range(1, len(snapshot.links) + 1)):
+        findings.append(f"the catalog's chain has gaps: {join_limited(snapshot.links)}")
+    linked = {link.request for link in snapshot.links.values()}
+    purged = {name for name, request in snapshot.requests.items() if "purged" in dict(request.body["states"])}
     if purged - linked:
         findings.append(f"finished requests without a receipt in the catalog: {join_limited(sorted(purged - linked))}")
-    if links and not layout.receipts.is_dir():
+    if linked and not layout.receipts.is_dir():
         findings.append("the folder is missing")
     for name in _names(layout.receipts):
+        request = snapshot.requests.get(name.removesuffix(".json"))
         if name.startswith(".") or name in {f"{request}.json" for request in linked}:
             continue  # being written, or checked on its own
-        request = known.get(name.removesuffix(".json"))
         if request is not None and request.open:
             notes.append(f"{name} belongs to a request that is not finished yet")
         else:
@@ -154,28 +140,19 @@ def _folder_verdict(layout: Layout, catalog: Catalog) -> Verdict:
 
 def _verdict(path: Path, snapshot: _Snapshot, expected: ReceiptLink | None = None) -> Verdict:
     """Checks one file; `expected` is the receipt that it must be, None for any receipt of the workdir."""
-    try:
-        values = _read(path)
-        times = _times(values)
-    except _Unusable as error:
-        return Verdict(str(path), "", error.args)
+    values, findings = _read(path)
+    if findings:
+        return Verdict(str(path), "", tuple(findings))
     request, sequence = values["request"]["id"], values["sequence"]
-    findings = []
     if expected is not None and (request, sequence) != (expected.request, expected.sequence):
         findings.append(f"holds the receipt of {ascii(request)} at place {sequence}, not that of its own request")
     changes, notes = _check_published(values, snapshot)
-    findings += _check_chain(values, snapshot) + _check_states(values, times) + _check_body(values, snapshot)
-    findings += _check_erased(values, snapshot) + changes + _check_purged(values, snapshot, times[-1])
-    return Verdict(str(path), request, tuple(findings), tuple(notes))
+    findings += _check_chain(values, snapshot) + _check_request(values, snapshot) + _check_erased(values, snapshot)
+    return Verdict(str(path), request, (*findings, *changes, *_check_purged(values, snapshot)), tuple(notes))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """The values of a receipt that fits the schema.
-
-    Raises:
-        UserError: there is no file.
-        _Unusable: it holds no receipt.
-    """
+def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The values of a file that fits the schema, or why it is no receipt. Raises `UserError` if it cannot be opened."""
     if not path.is_file():
         raise UserError(f"{path} is no file" if path.exists() else f"{path}: no such file")
     try:
@@ -184,25 +161,15 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     if len(raw) > LARGEST:
-        raise _Unusable(f"is larger than {LARGEST} bytes")
+        return {}, [f"is larger than {LARGEST} bytes"]
     try:
         values = parse_strict_json(raw.decode())
         errors = list(itertools.islice(validator().iter_errors(values), MOST))
     except ValueError as error:
-        raise _Unusable(f"is not JSON: {shorten(str(error), SHOWN)}") from None
+        return {}, [f"is not JSON: {shorten(str(error), SHOWN)}"]
     except RecursionError:
-        raise _Unusable("is nested too deeply") from None
-    if errors:
-        raise _Unusable(*(f"{shorten(error.json_path, SHOWN)}: {shorten(error.message, SHOWN)}" for error in errors))
-    return values
-
-
-def _times(values: Mapping[str, Any]) -> list[float]:
-    """When the request reached each of its states, in seconds since the epoch."""
-    try:
-        return [datetime.datetime.fromisoformat(state["at"]).timestamp() for state in values["request"]["states"]]
-    except ValueError as error:
-        raise _Unusable(f"has a time that does not exist: {shorten(str(error), SHOWN)}") from None
+        return {}, ["is nested too deeply"]
+    return values, [f"{shorten(error.json_path, SHOWN)}: {shorten(error.message, SHOWN)}" for error in errors]
 
 
 def _check_chain(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
@@ -221,38 +188,28 @@ def _check_chain(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     return findings
 
 
-def _check_states(values: Mapping[str, Any], times: Sequence[float]) -> list[str]:
-    """Are the states and their times in order, and is the purge the last one?"""
-    states, findings = [state["state"] for state in values["request"]["states"]], []
+def _check_request(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
+    """Are the states in order and does the catalog say the same? It notes the last state a moment later."""
+    states, times = ([state[field] for state in values["request"]["states"]] for field in ("state", "at"))
+    findings = []
     if states != [state for state in requests.STATES if state in states] or states[-1] != requests.STATES[-1]:
         findings.append(f"has states out of order: {join_limited(states)}")
-    if list(times) != sorted(times):
+    if times != sorted(times):
         findings.append("has states whose times run backwards")
-    return findings
-
-
-def _check_body(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
-    """Does the catalog say the same of the request? It notes the last state a moment later than the receipt."""
-    body = snapshot.bodies.get(values["request"]["id"])
-    if body is None:
-        return ["the catalog knows no finished request of this id"]
-    return [
-        f"says another {name} than the catalog" for name in body if _timeless(values[name]) != _timeless(body[name])
-    ]
-
-
-def _timeless(value: Any) -> Any:
-    """A field of a receipt; the request without its last state."""
-    return value | {"states": value["states"][:-1]} if "states" in value else value
+    request = snapshot.requests.get(values["request"]["id"])
+    if request is None or request.open:
+        return [*findings, "the catalog knows no finished request of this id"]
+    body, given = receipt_body(request), dict(values)
+    for fields in (body, given):
+        fields["request"] = fields["request"] | {"states": fields["request"]["states"][:-1]}
+    return [*findings, *(f"says another {name} than the catalog" for name in body if given[name] != body[name])]
 
 
 def _check_erased(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     """Does everything that it erased stay erased?"""
     records, findings = list(itertools.chain(*values["records"].values())), []
-    for kind, names, verb in (
-        ("records", records, "are"),
-        ("owners", values["request"]["owners"], "have records that are"),
-    ):
+    owners = values["request"]["owners"]
+    for kind, names, verb in (("records", records, "are"), ("owners", owners, "have records that are")):
         unmarked = sum(name not in snapshot.tombstones for name in names)
         live = sum(name in snapshot.live[kind] for name in names)
         if unmarked:
@@ -265,12 +222,12 @@ def _check_erased(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     return findings
 
 
-def _check_purged(values: Mapping[str, Any], snapshot: _Snapshot, purged_at: float) -> list[str]:
+def _check_purged(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     """Is everything that it says was removed still absent?
 
     A slice or clustering of live records may be made again, bit for bit, by a later build; that one is younger.
     """
-    purged, findings = values["purged"], []
+    purged, purged_at, findings = values["purged"], values["request"]["states"][-1]["at"], []
     for kind, created in snapshot.created.items():
         back = [name for name in purged[kind] if created.get(name, purged_at) < purged_at]
         if back:
@@ -290,12 +247,14 @@ def _check_published(values: Mapping[str, Any], snapshot: _Snapshot) -> tuple[li
     findings, replaced = [], 0
     tuned = [cluster for cluster in values["clusters"] if cluster["after"]]
     for cluster in tuned:
-        key = cluster["cluster"]
-        if snapshot.slice(key) != cluster["after"]:
+        key, ref = cluster["cluster"], snapshot.published.get(cluster["cluster"], "")
+        if snapshot.salted("slice", ref) != cluster["after"]:
             replaced += 1
             continue
+        name, step = split_reference(ref)
         try:
-            if snapshot.params(key) != cluster["params"]:
+            arrays, _, _ = checkpoints.load(snapshot.layout.slice(name), step or None)
+            if snapshot.salted("params", arrays_digest(arrays)) != cluster["params"]:
                 findings.append(f"the slice of cluster {key[:12]} has other bytes than it says")
         except UserError as error:
             findings.append(f"the slice of cluster {key[:12]} cannot be read: {error}")

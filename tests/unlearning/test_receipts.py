@@ -349,7 +349,6 @@ def test_crafted_fields(checker, erased):
         (("clusters",), [{}], r"\$.clusters\[0\]"),
         (("clusters", 0, "after"), "../../../etc", "after"),
         (("records", "records"), ["x" * 32], r"records\[0\]"),
-        (first, "2026-99-99T00:00:00.000+00:00", "a time that does not exist"),
         (("request", "states"), [purged] * 2, "out of order"),
         (first, "9999-01-01T00:00:00.000+00:00", "run backwards"),
         (("work", "seconds"), 1e300, "seconds"),
