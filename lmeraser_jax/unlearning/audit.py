@@ -1,15 +1,16 @@
 """Audit: build the state again from the live records, in a temporary place, and compare every bit.
 
-This is the product's proof: if an erased record had left a trace in what is served, a build that never saw it would
-differ. Files and catalog are also searched for leftovers: anything that no manifest refers to.
+If an erased record had left a trace in what is served, a build that never saw it would differ. Files and catalog are
+also searched for leftovers: anything that no manifest refers to.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import random
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,12 @@ State = dict[str, dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The result of an audit.
-
-    Slices are near where another program (library, device kind, lanes) made them: their bits cannot be made here, but
-    all numbers agree within `TOLERANCE` of the slice's largest.
-    """
+    """The result of an audit."""
 
     checked: int  # clusters that were rebuilt
     clusters: int  # clusters in all
     identical: int  # rebuilt slices with the same bits
-    near: int
+    near: int  # slices that another program (library, device kind, lanes) made and whose numbers agree within TOLERANCE
     differences: tuple[str, ...]  # a line for everything that differs or should not be there
 
     @property
@@ -78,7 +75,7 @@ def state(run: Run, keys: Collection[str] | None = None) -> State:
     manifest = run.catalog.manifest()
     assert manifest is not None, "state() needs a published manifest"
     clustering = load_clustering(run.layout, manifest.clustering)
-    records = run.catalog.live("train")
+    records, entries = run.catalog.live("train"), manifest.entries
     contents = zip(records.labels.tolist(), records.owners, records.contents, strict=True)
     return {
         "records": dict(zip(records.ids, contents, strict=True)),
@@ -86,10 +83,8 @@ def state(run: Run, keys: Collection[str] | None = None) -> State:
         "sample": dict(zip(clustering.sample, clustering.labels.tolist(), strict=True)),
         "prototypes": {key: row.tobytes() for key, row in zip(clustering.keys, clustering.prototypes, strict=True)},
         "assignment": dict(zip(records.ids, records.clusters, strict=True)),
-        "slices": dict(manifest.entries),
-        "parameters": {
-            key: _read_leaves(run, ref) for key, ref in manifest.entries.items() if keys is None or key in keys
-        },
+        "slices": dict(entries),
+        "parameters": {key: _read_leaves(run, entries[key]) for key in entries if keys is None or key in keys},
     }
 
 
@@ -108,23 +103,20 @@ def leaves(slice_: Slice) -> dict[str, bytes]:
 
 def differences(published: State, rebuilt: State) -> list[str]:
     """One line for every entry of two states that is not the same, bit for bit."""
-    return [_line(published, *place) for place in _differing(published, rebuilt)]
+    lines = []
+    for section, name in _differing(published, rebuilt):
+        value = published[section].get(name)
+        unreadable = section == "parameters" and isinstance(value, str)
+        lines.append(f"{section} {name}: {value}" if unreadable else f"{section} {name}")
+    return lines
 
 
-def _differing(published: State, rebuilt: State) -> list[tuple[str, str]]:
+def _differing(published: State, rebuilt: State) -> Iterator[tuple[str, str]]:
     """(section, name) of every entry that is not the same."""
-    places = []
     for section, values in published.items():
-        others = rebuilt[section]
-        names = sorted(values.keys() | others.keys())
-        places += [(section, name) for name in names if values.get(name) != others.get(name)]
-    return places
-
-
-def _line(published: State, section: str, name: str) -> str:
-    value = published[section].get(name)
-    problem = f": {value}" if section == "parameters" and isinstance(value, str) else ""
-    return f"{section} {name}{problem}"
+        for name in sorted(values.keys() | rebuilt[section].keys()):
+            if values.get(name) != rebuilt[section].get(name):
+                yield section, name
 
 
 def audit(run: Run, sample: int = 0) -> Verdict:
@@ -147,12 +139,13 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     rebuilt = _rebuild(run, chosen if sample else None)
     _rebuild_pinned(run, rebuilt, chosen)
     published = state(run, chosen)
-    differing = _differing(published, rebuilt)
-    near = {place for place in differing if _is_near(run, manifest, published, rebuilt, *place)}
-    lines = [_line(published, *place) for place in differing if place not in near]
     identical = sum(published["parameters"][key] == rebuilt["parameters"].get(key) for key in chosen)
+    near = [place for place in _differing(published, rebuilt) if _is_near(run, manifest, published, rebuilt, *place)]
+    for section, key in near:
+        rebuilt[section][key] = published[section][key]
     near_slices = sum(section == "parameters" for section, _ in near)
-    return Verdict(len(chosen), len(keys), identical, near_slices, tuple(lines + leftovers(run)))
+    lines = differences(published, rebuilt) + leftovers(run)
+    return Verdict(len(chosen), len(keys), identical, near_slices, tuple(lines))
 
 
 def _rebuild(run: Run, only: frozenset[str] | None) -> State:
@@ -178,12 +171,7 @@ def _rebuild_pinned(run: Run, rebuilt: State, chosen: Collection[str]) -> None:
 
 
 def rebuild_slice(run: Run, ref: str) -> Slice | None:
-    """Tunes one slice again, on its own members and with its own settings; None where a member is no longer live.
-
-    Args:
-        run: a workdir that holds the slice.
-        ref: its reference; with a step, the earlier epoch.
-    """
+    """Tunes a slice, or an earlier epoch of it, again from its own members and settings; None where a member left."""
     name, step = split_reference(ref)
     row, records = run.catalog.slices().get(name), run.catalog.at(run.catalog.rows_of(name))
     if row is None or len(records) != row.size:
@@ -203,20 +191,20 @@ def rebuild_slice(run: Run, ref: str) -> Slice | None:
 
 def _is_near(run: Run, manifest: Manifest, published: State, rebuilt: State, section: str, key: str) -> bool:
     """Whether another program made these numbers, and they agree with the rebuilt ones within the tolerance."""
-    if section not in ("prototypes", "parameters") or not {key} <= published[section].keys() & rebuilt[section].keys():
+    if section not in ("prototypes", "parameters"):
         return False
     fingerprint = manifest.fingerprint
-    if section == "parameters":
+    if section == "parameters" and key in published["slices"]:
         row = run.catalog.slices().get(slice_of(published["slices"][key]))
         fingerprint = row.fingerprint if row is not None else run.fingerprint
-    numbers, others = _numbers(published[section][key]), _numbers(rebuilt[section][key])
+    numbers, others = (_numbers(state_[section].get(key, "")) for state_ in (published, rebuilt))
     if fingerprint == run.fingerprint or numbers.shape != others.shape:
         return False
     return bool(np.abs(numbers - others).max(initial=0) <= TOLERANCE * np.abs(others).max(initial=0))
 
 
 def _numbers(value: bytes | dict[str, bytes] | str) -> np.ndarray:
-    """float32 [n]: the numbers of a prototype or of a slice's leaves; NaN where the slice could not be read."""
+    """float32 [n]: the numbers of a prototype or of a slice's leaves; NaN where there is none that can be read."""
     if isinstance(value, str):
         return np.full(1, np.nan, np.float32)
     return np.frombuffer(b"".join(value.values()) if isinstance(value, dict) else value, np.float32)
@@ -224,9 +212,8 @@ def _numbers(value: bytes | dict[str, bytes] | str) -> np.ndarray:
 
 def _copy_live(run: Run, scratch: Run) -> None:
     """Copies live private and public records in the order of their ids: rows get new numbers."""
-    catalog = scratch.catalog
+    catalog, images = scratch.catalog, run.images
     catalog.set("dataset", run.catalog.get("dataset"))
-    images = run.images
     file = RowFile(scratch.layout.images, images.shape[1:], np.uint8)
     for split in ("train", "public"):
         records, start, contents = run.catalog.live(split), len(file), []
@@ -236,8 +223,7 @@ def _copy_live(run: Run, scratch: Run) -> None:
                 contents += [content_hash(image) for image in piece]  # a rotten image row shows as a difference
                 file.append(piece)
                 shown.advance(len(piece))
-        splits = [split] * len(records)
-        items = [Item(*item) for item in zip(records.ids, splits, records.labels.tolist(), records.owners, strict=True)]
+        items = map(Item, records.ids, itertools.repeat(split), records.labels.tolist(), records.owners)
         with catalog.transaction():
-            catalog.add_records(items, range(start, start + len(items)), contents)
-            catalog.set("rows", start + len(items))
+            catalog.add_records(items, range(start, len(file)), contents)
+            catalog.set("rows", len(file))

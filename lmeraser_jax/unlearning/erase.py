@@ -1,8 +1,7 @@
-"""Erasure requests: what one would cost, accepting one, and serving those that wait (paper 4.3 and 5.3).
+"""Erasure requests: what one would cost, and serving those that wait (paper 4.3 and 5.3).
 
-An erasure is two steps. `storage.requests.accept` marks the records erased in one transaction; this needs neither JAX
-nor the writer lock. Then a build brings the workdir to the state that the remaining records call for; it serves every
-request that waits.
+`storage.requests.accept` marks records erased in one transaction; this needs neither JAX nor the writer lock. Then a
+build brings the workdir to the state that the remaining records call for; it serves every request that waits.
 """
 
 import dataclasses
@@ -93,11 +92,7 @@ def request_erasure(
 
 
 def serve(run: "Run", name: str) -> Erasure:
-    """Serves an accepted request, and with it all others that wait; one that was served before stays as it is.
-
-    Raises:
-        UserError: a cluster's loss was not finite; the request stays open.
-    """
+    """Serves an accepted request, and with it all others that wait; one that was served before stays as it is."""
     request, outcome = requests.get(run.catalog, name), None
     assert request is not None, f"{name} was not accepted"
     if request.open:
@@ -107,14 +102,10 @@ def serve(run: "Run", name: str) -> Erasure:
 
 
 def process(run: "Run") -> "tuple[BuildReport, list[Request]]":
-    """Serves every request that waits, in one build (paper 5.3, batch unlearning).
-
-    Returns:
-        What was done, and the requests that it finished, oldest first.
-    """
+    """Serves every request that waits in one build (paper 5.3, batch unlearning); also gives those that it finished."""
     from lmeraser_jax.unlearning.build import build
 
     known = len(run.catalog.receipts())
     outcome = build(run)
-    finished = [requests.get(run.catalog, link.request) for link in run.catalog.receipts()[known:]]
+    finished = (requests.get(run.catalog, link.request) for link in run.catalog.receipts()[known:])
     return outcome, [request for request in finished if request is not None]

@@ -36,13 +36,7 @@ class Named(NamedTuple):
     owners: tuple[str, ...]
 
 
-class _Line(NamedTuple):
-    """One line: its number, counted from 1, the id and the owner ("" for none), or the problem with it."""
-
-    number: int
-    id: str = ""
-    owner: str = ""
-    problem: str = ""
+_Line = tuple[int, dict[str, str] | str]  # its number, counted from 1; the id and owner in it, or the problem with it
 
 
 def read(path: str) -> Named:
@@ -54,14 +48,13 @@ def read(path: str) -> Named:
     flag = f"--records_file={path}"
     parser = {".csv": _parse_csv, ".jsonl": _parse_jsonl}.get(Path(path).suffix.lower(), _parse_text)
     lines = list(parser(_text(Path(path), flag)))
-    problems = [(line.number, line.problem or _problem(line)) for line in lines]
-    problems = [f"line {number}: {problem}" for number, problem in problems if problem]
+    problems = [f"line {number}: {_problem(values)}" for number, values in lines if _problem(values)]
     raise_all(problems, f"{flag} cannot be used; nothing is erased:", MOST)
     if not lines:
         raise UserError(f"{flag} names nothing; nothing is erased")
-    ids = dict.fromkeys(line.id for line in lines if line.id)
-    owners = dict.fromkeys(line.owner for line in lines if line.owner)
-    return Named(tuple(ids), tuple(owners))
+    ids, owners = ([values.get(kind) for _, values in lines if isinstance(values, dict)] for kind in KINDS)
+    ids, owners = (tuple(name for name in dict.fromkeys(names) if name) for names in (ids, owners))
+    return Named(ids, owners)
 
 
 def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> str:
@@ -115,10 +108,12 @@ def _text(path: Path, flag: str) -> str:
         raise UserError(f"{flag} is not UTF-8 text: {error.reason} in line {line}; save it as UTF-8") from error
 
 
-def _problem(line: _Line) -> str:
-    """Why a parsed line names neither a record nor an owner; empty where it names one."""
-    name = line.id or line.owner
-    if line.id and line.owner:
+def _problem(values: dict[str, str] | str) -> str:
+    """Why a line names neither a record nor an owner; empty where it names one."""
+    if isinstance(values, str):
+        return values
+    name = values.get("id") or values.get("owner") or ""
+    if values.get("id") and values.get("owner"):
         return "names an id and an owner; leave one empty (an owner means all their records)"
     if len(name) > LONGEST:
         return f"longer than {LONGEST} characters"
@@ -127,10 +122,13 @@ def _problem(line: _Line) -> str:
     return "" if name else "names neither an id nor an owner"
 
 
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, with their numbers; splitlines() would cut ids at rarer characters."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
 def _parse_text(text: str) -> Iterator[_Line]:
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would cut ids at rarer characters
-        if line.strip():
-            yield _Line(number, id=line.strip())
+    return ((number, {"id": line.strip()}) for number, line in _lines(text))
 
 
 def _parse_csv(text: str) -> Iterator[_Line]:
@@ -140,40 +138,34 @@ def _parse_csv(text: str) -> Iterator[_Line]:
         names, delimiter = read_header(header, KINDS)
         columns = [name.lower() for name in names]
         if not set(KINDS) & set(columns) or any(columns.count(kind) > 1 for kind in KINDS):
-            legal = "must name one column id, one column owner, or both"
-            yield _Line(1, problem=f"{legal}; is {shorten(header.strip())}")
+            yield 1, f"must name one column id, one column owner, or both; is {shorten(header.strip())}"
             return
         reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
         line = 2
         for row in reader:
             cells = [cell.strip() for cell in row]
             if any(cells) and len(cells) != len(columns):
-                yield _Line(line, problem=f"has {len(cells)} fields, the header has {len(columns)}")
+                yield line, f"has {len(cells)} fields, the header has {len(columns)}"
             elif any(cells):
-                named = dict(zip(columns, cells, strict=True))
-                yield _Line(line, named.get("id", ""), named.get("owner", ""))
+                yield line, dict(zip(columns, cells, strict=True))
             line = reader.line_num + 2  # a row may hold line breaks; the header was read before
     except csv.Error as error:  # where the next row begins is unknown
-        yield _Line(line, problem=f"not CSV: {error}")
+        yield line, f"not CSV: {error}"
 
 
 def _parse_jsonl(text: str) -> Iterator[_Line]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _parse_object(number, line)
+    return ((number, _parse_object(line)) for number, line in _lines(text))
 
 
-def _parse_object(number: int, line: str) -> _Line:
+def _parse_object(line: str) -> dict[str, str] | str:
     """A JSON line. Names are texts: 17 and "17", or 1e3 and 1000, must not be taken for each other."""
     try:
         values = parse_strict_json(line)
     except json.JSONDecodeError as error:
-        return _Line(number, problem=f"not JSON: {error.msg}, column {error.colno}")
+        return f"not JSON: {error.msg}, column {error.colno}"
     except ValueError as error:
-        return _Line(number, problem=f"not JSON: {error}")
+        return f"not JSON: {error}"
     if not isinstance(values, dict):
-        return _Line(number, problem='must be an object such as {"id": "..."}')
+        return 'must be an object such as {"id": "..."}'
     untexted = [kind for kind in KINDS if not isinstance(values.get(kind, ""), str)]
-    if untexted:
-        return _Line(number, problem=f"{' and '.join(untexted)} must be text in quotes")
-    return _Line(number, values.get("id", ""), values.get("owner", ""))
+    return f"{' and '.join(untexted)} must be text in quotes" if untexted else values

@@ -1,7 +1,7 @@
 """Rollback of one cluster to an earlier slice of its own: from another config, fewer records, or an earlier epoch.
 
-Versions that an erased record was part of have been purged; asking for one names the erasure that removed it. A
-rollback pins the cluster: it keeps the slice until it is unpinned or a record that the slice depends on is erased.
+A rollback pins the cluster: it keeps the slice until it is unpinned or a record that the slice depends on is erased.
+Versions that an erased record was part of have been purged; asking for one names the erasure that removed it.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.unlearning.artifacts import load_slice, reference, slice_of, tainted
 
 if TYPE_CHECKING:  # both load JAX, which refusing a flag does without
@@ -58,16 +57,12 @@ def versions(catalog: Catalog, key: str) -> list[Version]:
             users.setdefault(manifest.entries[key], []).append(manifest.version)
     listed = []
     for name in dict.fromkeys(slice_of(ref) for ref in users if slice_of(ref) in rows):
-        row = rows[name]
+        row, batch = rows[name], json.loads(rows[name].tuning)["batch"]
         for step in (0, *sorted(catalog.epochs(name), reverse=True)):
-            ref, epoch = reference(name, step), _epoch(row, step or row.steps)
+            ref, epoch = reference(name, step), (step or row.steps) * batch // row.size
             states = tuple(users.get(ref, ()))
             listed.append(Version(ref, states, epoch, row.size, row.created, ref == current, ref == pin))
     return listed
-
-
-def _epoch(row: SliceRow, step: int) -> int:
-    return step * json.loads(row.tuning)["batch"] // row.size
 
 
 def rollback(run: "Run", key: str, to: str = "") -> "tuple[Version, BuildReport]":
@@ -135,12 +130,10 @@ def choose(catalog: Catalog, key: str, to: str) -> Version:
     """The version that `--to` names; without one the newest that is not current. Raises `UserError` otherwise."""
     known = versions(catalog, key)
     matches = _matches(known, to)
-    if not to and matches:
+    if len(matches) == 1 or matches and not to:
         return matches[0]
     if not to:
         raise UserError(f"cluster {key[:12]} has no other version{_erased_by(catalog, to)}")
-    if len(matches) == 1:
-        return matches[0]
     legal = (f"{','.join(map(str, v.versions)) or '-'} = {v.ref[:12]} (epoch:{v.epoch})" for v in known)
     problem = "means several versions"
     if not matches:
@@ -166,12 +159,10 @@ def _matches(known: list[Version], to: str) -> list[Version]:
 
 def _erased_by(catalog: Catalog, to: str) -> str:
     """Which erasures removed the version that `--to` names, or any version where it names none."""
-    digest, names = catalog.salted("slice", to.partition("@")[0]), []
+    slice_, names = catalog.salted("slice", to.partition("@")[0]), []
     for request in requests.listed(catalog):
-        purged = request.body["purged"]
-        states = purged["manifests"]
-        if (states and not to) or (to.isdecimal() and int(to) in states) or digest in purged["slices"]:
+        states, slices = request.body["purged"]["manifests"], request.body["purged"]["slices"]
+        if (states and not to) or (to.isdecimal() and int(to) in states) or slice_ in slices:
             names.append(request.id)
-    if not names:
-        return ""
-    return f": what came before was made with records that were erased (request {join_limited(names, 5)})"
+    reason = f": what came before was made with records that were erased (request {join_limited(names, 5)})"
+    return reason if names else ""
