@@ -111,6 +111,7 @@ def test_the_audit_makes_pinned_slices_again(run):
         assert verdict.ok and verdict.identical == verdict.clusters, verdict
     name, _ = split_reference(snapshot)
     run.catalog.db.execute("UPDATE slices SET tuning=replace(tuning, '0.03', '0.04') WHERE digest=?", (name,))
+    run.catalog._slices = None  # read again
     assert audit(run).differences == (f"parameters {key}",), "made with other settings than it says"
 
 
