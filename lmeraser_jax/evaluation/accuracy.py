@@ -24,30 +24,19 @@ class ClassScore(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Shares in [0, 1] of right answers; "balanced" is the mean over the classes of the accuracy within the class.
+    """Shares in [0, 1] of right answers; "balanced" is the mean over the classes of the accuracy within the class."""
 
-    Attributes:
-        split: images that were used.
-        images: their number.
-        accuracy, balanced: of the published state.
-        linear, linear_balanced: of the plain linear head, None where it was not asked for.
-        largest: the class with the most training records; the first of several.
-        majority, majority_balanced: of always answering `largest`.
-        classes: one score per class, in the order of the classes.
-        clusters: (key, images routed there, accuracy), most images first.
-    """
-
-    split: str
+    split: str  # whose images were used
     images: int
-    accuracy: float
+    accuracy: float  # of the published state
     balanced: float
-    linear: float | None
+    linear: float | None  # of the plain linear head, None where it was not asked for
     linear_balanced: float | None
-    largest: str
-    majority: float
+    largest: str  # the class with the most training records; the first of several
+    majority: float  # of always answering `largest`
     majority_balanced: float
-    classes: tuple[ClassScore, ...]
-    clusters: tuple[tuple[str, int, float], ...]
+    classes: tuple[ClassScore, ...]  # in the order of the classes
+    clusters: tuple[tuple[str, int, float], ...]  # key, images routed there, accuracy; most images first
 
     def values(self) -> dict[str, Any]:
         scores = {score.name: {"images": score.images, "accuracy": score.accuracy} for score in self.classes}
@@ -67,13 +56,9 @@ class Evaluation:
 
 
 def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | None = None) -> Evaluation:
-    """Evaluates the published state.
+    """Evaluates the published state, or another `model`, on a split: test | holdout | train.
 
-    Args:
-        run: an opened workdir.
-        split: test | holdout | train.
-        linear: also fit the plain linear head on the features of the live training records.
-        model: what answers; by default the published state.
+    With `linear` also a plain linear head, fitted on the features of the live training records.
 
     Raises:
         UserError: the split has no images, or nothing is published.

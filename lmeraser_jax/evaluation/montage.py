@@ -11,39 +11,33 @@ from lmeraser_jax.training.slices import place_prompt
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.run import Run
 
-LABEL, HEADER, GAP = 128, 24, 4  # pixels: the column of names, the row of headings, between tiles
+CLUSTERS, MEMBERS = 8, 10  # rows, and images in each row, at most
+SIDE, LABEL, HEADER, GAP = 64, 128, 24, 4  # pixels: of a tile, the column of names, the row of headings, between tiles
 
 
-def save_montage(run: Run, path: Path, clusters: int = 8, members: int = 10, side: int = 64) -> None:
-    """Draws the largest clusters, a row each: some members, the prompt, and a member with the prompt on it.
-
-    Args:
-        run: a workdir with a published state.
-        path: PNG to write.
-        clusters, members: rows, and images in each row, at most.
-        side: pixels of a tile.
-    """
+def save_montage(run: Run, path: Path) -> None:
+    """Draws the largest published clusters as PNG, a row each: some members, the prompt, a member with the prompt."""
     manifest = run.catalog.manifest()
     assert manifest is not None
     records, images = run.catalog.live("train"), run.images
-    largest = [key for key, _ in Counter(records.clusters).most_common(clusters)]
-    pitch = side + GAP
-    canvas = Image.new("RGB", (LABEL + (members + 2) * pitch + GAP, len(largest) * pitch + HEADER), "white")
+    largest = [key for key, _ in Counter(records.clusters).most_common(CLUSTERS)]
+    pitch = SIDE + GAP
+    canvas = Image.new("RGB", (LABEL + (MEMBERS + 2) * pitch + GAP, len(largest) * pitch + HEADER), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((GAP, 6), "cluster", fill="black")
-    for column, heading in ((0, "members"), (members, "prompt"), (members + 1, "on image")):
+    for column, heading in ((0, "members"), (MEMBERS, "prompt"), (MEMBERS + 1, "on image")):
         draw.text((LABEL + column * pitch, 6), heading, fill="black")
     for place, key in enumerate(largest):
         top = HEADER + place * pitch
         inside = [i for i, cluster in enumerate(records.clusters) if cluster == key]
         draw.text((GAP, top + 16), f"{key[:12]}\n{len(inside)} members", fill="black")
-        shown = np.linspace(0, len(inside) - 1, min(members, len(inside))).astype(int)  # evenly spread by id
+        shown = np.linspace(0, len(inside) - 1, min(MEMBERS, len(inside))).astype(int)  # evenly spread by id
         tiles = [images[records.rows[inside[i]]] / 255.0 for i in shown]
         prompt = _prompt(run, manifest, key)
         prompted = _resized(tiles[0], prompt.shape[0]) + prompt * run.image_spec.std
         visible = prompt / (2 * max(np.abs(prompt).max(), 1e-6)) + 0.5
-        for column, tile in [*enumerate(tiles), (members, visible), (members + 1, prompted)]:
-            canvas.paste(_tile(tile, side), (LABEL + column * pitch, top))
+        for column, tile in [*enumerate(tiles), (MEMBERS, visible), (MEMBERS + 1, prompted)]:
+            canvas.paste(_tile(tile), (LABEL + column * pitch, top))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path)
 
@@ -63,7 +57,7 @@ def _resized(image: np.ndarray, side: int) -> np.ndarray:
     return image[rows][:, columns]
 
 
-def _tile(image: np.ndarray, side: int) -> Image.Image:
-    """An image [h, w, 1 or 3] with values in [0, 1] as a square of `side` pixels."""
-    pixels = np.round(np.clip(_resized(image, side), 0, 1) * 255).astype(np.uint8)
+def _tile(image: np.ndarray) -> Image.Image:
+    """An image [h, w, 1 or 3] with values in [0, 1] as a square of `SIDE` pixels."""
+    pixels = np.round(np.clip(_resized(image, SIDE), 0, 1) * 255).astype(np.uint8)
     return Image.fromarray(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels)

@@ -60,27 +60,18 @@ class ClassRow:
 
 @dataclasses.dataclass(frozen=True)
 class Overview:
-    """A workdir at a glance; sizes in bytes, shares in [0, 1].
-
-    Attributes:
-        expected_share: share of the data that a request for a uniformly drawn unsampled record re-tunes,
-            sum(m_k^2) / N^2 where every cluster has a slice of its own.
-        sampled_share: share of the private records whose erasure also re-clusters.
-        common: how the common head is computed; "" where there is none.
-        classes: of the live training records, largest first.
-        imbalance: records of the largest class over those of the smallest class that has any; 0 without records.
-    """
+    """A workdir at a glance; sizes in bytes, shares in [0, 1]."""
 
     workdir: str
     version: int
     records: dict[str, int]
     backbone: str
-    classes: tuple[ClassRow, ...]
-    imbalance: float
+    classes: tuple[ClassRow, ...]  # of the live training records, largest first
+    imbalance: float  # records of the largest class over those of the smallest that has any; 0 without records
     clusters: tuple[ClusterRow, ...]
-    common: str
-    expected_share: float
-    sampled_share: float
+    common: str  # how the common head is computed; "" where there is none
+    expected_share: float  # of the data, that a request for an unsampled record re-tunes: sum(m_k^2) / N^2
+    sampled_share: float  # of the private records, those whose erasure also re-clusters
     open_requests: int
     disk: dict[str, int]
     warnings: tuple[str, ...]
@@ -90,14 +81,10 @@ class Overview:
 
     def class_table(self) -> str:
         """Classes with their records and shares; of more than `MOST_CLASSES` only the largest and the smallest."""
-        rows, hidden = list(self.classes), 0
-        if len(rows) > MOST_CLASSES:
-            hidden = len(rows) - 2 * END_CLASSES
-            rows = rows[:END_CLASSES] + rows[-END_CLASSES:]
-        width = max(len(row.name) for row in rows)
-        lines = [f"  {row.name:<{width}}{row.records:>9}{row.share:>8.1%}" for row in rows]
-        if hidden:
-            lines.insert(END_CLASSES, f"  ... {hidden} classes between ...")
+        width = max(len(row.name) for row in self.classes)
+        lines = [f"  {row.name:<{width}}{row.records:>9}{row.share:>8.1%}" for row in self.classes]
+        if len(lines) > MOST_CLASSES:
+            lines[END_CLASSES:-END_CLASSES] = [f"  ... {len(lines) - 2 * END_CLASSES} classes between ..."]
         heading = f"training records by class: {len(self.classes)} classes"
         empty = sum(not row.records for row in self.classes)
         if empty:
@@ -175,7 +162,8 @@ def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
 
 def _read(layout: Layout, catalog: Catalog) -> tuple[_Snapshot, Clustering]:
     """A snapshot and its clustering; a later one where a writer has published and purged meanwhile."""
-    for attempt in range(1, ATTEMPTS + 1):
+    attempts = 0
+    while True:
         with catalog.snapshot():  # left before files are read: a writer's purge waits for readers of the catalog
             manifest = catalog.manifest()
             if manifest is None:
@@ -186,9 +174,9 @@ def _read(layout: Layout, catalog: Catalog) -> tuple[_Snapshot, Clustering]:
         try:
             return snapshot, load_clustering(layout, manifest.clustering)
         except UserError:
-            if attempt == ATTEMPTS or catalog.manifest() == manifest:
+            attempts += 1
+            if attempts == ATTEMPTS or catalog.manifest() == manifest:
                 raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _cluster_rows(snapshot: _Snapshot, clustering: Clustering) -> tuple[ClusterRow, ...]:

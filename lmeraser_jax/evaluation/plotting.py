@@ -4,15 +4,12 @@ pyplot and its global state are not used. Matplotlib is imported where it is use
 """
 
 import contextlib
-import functools
 import io
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage.atomic_files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,8 +33,6 @@ STYLE = {
     "svg.hashsalt": "lmeraser",
 }
 NO_DATES = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 
 
 def required() -> None:
@@ -51,7 +46,7 @@ def required() -> None:
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Matplotlib's defaults with `STYLE`, whatever the user's settings are. Raises `UserError` without matplotlib."""
+    """Matplotlib's defaults with `STYLE`, whatever the user's settings are; also a decorator of what draws."""
     required()
     import matplotlib.style
 
@@ -60,19 +55,8 @@ def style() -> Iterator[None]:
         yield
 
 
-def styled(draw: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Runs a function that draws in `style`."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with style():
-            return draw(*args, **kwargs)
-
-    return wrapper
-
-
 def blank(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches that lays itself out. For `styled` functions."""
+    """An empty figure of so many inches that lays itself out. For functions in `style`."""
     from matplotlib.figure import Figure
 
     return Figure((width, height), layout="constrained")
@@ -86,20 +70,9 @@ def ticked(value: float, _: int | None = None) -> str:
     return f"{value:g}"
 
 
-def unlabelled(value: float, _: int | None = None) -> str:
-    """No number: for the ticks between those of a logarithmic axis."""
-    return ""
-
-
-@styled
+@style()
 def picture(figure: "Figure", kind: str) -> bytes:
     """A figure as png, svg or pdf: the same bytes whenever it is drawn."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=DPI, metadata=NO_DATES[kind])
     return buffer.getvalue()
-
-
-def save(figure: "Figure", path: str | Path) -> None:
-    """Writes a picture of the kind that the ending says, completely or not at all."""
-    path = Path(path)
-    write_bytes(path, picture(figure, path.suffix.removeprefix(".")))

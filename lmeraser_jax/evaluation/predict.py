@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmeraser_jax.config import Config
 from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
@@ -35,84 +36,43 @@ ATTEMPTS = 20  # to read a state that writers replace meanwhile
 
 
 class ModelArrays(NamedTuple):
-    """A published state on the devices.
+    """A published state on the devices."""
 
-    `params` is the frozen backbone, `stack` a `Slice` with leading axis K, zeros where there is no slice, `prototypes`
-    float32 [K, D], `present` bool [K], and `common` the `Slice` of the common head, None where there is none.
-    """
-
-    params: Any
-    stack: Slice
-    prototypes: jax.Array
-    present: jax.Array
-    common: Slice | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RoutingOptions:
-    """Which clusters answer, and how their answers are combined; static under `jit`.
-
-    Attributes:
-        nearest: m.
-        all_clusters: m are all clusters, in their own order.
-        aggregate: mean of probabilities | vote.
-        common_weight: of the common head's probabilities, where there is one.
-        common_expand: random cosines that the common head sees beside the feature.
-    """
-
-    nearest: int
-    all_clusters: bool
-    aggregate: str
-    common_weight: float
-    common_expand: int
+    params: Any  # the frozen backbone
+    stack: Slice  # with leading axis K, zeros where there is no slice
+    prototypes: jax.Array  # float32 [K, D]
+    present: jax.Array  # bool [K]
+    common: Slice | None  # the common head, None where there is none
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
     """A published state, ready to predict.
 
-    Attributes:
-        run: the workdir it came from.
-        clustering: digest of the clustering.
-        keys: the cluster keys, those of the clustering.
-        refs: slice reference of each cluster; "" where no prediction may use it (quarantined, or without a member).
-        common_ref: reference of the common head; "" where there is none, or where it may have seen a record that an
-            accepted erasure with quarantine names.
-        arrays: on the devices.
+    The reference of a slice is "" where no prediction may use it: a cluster is quarantined or has no member, or the
+    common head may have seen a record that an accepted erasure with quarantine names.
     """
 
-    run: Run
-    clustering: str
-    keys: tuple[str, ...]
-    refs: tuple[str, ...]
-    common_ref: str
+    run: Run  # the workdir it came from
+    clustering: str  # digest
+    keys: tuple[str, ...]  # the cluster keys, those of the clustering
+    refs: tuple[str, ...]  # slice reference of each cluster
+    common_ref: str  # reference of the common head; "" also where there is none
     arrays: ModelArrays
 
     @property
-    def routing(self) -> RoutingOptions:
-        inference = self.run.config.inference
-        return RoutingOptions(
-            nearest=min(inference.nearest or len(self.keys), len(self.keys)),
-            all_clusters=inference.nearest == 0,
-            aggregate=inference.aggregate,
-            common_weight=inference.common_weight,
-            common_expand=self.run.config.common.expand,
-        )
+    def nearest(self) -> int:
+        """m: how many clusters answer."""
+        return min(self.run.config.inference.nearest or len(self.keys), len(self.keys))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Predictions:
-    """Answers for N images.
+    """Answers for N images."""
 
-    Attributes:
-        probabilities: float32 [N, Y].
-        clusters: int32 [N, m], indices into `keys`, nearest first; -1 where fewer than m clusters may be used.
-        keys: the cluster keys of the state that answered.
-    """
-
-    probabilities: np.ndarray
-    clusters: np.ndarray
-    keys: tuple[str, ...]
+    probabilities: np.ndarray  # float32 [N, Y]
+    clusters: np.ndarray  # int32 [N, m], indices into `keys`, nearest first; -1 where fewer than m may be used
+    keys: tuple[str, ...]  # the cluster keys of the state that answered
 
     @property
     def labels(self) -> np.ndarray:
@@ -122,12 +82,9 @@ class Predictions:
 def load_model(run: Run, before: Model | None = None) -> Model:
     """The published state of a workdir without its quarantined clusters; all of one manifest.
 
-    A writer may publish and purge files while they are read; then everything is looked up again.
-
-    Args:
-        run: an opened workdir.
-        before: an earlier model of the same run: only slices whose reference changed are read. It is returned where
-            nothing changed; else its arrays are used up and it cannot predict any more.
+    A writer may publish and purge files while they are read; then everything is looked up again. Of `before`, an
+    earlier model of the same run, only slices whose reference changed are read. It is returned where nothing changed;
+    else its arrays are used up and it cannot predict any more.
 
     Raises:
         UserError: nothing is published, every cluster is quarantined, a slice cannot be read, or the state changed
@@ -164,11 +121,7 @@ def load_model(run: Run, before: Model | None = None) -> Model:
 
 
 def with_slices(model: Model, refs: Mapping[str, str]) -> Model:
-    """The model with other slices of its clusters, {key: reference}, such as earlier epochs; uses up the old one.
-
-    Raises:
-        UserError: a slice cannot be read.
-    """
+    """The model with other slices of its clusters, {key: reference}, such as earlier epochs; uses up the old one."""
     replaced = tuple(refs.get(key, ref) for key, ref in zip(model.keys, model.refs, strict=True))
     slices = {ref: load_slice(model.run, ref) for ref in set(replaced) - {"", *model.refs}}
     return _with_slices(model, replaced, model.common_ref, slices)
@@ -250,12 +203,18 @@ def _place_program(mesh: Mesh):
 
 
 def routed_probabilities(
-    tuning_spec: TuningSpec, routing: RoutingOptions, arrays: ModelArrays, images: jax.Array, draws: jax.Array | None
+    tuning_spec: TuningSpec,
+    config: Config,
+    nearest: int,
+    arrays: ModelArrays,
+    images: jax.Array,
+    draws: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Class probabilities from the prompts and heads of the m nearest clusters that are present (Eq. 4, Fig. 2).
 
     Args:
-        tuning_spec, routing: static settings.
+        tuning_spec, config: static settings.
+        nearest: m.
         arrays: the published state.
         images: uint8 [B, h, w, c].
         draws: float32 [B, K], used in place of distances where shards have no place in the feature space; else None.
@@ -263,38 +222,39 @@ def routed_probabilities(
     Returns:
         (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
     """
+    all_clusters = config.inference.nearest == 0  # in their own order
     pixels = centred(images, tuning_spec.image_spec)  # [B, H, W, C]
 
     @functools.cache
     def bare_feature() -> jax.Array:  # [B, D] without a prompt; computed where it is needed, and once
         return backbone_lib.features(tuning_spec.architecture, arrays.params, pixels)
 
-    if routing.all_clusters:
+    if all_clusters:
         distances = jnp.zeros((len(pixels), len(arrays.present)))
     elif draws is not None:
         distances = draws
     else:
         distances = squared_distances(bare_feature(), arrays.prototypes, arrays.present)
     distances = jnp.where(arrays.present[None], distances, jnp.inf)  # [B, K]
-    index = jax.lax.top_k(-distances, routing.nearest)[1]  # [B, m]; of equal ones the first
+    index = jax.lax.top_k(-distances, nearest)[1]  # [B, m]; of equal ones the first
     own_backbones = arrays.stack.backbone is not None
     if tuning_spec.tuning.active_prompt_width == 0 and not own_backbones:
         feature = expand(bare_feature(), tuning_spec.tuning.expand)  # the same for all heads
         logits = jnp.einsum("bd,bmdy->bmy", feature, arrays.stack.kernel[index]) + arrays.stack.bias[index]
-    elif routing.all_clusters or own_backbones:
+    elif all_clusters or own_backbones:
         logits = jnp.take_along_axis(_logits_of_all(tuning_spec, arrays, pixels), index[..., None], axis=1)
     else:
         logits = _logits_of_chosen(tuning_spec, arrays, pixels, index)
     chosen = arrays.present[index]  # [B, m]
     probabilities = jax.nn.softmax(logits, axis=-1)  # [B, m, Y]
-    if routing.aggregate == "vote":
+    if config.inference.aggregate == "vote":
         probabilities = jax.nn.one_hot(probabilities.argmax(axis=-1), logits.shape[-1], dtype=logits.dtype)
     probabilities = jnp.where(chosen[..., None], probabilities, 0.0).sum(axis=1)
     probabilities /= chosen.sum(axis=1, keepdims=True, dtype=logits.dtype)  # [B, Y]
     if arrays.common is not None:
-        feature = expand(bare_feature(), routing.common_expand)
+        feature, weight = expand(bare_feature(), config.common.expand), config.inference.common_weight
         common = jax.nn.softmax(feature @ arrays.common.kernel + arrays.common.bias[None], axis=-1)
-        probabilities = (1 - routing.common_weight) * probabilities + routing.common_weight * common
+        probabilities = (1 - weight) * probabilities + weight * common
     return probabilities, jnp.where(chosen, index, -1)
 
 
@@ -325,21 +285,21 @@ def _logits_of_all(tuning_spec: TuningSpec, arrays: ModelArrays, pixels: jax.Arr
 
 
 @functools.lru_cache(maxsize=8)
-def compiled(tuning_spec: TuningSpec, routing: RoutingOptions, mesh: Mesh):
+def compiled(tuning_spec: TuningSpec, config: Config, nearest: int, mesh: Mesh):
     """The jitted prediction program over a mesh: `(arrays, images, draws) -> (probabilities, clusters)`."""
     batch = P(mesh.axis_names[0])
-    function = functools.partial(routed_probabilities, tuning_spec, routing)
+    function = functools.partial(routed_probabilities, tuning_spec, config, nearest)
     mapped = jax.shard_map(function, mesh=mesh, in_specs=(P(), batch, batch), out_specs=(batch, batch), check_vma=False)
     return jax.jit(mapped)
 
 
 def predict(model: Model, images: np.ndarray) -> Predictions:
     """Predicts images of the stored shape: uint8 [N, h, w, c]."""
-    run, routing = model.run, model.routing
-    program = compiled(run.tuning_spec, routing, run.mesh)
+    run = model.run
+    program = compiled(run.tuning_spec, run.config, model.nearest, run.mesh)
     size = run.config.inference.batch * run.mesh.size
     probabilities = np.zeros((len(images), len(run.classes)), np.float32)
-    clusters = np.zeros((len(images), routing.nearest), np.int32)
+    clusters = np.zeros((len(images), model.nearest), np.int32)
     for start in range(0, len(images), size):
         rows = slice(start, min(start + size, len(images)))
         batch = np.zeros((size, *images.shape[1:]), np.uint8)
@@ -354,7 +314,7 @@ def _draws(model: Model, images: np.ndarray) -> np.ndarray | None:
     config, count = model.run.config, len(model.arrays.present)
     if config.clustering.partition == "adaptive":
         return None
-    if len(model.keys) <= model.routing.nearest:
+    if len(model.keys) <= model.nearest:
         return np.zeros((len(images), count), np.float32)
     streams = (philox(config.seed, "route", content_hash(image)) for image in images)
     return np.stack([stream.random(count, np.float32) for stream in streams])

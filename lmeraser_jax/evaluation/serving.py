@@ -16,14 +16,8 @@ class Predictor:
     computed again before any is returned: once an erasure is accepted with quarantine, no returned answer used the
     prototype, the prompt or the head of a quarantined cluster, and all answers of a call are of one state.
 
-    Args:
-        run: an opened workdir; used by one thread, the one that opened it.
-
-    Attributes:
-        state: the model that gave the last answer; used up by the next one that replaces it.
-
-    Raises:
-        UserError: see `load_model`; also from a call, after which a later call may succeed.
+    The run is used by one thread, the one that opened it; `state`, the model that gave the last answer, is used up by
+    the next one. Raises `UserError` as `load_model` does, also from a call, after which a later call may succeed.
     """
 
     def __init__(self, run: Run):
@@ -57,7 +51,7 @@ class Predictor:
 def _unanswered(model: Model, count: int) -> Predictions:
     """Predictions for so many images whose clusters are all -1."""
     probabilities = np.zeros((count, len(model.run.classes)), np.float32)
-    return Predictions(probabilities, np.full((count, model.routing.nearest), -1, np.int32), model.keys)
+    return Predictions(probabilities, np.full((count, model.nearest), -1, np.int32), model.keys)
 
 
 def _still_valid(answers: Predictions, before: Model, model: Model) -> Predictions:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.evaluation.plotting import COLOURS, GREY, PALE, blank, picture, styled, ticked
+from lmeraser_jax.evaluation.plotting import COLOURS, GREY, PALE, blank, picture, style, ticked
 from lmeraser_jax.experiments import summary
 from lmeraser_jax.experiments.results import Measurement
 from lmeraser_jax.experiments.summary import ACCURACY, Plate, Quantity, Rows, Spread, Titles, spread, spreads, unique
@@ -37,7 +37,7 @@ class Look(NamedTuple):
     marker: str
 
 
-@styled
+@style()
 def accuracy(rows: Rows, titles: Titles) -> "Figure | None":
     """Accuracy of every method (paper Figs. 3 and 4), a panel for every data set and backbone, the best on top."""
     places = summary.places_of(rows)
@@ -60,7 +60,7 @@ def accuracy(rows: Rows, titles: Titles) -> "Figure | None":
     return figure
 
 
-@styled
+@style()
 def tradeoff(rows: Rows, titles: Titles) -> "Figure | None":
     """Accuracy against the cost of a request and of a prediction; a line joins the best trade-offs."""
     places = summary.places_of(rows)
@@ -99,7 +99,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-@styled
+@style()
 def curves(
     rows: Rows, titles: Titles, experiment: str, x_title: str, quantities: Sequence[Quantity] = (ACCURACY,)
 ) -> "Figure | None":

@@ -10,8 +10,7 @@ from helpers import small_run, small_source, without
 from sklearn.dummy import DummyClassifier
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 
-from lmeraser_jax.evaluation import linear_head as linear_head
-from lmeraser_jax.evaluation import overview
+from lmeraser_jax.evaluation import linear_head, overview
 from lmeraser_jax.evaluation.accuracy import balanced_accuracy, class_scores, evaluate
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.unlearning.build import build
@@ -67,26 +66,20 @@ def test_evaluation_against_scikit_learn(run, result):
     )
 
 
-def test_without_the_linear_head(run, result):
-    plain = evaluate(run, linear=False)
-    assert plain == dataclasses.replace(result, linear=None, linear_balanced=None)
-    assert "linear" not in plain.table()
-
-
-def test_table_is_aligned(result):
+def test_table_and_values(run, result):
     head, names, *rows = result.table().splitlines()[:5]
     assert head == "test: 40 images" and names.split() == ["accuracy", "balanced"]
-    values = [(result.accuracy, result.balanced), (result.linear, result.linear_balanced)]
-    values.append((result.majority, result.majority_balanced))
-    for row, (accuracy, balanced) in zip(rows, values, strict=True):
+    scores = [(result.accuracy, result.balanced), (result.linear, result.linear_balanced)]
+    scores.append((result.majority, result.majority_balanced))
+    for row, (accuracy, balanced) in zip(rows, scores, strict=True):
         assert len(row) == len(names) and row.endswith(f"{accuracy:>10.4f}{balanced:>10.4f}")
     assert "LMEraser" in rows[0] and "linear head" in rows[1] and f"always {result.largest}," in rows[2]
-
-
-def test_values_name_the_classes(run, result):
     values = json.loads(json.dumps(result.values()))
     assert list(values["classes"]) == list(run.classes)
     assert values["classes"]["6"] == {"images": result.classes[6].images, "accuracy": result.classes[6].accuracy}
+    plain = evaluate(run, linear=False)
+    assert plain == dataclasses.replace(result, linear=None, linear_balanced=None)
+    assert "linear" not in plain.table()
 
 
 def test_overview_shows_the_classes(run):

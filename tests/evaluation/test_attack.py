@@ -71,11 +71,11 @@ def attacked(workdir):
         writer_lock(Layout(workdir)),
         open_run(workdir, devices=jax.devices()[:1]) as run,
     ):
-        patch.setattr(attacks, "_trials", lambda *arguments: trials.append(real(*arguments)) or trials[0])
+        patch.setattr(attacks, "_trials", lambda *arguments: trials.extend(real(*arguments)) or trials)
         result = attacks.attack(run, OPTIONS)
         assert not run.writable
     assert contents(workdir) == before
-    return result, trials[0][0]
+    return result, trials
 
 
 @pytest.fixture
@@ -127,10 +127,9 @@ def test_slices_of_every_method_are_tuned_in_memory_as_they_are_published(method
         build(run)
     with open_run(tmp_path / "run", devices=jax.devices()[:1]) as run:
         model, test = load_model(run), run.catalog.live("test")
-        clusters = [shadows.Counterfactual(key, run.catalog.members(key)) for key in model.keys]
-        slices, images = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
+        clusters = [(key, run.catalog.members(key)) for key in model.keys]
+        slices = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
         assert all(same_bits(slice_, load_slice(run, ref)) for slice_, ref in zip(slices, model.refs, strict=True))
-        assert images == sum(row.images for row in run.catalog.slices().values())
         answers = predict(model, run.images[test.rows])
         logits = shadows.logits(run, slices, test.rows)[answers.clusters[:, 0], np.arange(len(test))]
     np.testing.assert_allclose(jax.nn.softmax(logits, axis=-1), answers.probabilities, atol=1e-5)
@@ -145,7 +144,7 @@ def test_slices_of_other_methods_are_attacked(method, skipped, tmp_path):
         build(run)
         result = attacks.attack(run, OPTIONS)
     assert result.skipped == skipped and result.text().count("nothing to attack") == len(skipped)
-    assert result.leaks == () and not {"lira", "ulira"} & {*result.blind, *result.powerless}
+    assert result.leaks == () and all(f.detected[0] for f in result.findings if f.name in ("lira", "ulira"))
 
 
 def test_targets_are_the_hardest_and_others_are_as_hard(run, trials):
@@ -157,13 +156,13 @@ def test_targets_are_the_hardest_and_others_are_as_hard(run, trials):
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.members(pool.key).ids
         assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= targets.FEWEST_MEMBERS
         assert test.issuperset(pool.of(OUTSIDE, VALIDATION).ids)
-        assert (sets.roles == trial.roles).all() and trial.scores.margins.shape == (3, len(trial.roles))
+        assert (sets.roles == trial.roles).all() and trial.margins.shape == (3, len(trial.roles))
         in_shadows = sets.roles != VALIDATION
         assert (sets.inside.sum(axis=0) >= 8 * in_shadows).all() and not sets.inside[:, ~in_shadows].any()
         assert not (sets.inside == sets.drawn)[:, in_shadows].all()
         forgotten += pool.of(FORGOTTEN).ids
     assert len(forgotten) == OPTIONS.targets
-    unseen = np.concatenate([trial.scores.margins[2, trial.roles == FORGOTTEN] for trial in trials])
+    unseen = np.concatenate([trial.margins[2, trial.roles == FORGOTTEN] for trial in trials])
     retained = np.concatenate([trial.shadow_sets.never[:, trial.roles == RETAINED].mean(axis=0) for trial in trials])
     assert unseen.mean() < retained.mean() - 1, "the hardest were to be taken"
 
@@ -186,21 +185,16 @@ def test_the_controls_work_and_erased_records_are_not_found(result):
     assert {finding.name for finding in result.findings} == set(ATTACKS) and result.skipped == ()
     for finding in result.on_slices:
         assert finding.detected == (True, False, False), finding.name
-    assert result.leaks == result.powerless == result.shifted == () and {*result.blind} <= {"routing"}
-    assert result.code == 0
-    values = next(finding.values for finding in result.findings if finding.name == "ulira")
-    assert values["auc"][0].low > 0.5 and values["auc"][1].low < 0.6
-    assert all(rate is None for rates in values["rates"] for rate in rates), "16 records, 256 pairs"
-    shares = result.accuracies
-    assert shares.forgotten[0] > shares.forgotten[1] + 0.2 and shares.gap[0] > shares.gap[1] and shares.gap[2] == 0
-    assert result.images > 0 and result.slices == (1 + 3 + 1 + 3 * 16) * result.clusters + targets.PROBES * 5
+    values = result.values()
+    assert not [*values["leaks"], *values["powerless"], *values["shifted"]] and {*values["blind"]} <= {"routing"}
+    assert result.code == 0 and result.accuracies["forgotten"][0] > result.accuracies["forgotten"][1] + 0.2
 
 
 def leaking(trial):
     """The trial with the kept slice in the place of the unlearned one: an "unlearning" that does nothing."""
-    scores = shadows.Scores(*(part[[0, 0, 2]] for part in (trial.scores.margins, trial.scores.right)))
     sets = dataclasses.replace(trial.shadow_sets, unlearned=trial.shadow_sets.kept)
-    return trial._replace(scores=scores, slices=(*trial.slices[:1] * 2, *trial.slices[2:]), shadow_sets=sets)
+    slices = *trial.slices[:1] * 2, *trial.slices[2:]
+    return trial._replace(margins=trial.margins[[0, 0, 2]], slices=slices, shadow_sets=sets)
 
 
 def test_an_unlearning_that_does_nothing_is_found(run, trials):
@@ -223,7 +217,7 @@ def test_relearning_watches_every_step(run, trials):
     pool, slices = trials[0].pool, trials[0].slices
     records = pool.of(FORGOTTEN)
     losses = relearn.losses_while_relearning(run, pool.key, records, slices, len(records))
-    start = statistics.losses(shadows.score(run, slices, records).margins).mean(axis=1)
+    start = statistics.losses(shadows.score(run, slices, records)[0]).mean(axis=1)
     assert losses.shape == (len(slices), relearn.STEPS + 1)
     np.testing.assert_allclose(losses[:, 0], start, rtol=1e-4)
     assert (losses[:, 1] < losses[:, 0]).all() and (losses[1:, -1] < 0.2 * losses[1:, 0]).all()
@@ -319,17 +313,10 @@ def test_exit_codes_and_verdicts(result, workdir, monkeypatch, capsys):
         out = capsys.readouterr().out
         assert all(text in out for text in texts), out
         assert attack.values()["ok"] == (code == 0) and bool(attack.leaks) == (code == 1)
-        assert attack.powerless == (("relearn",) if weak in findings else ())
+        assert attack.values()["powerless"] == (["relearn"] if weak in findings else [])
 
 
-def test_a_figure_without_matplotlib_is_refused_before_the_work(workdir, monkeypatch, capsys):
-    monkeypatch.setattr(attacks, "attack", lambda *_: pytest.fail("the work was begun"))
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["attack", f"--workdir={workdir}", "--figure=roc.png"]) == 2
-    assert "figures need matplotlib; install it with: pip install matplotlib" in capsys.readouterr().err
-
-
-def test_bad_input_is_refused_at_once(run, workdir, capsys, tmp_path):
+def test_bad_input_is_refused_at_once(run, workdir, capsys, tmp_path, monkeypatch):
     def refused(*flags, workdir=workdir):
         assert main(["attack", f"--workdir={workdir}", *flags]) == 2
         return capsys.readouterr().err
@@ -349,6 +336,9 @@ def test_bad_input_is_refused_at_once(run, workdir, capsys, tmp_path):
     with small_run(tmp_path / "empty", noisy_source()):
         pass
     assert "has no published state to attack" in refused(workdir=tmp_path / "empty")
+    monkeypatch.setattr(attacks, "attack", lambda *_: pytest.fail("the work was begun"))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "figures need matplotlib; install it with: pip install matplotlib" in refused("--figure=roc.png")
 
 
 def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path, monkeypatch):
@@ -367,9 +357,9 @@ def test_named_records_are_the_targets(run):
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
     eligible, _ = targets._eligible(run, run.catalog.live("train").ids)
     assert len(eligible) <= 70 and sample.isdisjoint(eligible)
-    pools, slices, _ = targets.draw(run, eligible[:3], 64, 0)
+    pools = targets.draw(run, eligible[:3], 64, 0)
     assert sorted(name for pool in pools for name in pool.of(FORGOTTEN).ids) == eligible[:3]
-    assert slices == 0 and not any(len(pool.of(VALIDATION)) for pool in pools)
+    assert not any(len(pool.of(VALIDATION)) for pool in pools)
 
 
 def test_an_erasure_during_the_attack_voids_the_result(writer, monkeypatch):
@@ -377,7 +367,7 @@ def test_an_erasure_during_the_attack_voids_the_result(writer, monkeypatch):
 
     def erased_meanwhile(run, options):
         trials = real(run, options)
-        erase.request_erasure(writer, trials[0][0].pool.of(FORGOTTEN).ids[:1])
+        erase.request_erasure(writer, trials[0].pool.of(FORGOTTEN).ids[:1])
         return trials
 
     monkeypatch.setattr(attacks, "_trials", erased_meanwhile)

@@ -5,10 +5,9 @@ import itertools
 import numpy as np
 import pytest
 from scipy import special, stats
-from scipy.spatial.distance import cdist
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
-from lmeraser_jax.evaluation.attacks import membership, relearn, routing, statistics
+from lmeraser_jax.evaluation.attacks import membership, relearn, statistics
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, RETAINED, VALIDATION, ShadowSets, halves
 from lmeraser_jax.evaluation.attacks.unlearned import BINS, EMPTY, KlomPair, PopulationPair, klom, klom_pair, ulira
 
@@ -30,55 +29,27 @@ def test_margins_are_log_odds_and_stay_finite(rng):
 
 
 @pytest.mark.parametrize("digits", [12, 1])  # one digit: many ties
-def test_curves_agree_with_scikit_learn(rng, digits):
-    for _ in range(10):
-        members, others = np.round(rng.normal(0.7, 1, 37), digits), np.round(rng.normal(0, 1, 111), digits)
-        truth, scores = np.repeat([1, 0], [37, 111]), np.concatenate([members, others])
-        false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
-        for rates, expected in zip(statistics.roc(members, others), (false, true), strict=True):
-            np.testing.assert_allclose(rates, expected)
-        result = statistics.separation(members, others)
-        assert result.auc.value == pytest.approx(roc_auc_score(truth, scores))
-        cuts = [((members >= cut).mean() + (others < cut).mean()) / 2 for cut in [*scores, np.inf]]
-        assert result.accuracy == pytest.approx(max(cuts))
-        assert [rate and rate.value for rate in result.rates] == [pytest.approx(true[false <= 0.01].max()), None]
-        estimate = statistics.rate_at(members, others, 1 / 111)
-        assert estimate is not None and estimate.value == pytest.approx(true[false <= 1.001 / 111].max())
-        assert statistics.rate_at(members, others, 1 / 112) is None  # one of 111 is more than that
-
-
-@pytest.mark.parametrize("digits", [12, 0])
-def test_delong_is_its_definition(rng, digits):
-    members, others = np.round(rng.normal(0.8, 1, 23), digits), np.round(rng.normal(0, 1, 31), digits)
+def test_areas_intervals_and_rates_are_their_definitions(rng, digits):
+    members, others = np.round(rng.normal(0.7, 1, 37), digits), np.round(rng.normal(0, 1, 111), digits)
     wins = np.array([[(a > b) + 0.5 * (a == b) for b in others] for a in members])
-    variance = np.var(wins.mean(axis=1), ddof=1) / 23 + np.var(wins.mean(axis=0), ddof=1) / 31
-    np.testing.assert_allclose(statistics.delong(members, others), (wins.mean(), np.sqrt(variance)))
-
-
-def test_the_interval_of_an_auc_covers_the_truth(rng):
-    aucs = [statistics.separation(rng.normal(0.8, 1, 60), rng.normal(0, 1, 90)).auc for _ in range(300)]
-    assert np.mean([auc.low <= area(0.8) <= auc.high for auc in aucs]) == pytest.approx(0.95, abs=0.03)
-
-
-def test_chance_is_told_from_an_effect(rng):
-    null = [statistics.separation(*rng.normal(size=(2, 50))).p for _ in range(300)]
-    assert stats.kstest(null, "uniform").pvalue > 0.01
-    assert statistics.separation(rng.normal(1, 1, 50), rng.normal(0, 1, 50)).p < statistics.SIGNIFICANT
-    assert statistics.separation(rng.normal(-1, 1, 50), rng.normal(0, 1, 50)).p > 0.9
-    tiny = statistics.separation(np.array([3.0, 2.0]), np.array([1.0, 0.0]))
-    assert tiny.auc.value == 1 and tiny.p > 0.1, "two records prove nothing"
+    reach = 1.95996 * np.sqrt(np.var(wins.mean(axis=1), ddof=1) / 37 + np.var(wins.mean(axis=0), ddof=1) / 111)
+    result, area = statistics.separation(members, others), wins.mean()
+    assert (result.auc.value, result.auc.low, result.auc.high) == pytest.approx((area, area - reach, area + reach))
+    cuts = [*members, *others, np.inf]
+    rate = max((members >= cut).mean() for cut in cuts if (others >= cut).mean() <= 0.01)
+    assert [estimate and estimate.value for estimate in result.rates] == [pytest.approx(rate), None]
+    assert statistics.rate_at(members, others, 1 / 110) is not None
+    assert statistics.rate_at(members, others, 1 / 112) is None, "one of 111 is more than that"
 
 
 def test_rates_have_the_interval_of_a_binomial(rng):
-    """Clopper and Pearson by quantiles of beta distributions; of records, where a record has several scores."""
+    """Clopper and Pearson by quantiles of beta distributions."""
     members, others = rng.normal(1, 1, 80), rng.normal(0, 1, 400)
-    for m, counts in ((80, None), (20, (20, 100))):
-        rate = statistics.rate_at(members, others, 0.01, counts)
-        assert rate is not None
-        k = round(rate.value * m)
-        assert rate.low == pytest.approx(stats.beta.ppf(0.025, k, m - k + 1))
-        assert rate.high == pytest.approx(stats.beta.ppf(0.975, k + 1, m - k))
-    assert statistics.rate_at(members, others, 0.01, (20, 99)) is None
+    rate = statistics.rate_at(members, others, 0.01)
+    assert rate is not None
+    k = round(rate.value * 80)
+    assert rate.low == pytest.approx(stats.beta.ppf(0.025, k, 80 - k + 1))
+    assert rate.high == pytest.approx(stats.beta.ppf(0.975, k + 1, 80 - k))
     assert str(statistics.Estimate(0.5, 0.25, 0.75)) == "0.500 [0.25, 0.75]"
     none = statistics.rate_at(np.full(30, -9.0), others, 0.01)
     assert none is not None and (none.value, none.low) == (0, 0) and none.high == pytest.approx(1 - 0.025 ** (1 / 30))
@@ -106,38 +77,16 @@ def test_an_auc_difference_ignores_what_both_slices_share(rng, monkeypatch):
     """Hard records and a shift cancel; what the first slice alone knows is found."""
     monkeypatch.setattr(statistics, "ROUNDS", 250)
 
-    def scores(gain, members=40):
-        both = rng.normal(0, 3, members + 60) + 0.7 * rng.normal(size=(2, members + 60))
-        both[0, :members] += gain
-        both[:, :members] += 2.0  # members differ from others under either
-        return both[:, :members], both[:, members:]
+    def scores(gain):
+        both = rng.normal(0, 3, 100) + 0.7 * rng.normal(size=(2, 100))
+        both[:, :40] += [[2.0 + gain], [2.0]]  # members differ from others under either
+        return both[:, :40], both[:, 40:]
 
     null = [statistics.auc_difference(*scores(0.0), rng).p for _ in range(60)]
     assert stats.kstest(null, "uniform").pvalue > 0.001
     members, others = scores(1.0)
     assert statistics.auc_difference(members, others, rng).p < statistics.SIGNIFICANT
     assert statistics.auc_difference(members[::-1], others[::-1], rng).p > 0.9
-
-
-def test_an_auc_over_records_has_the_interval_of_a_bootstrap_over_records(rng):
-    owner, level = np.repeat(np.arange(40), 10), rng.normal(1, 2, 40)
-    members, others = level[owner] + rng.normal(size=400), rng.normal(size=400)
-
-    def by_record(scores):
-        return [scores[owner == i] for i in range(40)]
-
-    clustered = statistics.clustered_auc(by_record(members), by_record(others), rng)
-    assert clustered is not None
-    truth = np.repeat([1, 0], 400)
-    assert clustered.value == pytest.approx(roc_auc_score(truth, np.concatenate([members, others])))
-    draws = []
-    for _ in range(200):
-        chosen = np.concatenate([np.flatnonzero(owner == i) for i in rng.integers(40, size=40)])
-        draws.append(roc_auc_score(truth, np.concatenate([members[chosen], others[chosen]])))
-    assert [clustered.low, clustered.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.03)
-    single = statistics.separation(members, others).auc
-    assert single.high - single.low < 0.6 * (clustered.high - clustered.low), "ten scores are not ten records"
-    assert statistics.clustered_auc([np.zeros(0)], [np.zeros(3)], rng) is None
 
 
 def test_moments_are_those_of_masked_arrays(rng):
@@ -187,23 +136,6 @@ def shadow_margins(rng, records, models, shift):
     return mean, deviation, inside, mean + deviation * (rng.normal(size=(models, records)) + shift * inside)
 
 
-def test_halves_are_halves(rng):
-    inside = halves(64, 200, rng)
-    assert (inside.sum(axis=0) == 32).all() and np.abs(inside.sum(axis=1) - 100).max() < 40
-    assert (halves(5, 30, rng).sum(axis=0) == 2).all()
-    assert np.abs(np.corrcoef(inside[:, :8], rowvar=False) - np.eye(8)).max() < 0.5
-
-
-def test_lira_is_the_likelihood_ratio(rng):
-    _, _, inside, shadows = shadow_margins(rng, 7, 24, 1.0)
-    margins = rng.normal(size=(3, 7))
-    ratios = membership.lira(margins, shadows, inside)
-    for c, j in np.ndindex(3, 7):
-        seen, unseen = shadows[inside[:, j], j], shadows[~inside[:, j], j]
-        densities = [stats.norm.logpdf(margins[c, j], part.mean(), part.std(ddof=1)) for part in (seen, unseen)]
-        assert ratios[c, j] == pytest.approx(densities[0] - densities[1])
-
-
 @pytest.mark.parametrize("shift", [0.0, 1.0, 2.5])
 def test_lira_finds_as_much_as_there_is(rng, shift, monkeypatch):
     """Gaussian margins: the best possible AUC is known. The loss alone sees little of it."""
@@ -237,28 +169,15 @@ def test_ulira_and_klom_find_a_known_leak_and_nothing_else(rng, kept, unlearned)
     pools, shifts = [populations(rng, kept, unlearned) for _ in range(4)], (kept, unlearned, 0.0)
     likelihood, distance = ulira(pools, rng), klom(pools, rng)
     assert likelihood.detected == distance.detected == (kept > 0, unlearned > 0, False)
-    assert likelihood.values["rates"] == [(None, None)] * 3, "32 records, however many slices have seen each"
-    for tested, auc, shift in zip(likelihood.values["forgotten"], likelihood.values["auc"], shifts, strict=True):
+    for tested, shift in zip(likelihood.values["forgotten"], shifts, strict=True):
         assert tested.value == pytest.approx(stats.norm.cdf(shift / 2), abs=0.06)
-        assert auc.low < auc.value < auc.high
-        assert auc.value == pytest.approx(area(shift), abs=0.06) and (auc.low > 0.5) == (shift > 0)
     for tested in likelihood.values["retained"]:
         assert tested.value == pytest.approx(0.5, abs=0.06) and tested.p > 0.001
-    mean, high = distance.values["mean"], distance.values["high"]
+    mean = distance.values["mean"]
     floor = mean["forgotten"][2]
     assert [value > 1.5 * floor for value in mean["forgotten"][:2]] == [kept > 0, unlearned > 0]
     for role in ("retained", "validation"):
         assert mean[role][:2] == pytest.approx([mean[role][2]] * 2, rel=0.25)
-        assert high[role][1] > mean[role][1]
-
-
-def test_ulira_reports_rates_where_there_are_enough_records(rng, monkeypatch):
-    monkeypatch.setattr(statistics, "ROUNDS", 50)
-    result = ulira([populations(rng, 2.0, 0.0, records=330)], rng)
-    for rates, shift in zip(result.values["rates"], (2.0, 0.0, 0.0), strict=True):
-        assert rates[0] is not None and rates[1] is None, "110 forgotten records"
-        assert rates[0].value == pytest.approx(stats.norm.sf(stats.norm.isf(0.01) - shift), abs=0.12)
-        assert rates[0].low <= rates[0].value <= rates[0].high and rates[0].high - rates[0].low > 0.03
 
 
 def test_ulira_accuracies_are_those_of_a_literal_transcription(rng):
@@ -275,19 +194,16 @@ def test_ulira_accuracies_are_those_of_a_literal_transcription(rng):
 
 def test_few_shadows_say_nothing_rather_than_nonsense(rng):
     few = ulira([populations(rng, 5.0, 0.0, models=4)], rng)
-    tests = [*few.values["forgotten"], *few.values["retained"]]
-    assert all(tested is None or 0 <= tested.value <= 1 for tested in tests) and not few.detected[1]
+    assert not few.detected[1]
     two = ulira([populations(rng, 5.0, 0.0, models=2)], rng)
     assert two.values["forgotten"][0] is None is two.values["retained"][0]
     assert two.detected == (False,) * 3 and two.smallest_p == 1
     assert {line[1] for line in two.lines if line[0].startswith("accuracy")} == {"-"}
 
 
-def literal_divergence(margins, oracles):
+def literal_divergence(margins, oracles, span):
     """As the benchmark of KLoM's authors computes it; a small number where an oracle's bin is empty."""
-    margins, oracles = np.clip(margins, -100, 100), np.clip(oracles, -100, 100)
-    low, high = min(margins.min(), oracles.min()), max(margins.max(), oracles.max())
-    edges = np.linspace(low, high if high > low else low + 1, BINS + 1)
+    edges = np.linspace(span.min(), span.max(), BINS + 1)
     p, q = (np.histogram(part, edges)[0] / len(part) for part in (margins, oracles))
     return stats.entropy(p, np.where(q > 0, q, EMPTY * (p > 0)))
 
@@ -301,7 +217,10 @@ def test_klom_is_its_literal_transcription(rng):
     margins, oracles = rng.normal(0.5, 1, (16, 5)), rng.normal(0, 1, (16, 5))
     margins[0, 0], oracles[:, 1], margins[:, 1] = 250.0, 2.0, 2.0  # clipped; all in one place
     values = divergences(margins, oracles)
-    expected = [literal_divergence(margins[:, j], oracles[:, j]) if j != 1 else 0 for j in range(5)]
+    margins, expected = np.minimum(margins, 100), np.zeros(5)
+    for j in (0, 2, 3, 4):
+        pair = margins[:, j], oracles[:, j]
+        expected[j] = literal_divergence(*pair, np.concatenate(pair))
     np.testing.assert_allclose(values, expected)
     shift, count = 0.8, 200_000
     wide = divergences(rng.normal(shift, 1, (count, 1)), rng.normal(0, 1, (count, 1)))
@@ -315,11 +234,9 @@ def test_klom_looks_at_slices_that_a_forgotten_record_was_in(rng):
         pair = klom_pair(sets, FORGOTTEN, column)
         values = pair.divergences(pair.in_first[None])[0]
         for j, divergence in zip(np.flatnonzero(sets.roles == FORGOTTEN), values, strict=True):
-            margins = np.concatenate([slices[:, j], sets.never[:, j]])
-            edges = np.linspace(margins.min(), margins.max(), BINS + 1)
-            pairs = (slices[sets.inside[:, j], j], sets.never[32:, j])
-            p, q = (np.histogram(part, edges)[0] / 32 for part in pairs)
-            assert divergence == pytest.approx(stats.entropy(p, np.where(q > 0, q, EMPTY * (p > 0))))
+            span = np.concatenate([slices[:, j], sets.never[:, j]])
+            expected = literal_divergence(slices[sets.inside[:, j], j], sets.never[32:, j], span)
+            assert divergence == pytest.approx(expected)
 
 
 def test_relearning_counts_steps():
@@ -331,10 +248,8 @@ def test_relearning_counts_steps():
 def test_relearning_has_as_many_slices_as_it_takes():
     for clusters in (1, 2, 3, 4, 5, 20):
         count = relearn.scratch_for(clusters, 1000)
-        assert relearn.smallest_chance(clusters, count) < statistics.SIGNIFICANT, clusters
-        assert count == 3 or relearn.smallest_chance(clusters, count - 1) >= statistics.SIGNIFICANT, clusters
-        quickest = np.tile(np.arange(count + 1), (clusters, 1))
-        assert relearn.chance_of_so_few(quickest) == pytest.approx(relearn.smallest_chance(clusters, count)), clusters
+        chances = [relearn.chance_of_so_few(np.tile(np.arange(s + 1), (clusters, 1))) for s in (count, count - 1)]
+        assert chances[0] < statistics.SIGNIFICANT and (count == 3 or chances[1] >= statistics.SIGNIFICANT), clusters
         assert relearn.scratch_for(clusters, count) == count and relearn.scratch_for(clusters, 3) == 3, clusters
 
 
@@ -349,9 +264,3 @@ def test_relearning_faster_is_told_from_chance(rng):
     assert chance(steps[:, [1, 0, 2, 3]]) == pytest.approx(np.mean(np.array(deals) <= 5 + 4 + 9))
     null = [chance(rng.integers(0, 60, (5, 4))) for _ in range(200)]
     assert stats.kstest(null, "uniform").pvalue > 0.01
-
-
-def test_distances_are_those_to_the_nearest_prototype(rng):
-    features, prototypes = (rng.normal(size=(n, 6)).astype(np.float32) for n in (50, 9))
-    expected = cdist(features, prototypes).min(axis=1)
-    np.testing.assert_allclose(routing.distances(features, prototypes), expected, rtol=1e-5)

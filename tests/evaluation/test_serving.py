@@ -17,7 +17,7 @@ from lmeraser_jax.evaluation import predict, serving
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, save_clustering
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
 
@@ -198,24 +198,6 @@ def test_a_sampled_record_takes_its_own_cluster_out_and_the_new_clustering_is_fo
     expected = predict.load_model(run)
     assert bits(answers) == bits(fresh(run, images)) and model.keys == expected.keys != clustering.keys
     chex.assert_trees_all_equal(model.arrays, expected.arrays)
-
-
-def test_slices_move_with_their_clusters(run, monkeypatch):
-    """The same clusters at other places: nothing is read again, and the answers are the same."""
-    images, manifest = images_of(run), run.catalog.manifest()
-    old = load_clustering(run.layout, manifest.clustering)
-    labels = len(old.keys) - 1 - old.labels
-    turned = dataclasses.replace(
-        old, digest="f" * 64, labels=labels, keys=old.keys[::-1], prototypes=old.prototypes[::-1]
-    )
-    with reader(run) as other:
-        predictor = Predictor(other)
-        before = predictor(images)
-        save_clustering(run.layout, turned)
-        run.catalog.publish(turned.digest, manifest.fingerprint, manifest.recipe_constants_digest, manifest.entries, [])
-        monkeypatch.setattr(predict, "load_slice", None)
-        answers = predictor(images)
-    assert answers.keys == before.keys[::-1] and bits(answers) == bits(before)
 
 
 def test_without_quarantine_nothing_changes_until_it_is_published(run):

@@ -279,18 +279,18 @@ def test_every_method_changes_legal_settings_and_no_other():
 def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
     name, nearest, expected, built, tmp_path, monkeypatch
 ):
-    passed, real = [], backbone_lib.features
+    passed, real, routed = [], backbone_lib.features, predict_module.routed_probabilities
 
     def features(architecture, params, pixels):
         passed.append(len(pixels))
         return real(architecture, params, pixels)
 
     with built(name, tmp_path / "run", inference__nearest=nearest) as run:
-        model = load_model(run)
+        model, pixels = load_model(run), run.images[:2]
         draws = None  # the stack is padded: an empty place must pass nothing
         if run.config.clustering.partition != "adaptive":
             draws = np.zeros((2, len(model.arrays.present)), np.float32)
         monkeypatch.setattr(backbone_lib, "features", features)
         with jax.disable_jit():
-            predict_module.routed_probabilities(run.tuning_spec, model.routing, model.arrays, run.images[:2], draws)
+            routed(run.tuning_spec, run.config, model.nearest, model.arrays, pixels, draws)
         assert sum(passed) / 2 == forward_passes(run, len(model.keys)) == expected

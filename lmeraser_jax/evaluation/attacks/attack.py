@@ -7,6 +7,7 @@ lock is taken.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,9 +17,9 @@ import numpy as np
 from lmeraser_jax.errors import join_limited, raise_all
 from lmeraser_jax.evaluation.attacks import membership, shadows, targets, unlearned
 from lmeraser_jax.evaluation.attacks.relearn import relearn, scratch_for
-from lmeraser_jax.evaluation.attacks.report import Accuracies, Attack, Finding
+from lmeraser_jax.evaluation.attacks.report import Attack, Finding
 from lmeraser_jax.evaluation.attacks.routing import routing
-from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Counterfactual, Pool
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training.slices import Slice
@@ -41,14 +42,6 @@ class Options:
     records: tuple[str, ...] = ()
     seed: int = 0
 
-    @property
-    def on_slices(self) -> bool:
-        return bool(set(self.attacks) - {"routing"})
-
-    @property
-    def shadowed(self) -> bool:
-        return bool(set(self.attacks) & set(SHADOWED))
-
     def problems(self) -> list[str]:
         """What cannot work, a line each."""
         problems = []
@@ -65,17 +58,14 @@ class Options:
 
 
 class Trial(NamedTuple):
-    """A pool with its slices: kept, unlearned, then from scratch.
-
-    `again` is one more slice that keeps the records, None where nothing is learned again; `scores` are those of the
-    watched records under the first three slices; `shadow_sets` is None where no attack needs shadow models.
-    """
+    """A pool with its slices: kept, unlearned, then from scratch."""
 
     pool: Pool
     slices: tuple[Slice, ...]
-    again: Slice | None
-    scores: shadows.Scores
-    shadow_sets: shadows.ShadowSets | None
+    again: Slice | None  # one more slice that keeps the records; None where nothing is learned again
+    margins: np.ndarray  # float64 [3, w], of the watched records under the first three slices
+    right: np.ndarray  # bool [3, w], whether these gave the right answer
+    shadow_sets: shadows.ShadowSets | None  # None where no attack needs shadow models
 
     @property
     def roles(self) -> np.ndarray:
@@ -84,69 +74,57 @@ class Trial(NamedTuple):
 
 
 def attack(run: Run, options: Options) -> Attack:
-    """Attacks a published state. Changes nothing.
-
-    Args:
-        run: an opened workdir; needs no lock.
-        options: what to do.
+    """Attacks a published state. Needs no lock and changes nothing.
 
     Raises:
         UserError: the options or the workdir do not allow it, all reasons at once; a shadow's loss was not finite;
             or a record was erased meanwhile.
     """
-    problems = options.problems() + targets.workdir_problems(run)
-    if options.on_slices and not targets.workdir_problems(run):
-        problems += targets.target_problems(run, options.records, options.targets)
-    raise_all(problems)
+    on_slices = set(options.attacks) != {"routing"}
+    raise_all(options.problems() + targets.problems(run, options.records, options.targets, on_slices))
     start = time.perf_counter()
-    trials, slices, images = _trials(run, options) if options.on_slices else ([], 0, 0)
+    trials = _trials(run, options) if on_slices else []
     findings = {name: _finding(run, name, trials, options) for name in options.attacks}
     targets.refuse_changed(run, [trial.pool for trial in trials])
     return Attack(
         clusters=len(trials),
         targets=sum(len(trial.pool.of(FORGOTTEN)) for trial in trials),
         outside=sum(len(trial.pool.of(OUTSIDE)) for trial in trials),
-        shadows=options.shadows if options.shadowed else 0,
-        slices=slices,
-        images=images,
+        shadows=0 if set(options.attacks).isdisjoint(SHADOWED) else options.shadows,
         seconds=time.perf_counter() - start,
-        accuracies=_accuracies(trials) if trials else None,
+        accuracies=_accuracies(trials) if trials else {},
         findings=tuple(finding for finding in findings.values() if finding is not None),
         skipped=tuple(name for name, finding in findings.items() if finding is None),
     )
 
 
-def _trials(run: Run, options: Options) -> tuple[list[Trial], int, int]:
-    """Tunes everything that the attacks on slices need; also says how many slices and images that were, in all."""
-    pools, slices, images = targets.draw(run, options.records, options.targets, options.seed)
+def _trials(run: Run, options: Options) -> list[Trial]:
+    """Tunes everything that the attacks on slices need."""
+    seed, chosen = options.seed, set(options.attacks)
+    pools = targets.draw(run, options.records, options.targets, seed)
     relearned = "relearn" in options.attacks and not run.config.tuning.closed
     scratch = scratch_for(len(pools), options.shadows) if relearned else 1
-    clusters = [c for pool in pools for c in _counterfactuals(pool, options.seed, scratch, relearned)]
-    tuned, passed = shadows.tune_counterfactuals(run, run.tuning_spec, clusters)
-    slices, images = slices + len(tuned), images + passed
-    trials, share = [], len(tuned) // len(pools)
+    clusters = []
+    for pool in pools:
+        retained = pool.of(RETAINED)
+        clusters.append((pool.key, retained))  # what the erasure leaves
+        clusters += [(f"{pool.key}/scratch/{seed}/{i}", retained) for i in range(scratch)]
+        if relearned:
+            clusters.append((f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED)))
+    tuned = iter(shadows.tune_counterfactuals(run, run.tuning_spec, clusters))
+    trials = []
     with progress("attacked clusters", len(pools)) as bar:
-        for place, pool in enumerate(pools):
-            own = tuned[place * share : (place + 1) * share]
-            candidates = (load_slice(run, pool.ref), *own[: 1 + scratch])
-            scores = shadows.score(run, candidates[:3], pool.records.take(pool.watched))
+        for pool in pools:
+            slices = (load_slice(run, pool.ref), *itertools.islice(tuned, 1 + scratch))
+            again = next(tuned) if relearned else None
+            margins, right = shadows.score(run, slices[:3], pool.records.take(pool.watched))
             sets = None
-            if options.shadowed:
-                populations = bool(set(options.attacks) & set(POPULATIONS))
-                sets, more, passed = shadows.shadow_sets(run, pool, options.shadows, options.seed, populations)
-                slices, images = slices + more, images + passed
-            trials.append(Trial(pool, candidates, own[-1] if relearned else None, scores, sets))
+            if not chosen.isdisjoint(SHADOWED):
+                populations = not chosen.isdisjoint(POPULATIONS)
+                sets = shadows.shadow_sets(run, pool, options.shadows, seed, populations)
+            trials.append(Trial(pool, slices, again, margins, right, sets))
             bar.advance(1)
-    return trials, slices, images
-
-
-def _counterfactuals(pool: Pool, seed: int, scratch: int, relearned: bool) -> list[Counterfactual]:
-    """The cluster after the erasure, so many from scratch, and for relearning another one that keeps the records."""
-    after = shadows.after_erasure(pool)
-    clusters = [after, *(Counterfactual(f"{pool.key}/scratch/{seed}/{i}", after.members) for i in range(scratch))]
-    if relearned:
-        clusters.append(Counterfactual(f"{pool.key}/again/{seed}", pool.of(FORGOTTEN, RETAINED)))
-    return clusters
+    return trials
 
 
 def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> Finding | None:
@@ -166,7 +144,7 @@ def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> 
 def compare_members(name: str, trials: Sequence[Trial], rng: np.random.Generator) -> Finding:
     """The attack `loss` or `lira`: scores of the forgotten records beside those of images outside, over all pools."""
     roles = np.concatenate([trial.roles for trial in trials])
-    scores = [trial.scores.margins for trial in trials]  # the loss falls as the margin rises
+    scores = [trial.margins for trial in trials]  # the loss falls as the margin rises
     if name == "lira":
         sets = [trial.shadow_sets for trial in trials if trial.shadow_sets is not None]
         scores = [membership.lira(margins, s.kept, s.inside) for margins, s in zip(scores, sets, strict=True)]
@@ -174,9 +152,9 @@ def compare_members(name: str, trials: Sequence[Trial], rng: np.random.Generator
     return membership.membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE], rng)
 
 
-def _accuracies(trials: Sequence[Trial]) -> Accuracies:
+def _accuracies(trials: Sequence[Trial]) -> dict[str, tuple[float, ...]]:
     """Shares of right answers of the three slices, each record asked of its own cluster's."""
     roles = np.concatenate([trial.roles for trial in trials])
-    right = np.concatenate([trial.scores.right for trial in trials], axis=1)
-    groups = ((FORGOTTEN,), (RETAINED,), (OUTSIDE, VALIDATION))
-    return Accuracies(*(tuple(right[:, np.isin(roles, group)].mean(axis=1).tolist()) for group in groups))
+    right = np.concatenate([trial.right for trial in trials], axis=1)
+    groups = {"forgotten": (FORGOTTEN,), "retained": (RETAINED,), "unseen": (OUTSIDE, VALIDATION)}
+    return {name: tuple(right[:, np.isin(roles, group)].mean(axis=1).tolist()) for name, group in groups.items()}

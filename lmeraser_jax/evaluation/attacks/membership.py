@@ -8,7 +8,7 @@ import numpy as np
 
 from lmeraser_jax.evaluation.attacks import statistics
 from lmeraser_jax.evaluation.attacks.report import Finding
-from lmeraser_jax.evaluation.attacks.statistics import SIGNIFICANT
+from lmeraser_jax.evaluation.attacks.statistics import RATES, SIGNIFICANT
 
 
 def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Finding:
@@ -21,6 +21,10 @@ def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.rando
     columns = [statistics.separation(*pair) for pair in pairs]
     differences = [statistics.auc_difference(members[[c, 2]], others[[c, 2]], rng) for c in range(2)]
     reference = min(columns[2].p, 1 - columns[2].p)  # two-sided
+    rates = [
+        (f"TPR at {rate:.1%} FPR", *(statistics.cell(column.rates[i]) for column in columns))
+        for i, rate in enumerate(RATES)
+    ]
     return Finding(
         name,
         detected=(*(difference.p < SIGNIFICANT for difference in differences), reference < SIGNIFICANT / 2),
@@ -28,8 +32,7 @@ def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.rando
         lines=[
             ("AUC", *(str(column.auc) for column in columns)),
             ("above from scratch (by chance)", *map(str, differences), ""),
-            ("best balanced accuracy", *(f"{column.accuracy:.3f}" for column in columns)),
-            *statistics.rate_lines([column.rates for column in columns]),
+            *rates,
         ],
         values={"columns": columns, "differences": differences},
         curves=tuple(statistics.roc(*pair) for pair in pairs),

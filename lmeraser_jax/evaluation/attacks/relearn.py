@@ -39,14 +39,9 @@ BACK = 1.1  # the loss is back when it is at most so many times that of the slic
 def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], again: Sequence[Slice]) -> Finding:
     """Tunes slices on the forgotten records alone and watches their loss.
 
-    Args:
-        run: an opened workdir.
-        pools: K clusters.
-        slices: for each, the published slice, which keeps the records, that which unlearned them, and S from scratch.
-        again: for each, another one tuned with the records, whose loss on them is the level to reach.
-
-    Returns:
-        A finding with the steps of the first three slices for each cluster, and the chance of so few.
+    Of each of K clusters, `slices` are the published one, which keeps the records, that which unlearned them, and S
+    from scratch; `again` is another one tuned with the records, whose loss on them is the level to reach. The finding
+    has the steps of the first three for each cluster, and the chance of so few.
 
     Raises:
         UserError: a loss was not finite.
@@ -54,7 +49,7 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
     tables = [pool.of(FORGOTTEN) for pool in pools]
     size, steps = max(map(len, tables)), []
     for pool, table, candidates, with_records in zip(pools, tables, slices, again, strict=True):
-        level = statistics.losses(shadows.score(run, [with_records], table).margins).mean()
+        level = statistics.losses(shadows.score(run, [with_records], table)[0]).mean()
         losses = losses_while_relearning(run, pool.key, table, candidates, size)
         steps.append([steps_until(row, level) for row in losses])
     counts = np.array(steps)  # [K, 2 + S]
@@ -65,7 +60,7 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
     return Finding(
         "relearn",
         detected=tuple(chance < SIGNIFICANT for chance in chances),
-        smallest_p=smallest_chance(len(pools), scratch),
+        smallest_p=float(scratch + 1) ** -len(pools),  # the quickest of each cluster's slices
         lines=[
             (
                 f"steps, at most {STEPS} (fewer by chance)",
@@ -77,14 +72,9 @@ def relearn(run: Run, pools: Sequence[Pool], slices: Sequence[Sequence[Slice]], 
 
 
 def losses_while_relearning(run: Run, key: str, records: RecordTable, slices: Sequence[Slice], size: int) -> np.ndarray:
-    """Mean loss of a cluster's forgotten records before and after each step: float64 [2 + S, STEPS + 1].
+    """Mean loss of a cluster's forgotten records before and after each step, from each of 2 + S slices.
 
-    Args:
-        run: an opened workdir.
-        key: of the cluster.
-        records: at most `size` forgotten records.
-        slices: 2 + S slices to start from.
-        size: n, one for all clusters, so that they share a program.
+    The records are padded to `size`, one for all clusters, so that they share a program. float64 [2 + S, STEPS + 1].
     """
     tuning_spec = shadows.with_lanes(run.tuning_spec)
     tuning_spec = dataclasses.replace(tuning_spec, tuning=dataclasses.replace(tuning_spec.tuning, warmup=0.0))
@@ -92,8 +82,9 @@ def losses_while_relearning(run: Run, key: str, records: RecordTable, slices: Se
     rows, labels = np.zeros((size, *inputs.shape[1:]), inputs.dtype), np.zeros(size, np.int32)
     rows[: len(records)], labels[: len(records)] = inputs[records.rows], records.labels
     batch = tuning_spec.tuning.batch
-    places = np.arange(len(records), dtype=np.int32)
-    job = Job(f"{key}/relearn", places, epochs=-(-STEPS * batch // len(records)), batch=batch)
+    job = Job(
+        f"{key}/relearn", np.arange(len(records), dtype=np.int32), epochs=-(-STEPS * batch // len(records)), batch=batch
+    )
     orders, valid = batches(job, tuning_spec.seed)
     work = Batch(
         rows=orders[:STEPS],
@@ -138,11 +129,6 @@ def steps_until(losses: np.ndarray, level: float) -> int:
     """The first step after which the loss, float [1 + steps], is back at a level; `STEPS` where it is never."""
     back = np.flatnonzero(losses <= BACK * level)
     return int(back[0]) if len(back) else STEPS
-
-
-def smallest_chance(clusters: int, scratch: int) -> float:
-    """The smallest chance that K clusters with S slices from scratch can give: the quickest of S + 1 in each."""
-    return float(scratch + 1) ** -clusters
 
 
 def scratch_for(clusters: int, most: int) -> int:

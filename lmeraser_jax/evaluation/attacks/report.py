@@ -13,6 +13,7 @@ import numpy as np
 
 from lmeraser_jax.evaluation import plotting
 from lmeraser_jax.evaluation.attacks.statistics import RATES, SIGNIFICANT
+from lmeraser_jax.storage.atomic_files import write_bytes
 
 COLUMNS = ("kept = control", "unlearned", "from scratch")
 ROUTES = ("published", "after erasing", "from public records")
@@ -24,24 +25,17 @@ LEAK, UNKNOWN = 1, 3  # exit codes
 class Finding:
     """What one attack finds.
 
-    Attributes:
-        name: of the attack.
-        detected: whether kept records are told beyond what from scratch gives, whether erased ones are, and whether
-            something is wrong with from scratch itself. For routing: whether each column tells who was sampled.
-        smallest_p: the smallest chance that the test of the kept records can give.
-        lines: rows of the table: what is measured, and a cell for each column.
-        values: what the lines are made of, for machines.
-        note: what is said in place of a verdict.
-        curves: false and true positive rates of the ROC curve for each column; empty for other attacks.
+    `detected` says whether kept records are told beyond what from scratch gives, whether erased ones are, and whether
+    something is wrong with from scratch itself; for routing, whether each column tells who was sampled.
     """
 
-    name: str
+    name: str  # of the attack
     detected: tuple[bool, ...]
-    smallest_p: float
-    lines: list[tuple[str, ...]]
-    values: dict[str, Any]
-    note: str = ""
-    curves: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    smallest_p: float  # the smallest chance that the test of the kept records can give
+    lines: list[tuple[str, ...]]  # rows of the table: what is measured, and a cell for each column
+    values: dict[str, Any]  # what the lines are made of, for machines
+    note: str = ""  # said in place of a verdict
+    curves: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # false and true positive rates of each column's ROC curve
 
     @property
     def powerless(self) -> bool:
@@ -68,47 +62,17 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
-class Accuracies:
-    """Shares of right answers of the three slices: forgotten, retained, and images that no slice saw."""
-
-    forgotten: tuple[float, ...]
-    retained: tuple[float, ...]
-    unseen: tuple[float, ...]
-
-    @property
-    def gap(self) -> tuple[float, ...]:
-        """Mean absolute difference to the slices tuned from scratch."""
-        shares = np.array(dataclasses.astuple(self))
-        return tuple(np.abs(shares - shares[:, -1:]).mean(axis=0).tolist())
-
-    def lines(self) -> list[tuple[str, ...]]:
-        rows = [*dataclasses.asdict(self).items(), ("mean gap to from scratch", self.gap)]
-        return [(name, *(f"{share:.4f}" for share in shares)) for name, shares in rows]
-
-
-@dataclasses.dataclass(frozen=True)
 class Attack:
-    """A whole attack.
+    """A whole attack."""
 
-    Attributes:
-        clusters, targets, outside: attacked clusters, records erased in memory, images to compare them with.
-        shadows: of a cluster and population; 0: none were needed.
-        slices, images, seconds: slices tuned for it, images passed, and the time of everything.
-        accuracies: None where no slice was attacked.
-        findings: one per attack.
-        skipped: attacks that had nothing to attack: no prototypes to route by, or no steps to count.
-    """
-
-    clusters: int
-    targets: int
-    outside: int
-    shadows: int
-    slices: int
-    images: int
+    clusters: int  # attacked
+    targets: int  # records erased in memory
+    outside: int  # images to compare them with
+    shadows: int  # of a cluster and population; 0: none were needed
     seconds: float
-    accuracies: Accuracies | None
+    accuracies: dict[str, tuple[float, ...]]  # shares of right answers of the three slices; empty: none was attacked
     findings: tuple[Finding, ...]
-    skipped: tuple[str, ...]
+    skipped: tuple[str, ...]  # attacks that had nothing to attack: no prototypes to route by, or no steps to count
 
     @property
     def on_slices(self) -> tuple[Finding, ...]:
@@ -120,21 +84,6 @@ class Attack:
         return tuple(finding.name for finding in self.findings if finding.detected[1])
 
     @property
-    def powerless(self) -> tuple[str, ...]:
-        """Attacks whose test could find nothing, whatever there is."""
-        return tuple(finding.name for finding in self.findings if finding.powerless)
-
-    @property
-    def blind(self) -> tuple[str, ...]:
-        """Attacks that miss even records that are kept, though they could find them."""
-        return tuple(finding.name for finding in self.findings if not finding.detected[0] and not finding.powerless)
-
-    @property
-    def shifted(self) -> tuple[str, ...]:
-        """Attacks that tell something of slices that never saw the records."""
-        return tuple(finding.name for finding in self.on_slices if finding.detected[2])
-
-    @property
     def code(self) -> int:
         """Exit code: 1 an attack finds erased records; 3 none can say anything; 0 one that works finds none."""
         if self.leaks:
@@ -142,14 +91,15 @@ class Attack:
         return 0 if any(finding.detected[0] for finding in self.on_slices) else UNKNOWN
 
     def values(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        if self.accuracies is not None:
-            values["accuracies"] = dataclasses.asdict(self.accuracies) | {"gap": self.accuracies.gap}
-        values["findings"] = {
-            finding.name: finding.values | {"detected": finding.detected} for finding in self.findings
+        values = dataclasses.asdict(self)
+        values["findings"] = {f["name"]: f["values"] | {"detected": f["detected"]} for f in values["findings"]}
+        return values | {
+            "ok": self.code == 0,
+            "leaks": self.leaks,
+            "blind": [f.name for f in self.findings if not f.detected[0] and not f.powerless],
+            "powerless": [f.name for f in self.findings if f.powerless],
+            "shifted": [f.name for f in self.on_slices if f.detected[2]],
         }
-        values |= {name: getattr(self, name) for name in ("leaks", "blind", "powerless", "shifted")}
-        return _json_values(values | {"ok": self.code == 0})
 
     def text(self) -> str:
         return "\n".join([*self._head(), *self._table(), "", *self._verdict()])
@@ -159,19 +109,19 @@ class Attack:
             return
         yield (
             f"{self.targets} records of {self.clusters} clusters erased in memory, told from {self.outside} images that"
-            " no model saw"
+            f" no model saw; {self.seconds:.0f} s"
         )
-        yield f"tuned {self.slices} slices, {self.images} images passed, {self.seconds:.0f} s in all"
         short = [f"{rate:.1%} needs {math.ceil(1 / rate)}" for rate in RATES if self.outside * rate < 1]
         if short:
             yield f"too few images for some false positive rates: {', '.join(short)}"
 
     def _table(self) -> Iterator[str]:
-        if self.accuracies is not None:
+        if self.accuracies:
             yield from ("", _row("attack", "", *COLUMNS))
             for finding in self.on_slices:
                 yield from _rows(finding.name, finding.lines)
-            yield from _rows("accuracy", self.accuracies.lines())
+            shares = self.accuracies.items()
+            yield from _rows("accuracy", [(name, *(f"{share:.4f}" for share in row)) for name, row in shares])
         for finding in self.findings:
             if finding.name == "routing":
                 yield from ("", _row("attack", "", *ROUTES), *_rows("routing", finding.lines))
@@ -198,44 +148,20 @@ def _row(*cells: str) -> str:
     return "".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
 
 
-def _json_values(value: Any) -> Any:
-    """The value as JSON can hold it: dataclasses become objects, numbers that are not finite become null."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if isinstance(value, dict):
-        return {name: _json_values(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_values(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@plotting.styled
+@plotting.style()
 def figure(findings: Sequence[Finding], path: Path) -> None:
-    """Draws the ROC curves of the membership attacks on logarithmic axes, a panel for each column. PNG.
-
-    Bars are the intervals of the true positive rates that the table has.
-
-    Args:
-        findings: those of other attacks are not drawn.
-        path: the file.
-    """
-    drawn = [finding for finding in findings if finding.curves]
-    whole = plotting.blank(13, 4.4)
+    """Draws the ROC curves of the membership attacks on logarithmic axes, a panel for each column, as PNG."""
+    whole, least = plotting.blank(13, 4.4), RATES[-1]
     panels = whole.subplots(1, len(COLUMNS), sharey=True)
-    least = min([0.05, *(0.5 / finding.values["columns"][0].others for finding in drawn)])  # a decade at least
     for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
-        for finding in drawn:
-            false, true = finding.curves[place]
-            (line,) = panel.plot(np.maximum(false, least), np.maximum(true, least), label=finding.name)
-            for rate, estimate in zip(RATES, finding.values["columns"][place].rates, strict=True):
-                if estimate is not None:
-                    panel.vlines(rate, max(estimate.low, least), max(estimate.high, least), color=line.get_color())
+        for finding in findings:
+            if finding.curves:
+                panel.plot(*np.maximum(finding.curves[place], least), label=finding.name)
         panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
         panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
         panel.set_xlabel("false positive rate")
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_formatter(plotting.ticked)
-            axis.set_minor_formatter(plotting.unlabelled)
     panels[0].set_ylabel("true positive rate")
     panels[0].legend(loc="lower right")
-    plotting.save(whole, path)
+    write_bytes(path, plotting.picture(whole, "png"))

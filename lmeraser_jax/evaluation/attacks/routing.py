@@ -23,9 +23,7 @@ def routing(run: Run, seed: int) -> Finding | None:
     The columns tell the sample from other live records by the distance to the nearest prototype: with the published
     prototypes; with those that erasing half of the sample gives, for that half; with prototypes of public records. Its
     values also count the published prototypes (`clusters`) and those that are one private record's feature (`single`).
-
-    Returns:
-        None where there is nothing to attack: shards have no prototypes, and without others a sample hides nothing.
+    None where there is nothing to attack: shards have no prototypes, and without others a sample hides nothing.
     """
     manifest, config, live = run.catalog.manifest(), run.config.clustering, run.catalog.live("train")
     assert manifest is not None
@@ -44,14 +42,14 @@ def routing(run: Run, seed: int) -> Finding | None:
         public = run.catalog.sample("public", config.sample_size)
         if len(public) > 1:
             columns[2] = _separation(_clustered(run, public), near, far)
-    values = {"source": config.sample_from, "clusters": len(published.keys), "single": single}
     detected = tuple(column is not None and column.p < SIGNIFICANT for column in columns)
     return Finding(
         "routing",
         detected,
         smallest_p=0.0,  # there is no control to be missed
         lines=[("AUC, distance to the prototype", *("-" if column is None else str(column.auc) for column in columns))],
-        values=values | dict(zip(("published", "erased", "public"), columns, strict=True)),
+        values={"source": config.sample_from, "clusters": len(published.keys), "single": single}
+        | dict(zip(("published", "erased", "public"), columns, strict=True)),
         note=f"the published prototypes {'tell' if detected[0] else 'do not tell'} who was sampled; {origin}",
     )
 

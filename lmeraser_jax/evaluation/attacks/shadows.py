@@ -9,7 +9,6 @@ Shapes: N shadows, n records of a pool, w of them watched, S slices, Y classes.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -38,59 +37,31 @@ LANES = 8  # at least so many shadows are tuned at the same time
 class Pool:
     """One attacked cluster, with the images of no published model that are routed to it.
 
-    Attributes:
-        key: of the cluster.
-        ref: its published slice.
-        records: n records, sorted by id.
-        roles: int8 [n]. FORGOTTEN and RETAINED are the cluster's members; the others are images that no published
-            model was tuned on: OUTSIDE are in shadows and compared with the forgotten, VALIDATION are in none.
-        watched: int64 [w], places among the records whose margins are looked at.
+    FORGOTTEN and RETAINED are the cluster's members; the others are images that no published model was tuned on:
+    OUTSIDE are in shadows and compared with the forgotten, VALIDATION are in none.
     """
 
-    key: str
-    ref: str
-    records: RecordTable
-    roles: np.ndarray
-    watched: np.ndarray
+    key: str  # of the cluster
+    ref: str  # its published slice
+    records: RecordTable  # n, sorted by id
+    roles: np.ndarray  # int8 [n]
+    watched: np.ndarray  # int64 [w], places among the records whose margins are looked at
 
     def of(self, *roles: int) -> RecordTable:
         """The records with one of these roles."""
         return self.records.take(np.flatnonzero(np.isin(self.roles, roles)))
 
 
-class Counterfactual(NamedTuple):
-    """A cluster as it might have been: the name of its random streams, and its members."""
-
-    stream: str
-    members: RecordTable
-
-
-class Scores(NamedTuple):
-    """What S slices say of records: margins float64 [S, w], and bool [S, w], whether the answer was right."""
-
-    margins: np.ndarray
-    right: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShadowSets:
-    """Margins of a pool's watched records under three populations of N slices each, float64 [N, w].
+    """Margins of a pool's watched records under three populations of N slices each, float64 [N, w]."""
 
-    Attributes:
-        roles: int8 [w], of the watched records.
-        inside: bool [N, w], the records drawn for each shadow.
-        kept: under slices tuned on the records drawn.
-        unlearned: under the same slices after the forgotten records were erased from them.
-        drawn: bool [N, w], a second draw.
-        never: under slices tuned on the second draw without the forgotten records, which they never saw.
-    """
-
-    roles: np.ndarray
-    inside: np.ndarray
-    kept: np.ndarray
-    unlearned: np.ndarray
-    drawn: np.ndarray
-    never: np.ndarray
+    roles: np.ndarray  # int8 [w], of the watched records
+    inside: np.ndarray  # bool [N, w], the records drawn for each shadow
+    kept: np.ndarray  # under slices tuned on the records drawn
+    unlearned: np.ndarray  # under the same slices after the forgotten records were erased from them
+    drawn: np.ndarray  # bool [N, w], a second draw
+    never: np.ndarray  # under slices tuned on the second draw without the forgotten records, which they never saw
 
 
 def with_lanes(tuning_spec: TuningSpec) -> TuningSpec:
@@ -101,24 +72,23 @@ def with_lanes(tuning_spec: TuningSpec) -> TuningSpec:
     return dataclasses.replace(tuning_spec, tuning=dataclasses.replace(tuning_spec.tuning, lanes=lanes))
 
 
-def tune_counterfactuals(
-    run: Run, tuning_spec: TuningSpec, clusters: Sequence[Counterfactual]
-) -> tuple[list[Slice], int]:
-    """The slices of clusters as they might have been, in their order, and the images passed. Writes nothing.
+def tune_counterfactuals(run: Run, tuning_spec: TuningSpec, clusters: Sequence[tuple[str, RecordTable]]) -> list[Slice]:
+    """The slices of clusters as they might have been, in their order. Writes nothing.
 
-    With the run's own settings, a cluster's key as the stream and its live members, these are the published bits.
+    Each cluster is the name of its random streams and its members. With the run's own settings, a cluster's key as the
+    name and its live members, these are the published bits.
 
     Raises:
         UserError: a loss was not finite.
     """
-    jobs = [make_job(cluster.stream, cluster.members.rows, tuning_spec.tuning) for cluster in clusters]
-    inputs, labels = training_arrays(run, tuning_spec, [cluster.members for cluster in clusters])
+    jobs = [make_job(stream, members.rows, tuning_spec.tuning) for stream, members in clusters]
+    inputs, labels = training_arrays(run, tuning_spec, [members for _, members in clusters])
     slices = {}
     for tuned in make_slices(tuning_spec, run.backbone, jobs, inputs, labels, run.mesh):
         if tuned.failed_at is not None:
             raise UserError("the loss of a shadow model became infinite or not a number; the attack has no result")
         slices[tuned.job] = tuned.slice
-    return [slices[job] for job in jobs], sum(job.images for job in jobs)
+    return [slices[job] for job in jobs]
 
 
 def training_arrays(run: Run, tuning_spec: TuningSpec, tables: Sequence[RecordTable]) -> tuple[np.ndarray, np.ndarray]:
@@ -134,15 +104,16 @@ def training_arrays(run: Run, tuning_spec: TuningSpec, tables: Sequence[RecordTa
 def _logits_program(tuning_spec: TuningSpec, mesh: Mesh):
     """Compiled `(params, slices with a leading axis S, uint8 [B, h, w, c]) -> logits float32 [S, B, Y]`."""
 
-    def logits_of_one(params, inputs, slice_: Slice):
-        return features_of(slice_, tuning_spec, params, inputs) @ slice_.kernel + slice_.bias[None]
-
     def logits_of_all(params, slices: Slice, images):
         inputs = centred(images, tuning_spec.image_spec)
         if tuning_spec.on_features:
             features = backbone_lib.features(tuning_spec.architecture, params, inputs)
             inputs = expand(features, tuning_spec.tuning.expand)
-        return jax.vmap(logits_of_one, in_axes=(None, None, 0))(params, inputs, slices)
+
+        def logits_of_one(slice_: Slice):
+            return features_of(slice_, tuning_spec, params, inputs) @ slice_.kernel + slice_.bias[None]
+
+        return jax.vmap(logits_of_one)(slices)
 
     axis = P(mesh.axis_names[0])
     mapped = jax.shard_map(logits_of_all, mesh=mesh, in_specs=(P(), axis, P()), out_specs=axis, check_vma=False)
@@ -169,15 +140,10 @@ def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
     return result
 
 
-def score(run: Run, slices: Sequence[Slice], records: RecordTable) -> Scores:
-    """Margins and right answers of records under each of S slices."""
+def score(run: Run, slices: Sequence[Slice], records: RecordTable) -> tuple[np.ndarray, np.ndarray]:
+    """Margins of n records under each of S slices, float64 [S, n], and whether the answers were right, bool [S, n]."""
     values = logits(run, slices, records.rows)
-    return Scores(statistics.margins(values, records.labels), values.argmax(axis=-1) == records.labels)
-
-
-def after_erasure(pool: Pool) -> Counterfactual:
-    """The cluster that erasing the forgotten records leaves: the published key, the retained members."""
-    return Counterfactual(pool.key, pool.of(RETAINED))
+    return statistics.margins(values, records.labels), values.argmax(axis=-1) == records.labels
 
 
 def halves(models: int, records: int, rng: np.random.Generator) -> np.ndarray:
@@ -186,18 +152,15 @@ def halves(models: int, records: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permuted(inside, axis=0)
 
 
-def shadow_sets(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> tuple[ShadowSets, int, int]:
-    """Tunes a pool's shadows on random halves of it and scores the watched records.
+def on_draws(records: RecordTable, draws: np.ndarray, name: str, first: int = 0) -> list[tuple[str, RecordTable]]:
+    """Clusters of the records that each draw has, bool [N, n]; their streams are numbered from `first`."""
+    return [(f"{name}/{first + i}", records.take(np.flatnonzero(row))) for i, row in enumerate(draws)]
 
-    Args:
-        run: an opened workdir.
-        pool: the cluster.
-        count: N.
-        seed: of the halves.
-        populations: also tune `unlearned` and `never`, which are empty otherwise.
 
-    Returns:
-        (the scores, slices tuned, images passed).
+def shadow_sets(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> ShadowSets:
+    """Tunes N = `count` shadows of each population on random halves of a pool and scores the watched records.
+
+    Without `populations` only `kept` is tuned, and `unlearned` and `never` are empty.
     """
     in_shadows, remaining = pool.roles != VALIDATION, np.isin(pool.roles, (RETAINED, OUTSIDE))
     rng = philox(seed, "attack", "halves", pool.key)
@@ -205,18 +168,11 @@ def shadow_sets(run: Run, pool: Pool, count: int, seed: int, populations: bool) 
     for mask in (inside, drawn):  # in a small pool a draw may have no record that remains after the erasure
         mask[~(mask & remaining).any(axis=1), np.flatnonzero(remaining)[0]] = True
 
-    def counterfactuals(mask: np.ndarray, first: int) -> list[Counterfactual]:
-        return [
-            Counterfactual(f"{pool.key}/shadow/{seed}/{first + i}", pool.records.take(np.flatnonzero(row)))
-            for i, row in enumerate(mask)
-        ]
-
-    clusters = counterfactuals(inside, 0)
+    clusters = on_draws(pool.records, inside, f"{pool.key}/shadow/{seed}")
     if populations:
-        clusters += counterfactuals(inside & remaining, 0) + counterfactuals(drawn & remaining, count)
-    slices, images = tune_counterfactuals(run, with_lanes(run.tuning_spec), clusters)
-    margins = score(run, slices, pool.records.take(pool.watched)).margins
+        clusters += on_draws(pool.records, inside & remaining, f"{pool.key}/shadow/{seed}")
+        clusters += on_draws(pool.records, drawn & remaining, f"{pool.key}/shadow/{seed}", count)
+    slices, watched = tune_counterfactuals(run, with_lanes(run.tuning_spec), clusters), pool.watched
+    margins, _ = score(run, slices, pool.records.take(watched))
     kept, unlearned, never = margins[:count], margins[count : 2 * count], margins[2 * count :]
-    watched = pool.watched
-    sets = ShadowSets(pool.roles[watched], inside[:, watched], kept, unlearned, drawn[:, watched], never)
-    return sets, len(slices), images
+    return ShadowSets(pool.roles[watched], inside[:, watched], kept, unlearned, drawn[:, watched], never)

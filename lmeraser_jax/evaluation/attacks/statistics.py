@@ -5,10 +5,11 @@ the correct logit minus the logsumexp of the others; the loss follows from it wi
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from scipy import special, stats
+from sklearn.metrics import roc_curve
 
 RATES = (0.01, 0.001)  # false positive rates at which true positive rates are reported (Carlini et al., 2022)
 COVERED = 0.95  # of confidence intervals and intervals by chance
@@ -32,21 +33,11 @@ class Estimate:
 
 @dataclasses.dataclass(frozen=True)
 class Separation:
-    """How well a score tells members from others.
+    """How well a score tells members from others."""
 
-    Attributes:
-        auc: probability that a member scores higher than another, ties counted half, with DeLong's interval.
-        p: chance of members scoring at least so much higher if there were no difference (Mann-Whitney).
-        accuracy: mean of true positive and true negative rate at the best threshold; at least 0.5, also by chance.
-        rates: true positive rates at the false positive rates `RATES`; None where there are too few others to tell.
-        others: how many others were scored.
-    """
-
-    auc: Estimate
-    p: float
-    accuracy: float
-    rates: tuple[Estimate | None, ...]
-    others: int
+    auc: Estimate  # probability that a member scores higher than another, ties counted half; DeLong's interval
+    p: float  # chance of members scoring at least so much higher if there were no difference (Mann-Whitney)
+    rates: tuple[Estimate | None, ...]  # true positive rates at `RATES`; None where there are too few others to tell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,25 +70,26 @@ def losses(margins: np.ndarray) -> np.ndarray:
     return np.logaddexp(0.0, -margins)
 
 
+def cell(value: Estimate | Tested | float | None) -> str:
+    """A value in a table."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """False and true positive rates, rising, of every threshold between scores: from (0, 0) to (1, 1)."""
-    scores, inside = np.concatenate([members, others]), np.arange(len(members) + len(others)) < len(members)
-    order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # tied scores pass a threshold together
-    hits, alarms = np.cumsum(inside[order])[last], np.cumsum(~inside[order])[last]
-    return np.append(0.0, alarms / len(others)), np.append(0.0, hits / len(members))
+    truth = np.repeat([1, 0], [len(members), len(others)])
+    return roc_curve(truth, np.concatenate([members, others]), drop_intermediate=False)[:2]
 
 
-def rate_at(
-    members: np.ndarray, others: np.ndarray, rate: float, counts: tuple[int, int] | None = None
-) -> Estimate | None:
+def rate_at(members: np.ndarray, others: np.ndarray, rate: float) -> Estimate | None:
     """The true positive rate at a rate of false positives, with its interval (Clopper and Pearson, 1934).
 
-    Scores are float [m] and [n]; `counts` are the independent members and others, where a record has several scores.
-    None where one false positive is more than the rate already.
+    Scores are float [m] and [n]. None where one false positive is more than the rate already.
     """
-    m, n = counts or (len(members), len(others))
-    if m < 1 or n * rate < 1:
+    m = len(members)
+    if len(others) * rate < 1:
         return None
     false, true = roc(members, others)
     value = float(true[false <= rate].max())
@@ -105,27 +97,14 @@ def rate_at(
     return Estimate(value, float(interval.low), float(interval.high))
 
 
-def cell(value: Estimate | Tested | None) -> str:
-    """A value in a table."""
-    return "-" if value is None else str(value)
-
-
-def rate_lines(columns: Sequence[Sequence[Estimate | None]]) -> list[tuple[str, ...]]:
-    """Rows of a table: true positive rates at each of `RATES`, a cell for each column."""
-    return [(f"TPR at {rate:.1%} FPR", *(cell(column[i]) for column in columns)) for i, rate in enumerate(RATES)]
-
-
 def separation(members: np.ndarray, others: np.ndarray) -> Separation:
     """Scores of members and of others, float [m] and [n], higher for members if the attack works."""
     auc, deviation = delong(members, others)
     reach = float(stats.norm.ppf(0.5 + COVERED / 2)) * deviation
-    false, true = roc(members, others)
     return Separation(
         auc=Estimate(auc, max(0.0, auc - reach), min(1.0, auc + reach)),
         p=float(stats.mannwhitneyu(members, others, alternative="greater").pvalue),
-        accuracy=float((true + 1.0 - false).max() / 2),
         rates=tuple(rate_at(members, others, rate) for rate in RATES),
-        others=len(others),
     )
 
 
@@ -157,37 +136,12 @@ def auc_difference(members: np.ndarray, others: np.ndarray, rng: np.random.Gener
     return tested(difference / (m * others.shape[1]))
 
 
-def clustered_auc(
-    members: Sequence[np.ndarray], others: Sequence[np.ndarray], rng: np.random.Generator
-) -> Estimate | None:
-    """The area under the ROC curve where each record has several scores, by a bootstrap over records.
-
-    `members` and `others` have for each of n records its scores as a member and as none. Records without scores of both
-    kinds are left out; None where no record is left.
-    """
-    pairs = [(inside, outside) for inside, outside in zip(members, others, strict=True) if len(inside) and len(outside)]
-    if not pairs:
-        return None
-    sizes = np.array([(len(inside), len(outside)) for inside, outside in pairs], np.float64)  # [n, 2]
-    flat, n = np.concatenate([outside for _, outside in pairs]), len(pairs)
-    record = np.repeat(np.arange(n), sizes[:, 1].astype(int))
-    wins = [((inside[:, None] > flat) + 0.5 * (inside[:, None] == flat)).sum(axis=0) for inside, _ in pairs]
-    table = np.stack([np.bincount(record, row, n) for row in wins])  # [n, n], one's members above another's others
-    weights = np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), ROUNDS)])
-    areas = ((weights @ table) * weights).sum(axis=1) / (weights @ sizes).prod(axis=1)
-    low, high = np.quantile(areas[1:], [0.5 - COVERED / 2, 0.5 + COVERED / 2])
-    return Estimate(float(areas[0]), float(low), float(high))
-
-
 def log_ratio(
     values: np.ndarray, first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     """Log-likelihood ratio of values under two Gaussians, each given by mean and standard deviation."""
-
-    def log_density(mean: np.ndarray, deviation: np.ndarray) -> np.ndarray:  # without its constant
-        return -0.5 * ((values - mean) / deviation) ** 2 - np.log(deviation)
-
-    return log_density(*first) - log_density(*second)
+    one, other = (-0.5 * ((values - mean) / spread) ** 2 - np.log(spread) for mean, spread in (first, second))
+    return one - other
 
 
 def moments(values: np.ndarray, valid: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
-from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.evaluation.attacks import shadows
-from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Counterfactual, Pool
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning.artifacts import load_clustering
@@ -28,24 +27,19 @@ FEWEST_MEMBERS = 4  # that a cluster keeps
 PROBES = 8  # slices of each cluster that say how hard a record is, each tuned on half of the records
 
 
-def workdir_problems(run: Run) -> list[str]:
-    """Why a workdir cannot be attacked at all, a line each."""
+def problems(run: Run, ids: Sequence[str], targets: int, on_slices: bool) -> list[str]:
+    """Why a workdir cannot be attacked, or its slices not with these ids or so many drawn records, a line each."""
     root, manifest = run.layout.root, run.catalog.manifest()
     if manifest is None or not manifest.clusters:
         return [f"--workdir={root} has no published state to attack; run: lmeraser train --workdir={root}"]
     if requests.any_open(run.catalog):
         return [f"an erasure is not finished; finish it with: lmeraser process --workdir={root}"]
-    return []
-
-
-def target_problems(run: Run, ids: Sequence[str], targets: int) -> list[str]:
-    """Why a published state cannot be attacked with these ids, or with so many drawn records, a line each."""
+    if not on_slices:
+        return []
     problems = []
     if not len(_unseen(run)):
-        problems.append(
-            f"--workdir={run.layout.root} has no test or hold-out images to compare with; set --config.data.test_share"
-            " when the workdir is made"
-        )
+        hint = "set --config.data.test_share when the workdir is made"
+        problems.append(f"--workdir={root} has no test or hold-out images to compare with; {hint}")
     eligible, refused = _eligible(run, ids or run.catalog.live("train").ids)
     if ids:
         problems += [f"--records={join_limited(names)}: {reason}" for reason, names in refused.items()]
@@ -93,11 +87,10 @@ def _unseen(run: Run) -> RecordTable:
     return records.take(np.array([i for i, content in enumerate(records.contents) if content not in trained], np.int64))
 
 
-def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> tuple[list[Pool], int, int]:
+def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> list[Pool]:
     """The pools of an attack on so many targets, or on those with the given ids, sorted by key.
 
-    Drawn targets are compared with unseen images that are as hard as these; named targets with all unseen images. Also
-    returns how many slices were tuned and images passed to find out how hard records are.
+    Drawn targets are compared with unseen images that are as hard as these; named targets with all unseen images.
 
     Raises:
         UserError: fewer than two such images are routed to the targets' clusters, or a stored image is damaged.
@@ -110,10 +103,9 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> tuple[list[Po
     tables = {key: members[key].plus(unseen[key]) for key in sorted(keys)}
     for table in tables.values():
         check_pixel_hashes(run.images, table)
-    hardness, slices, images = ({}, 0, 0) if ids else _hardness(run, tables, seed)
-    if ids:
-        forgotten = candidates
-    else:
+    hardness, forgotten = {}, candidates
+    if not ids:
+        hardness = _hardness(run, tables, seed)
         hardest_first = sorted(live.ids, key=lambda name: (hardness.get(name, 0.0), name))
         forgotten = frozenset(_eligible(run, hardest_first)[0][:targets])
     limit = max(hardness.get(name, 0.0) for name in forgotten)
@@ -121,22 +113,17 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> tuple[list[Po
     for key, table in tables.items():
         roles = {name: FORGOTTEN if name in forgotten else RETAINED for name in members[key].ids}
         roles |= {name: OUTSIDE if hardness.get(name, 0.0) <= limit else VALIDATION for name in unseen[key].ids}
-        if FORGOTTEN in roles.values():
-            pools.append(make_pool(key, manifest.entries[key], table, roles, seed))
+        kinds = np.array([roles[name] for name in table.ids], np.int8)
+        retained = philox(seed, "attack", "watched", key).permutation(np.flatnonzero(kinds == RETAINED))
+        watched = np.sort(np.concatenate([np.flatnonzero(kinds != RETAINED), retained[:WATCHED]]))
+        if FORGOTTEN in kinds:
+            pools.append(Pool(key, manifest.entries[key], table, kinds, watched))
     if sum(len(pool.of(OUTSIDE)) for pool in pools) < 2:
         raise UserError(
             f"fewer than two test or hold-out images are routed to the {len(pools)} clusters of the targets and as hard"
             " as these; raise --targets"
         )
-    return pools, slices, images
-
-
-def make_pool(key: str, ref: str, records: RecordTable, roles: Mapping[str, int], seed: int) -> Pool:
-    """A pool of records with their roles by id; at most `WATCHED` of the retained ones are watched."""
-    kinds = np.array([roles[name] for name in records.ids], np.int8)
-    retained = philox(seed, "attack", "watched", key).permutation(np.flatnonzero(kinds == RETAINED))
-    watched = np.concatenate([np.flatnonzero(kinds != RETAINED), retained[:WATCHED]])
-    return Pool(key, ref, records, kinds, np.sort(watched))
+    return pools
 
 
 def _by_cluster(records: RecordTable, keys: set[str]) -> dict[str, RecordTable]:
@@ -152,8 +139,8 @@ def _routed(run: Run, clustering: str, count: int, seed: int) -> RecordTable:
     return dataclasses.replace(unseen, clusters=clusters)
 
 
-def _hardness(run: Run, tables: Mapping[str, RecordTable], seed: int) -> tuple[dict[str, float], int, int]:
-    """{id: mean margin under probe models that were not tuned on it}, slices tuned, images passed; hard ones are low.
+def _hardness(run: Run, tables: Mapping[str, RecordTable], seed: int) -> dict[str, float]:
+    """{id: mean margin under probe models that were not tuned on it}; hard ones are low.
 
     A probe model is a slice of the record's cluster that is tuned on a random half of the table.
     """
@@ -161,24 +148,21 @@ def _hardness(run: Run, tables: Mapping[str, RecordTable], seed: int) -> tuple[d
     for key, table in tables.items():
         masks[key] = shadows.halves(PROBES, len(table), philox(seed, "attack", "scouts", key))
         masks[key][~masks[key].any(axis=1), 0] = True
-        probes += [
-            Counterfactual(f"{key}/scout/{seed}/{i}", table.take(np.flatnonzero(row)))
-            for i, row in enumerate(masks[key])
-        ]
-    slices, images = shadows.tune_counterfactuals(run, shadows.with_lanes(run.tuning_spec), probes)
+        probes += shadows.on_draws(table, masks[key], f"{key}/scout/{seed}")
+    slices = shadows.tune_counterfactuals(run, shadows.with_lanes(run.tuning_spec), probes)
     hardness: dict[str, float] = {}
     for place, (key, table) in enumerate(tables.items()):
-        margins = shadows.score(run, slices[place * PROBES : (place + 1) * PROBES], table).margins
-        outside = ~masks[key]
-        means = (margins * outside).sum(axis=0) / outside.sum(axis=0)
+        margins, _ = shadows.score(run, slices[place * PROBES : (place + 1) * PROBES], table)
+        means = np.average(margins, axis=0, weights=~masks[key])
         hardness |= dict(zip(table.ids, means.tolist(), strict=True))
-    return hardness, len(slices), images
+    return hardness
 
 
 def refuse_changed(run: Run, pools: Iterable[Pool]) -> None:
     """Raises `UserError` if a record's pixels are gone: another process erased it during the attack."""
-    images = run.images
-    for pool in pools:
-        pairs = zip(pool.records.rows, pool.records.contents, strict=True)
-        if any(content_hash(images[row]) != content for row, content in pairs):
-            raise UserError("records were erased while they were attacked, so the result is void; run the attack again")
+    try:
+        for pool in pools:
+            check_pixel_hashes(run.images, pool.records)
+    except UserError as error:
+        message = "records were erased while they were attacked, so the result is void; run the attack again"
+        raise UserError(message) from error
