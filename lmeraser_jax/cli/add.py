@@ -8,24 +8,21 @@ images join; test and public images are left out. After an interruption the same
 
 import dataclasses
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.unlearning import add
 
 STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_string("source", "", ".npz file or folder with the images to add", flag_values=flags)
-    absl_flags.DEFINE_string("labels", "", "CSV that names files, labels and owners of a folder", flag_values=flags)
-    common.define_writing(flags)
-    common.define_processes(flags)
+FLAGS = (
+    Flag("source", "", ".npz file or folder with the images to add"),
+    Flag("labels", "", "CSV that names files, labels and owners of a folder"),
+    *common.WRITING,
+    *common.SHARED,
+)
 
 
 def run(arguments: common.Arguments) -> int:
     common.workdir_of(arguments)  # refuses a missing one first
-    from lmeraser_jax.unlearning import add
-
     add.check_source(arguments["source"], arguments["labels"])
     with common.open_for_writing(arguments) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])

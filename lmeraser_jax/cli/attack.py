@@ -16,22 +16,19 @@ it compares every bit. See docs/verification.md.
 
 from pathlib import Path
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 
 STRAY = "ids are given as --records=ID,ID"
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_integer("targets", 64, "records to erase in memory, drawn by the seed", flag_values=flags)
-    absl_flags.DEFINE_list("records", [], "ids of live records to erase in memory instead", flag_values=flags)
-    text = "shadow models of a cluster and population, tuned on random halves"
-    absl_flags.DEFINE_integer("shadows", 64, text, flag_values=flags)
-    absl_flags.DEFINE_list("attacks", [], "loss, lira, ulira, klom, relearn, routing; empty: all", flag_values=flags)
-    absl_flags.DEFINE_integer("seed", 0, "of targets, halves and permutations", flag_values=flags)
-    absl_flags.DEFINE_string("figure", "", "also draw ROC curves to this PNG", flag_values=flags)
+FLAGS = (
+    Flag("targets", 64, "records to erase in memory, drawn by the seed"),
+    Flag("records", [], "ids of live records to erase in memory instead"),
+    Flag("shadows", 64, "shadow models of a cluster and population, tuned on random halves"),
+    Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing; empty: all"),
+    Flag("seed", 0, "of targets, halves and permutations"),
+    Flag("figure", "", "also draw ROC curves to this PNG"),
+)
 
 
 def run(arguments: common.Arguments) -> int:

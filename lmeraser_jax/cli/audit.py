@@ -8,15 +8,13 @@ Exit code 0 and "bit-identical: K of K slices", or 1 and the names of what diffe
 
 import dataclasses
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 
-
-def define(flags: common.Flags) -> None:
-    common.define_writing(flags)
-    text = "build the slices of so many clusters only, drawn at random; 0: all"
-    absl_flags.DEFINE_integer("sample", 0, text, lower_bound=0, flag_values=flags)
+FLAGS = (
+    *common.WRITING,
+    Flag("sample", 0, "build the slices of so many clusters only, drawn at random; 0: all", low=0),
+)
 
 
 def run(arguments: common.Arguments) -> int:

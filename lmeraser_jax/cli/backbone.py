@@ -13,23 +13,19 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, join_limited
 
 STRAY = "name them as --weights=FILE_OR_FOLDER"
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_bool("list", False, "list the backbones that have a name", flag_values=flags)
-    absl_flags.DEFINE_string("name", "", "name of a published backbone", flag_values=flags)
-    absl_flags.DEFINE_string("weights", "", "file, folder, hub:OWNER/NAME, or hub", flag_values=flags)
-    absl_flags.DEFINE_string("out", "", "new folder for the converted backbone", flag_values=flags)
-    absl_flags.DEFINE_integer(
-        "image_size", 0, "side of the input in pixels; 0: as published", lower_bound=0, flag_values=flags
-    )
+FLAGS = (
+    Flag("list", False, "list the backbones that have a name"),
+    Flag("name", "", "name of a published backbone"),
+    Flag("weights", "", "file, folder, hub:OWNER/NAME, or hub"),
+    Flag("out", "", "new folder for the converted backbone"),
+    Flag("image_size", 0, "side of the input in pixels; 0: as published", low=0),
+)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -7,25 +7,72 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.ingest import Imported
+from lmeraser_jax.storage.workdir import Layout, read_config
+from lmeraser_jax.unlearning import binding
 
 if TYPE_CHECKING:
-    from lmeraser_jax.storage.catalog import Catalog
-    from lmeraser_jax.storage.ingest import Imported
-    from lmeraser_jax.storage.workdir import Layout
     from lmeraser_jax.training.multihost import Processes
     from lmeraser_jax.unlearning.build import BuildReport
     from lmeraser_jax.unlearning.run import Run
 
 Flags = absl_flags.FlagValues
-PLACE = ("coordinator_address", "num_processes", "process_id")  # flags that say where a process stands
 NAMES_IN_WARNING = 1000  # --json has all names
+DEFINE = {
+    bool: absl_flags.DEFINE_bool,
+    str: absl_flags.DEFINE_string,
+    list: absl_flags.DEFINE_list,
+    int: absl_flags.DEFINE_integer,
+    float: absl_flags.DEFINE_float,
+}
+
+
+class Flag(NamedTuple):
+    """A flag of a command. Its values are of the default's type, or of the type that stands in place of a default."""
+
+    name: str
+    default: Any
+    text: str
+    low: float | None = None  # the least legal number
+    choices: tuple[str, ...] = ()  # the legal texts; empty: any
+
+    def define(self, flags: Flags) -> None:
+        kind, default = type(self.default), self.default
+        if kind is type:
+            kind, default = default, None
+        if self.choices:
+            absl_flags.DEFINE_enum(self.name, default, self.choices, self.text, flag_values=flags)
+            return
+        options = {"lower_bound": self.low} if kind in (int, float) else {}
+        DEFINE[kind](self.name, default, self.text, flag_values=flags, **options)
+
+
+COMMON = (  # of all commands
+    Flag("workdir", "", "folder of the run"),
+    Flag("json", "", "also write the result as JSON to this file; - for standard output"),
+)
+WRITING = (  # of commands that write and tune
+    Flag("wait", 0.0, "seconds to wait while another process writes the workdir", low=0),
+    Flag("profile", "", "folder for a jax.profiler trace of a few calls of the tuning program"),
+)
+PLACE = (  # where a process stands among several
+    Flag("coordinator_address", str, "HOST:PORT of process 0, where no scheduler tells it"),
+    Flag("num_processes", int, "number of processes", low=1),
+    Flag("process_id", int, "number of this process, from 0", low=0),
+)
+SHARED = (  # of commands whose work several processes can share
+    Flag("distributed", False, "several processes share the work; a scheduler tells each where it stands"),
+    *PLACE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +93,12 @@ class Arguments:
 def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     """Parses program name and arguments with the flags of a command; None when help was asked for and printed.
 
-    A command is a module: its docstring is the help, `define(flags)` adds its flags, `run(arguments)` does the work.
+    A command is a module: its docstring is the help, `FLAGS` are its flags, `run(arguments)` does the work.
     Raises `UserError` for an unknown flag or setting, or a value that cannot be parsed.
     """
     flags = Flags()
-    absl_flags.DEFINE_string("workdir", "", "folder of the run", flag_values=flags)
-    text = "also write the result as JSON to this file; - for standard output"
-    absl_flags.DEFINE_string("json", "", text, flag_values=flags)
-    module.define(flags)
+    for flag in (*COMMON, *getattr(module, "FLAGS", ())):
+        flag.define(flags)
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
         print(_help(module, flags))
         return None
@@ -61,7 +106,7 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     raise_all(settings.unknown_names(overrides))
     try:
         if getattr(module, "TAKES_CONFIG", True):
-            _define_config(flags, argv, getattr(module, "stored_config", _config_of_run))
+            _define_config(flags, argv, getattr(module, "stored_config", read_config))
         rest = flags(argv)
     except UserError:
         raise
@@ -89,7 +134,7 @@ def check_target(flag: str, target: str) -> None:
         raise UserError(f"--{flag}={target} cannot be written: {error.strerror}") from error
 
 
-def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str], dict[str, Any] | None]) -> None:
+def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[Layout], dict[str, Any] | None]) -> None:
     """Defines --config=FILE.py; without it the workdir's own config or the defaults, open to --config.x.y=value."""
     from ml_collections import config_dict, config_flags
 
@@ -106,14 +151,8 @@ def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[str],
         config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
         return
     workdir = early["workdir"].value
-    base = (stored_config(workdir) if workdir else None) or settings.to_dict(Config())
+    base = (stored_config(Layout(workdir)) if workdir else None) or settings.to_dict(Config())
     config_flags.DEFINE_config_dict("config", config_dict.ConfigDict(base), flag_values=flags, sys_argv=argv)
-
-
-def _config_of_run(workdir: str) -> dict[str, Any] | None:
-    from lmeraser_jax.storage.workdir import Layout, read_config
-
-    return read_config(Layout(workdir))
 
 
 def config_of(arguments: Arguments) -> Config:
@@ -123,8 +162,6 @@ def config_of(arguments: Arguments) -> Config:
 
 def workdir_of(arguments: Arguments, must_exist: bool = True) -> str:
     """The workdir. Raises `UserError` when none was given, or when it must exist and does not; loads no JAX."""
-    from lmeraser_jax.storage.workdir import Layout
-
     workdir = arguments["workdir"]
     if not workdir:
         raise UserError("--workdir=DIR is missing: the folder of the run")
@@ -157,44 +194,22 @@ def _described(flag: absl_flags.Flag) -> str:
     return str(flag.help) if str(value) in ("None", "False", "") else f"{flag.help} (default: {value})"
 
 
-def define_writing(flags: Flags) -> None:
-    """The flags of commands that write and tune."""
-    text = "seconds to wait while another process writes the workdir"
-    absl_flags.DEFINE_float("wait", 0.0, text, lower_bound=0, flag_values=flags)
-    text = "folder for a jax.profiler trace of a few calls of the tuning program"
-    absl_flags.DEFINE_string("profile", "", text, flag_values=flags)
-
-
-def define_processes(flags: Flags) -> None:
-    """The flags of commands whose work several processes can share."""
-    text = "several processes share the work; Slurm, Open MPI or Kubernetes tell each where it stands"
-    absl_flags.DEFINE_bool("distributed", False, text, flag_values=flags)
-    text = "HOST:PORT of process 0, where no scheduler tells it"
-    absl_flags.DEFINE_string("coordinator_address", None, text, flag_values=flags)
-    absl_flags.DEFINE_integer("num_processes", None, "number of processes", lower_bound=1, flag_values=flags)
-    text = "number of this process, from 0"
-    absl_flags.DEFINE_integer("process_id", None, text, lower_bound=0, flag_values=flags)
-
-
 def several_processes(arguments: Arguments) -> bool:
     """Whether several processes share the work. Raises `UserError` where their flags do not go together."""
     if "distributed" not in arguments.flags:
         return False
-    place = {name: arguments[name] for name in PLACE}
+    place = {flag.name: arguments[flag.name] for flag in PLACE}
     missing = [f"--{name}" for name, value in place.items() if value is None]
     if 0 < len(missing) < len(PLACE):
-        raise UserError(f"{', '.join(missing)} missing: give all of {', '.join(PLACE)}, or --distributed alone")
+        raise UserError(f"{', '.join(missing)} missing: give all of {', '.join(place)}, or --distributed alone")
     if not missing and place["process_id"] >= place["num_processes"]:
         raise UserError(f"--process_id={place['process_id']}: must be below --num_processes={place['num_processes']}")
     return not missing or arguments["distributed"]
 
 
 @contextlib.contextmanager
-def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
+def catalog_of(workdir: str) -> Iterator[tuple[Layout, Catalog]]:
     """A workdir's catalog alone: no lock, no backbone, no JAX."""
-    from lmeraser_jax.storage.catalog import Catalog
-    from lmeraser_jax.storage.workdir import Layout
-
     layout = Layout(workdir)
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         yield layout, catalog
@@ -202,9 +217,6 @@ def catalog_of(workdir: str) -> Iterator[tuple["Layout", "Catalog"]]:
 
 def finished(arguments: Arguments) -> tuple[str, Config]:
     """The finished workdir and the config of a command. Raises `UserError` unless they go together; loads no JAX."""
-    from lmeraser_jax.storage.workdir import Layout
-    from lmeraser_jax.unlearning import binding
-
     workdir, config = workdir_of(arguments), config_of(arguments)
     binding.finished_config(Layout(workdir), config)
     return workdir, config
@@ -223,7 +235,7 @@ def open_for_reading(arguments: Arguments) -> Iterator["Run"]:
 
 @contextlib.contextmanager
 def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
-    """The same for a command with the flags of `define_writing`."""
+    """The same for a command with the flags `WRITING` and `SHARED`."""
     workdir, config = finished(arguments)
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning.run import open_run
@@ -238,10 +250,6 @@ def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
 
 def begun(arguments: Arguments) -> tuple[str, Config]:
     """The same for a workdir that is new or not finished yet."""
-    from lmeraser_jax.storage import checkpoints
-    from lmeraser_jax.storage.workdir import Layout
-    from lmeraser_jax.unlearning import binding
-
     workdir, config = workdir_of(arguments, must_exist=False), config_of(arguments)
     Layout(workdir).prepare()
     if Layout(workdir).catalog.exists():
@@ -253,7 +261,7 @@ def begun(arguments: Arguments) -> tuple[str, Config]:
     return workdir, config
 
 
-def imported_text(imported: "Imported", again: str) -> str:
+def imported_text(imported: Imported, again: str) -> str:
     """What an import did, in a line. Warns of unreadable images; the command `again` adds them once they are mended."""
     if imported.unreadable:
         warn(
@@ -296,8 +304,6 @@ def warn(message: str) -> None:
 
 def warn_if_unfinished(run: "Run") -> None:
     """Warns that the published state still holds what an accepted erasure will remove."""
-    from lmeraser_jax.storage import requests
-
     if requests.any_open(run.catalog):
         warn(f"an accepted erasure is not finished; finish it with: lmeraser process --workdir={run.layout.root}")
 

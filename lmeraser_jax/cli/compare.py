@@ -14,56 +14,39 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
-from lmeraser_jax.errors import raise_all
+from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.storage.workdir import Layout
 
 if TYPE_CHECKING:
     from lmeraser_jax.experiments.runner import Comparison
 
-LEAST = {"seeds": 1, "length": 1, "probes": 1, "requests": 0}
+FLAGS = (
+    Flag("methods", [], "names or config files FILE.py, joined by commas; empty: all"),
+    Flag("experiments", ["methods"], "methods, removal (0 to 50 %), cut (of the tree), epochs, sequence (of requests)"),
+    Flag("cuts", [], "for cut: values of clustering.cut, joined by commas"),
+    Flag("sequences", [], "for sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
+    Flag("merge", [], "folders of other comparisons whose rows join the report, joined by commas"),
+    Flag("seeds", 1, "runs of each method, with seeds 0, 1, ...", low=1),
+    Flag("length", 10, "for sequence: batches of requests", low=1),
+    Flag("probes", 100, "records whose erasure is planned, to know its cost", low=1),
+    Flag("requests", 2, "erasures that are served and timed, of sampled records and of as many others", low=0),
+    Flag("split", "test", "images that are predicted: test, or holdout to choose settings by"),
+    Flag("keep", False, "keep the workdirs of the methods"),
+    Flag("montage", False, "show the clusters of the first method in the report: private images, never erased there"),
+)
 
 
-def define(flags: common.Flags) -> None:
-    lists: dict[str, tuple[list[str], str]] = {
-        "methods": ([], "names or config files FILE.py, joined by commas; empty: all"),
-        "experiments": (
-            ["methods"],
-            "joined by commas: methods, removal (0 to 50 %), cut (of the tree), epochs, sequence (of requests)",
-        ),
-        "cuts": ([], "for cut: values of clustering.cut, joined by commas"),
-        "sequences": ([], "for sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
-        "merge": ([], "folders of other comparisons whose rows join the report, joined by commas"),
-    }
-    for name, (default, text) in lists.items():
-        absl_flags.DEFINE_list(name, default, text, flag_values=flags)
-    integers = {
-        "seeds": (1, "runs of each method, with seeds 0, 1, ..."),
-        "length": (10, "for sequence: batches of requests"),
-        "probes": (100, "records whose erasure is planned, to know its cost"),
-        "requests": (2, "erasures that are served and timed, of sampled records and of as many others"),
-    }
-    for name, (default, text) in integers.items():
-        absl_flags.DEFINE_integer(name, default, text, flag_values=flags)
-    text = "images that are predicted: test, or holdout to choose settings by"
-    absl_flags.DEFINE_string("split", "test", text, flag_values=flags)
-    absl_flags.DEFINE_bool("keep", False, "keep the workdirs of the methods", flag_values=flags)
-    text = "show the clusters of the first method in the report: private images, which no erasure reaches there"
-    absl_flags.DEFINE_bool("montage", False, text, flag_values=flags)
-
-
-def stored_config(workdir: str) -> dict[str, Any] | None:
+def stored_config(layout: Layout) -> dict[str, Any] | None:
     """The settings that a folder compares with; None where nothing was compared yet."""
     from lmeraser_jax.experiments.results import read_binding
 
-    binding = read_binding(Path(workdir))
+    binding = read_binding(layout.root)
     return None if binding is None else binding["config"]
 
 
 def run(arguments: common.Arguments) -> int:
     common.workdir_of(arguments, must_exist=False)  # refuses a missing one first
-    raise_all([f"--{n}={arguments[n]}: must be at least {low}" for n, low in LEAST.items() if arguments[n] < low])
     from lmeraser_jax.evaluation import plotting
     from lmeraser_jax.experiments import figures, methods, results, runner, summary
     from lmeraser_jax.experiments.measure import MONTAGE

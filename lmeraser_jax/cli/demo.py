@@ -10,17 +10,12 @@ import time
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.errors import UserError
-
-
-def define(flags: common.Flags) -> None:
-    """No flags of its own."""
+from lmeraser_jax.storage.workdir import Layout
 
 
 def run(arguments: common.Arguments) -> int:
     config = common.config_of(arguments)
     workdir = arguments["workdir"] or time.strftime("runs/demo-%Y%m%d-%H%M%S")
-    from lmeraser_jax.storage.workdir import Layout
-
     if Layout(workdir).catalog.exists():
         raise UserError(f"--workdir={workdir} holds a run already; the demo erases records, so name a new folder")
     from lmeraser_jax.experiments import demo

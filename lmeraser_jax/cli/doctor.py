@@ -7,17 +7,13 @@ dropped; lmeraser train makes them again with the same bits. Exit code 0: health
 dropped and is to be made again; 3: nothing is damaged as far as could be seen, but something could not be looked at.
 """
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.unlearning import doctor
 
 TAKES_CONFIG = False  # it may be damaged
+FLAGS = (Flag("fix", False, "repair what can be repaired"),)
 DAMAGED, UNCHECKED = 1, 3
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_bool("fix", False, "repair what can be repaired", flag_values=flags)
 
 
 def run(arguments: common.Arguments) -> int:

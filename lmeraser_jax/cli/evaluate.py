@@ -3,14 +3,13 @@
 lmeraser evaluate --workdir=runs/digits [--split=test|holdout|train] [--config.inference.nearest=3]
 """
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_enum("split", "test", ["test", "holdout", "train"], "images to evaluate on", flag_values=flags)
-    absl_flags.DEFINE_bool("linear", True, "also fit and evaluate the plain linear head", flag_values=flags)
+FLAGS = (
+    Flag("split", "test", "images to evaluate on", choices=("test", "holdout", "train")),
+    Flag("linear", True, "also fit and evaluate the plain linear head"),
+)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -7,37 +7,30 @@ Reads the catalog: clusters, their sizes and sampled members, images and seconds
 does not wait for the lock. docs/theory.md has the formulas.
 """
 
-from typing import TYPE_CHECKING
-
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, raise_all
-
-if TYPE_CHECKING:
-    from lmeraser_jax.experiments.cost_model import Workload
+from lmeraser_jax.experiments.cost_model import Batch, Workload, forecast, read_workload
 
 TAKES_CONFIG = False  # the workdir's config counts
 NUMBERS = {"rate": "requests a day", "window": "days in which requests are collected", "images_per_second": "images"}
 LEAST, MOST = 1e-9, 1e9  # of any of the numbers
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_float("rate", None, "requests a day, above 0", flag_values=flags)
-    absl_flags.DEFINE_float("window", None, "days in which requests are collected, above 0", flag_values=flags)
-    text = "in place of --window: requests that are collected, 1 to the number of records"
-    absl_flags.DEFINE_integer("requests", None, text, flag_values=flags)
-    text = "images that all devices together tune per second, above 0; default: as this workdir's slices were tuned"
-    absl_flags.DEFINE_float("images_per_second", None, text, flag_values=flags)
-    absl_flags.DEFINE_integer("devices", 1, "number of devices that tune, of all processes", flag_values=flags)
-    text = "share of the clusters without an erased record that a new clustering re-tunes, 0 to 1; default: that of"
-    text += " past ones, else 1"
-    absl_flags.DEFINE_float("reclustered", None, text, flag_values=flags)
+FLAGS = (
+    Flag("rate", float, "requests a day, above 0"),
+    Flag("window", float, "days in which requests are collected, above 0"),
+    Flag("requests", int, "in place of --window: requests that are collected, 1 to the number of records"),
+    Flag("images_per_second", float, "images that all devices together tune per second; default: as in this workdir"),
+    Flag("devices", 1, "number of devices that tune, of all processes"),
+    Flag(
+        "reclustered",
+        float,
+        "share of the clusters without an erased record that a new clustering re-tunes, 0 to 1; default: that of past"
+        " ones, else 1",
+    ),
+)
 
 
 def run(arguments: common.Arguments) -> int:
-    from lmeraser_jax.experiments.cost_model import Batch, forecast
-
     workload, count = _check(arguments), arguments["requests"]
     batch = Batch(count, fixed=True) if count else Batch(arguments["rate"] * arguments["window"])
     options = (arguments[name] for name in ("devices", "images_per_second", "reclustered"))
@@ -46,10 +39,8 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _check(arguments: common.Arguments) -> "Workload":
+def _check(arguments: common.Arguments) -> Workload:
     """The workdir's workload. Raises `UserError` with everything that is wrong."""
-    from lmeraser_jax.experiments.cost_model import read_workload
-
     problems, count, workload = _flag_problems(arguments), arguments["requests"], None
     try:
         with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):

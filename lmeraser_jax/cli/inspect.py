@@ -3,17 +3,13 @@
 lmeraser inspect --workdir=DIR [--records]
 """
 
-from absl import flags as absl_flags
-
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 
 TAKES_CONFIG = False
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_bool("records", False, "list the live private records instead", flag_values=flags)
+FLAGS = (Flag("records", False, "list the live private records instead"),)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -146,14 +146,15 @@ def _message(error: UserError | OSError | sqlite3.DatabaseError) -> str:
 
 def _without_place(arguments: Sequence[str]) -> list[str]:
     """A command line without the flags of several processes: any number of them can resume it."""
-    from lmeraser_jax.cli.common import PLACE
+    from lmeraser_jax.cli.common import PLACE, SHARED
 
+    shared, valued = {flag.name for flag in SHARED}, {flag.name for flag in PLACE}
     remaining, rest = [], iter(arguments)
     for argument in rest:
         name, equals, _ = argument.lstrip("-").partition("=")
-        if not argument.startswith("-") or name not in ("distributed", *PLACE):
+        if not argument.startswith("-") or name not in shared:
             remaining.append(argument)
-        elif name in PLACE and not equals:
+        elif name in valued and not equals:
             next(rest, None)  # its value
     return remaining
 

@@ -9,16 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, raise_all
 
 TAKES_FILES = True
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_enum("format", "table", ["table", "csv", "json"], "how to print", flag_values=flags)
+FLAGS = (Flag("format", "table", "how to print", choices=("table", "csv", "json")),)
 
 
 def run(arguments: common.Arguments) -> int:

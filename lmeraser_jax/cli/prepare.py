@@ -14,20 +14,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, join_limited
 
 NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"
-
-
-def define(flags: common.Flags) -> None:
-    text = "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; by default --config.data.dataset"
-    absl_flags.DEFINE_string("dataset", "", text, flag_values=flags)
-    text = "TFDS's data folder; by default --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets"
-    absl_flags.DEFINE_string("data_dir", "", text, flag_values=flags)
+FLAGS = (
+    Flag("dataset", "", "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; by default --config.data.dataset"),
+    Flag("data_dir", "", "TFDS's data folder; by default --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -9,10 +9,6 @@ last checkpoint.
 from lmeraser_jax.cli import common
 
 
-def define(flags: common.Flags) -> None:
-    """No flags of its own."""
-
-
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.begun(arguments)
     from lmeraser_jax.unlearning.run import prepare_run

@@ -10,30 +10,23 @@ that cron can call it often.
 import dataclasses
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
-
-from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.requests import Due
 
-if TYPE_CHECKING:
-    from lmeraser_jax.storage.requests import Due
-
-
-def define(flags: common.Flags) -> None:
-    text = "serve when the oldest request has waited for so many seconds"
-    absl_flags.DEFINE_float("max_wait", None, text, lower_bound=0, flag_values=flags)
-    text = "serve when so many requests wait"
-    absl_flags.DEFINE_integer("max_batch", None, text, lower_bound=1, flag_values=flags)
-    common.define_writing(flags)
-    common.define_processes(flags)
+FLAGS = (
+    Flag("max_wait", float, "serve when the oldest request has waited for so many seconds", low=0),
+    Flag("max_batch", int, "serve when so many requests wait", low=1),
+    *common.WRITING,
+    *common.SHARED,
+)
 
 
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
     common.config_of(arguments)  # refuses illegal settings although nothing may be due
-    from lmeraser_jax.storage import requests
-
     with common.catalog_of(workdir) as (layout, catalog):
         due = requests.due(catalog, arguments["max_wait"], arguments["max_batch"])
     if not due.now:
@@ -53,7 +46,7 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _waiting_text(due: "Due") -> str:
+def _waiting_text(due: Due) -> str:
     """When the requests that wait will be served."""
     if not due.waiting:
         return "no request waits"
@@ -65,6 +58,6 @@ def _waiting_text(due: "Due") -> str:
     return f"{_queue_text(due)}; due {' or '.join(conditions)}"
 
 
-def _queue_text(due: "Due") -> str:
+def _queue_text(due: Due) -> str:
     count = "1 request waits" if due.waiting == 1 else f"{due.waiting} requests wait"
     return f"{count}; the oldest is {timedelta(seconds=round(due.age))} old"

@@ -5,35 +5,28 @@ lmeraser requests --workdir=DIR [--open]
 
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
-
-from absl import flags as absl_flags
+from typing import Any
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.requests import Request
+from lmeraser_jax.storage.workdir import Layout
 
-if TYPE_CHECKING:
-    from lmeraser_jax.storage.requests import Request
-    from lmeraser_jax.storage.workdir import Layout
-
+FLAGS = (Flag("open", False, "only those that are not finished"),)
 COLUMNS = ("id", "state", "age", "records", "tuned", "requester", "reason", "receipt")
 TEXT_WIDTH = 32  # characters of requester and reason in the table
 
 
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_bool("open", False, "only those that are not finished", flag_values=flags)
-
-
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
-    from lmeraser_jax.storage import requests
-
     with common.catalog_of(workdir) as (layout, catalog):
         rows = [_row(layout, request) for request in requests.listed(catalog, only_open=arguments["open"])]
     common.show(arguments, _table(rows), {"requests": rows})
     return 0
 
 
-def _row(layout: "Layout", request: "Request") -> dict[str, Any]:
+def _row(layout: Layout, request: Request) -> dict[str, Any]:
     """A request for --json; `tuned` counts the clusters that it reached and that exist after it."""
     body, receipt = request.body, layout.receipt(request.id)
     return {

@@ -11,24 +11,21 @@ one. A version that was tuned on a record that is now erased cannot come back.
 import dataclasses
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.unlearning import rollback
+from lmeraser_jax.unlearning.rollback import Version
 
-if TYPE_CHECKING:
-    from lmeraser_jax.unlearning.rollback import Version
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_string("cluster", "", "key of the cluster, or its beginning", flag_values=flags)
-    absl_flags.DEFINE_string("to", "", "a state, epoch:E, or a slice; empty: the version before", flag_values=flags)
-    absl_flags.DEFINE_bool("list", False, "only list the versions of the cluster", flag_values=flags)
-    absl_flags.DEFINE_bool("unpin", False, "give the cluster the slice of its present records again", flag_values=flags)
-    common.define_writing(flags)
-    common.define_processes(flags)
+FLAGS = (
+    Flag("cluster", "", "key of the cluster, or its beginning"),
+    Flag("to", "", "a state, epoch:E, or a slice; empty: the version before"),
+    Flag("list", False, "only list the versions of the cluster"),
+    Flag("unpin", False, "give the cluster the slice of its present records again"),
+    *common.WRITING,
+    *common.SHARED,
+)
 
 
 def run(arguments: common.Arguments) -> int:
@@ -37,8 +34,6 @@ def run(arguments: common.Arguments) -> int:
         raise UserError("--cluster=KEY is missing: the cluster to roll back (lmeraser inspect lists them)")
     if sum([arguments["list"], arguments["unpin"], bool(arguments["to"])]) > 1:
         raise UserError("--list, --unpin and --to exclude each other")
-    from lmeraser_jax.unlearning import rollback
-
     with common.catalog_of(workdir) as (_, catalog):
         key = rollback.cluster_key(catalog, arguments["cluster"])
         if arguments["list"]:
@@ -67,7 +62,7 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _table(key: str, versions: Sequence["Version"]) -> str:
+def _table(key: str, versions: Sequence[Version]) -> str:
     lines = [f"cluster {key}", f"{'states':<12}{'slice':<26}{'epoch':>6}{'members':>9}  made"]
     for version in versions:
         digest, _, step = version.ref.partition("@")

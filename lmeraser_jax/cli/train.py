@@ -7,18 +7,15 @@ The same command on the same workdir resumes, or says that there is nothing to d
 
 import dataclasses
 
-from absl import flags as absl_flags
-
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 
-
-def define(flags: common.Flags) -> None:
-    text = "read the source again: new records join, erased ones stay out"
-    absl_flags.DEFINE_bool("reimport", False, text, flag_values=flags)
-    text = "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"
-    absl_flags.DEFINE_bool("retune", False, text, flag_values=flags)
-    common.define_writing(flags)
-    common.define_processes(flags)
+FLAGS = (
+    Flag("reimport", False, "read the source again: new records join, erased ones stay out"),
+    Flag("retune", False, "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"),
+    *common.WRITING,
+    *common.SHARED,
+)
 
 
 def run(arguments: common.Arguments) -> int:

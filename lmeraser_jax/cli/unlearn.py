@@ -15,46 +15,40 @@ import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from absl import flags as absl_flags
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.requests import Request
+from lmeraser_jax.unlearning import request_files
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from lmeraser_jax.storage.catalog import Catalog
-    from lmeraser_jax.storage.requests import Request
     from lmeraser_jax.unlearning.erase import Erasure, Estimate
 
 STRAY = "ids are given as --records=ID,ID"
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_list("records", [], "ids, separated by commas", flag_values=flags)
-    absl_flags.DEFINE_string("records_file", "", "file with ids or owners: text, .csv or .jsonl", flag_values=flags)
-    absl_flags.DEFINE_list("owner", [], "erase all live records of these owners", flag_values=flags)
-    absl_flags.DEFINE_string("like", "", "erase the records with the pixels of this image file", flag_values=flags)
-    absl_flags.DEFINE_string(
-        "request", "", "id of the request; a second request with it is the first", flag_values=flags
-    )
-    absl_flags.DEFINE_string("requester", "", "who asks; kept in the receipt for good", flag_values=flags)
-    absl_flags.DEFINE_string("reason", "", "why; kept in the receipt for good", flag_values=flags)
-    text = "predict without the touched clusters until they are tuned again"
-    absl_flags.DEFINE_bool("quarantine", False, text, flag_values=flags)
-    absl_flags.DEFINE_bool("defer", False, "only accept; lmeraser process serves it later", flag_values=flags)
-    absl_flags.DEFINE_bool("dry_run", False, "only say what would be done", flag_values=flags)
-    common.define_writing(flags)
-    common.define_processes(flags)
+FLAGS = (
+    Flag("records", [], "ids, separated by commas"),
+    Flag("records_file", "", "file with ids or owners: text, .csv or .jsonl"),
+    Flag("owner", [], "erase all live records of these owners"),
+    Flag("like", "", "erase the records with the pixels of this image file"),
+    Flag("request", "", "id of the request; a second request with it is the first"),
+    Flag("requester", "", "who asks; kept in the receipt for good"),
+    Flag("reason", "", "why; kept in the receipt for good"),
+    Flag("quarantine", False, "predict without the touched clusters until they are tuned again"),
+    Flag("defer", False, "only accept; lmeraser process serves it later"),
+    Flag("dry_run", False, "only say what would be done"),
+    *common.WRITING,
+    *common.SHARED,
+)
 
 
 def run(arguments: common.Arguments) -> int:
     common.config_of(arguments)  # refuses illegal settings before anything is accepted
-    from lmeraser_jax.storage import requests
-
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
     with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
@@ -72,10 +66,8 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _targets(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str], list[str], list[str]]:
+def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], list[str], list[str]]:
     """Ids, owners and content hashes that the flags name; says at once which records an image stands for."""
-    from lmeraser_jax.unlearning import request_files
-
     ids, owners, contents = list(arguments["records"]), list(arguments["owner"]), []
     if arguments["records_file"]:
         named = request_files.read(arguments["records_file"])
@@ -88,8 +80,6 @@ def _targets(arguments: common.Arguments, catalog: "Catalog") -> tuple[list[str]
 
 
 def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], contents: list[str]) -> int:
-    from lmeraser_jax.storage import requests
-
     with common.open_for_writing(arguments) as run_:
         from lmeraser_jax.unlearning import erase
 
@@ -98,11 +88,9 @@ def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], co
     return 0
 
 
-def _serve(arguments: common.Arguments, request: "Request") -> int:
+def _serve(arguments: common.Arguments, request: Request) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
-    from lmeraser_jax.storage import requests
-
     with _say_accepted(request, arguments["workdir"]), common.open_for_writing(arguments) as run_:
         from lmeraser_jax.unlearning import erase
 
@@ -115,7 +103,7 @@ def _serve(arguments: common.Arguments, request: "Request") -> int:
 
 
 @contextlib.contextmanager
-def _say_accepted(request: "Request", workdir: str) -> Iterator[None]:
+def _say_accepted(request: Request, workdir: str) -> Iterator[None]:
     """Adds to the message of a failure that the request stays accepted, and what serves it."""
     try:
         yield
@@ -128,7 +116,7 @@ def _say_accepted(request: "Request", workdir: str) -> Iterator[None]:
         raise interrupt.Stopped(f"process --workdir={workdir}") from None
 
 
-def _accepted_text(request: "Request", receipt: "Path", quarantined: int) -> str:
+def _accepted_text(request: Request, receipt: Path, quarantined: int) -> str:
     if not request.open:
         return f"request {request.id} was served before: nothing to do; receipt: {receipt}"
     records, clusters = len(request.body["records"]), len(request.body["members"])
@@ -138,7 +126,7 @@ def _accepted_text(request: "Request", receipt: "Path", quarantined: int) -> str
     return "\n".join([*lines, *_known_before(request), "the next lmeraser process, train or unlearn serves it"])
 
 
-def _known_before(request: "Request") -> list[str]:
+def _known_before(request: Request) -> list[str]:
     """Lines about the records of a request that earlier requests named."""
     lines = []
     if request.body["erased_before"]:

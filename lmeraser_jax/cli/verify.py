@@ -9,29 +9,21 @@ missing receipt shows. lmeraser audit goes further: it builds everything again a
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from absl import flags as absl_flags
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from lmeraser_jax.unlearning.verify import Verdict
+from lmeraser_jax.unlearning import verify
+from lmeraser_jax.unlearning.verify import Verdict
 
 TAKES_FILES = True
-
-
-def define(flags: common.Flags) -> None:
-    absl_flags.DEFINE_bool("all", False, "all receipts of the workdir, and that none is missing", flag_values=flags)
+FLAGS = (Flag("all", False, "all receipts of the workdir, and that none is missing"),)
 
 
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
     if arguments["all"] == bool(arguments.files):
         raise UserError("name receipts or give --all: lmeraser verify RECEIPT.json ... --workdir=DIR")
-    from lmeraser_jax.unlearning import verify
-
     with common.catalog_of(workdir) as (layout, catalog):
         if arguments["all"]:
             verdicts = verify.verify_all(layout, catalog)
@@ -43,7 +35,7 @@ def run(arguments: common.Arguments) -> int:
     return 0 if ok else 1
 
 
-def _text(verdict: "Verdict") -> str:
+def _text(verdict: Verdict) -> str:
     request = f" (request {verdict.request})" if verdict.request else ""
     lines = [f"{'holds' if verdict.ok else 'DOES NOT HOLD'}: {verdict.name}{request}"]
     lines += [f"  - {line}" for line in verdict.findings]

@@ -138,4 +138,4 @@ def test_the_flags_of_a_place_go_together(capsys):
 def test_the_line_to_resume_with_names_no_place():
     line = ["train", "--workdir=w", "--distributed", "--coordinator_address=h:1", "--num_processes=2", "--process_id=1"]
     assert main._without_place(line) == ["train", "--workdir=w"]
-    assert set(common.PLACE) == {"coordinator_address", "num_processes", "process_id"}
+    assert {flag.name for flag in common.PLACE} == {"coordinator_address", "num_processes", "process_id"}
