@@ -182,16 +182,19 @@ def tune_missing(run: Run, wanted: Plan, missing: Mapping[str, Target]) -> None:
 
 def _tune(run: Run, wanted: Plan, tuning_spec: TuningSpec, missing: Mapping[str, Target]) -> list[str]:
     """Makes the slices of one kind; returns a line for each whose numbers are not finite."""
-    labels, inputs = np.zeros(run.catalog.rows_used(), np.int32), run.images
+    labels = np.zeros(run.catalog.rows_used(), np.int32)
     for key, target in missing.items():
         labels[target.job.rows] = wanted.members[key].labels
     targets = [target for target in missing.values() if not _subtract(run, wanted, tuning_spec, target, labels)]
     for target in targets:
         check_pixel_hashes(run.images, wanted.members[target.job.key])
-        inputs = run.training_data(wanted.members[target.job.key], tuning_spec)
+        if tuning_spec.on_features:
+            run.features(wanted.members[target.job.key])  # into the cache, which `training_rows` shows
+    if not targets:
+        return []
     jobs = [target.job for target in targets]
     context = {"workdir": str(run.layout.root), "fingerprint": run.fingerprint}
-    tune_own = run.tune_own(tuning_spec, inputs, labels)
+    tune_own = run.tune_own(tuning_spec, run.training_rows(tuning_spec), labels)
     results = waves.make_slices(run.processes, context, tuning_spec, jobs, labels, tune_own)
     failures = []
     writing = write_slices(run.layout.slices, targets, results, run.fingerprint, tuning_spec.tuning)

@@ -143,17 +143,19 @@ class Run:
         piece = PIECE * self.processes.count
         return cached(self.feature_file(), records.rows, len(images), compute, piece, write=self.writable)
 
-    def training_data(self, records: RecordTable, tuning_spec: TuningSpec) -> np.ndarray:
-        """What slices with these members are made of: the image file, or features in its place.
+    def training_rows(self, tuning_spec: TuningSpec) -> np.ndarray:
+        """What slices are made of: uint8 [N, h, w, c], the image file, or float32 [N, D], the cached features."""
+        if not tuning_spec.on_features:
+            return self.images
+        return self.feature_file().view()[: self.catalog.rows_used()]
 
-        Returns:
-            uint8 [N, h, w, c], or float32 [N, D], which may be anything in the rows of other records.
-        """
+    def training_data(self, records: RecordTable, tuning_spec: TuningSpec) -> np.ndarray:
+        """`training_rows` for slices with these members; features of other records may be anything."""
         if not tuning_spec.on_features:
             return self.images
         features = self.features(records)
         if self.writable:
-            return self.feature_file().view()[: self.catalog.rows_used()]
+            return self.training_rows(tuning_spec)
         rows = np.full((self.catalog.rows_used(), features.shape[1]), np.nan, np.float32)
         rows[records.rows] = features
         return rows

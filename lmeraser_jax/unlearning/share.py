@@ -50,7 +50,6 @@ def _tune(run: Run, processes: Processes, task: Mapping[str, Any], arrays: Array
     """One wave of slices, which process 0 writes."""
     labels = np.zeros(run.catalog.rows_used(), np.int32)
     labels[arrays["rows"]] = arrays["labels"]
-    inputs = run.feature_file().view() if run.tuning_spec.on_features else run.images
-    tune_own = run.tune_own(run.tuning_spec, inputs, labels)
+    tune_own = run.tune_own(run.tuning_spec, run.training_rows(run.tuning_spec), labels)
     for _ in waves.do_share(processes, task["shares"], run.tuning_spec, waves.jobs_of(task, arrays["rows"]), tune_own):
         pass
