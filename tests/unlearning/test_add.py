@@ -16,8 +16,6 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import sample_rank
-from lmeraser_jax.storage.requests import any_open
-from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning import erase, rollback
 from lmeraser_jax.unlearning.add import add, open_source
 from lmeraser_jax.unlearning.audit import audit, differences, state
@@ -102,62 +100,6 @@ def test_adding_and_erasing_is_never_having_added(built, tmp_path):
         imported, outcome = add(run, only(MIXED))
         assert (imported.added, imported.erased, outcome.published) == (0, len(MIXED), False)
         assert differences(state(run), before) == []
-
-
-def test_adding_and_erasing_in_any_order(built, tmp_path):
-    erased = [*ranked()[8:10], ranked()[-8], MIXED[0]]
-    expected = state_without(tmp_path / "scratch", erased)
-    with copied(built[0][MIXED], tmp_path / "add first") as run:
-        add(run, only(MIXED))
-        erase.request_erasure(run, erased)
-        assert differences(state(run), expected) == []
-    with copied(built[0][MIXED], tmp_path / "erase between") as run:
-        add(run, only(MIXED[:4]))
-        erase.request_erasure(run, erased)
-        add(run, only(MIXED[4:]))
-        assert differences(state(run), expected) == []
-    with copied(built[0][MIXED], tmp_path / "erase with the add") as run:
-        erase.request_erasure(run, erased[:3], quarantine=True, defer=True)
-        assert run.catalog.quarantined()
-        add(run, only(MIXED))
-        assert not any_open(run.catalog) and not run.catalog.quarantined() and run.catalog.erased() == {}
-        erase.request_erasure(run, erased[3:])
-        assert differences(state(run), expected) == []
-
-
-def state_without(workdir, ids):
-    with small_run(workdir, without(small_source(), set(ids))) as run:
-        build(run)
-        return state(run)
-
-
-def test_an_interrupted_add_is_repeated(built, tmp_path, monkeypatch):
-    def interrupted(*_args):
-        raise KeyboardInterrupt
-
-    for point in ("add_records", "register"):
-        with copied(built[0][MIXED], tmp_path / point) as run:
-            before = state(run)
-            with monkeypatch.context() as patch:
-                patch.setattr(type(run.catalog) if point == "add_records" else build_module, point, interrupted)
-                with pytest.raises(KeyboardInterrupt):
-                    add(run, only(MIXED))
-            after = state(run)
-            assert all(before[name] == after[name] for name in ("slices", "parameters", "prototypes"))
-        with open_run(tmp_path / point, devices=jax.devices()[:1], write=True) as run:
-            add(run, only(MIXED))
-            assert differences(state(run), built[1]) == []
-
-
-def test_images_of_an_erased_owner_stay_out(built, tmp_path):
-    with copied(built[0][MIXED], tmp_path / "run") as run:
-        mine = {item.id: item.owner for item in small_source().items if item.id in MIXED}
-        owner = next(o for o in mine.values() if run.catalog.owned(o))
-        later = [name for name, whose in mine.items() if whose == owner]
-        erase.request_erasure(run, owners=[owner])
-        imported, _ = add(run, only(MIXED))
-        assert (imported.added, imported.erased) == (len(MIXED) - len(later), len(later))
-        assert not set(later) & set(run.catalog.live("train", "holdout").ids) and run.catalog.owned(owner) == []
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(built, tmp_path):
