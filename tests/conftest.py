@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from fakes import fast_fakes
+from fakes import fast_checkpoints, fast_fakes
 from helpers import small_run
 from hypothesis import HealthCheck, settings
 
@@ -80,6 +80,14 @@ def fast():
     """The stand-ins of `fakes`, for all tests of a module: `pytestmark = pytest.mark.usefixtures("fast")`."""
     with pytest.MonkeyPatch.context() as patch:
         fast_fakes(patch)
+        yield
+
+
+@pytest.fixture(scope="module")
+def fast_files(fast):
+    """The stand-ins, and every checkpoint one .npz file."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast_checkpoints(patch)
         yield
 
 

@@ -8,7 +8,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from fakes import fast_checkpoints, fast_fakes
 from helpers import SMALL, changed, files_of, small_config, small_run, small_source, with_items, without
 from PIL import Image
 
@@ -35,19 +34,12 @@ def only(ids):
     return without(source, {item.id for item in source.items} - set(ids))
 
 
+pytestmark = pytest.mark.usefixtures("fast_files")
 UNSAMPLED, MIXED = tuple(ranked()[-3:]), tuple(ranked()[:6] + ranked()[-6:])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        fast_checkpoints(patch)
-        yield
-
-
 @pytest.fixture(scope="module")
-def built(tmp_path_factory, _fast):
+def built(tmp_path_factory, fast_files):
     """{added ids: a workdir built without them}, and the state of a build on everything."""
     folder, workdirs = tmp_path_factory.mktemp("built"), {}
     for number, ids in enumerate((UNSAMPLED, MIXED)):

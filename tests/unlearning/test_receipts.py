@@ -2,25 +2,23 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import jsonschema
 import numpy as np
 import pytest
-from fakes import fast_checkpoints, fast_fakes
 from helpers import small_run
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import STATES
@@ -31,17 +29,11 @@ from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.verify import validator, verify, verify_all
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        fast_checkpoints(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("fast_files")
 
 
 @pytest.fixture(scope="module")
-def erased(tmp_path_factory, _fast):
+def erased(tmp_path_factory, fast_files):
     """A workdir with four receipts (an unsampled record, owner and record, nothing new, a sampled record), and ids."""
     folder = tmp_path_factory.mktemp("erased") / "run"
     with small_run(folder) as run:
@@ -136,21 +128,15 @@ def test_each_receipt_follows_the_one_before_also_within_a_batch(erased):
 
 
 def test_the_schema_describes_every_field_and_fits_every_receipt(erased):
-    def objects(schema):
-        """Every description of an object in a schema."""
-        children = schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ()
-        if isinstance(schema, dict) and schema.get("type") == "object":
-            yield schema
-        for child in children:
-            yield from objects(child)
-
     schema = validator().schema
     jsonschema.Draft202012Validator.check_schema(schema)
-    for description in objects(schema):
-        assert description["additionalProperties"] is False
-        assert set(description["required"]) == set(description["properties"])
-        for name, field in description["properties"].items():
-            assert len(field.get("description", "")) > 10, name
+    parts = [schema]
+    while parts:
+        part = parts.pop()
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        if isinstance(part, dict) and part.get("type") == "object":
+            assert part["additionalProperties"] is False and set(part["required"]) == set(part["properties"])
+            assert all(len(field.get("description", "")) > 10 for field in part["properties"].values()), part
     for path in Layout(erased[0]).receipts.iterdir():
         jsonschema.validate(json.loads(path.read_text()), schema)
 
@@ -276,14 +262,21 @@ def test_an_erased_record_or_owner_that_is_live_again_shows(workdir, erased):
     ]
 
 
+def test_a_row_of_the_catalog_that_tells_another_story_shows(workdir):
+    with catalog_of(workdir) as catalog:
+        request = requests.get(catalog, "four")
+        for field, value in (("requester", "x"), ("records", []), ("work", request.body["work"] | {"images": 1})):
+            requests._store(catalog, dataclasses.replace(request, body=request.body | {field: value}))
+            assert any("than the catalog" in line for line in findings(workdir, "four")), field
+
+
 def test_a_slice_of_live_records_that_was_made_again_is_no_finding(workdir):
     """The same slice may come back by a later build; it is younger than the purge, and that decides."""
     whole = stored(workdir, "four")
     with catalog_of(workdir) as catalog:
-        name, row = next(iter(catalog.slices().items()))
+        name = next(iter(catalog.slices()))
         whole["purged"]["slices"].append(catalog.salted("slice", name))
         write_json(workdir.receipt("four"), signed(whole))
-        assert row.created < 4e9
     assert any("1 of the slices" in line for line in findings(workdir, "four"))
     with catalog_of(workdir) as catalog:
         catalog.db.execute("UPDATE slices SET created=4e9 WHERE digest=?", (name,))
@@ -338,20 +331,15 @@ def test_what_is_no_receipt(checker):
 
 
 def test_crafted_fields(checker, erased):
-    first, purged = ("request", "states", 0, "at"), {"state": "purged", "at": "2026-01-01T00:00:00.000+00:00"}
+    purged = {"state": "purged", "at": "2026-01-01T00:00:00.000+00:00"}
     for path, value, message in (
         (("request", "id"), "../../etc/passwd", r"\$.request.id"),
-        (("request", "id"), "one\n", "not of this workdir"),
         (("sequence",), 10**400, r"\$.sequence"),
         (("sequence",), 10**12, "the catalog has none"),
-        (("sequence",), True, r"\$.sequence"),
         (("previous",), "0" * 64, "does not follow"),
-        (("clusters",), [{}], r"\$.clusters\[0\]"),
         (("clusters", 0, "after"), "../../../etc", "after"),
-        (("records", "records"), ["x" * 32], r"records\[0\]"),
         (("request", "states"), [purged] * 2, "out of order"),
-        (first, "9999-01-01T00:00:00.000+00:00", "run backwards"),
-        (("work", "seconds"), 1e300, "seconds"),
+        (("request", "states", 0, "at"), "9999-01-01T00:00:00.000+00:00", "run backwards"),
         (("more",), 1, "more"),
     ):
         lines = checker(signed(replaced(stored(Layout(erased[0]), "one"), path, value)))
@@ -375,7 +363,6 @@ plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_si
 plain |= st.lists(plain, max_size=3) | st.dictionaries(st.text(max_size=5), plain, max_size=3)
 
 
-@settings(max_examples=100)
 @given(st.data(), plain, st.booleans())
 def test_any_value_in_any_place_is_a_finding_and_no_traceback(checker, erased, data, value, sign):
     whole = stored(Layout(erased[0]), data.draw(st.sampled_from(["one", "two", "four"])))
@@ -384,15 +371,3 @@ def test_any_value_in_any_place_is_a_finding_and_no_traceback(checker, erased, d
     with contextlib.suppress(ValueError):  # not every value has a digest
         values = signed(values) if sign else values
     assert checker(values) or json.dumps(values, sort_keys=True) == json.dumps(whole, sort_keys=True), path
-
-
-@settings(max_examples=100)
-@given(st.binary(max_size=200) | plain.map(json.dumps).map(str.encode))
-def test_any_bytes_are_findings(checker, content):
-    assert checker(content)
-
-
-def test_accepting_a_request_and_checking_a_receipt_load_no_jax():
-    code = "import sys\nfrom lmeraser_jax.unlearning import artifacts, erase, receipts, request_files, verify\n"
-    code += "assert not {'jax', 'orbax', 'PIL', 'scipy'} & sys.modules.keys(), sorted(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

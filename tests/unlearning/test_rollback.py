@@ -4,7 +4,6 @@ import shutil
 
 import jax
 import pytest
-from fakes import fast_checkpoints, fast_fakes
 from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax.errors import UserError
@@ -19,15 +18,7 @@ LATE = {f"digit-{i:04d}" for i in range(0, 60, 5)}
 
 
 @pytest.fixture(scope="module")
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        fast_checkpoints(patch)
-        yield
-
-
-@pytest.fixture(scope="module")
-def grown(tmp_path_factory, _fast):
+def grown(tmp_path_factory, fast_files):
     """A workdir that was built without some records, then with them, with snapshots."""
     folder = tmp_path_factory.mktemp("rollback") / "run"
     with small_run(folder, without(small_source(), LATE), EPOCHS) as run:
