@@ -140,8 +140,8 @@ def log_ratio(
     values: np.ndarray, first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
 ) -> np.ndarray:
     """Log-likelihood ratio of values under two Gaussians, each given by mean and standard deviation."""
-    one, other = (-0.5 * ((values - mean) / spread) ** 2 - np.log(spread) for mean, spread in (first, second))
-    return one - other
+    densities = [-0.5 * ((values - mean) / spread) ** 2 - np.log(spread) for mean, spread in (first, second)]
+    return densities[0] - densities[1]
 
 
 def moments(values: np.ndarray, valid: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
