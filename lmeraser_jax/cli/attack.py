@@ -19,6 +19,8 @@ from pathlib import Path
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import plotting
+from lmeraser_jax.evaluation.attacks.options import ATTACKS, Options, check
 
 STRAY = "ids are given as --records=ID,ID"
 FLAGS = (
@@ -32,23 +34,22 @@ FLAGS = (
 
 
 def run(arguments: common.Arguments) -> int:
-    common.finished(arguments)
+    workdir, _ = common.finished(arguments)
     figure = _figure_path(arguments["figure"], arguments["attacks"])
-    from lmeraser_jax.evaluation import plotting
-    from lmeraser_jax.evaluation.attacks import report
-    from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options, attack
-
+    options = Options(
+        attacks=tuple(dict.fromkeys(arguments["attacks"])) or ATTACKS,
+        records=tuple(arguments["records"]),
+        **{name: arguments[name] for name in ("targets", "shadows", "seed")},
+    )
+    with common.catalog_of(workdir) as (layout, catalog):
+        check(layout, catalog, options)  # before JAX is loaded
     if figure is not None:
         plotting.required()  # refuses now, not in the end
         common.check_target("figure", str(figure))
-    options = Options(
-        targets=arguments["targets"],
-        shadows=arguments["shadows"],
-        attacks=tuple(dict.fromkeys(arguments["attacks"])) or ATTACKS,
-        records=tuple(arguments["records"]),
-        seed=arguments["seed"],
-    )
     with common.open_for_reading(arguments) as run_:
+        from lmeraser_jax.evaluation.attacks import report
+        from lmeraser_jax.evaluation.attacks.attack import attack
+
         result = attack(run_, options)
     common.show(arguments, result.text(), result.values())
     if figure is not None:

@@ -17,8 +17,17 @@ from sklearn.metrics import roc_auc_score
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import attack as attacks
-from lmeraser_jax.evaluation.attacks import membership, relearn, routing, shadows, statistics, targets, unlearned
-from lmeraser_jax.evaluation.attacks.attack import ATTACKS, Options
+from lmeraser_jax.evaluation.attacks import (
+    membership,
+    options,
+    relearn,
+    routing,
+    shadows,
+    statistics,
+    targets,
+    unlearned,
+)
+from lmeraser_jax.evaluation.attacks.options import ATTACKS, Options
 from lmeraser_jax.evaluation.attacks.report import Finding
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION
 from lmeraser_jax.evaluation.predict import load_model, predict
@@ -154,7 +163,7 @@ def test_targets_are_the_hardest_and_others_are_as_hard(run, trials):
     for trial in trials:
         pool, sets = trial.pool, trial.shadow_sets
         assert pool.of(FORGOTTEN, RETAINED).ids == run.catalog.members(pool.key).ids
-        assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= targets.FEWEST_MEMBERS
+        assert sample.isdisjoint(pool.of(FORGOTTEN).ids) and len(pool.of(RETAINED)) >= options.FEWEST_MEMBERS
         assert test.issuperset(pool.of(OUTSIDE, VALIDATION).ids)
         assert (sets.roles == trial.roles).all() and trial.margins.shape == (3, len(trial.roles))
         in_shadows = sets.roles != VALIDATION
@@ -265,11 +274,11 @@ def test_prototypes_of_single_records_are_private_features_and_public_ones_say_n
         build(run)
         finding = routing.routing(run, 0)
         members = run.catalog.members(run.catalog.live("train").clusters[0]).ids
-        eligible, refused = targets._eligible(run, members)
+        eligible, refused = options.eligible(run.layout, run.catalog, members)
     assert finding.detected == (False, False, False) and finding.values["single"] == 0
     assert finding.values["erased"] is finding.values["public"] is None
-    kept = refused[f"its cluster would keep fewer than {targets.FEWEST_MEMBERS} members"]
-    assert len(kept) == targets.FEWEST_MEMBERS and sorted([*eligible, *kept]) == sorted(members)
+    kept = refused[f"its cluster would keep fewer than {options.FEWEST_MEMBERS} members"]
+    assert len(kept) == options.FEWEST_MEMBERS and sorted([*eligible, *kept]) == sorted(members)
 
 
 def test_the_command_writes_a_table_json_and_a_figure(workdir, capsys, tmp_path):
@@ -355,7 +364,7 @@ def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path, mon
 
 def test_named_records_are_the_targets(run):
     sample = set(load_clustering(run.layout, run.catalog.manifest().clustering).sample)
-    eligible, _ = targets._eligible(run, run.catalog.live("train").ids)
+    eligible, _ = options.eligible(run.layout, run.catalog, run.catalog.live("train").ids)
     assert len(eligible) <= 70 and sample.isdisjoint(eligible)
     pools = targets.draw(run, eligible[:3], 64, 0)
     assert sorted(name for pool in pools for name in pool.of(FORGOTTEN).ids) == eligible[:3]

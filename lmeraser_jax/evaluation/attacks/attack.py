@@ -6,7 +6,6 @@ random streams of its own, the reference for the others. Nothing is written, nei
 lock is taken.
 """
 
-import dataclasses
 import itertools
 import time
 from collections.abc import Sequence
@@ -14,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmeraser_jax.errors import join_limited, raise_all
 from lmeraser_jax.evaluation.attacks import membership, shadows, targets, unlearned
+from lmeraser_jax.evaluation.attacks.options import Options, check
 from lmeraser_jax.evaluation.attacks.relearn import relearn, scratch_for
 from lmeraser_jax.evaluation.attacks.report import Attack, Finding
 from lmeraser_jax.evaluation.attacks.routing import routing
@@ -26,35 +25,9 @@ from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.run import Run
 
-ATTACKS = ("loss", "lira", "ulira", "klom", "relearn", "routing")
 CURVES = ("loss", "lira")  # attacks with ROC curves
 POPULATIONS = ("ulira", "klom")  # attacks on slices that unlearned and slices that never saw
 SHADOWED = ("lira", *POPULATIONS)  # attacks that need shadow models
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What to attack and how: see `lmeraser attack --help`."""
-
-    targets: int = 64
-    shadows: int = 64
-    attacks: tuple[str, ...] = ATTACKS
-    records: tuple[str, ...] = ()
-    seed: int = 0
-
-    def problems(self) -> list[str]:
-        """What cannot work, a line each."""
-        problems = []
-        unknown = [name for name in self.attacks if name not in ATTACKS]
-        if unknown or not self.attacks:
-            problems.append(f"--attacks={join_limited(unknown)}: no such attack; legal: {', '.join(ATTACKS)}")
-        if self.shadows < 4:
-            problems.append(f"--shadows={self.shadows}: must be at least 4, two with and two without each record")
-        if self.records and len(set(self.records)) < 2:
-            problems.append(f"--records={join_limited(self.records)}: must be at least 2 different ids")
-        if not self.records and self.targets < 2:
-            problems.append(f"--targets={self.targets}: must be at least 2")
-        return problems
 
 
 class Trial(NamedTuple):
@@ -80,10 +53,9 @@ def attack(run: Run, options: Options) -> Attack:
         UserError: the options or the workdir do not allow it, all reasons at once; a shadow's loss was not finite;
             or a record was erased meanwhile.
     """
-    on_slices = set(options.attacks) != {"routing"}
-    raise_all(options.problems() + targets.problems(run, options.records, options.targets, on_slices))
+    check(run.layout, run.catalog, options)
     start = time.perf_counter()
-    trials = _trials(run, options) if on_slices else []
+    trials = _trials(run, options) if options.on_slices else []
     findings = {name: _finding(run, name, trials, options) for name in options.attacks}
     targets.refuse_changed(run, [trial.pool for trial in trials])
     return Attack(

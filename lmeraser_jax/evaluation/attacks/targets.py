@@ -7,84 +7,22 @@ over such records hides a leak (Naderloui et al., 2025).
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import shadows
+from lmeraser_jax.evaluation.attacks.options import eligible, unseen_images
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.live_state import assign_clusters
 from lmeraser_jax.unlearning.run import Run
 
 WATCHED = 64  # retained records of a pool that are looked at; all of them are tuned on
-FEWEST_MEMBERS = 4  # that a cluster keeps
 PROBES = 8  # slices of each cluster that say how hard a record is, each tuned on half of the records
-
-
-def problems(run: Run, ids: Sequence[str], targets: int, on_slices: bool) -> list[str]:
-    """Why a workdir cannot be attacked, or its slices not with these ids or so many drawn records, a line each."""
-    root, manifest = run.layout.root, run.catalog.manifest()
-    if manifest is None or not manifest.clusters:
-        return [f"--workdir={root} has no published state to attack; run: lmeraser train --workdir={root}"]
-    if requests.any_open(run.catalog):
-        return [f"an erasure is not finished; finish it with: lmeraser process --workdir={root}"]
-    if not on_slices:
-        return []
-    problems = []
-    if not len(_unseen(run)):
-        hint = "set --config.data.test_share when the workdir is made"
-        problems.append(f"--workdir={root} has no test or hold-out images to compare with; {hint}")
-    eligible, refused = _eligible(run, ids or run.catalog.live("train").ids)
-    if ids:
-        problems += [f"--records={join_limited(names)}: {reason}" for reason, names in refused.items()]
-    elif targets > len(eligible):
-        problems.append(f"--targets={targets}: must be at most {len(eligible)}, the records that can be targets")
-    return problems
-
-
-def _eligible(run: Run, ids: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The ids that can be targets together, in their order, and the others by reason."""
-    manifest, live, pinned = run.catalog.manifest(), run.catalog.live("train"), run.catalog.pins()
-    assert manifest is not None
-    sampled = set(load_clustering(run.layout, manifest.clustering).sample)
-    clusters, contents = (dict(zip(live.ids, column, strict=True)) for column in (live.clusters, live.contents))
-    copies, members = Counter(live.contents), Counter(live.clusters)
-    eligible: list[str] = []
-    refused: dict[str, list[str]] = {}
-
-    def reason_against(name: str) -> str:
-        if name not in clusters:
-            return "no live training record"
-        if name in sampled:
-            return "sampled for the clustering, so that erasing it re-clusters (the attack routing is about these)"
-        if clusters[name] in pinned or clusters[name] not in manifest.entries:
-            return "in a cluster that is pinned or not published"
-        if copies[contents[name]] > 1:
-            return "another record has the same pixels"
-        if members[clusters[name]] <= FEWEST_MEMBERS:
-            return f"its cluster would keep fewer than {FEWEST_MEMBERS} members"
-        return ""
-
-    for name in dict.fromkeys(ids):
-        reason = reason_against(name)
-        if reason:
-            refused.setdefault(reason, []).append(name)
-        else:
-            members[clusters[name]] -= 1
-            eligible.append(name)
-    return eligible, refused
-
-
-def _unseen(run: Run) -> RecordTable:
-    """Test and hold-out images that are no copy of a training image."""
-    records, trained = run.catalog.live("test", "holdout"), set(run.catalog.live("train").contents)
-    return records.take(np.array([i for i, content in enumerate(records.contents) if content not in trained], np.int64))
 
 
 def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> list[Pool]:
@@ -97,7 +35,7 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> list[Pool]:
     """
     manifest, live = run.catalog.manifest(), run.catalog.live("train")
     assert manifest is not None
-    candidates = frozenset(_eligible(run, ids or live.ids)[0])
+    candidates = frozenset(eligible(run.layout, run.catalog, ids or live.ids)[0])
     keys = {key for name, key in zip(live.ids, live.clusters, strict=True) if name in candidates}
     members, unseen = _by_cluster(live, keys), _by_cluster(_routed(run, manifest.clustering, len(live), seed), keys)
     tables = {key: members[key].plus(unseen[key]) for key in sorted(keys)}
@@ -107,7 +45,7 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> list[Pool]:
     if not ids:
         hardness = _hardness(run, tables, seed)
         hardest_first = sorted(live.ids, key=lambda name: (hardness.get(name, 0.0), name))
-        forgotten = frozenset(_eligible(run, hardest_first)[0][:targets])
+        forgotten = frozenset(eligible(run.layout, run.catalog, hardest_first)[0][:targets])
     limit = max(hardness.get(name, 0.0) for name in forgotten)
     pools = []
     for key, table in tables.items():
@@ -133,7 +71,7 @@ def _by_cluster(records: RecordTable, keys: set[str]) -> dict[str, RecordTable]:
 
 def _routed(run: Run, clustering: str, count: int, seed: int) -> RecordTable:
     """At most so many unseen images, with the clusters that they would be members of."""
-    unseen, partition = _unseen(run), load_clustering(run.layout, clustering)
+    unseen, partition = unseen_images(run.catalog), load_clustering(run.layout, clustering)
     unseen = unseen.take(np.sort(philox(seed, "attack", "never").permutation(len(unseen))[:count]))
     clusters = tuple(partition.keys[k] for k in assign_clusters(run, unseen, partition))
     return dataclasses.replace(unseen, clusters=clusters)
