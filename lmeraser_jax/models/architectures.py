@@ -9,34 +9,19 @@ Gelu = Literal["erf", "tanh"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Architecture of one ViT.
+    """Architecture of one ViT."""
 
-    Attributes:
-        image_size: side of the square input, in pixels; a multiple of `patch`.
-        patch: side of a patch, in pixels.
-        channels: colour channels of the input.
-        width: D, a multiple of `heads`.
-        depth: number of blocks.
-        heads: attention heads.
-        mlp: hidden width of the block's MLP.
-        feature: "cls" (class token after the final LayerNorm) or "pooler" (tanh of a dense layer on it,
-            the feature that ViT-B trained on ImageNet-22K has).
-        classes: outputs of the public classifier; 0 leaves it out.
-        epsilon: of every LayerNorm, as the checkpoint's origin has it.
-        gelu: "erf" (exact) or "tanh", as the checkpoint's origin has it.
-    """
-
-    image_size: int
-    patch: int
-    width: int
-    depth: int
+    image_size: int  # side of the square input, in pixels; a multiple of `patch`
+    patch: int  # side of a patch, in pixels
+    width: int  # D, a multiple of `heads`
+    depth: int  # number of blocks
     heads: int
-    mlp: int
-    channels: int = 3
-    feature: str = "cls"
-    classes: int = 0
-    epsilon: float = 1e-6
-    gelu: Gelu = "erf"
+    mlp: int  # hidden width of a block's MLP
+    channels: int = 3  # of the input's colours
+    feature: str = "cls"  # the class token after the last LayerNorm; "pooler": tanh of a dense layer on it
+    classes: int = 0  # outputs of the public classifier; 0 leaves it out
+    epsilon: float = 1e-6  # of every LayerNorm, as the checkpoint's origin has it
+    gelu: Gelu = "erf"  # exact, or "tanh", as the checkpoint's origin has it
 
     @property
     def grid(self) -> int:
@@ -51,32 +36,18 @@ class ViTConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwinConfig:
-    """Architecture of one Swin.
-
-    Attributes:
-        image_size: side of the square input, in pixels; a multiple of `patch`.
-        patch: side of a patch, in pixels.
-        channels: colour channels of the input.
-        width: D of the first stage; it doubles with each.
-        depths: blocks of each stage.
-        heads: attention heads of each stage.
-        window: side of a window, in patches.
-        mlp_ratio: hidden width of a block's MLP over D.
-        classes: outputs of the public classifier; 0 leaves it out.
-        epsilon: of the blocks' and the last LayerNorm.
-        gelu: "erf" (exact) or "tanh".
-    """
+    """Architecture of one Swin; fields without a comment are those of `ViTConfig`."""
 
     image_size: int
     patch: int
-    width: int
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    window: int
-    mlp_ratio: float = 4.0
+    width: int  # D of the first stage; it doubles with each
+    depths: tuple[int, ...]  # blocks of each stage
+    heads: tuple[int, ...]  # of each stage
+    window: int  # side of a window, in patches
+    mlp_ratio: float = 4.0  # hidden width of a block's MLP over D
     channels: int = 3
     classes: int = 0
-    epsilon: float = 1e-5
+    epsilon: float = 1e-5  # of the blocks' and the last LayerNorm
     gelu: Gelu = "erf"
 
     @property

@@ -1,7 +1,7 @@
 """A frozen backbone: architecture, parameters, normalisation and digest; one pure `features`.
 
-The NNX module is split once into a static graph and a tree of arrays. Everything downstream sees only
-the pure function, so no optimizer and no gradient ever meets the backbone's parameters.
+The NNX module is split once into a static graph and a tree of arrays; everything downstream sees only the pure
+function, so no optimizer and no gradient ever meets the backbone's parameters.
 """
 
 import dataclasses
@@ -27,20 +27,13 @@ Params = Any  # nested dict of arrays
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backbone:
-    """What the private side knows of the public one.
+    """What the private side knows of the public one."""
 
-    Attributes:
-        config: architecture, without the public classifier.
-        params: nested dict of float32 arrays on the host.
-        mean, std: normalisation of pixels in [0, 1]; one number, or one for each channel.
-        digest: SHA-256 over architecture, normalisation and parameters.
-    """
-
-    config: Architecture
-    params: Params
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    digest: str
+    config: Architecture  # without the public classifier
+    params: Params  # float32 on the host
+    mean: tuple[float, ...]  # of pixels in [0, 1]; one number, or one for each channel
+    std: tuple[float, ...]  # likewise
+    digest: str  # SHA-256 over architecture, normalisation and parameters
 
 
 def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin:
@@ -57,16 +50,7 @@ def graph(config: Architecture) -> tuple[Any, Params]:
 
 
 def features(config: Architecture, params: Params, images: jax.Array) -> jax.Array:
-    """Feature of each image, pure in `params` and `images`.
-
-    Args:
-        config: architecture (static).
-        params: its parameters; their dtype is the compute dtype.
-        images: [B, H, W, C] float, normalised.
-
-    Returns:
-        [B, D] float32.
-    """
+    """Features of normalised images, [B, H, W, C] -> [B, D] float32, computed in the dtype of `params`."""
     model = nnx.merge(graph(config)[0], params)
     return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
 
@@ -87,18 +71,14 @@ def make(config: Architecture, params: Params, mean: tuple[float, ...], std: tup
 
 def array_problems(config: Architecture, arrays: Mapping[str, np.ndarray]) -> list[str]:
     """Every array that is missing, left over or of another shape than the architecture has, by its flat name."""
-    expected = {name: leaf.shape for name, leaf in _flat_shapes(config).items()}
+    shapes = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), graph(config)[1])
+    expected = {name: leaf.shape for name, leaf in checkpoints.flatten(shapes).items()}
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in arrays]
     problems += [f"not used: {name} {list(arrays[name].shape)}" for name in arrays if name not in expected]
     for name, shape in expected.items():
         if name in arrays and arrays[name].shape != shape:
             problems.append(f"{name}: the file has {list(arrays[name].shape)}, the model needs {list(shape)}")
     return problems
-
-
-def _flat_shapes(config: Architecture) -> dict[str, Any]:
-    shapes = graph(config)[1]
-    return checkpoints.flatten(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes))
 
 
 def from_flat(config: Architecture, arrays: Mapping[str, np.ndarray], name: str) -> Params:
@@ -127,20 +107,13 @@ def load(folder: Path) -> tuple[Backbone, dict[str, Any]]:
 
 
 def restore(folder: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> Backbone:
-    """The backbone of a folder's arrays and metadata.
-
-    The digest is compared before anything is built, so no architecture is outlined that `save` did not write.
-
-    Raises:
-        UserError: the contents do not have the digest that the metadata records.
-    """
+    """The backbone of a folder's arrays and metadata. Raises `UserError` where they have not the recorded digest."""
     try:
-        content = [metadata["config"], metadata["mean"], metadata["std"], arrays_digest(arrays)]
-        computed = digest(content)
-        if computed != metadata["digest"]:
-            raise ValueError(
-                f"its contents have the digest {computed[:12]}, recorded is {str(metadata['digest'])[:12]}"
-            )
+        # Compared before anything is built, so no architecture is outlined that `save` did not write.
+        computed = digest([metadata["config"], metadata["mean"], metadata["std"], arrays_digest(arrays)])
+        recorded = metadata["digest"]
+        if computed != recorded:
+            raise ValueError(f"its contents have the digest {computed[:12]}, recorded is {str(recorded)[:12]}")
         if not isinstance(metadata["inputs"], dict) or not isinstance(metadata["provenance"], dict):
             raise TypeError("inputs and provenance must be JSON objects")
         config = architecture_from(metadata["config"])

@@ -39,29 +39,17 @@ VIT_HEADS = 12  # of transformers' ViT where config.json names no other number
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a converted backbone comes from.
+    """Where a converted backbone comes from."""
 
-    Attributes:
-        name: file or folder.
-        origin: whose names it had.
-        sha256: of the files that were read.
-        left_out: arrays of the file that the backbone does not use.
-        published_size: the image size that it was published for, in pixels.
-    """
-
-    name: str
-    origin: str
-    sha256: str
-    left_out: tuple[str, ...]
-    published_size: int
+    name: str  # file or folder
+    origin: str  # whose names it had
+    sha256: str  # of the files that were read
+    left_out: tuple[str, ...]  # arrays of the file that the backbone does not use
+    published_size: int  # the image size that it was published for, in pixels
 
 
 def load(chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:
-    """The backbone that the config names.
-
-    Args:
-        chosen: the config's backbone settings, with `weights` set.
-        image_size: side of the input in pixels; 0: the size it was published for.
+    """The backbone that the config names, for inputs of `image_size` pixels a side; 0: of its published size.
 
     Raises:
         UserError: an unknown name, unreadable weights, or anything in them that does not fit.
@@ -92,22 +80,16 @@ def parameters(
         raise_all(zoo.differences(chosen.name, published), heading)
     wanted = dataclasses.replace(published, image_size=image_size or published.image_size)
     if isinstance(wanted, ViTConfig):
-        wanted = dataclasses.replace(wanted, feature=_feature(flat, chosen))
+        named = zoo.entry(chosen.name).architecture.feature if chosen.name else "auto"
+        of_file = "pooler" if "pooler/kernel" in flat else "cls"
+        feature = next(kind for kind in (chosen.feature, named, of_file) if kind != "auto")
+        wanted = dataclasses.replace(wanted, feature=feature)
     raise_all(_setting_problems(wanted, weights, chosen), f"{weights.name} cannot be used with these settings:")
     antialias = all(known.antialias for known in ORIGINS if known.name == origin)
     params, dropped = fit(flat, wanted, weights.name, antialias)
     unused = (*ignored, *dropped, *(name for name in flat if name.startswith("head/")))
     size = weights.published_size or published.image_size
     return wanted, params, Provenance(weights.name, origin, weights.sha256, unused, size)
-
-
-def _feature(flat: Flat, chosen: settings.Backbone) -> str:
-    """cls or pooler: the setting, else the named backbone's, else what the file has."""
-    if chosen.feature != "auto":
-        return chosen.feature
-    if chosen.name:
-        return zoo.entry(chosen.name).architecture.feature
-    return "pooler" if "pooler/kernel" in flat else "cls"
 
 
 def _setting_problems(wanted: Architecture, weights: Weights, chosen: settings.Backbone) -> list[str]:
@@ -145,16 +127,12 @@ def size_problems(config: Architecture) -> list[str]:
 
 
 def translate(weights: Weights) -> tuple[Origin, Flat, tuple[str, ...]]:
-    """Arrays under our names and in our layout; positions and embedding still as published.
+    """Arrays under our names and in our layout, positions and embedding still as published.
 
-    Returns:
-        (origin, arrays, ignored): `ignored` are the names in the file that are no parameters.
-
-    Raises:
-        UserError: names that no known origin has, arrays that are not floating point, or arrays of other
-            dimensions than an architecture can be read from.
+    Also returns their origin, and the names in the file that are no parameters. Raises `UserError` for names that no
+    known origin has, arrays that are not floating point, or dimensions from which no architecture can be read.
     """
-    arrays = {_without_prefix(name): array for name, array in weights.arrays.items()}
+    arrays = {re.sub(PREFIXES, "", name.replace("/", ".")): array for name, array in weights.arrays.items()}
     origin = _origin(weights.name, arrays)
     flat, ignored, problems = {}, [], []
     for old, array in arrays.items():
@@ -174,13 +152,6 @@ def translate(weights: Weights) -> tuple[Origin, Flat, tuple[str, ...]]:
     flat = _join_attention(flat)
     raise_all(_shape_problems(origin.family, flat), f"{weights.name} looks like {origin.name}, but:")
     return origin, flat, tuple(ignored)
-
-
-def _without_prefix(name: str) -> str:
-    name = name.replace("/", ".")
-    for prefix in PREFIXES:
-        name = re.sub(prefix, "", name)
-    return name
 
 
 def _origin(file: str, arrays: Mapping[str, Any]) -> Origin:
@@ -253,13 +224,8 @@ def _shape_problems(family: str, flat: Flat) -> list[str]:
 def published_architecture(weights: Weights, origin: Origin, flat: Flat, heads: int) -> Architecture:
     """The architecture as published: from the shapes, and from config.json what shapes do not show.
 
-    Args:
-        weights: where config.json's values are.
-        origin, flat: as `translate` returns them.
-        heads: attention heads of a ViT, where the file does not say; 0: width / 64.
-
-    Raises:
-        UserError: config.json is of another family, contradicts the shapes or calls for what is not supported.
+    `origin` and `flat` are as `translate` returns them; `heads` are those of a ViT whose file does not say, 0 for
+    width / 64. Raises `UserError` where config.json contradicts the shapes or calls for what is not supported.
     """
     family = origin.family
     values = weights.settings if weights.settings.get("model_type") == family else {}
@@ -347,10 +313,9 @@ def _side(value: Any) -> Any:
 
 
 def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> tuple[Params, tuple[str, ...]]:
-    """Nested parameters of `wanted`, positions resized to its grid; also the arrays that were left out.
+    """Nested parameters of `wanted`, positions resized to its grid; also the names of the arrays that were left out.
 
-    Raises:
-        UserError: lists every missing, unused or misshapen array.
+    Raises `UserError` that lists every missing, unused or misshapen array.
     """
     flat, dropped = dict(flat), ()
     flat["embed/kernel"] = flat["embed/kernel"].reshape(-1, flat["embed/kernel"].shape[-1])

@@ -13,26 +13,16 @@ Rules = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """One way of naming.
+    """One way of naming; `epsilon` and `gelu` are those of the origin's code, where no config.json says otherwise."""
 
-    Attributes:
-        name: for messages.
-        family: vit | swin.
-        markers: names that all files of this origin have.
-        rules: (pattern, replacement), applied in order.
-        ignored: patterns of names that are no parameters of ours.
-        epsilon, gelu: numerics of the origin's code, where no config.json says otherwise.
-        antialias: how its code resizes position embeddings (`vit.interpolate_positions`).
-    """
-
-    name: str
-    family: str
-    markers: tuple[str, ...]
-    rules: Rules
-    ignored: tuple[str, ...] = ()
+    name: str  # for messages
+    family: str  # vit | swin
+    markers: tuple[str, ...]  # names that all files of this origin have
+    rules: Rules  # (pattern, replacement), applied in order
+    ignored: tuple[str, ...] = ()  # patterns of names that are no parameters of ours
     epsilon: float = 1e-6
     gelu: Gelu = "erf"
-    antialias: bool = True
+    antialias: bool = True  # how its code resizes position embeddings (`vit.interpolate_positions`)
 
 
 HUGGING_FACE_BLOCK: Rules = (
@@ -133,7 +123,7 @@ ORIGINS = (
         gelu="tanh",
     ),
 )
-PREFIXES = (r"^vit\.", r"^swin\.", r"^model\.", r"^module\.", r"^opt\.target\.")  # of whole models, stripped
+PREFIXES = r"^((vit|swin|model|module|opt\.target)\.)+"  # of whole models, stripped
 FINAL_RULES: Rules = ((r"(norm\d?)\.weight$", r"\1.scale"), (r"\.weight$", ".kernel"), (r"\.", "/"))
 GELUS: dict[str, Gelu] = {  # of config.json
     "gelu": "erf",

@@ -31,15 +31,9 @@ class MLP(nnx.Module):
 
 
 def self_attention(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
-    """Multi-head attention from stacked queries, keys and values.
+    """Attention of A heads from stacked queries, keys and values, before the output projection.
 
-    Args:
-        qkv: [B, N, 3 * D].
-        heads: A, a divisor of D.
-        bias: float32, added to the scores; [A, N, N] or [B, A, N, N].
-
-    Returns:
-        [B, N, D], before the output projection.
+    qkv [B, N, 3 * D] -> [B, N, D]; `bias` float32 [A, N, N] or [B, A, N, N] is added to the scores.
     """
     b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, d // heads), 2, 0)

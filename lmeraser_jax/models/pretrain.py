@@ -1,8 +1,8 @@
 """Supervised training of the backbone on public data (paper Eq. 2), data-parallel over all devices.
 
-AdamW with warm-up and cosine; parameters and optimizer are replicated, the batch is split over the mesh.
-A checkpoint every few epochs makes the run resumable: orders and augmentation are derived from (seed,
-epoch, step), so a resumed run computes what an uninterrupted one would have.
+AdamW with warm-up and cosine; parameters and optimizer are replicated, the batch is split over the mesh. Orders and
+augmentation are derived from (seed, epoch, step), so a run that resumes from a checkpoint of a few epochs ago computes
+what an uninterrupted one would have.
 """
 
 import functools
@@ -82,18 +82,10 @@ def optimizer(config: Config, steps: int) -> optax.GradientTransformation:
 def pretrain(
     layout: Layout, images: np.ndarray, labels: np.ndarray, classes: int, config: Config, mesh: Mesh
 ) -> tuple[Backbone, float]:
-    """Trains the backbone; also returns the training accuracy of the last epoch.
-
-    Args:
-        layout: the workdir.
-        images: public images, uint8 [N, h, w, c].
-        labels: int32 [N].
-        classes: Y.
-        config: the run's config.
-        mesh: 1-D mesh over the devices.
+    """Trains a backbone on public images, uint8 [N, h, w, c] and int32 labels [N], over a 1-D mesh.
 
     Returns:
-        (Backbone, accuracy): accuracy in [0, 1] on augmented public images.
+        (Backbone, accuracy): accuracy in [0, 1] on augmented public images in the last epoch.
 
     Raises:
         UserError: there are no public images, or the loss is not finite.
@@ -124,9 +116,9 @@ def pretrain(
             if not math.isfinite(loss):
                 raise UserError(f"pretraining: the loss is {loss} in epoch {epoch}; lower --config.pretraining.rate")
             shown.advance(1, f"loss {loss:.3f} accuracy {accuracy:.3f}")
-            done = epoch + 1
-            if done < p.epochs and (interrupt.stop_requested() or done % p.checkpoint_epochs == 0):
-                checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, done)
+            ended = epoch + 1
+            if ended < p.epochs and (interrupt.stop_requested() or ended % p.checkpoint_epochs == 0):
+                checkpoints.save_step(layout.pretraining, checkpoints.flatten(state), {"identity": identity}, ended)
                 interrupt.raise_if_stopped()
     return backbone_lib.make(vit, jax.device_get(state[0]), spec.mean, spec.std), accuracy
 
@@ -153,9 +145,8 @@ def _epoch_rows(seed: int, epoch: int, count: int, batch: int) -> tuple[np.ndarr
     """Rows [T, B] in a new order for each epoch, and which of them are real."""
     steps = -(-count // batch)
     order = philox(seed, "pretrain", str(epoch)).permutation(count)
-    rows = np.resize(order, steps * batch).astype(np.int32).reshape(steps, batch)
-    valid = (np.arange(steps * batch) < count).reshape(steps, batch)
-    return rows, valid
+    rows, valid = np.resize(order, steps * batch).astype(np.int32), np.arange(steps * batch) < count
+    return rows.reshape(steps, batch), valid.reshape(steps, batch)
 
 
 def _epoch_function(vit: ViTConfig, spec: ImageSpec, tx: optax.GradientTransformation, mesh: Mesh):

@@ -1,9 +1,8 @@
 """Swin Transformer (Liu et al., 2021) as a Flax NNX module; the feature is the mean token.
 
-Attention inside windows, every second block with windows shifted by half their side; patch merging halves
-the grid between stages. An input whose grid is no multiple of the window is padded after the LayerNorm, as
-the public implementations do. A grid smaller than the window gets one window of the grid's size, which
-uses the rows of the bias table that belong to its distances.
+Attention inside windows, every second block with windows shifted by half their side; patch merging halves the grid
+between stages. A grid that is no multiple of the window is padded after the LayerNorm, as in the public code.
+A grid smaller than the window gets one window of the grid's size, which uses the bias table's rows for its distances.
 
 Shapes: B batch, H W grid, D width of the stage, A heads, w side of a window, M windows of an image.
 """
@@ -90,8 +89,7 @@ class Stage(nnx.Module):
 
     def __init__(self, config: SwinConfig, index: int, rngs: nnx.Rngs):
         width, heads = config.width * 2**index, config.heads[index]
-        depth = config.depths[index]
-        self.blocks = nnx.List([Block(config, width, heads, bool(i % 2), rngs) for i in range(depth)])
+        self.blocks = nnx.List([Block(config, width, heads, bool(i % 2), rngs) for i in range(config.depths[index])])
         if index + 1 < len(config.depths):
             self.merging = Merging(width, rngs)
 
@@ -121,14 +119,7 @@ class Swin(nnx.Module):
         return states
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Mean token after the last LayerNorm.
-
-        Args:
-            images: [B, H, W, C] float, normalised; H = W = `config.image_size`.
-
-        Returns:
-            [B, D] in the dtype of the images.
-        """
+        """Mean token after the last LayerNorm: normalised images [B, H, W, C] -> [B, D], of the same dtype."""
         return jnp.mean(self.norm(self.hidden_states(images)[-1]), axis=(1, 2))
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -140,8 +131,7 @@ class Swin(nnx.Module):
 def distances(side: int, window: int) -> np.ndarray:
     """Row of the bias table for each pair of patches of a window of `side`, int [w * w, w * w].
 
-    The table has a row for each distance (dy, dx) of a window of side `window`, dy and dx in -window + 1 ..
-    window - 1, row by row.
+    The table has a row for each distance (dy, dx) in a window of side `window`, each in -window + 1 .. window - 1.
     """
     y, x = (axis.reshape(-1) for axis in np.mgrid[:side, :side])
     dy, dx = y[:, None] - y[None] + window - 1, x[:, None] - x[None] + window - 1

@@ -1,7 +1,7 @@
 """Vision Transformer (Dosovitskiy et al., 2020) as a Flax NNX module.
 
-Pre-norm blocks, class token, learned position embedding. The patch embedding is a reshape and one matrix
-product, so that a `vmap` over lanes leaves a single large product for the whole device.
+Pre-norm blocks, class token, learned position embedding. The patch embedding is a reshape and one matrix product, so
+that a `vmap` over lanes leaves a single large product for the whole device.
 
 Shapes: B batch, H W C image, N tokens (1 + number of patches), D width, A heads.
 """
@@ -14,14 +14,7 @@ import numpy as np
 from flax import nnx
 
 from lmeraser_jax.models.architectures import ViTConfig
-from lmeraser_jax.models.layers import (
-    MLP,
-    LayerNorm,
-    attention,
-    extract_patches,
-    linear_columns,
-    self_attention,
-)
+from lmeraser_jax.models.layers import MLP, LayerNorm, attention, extract_patches, linear_columns, self_attention
 
 
 class Attention(nnx.Module):
@@ -62,9 +55,8 @@ class ViT(nnx.Module):
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         self.config = config
-        inputs = config.patch * config.patch * config.channels
         tokens = 1 + config.grid**2
-        self.embed = nnx.Linear(inputs, config.width, rngs=rngs)
+        self.embed = nnx.Linear(config.patch**2 * config.channels, config.width, rngs=rngs)
         self.cls = nnx.Param(jnp.zeros((1, 1, config.width)))
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width)))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
@@ -85,14 +77,7 @@ class ViT(nnx.Module):
         return states
 
     def features(self, images: jax.Array) -> jax.Array:
-        """Feature of each image.
-
-        Args:
-            images: [B, H, W, C] float, normalised; H = W = `config.image_size`.
-
-        Returns:
-            [B, D] in the dtype of the images.
-        """
+        """Feature of each image: normalised [B, H, W, C] -> [B, D], of the same dtype."""
         x = self.hidden_states(images, len(self.blocks) - 1)[-1]
         x = self.norm(self.blocks[-1](x, queries=1))[:, 0]  # [B, D]; only the class token leaves the last block
         return jnp.tanh(self.pooler(x)) if self.config.feature == "pooler" else x
@@ -103,19 +88,12 @@ class ViT(nnx.Module):
 
 
 def interpolate_positions(positions: np.ndarray, grid: int, antialias: bool = True) -> np.ndarray:
-    """Resizes a position embedding to another number of patches (bicubic; class token kept).
+    """Resizes a position embedding to `grid` patches along a side (bicubic; class token kept).
 
-    Args:
-        positions: [1, 1 + g * g, D] float.
-        grid: wanted patches along a side.
-        antialias: as timm and Pillow do it (kernel a = -0.5, widened when it shrinks), else as PyTorch's
-            interpolate and with it transformers (a = -0.75, four neighbours).
-
-    Returns:
-        [1, 1 + grid * grid, D] float32.
+    [1, 1 + g * g, D] -> float32 [1, 1 + grid * grid, D]. With `antialias` as timm and Pillow do it (kernel a = -0.5,
+    widened when it shrinks), else as PyTorch's interpolate and with it transformers (a = -0.75, four neighbours).
     """
     old = math.isqrt(positions.shape[1] - 1)
-    assert old * old == positions.shape[1] - 1, positions.shape
     positions = np.asarray(positions, np.float32)
     if old == grid:
         return positions

@@ -1,7 +1,7 @@
 """Files of published weights -> arrays by name. Nothing here unpickles, and only a hub id touches a network.
 
-Read are .npz, .safetensors (also in shards), Flax .msgpack, the hub's folders, which hold one of the latter
-two beside a config.json, and folders that `lmeraser backbone` wrote.
+Read are .npz, .safetensors (also in shards), Flax .msgpack, the hub's folders, which hold one of the latter two beside
+a config.json, and folders that `lmeraser backbone` wrote.
 """
 
 import dataclasses
@@ -27,44 +27,30 @@ FROM_THE_HUB = ["config.json", "preprocessor_config.json", "*.safetensors", "*.s
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weights:
-    """Arrays that were read, and what is known about them.
+    """Arrays that were read, and what is known about them."""
 
-    Attributes:
-        name: the file or folder, for messages.
-        arrays: arrays by the origin's own names.
-        sha256: of the files that were read, one after the other.
-        settings: config.json beside them, {} where there is none.
-        own: the architecture, where `lmeraser backbone` wrote the folder.
-        origin, published_size: whose names the file had from which it wrote it, and that file's image size.
-        normalisation: (mean, std) that the folder records, None where it does not.
-    """
-
-    name: str
-    arrays: Mapping[str, np.ndarray]
-    sha256: str
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    own: Architecture | None = None
-    origin: str = ""
-    published_size: int = 0
-    normalisation: Normalisation | None = None
+    name: str  # the file or folder, for messages
+    arrays: Mapping[str, np.ndarray]  # by the origin's own names
+    sha256: str  # of the files that were read, one after the other
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json beside them, if there is one
+    own: Architecture | None = None  # where `lmeraser backbone` wrote the folder
+    origin: str = ""  # whose names the file had from which it wrote it
+    published_size: int = 0  # image size of that file
+    normalisation: Normalisation | None = None  # where the folder records it
 
 
 def read(weights: str, hub_id: str = "", revision: str = "main", hint: str = "") -> Weights:
-    """Reads what `backbone.weights` names.
+    """Reads what `backbone.weights` names: a path, `hub:OWNER/NAME[@REVISION]`, or `hub` for the named backbone's id.
 
-    Args:
-        weights: a path, `hub:OWNER/NAME[@REVISION]`, or `hub` for the id given next.
-        hub_id, revision: where the named backbone is published; "" where there is none.
-        hint: what to download and where to put it, for the message when nothing is there.
+    `hint` says what to download and where to put it, for the message when nothing is there.
 
     Raises:
         UserError: not there, not readable, a pickle, or no network for a hub id.
     """
     try:
-        if weights == "hub":
-            return _read_path(_download(hub_id, revision), hint)
         if weights.startswith("hub:"):
             hub_id, _, revision = weights.removeprefix("hub:").partition("@")
+        if weights == "hub" or weights.startswith("hub:"):
             return _read_path(_download(hub_id, revision or "main"), hint)
         return _read_path(Path(weights), hint)
     except UserError as error:

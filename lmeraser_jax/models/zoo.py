@@ -1,13 +1,13 @@
 """Published backbones by name: architecture, where the weights are, feature, normalisation, licence.
 
-The four of the paper (5.1) are vit-b-22k, vit-b-1k, swin-b-22k and swin-b-1k, with the feature that its code
-takes: tanh of the pooler's dense layer for vit-b-22k, the class token after the last LayerNorm for
-vit-b-1k, the mean token for Swin. The revision "main" is the newest one; every workdir records the digest of
-what was read.
+The four of the paper (5.1) are vit-b-22k, vit-b-1k, swin-b-22k and swin-b-1k, with the feature that its code takes:
+tanh of the pooler's dense layer for vit-b-22k, the class token after the last LayerNorm for vit-b-1k, the mean token
+for Swin. The revision "main" is the newest one; every workdir records the digest of what was read.
 """
 
 import dataclasses
 import difflib
+from typing import Any
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
@@ -19,23 +19,14 @@ FREE = ("image_size", "classes", "feature", "epsilon", "gelu")  # may differ: th
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One published backbone.
+    """One published backbone."""
 
-    Attributes:
-        architecture: at its native image size, without the classifier.
-        hub: id on the Hugging Face hub.
-        about: what it was trained on.
-        revision: commit on the hub.
-        normalisation: (mean, std) of pixels in [0, 1].
-        licence: of the weights, as their publisher states it.
-    """
-
-    architecture: Architecture
-    hub: str
-    about: str
-    revision: str = "main"
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = HALF
-    licence: str = "Apache-2.0"
+    architecture: Architecture  # at its native image size, without the classifier
+    hub: str  # id on the Hugging Face hub
+    about: str  # what it was trained on
+    revision: str = "main"  # commit on the hub
+    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = HALF  # (mean, std) of pixels in [0, 1]
+    licence: str = "Apache-2.0"  # of the weights, as their publisher states it
 
 
 def _vit(size: str, short: str, width: int, depth: int = 12) -> Entry:
@@ -43,17 +34,9 @@ def _vit(size: str, short: str, width: int, depth: int = 12) -> Entry:
     return Entry(_vit_config(width, depth), hub, f"ViT-{short}/16, ImageNet-22K, then fine-tuned on ImageNet-1K")
 
 
-def _vit_config(width: int, depth: int = 12, feature: str = "cls", epsilon: float = 1e-6) -> ViTConfig:
-    return ViTConfig(
-        image_size=224,
-        patch=16,
-        width=width,
-        depth=depth,
-        heads=width // 64,
-        mlp=4 * width,
-        feature=feature,
-        epsilon=epsilon,
-    )
+def _vit_config(width: int, depth: int = 12, **numerics: Any) -> ViTConfig:
+    sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp": 4 * width}
+    return ViTConfig(image_size=224, patch=16, **sizes, **numerics)
 
 
 def _swin(hub: str, about: str, width: int, third: int) -> Entry:

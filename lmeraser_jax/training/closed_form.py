@@ -1,12 +1,8 @@
 """Heads that are a formula of their members' features: ridge regression and nearest class mean.
 
-A feature is rounded to a fixed point first, so that every sum over members is a sum of whole numbers: the same bits in
-any order, and subtracting a member gives the sum without it. Only the last step, from sums to a head, is done in
-floating point. The sums of a large slice are kept beside it (`KeptSums`), so that an erasure subtracts the erased
-members and reads no other feature.
-
-A head is linear in the feature, and in random cosines of it where it is expanded (Rahimi and Recht, 2007). The cosines
-are the same for all records, so erasure needs nothing more.
+Features are rounded to a fixed point, so that sums over members are sums of whole numbers: the same bits in any order,
+and subtracting a member gives the sum without it. Only the step from sums to a head is in floating point. The sums of a
+large slice are kept beside it (`KeptSums`), so that an erasure subtracts the erased members and reads no other feature.
 
 Shapes: m members, D feature, E random cosines, Y classes. Where features are expanded, D stands for D + E.
 """
@@ -47,7 +43,10 @@ def random_directions(width: int, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def expand(features: Any, count: int) -> Any:
-    """Features [m, D], NumPy or JAX, with E random cosines of their direction beside them: [m, D + E]."""
+    """Features [m, D], NumPy or JAX, with E random cosines of their direction beside them: [m, D + E].
+
+    Rahimi and Recht (2007). The cosines are the same for all records, so erasure needs nothing more.
+    """
     if not count:
         return features
     numbers = jnp if isinstance(features, jax.Array) else np
@@ -93,14 +92,7 @@ def ridge(total: Sums, penalty: float) -> tuple[Slice, float]:
     """Least squares on standardised features, with a penalty on the squared weights; the intercept is free.
 
     Solves (C + penalty I) W = B, where C is the correlation matrix of the features and B their covariance with the
-    one-hot labels.
-
-    Args:
-        total: sums over the members, at least one.
-        penalty: above 0.
-
-    Returns:
-        The head, and its mean squared error on one-hot labels.
+    one-hot labels. Returns the head, and its mean squared error on one-hot labels.
     """
     count = total.counts.sum()
     mean = total.by_class.sum(axis=0) / count  # [D]
@@ -119,8 +111,7 @@ def ridge(total: Sums, penalty: float) -> tuple[Slice, float]:
 def nearest_class_mean(total: Sums) -> tuple[Slice, float]:
     """The class whose mean feature is nearest: minus half the squared distance, less what all classes share.
 
-    Returns:
-        The head, and the members' mean squared distance to the mean of their own class.
+    Also returns the members' mean squared distance to the mean of their own class.
     """
     present = total.counts > 0
     means = total.by_class / np.maximum(total.counts, 1)[:, None] / SCALE  # [Y, D]
@@ -141,44 +132,24 @@ def solve(options: Tuning | Common, total: Sums) -> tuple[Slice, float]:
 def solve_members(
     options: Tuning | Common, features: np.ndarray, labels: np.ndarray, classes: int
 ) -> tuple[Slice, float]:
-    """The head of these members, and its loss.
-
-    Args:
-        options: ridge or ncm, with its settings.
-        features: float32 [m, D], not expanded.
-        labels: int32 [m].
-        classes: Y.
-    """
+    """The head of these members, and its loss; features float32 [m, D], not yet expanded, and labels int32 [m]."""
     return solve(options, add_up(expand(features, options.expand), labels, classes))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeptSums:
-    """Sums and the members they are over, so that members can be subtracted again. As private as the members.
+    """Sums and the members they are over, so that members can be subtracted again. As private as the members."""
 
-    Attributes:
-        total: over all members.
-        rows: int32 [m], image rows of the members.
-        labels: int32 [m].
-        checksums: uint32 [m], CRC-32 of their features: only what was added may be subtracted.
-    """
-
-    total: Sums
-    rows: np.ndarray
-    labels: np.ndarray
-    checksums: np.ndarray
+    total: Sums  # over all members
+    rows: np.ndarray  # int32 [m], image rows of the members
+    labels: np.ndarray  # int32 [m]
+    checksums: np.ndarray  # uint32 [m], CRC-32 of their features: only what was added may be subtracted
 
     def without(self, rows: np.ndarray, labels: np.ndarray, features: np.ndarray) -> "KeptSums | None":
-        """The sums over fewer members, in the same order; reads the features of the removed members only.
+        """The sums over the members in `rows` int32 [k], in the same order; reads only the removed members' features.
 
-        Args:
-            rows: int32 [k], of the remaining members.
-            labels: int32 [N], of all image rows.
-            features: float32 [N, D], of all image rows.
-
-        Returns:
-            None where a subtraction would not be exact: a member was added or has another label, or a feature is not
-            the one that was added.
+        `labels` int32 [N] and `features` float32 [N, D] are those of all image rows. None where a subtraction would not
+        be exact: a member was added or has another label, or a feature is not the one that was added.
         """
         remains = np.isin(self.rows, rows)
         removed = self.rows[~remains]

@@ -1,8 +1,8 @@
 """Partitions of private data: clusters (paper Algorithms 1 and 2, Eqs. 3 and 4) with a balanced cut, or shards.
 
-Sample -> average-linkage tree -> cut -> keys and prototypes; then every other record goes to the
-nearest prototype. Nothing but the sampled records' ids and features enters the tree, so erasing an
-unsampled record moves nothing here. Shards (SISA) look at no feature: a keyed hash of its id deals a record to one.
+Sample -> average-linkage tree -> cut -> keys and prototypes; then every other record goes to the nearest prototype.
+Only the sampled records' ids and features enter the tree, so erasing an unsampled record moves nothing here. Shards
+(SISA) look at no feature: a keyed hash of its id deals a record to one.
 
 Shapes: S sampled records, K clusters, D feature width, N records.
 """
@@ -26,29 +26,17 @@ BATCH = 512  # records per call of the routing program
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clustering:
-    """A partition of the feature space.
+    """A partition of the feature space."""
 
-    Attributes:
-        digest: of the inputs: settings, backbone and the sample.
-        sample: S record ids, sorted.
-        labels: int32 [S], index of each sampled record's cluster.
-        keys: K cluster keys, sorted; a key is the digest of the cluster's sampled ids.
-        prototypes: float32 [K, D], mean feature of the sampled members (Eq. 3).
-    """
-
-    digest: str
-    sample: tuple[str, ...]
-    labels: np.ndarray
-    keys: tuple[str, ...]
-    prototypes: np.ndarray
+    digest: str  # of the inputs: settings, backbone and the sample
+    sample: tuple[str, ...]  # S record ids, sorted
+    labels: np.ndarray  # int32 [S], index of each sampled record's cluster
+    keys: tuple[str, ...]  # K cluster keys, sorted; a key is the digest of the cluster's sampled ids
+    prototypes: np.ndarray  # float32 [K, D], mean feature of the sampled members (Eq. 3)
 
 
 def tree(features: np.ndarray) -> np.ndarray:
-    """Average-linkage tree of Euclidean distances (Algorithm 2), scipy's linkage matrix [S - 1, 4].
-
-    Args:
-        features: float32 [S, D], S >= 1.
-    """
+    """Average-linkage tree of features [S, D] by Euclidean distance (Algorithm 2): scipy's linkage [S - 1, 4]."""
     if len(features) < 2:
         return np.zeros((0, 4))
     from scipy.cluster import hierarchy  # slow to import, and most requests need no tree
@@ -127,14 +115,7 @@ def _mean(features: np.ndarray, members: Sequence[int]) -> np.ndarray:
 
 
 def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clustering, name: str) -> Clustering:
-    """Algorithm 1, lines 5 to 11: the partition of a sample.
-
-    Args:
-        sample: S record ids, sorted.
-        features: float32 [S, D] in the order of `sample`.
-        config: cut and limits.
-        name: the clustering's digest.
-    """
+    """Algorithm 1, lines 5 to 11: the partition of a sample, with features [S, D]; `name` becomes its digest."""
     groups = cut_tree(tree(features), parse_cut(config.cut), config.max_members)
     groups = merge_small(groups, features, config.min_members, config.max_members)
     keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
@@ -146,13 +127,7 @@ def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clus
 
 
 def shards(count: int, width: int, name: str) -> Clustering:
-    """A partition into S shards without a sample; prototypes are zeros [S, D], which route nothing.
-
-    Args:
-        count: S.
-        width: D.
-        name: the clustering's digest.
-    """
+    """A partition into so many shards without a sample; prototypes are zeros [count, width], which route nothing."""
     keys = tuple(sorted(digest(["shard", number]) for number in range(count)))
     return Clustering(name, (), np.zeros(0, np.int32), keys, np.zeros((count, width), np.float32))
 
@@ -164,13 +139,7 @@ def shard_of(ids: Sequence[str], count: int, seed: int) -> np.ndarray:
 
 
 def squared_distances(features: "jax.Array", prototypes: "jax.Array", present: "jax.Array") -> "jax.Array":
-    """Squared Euclidean distances [B, K]; infinite where a prototype is padding.
-
-    Args:
-        features: float32 [B, D].
-        prototypes: float32 [K, D].
-        present: bool [K].
-    """
+    """Squared Euclidean distances [B, K] of [B, D] and [K, D]; infinite where a prototype is not `present` [K]."""
     import jax.numpy as jnp
 
     gaps = jnp.sum((features[:, None] - prototypes[None]) ** 2, axis=-1)  # [B, K]
@@ -206,11 +175,9 @@ def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
 
 
 def expected_share(sizes: Sequence[int], tuned: Sequence[int] = ()) -> float:
-    """Expected share of the data that a uniform unsampled request re-tunes: sum(m_k^2) / N^2.
+    """Expected share of the data that a uniform unsampled request re-tunes: sum(m_k^2) / N^2, of clusters of m_k.
 
-    Args:
-        sizes: m_k, members of each cluster.
-        tuned: records that are tuned again with a member of each cluster, where that is not m_k.
+    `tuned` are the records that are tuned again with a member of each cluster, where that is not m_k.
     """
     total = sum(sizes)
     return sum(size * again for size, again in zip(sizes, tuned or sizes, strict=True)) / max(total, 1) ** 2

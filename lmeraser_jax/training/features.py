@@ -1,7 +1,7 @@
 """Features for clustering and routing: the un-prompted, un-augmented centre crop through the backbone.
 
-Every call has the same shape (short batches are padded), so a record's feature has the same bits
-whatever stands beside it. Features are cached in a row file beside the images.
+Every call has the same shape (short batches are padded), so a record's feature has the same bits whatever stands beside
+it. Features are cached in a row file beside the images.
 """
 
 import functools
@@ -48,15 +48,7 @@ def feature_function(architecture: Architecture, spec: ImageSpec, mesh: Mesh):
 
 
 class Extractor:
-    """Features of images at one fixed batch shape.
-
-    Args:
-        backbone: the frozen network.
-        spec: how images become input.
-        batch: images per device and call.
-        mesh: 1-D mesh.
-        dtype: compute dtype.
-    """
+    """Features of images in the compute dtype, at one fixed shape: `batch` images per device and call."""
 
     def __init__(self, backbone: Backbone, spec: ImageSpec, batch: int, mesh: Mesh, dtype: np.dtype):
         self.function = feature_function(backbone.config, spec, mesh)
@@ -80,19 +72,14 @@ class Extractor:
 def cached(
     file: RowFile, rows: np.ndarray, count: int, compute: Callable[[np.ndarray], np.ndarray], piece: int, write: bool
 ) -> np.ndarray:
-    """Features of the given rows, computed where the cache does not hold them yet (NaN).
+    """Features float32 [n, D] of the given rows, computed where the cache does not hold them yet (NaN).
 
     Args:
-        file: the cache, a row for each row of the image file.
-        rows: int64 [n], the rows to give.
-        count: N, rows of the image file.
-        compute: rows int64 [k] -> float32 [k, D]; called only if something is missing.
-        piece: rows computed between two writes.
+        file: the cache, a row for each of the `count` rows of the image file.
+        rows: int64 [n].
+        compute: rows int64 [k] -> float32 [k, D]; called for at most `piece` rows that are missing.
         write: grow and fill the cache. Only the holder of the writer lock may: a reader could put back the
             feature of a record that is being erased.
-
-    Returns:
-        float32 [n, D], in the order of `rows`.
     """
     if write:
         file.truncate(min(len(file), count))

@@ -14,10 +14,10 @@ from lmeraser_jax.training.features import compute_dtype
 
 
 def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
-    """What the bits depend on beside a slice's recipe: program, library and hardware, as JSON.
+    """Program, libraries and hardware as JSON.
 
-    The number of devices is not part of it, only whether the program is partitioned at all: XLA compiles
-    a one-device program with other fusions than one for many devices.
+    The number of devices is not part of it, only whether the program is partitioned at all: XLA compiles a one-device
+    program with other fusions than one for many devices.
     """
     device = mesh.devices.flat[0]
     host = {"cpu": _processor(), "cpus": os.cpu_count()} if device.platform == "cpu" else {}

@@ -13,21 +13,13 @@ from lmeraser_jax.hashing import philox
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
-    """One cluster to tune.
+    """One cluster to tune."""
 
-    Attributes:
-        key: cluster key; it also names the job's random streams.
-        rows: int32 [m], image rows of the members, sorted by record id.
-        epochs: times each member is seen.
-        batch: B, images per step; only the last step may have fewer.
-        snapshots: numbers of steps, below `steps`, after which the slice is handed over too.
-    """
-
-    key: str
-    rows: np.ndarray
-    epochs: int
-    batch: int
-    snapshots: tuple[int, ...] = ()
+    key: str  # of the cluster; it also names the job's random streams
+    rows: np.ndarray  # int32 [m], image rows of the members, sorted by record id
+    epochs: int  # times each member is seen
+    batch: int  # B, images per step; only the last step may have fewer
+    snapshots: tuple[int, ...] = ()  # numbers of steps, below `steps`, after which the slice is handed over too
 
     @property
     def images(self) -> int:

@@ -7,8 +7,9 @@ Shapes: T steps of one call, G lanes of all devices, B images per lane.
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,59 +81,46 @@ class Output(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepBatch:
-    """The work of one call of the device program; only the first `steps` steps are run.
+    """The work of one call of the device program."""
 
-    Attributes:
-        steps: steps to run, at most T.
-        rows: int32 [T, G, B]; valid: bool [T, G, B].
-        words: uint32 [T, G, 2], seed words of the job.
-        step, total: int32 [T, G], the job's own step and its number of steps; step 0 starts afresh.
-        slot: int32 [T, G], where the slice goes in the device's output after the step; `slots` for nowhere.
-        job: int32 [T, G], index of the job, -1 where the lane idles.
-        outputs: the slices handed over.
-    """
-
-    steps: int
-    rows: np.ndarray
-    valid: np.ndarray
-    seed_words: np.ndarray
-    step: np.ndarray
-    total: np.ndarray
-    slot: np.ndarray
-    job: np.ndarray
-    outputs: tuple[Output, ...]
-
-
-class _Lane:
-    """A lane's queue of jobs and its place in the current one."""
-
-    def __init__(self, jobs: Sequence[Job], queue: list[int], seed: int):
-        self.jobs, self.queue, self.seed = jobs, queue, seed
-        self.current, self.at = -1, 0
-
-    def begin_next(self) -> bool:
-        """Begins the next job where none is under way; False when none is left."""
-        if self.current < 0 and self.queue:
-            self.current, self.at = self.queue.pop(0), 0
-            self.rows, self.valid = batches(self.jobs[self.current], self.seed)
-            self.words = seed_words(self.jobs[self.current].key)
-        return self.current >= 0
+    steps: int  # steps to run, at most T; what lies behind them is not run
+    rows: np.ndarray  # int32 [T, G, B]
+    valid: np.ndarray  # bool [T, G, B]
+    seed_words: np.ndarray  # uint32 [T, G, 2], of the job
+    step: np.ndarray  # int32 [T, G], the job's own step; 0 starts afresh
+    total: np.ndarray  # int32 [T, G], the job's number of steps
+    slot: np.ndarray  # int32 [T, G], where the slice goes in the device's output after the step; `slots` for nowhere
+    job: np.ndarray  # int32 [T, G], index of the job, -1 where the lane idles
+    outputs: tuple[Output, ...]  # the slices handed over
 
 
 def step_batches(jobs: Sequence[Job], devices: int, tuning: Tuning, slots: int, seed: int) -> Iterator[StepBatch]:
     """The calls that tune all jobs, in order.
 
-    A call ends early when a device's output slots are used up, so the output stays small however many
-    clusters there are and its shape never changes.
+    A call ends early when a device's output slots are used up, so the output's shape is small and never changes.
     """
-    count = devices * tuning.lanes
-    lanes = [_Lane(jobs, queue, seed) for queue in pack([job.steps for job in jobs], count)]
-    while any(lane.begin_next() for lane in lanes):
-        yield _next_call(lanes, devices, tuning, slots)
+    queues = pack([job.steps for job in jobs], devices * tuning.lanes)
+    columns = itertools.zip_longest(*(_lane_steps(jobs, queue, seed) for queue in queues))  # of all lanes, step by step
+    while True:
+        call = _next_call(jobs, columns, devices, tuning, slots)
+        if not call.steps:
+            return
+        yield call
 
 
-def _next_call(lanes: list[_Lane], devices: int, tuning: Tuning, slots: int) -> StepBatch:
-    shape = (tuning.scan_steps, len(lanes))
+def _lane_steps(jobs: Sequence[Job], queue: Sequence[int], seed: int) -> Iterator[tuple[Any, ...]]:
+    """A lane's work: index and step of its job, rows [B], valid [B] and seed words [2]."""
+    for index in queue:
+        rows, valid = batches(jobs[index], seed)
+        words = seed_words(jobs[index].key)
+        for step in range(jobs[index].steps):
+            yield index, step, rows[step], valid[step], words
+
+
+def _next_call(
+    jobs: Sequence[Job], columns: Iterator[tuple[Any, ...]], devices: int, tuning: Tuning, slots: int
+) -> StepBatch:
+    shape = (tuning.scan_steps, devices * tuning.lanes)
     call = StepBatch(
         steps=0,
         rows=np.zeros((*shape, tuning.batch), np.int32),
@@ -144,25 +132,20 @@ def _next_call(lanes: list[_Lane], devices: int, tuning: Tuning, slots: int) -> 
         job=np.full(shape, -1, np.int32),
         outputs=(),
     )
-    outputs: list[Output] = []
-    used = [0] * devices
-    steps = 0
-    while (
-        steps < tuning.scan_steps and max(used) + tuning.lanes <= slots and any([lane.begin_next() for lane in lanes])
-    ):
-        for g, lane in enumerate(lanes):
-            if lane.current < 0:
+    outputs, used, steps = [], [0] * devices, 0
+    while steps < tuning.scan_steps and max(used) + tuning.lanes <= slots:
+        column = next(columns, None)
+        if column is None:
+            break
+        for g, work in enumerate(column):
+            if work is None:  # the lane idles
                 continue
-            job, at, device = lane.jobs[lane.current], lane.at, g // tuning.lanes
-            call.rows[steps, g], call.valid[steps, g] = lane.rows[at], lane.valid[at]
-            call.seed_words[steps, g], call.job[steps, g] = lane.words, lane.current
-            call.step[steps, g], call.total[steps, g] = at, job.steps
-            lane.at += 1
-            if lane.at == job.steps or lane.at in job.snapshots:
+            index, step, call.rows[steps, g], call.valid[steps, g], call.seed_words[steps, g] = work
+            job, device = jobs[index], g // tuning.lanes
+            call.job[steps, g], call.step[steps, g], call.total[steps, g] = index, step, job.steps
+            if step + 1 == job.steps or step + 1 in job.snapshots:
                 call.slot[steps, g] = used[device]
-                outputs.append(Output(lane.current, lane.at, device, used[device]))
+                outputs.append(Output(index, step + 1, device, used[device]))
                 used[device] += 1
-            if lane.at == job.steps:
-                lane.current = -1
         steps += 1
     return dataclasses.replace(call, steps=steps, outputs=tuple(outputs))

@@ -37,21 +37,17 @@ def into(folder: str) -> Iterator[None]:
         _folders.clear()
 
 
-@contextlib.contextmanager
-def tracing() -> Iterator["Trace"]:
-    """The trace of one tuning, ended with it."""
-    trace = Trace()
-    try:
-        yield trace
-    finally:
-        trace.stop()
-
-
 class Trace:
-    """Counts the calls of a tuning and, inside `into`, traces a few of them."""
+    """Counts the calls of a tuning, which is its block, and, inside `into`, traces a few of them."""
 
     def __init__(self):
         self.calls, self.running = 0, False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
 
     def next_call(self) -> None:
         """To be called before each call, when the results of the call before the last are on the host."""

@@ -4,11 +4,10 @@ A slice's folder holds its parameters, the snapshots of its earlier epochs, and 
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,47 +42,32 @@ class WrittenSlice:
 def write_slices(
     folder: Path, targets: Sequence[Target], results: Iterator[Tuned], fingerprint: str, tuning: Tuning
 ) -> Generator[WrittenSlice, None, None]:
-    """Writes each slice, with its snapshots, as soon as it is finished, and yields what is on disk, in order.
+    """Writes each slice of `targets`, with its snapshots, as soon as it is finished; yields what is on disk, in order.
 
-    Closing the generator waits for what is being written: the writer lock must not be given up before.
-
-    Args:
-        folder: where slices lie.
-        targets: the slices that `results` are of.
-        results: finished slices, the snapshots of each before it.
-        fingerprint: of the program that makes them.
-        tuning: the settings that make them.
+    In `results` the snapshots of a slice come before it. Closing the generator waits for what is being written: the
+    writer lock must not be given up before.
 
     Raises:
         Stopped: the process was asked to stop; what was finished is written and was yielded before.
     """
     by_key = {target.job.key: target for target in targets}
     snapshots: dict[str, list[Tuned]] = {key: [] for key in by_key}
-
-    def writes() -> Iterator[Callable[[], WrittenSlice]]:
-        for tuned in results:
-            key = tuned.job.key
-            if tuned.final:
-                yield functools.partial(
-                    write_slice, folder, by_key[key], tuned, snapshots.pop(key), fingerprint, tuning
-                )
-            else:
-                snapshots[key].append(tuned)
-
-    stopped = None
+    pending: deque[Future[WrittenSlice]] = deque()
     with ThreadPoolExecutor(WRITERS) as threads:
-        pending: deque[Future[WrittenSlice]] = deque()
         try:
-            for write in writes():
-                pending.append(threads.submit(write))
+            for tuned in results:
+                key = tuned.job.key
+                if not tuned.final:
+                    snapshots[key].append(tuned)
+                    continue
+                earlier = snapshots.pop(key)
+                pending.append(threads.submit(write_slice, folder, by_key[key], tuned, earlier, fingerprint, tuning))
                 while pending and (pending[0].done() or len(pending) == WRITERS):
                     yield pending.popleft().result()
-        except Stopped as error:
-            stopped = error
-        while pending:
-            yield pending.popleft().result()
-    if stopped is not None:
-        raise stopped
+        except Stopped:
+            yield from (write.result() for write in pending)
+            raise
+        yield from (write.result() for write in pending)
 
 
 def write_slice(
@@ -97,7 +81,7 @@ def write_slice(
     row = _row(target, arrays_digest(arrays), fingerprint, tuning, measured)
     if tuned.failed_at is None:
         facts = {"digest": row.digest, "cluster": row.cluster, "params_digest": row.params_digest}
-        facts |= measured | {"fingerprint": fingerprint, "epochs": _by_text(epochs)}
+        facts |= measured | {"fingerprint": fingerprint, "epochs": {str(step): epochs[step] for step in epochs}}
         checkpoints.save(folder / target.digest, arrays, facts, tuned.step, earlier)
         if tuned.sums is not None:
             closed_form.save_sums(folder / target.digest, tuned.sums)
@@ -107,14 +91,7 @@ def write_slice(
 def load_orphan(folder: Path, target: Target, fingerprint: str, tuning_spec: TuningSpec) -> WrittenSlice | None:
     """The slice that an earlier command wrote for a target and did not register any more, read and checked.
 
-    Args:
-        folder: where slices lie.
-        target: the slice that is required.
-        fingerprint: of the program that the slice must have been made with.
-        tuning_spec: the static part of that program.
-
-    Returns:
-        None where there is none, or one that is torn, damaged or of another program.
+    None where there is none, or one that is torn, damaged or of another program than this `fingerprint`'s.
     """
     path, job = folder / target.digest, target.job
     if not path.is_dir():
@@ -127,17 +104,12 @@ def load_orphan(folder: Path, target: Target, fingerprint: str, tuning_spec: Tun
         return None
     row = _row(target, arrays_digest(arrays), fingerprint, tuning_spec.tuning, facts)
     expected = {"digest": row.digest, "params_digest": row.params_digest, "fingerprint": fingerprint}
-    expected |= {"epochs": _by_text(epochs)}
+    expected |= {"epochs": {str(step): epochs[step] for step in epochs}}  # JSON has only text for keys
     if step != job.steps or any(facts.get(name) != value for name, value in expected.items()):
         return None
     if not all(isinstance(number, float) for number in (row.loss, row.seconds, row.created)):
         return None
     return WrittenSlice(row, job.rows, epochs, None)
-
-
-def _by_text(epochs: Mapping[int, str]) -> dict[str, str]:
-    """The digests of snapshots by step, as JSON has them."""
-    return {str(step): params_digest for step, params_digest in epochs.items()}
 
 
 def _row(target: Target, params_digest: str, fingerprint: str, tuning: Tuning, measured: Mapping[str, Any]) -> SliceRow:

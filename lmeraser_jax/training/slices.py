@@ -38,15 +38,10 @@ class Slice(NamedTuple):
 
 
 def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None) -> Slice:
-    """The slice of a checkpoint's arrays, on the host.
-
-    Args:
-        arrays: whatever a checkpoint holds, by name.
-        name: what a message calls the slice.
-        architecture: of the slice's own backbone; None where it has none.
+    """The slice of a checkpoint's arrays, on the host; `architecture` is that of its own backbone, if it has one.
 
     Raises:
-        UserError: names every array that is missing, left over or of another dtype or shape.
+        UserError: names the slice, and every array that is missing, left over or of another dtype or shape.
     """
     own = {}
     if architecture:
@@ -88,20 +83,11 @@ def place_prompt(border: jax.Array, size: int, width: int, channels: int) -> jax
 
 
 def init_slice(
-    key: jax.Array,
-    tuning: Tuning,
-    architecture: Architecture,
-    classes: int,
-    mapping: Sequence[int] = (),
+    key: jax.Array, tuning: Tuning, architecture: Architecture, classes: int, mapping: Sequence[int] = ()
 ) -> Slice:
-    """First values of a slice; a function of its key alone, never of its members.
+    """First values of a slice; a function of its random key alone, never of its members.
 
-    Args:
-        key: random key.
-        tuning: settings.
-        architecture: of the backbone.
-        classes: Y.
-        mapping: Y features, each the logit of a class, as `noise_activation` chooses them; empty: a head of its own.
+    `mapping` are Y features, each the logit of a class, as `noise_activation` chooses them; empty: a head of its own.
     """
     key_prompt, key_head = jax.random.split(key)
     n = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
@@ -118,12 +104,8 @@ def init_slice(
 def noise_activation(backbone: Backbone, classes: int) -> tuple[int, ...]:
     """Features that stand for classes where prompts are tuned without a head (DAM-VP, head-missing).
 
-    The Y features with the largest standard deviation over 512 images of Gaussian noise, in ascending order. No label
-    is looked at and nothing is learnt: a prompt then has to move the image until the right one is the largest.
-
-    Args:
-        backbone: the frozen network; the noise is drawn as its normalised input, N(0, 1).
-        classes: Y.
+    The Y features with the largest standard deviation over 512 normalised inputs of noise, N(0, 1), in ascending order.
+    No label is looked at and nothing is learnt: a prompt has to move the image until the right one is the largest.
 
     Raises:
         UserError: the backbone has fewer features than there are classes.
@@ -145,32 +127,20 @@ def noise_activation(backbone: Backbone, classes: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class RecipeConstants:
-    """What the recipes of all slices of a run share.
+    """What the recipes of all slices of a run share."""
 
-    Attributes:
-        tuning: settings; those that never reach the numbers are left out of the recipe.
-        backbone: digest of the frozen backbone.
-        image_spec: image pipeline.
-        classes: Y.
-        seed: the run's seed.
-        feature_batch: images per call with which the features were computed that slices are made of; 0: made of images.
-    """
-
-    tuning: Tuning
-    backbone: str
+    tuning: Tuning  # those settings that never reach the numbers are left out of the recipe
+    backbone: str  # digest of the frozen backbone
     image_spec: ImageSpec
-    classes: int
+    classes: int  # Y
     seed: int
-    feature_batch: int = 0
+    feature_batch: int = 0  # images per call that computed the features that slices are made of; 0: made of images
 
 
 def recipe(key: str, members: Sequence[tuple[str, str, int]], constants: RecipeConstants) -> dict[str, Any]:
     """Everything that a slice's bits depend on, given the program.
 
-    Args:
-        key: cluster key.
-        members: (id, content hash, label) of each member, sorted by id.
-        constants: what all recipes of the run share.
+    `key` is the cluster's; `members` are (id, content hash, label) of each member, sorted by id.
     """
     tuning = {name: value for name, value in dataclasses.asdict(constants.tuning).items() if name not in NOT_IN_RECIPE}
     return {

@@ -110,16 +110,10 @@ def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Arra
 
 
 def features_of(slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array) -> jax.Array:
-    """Features of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
+    """Features float32 [B, D] of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
 
-    Args:
-        slice_: the slice.
-        tuning_spec: static settings.
-        params: frozen backbone; its dtype is the compute dtype.
-        inputs: float32 [B, H, W, C], normalised images; [B, D] where `tuning_spec.on_features`.
-
-    Returns:
-        float32 [B, D].
+    `inputs` are normalised images, float32 [B, H, W, C], or [B, D] where `tuning_spec.on_features`; the dtype of
+    `params` is the compute dtype.
     """
     if tuning_spec.on_features:
         return inputs
@@ -135,15 +129,9 @@ def features_of(slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax
 def cluster_loss(
     slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array, labels: jax.Array, valid: jax.Array
 ):
-    """Masked mean cross-entropy of one cluster's batch (Eq. 6).
+    """Masked mean cross-entropy of one cluster's batch (Eq. 6), to be differentiated by `slice_` only.
 
-    Args:
-        slice_: the cluster's slice, the only thing that is differentiated.
-        tuning_spec: static settings.
-        params: frozen backbone.
-        inputs: as in `features_of`.
-        labels: int32 [B].
-        valid: bool [B].
+    `inputs` are as in `features_of`; labels int32 [B], valid bool [B].
     """
     features = features_of(slice_, tuning_spec, params, inputs)  # [B, D]
     logits = features @ slice_.kernel + slice_.bias[None]  # [B, Y]
@@ -153,27 +141,12 @@ def cluster_loss(
 
 
 def cluster_step(
-    tuning_spec: TuningSpec,
-    params: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    state: LaneState,
-    batch: Batch,
+    tuning_spec: TuningSpec, params: Any, images: jax.Array, labels: jax.Array, state: LaneState, batch: Batch
 ):
-    """One optimizer step of one cluster; a cluster begins with a fresh slice at its step 0.
+    """One optimizer step of one cluster: (new state, loss float32 []). Its step 0 begins with a fresh slice.
 
-    Every random number comes from (seed, cluster, step), and the rate from the cluster's own progress.
-
-    Args:
-        tuning_spec: static settings.
-        params: frozen backbone.
-        images: uint8 [M, h, w, c], the images on the device; float32 [M, D] where `tuning_spec.on_features`.
-        labels: int32 [M].
-        state: the lane's state.
-        batch: the lane's work.
-
-    Returns:
-        (new state, loss float32 []).
+    Every random number comes from (seed, cluster, step), and the rate from the cluster's own progress. `images` and
+    `labels` int32 [M] are those on the device: uint8 [M, h, w, c], or float32 [M, D] where `tuning_spec.on_features`.
     """
     tuning = tuning_spec.tuning
     tx = optimizer(tuning)
@@ -205,28 +178,15 @@ def _fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
 
 
 def device_program(
-    tuning_spec: TuningSpec,
-    params: Any,
-    images: jax.Array,
-    labels: jax.Array,
-    steps: jax.Array,
-    state: LaneState,
-    work: Batch,
+    spec: TuningSpec, params: Any, images: jax.Array, labels: jax.Array, steps: jax.Array, state: LaneState, work: Batch
 ):
-    """What one device runs: `steps` steps over its L lanes.
+    """What one device runs: `steps` int32 [] steps, at most T, over its L lanes.
 
-    Args:
-        tuning_spec: static settings.
-        params, images, labels: on every device.
-        steps: int32 [], steps to run, at most T.
-        state: `LaneState` with leading axis L.
-        work: `Batch` with leading axes [T, L].
-
-    Returns:
-        (state, slices handed over with leading axis W, losses float32 [T, L]).
+    `state` has the leading axis L, `work` the leading axes [T, L]. Returns the new state, the slices handed over with
+    the leading axis W, and the losses float32 [T, L].
     """
-    tune = functools.partial(cluster_step, tuning_spec, params, images, labels)
-    finished = jax.tree.map(lambda leaf: jnp.zeros((tuning_spec.slots, *leaf.shape[1:]), leaf.dtype), state.slice)
+    tune = functools.partial(cluster_step, spec, params, images, labels)
+    finished = jax.tree.map(lambda leaf: jnp.zeros((spec.slots, *leaf.shape[1:]), leaf.dtype), state.slice)
     losses = jnp.zeros(work.step.shape, jnp.float32)
 
     def body(t, carry):

@@ -87,14 +87,8 @@ def make_slices(
 ) -> Iterator[Tuned]:
     """Makes slices, by the tuning program or by a formula. Yields each as it finishes, and its snapshots before it.
 
-    Args:
-        tuning_spec: static settings.
-        backbone: frozen network, `tuning_spec.architecture` its architecture.
-        jobs: one for each slice; their rows point into `inputs`.
-        inputs: uint8 [N, h, w, c], images on the host (may be a memory map); float32 [N, D], features, where
-            `tuning_spec.on_features`.
-        labels: int32 [N].
-        mesh: 1-D mesh of this process's devices.
+    The jobs' rows point into `inputs`, images uint8 [N, h, w, c] on the host (may be a memory map), or features float32
+    [N, D] where `tuning_spec.on_features`, and into `labels` int32 [N]. `mesh` is a 1-D one of this process's devices.
 
     Raises:
         Stopped: the process was asked to stop; what its calls have finished was yielded before.
@@ -114,7 +108,7 @@ def tune(
     program, state = compiled(tuning_spec, mesh), initial_state(tuning_spec, mesh)
     data = _Images(tuning_spec, inputs, labels, mesh)
     tracker = Tracker(jobs, mesh.size)
-    with progress("tune", sum(job.steps for job in jobs)) as bar, profiling.tracing() as trace:
+    with progress("tune", sum(job.steps for job in jobs)) as bar, profiling.Trace() as trace:
         pending = None  # the call whose results were not fetched yet
 
         def fetch() -> Iterator[Tuned]:

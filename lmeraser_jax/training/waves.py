@@ -34,10 +34,8 @@ def make_slices(
 ) -> Iterator[Tuned]:
     """Makes slices by all processes, in waves. Called at process 0; the others call `do_share`.
 
-    Args:
-        context: JSON values from which the other processes find their own `tune_own`.
-        labels: int32 [N], of all image rows.
-        tune_own: makes the slices of some jobs on this process's devices (`tune.make_slices`).
+    `tune_own` makes the slices of some jobs on this process's devices (`tune.make_slices`); from the JSON values of
+    `context` the other processes find theirs. `labels` int32 [N] are those of all image rows.
 
     Raises:
         Stopped: a process was asked to stop; what all had finished was yielded before.

@@ -83,7 +83,7 @@ def test_too_few_calls_give_a_warning(tmp_path, capsys):
 
 
 def test_a_trace_ends_with_a_tuning_that_fails(tmp_path):
-    with pytest.raises(KeyError), profiling.into(str(tmp_path)), profiling.tracing() as trace:
+    with pytest.raises(KeyError), profiling.into(str(tmp_path)), profiling.Trace() as trace:
         trace.next_call()
         trace.next_call()
         raise KeyError
