@@ -140,8 +140,9 @@ def _next_call(
         for g, work in enumerate(column):
             if work is None:  # the lane idles
                 continue
-            index, step, call.rows[steps, g], call.valid[steps, g], call.seed_words[steps, g] = work
+            index, step, rows, valid, words = work
             job, device = jobs[index], g // tuning.lanes
+            call.rows[steps, g], call.valid[steps, g], call.seed_words[steps, g] = rows, valid, words
             call.job[steps, g], call.step[steps, g], call.total[steps, g] = index, step, job.steps
             if step + 1 == job.steps or step + 1 in job.snapshots:
                 call.slot[steps, g] = used[device]

@@ -32,7 +32,8 @@ def into(folder: str) -> Iterator[None]:
     try:
         yield
         if _folders:
-            _warn(f"--profile={folder}: too few calls of the tuning program; lower --config.tuning.scan_steps")
+            advice = "too few calls of the tuning program; lower --config.tuning.scan_steps"
+            print(f"warning: --profile={folder}: {advice}", file=sys.stderr)
     finally:
         _folders.clear()
 
@@ -73,8 +74,4 @@ def _failure_is_a_warning() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the profiler raises RuntimeError, OSError and more
-        _warn(f"--profile: no trace was written: {error}")
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: --profile: no trace was written: {error}", file=sys.stderr)
