@@ -178,14 +178,14 @@ def keep_compiled_programs() -> None:
 
 
 def ignore_closed_event_loops() -> None:
-    """Silences the threads that a failed checkpoint leaves behind; the failure itself is raised."""
+    """Silences TensorStore's threads, which outlive a checkpoint that failed; the failure itself is raised."""
+    report = sys.unraisablehook
 
-    def is_closed_loop(error: BaseException | None) -> bool:
-        return isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    def report_others(args: "sys.UnraisableHookArgs") -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            report(args)
 
-    report, report_unraisable = sys.excepthook, sys.unraisablehook
-    sys.excepthook = lambda kind, error, trace: None if is_closed_loop(error) else report(kind, error, trace)
-    sys.unraisablehook = lambda args: None if is_closed_loop(args.exc_value) else report_unraisable(args)
+    sys.unraisablehook = report_others
 
 
 if __name__ == "__main__":

@@ -36,9 +36,6 @@ def _is_warning(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname or record.levelno >= logging.WARNING and not record.exc_info
 
 
-logging.getLogger("absl").addFilter(_is_warning)
-
-
 def flatten(tree: Any) -> dict[str, np.ndarray]:
     """{"path/to/leaf": array} of a nested tree; paths are unique and sorted by JAX's key order."""
     import jax
@@ -169,6 +166,7 @@ def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":
     import jax
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").addFilter(_is_warning)  # not before Orbax has made this logger one of its kind
     # Process 0 of several writes alone: Orbax must neither wait for the others nor make folders together with them.
     active = {0} if jax.process_count() > 1 else None
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes=active)

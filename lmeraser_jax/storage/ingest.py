@@ -88,7 +88,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         positions = limit_positions(source.items, data.train_limit, data.test_limit)
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
     lines = problems(picked, first=before is None) + _check_shares(picked, data)
-    raise_all(lines + _check_dataset(picked, before) + _check_sides(catalog, picked, config), heading)
+    raise_all(lines + _check_owners(catalog, picked, config) + _check_dataset(picked, before), heading)
     dataset = before or {
         "settings": import_settings(config),
         "classes": list(source.class_names),
@@ -222,8 +222,8 @@ class _Intake:
 
 
 def _check_shares(source: Source, data: Data) -> list[str]:
-    """Shares to draw that the source's own images or owners do not allow."""
-    lines = _check_owners(source) if data.split_by == "owner" else []
+    """Shares to draw where the source has images of that split itself."""
+    lines = []
     for split, name in (("test", "test_share"), ("holdout", "holdout")):
         count, share = sum(item.split == split for item in source.items), getattr(data, name)
         folder = getattr(data, f"{split}_split") or split
@@ -236,39 +236,29 @@ def _check_shares(source: Source, data: Data) -> list[str]:
     return lines
 
 
-def _check_owners(source: Source) -> list[str]:
-    """What keeps owners from being on one side each: training images without one, owners in two splits."""
+def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]:
+    """What keeps owners in one split each: training images without an owner, owners in two splits."""
     flag = "--config.data.split_by=owner"
-    remedy = (
-        "name owners with --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
-    )
-    train = [item for item in source.items if item.split == "train"]
-    without = [item.id for item in train if not item.owner]
-    if len(without) == len(train):
-        return [f"{flag}: no training image has an owner; {remedy}"]
-    lines = [f"{flag}: training images without an owner: {join_limited(without)}; {remedy}"] if without else []
-    sides: dict[str, set[str]] = {}
-    for item in source.items:
-        if item.owner and item.split != "public":
-            sides.setdefault(item.owner, set()).add(item.split)
-    both = [f"{owner} ({' and '.join(sorted(splits))})" for owner, splits in sides.items() if len(splits) > 1]
-    if both:
-        lines.append(
-            f"{flag}: owners in two splits of the source: {join_limited(both)}; let --config.data.test_share or holdout"
-            " draw them, or set --config.data.split_by=record"
-        )
-    return lines
-
-
-def _check_sides(catalog: Catalog, source: Source, config: Config) -> list[str]:
-    """Owners whose records in the workdir lie on another side than those that arrive (`data.split_by`)."""
     if config.data.split_by != "owner":
         return []
-    sides = catalog.owner_splits()
-    arriving = (assign_split(item, config.data, config.seed) for item in source.items if item.split != "public")
-    both = {item.owner: item.split for item in arriving if sides.get(item.owner, item.split) != item.split}
-    owners = [f"{owner} ({sides[owner]} in the workdir, {split} here)" for owner, split in sorted(both.items())]
-    return [f"--config.data.split_by=owner: owners who would be on both sides: {join_limited(owners)}"] if both else []
+    without = [item.id for item in source.items if item.split == "train" and not item.owner]
+    splits = {owner: {split} for owner, split in catalog.owner_splits().items()}
+    for item in source.items:
+        if item.owner and item.split != "public":
+            splits.setdefault(item.owner, set()).add(assign_split(item, config.data, config.seed).split)
+    both = [f"{owner} ({' and '.join(sorted(names))})" for owner, names in sorted(splits.items()) if len(names) > 1]
+    lines = []
+    if without:
+        lines.append(
+            f"{flag}: training images without an owner: {join_limited(without)}; name owners with"
+            " --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
+        )
+    if both:
+        lines.append(
+            f"{flag}: owners in two splits of the workdir and the source: {join_limited(both)}; let"
+            " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
+        )
+    return lines
 
 
 def _check_classes(intake: _Intake, data: Data, classes: int) -> list[str]:

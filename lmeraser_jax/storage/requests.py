@@ -237,7 +237,8 @@ def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
 
 def _select(catalog: Catalog, condition: str, *values: str) -> list[Request]:
     query = f"SELECT id,created,state,body FROM requests {condition} ORDER BY created,id"
-    return [Request(*row[:3], json.loads(row[3])) for row in catalog.db.execute(query, values)]
+    rows = catalog.db.execute(query, values)
+    return [Request(name, created, state, json.loads(body)) for name, created, state, body in rows]
 
 
 def any_open(catalog: Catalog) -> bool:

@@ -171,7 +171,7 @@ def test_owners_stay_together(workdir):
 def test_split_by_owner_needs_owners(workdir):
     data = Data(test_share=0.2, split_by="owner")
     message = refusal(workdir, plain(owners=0), Config(data=data))
-    assert "--config.data.split_by=owner: no training image has an owner" in message
+    assert "--config.data.split_by=owner: training images without an owner: id-00000, " in message
     assert "--config.data.owner_pattern" in message and "--config.data.labels" in message
     some = [*plain().items[:-2], *(item._replace(owner="") for item in plain().items[-2:])]
     message = refusal(workdir, with_items(some), Config(data=data))
@@ -183,8 +183,9 @@ def test_no_owner_is_in_two_splits_of_the_source(workdir):
     items = [item._replace(split="test") if item.id >= "id-00295" else item for item in plain().items]
     items += [Item("id-00999", "public", 0, "o3")]  # public images are nobody's test
     message = refusal(workdir, with_items(items), Config(data=Data(split_by="owner", holdout=0.2)))
-    assert "owners in two splits of the source: " in message and message.count("(test and train)") == 5
-    assert "o25 (test and train)" in message and "o3 (" not in message
+    drawn, as_it_is = message.count("(holdout and test)"), message.count("(test and train)")
+    assert "owners in two splits of the workdir and the source: o25 (" in message and drawn + as_it_is == 5
+    assert "o3 (" not in message
     import_source(*workdir, with_items(items), Config(data=Data(holdout=0.2)))  # as asked for
 
 

@@ -177,7 +177,7 @@ def test_owners_keep_their_side(workdir):
     assert held and not held & set(catalog.live("train").owners)
     catalog.db.execute("UPDATE records SET split='test' WHERE owner='owner-2'")
     late = [*items, Item("id-00040", "train", 0, "owner-2")]
-    with pytest.raises(UserError, match=r"on both sides: owner-2 \(test in the workdir, train here\)"):
+    with pytest.raises(UserError, match=r"owners in two splits .*: owner-2 \(test and train\);"):
         import_source(layout, catalog, with_items(late), config, adding=True)
 
 
