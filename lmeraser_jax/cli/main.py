@@ -178,7 +178,7 @@ def keep_compiled_programs() -> None:
 
 
 def ignore_closed_event_loops() -> None:
-    """Silences TensorStore's threads, which outlive a checkpoint that failed; the failure itself is raised."""
+    """Silences TensorStore threads that outlive a failed checkpoint; the failure itself is raised."""
     report = sys.unraisablehook
 
     def report_others(args: "sys.UnraisableHookArgs") -> None:

@@ -102,12 +102,16 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     intake = _Intake(catalog, file, config)
     try:
         intake.read(source, positions, dataset["classes"])
-        lines = intake.problems
-        if before is None and not lines:
-            lines = _check_classes(intake, data, len(source.class_names))
+        classes = {item.label for item in intake.items if item.split == "train"}
+        if before is None and not intake.problems and len(classes) < 2:
+            intake.problems.append(
+                f"--config.data.test_share={data.test_share}, --config.data.holdout={data.holdout} and"
+                f" {len(intake.unreadable)} images that cannot be read leave {len(classes)} of"
+                f" {len(source.class_names)} classes to train on; at least 2 are needed"
+            )
         if intake.unreadable and not data.skip_unreadable:
             heading = f"{heading[:-1]}; images that cannot be read are left out with --config.data.skip_unreadable:"
-        raise_all(lines, heading)
+        raise_all(intake.problems, heading)
     except UserError:
         file.truncate(start)
         raise
@@ -259,18 +263,6 @@ def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]
             " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
         )
     return lines
-
-
-def _check_classes(intake: _Intake, data: Data, classes: int) -> list[str]:
-    """A classifier needs two classes: shares and unreadable images may leave fewer."""
-    labels = {item.label for item in intake.items if item.split == "train"}
-    if len(labels) > 1:
-        return []
-    shares = {name: getattr(data, name) for name in ("test_share", "holdout")}
-    causes = [f"--config.data.{name}={share}" for name, share in shares.items() if share]
-    if intake.unreadable:
-        causes.append(f"{len(intake.unreadable)} images that cannot be read")
-    return [f"{' and '.join(causes)} leave {len(labels)} of {classes} classes to train on; at least 2 are needed"]
 
 
 def _check_dataset(source: Source, dataset: dict[str, Any] | None) -> list[str]:

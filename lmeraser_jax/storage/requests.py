@@ -76,7 +76,12 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
     unknown = [name for name, erased in absent.items() if not erased]
     strangers = [owner for owner in owned if not owned[owner] and not catalog.is_tombstoned(owner, "owner")]
     public = [name for name in known if known[name][0] == "public"]
-    problems = [_unknown_records(catalog, unknown)] if unknown else []
+    problems = []
+    if unknown:
+        near = lookalikes(unknown, catalog.live("train", "holdout", "test").ids).values()
+        hints = [f"did you mean {join_limited(ids, 3)} (another Unicode form)?" for ids in near]
+        hint = " ".join([*hints[:5], "(lmeraser inspect --records lists the ids)"])
+        problems.append(f"unknown records: {join_limited(unknown, 50)} {hint}")
     if strangers:
         reason = "unknown, erased before, or the owner of public images only"
         problems.append(f"--owner={join_limited(strangers, 50)}: owns no live private record ({reason})")
@@ -88,15 +93,6 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
     pending = tuple(name for name in names if name in known and known[name][3])
     live = tuple(name for name in names if name in known and not known[name][3])
     return Targets(live, tuple(absent), pending)
-
-
-def _unknown_records(catalog: Catalog, unknown: Sequence[str]) -> str:
-    hints = [
-        f"did you mean {join_limited(known, 3)} (another Unicode form)?"
-        for known in lookalikes(unknown, catalog.live("train", "holdout", "test").ids).values()
-    ]
-    hint = " ".join([*hints[:5], "(lmeraser inspect --records lists the ids)"])
-    return f"unknown records: {join_limited(unknown, 50)} {hint}"
 
 
 def accept(
@@ -179,9 +175,8 @@ def _quarantine(catalog: Catalog, name: str, clusters: Iterable[str]) -> None:
 
 def _clusters_hit(catalog: Catalog, request: Request) -> dict[str, int]:
     """{published cluster: its members that a request erases}; where it shares records, those of all that wait, too."""
-    query = (
-        "SELECT cluster,sum(erased=?) FROM records WHERE erased!='' AND split='train' AND cluster!='' GROUP BY cluster"
-    )
+    condition = "erased!='' AND split='train' AND cluster!=''"
+    query = f"SELECT cluster,sum(erased=?) FROM records WHERE {condition} GROUP BY cluster"
     counts = dict(catalog.db.execute(query, (request.id,)))
     return {key: count for key, count in sorted(counts.items()) if count or request.body["shared"]}
 
@@ -220,8 +215,8 @@ def _check_request(ids: Sequence[str], owners: Sequence[str], request: str, requ
 def _check_names(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
     """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
     assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
-    names = [name for name in (*ids, *owners) if not name or name.encode(errors="replace").decode() != name]
-    bad = [shorten(name) for name in names]
+    names = [*ids, *owners]
+    bad = [shorten(name) for name in names if not name or name.encode(errors="replace").decode() != name]
     return [f"ids and owners must be text in UTF-8 and not empty; these are not: {join_limited(bad)}"] if bad else []
 
 

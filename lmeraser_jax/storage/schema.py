@@ -141,26 +141,19 @@ def damages(path: Path) -> list[str]:
             if lines != ["ok"]:
                 return lines
             refuse_other_version(db, path)
-            return _undecodable(db)
-    except UserError as error:
+            for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
+                for _ in db.execute(f"SELECT * FROM {table}"):  # raises at text that is no UTF-8
+                    pass
+            lines = []
+            for table, column in (("meta", "value"), ("requests", "body"), ("events", "body")):
+                (count,) = db.execute(f"SELECT count(*) FROM {table} WHERE NOT json_valid({column})").fetchone()
+                if count:
+                    lines.append(f"{count} rows of {table} hold no JSON")
+            return lines
+    except (UserError, sqlite3.DatabaseError) as error:
+        if isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error):
+            raise
         return [str(error)]
-    except sqlite3.OperationalError as error:
-        if "UTF-8" in str(error):
-            return [str(error)]
-        raise
-    except sqlite3.DatabaseError as error:  # malformed, or not a database
-        return [str(error)]
-
-
-def _undecodable(db: sqlite3.Connection) -> list[str]:
-    """Columns of JSON that hold none; raises `sqlite3.OperationalError` at text that is no UTF-8."""
-    for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
-        for _ in db.execute(f"SELECT * FROM {table}"):
-            pass
-    columns = (("meta", "value"), ("requests", "body"), ("events", "body"))
-    query = "SELECT count(*) FROM {0} WHERE NOT json_valid({1})"
-    counts = {table: db.execute(query.format(table, column)).fetchone()[0] for table, column in columns}
-    return [f"{count} rows of {table} hold no JSON" for table, count in counts.items() if count]
 
 
 @contextlib.contextmanager

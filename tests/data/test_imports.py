@@ -85,7 +85,7 @@ def test_an_import_needs_two_classes_that_can_be_read(workdir):
     message = refusal(workdir, unreadable(numbered_source(), names), SKIP)
     assert f"{len(names)} images that cannot be read leave 1 of 3 classes to train on; at least 2 are needed" in message
     message = refusal(workdir, numbered_source(), Config(data=Data(holdout=0.999)))
-    assert "--config.data.holdout=0.999 leave 0 of 3 classes to train on" in message
+    assert "--config.data.holdout=0.999 and 0 images that cannot be read leave 0 of 3 classes" in message
 
 
 def test_only_wanted_images_are_read(workdir):

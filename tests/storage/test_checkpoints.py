@@ -14,8 +14,6 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
@@ -166,11 +164,22 @@ def test_what_is_missing_is_named(tmp_path):
         refusal(tmp_path / "c")
 
 
-def test_damage_to_any_file_is_refused_or_does_not_matter(whole, tmp_path):
+class Bomb:
+    """Runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+def test_damage_to_any_file_is_refused_or_does_not_matter_and_no_pickle_is_loaded(whole, tmp_path):
     wanted, refused = bits(checkpoints.load(whole)[0]), set()
+    bomb = pickle.dumps(Bomb(str(tmp_path / "boom")))
     for name in files_of(whole):
         content = (whole / name).read_bytes()
-        for raw in (b"", content[: len(content) // 2], bytes(byte ^ 85 for byte in content)):
+        for raw in (b"", content[: len(content) // 2], bytes(byte ^ 85 for byte in content), bomb):
             path = with_other_bytes(whole, tmp_path / "c", name, raw)
             try:
                 loaded, metadata, _ = checkpoints.load(path)
@@ -179,6 +188,7 @@ def test_damage_to_any_file_is_refused_or_does_not_matter(whole, tmp_path):
                 assert str(path) in str(error)
                 refused.add(name)
     assert "0/metadata/metadata" in refused and any(name.startswith("0/arrays/") for name in refused)
+    assert not (tmp_path / "boom").exists()
 
 
 def test_files_that_cannot_be_read_now_are_no_damage(whole, tmp_path, monkeypatch):
@@ -203,26 +213,6 @@ def test_metadata_of_any_kind_is_refused(whole, tmp_path):
         refusal(with_other_bytes(whole, tmp_path / "c", "0/metadata/metadata", text))
 
 
-class Bomb:
-    """Runs code when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
-def test_no_pickle_is_loaded(whole, tmp_path):
-    bomb = pickle.dumps(Bomb(str(tmp_path / "boom")))
-    for name in files_of(whole):
-        try:
-            checkpoints.load(with_other_bytes(whole, tmp_path / "c", name, bomb))
-        except UserError:
-            pass
-    assert not (tmp_path / "boom").exists()
-
-
 def test_shapes_that_are_only_promised_are_refused_before_memory_is_taken(whole, tmp_path):
     import tensorstore as ts
 
@@ -239,22 +229,6 @@ def test_shapes_that_are_only_promised_are_refused_before_memory_is_taken(whole,
         tracemalloc.stop()
     checkpoints.save(tmp_path / "zeros", {"a": np.zeros((4000, 1000), np.float32)}, {})  # what packs best is read
     assert checkpoints.load(tmp_path / "zeros")[0]["a"].shape == (4000, 1000)
-
-
-@settings(max_examples=40)
-@given(data=st.data())
-def test_any_bytes_anywhere(whole, tmp_path, data):
-    """One file with other bytes in it: the checkpoint is refused, or read with arrays that the slice checks."""
-    name = data.draw(st.sampled_from(files_of(whole)))
-    raw = bytearray((whole / name).read_bytes())
-    place, patch = data.draw(st.integers(0, len(raw))), data.draw(st.binary(max_size=8))
-    raw[place : place + len(patch)] = patch
-    try:
-        loaded, metadata, _ = checkpoints.load(with_other_bytes(whole, tmp_path / "c", name, bytes(raw)))
-        assert isinstance(metadata, dict)
-        as_slice(loaded, "x")
-    except UserError as error:
-        assert len(str(error)) < 5000
 
 
 def test_arrays_that_are_no_slice_are_refused_with_all_reasons():

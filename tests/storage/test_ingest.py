@@ -6,10 +6,8 @@ import dataclasses
 import numpy as np
 import pytest
 from imports import check_pixels, numbered_source, pixels, refusal, snapshot, with_items
-from PIL import Image
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data import folder
 from lmeraser_jax.data.source import Item, Pixels
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest, requests
@@ -192,15 +190,6 @@ def test_limits(workdir):
     check_pixels(layout, catalog)
 
 
-def test_holdout(workdir):
-    layout, catalog = workdir
-    import_source(layout, catalog, numbered_source(200), Config(data=Data(holdout=0.5)))
-    held, kept = set(catalog.live("holdout").ids), set(catalog.live("train").ids)
-    assert len(held | kept) == 120 and not held & kept and 40 < len(held) < 80
-    assert len(catalog.live("test")) == len(catalog.live("public")) == 40
-    check_pixels(layout, catalog)
-
-
 @pytest.mark.parametrize("limit", [0, 3])
 def test_pieces_are_bounded(workdir, limit):
     """More than one piece, none longer than PIECE, also when the limits leave wide gaps; every pixel in its row."""
@@ -216,22 +205,3 @@ def test_pieces_are_bounded(workdir, limit):
     imported = import_source(*workdir, dataclasses.replace(source, read=read), config)
     assert imported.added == (12 if limit else count) and max(asked) <= ingest.PIECE
     check_pixels(*workdir)
-
-
-def test_corrupt_images_of_all_pieces_listed(workdir, tmp_path, monkeypatch, rng):
-    monkeypatch.setattr(ingest, "PIECE", 4)
-    bad = ("train/b/0.png", "train/b/2.png", "test/b/3.png")  # the first piece is good: it is taken back
-    for split in ("train", "test"):
-        for i in range(8):
-            path = tmp_path / "images" / split / "ab"[i % 2] / f"{i // 2}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).save(path)
-    for name in bad:
-        (tmp_path / "images" / name).write_bytes(b"no image")
-    data = Data(source="folder", path=str(tmp_path / "images"), store_size=6)
-    message = refusal(workdir, folder.load(data))
-    assert all(f"- {name}: " in message for name in bad) and message.count(".png: ") == 3
-    assert "images that cannot be read are left out with --config.data.skip_unreadable:" in message
-    for name in bad:
-        (tmp_path / "images" / name).unlink()
-    assert import_source(*workdir, folder.load(data), Config()).added == 13

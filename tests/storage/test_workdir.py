@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from fakes import fast_fakes
 from helpers import small_run
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import workdir as workdir_module
@@ -118,18 +116,19 @@ def test_a_folder_is_replaced_whole(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["final"]
 
 
-@settings(max_examples=100)
-@given(st.binary(max_size=60) | st.recursive(st.none() | st.integers() | st.text(max_size=5), st.lists).map(repr))
-def test_any_config_file_is_read_or_refused(tmp_path, raw):
-    layout = Layout(tmp_path)
-    layout.config.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    with contextlib.suppress(UserError):
-        assert isinstance(read_config(layout), dict)
-
-
 def test_a_hostile_config_file_is_refused(tmp_path):
     layout = Layout(tmp_path)
-    texts = [b"null", b"[1]", b"3", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000, b'{"a": "\xff"}', b" " * (2 << 20)]
+    texts = [
+        b"",
+        b"null",
+        b"[1]",
+        b"3",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"1" * 5000,
+        b'{"a": "\xff"}',
+        b" " * (2 << 20),
+    ]
     for raw in texts:
         layout.config.write_bytes(raw)
         with pytest.raises(UserError, match="config.json is damaged") as caught:
