@@ -1,17 +1,17 @@
 """Images in folders: a subfolder for each role, `<role>/<class>/.../<file>`, and a CSV of labels and owners if wanted.
 
-Ids are the paths below `data.path`. Names that start with a dot are passed over. Pixels are decoded when they are
-read and brought to one stored size (`data.decode`).
+Ids are the paths below `data.path`. Names that start with a dot are passed over.
 """
 
 import itertools
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import label_csv
+from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.source import Item, Pixels, Source
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 
@@ -48,8 +48,6 @@ def load(data: Data) -> Source:
     width = data.store_width or height
 
     def read(start: int, stop: int) -> Pixels:
-        from lmeraser_jax.data.decode import decode  # needs Pillow
-
         return decode([root / name for name in names[start:stop]], height, width, CHANNELS, data.max_pixels)
 
     return Source(data.path, classes, (height, width, CHANNELS), items, read)
@@ -104,15 +102,14 @@ def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str,
 
     Beside a CSV with labels the subfolders of the whole folder may be parts of an archive: they are no classes.
     """
-    labels, unnamed = [], []
+    labels = []
     for name, folder in zip(names, folders, strict=True):
         class_folder, slash, _ = label_csv.path_below(name, folder).partition("/")
         named = rows[name].label if name in rows else ""
         labels.append(named or (class_folder if slash else ""))
-        if folder == "." and name not in rows:
-            unnamed.append(name)
-    table = f"{data.labels} (--config.data.labels)"
+    unnamed = [name for name, folder in zip(names, folders, strict=True) if folder == "." and name not in rows]
     if unnamed and any(row.label for row in rows.values()):
+        table = f"{data.labels} (--config.data.labels)"
         raise UserError(f"{table} has labels, but none for these images: {join_limited(unnamed)}")
     without = [name for name, label in zip(names, labels, strict=True) if not label]
     if len(without) == len(names):
@@ -126,12 +123,10 @@ def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str,
     return labels
 
 
-def _number_classes(labels: Iterable[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+def _number_classes(labels: Collection[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     """Class names in order, and {label: number}; where all are whole numbers, 00014 and 14 are one class."""
-    names = {label: label for label in labels}
-    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in names)
-    if numeric:
-        names = {label: str(int(label)) for label in names}
+    numeric = all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels)
+    names = {label: str(int(label)) if numeric else label for label in labels}
     classes = sorted(set(names.values()), key=int if numeric else str)
     place = {name: number for number, name in enumerate(classes)}
     return tuple(classes), {label: place[name] for label, name in names.items()}

@@ -14,7 +14,7 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
@@ -68,12 +68,19 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     if "class_names" not in columns and top >= CLASS_LIMIT:
         raise UserError(f"{path}: a label of {top} without class_names; name the classes or number them from 0")
     names = columns.get("class_names", range(top + 1))
-    height, width, channels = shapes.pop()
+    ((height, width, channels),) = shapes
+    shape = height, width, channels
 
     def read(start: int, stop: int) -> Pixels:
-        return Pixels(_join(streams, start, stop).reshape(-1, height, width, channels))
+        pieces, offset = [np.zeros((0, *shape), np.uint8)], 0
+        for stream in streams:
+            first, last = max(start - offset, 0), min(stop - offset, stream.shape[0])
+            if first < last:
+                pieces.append(stream.read(first, last).reshape(-1, *shape))
+            offset += stream.shape[0]
+        return Pixels(np.concatenate(pieces))
 
-    return Source(path, tuple(map(as_name, names)), (height, width, channels), items, read)
+    return Source(path, tuple(map(as_name, names)), shape, items, read)
 
 
 @contextlib.contextmanager
@@ -158,17 +165,6 @@ def _values(array: np.ndarray) -> list:
         return array.tolist()
     except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
         raise ValueError(f"text with numbers that are no characters: {error}") from error
-
-
-def _join(streams: Sequence["Rows"], start: int, stop: int) -> np.ndarray:
-    """Rows start..stop of all streams, one behind the other: uint8 [n, pixels]."""
-    pieces, offset = [np.zeros((0, math.prod(streams[0].shape[1:])), np.uint8)], 0
-    for stream in streams:
-        first, last = max(start - offset, 0), min(stop - offset, stream.shape[0])
-        if first < last:
-            pieces.append(stream.read(first, last).reshape(last - first, -1))
-        offset += stream.shape[0]
-    return np.concatenate(pieces)
 
 
 class Rows:
