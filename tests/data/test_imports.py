@@ -42,15 +42,6 @@ SKIP = Config(data=Data(skip_unreadable=True))
 TORN = ("id-00003", "id-00008", "id-00009", "id-00021")
 
 
-def test_unreadable_images_are_refused_together(workdir, monkeypatch):
-    monkeypatch.setattr(ingest, "PIECE", 8)
-    lines = refusal(workdir, unreadable(numbered_source(), TORN)).splitlines()
-    assert lines[0] == (
-        "made cannot be imported; images that cannot be read are left out with --config.data.skip_unreadable:"
-    )
-    assert lines[1:] == [f"- {name}: torn" for name in TORN]
-
-
 def test_unreadable_images_can_be_left_out(workdir, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 8)
     layout, catalog = workdir

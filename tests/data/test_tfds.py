@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from tfds_sets import (
     NAMES,
     RECORDS,
@@ -161,23 +160,6 @@ def test_one_small_size_is_kept_and_a_given_size_wins(tmp_path, folder):
     write(tmp_path, "large", labelled(shape=(70, 65, 3)), {"train": [large]})
     assert load(tmp_path, "large", image_size=32).shape == (32, 32, 3)
     assert load(tmp_path, "large", image_size=70).shape == (70, 65, 3)
-
-
-def test_mixed_sizes_and_formats(tmp_path, rng):
-    """Photographs: PNG and JPEG, grey ones among them, of every size."""
-    shapes = [(9, 12, 3), (30, 7, 3), (16, 16, 3), (5, 5, 3), (21, 40)]
-    files = [
-        encoded(rng.integers(0, 256, shape, np.uint8), "JPEG" if i % 2 else "PNG") for i, shape in enumerate(shapes)
-    ]
-    records = [{"image": file, "label": i % 3} for i, file in enumerate(files)]
-    write(tmp_path, "mixed", labelled(shape=(None, None, 3)), {"train": records})
-    source = load(tmp_path, "mixed", image_size=16)
-    assert source.shape == (16, 16, 3)
-    found = source.read(0, 5)
-    np.testing.assert_array_equal(found.images, decode([file.getvalue() for file in files], 16, 16, 3).images)
-    assert found.unreadable == {} and found.converted == 1
-    rgb = np.asarray(Image.open(files[2]))
-    np.testing.assert_array_equal(found.images[2], rgb)
 
 
 def test_corrupt_images_are_reported_not_dropped(tmp_path):
