@@ -24,7 +24,7 @@ FLAGS = (
 def run(arguments: common.Arguments) -> int:
     common.workdir_of(arguments)  # refuses a missing one first
     add.check_source(arguments["source"], arguments["labels"])
-    with common.open_for_writing(arguments) as run_:
+    with common.opened(arguments, write=True) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])
         imported, report = add.add(run_, source)
     text = f"{common.imported_text(imported, 'the same command')}\n{common.build_text(report)}"

@@ -14,6 +14,7 @@ erased record. 3: nothing can be said, since no attack finds even the kept ones.
 it compares every bit. See docs/verification.md.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lmeraser_jax.cli import common
@@ -35,7 +36,6 @@ FLAGS = (
 
 def run(arguments: common.Arguments) -> int:
     workdir, _ = common.finished(arguments)
-    figure = _figure_path(arguments["figure"], arguments["attacks"])
     options = Options(
         attacks=tuple(dict.fromkeys(arguments["attacks"])) or ATTACKS,
         records=tuple(arguments["records"]),
@@ -43,26 +43,25 @@ def run(arguments: common.Arguments) -> int:
     )
     with common.catalog_of(workdir) as (layout, catalog):
         check(layout, catalog, options)  # before JAX is loaded
-    if figure is not None:
-        plotting.required()  # refuses now, not in the end
-        common.check_target("figure", str(figure))
-    with common.open_for_reading(arguments) as run_:
+    figure = arguments["figure"]
+    if figure:
+        _check_figure(figure, options.attacks)
+    with common.opened(arguments) as run_:
         from lmeraser_jax.evaluation.attacks import report
         from lmeraser_jax.evaluation.attacks.attack import attack
 
         result = attack(run_, options)
     common.show(arguments, result.text(), result.values())
-    if figure is not None:
-        report.figure(result.findings, figure)
+    if figure:
+        report.figure(result.findings, Path(figure))
     return result.code
 
 
-def _figure_path(target: str, attacks: list[str]) -> Path | None:
-    """The file to draw to. Raises `UserError` before the work begins, not after it."""
-    if not target:
-        return None
-    if attacks and not {"loss", "lira"} & set(attacks):
+def _check_figure(target: str, attacks: Sequence[str]) -> None:
+    """Refuses a figure that cannot be drawn or written before the work begins, not after it."""
+    if not {"loss", "lira"} & set(attacks):
         raise UserError(f"--figure={target}: ROC curves are those of loss and lira; name one in --attacks")
     if not target.endswith(".png"):
         raise UserError(f"--figure={target}: the name must end in .png")
-    return Path(target)
+    plotting.required()
+    common.check_target("figure", target)

@@ -18,7 +18,7 @@ FLAGS = (
 
 
 def run(arguments: common.Arguments) -> int:
-    with common.open_for_writing(arguments) as run_:
+    with common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning.audit import audit
 
         verdict = audit(run_, arguments["sample"])

@@ -96,7 +96,7 @@ def _list(arguments: common.Arguments) -> int:
 
     rows = {
         name: {
-            **{field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)},
+            **dataclasses.asdict(entry),
             "architecture": architectures.describe(entry.architecture),
             "feature": entry.architecture.feature,
         }

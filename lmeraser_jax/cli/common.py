@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 
 Flags = absl_flags.FlagValues
 NAMES_IN_WARNING = 1000  # --json has all names
-DEFINE = {
-    bool: absl_flags.DEFINE_bool,
-    str: absl_flags.DEFINE_string,
-    list: absl_flags.DEFINE_list,
-    int: absl_flags.DEFINE_integer,
-    float: absl_flags.DEFINE_float,
-}
 
 
 class Flag(NamedTuple):
@@ -51,9 +44,12 @@ class Flag(NamedTuple):
             kind, default = default, None
         if self.choices:
             absl_flags.DEFINE_enum(self.name, default, self.choices, self.text, flag_values=flags)
-            return
-        options = {"lower_bound": self.low} if kind in (int, float) else {}
-        DEFINE[kind](self.name, default, self.text, flag_values=flags, **options)
+        elif kind in (int, float):
+            define = absl_flags.DEFINE_integer if kind is int else absl_flags.DEFINE_float
+            define(self.name, default, self.text, lower_bound=self.low, flag_values=flags)
+        else:
+            plain = {bool: absl_flags.DEFINE_bool, str: absl_flags.DEFINE_string, list: absl_flags.DEFINE_list}
+            plain[kind](self.name, default, self.text, flag_values=flags)
 
 
 COMMON = (  # of all commands
@@ -77,14 +73,11 @@ SHARED = (  # of commands whose work several processes can share
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """A parsed command line: `arguments["flag"]` is a flag's value, `files` what stood without a flag.
-
-    `processes` is this process among those that share the work; None where it is alone.
-    """
+    """A parsed command line: `arguments["flag"]` is a flag's value."""
 
     flags: Flags
-    files: list[str]
-    processes: "Processes | None" = None
+    files: list[str]  # what stood without a flag
+    processes: "Processes | None" = None  # this process among those that share the work; None where it is alone
 
     def __getitem__(self, name: str) -> Any:
         return self.flags[name].value
@@ -119,7 +112,7 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")
-    if flags["json"].value not in (None, "", "-"):
+    if flags["json"].value not in ("", "-"):
         check_target("json", flags["json"].value)
     return Arguments(flags, rest[1:])
 
@@ -173,14 +166,12 @@ def workdir_of(arguments: Arguments, must_exist: bool = True) -> str:
 def _help(module: ModuleType, flags: Flags) -> str:
     """A command's docstring, its flags and the settings, each with its meaning and default."""
     texts = {f"--{name}": _described(flags[name]) for name in flags if name not in ("undefok", "flagfile")}
-    configurable = getattr(module, "TAKES_CONFIG", True)
-    if configurable:
+    config = {}
+    if getattr(module, "TAKES_CONFIG", True):
         texts["--config"] = "experiment file, for example configs/digits.py; by default the workdir's own settings"
+        config = {f"--config.{name}={default}": text for name, default, text in settings.describe()}
     lines = [(module.__doc__ or "").strip(), "", "flags:", *_columns(dict(sorted(texts.items())))]
-    if configurable:
-        texts = {f"--config.{name}={default}": text for name, default, text in settings.describe()}
-        lines += ["", "settings and defaults:", *_columns(texts)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "settings and defaults:", *_columns(config)] if config else lines)
 
 
 def _columns(texts: dict[str, str]) -> list[str]:
@@ -223,27 +214,17 @@ def finished(arguments: Arguments) -> tuple[str, Config]:
 
 
 @contextlib.contextmanager
-def open_for_reading(arguments: Arguments) -> Iterator["Run"]:
-    """The finished workdir of a command, opened; says what the work runs on."""
-    workdir, config = finished(arguments)
-    from lmeraser_jax.unlearning.run import open_run
-
-    log_devices()
-    with open_run(workdir, config) as run:
-        yield run
-
-
-@contextlib.contextmanager
-def open_for_writing(arguments: Arguments) -> Iterator["Run"]:
-    """The same for a command with the flags `WRITING` and `SHARED`."""
+def opened(arguments: Arguments, write: bool = False) -> Iterator["Run"]:
+    """A run on the finished workdir of a command; to write, the command has the flags `WRITING` and `SHARED`."""
     workdir, config = finished(arguments)
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning.run import open_run
 
     log_devices()
+    options = {"wait": arguments["wait"], "processes": arguments.processes} if write else {}
     with (
-        profiling.into(arguments["profile"]),
-        open_run(workdir, config, write=True, wait=arguments["wait"], processes=arguments.processes) as run,
+        profiling.into(arguments["profile"] if write else ""),
+        open_run(workdir, config, write=write, **options) as run,
     ):
         yield run
 

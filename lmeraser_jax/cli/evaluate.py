@@ -13,7 +13,7 @@ FLAGS = (
 
 
 def run(arguments: common.Arguments) -> int:
-    with common.open_for_reading(arguments) as run_:
+    with common.opened(arguments) as run_:
         from lmeraser_jax.evaluation import accuracy
 
         common.warn_if_unfinished(run_)

@@ -23,7 +23,7 @@ def run(arguments: common.Arguments) -> int:
 
     common.workdir_of(arguments)  # refuses a missing one first
     files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
-    with common.open_for_reading(arguments) as run_:
+    with common.opened(arguments) as run_:
         from lmeraser_jax.evaluation.serving import Predictor
 
         common.warn_if_unfinished(run_)

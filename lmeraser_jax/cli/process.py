@@ -34,7 +34,7 @@ def run(arguments: common.Arguments) -> int:
         common.show(arguments, _waiting_text(due), values)
         return 0
     print(_queue_text(due), file=sys.stderr)
-    with common.open_for_writing(arguments) as run_:
+    with common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
 
         report, finished = erase.process(run_)

@@ -45,7 +45,7 @@ def run(arguments: common.Arguments) -> int:
             rollback.pinned(catalog, key)
         else:
             rollback.choose(catalog, key, arguments["to"])
-    with common.open_for_writing(arguments) as run_:
+    with common.opened(arguments, write=True) as run_:
         key = rollback.cluster_key(run_.catalog, key)  # again, now that no other process writes
         if arguments["unpin"]:
             version, report = None, rollback.unpin(run_, key)

@@ -80,7 +80,7 @@ def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], 
 
 
 def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], contents: list[str]) -> int:
-    with common.open_for_writing(arguments) as run_:
+    with common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
 
         estimate = erase.estimate(run_, requests.resolve(run_.catalog, ids, owners, contents))
@@ -91,7 +91,7 @@ def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], co
 def _serve(arguments: common.Arguments, request: Request) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
-    with _say_accepted(request, arguments["workdir"]), common.open_for_writing(arguments) as run_:
+    with _say_accepted(request, arguments["workdir"]), common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
 
         others = len(requests.listed(run_.catalog, only_open=True)) - 1
