@@ -8,7 +8,7 @@ from collections import Counter
 import jax
 import numpy as np
 import pytest
-from fakes import fake_tune, fast_fakes
+from fakes import fake_tune
 from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax.errors import UserError
@@ -23,18 +23,13 @@ from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.live_state import live_state
 from lmeraser_jax.unlearning.plan import plan
-from lmeraser_jax.unlearning.run import open_run, prepare_run
+from lmeraser_jax.unlearning.run import open_run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _fast():
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        yield
+pytestmark = pytest.mark.usefixtures("fast")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, _fast):
+def trained(tmp_path_factory, fast):
     """A trained workdir and its state. Tests copy it."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     return folder, state_from_scratch(folder, small_source())
@@ -207,21 +202,6 @@ def test_rows_of_an_interrupted_reimport_do_no_harm(workdir, tmp_path):
     assert differences(unlearned, state_from_scratch(tmp_path / "scratch", without(small_source(), set(ids)))) == []
 
 
-def test_new_records_join_by_a_reimport_and_erased_ones_stay_out(tmp_path):
-    with small_run(tmp_path / "run", small_source(train=80)) as run:
-        build(run)
-        ids = run.catalog.live("train").ids[:2]
-        erase.request_erasure(run, ids)
-    devices = jax.devices()[:1]
-    with prepare_run(tmp_path / "run", small_config(), devices, small_source(), reimport=True) as (run, imported):
-        assert (imported.added, imported.erased) == (20, 2)
-        assert build(run).retuned > 0
-        again = resolve(run.catalog, ids)
-        assert again.live == again.pending == () and set(again.erased) == set(ids)
-        scratch = state_from_scratch(tmp_path / "scratch", without(small_source(), set(ids)))
-        assert differences(state(run), scratch) == []
-
-
 def test_a_reader_never_writes_the_feature_cache(workdir):
     with open_run(workdir, devices=jax.devices()[:1]) as run:
         (file,) = run.layout.records.glob("features-*.f32")
@@ -273,12 +253,3 @@ def test_holdout_records_are_never_tuned_on(tmp_path):
         rows = {row for target in plan(live_state(run)).targets.values() for row in target.job.rows.tolist()}
         assert 15 < len(holdout) < 45 and rows == set(run.catalog.live("train").rows.tolist())
         assert rows.isdisjoint(holdout.rows.tolist())
-
-
-def test_another_config_on_the_same_workdir_is_refused(workdir):
-    other = small_config(tuning__epochs=9, seed=4)
-    for attempt in (prepare_run, open_run):
-        with pytest.raises(UserError, match=r"(?s)seed: 0 -> 4.*tuning.epochs: 2 -> 9"), attempt(workdir, other):
-            pass
-    with open_run(workdir, small_config(inference__nearest=2)) as run:
-        assert run.config.inference.nearest == 2

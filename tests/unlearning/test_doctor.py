@@ -174,12 +174,6 @@ def test_erasures_that_wait_are_noted(copy):
     assert seen.healthy and "waiting erasures: later" in seen.table() and "lmeraser process" in seen.table()
 
 
-def test_no_workdir_is_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(UserError, match="no workdir|does not exist"):
-            doctor.examine(path)
-
-
 def test_the_exit_code_tells_damage_from_what_was_not_checked(copy, capsys):
     layout = copy()
     assert main(["doctor", f"--workdir={layout.root}", "--json=-"]) == 0
@@ -198,7 +192,7 @@ def test_a_broken_catalog_is_examined_without_jax(copy):
     layout = copy()
     IRREPARABLE["catalog replaced"].apply(layout)
     code = "import sys\nfrom lmeraser_jax.unlearning import doctor\nassert doctor.examine(sys.argv[1]).damaged\n"
-    code += "assert 'jax' not in sys.modules and 'orbax' not in sys.modules"
+    code += "assert not {'jax', 'orbax'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code, str(layout.root)], check=True)
 
 

@@ -1,5 +1,6 @@
 """Files that say what to erase: every format, every error with its line, and nothing but `UserError`."""
 
+import contextlib
 import csv
 import io
 import json
@@ -79,12 +80,6 @@ def test_files_that_are_none_or_too_large(tmp_path, monkeypatch):
         read(written(tmp_path, "a", "x" * 11))
 
 
-def test_a_message_stays_readable(tmp_path):
-    with pytest.raises(UserError) as caught:
-        read(written(tmp_path, "a.jsonl", "{\n" * 5000))
-    assert str(caught.value).count("\n") < 110 and "(5000 lines in all)" in str(caught.value)
-
-
 pieces = st.sampled_from([b"id", b"owner", b",", b";", b'"', b"\n", b"\r", b"{", b"}", b'{"id":', b"[", b"\0", b"\xff"])
 
 
@@ -92,12 +87,12 @@ pieces = st.sampled_from([b"id", b"owner", b",", b";", b'"', b"\n", b"\r", b"{",
 @given(st.sampled_from(["a.txt", "a.csv", "a.jsonl"]), st.one_of(st.binary(), st.lists(pieces).map(b"".join)))
 def test_any_bytes_are_read_or_refused(tmp_path, name, content):
     try:
-        found = read(written(tmp_path, name, content))
+        named = read(written(tmp_path, name, content))
     except UserError:
         return
-    assert found.ids or found.owners
-    for part in found:
-        assert all(part) and len(set(part)) == len(part)
+    assert named.ids or named.owners
+    for names in named:
+        assert all(names) and len(set(names)) == len(names)
 
 
 names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20)
@@ -152,26 +147,18 @@ def test_an_image_stands_for_the_records_it_was_imported_as(tmp_path, rng):
     catalog.close()
 
 
-@pytest.mark.parametrize("source", ["npz", "digits"])
-def test_an_image_of_an_array_has_its_size(tmp_path, rng, source):
+def test_an_image_of_an_array_has_its_size(tmp_path, rng):
     images = rng.integers(0, 256, (3, 8, 9, 1), np.uint8)
-    catalog = stored(tmp_path, source, (8, 9, 1), images)
-    Image.fromarray(images[0, ..., 0]).save(tmp_path / "same.png")
-    Image.fromarray(images[0, ..., 0]).convert("RGB").save(tmp_path / "colour.png")
-    Image.fromarray(images[0, ..., 0].repeat(2, 0).repeat(2, 1)).save(tmp_path / "twice.png")
-    assert alike(catalog, str(tmp_path / "same.png")) == alike(catalog, str(tmp_path / "colour.png")) == ["a"]
-    with pytest.raises(UserError, match="has 16 x 18 pixels; must have 8 x 9"):
-        alike(catalog, str(tmp_path / "twice.png"))
-    catalog.close()
-
-
-def test_an_image_that_is_none(tmp_path):
-    catalog = Catalog(tmp_path / "catalog.db")
-    with pytest.raises(UserError, match="no such file"):
-        alike(catalog, str(tmp_path / "none.png"))
-    with pytest.raises(UserError, match="has no records yet"):
-        alike(catalog, written(tmp_path, "bad.png", "x"))
-    catalog.set("dataset", {"settings": {"source": "folder"}, "shape": [8, 8, 3]})
-    with pytest.raises(UserError, match="bad.png cannot be read: not an image"):
-        alike(catalog, str(tmp_path / "bad.png"))
-    catalog.close()
+    with contextlib.closing(stored(tmp_path, "npz", (8, 9, 1), images)) as catalog:
+        Image.fromarray(images[0, ..., 0]).convert("RGB").save(tmp_path / "colour.png")
+        Image.fromarray(images[0, ..., 0].repeat(2, 0).repeat(2, 1)).save(tmp_path / "twice.png")
+        assert alike(catalog, str(tmp_path / "colour.png")) == ["a"]
+        with pytest.raises(UserError, match="has 16 x 18 pixels; must have 8 x 9"):
+            alike(catalog, str(tmp_path / "twice.png"))
+        with pytest.raises(UserError, match="no such file"):
+            alike(catalog, str(tmp_path / "none.png"))
+        with pytest.raises(UserError, match="bad.png cannot be read: not an image"):
+            alike(catalog, written(tmp_path, "bad.png", "x"))
+    with contextlib.closing(Catalog(tmp_path / "empty.db")) as catalog:
+        with pytest.raises(UserError, match="has no records yet"):
+            alike(catalog, str(tmp_path / "bad.png"))
