@@ -58,32 +58,23 @@ def check_source(path: str, labels: str = "") -> None:
 
 
 def open_source(run: "Run", path: str, labels: str = "") -> Source:
-    """Opens an .npz file or a folder of images with the workdir's own data settings.
-
-    Args:
-        run: opened.
-        path: the file, or a folder laid out as the workdir's config says.
-        labels: CSV of labels and owners, for a folder.
+    """Opens an .npz file, or a folder laid out as the workdir's config says; `labels` is a CSV beside a folder.
 
     Raises:
         UserError: another kind of source, or one that cannot be used.
     """
     check_source(path, labels)
-    is_folder = Path(path).is_dir()
-    height, width, splits = 0, 0, dict.fromkeys(SPLITS, "")
-    if is_folder:
+    data = run.config.data
+    changes = {"source": "npz", "store_size": 0, "store_width": 0, **dict.fromkeys(SPLITS, "")}
+    if Path(path).is_dir():
         height, width, _ = run.catalog.get("dataset")["shape"]
-        splits = _split_folders(run.config.data, path)
-    size = {"store_size": height, "store_width": width}
-    place = {"source": "folder" if is_folder else "npz", "path": path, "labels": labels, "dataset": ""}
-    return load.load(dataclasses.replace(run.config.data, **place, **size, **splits), own_test=False)
+        changes = {"source": "folder", "store_size": height, "store_width": width, **_split_folders(data, path)}
+    return load.load(dataclasses.replace(data, path=path, labels=labels, dataset="", **changes), own_test=False)
 
 
 def _split_folders(data: Data, path: str) -> dict[str, str]:
     """{setting: folder} of the splits that lie below a path under the names that the workdir's config gives them."""
-    folders = dict.fromkeys(SPLITS, "")
-    if data.source == "folder":
-        folders = {name: getattr(data, name) for name in SPLITS}
+    folders = {name: getattr(data, name) if data.source == "folder" else "" for name in SPLITS}
     train = folders["train_split"] or "train"
     if not (Path(path) / train).is_dir():
         raise UserError(f"--source={path}: has no folder {train}; the images to add are {train}/<class>/<file> in it")

@@ -76,9 +76,9 @@ def load_slice(run: "Run", ref: str) -> "Slice":
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:
-    texts = {"sample": np.array(clustering.sample, np.str_), "keys": np.array(clustering.keys, np.str_)}
+    sample, keys = np.array(clustering.sample, np.str_), np.array(clustering.keys, np.str_)
     buffer = io.BytesIO()
-    np.savez(buffer, labels=clustering.labels, prototypes=clustering.prototypes, **texts)
+    np.savez(buffer, sample=sample, labels=clustering.labels, keys=keys, prototypes=clustering.prototypes)
     write_bytes(layout.clustering(clustering.digest) / "clustering.npz", buffer.getvalue())
 
 

@@ -189,8 +189,7 @@ def _images(layout: Layout, catalog: Catalog) -> Findings:
         yield message, "restore catalog.db from a copy; write nothing before", None
         return
     size = layout.images.stat().st_size if layout.images.exists() else 0
-    pixels = file.view() if len(file) else ()
-    changed = []
+    pixels, changed = file.view() if len(file) else np.zeros((0, *file.shape), np.uint8), []
     with progress("images", len(records)) as shown:
         for name, row, content in zip(records.ids, records.rows, records.contents, strict=True):
             if row >= len(pixels) or content_hash(pixels[row]) != content:

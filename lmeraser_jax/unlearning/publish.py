@@ -9,7 +9,7 @@ from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.unlearning.artifacts import expected_params, slice_of, tainted, was_sampled
 from lmeraser_jax.unlearning.plan import Plan
-from lmeraser_jax.unlearning.purge import surviving
+from lmeraser_jax.unlearning.purge import dropped_versions, surviving
 from lmeraser_jax.unlearning.run import Run
 
 
@@ -69,13 +69,11 @@ def _work(run: Run, wanted: Plan, waiting: Sequence[Request]) -> dict[str, Any]:
 def removal_summary(run: Run, served: Collection[str]) -> dict[str, Any]:
     """What the purge is about to remove, as receipts say it: salted hashes and counts."""
     catalog, survivors = run.catalog, surviving(run, served)
-    versions = {manifest.version for manifest in survivors.manifests}
-    dropped = [manifest.version for manifest in catalog.manifests() if manifest.version not in versions]
     clusterings = {path.name for path in run.layout.clusterings.iterdir()} - survivors.clusterings
     return {
         "slices": sorted(catalog.salted("slice", name) for name in set(catalog.slices()) - survivors.slices),
         "clusterings": sorted(catalog.salted("clustering", name) for name in clusterings),
-        "manifests": sorted(dropped),
+        "manifests": dropped_versions(catalog, survivors),
         "rows": len(catalog.erased(served)),
     }
 

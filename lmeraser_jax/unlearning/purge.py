@@ -5,7 +5,7 @@ or a sampled record of.
 """
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -62,9 +62,19 @@ def purge(run: Run) -> None:
     catalog = run.catalog
     published = [request for request in requests.listed(catalog, only_open=True) if request.state == "published"]
     names = [request.id for request in published]
-    survivors = surviving(run, names)
-    _remove_files(run, survivors, catalog.erased(names))
-    _remove_rows(catalog, survivors, names)
+    survivors, erased = surviving(run, names), catalog.erased(names)
+    remove_others(run.layout.slices, survivors.slices)
+    remove_others(run.layout.clusterings, survivors.clusterings)
+    if erased:
+        for file in _row_files(run):
+            file.overwrite(np.array(sorted(erased.values()), np.int64))
+        run.layout.picture.unlink(missing_ok=True)
+    with catalog.transaction():
+        for version in dropped_versions(catalog, survivors):
+            catalog.drop_manifest(version)
+        for name in set(catalog.slices()) - survivors.slices:
+            catalog.drop_slice(name)
+        catalog.forget(names)
     if published:
         catalog.flush()
         links = receipts.write(run, published)
@@ -73,27 +83,10 @@ def purge(run: Run) -> None:
             catalog.add_receipts(links)
 
 
-def _remove_files(run: Run, survivors: Survivors, erased: Mapping[str, int]) -> None:
-    """Removes slices and clusterings, and fills the erased records' rows, {id: row}, with zeros."""
-    remove_others(run.layout.slices, survivors.slices)
-    remove_others(run.layout.clusterings, survivors.clusterings)
-    if erased:
-        rows = np.array(sorted(erased.values()), np.int64)
-        for file in _row_files(run):
-            file.overwrite(rows)
-        run.layout.picture.unlink(missing_ok=True)
-
-
-def _remove_rows(catalog: Catalog, survivors: Survivors, names: Sequence[str]) -> None:
-    """Removes manifests, slices and the records of the named requests from the catalog, in one transaction."""
-    versions = {manifest.version for manifest in survivors.manifests}
-    with catalog.transaction():
-        for manifest in catalog.manifests():
-            if manifest.version not in versions:
-                catalog.drop_manifest(manifest.version)
-        for name in set(catalog.slices()) - survivors.slices:
-            catalog.drop_slice(name)
-        catalog.forget(names)
+def dropped_versions(catalog: Catalog, survivors: Survivors) -> list[int]:
+    """Versions of the manifests that do not survive."""
+    surviving_versions = {manifest.version for manifest in survivors.manifests}
+    return sorted({manifest.version for manifest in catalog.manifests()} - surviving_versions)
 
 
 def _row_files(run: Run) -> list[RowFile]:

@@ -77,21 +77,13 @@ class _Snapshot:
 
 
 def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path]) -> list[Verdict]:
-    """Checks receipts, wherever they lie.
-
-    Raises:
-        UserError: a file is not there or cannot be opened.
-    """
+    """Checks receipts, wherever they lie. Raises `UserError` where a file is not there or cannot be opened."""
     snapshot = _Snapshot(layout, catalog)
     return [_verdict(path, snapshot) for path in paths]
 
 
 def verify_all(layout: Layout, catalog: Catalog) -> list[Verdict]:
-    """Checks every receipt of a workdir, and that the folder and the catalog hold the same receipts.
-
-    Returns:
-        A verdict on the folder, then one for each receipt in the order of the chain.
-    """
+    """Checks that the folder and the catalog hold the same receipts, then each receipt in the order of the chain."""
     snapshot = _Snapshot(layout, catalog)
     verdicts = [_folder_verdict(layout, snapshot)]
     for link in snapshot.links.values():
