@@ -14,13 +14,11 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 from lmeraser_jax import __version__, interrupt
+from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import PLACE, SHARED
 from lmeraser_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from lmeraser_jax.cli.common import Arguments
 
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
@@ -53,14 +51,13 @@ DAMAGED = "it may be damaged: lmeraser doctor says what is wrong, and what can b
 
 
 def usage() -> str:
-    lines = [
-        f"lmeraser {__version__}: exact unlearning for large vision models",
-        "",
-        "usage: lmeraser COMMAND [--workdir=DIR] [--config=FILE.py] [--config.GROUP.SETTING=VALUE] ...",
-        "       lmeraser COMMAND --help",
-        "",
-    ]
-    return "\n".join([*lines, *(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())])
+    commands = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    return f"""lmeraser {__version__}: exact unlearning for large vision models
+
+usage: lmeraser COMMAND [--workdir=DIR] [--config=FILE.py] [--config.GROUP.SETTING=VALUE] ...
+       lmeraser COMMAND --help
+
+{commands}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,11 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
-    if name in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if name == "--version":
-        print(__version__)
+    if name in ("-h", "--help", "help", "--version"):
+        print(__version__ if name == "--version" else usage())
         return 0
     try:
         return _run(name, arguments[1:])
@@ -99,8 +93,6 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"legal: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {name!r}; {hint}")
     module = importlib.import_module(f"lmeraser_jax.cli.{name}")
-    from lmeraser_jax.cli import common
-
     parsed = common.parse(module, ["lmeraser", *arguments])
     if parsed is None:
         return 0
@@ -110,12 +102,12 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return module.run(parsed)
 
 
-def _run_by_several(module: ModuleType, arguments: "Arguments") -> int:
+def _run_by_several(module: ModuleType, arguments: common.Arguments) -> int:
     """Runs a command at process 0; the other processes do their share of its tasks until it is over."""
     from lmeraser_jax.training import multihost
     from lmeraser_jax.unlearning import share
 
-    processes = multihost.start(arguments["coordinator_address"], arguments["num_processes"], arguments["process_id"])
+    processes = multihost.start(*(arguments[flag.name] for flag in PLACE))
     if processes.index:
         try:
             share.serve(processes)
@@ -146,8 +138,6 @@ def _message(error: UserError | OSError | sqlite3.DatabaseError) -> str:
 
 def _without_place(arguments: Sequence[str]) -> list[str]:
     """A command line without the flags of several processes: any number of them can resume it."""
-    from lmeraser_jax.cli.common import PLACE, SHARED
-
     shared, valued = {flag.name for flag in SHARED}, {flag.name for flag in PLACE}
     remaining, rest = [], iter(arguments)
     for argument in rest:
@@ -157,13 +147,6 @@ def _without_place(arguments: Sequence[str]) -> list[str]:
         elif name in valued and not equals:
             next(rest, None)  # its value
     return remaining
-
-
-def console() -> int:
-    """The program `lmeraser`."""
-    ignore_closed_event_loops()
-    keep_compiled_programs()
-    return main()
 
 
 def keep_compiled_programs() -> None:
@@ -186,6 +169,13 @@ def ignore_closed_event_loops() -> None:
             report(args)
 
     sys.unraisablehook = report_others
+
+
+def console() -> int:
+    """The program `lmeraser`."""
+    ignore_closed_event_loops()
+    keep_compiled_programs()
+    return main()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.data.folder import SUFFIXES
 from lmeraser_jax.errors import UserError, raise_all
 
 TAKES_FILES = True
@@ -18,12 +19,10 @@ FLAGS = (Flag("format", "table", "how to print", choices=("table", "csv", "json"
 
 
 def run(arguments: common.Arguments) -> int:
-    from lmeraser_jax.data import folder
-    from lmeraser_jax.data.decode import decode_all
-
     common.workdir_of(arguments)  # refuses a missing one first
-    files = _files([Path(name) for name in arguments.files], folder.SUFFIXES)
+    files = _files([Path(name) for name in arguments.files])
     with common.opened(arguments) as run_:
+        from lmeraser_jax.data.decode import decode_all
         from lmeraser_jax.evaluation.serving import Predictor
 
         common.warn_if_unfinished(run_)
@@ -44,7 +43,7 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _files(paths: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
+def _files(paths: list[Path]) -> list[Path]:
     """The image files that the arguments name."""
     if not paths:
         raise UserError("name image files or a folder: lmeraser predict --workdir=DIR FILE ...")
@@ -53,9 +52,9 @@ def _files(paths: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
     for path in paths:
         images = [path]
         if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
         if not images:
-            raise UserError(f"{path} holds no images ({', '.join(suffixes)})")
+            raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)})")
         files += images
     return files
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.errors import UserError, join_limited
 
 NEEDED = ("tensorflow", "importlib_resources")
@@ -32,22 +33,20 @@ def run(arguments: common.Arguments) -> int:
     data_dir = arguments["data_dir"] or (data.path if data.source == "tfds" else "")
     if not dataset:
         raise UserError(f"{FLAG}=NAME is missing: the name of a TFDS data set, such as cifar10")
-    from lmeraser_jax.data import tfds, tfds_paths
+    before = tfds_paths.find(dataset, data_dir, FLAG)
+    folder = before or _prepare(dataset, tfds_paths.data_folder(data_dir))
+    from lmeraser_jax.data import tfds  # loads TensorFlow Datasets
 
-    folder = tfds_paths.find(dataset, data_dir, FLAG)
-    new = folder is None
-    if folder is None:
-        folder = _prepare(dataset, tfds_paths.data_folder(data_dir))
     prepared = tfds.open_prepared(folder)
     classes = list(prepared.fields.class_names)
     next_command = _train_command(dataset, data_dir, prepared.name)
     lines = [
-        f"{prepared.name} {'is prepared' if new else 'was prepared before, nothing changed'}: {folder}",
+        f"{prepared.name} {'was prepared before, nothing changed' if before else 'is prepared'}: {folder}",
         *(f"  {split:<12}{count:>9} images" for split, count in prepared.sizes.items()),
         f"  {len(classes)} classes: {join_limited(classes)}",
         f"next: {next_command}",
     ]
-    values = {"dataset": prepared.name, "folder": str(folder), "new": new, "splits": prepared.sizes}
+    values = {"dataset": prepared.name, "folder": str(folder), "new": before is None, "splits": prepared.sizes}
     common.show(arguments, "\n".join(lines), values | {"classes": classes, "next": next_command})
     return 0
 
@@ -70,13 +69,13 @@ def missing() -> list[str]:
 
 def _prepare(dataset: str, root: Path) -> Path:
     """Downloads and writes a data set; returns its folder. What was downloaded is kept if something fails."""
-    from lmeraser_jax.data import tfds, tfds_paths
-
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # TensorFlow greets at length
-    builder = _builder(dataset, root)
-    tfds.find_fields(dataset, builder.info)  # before hours of download
     import tensorflow_datasets
 
+    from lmeraser_jax.data import tfds
+
+    builder = _builder(dataset, root)
+    tfds.find_fields(dataset, builder.info)  # before hours of download
     print(f"preparing {dataset} in {root}; a server that does not answer is tried for minutes", file=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a line for every attempt
     if not sys.stderr.isatty():
@@ -97,8 +96,6 @@ def _prepare(dataset: str, root: Path) -> Path:
 def _builder(dataset: str, root: Path) -> Any:
     """TFDS's builder. Raises `UserError`: no such name, config or version, or what writing needs is not installed."""
     import tensorflow_datasets
-
-    from lmeraser_jax.data import tfds_paths
 
     name, config, _ = tfds_paths.parse(dataset, FLAG)
     tfds_paths.check_name(name, FLAG)

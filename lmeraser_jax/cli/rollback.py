@@ -51,13 +51,11 @@ def run(arguments: common.Arguments) -> int:
             version, report = None, rollback.unpin(run_, key)
         else:
             version, report = rollback.rollback(run_, key, arguments["to"])
-    values = {"cluster": key, "version": report.version}
-    if version is None:
-        text = f"cluster {key[:12]} has the slice of its records again: state {report.version}"
-    else:
-        text = f"cluster {key[:12]} has slice {version.ref[:12]} (epoch {version.epoch}, {version.members} members)"
-        text += f" again and is pinned to it: state {report.version}"
+    values, text = {"cluster": key, "version": report.version}, "the slice of its records again"
+    if version is not None:
+        text = f"slice {version.ref[:12]} (epoch {version.epoch}, {version.members} members) again and is pinned to it"
         values["slice"] = dataclasses.asdict(version)
+    text = f"cluster {key[:12]} has {text}: state {report.version}"
     common.show(arguments, text, values)
     return 0
 

@@ -52,10 +52,10 @@ def run(arguments: common.Arguments) -> int:
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
     with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
-        ids, owners, contents = _targets(arguments, catalog)
+        targets = ids, owners, contents = _targets(arguments, catalog)
         if arguments["dry_run"]:
-            requests.resolve(catalog, ids, owners, contents)  # refuses unknown ones before JAX is loaded
-            return _estimate(arguments, ids, owners, contents)
+            requests.resolve(catalog, *targets)  # refuses unknown ones before JAX is loaded
+            return _estimate(arguments, *targets)
         details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
         request = requests.accept(catalog, ids, owners, contents=contents, **details)
         quarantined = requests.quarantine_size(catalog, request.id)
@@ -79,11 +79,11 @@ def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], 
     return ids, owners, contents
 
 
-def _estimate(arguments: common.Arguments, ids: list[str], owners: list[str], contents: list[str]) -> int:
+def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
     with common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
 
-        estimate = erase.estimate(run_, requests.resolve(run_.catalog, ids, owners, contents))
+        estimate = erase.estimate(run_, requests.resolve(run_.catalog, *targets))
     common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
     return 0
 
@@ -128,22 +128,21 @@ def _accepted_text(request: Request, receipt: Path, quarantined: int) -> str:
 
 def _known_before(request: Request) -> list[str]:
     """Lines about the records of a request that earlier requests named."""
-    lines = []
-    if request.body["erased_before"]:
-        lines.append(f"{len(request.body['erased_before'])} records were erased before: nothing to do for them")
-    if request.body["shared"]:
-        lines.append(f"{len(request.body['shared'])} records are being erased by an earlier request")
-    return lines
+    texts = {
+        "erased_before": "were erased before: nothing to do for them",
+        "shared": "are being erased by an earlier request",
+    }
+    return [f"{len(request.body[name])} records {text}" for name, text in texts.items() if request.body[name]]
 
 
 def _estimate_text(estimate: "Estimate") -> str:
-    share = estimate.images / estimate.images_full if estimate.images_full else 0.0
+    share = estimate.images / max(1, estimate.images_full)
     lines = [
         f"would erase {estimate.records} records; nothing has been changed",
         f"clusters to tune: {len(estimate.clusters)}, images to process: {estimate.images}"
         f" ({share:.1%} of a full re-tune), about {estimate.seconds:.1f} s",
+        *(f"  {key}" for key in estimate.clusters),
     ]
-    lines += [f"  {key}" for key in estimate.clusters]
     if estimate.reclustered:
         lines.append(f"a sampled record is among them: {len(estimate.vanishing)} clusters would be replaced")
     return "\n".join(lines)
