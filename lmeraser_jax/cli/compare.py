@@ -8,6 +8,7 @@ by its path. The same command carries on where it was interrupted; further metho
 results.csv, results.json, report.html, report.md and figures.
 """
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -31,7 +32,7 @@ FLAGS = (
     Flag("length", 10, "for sequence: batches of requests", low=1),
     Flag("probes", 100, "records whose erasure is planned, to know its cost", low=1),
     Flag("requests", 2, "erasures that are served and timed, of sampled records and of as many others", low=0),
-    Flag("split", "test", "images that are predicted: test, or holdout to choose settings by"),
+    Flag("split", "test", "images to predict; holdout to choose settings by", choices=("test", "holdout")),
     Flag("keep", False, "keep the workdirs of the methods"),
     Flag("montage", False, "show the clusters of the first method in the report: private images, never erased there"),
 )
@@ -66,10 +67,10 @@ def run(arguments: common.Arguments) -> int:
     elif arguments["montage"]:
         file = comparison.rows_file(comparison.tasks[0])
         common.warn(f"no cluster was drawn: the first method was done without --montage; delete {file} to do it again")
-    figure_files, plates = figures.write_figures(folder, rows.rows, titles)
-    written = [*summary.write_report(folder, rows, titles, plates, montage), *figure_files]
-    lines = [summary.render("report.md", rows, titles), *(f"wrote {os.path.relpath(path)}" for path in written)]
-    common.show(arguments, "\n".join(lines), rows.values())
+    figure_files, pictures = figures.write_figures(folder, rows.rows, titles)
+    written = [*summary.write_report(folder, rows, titles, pictures, montage), *figure_files]
+    lines = [(folder / "report.md").read_text("utf-8"), *(f"wrote {os.path.relpath(path)}" for path in written)]
+    common.show(arguments, "\n".join(lines), dataclasses.asdict(rows))
     return 0
 
 

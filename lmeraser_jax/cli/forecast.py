@@ -18,9 +18,9 @@ LEAST, MOST = 1e-9, 1e9  # of any of the numbers
 FLAGS = (
     Flag("rate", float, "requests a day, above 0"),
     Flag("window", float, "days in which requests are collected, above 0"),
-    Flag("requests", int, "in place of --window: requests that are collected, 1 to the number of records"),
+    Flag("requests", int, "in place of --window: requests that are collected, 1 to the number of records", low=1),
     Flag("images_per_second", float, "images that all devices together tune per second; default: as in this workdir"),
-    Flag("devices", 1, "number of devices that tune, of all processes"),
+    Flag("devices", 1, "number of devices that tune, of all processes", low=1),
     Flag(
         "reclustered",
         float,
@@ -69,9 +69,6 @@ def _flag_problems(arguments: common.Arguments) -> list[str]:
             problems.append(f"--{name}={value:g}: {meaning}, must be a number from {LEAST:g} to {MOST:g}")
     if count is not None and arguments["window"] is not None:
         problems.append(f"--requests={count} and --window={arguments['window']:g}: give one of them")
-    for name in ("requests", "devices"):
-        if arguments[name] is not None and arguments[name] < 1:
-            problems.append(f"--{name}={arguments[name]}: must be at least 1")
     share = arguments["reclustered"]
     if share is not None and not 0 <= share <= 1:
         problems.append(f"--reclustered={share:g}: must be a share from 0 to 1")

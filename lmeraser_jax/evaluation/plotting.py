@@ -32,7 +32,7 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "lmeraser",
 }
-NO_DATES = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+NO_DATES = {"png": {"Software": None}, "svg": {"Date": None}}
 
 
 def required() -> None:
@@ -72,7 +72,7 @@ def ticked(value: float, _: int | None = None) -> str:
 
 @style()
 def picture(figure: "Figure", kind: str) -> bytes:
-    """A figure as png, svg or pdf: the same bytes whenever it is drawn."""
+    """A figure as png or svg: the same bytes whenever it is drawn."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, dpi=DPI, metadata=NO_DATES[kind])
     return buffer.getvalue()

@@ -1,13 +1,11 @@
 """What batches of erasure requests cost: formulas (paper section 5.3, appendix 2), and a forecast for a workdir.
 
-Requests name private records independently and uniformly; those of one window are served together. The paper counts the
-clusters that are hit and prices each at T_c, whatever its size, all at the same time. The formulas here also count that
-a uniform request hits large clusters more often, that a sampled record changes the clustering and with it slices that
-no request named, and that L lanes take turns. docs/theory.md explains them.
+Requests name private records independently and uniformly; those of one window are served together. docs/theory.md
+explains the formulas, and what those of the paper leave out.
 
 Symbols: K clusters, m_i members of cluster i, N records, n_s sampled records, s_i of them in cluster i, lambda T
-expected requests of a window, k requests where their number is known, L lanes of all devices together. Arrays are
-float64 [K].
+expected requests of a window, k requests where their number is known, L lanes of all devices together, c share of the
+clusters without an erased member that a new clustering changes. Arrays are float64 [K].
 """
 
 import contextlib
@@ -42,18 +40,10 @@ class Batch:
 
         1 - exp(-share lambda T), or 1 - (1 - share)^k.
         """
-        return -np.expm1(self._log_misses(share))
+        from scipy.special import xlog1py
 
-    def misses(self, share: float | np.ndarray) -> np.ndarray:
-        """1 - `hits`."""
-        return np.exp(self._log_misses(share))
-
-    def _log_misses(self, share: float | np.ndarray) -> np.ndarray:
         share = np.clip(np.asarray(share, np.float64), 0.0, 1.0)  # sums of shares may end a rounding above 1
-        if not self.fixed or not self.requests:
-            return -share * self.requests
-        with np.errstate(divide="ignore"):  # log 0: all records are named for certain
-            return self.requests * np.log1p(-share)
+        return -np.expm1(xlog1py(self.requests, -share) if self.fixed else -share * self.requests)
 
 
 ONE_REQUEST = Batch(1, fixed=True)
@@ -61,17 +51,11 @@ ONE_REQUEST = Batch(1, fixed=True)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clusters:
-    """What requests may hit.
+    """What requests may hit."""
 
-    Attributes:
-        members: float64 [K], m_i > 0.
-        sampled: float64 [K], s_i <= m_i, members whose erasure changes the clustering (none for a public sample).
-        images: float64 [K], images passed forward and backward to tune the cluster again.
-    """
-
-    members: np.ndarray
-    sampled: np.ndarray
-    images: np.ndarray
+    members: np.ndarray  # m_i > 0
+    sampled: np.ndarray  # s_i <= m_i, members whose erasure changes the clustering (none for a public sample)
+    images: np.ndarray  # passed forward and backward to tune the cluster again
 
     @property
     def records(self) -> float:
@@ -106,24 +90,14 @@ def size_biased_images(clusters: Clusters) -> float:
 
 
 def retuned_probabilities(clusters: Clusters, batch: Batch, changed: float = 1.0) -> np.ndarray:
-    """Probability that each cluster is tuned again, [K].
+    """Probability that each cluster is tuned again, [K]. `changed` is c; 1 is the bound.
 
-    1 - (1 - changed) P(i is not hit) - changed P(i is not hit, and no sampled record of another cluster is named).
-    With changed = 0, or without a private sample, this is P_i (Eq. 14).
-
-    Args:
-        clusters: K clusters.
-        batch: the requests.
-        changed: c, share of the clusters without an erased member that a new clustering changes; 1 is the bound.
+    1 - (1 - c) P(i is not hit) - c P(i is not hit, and no sampled record of another cluster is named). With c = 0, or
+    without a private sample, this is P_i (Eq. 14).
     """
     total, others = clusters.records, clusters.sample - clusters.sampled
     hit, disturbed = batch.hits(clusters.members / total), batch.hits((clusters.members + others) / total)
     return (1 - changed) * hit + changed * disturbed
-
-
-def expected_retuned(clusters: Clusters, batch: Batch, changed: float = 1.0) -> float:
-    """Clusters tuned again, those of a new clustering included."""
-    return float(retuned_probabilities(clusters, batch, changed).sum())
 
 
 def expected_images(clusters: Clusters, batch: Batch, changed: float = 1.0) -> float:
@@ -134,22 +108,23 @@ def expected_images(clusters: Clusters, batch: Batch, changed: float = 1.0) -> f
 def expected_makespan(clusters: Clusters, batch: Batch, changed: float = 1.0, lanes: int = 1) -> float:
     """Expected images of the lane that ends last, at least: E[T] (Eq. 19) where clusters differ and lanes are few.
 
-    max(E[longest], E[total] / L), summed over windows with and without a new clustering; exact for one lane. Each
-    cluster changes independently of the others. E[longest] sums over the clusters, longest first, the probability that
-    this is the first one that is tuned again.
+    max(E[longest], E[total] / L), summed over windows with and without a new clustering, in which clusters change
+    independently; exact for one lane. E[longest] sums over the clusters, longest first, the probability that this is
+    the first one that is tuned again.
     """
     order = np.argsort(-clusters.images, kind="stable")
     members, sampled, images = clusters.members[order], clusters.sampled[order], clusters.images[order]
     total, sample = clusters.records, clusters.sample
     members_before = np.concatenate([[0.0], np.cumsum(members)])  # members of the first j clusters
     sampled_before = np.concatenate([[0.0], np.cumsum(sampled)])
-    missed = batch.misses(members_before / total)  # none of the first j is hit
-    quiet = batch.misses((members_before + sample - sampled_before) / total)  # and nothing is clustered again
-    unchanged = (missed - quiet) * (1 - changed) ** np.arange(len(missed))  # clustered again, the first j unchanged
-    alone = batch.misses(sample / total) - batch.misses((members + sample - sampled) / total)
+    hit = batch.hits(members_before / total)  # some of the first j is hit
+    disturbed = batch.hits((members_before + sample - sampled_before) / total)  # or something is clustered again
+    unchanged = (disturbed - hit) * (1 - changed) ** np.arange(len(hit))  # clustered again, the first j unchanged
+    alone = batch.hits((members + sample - sampled) / total) - batch.hits(sample / total)
     quiet_images = float((images * alone).sum())
     other_images = expected_images(clusters, batch, changed) - quiet_images
-    quiet_longest, other_longest = float((images * -np.diff(quiet)).sum()), float((images * -np.diff(unchanged)).sum())
+    quiet_longest = float((images * np.diff(disturbed)).sum())
+    other_longest = float((images * -np.diff(unchanged)).sum())
     return max(quiet_longest, quiet_images / lanes) + max(other_longest, other_images / lanes)
 
 
@@ -162,17 +137,8 @@ class Workload:
     clusters: Clusters
     lanes: int  # L of one device
     speed: float | None  # images per second of one device, on slices of the published program; None: none was timed
-    # of each past erasure that changed the clustering: images of the clusters without an erased member, and images of
-    # those among them that were tuned again
-    reclusterings: tuple[tuple[float, float], ...]
-
-    @property
-    def changed(self) -> float:
-        """c, measured on past erasures; 1, the bound, where there is none."""
-        if not self.reclusterings:
-            return 1.0
-        spared, changed = np.sum(self.reclusterings, axis=0)
-        return float(changed / spared)
+    changed: float  # c, measured on past erasures that changed the clustering; 1 where there is none
+    reclusterings: int  # number of such erasures
 
 
 def read_workload(layout: Layout, catalog: Catalog) -> Workload:
@@ -199,81 +165,109 @@ def read_workload(layout: Layout, catalog: Catalog) -> Workload:
         raise UserError(f"{layout.root} makes its slices by a formula: an erasure tunes no image, nothing to forecast")
     timed = [row for row in slices.values() if row.fingerprint == manifest.fingerprint and row.seconds > 0]
     columns = [[sizes[key] for key in keys], [sampled[key] for key in keys], images]
+    reclusterings = _read_reclusterings(layout)
+    spared, changed = np.sum(reclusterings, axis=0) if reclusterings else (1.0, 1.0)
     return Workload(
         workdir=str(layout.root),
         version=manifest.version,
         clusters=Clusters(*np.array(columns, np.float64)),
         lanes=config.tuning.lanes,
         speed=sum(row.images for row in timed) / sum(row.seconds for row in timed) if timed else None,
-        reclusterings=_read_reclusterings(layout),
+        changed=float(changed / spared),
+        reclusterings=len(reclusterings),
     )
 
 
-def _read_reclusterings(layout: Layout) -> tuple[tuple[float, float], ...]:
+def _read_reclusterings(layout: Layout) -> list[tuple[float, float]]:
+    """Images of the clusters without an erased member, and of those among them that were tuned again, for each past
+    erasure that changed the clustering."""
     pairs, path = [], layout.metrics
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     for line in lines:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash, or edited
             values = parse_strict_json(line)
             spared, changed = values["images_spared"], values["images_changed"]
             if values["kind"] == "build" and values["reclustered"] is True and 0 <= changed <= spared != 0:
                 pairs.append((float(spared), float(changed)))
-    return tuple(pairs)
+    return pairs
+
+
+def _duration(seconds: float) -> str:
+    """A time in the largest unit of which there is one and a half."""
+    for name, unit in (("days", DAY), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"
+
+
+def _row(title: str, text: Callable[[Any], str] = "{:.3g}".format) -> Any:
+    """A field that is a row of the table."""
+    return dataclasses.field(metadata={"title": title, "text": text})
 
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
     """Expected costs of serving requests together: all of a window with at least one request, or always k."""
 
-    name: str  # when requests are served, in words
+    name: str = _row("requests served", str)
     window_days: float  # T; for k requests the mean days from the first to the last; 0: each is served at once
     any: float  # probability of a request within a window
-    requests: float  # of a batch, as are the next
-    clusters: float  # tuned again
-    images: float  # tuned again
-    share: float  # images over those of a full tuning
-    reclustering: float  # share of the images that new clusterings cause
-    seconds: float
-    paper_clusters: float  # by Eq. 9
-    paper_seconds: float  # by Eq. 19
-    wait_seconds: float  # from a request to the end of tuning, mean: half a window and a batch
-    batches: float  # of 30 days
-    month_seconds: float  # of 30 days
-    busy: float  # share of the time that tuning takes; from 1 on requests pile up
+    requests: float = _row("a batch: requests")
+    clusters: float = _row("  clusters tuned again")
+    paper_clusters: float = _row("    by the paper (Eq. 9)")
+    images: float = _row("  images", "{:.0f}".format)
+    share: float = _row("    of a full tuning", "{:.1%}".format)
+    reclustering: float = _row("    due to re-clustering", "{:.0%}".format)  # share of the images
+    seconds: float = _row("  time", _duration)
+    paper_seconds: float = _row("    by the paper (Eq. 19)", _duration)
+    batches: float = _row("30 days: batches")
+    month_seconds: float = _row("  time", _duration)
+    busy: float = _row("  busy", "{:.2%}".format)  # share of the time that tuning takes; from 1 on requests pile up
+    wait_seconds: float = _row("a request waits, on average", _duration)  # half a window and a batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Policies side by side, the most prompt one first; `estimates` says in sentences what the numbers rest on."""
+    """Policies side by side, the most prompt one first."""
 
     workload: Workload
     rate: float  # lambda, requests a day
     lanes: int  # L of all devices together
     speed: float  # images per second of all devices together when no lane is idle
     changed: float  # c, share of the clusters without an erased member that a new clustering re-tunes
-    policies: tuple[Policy, ...]
-    estimates: tuple[str, ...]
+    policies: list[Policy]
+    estimates: list[str]  # sentences: what the numbers rest on
 
     def values(self) -> dict[str, Any]:
         """Everything as plain values; shares in [0, 1]."""
         workload, clusters = self.workload, self.workload.clusters
-        sizes = {"records": clusters.records, "sampled": clusters.sample, "clusters": len(clusters.members)}
-        images = {"images_full": float(clusters.images.sum()), "size_biased_images": size_biased_images(clusters)}
-        speed = {"images_per_second": self.speed, "lanes": self.lanes}
-        seen = {"reclustered_share": self.changed, "reclusterings_seen": len(workload.reclusterings)}
-        names = {"workdir": workload.workdir, "version": workload.version, "rate_per_day": self.rate}
-        policies = [dataclasses.asdict(policy) for policy in self.policies]
-        return names | sizes | images | speed | seen | {"policies": policies, "estimates": list(self.estimates)}
+        return {
+            "workdir": workload.workdir,
+            "version": workload.version,
+            "rate_per_day": self.rate,
+            "records": clusters.records,
+            "sampled": clusters.sample,
+            "clusters": len(clusters.members),
+            "images_full": float(clusters.images.sum()),
+            "size_biased_images": size_biased_images(clusters),
+            "images_per_second": self.speed,
+            "lanes": self.lanes,
+            "reclustered_share": self.changed,
+            "reclusterings_seen": workload.reclusterings,
+            "policies": [dataclasses.asdict(policy) for policy in self.policies],
+            "estimates": self.estimates,
+        }
 
     def table(self) -> str:
         clusters = self.workload.clusters
         sizes = f"{clusters.records:.0f} records ({clusters.sample:.0f} of them sampled)"
         header = f"{self.workload.workdir}: state {self.workload.version}, {sizes} in {len(clusters.members)} clusters"
-        rows = [("requests served", [policy.name for policy in self.policies])]
-        rows += [(name, [text(policy) for policy in self.policies]) for name, text in TABLE_ROWS]
-        lines = [f"{name:<28}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
-        estimates = ["", "all of this is an estimate:", *(f"- {line}" for line in self.estimates)]
-        return "\n".join([f"{header}; {self.rate:g} requests a day", "", *lines, *estimates])
+        lines = [f"{header}; {self.rate:g} requests a day", ""]
+        for field in dataclasses.fields(Policy):
+            if field.metadata:
+                cells = [field.metadata["text"](getattr(policy, field.name)) for policy in self.policies]
+                lines.append(f"{field.metadata['title']:<28}" + "".join(f"{cell:>12}" for cell in cells))
+        return "\n".join([*lines, "", "all of this is an estimate:", *(f"- {line}" for line in self.estimates)])
 
 
 def forecast(
@@ -287,42 +281,36 @@ def forecast(
     """The cost of serving requests at once, every hour, day and week, and in batches of the given kind.
 
     Args:
-        workload: of a workdir.
+        workload, batch: of a workdir; of a window or exactly k requests.
         rate: lambda, requests a day, above 0.
-        batch: lambda T requests of a window, or exactly k.
         devices: that tune a batch.
         speed: images per second of all devices; None: each is as fast as those that made the workdir's slices.
         changed: c; None: as on past erasures.
     """
-    lanes, notes = (
-        workload.lanes * devices,
-        ["requests come independently, each for one training record drawn uniformly; owners are not considered"],
-    )
-    origin = "as given"
+    lanes, clusters, speed_origin, changed_origin = workload.lanes * devices, workload.clusters, "as given", "as given"
     if speed is None:
         assert workload.speed, "no slice was timed"
         speed = workload.speed * devices
-        origin = "measured on this workdir's slices" + (f", times {devices} devices" if devices > 1 else "")
-    notes.append(
-        f"{speed:.1f} images a second on {lanes} lane{'s' if lanes > 1 else ''}, {origin}; tuning alone, lanes packed"
-        " without a gap; start, planning and purge come on top"
-    )
-    origin = "as given"
+        speed_origin = "measured on this workdir's slices" + (f", times {devices} devices" if devices > 1 else "")
     if changed is None:
-        changed, count = workload.changed, len(workload.reclusterings)
-        origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
-    if workload.clusters.sample:
-        notes.append(f"a new clustering re-tunes {changed:.0%} of the clusters that no request hit: {origin}")
+        changed, count = workload.changed, workload.reclusterings
+        changed_origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
     batches = {name: Batch(rate * days) if days else ONE_REQUEST for name, days in WINDOWS.items()}
     if batch not in batches.values():
         name = f"every {batch.requests:g}" if batch.fixed else f"{_days(batch, rate):.4g} days"
         batches[name] = batch
     ordered = sorted(batches.items(), key=lambda item: _days(item[1], rate))
-    policies = [_policy(name, each, rate, workload.clusters, changed, lanes, speed) for name, each in ordered]
-    late = [policy.name for policy in policies if policy.busy >= 1]
-    if late:
+    policies = [_policy(name, each, rate, clusters, changed, lanes, speed) for name, each in ordered]
+    notes = [
+        "requests come independently, each for one training record drawn uniformly; owners are not considered",
+        f"{speed:.1f} images a second on {lanes} lane{'s' if lanes > 1 else ''}, {speed_origin}; tuning alone, lanes"
+        " packed without a gap; start, planning and purge come on top",
+    ]
+    if clusters.sample:
+        notes.append(f"a new clustering re-tunes {changed:.0%} of the clusters that no request hit: {changed_origin}")
+    if late := [policy.name for policy in policies if policy.busy >= 1]:
         notes.append(f"requests arrive faster than they are served: {', '.join(late)}")
-    return Forecast(workload, rate, lanes, speed, changed, tuple(policies), tuple(notes))
+    return Forecast(workload, rate, lanes, speed, changed, policies, notes)
 
 
 def _days(batch: Batch, rate: float) -> float:
@@ -343,7 +331,7 @@ def _policy(
         window_days=days,
         any=nonempty,
         requests=batch.requests / nonempty,
-        clusters=expected_retuned(clusters, batch, changed) / nonempty,
+        clusters=float(retuned_probabilities(clusters, batch, changed).sum()) / nonempty,
         images=images,
         share=images / float(clusters.images.sum()),
         reclustering=max(0.0, 1 - expected_images(clusters, batch, changed=0.0) / nonempty / images),
@@ -355,27 +343,3 @@ def _policy(
         month_seconds=seconds * batches,
         busy=seconds * batches / (MONTH * DAY),
     )
-
-
-def _duration(seconds: float) -> str:
-    """A time in the largest unit of which there is one and a half."""
-    for name, unit in (("days", DAY), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 1.5 * unit:
-            return f"{seconds / unit:.3g} {name}"
-    return f"{seconds:.3g} s"
-
-
-TABLE_ROWS: tuple[tuple[str, Callable[[Policy], str]], ...] = (
-    ("a batch: requests", lambda policy: f"{policy.requests:.3g}"),
-    ("  clusters tuned again", lambda policy: f"{policy.clusters:.3g}"),
-    ("    by the paper (Eq. 9)", lambda policy: f"{policy.paper_clusters:.3g}"),
-    ("  images", lambda policy: f"{policy.images:.0f}"),
-    ("    of a full tuning", lambda policy: f"{policy.share:.1%}"),
-    ("    due to re-clustering", lambda policy: f"{policy.reclustering:.0%}"),
-    ("  time", lambda policy: _duration(policy.seconds)),
-    ("    by the paper (Eq. 19)", lambda policy: _duration(policy.paper_seconds)),
-    ("30 days: batches", lambda policy: f"{policy.batches:.3g}"),
-    ("  time", lambda policy: _duration(policy.month_seconds)),
-    ("  busy", lambda policy: f"{policy.busy:.2%}"),
-    ("a request waits, on average", lambda policy: _duration(policy.wait_seconds)),
-)

@@ -36,36 +36,32 @@ class Demo:
     expected_share: float
     requests: tuple[Request, ...]
     verdict: Verdict
-    audit_seconds: float
     seconds: float
 
     def values(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"ok": self.verdict.ok}
 
     def table(self) -> str:
-        full = self.trained
+        columns = ("clusters", "re-tuned", "reused", "images", "ratio", "seconds")
         lines = [
-            "",
-            f"{'test accuracy':<34}{'before':>10}{'after':>10}",
+            f"\n{'test accuracy':<34}{'before':>10}{'after':>10}",
             f"{'  LMEraser':<34}{self.before.accuracy:>10.4f}{self.after.accuracy:>10.4f}",
             f"{'  plain linear head, same features':<34}{self.before.linear:>10.4f}{self.after.linear:>10.4f}",
-            "",
-            f"{'work':<26}{'records':>8}{'clusters':>10}{'re-tuned':>10}{'reused':>8}{'images':>9}{'ratio':>8}{'seconds':>9}",
-            _line("train", 0, full),
-            *(_line(f"erase {r.name}", r.records, r.outcome) for r in self.requests),
-            "",
-            f"expected share of the data to re-tune per request: {self.expected_share:.1%}",
-            f"audit: {self.verdict.text()} ({self.audit_seconds:.1f} s)",
+            f"\n{'work':<26}{'records':>8}" + "".join(f"{column:>10}" for column in columns),
+        ]
+        work = [("train", "", self.trained)]
+        work += [(f"erase {request.name}", str(request.records), request.outcome) for request in self.requests]
+        for name, records, report in work:
+            line = f"{name:<26}{records:>8}{report.clusters:>10}{report.retuned:>10}{report.reused:>10}"
+            lines.append(f"{line}{report.images:>10}{report.ratio:>10.1%}{report.seconds:>10.1f}")
+        lines += [
+            f"\nexpected share of the data to re-tune per request: {self.expected_share:.1%}",
+            f"audit: {self.verdict.text()}",
             f"picture: {self.picture}",
             f"workdir: {self.workdir}",
             f"total: {self.seconds:.0f} s",
         ]
         return "\n".join(lines)
-
-
-def _line(name: str, records: int, report: BuildReport) -> str:
-    counts = f"{report.clusters:>10}{report.retuned:>10}{report.reused:>8}{report.images:>9}"
-    return f"{name:<26}{records or '':>8}{counts}{report.ratio:>8.1%}{report.seconds:>9.1f}"
 
 
 def demo(workdir: str, config: Config) -> Demo:
@@ -75,11 +71,13 @@ def demo(workdir: str, config: Config) -> Demo:
         trained = build(run)
         before = evaluate(run)
         share = overview.overview(run.layout, run.catalog, run.config).expected_share
-        requests = tuple(_serve(run, name, ids) for name, ids in _choose(run).items() if ids)
+        requests = []
+        for name, ids in _choose(run).items():
+            erasure = erase.request_erasure(run, ids)
+            assert erasure.outcome is not None
+            requests.append(Request(name, erasure.records, erasure.outcome))
         after = evaluate(run)
-        audit_start = time.perf_counter()
         verdict = audit(run)
-        audit_seconds = time.perf_counter() - audit_start
         montage.save_montage(run, run.layout.picture)
     return Demo(
         workdir=str(run.layout.root),
@@ -88,9 +86,8 @@ def demo(workdir: str, config: Config) -> Demo:
         after=after,
         trained=trained,
         expected_share=share,
-        requests=requests,
+        requests=tuple(requests),
         verdict=verdict,
-        audit_seconds=audit_seconds,
         seconds=time.perf_counter() - start,
     )
 
@@ -104,15 +101,10 @@ def _choose(run: Run) -> dict[str, list[str]]:
     sizes = Counter(records.clusters)
     median = sorted(sizes, key=lambda key: (sizes[key], key))[len(sizes) // 2]
     members = [name for name, cluster in zip(records.ids, records.clusters, strict=True) if cluster == median]
-    owners = sorted(set(filter(None, records.owners)))
-    return {
+    chosen = {
         "an unsampled record": [name for name in members if name not in sample][:1],
         "a sampled record": [name for name in members if name in sample][:1],
-        "an owner": run.catalog.owned(owners[len(owners) // 2]) if owners else [],
     }
-
-
-def _serve(run: Run, name: str, ids: list[str]) -> Request:
-    erasure = erase.request_erasure(run, ids)
-    assert erasure.outcome is not None
-    return Request(name, erasure.records, erasure.outcome)
+    if owners := sorted(set(filter(None, records.owners))):
+        chosen["an owner"] = run.catalog.owned(owners[len(owners) // 2])
+    return {name: ids for name, ids in chosen.items() if ids}

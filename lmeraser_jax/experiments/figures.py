@@ -8,8 +8,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from lmeraser_jax import interrupt
 from lmeraser_jax.evaluation.plotting import COLOURS, GREY, PALE, blank, picture, style, ticked
 from lmeraser_jax.experiments import summary
 from lmeraser_jax.experiments.results import Measurement
-from lmeraser_jax.experiments.summary import ACCURACY, Plate, Quantity, Rows, Spread, Titles, spread, spreads, unique
+from lmeraser_jax.experiments.summary import ACCURACY, Quantity, Rows, Spread, Titles, grouped, spread, spreads
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage.atomic_files import write_bytes
 
@@ -28,13 +29,7 @@ if TYPE_CHECKING:
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")  # one more than colours: 56 pairs
 WIDTH = 10.0  # inches of a figure
 title_of = partial(summary.title_of, longest=40)
-
-
-class Look(NamedTuple):
-    """How a method or a curve is drawn."""
-
-    colour: str
-    marker: str
+Looks = Mapping[str, tuple[str, str]]  # {name of a method or a curve: (its colour, its marker)}
 
 
 @style()
@@ -43,15 +38,15 @@ def accuracy(rows: Rows, titles: Titles) -> "Figure | None":
     places = summary.places_of(rows)
     if not places:
         return None
-    overall = spreads(itertools.chain(*places.values()), ACCURACY, summary.by_method)
+    overall = spreads(itertools.chain(*places.values()), ACCURACY)
     names = sorted(overall, key=lambda name: -overall[name].mean if overall[name].known else math.inf)
     figure, axes = _grid(len(places), 1.0 + 0.3 * len(names), sharey=True)
     looks = _looks([quantity.title for quantity in (ACCURACY, summary.BALANCED)])
     for panel, (place, here) in zip(axes, places.items()):
         for shift, quantity in ((-0.12, ACCURACY), (0.12, summary.BALANCED)):
-            values = spreads(here, quantity, summary.by_method)
+            values = spreads(here, quantity)
             heights = [spread([i + shift]) for i in range(len(names))]
-            _errorbar(panel, [values.get(name, summary.UNKNOWN) for name in names], heights, looks[quantity.title])
+            _errorbar(panel, [values.get(name, Spread()) for name in names], heights, looks[quantity.title])
         panel.set_title(_join(place, titles))
         panel.set_yticks(range(len(names)), labels=[title_of(name, titles) for name in names])
         panel.set_ylim(len(names) - 0.5, -0.5)
@@ -71,9 +66,9 @@ def tradeoff(rows: Rows, titles: Titles) -> "Figure | None":
         quantities.append(summary.PASSES)
     panels = list(itertools.product(places.items(), quantities))
     figure, axes = _grid(len(panels), 4.2)
-    looks = _looks(unique(row.method for here in places.values() for row in here))
+    looks = _looks(dict.fromkeys(row.method for here in places.values() for row in here))
     for panel, ((place, here), quantity) in zip(axes, panels):
-        costs, scores = spreads(here, quantity, summary.by_method), spreads(here, ACCURACY, summary.by_method)
+        costs, scores = spreads(here, quantity), spreads(here, ACCURACY)
         known = [name for name in costs if costs[name].known and scores[name].known]
         for name in known:
             _errorbar(panel, [costs[name]], [scores[name]], looks[name])
@@ -100,11 +95,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 @style()
-def curves(
-    rows: Rows, titles: Titles, experiment: str, x_title: str, quantities: Sequence[Quantity] = (ACCURACY,)
-) -> "Figure | None":
-    """Panels for every data set and series of an experiment, a curve for every method and backbone."""
-    chosen = summary.rows_of(rows, experiment)
+def curves(experiment: str, x_title: str, second: Quantity | None, rows: Rows, titles: Titles) -> "Figure | None":
+    """Accuracy and a second quantity along an experiment: panels for each data set and series, a curve for each method
+    and backbone."""
+    chosen = [row for row in rows if row.experiment == experiment]
     if not chosen:
         return None
     several = len({row.backbone for row in chosen}) > 1
@@ -112,13 +106,13 @@ def curves(
     def label(row: Measurement) -> str:
         return _join((row.method, row.backbone) if several else (row.method,), titles)
 
-    panels = list(itertools.product(unique((row.dataset, row.series) for row in chosen), quantities))
+    quantities = [ACCURACY] if second is None else [ACCURACY, second]
+    panels = list(itertools.product(grouped(chosen, attrgetter("dataset", "series")).items(), quantities))
     figure, axes = _grid(len(panels), 3.0)
-    looks = _looks(unique(map(label, chosen)))
-    for panel, (place, quantity) in zip(axes, panels):
-        here = [row for row in chosen if (row.dataset, row.series) == place]
-        for curve in unique(map(label, here)):
-            values = spreads([row for row in here if label(row) == curve], quantity, lambda row: row.x)
+    looks = _looks(dict.fromkeys(map(label, chosen)))
+    for panel, ((place, here), quantity) in zip(axes, panels):
+        for curve, group in grouped(here, label).items():
+            values = spreads(group, quantity, attrgetter("x"))
             x = sorted(values)
             _errorbar(panel, [spread([at]) for at in x], [values[at] for at in x], looks[curve], "-")
         panel.set_title(_join(place if place[1] else place[:1], titles))
@@ -128,34 +122,33 @@ def curves(
     return figure
 
 
-def _curves(experiment: str, x_title: str, *more: Quantity) -> "Callable[[Rows, Titles], Figure | None]":
-    return partial(curves, experiment=experiment, x_title=x_title, quantities=(ACCURACY, *more))
-
-
 FIGURES: dict[str, tuple[str, "Callable[[Rows, Titles], Figure | None]"]] = {
     "accuracy": ("Accuracy (paper Figs. 3 and 4)", accuracy),
     "tradeoff": ("Accuracy against cost", tradeoff),
-    "epochs": ("Accuracy over epochs (paper Fig. 5)", _curves("epochs", "epochs")),
-    "removal": ("Removal of data (paper Fig. 6, left)", _curves("removal", "share of the records erased")),
+    "epochs": ("Accuracy over epochs (paper Fig. 5)", partial(curves, "epochs", "epochs", None)),
+    "removal": (
+        "Removal of data (paper Fig. 6, left)",
+        partial(curves, "removal", "share of the records erased", None),
+    ),
     "cut": (
         "Number of clusters (paper Fig. 6, right)",
-        _curves("cut", "cut of the tree (distance threshold, or K)", summary.CLUSTERS),
+        partial(curves, "cut", "cut of the tree (distance threshold, or K)", summary.CLUSTERS),
     ),
-    "sequences": ("Sequences of requests", _curves("sequence", "requests served", summary.SPENT)),
+    "sequences": ("Sequences of requests", partial(curves, "sequence", "requests served", summary.SPENT)),
 }
 
 
-def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path], list[Plate]]:
+def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path], list[tuple[str, bytes]]]:
     """Writes figures/NAME.png and .svg, each completely or not at all; removes figures that the rows do not hold.
 
     Returns:
-        The files, and the figures for the report.
+        The files, and the figures for the report as (heading, SVG).
 
     Raises:
         UserError: matplotlib is missing.
         Stopped: the process was asked to stop.
     """
-    paths, plates = [], []
+    paths, pictures = [], []
     with progress("figures", len(FIGURES)) as shown:
         for name, (heading, draw) in FIGURES.items():
             interrupt.raise_if_stopped()
@@ -168,9 +161,9 @@ def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path],
                 write_bytes(path, picture(figure, kind))
                 paths.append(path)
                 if kind == "svg":
-                    plates.append(Plate(heading, path.read_bytes()))
+                    pictures.append((heading, path.read_bytes()))
             shown.advance(1, name)
-    return paths, plates
+    return paths, pictures
 
 
 def _join(names: Iterable[str], titles: Titles) -> str:
@@ -188,44 +181,34 @@ def _grid(count: int, height: float, **shared: Any) -> "tuple[Figure, list[Axes]
     return figure, axes[:count]
 
 
-def _looks(names: Iterable[str]) -> dict[str, Look]:
-    """A colour and a marker for each name."""
-    return {name: Look(*look) for name, *look in zip(names, itertools.cycle(COLOURS), itertools.cycle(MARKERS))}
+def _looks(names: Iterable[str]) -> Looks:
+    return dict(zip(names, zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS))))
 
 
-def _errorbar(panel: "Axes", x: Sequence[Spread], y: Sequence[Spread], look: Look, line: str = "") -> None:
+def _errorbar(panel: "Axes", x: Sequence[Spread], y: Sequence[Spread], look: tuple[str, str], line: str = "") -> None:
     """Points at means with bars from the lowest to the highest seed."""
-    panel.errorbar(
-        [value.mean for value in x],
-        [value.mean for value in y],
-        yerr=_reach(y),
-        xerr=_reach(x),
-        color=look.colour,
-        fmt=look.marker + line,
-        elinewidth=1.2,
-        capsize=2.5,
-    )
+    colour, marker = look
 
+    def reach(values: Sequence[Spread]) -> np.ndarray:  # [2, n]; a mean of equals may be off by a rounding
+        lengths = [(value.mean - value.low, value.high - value.mean) for value in values]
+        return np.maximum(np.transpose(lengths), 0.0)
 
-def _reach(values: Sequence[Spread]) -> np.ndarray:
-    """Lengths of the bars below and above the means, [2, n]; a mean of equals may be off by a rounding."""
-    lengths = [(value.mean - value.low, value.high - value.mean) for value in values]
-    return np.maximum(np.transpose(lengths), 0.0)
+    means = [[value.mean for value in values] for values in (x, y)]
+    panel.errorbar(*means, reach(y), reach(x), color=colour, fmt=marker + line, elinewidth=1.2, capsize=2.5)
 
 
 def _label_axis(panel: "Axes", which: str, quantity: Quantity) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     axis = getattr(panel, f"{which}axis")
     axis.set_label_text(quantity.title)
-    axis.set_major_formatter(FuncFormatter(ticked))
+    axis.set_major_formatter(ticked)
     panel.grid(True, color=PALE, linewidth=0.8)
 
 
-def _legend(figure: "Figure", looks: Mapping[str, Look]) -> None:
+def _legend(figure: "Figure", looks: Looks) -> None:
     """One legend below all panels, in as many rows as it needs."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=look.colour, marker=look.marker, linestyle="") for look in looks.values()]
-    columns = int(figure.get_figwidth() * 11 / (max(map(len, looks)) + 8))
-    figure.legend(handles, list(looks), loc="outside lower center", ncols=max(1, min(columns, len(looks))))
+    handles = [Line2D([], [], color=colour, marker=marker, linestyle="") for colour, marker in looks.values()]
+    labels = [f" {name}" if name.startswith("_") else name for name in looks]  # matplotlib leaves out "_name"
+    columns = int(figure.get_figwidth() * 11 / (max(map(len, labels)) + 8))
+    figure.legend(handles, labels, loc="outside lower center", ncols=max(1, min(columns, len(labels))))

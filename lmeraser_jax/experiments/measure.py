@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.rows import SliceKind, SliceRow
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_slice, reference
-from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.build import BuildReport, build
 from lmeraser_jax.unlearning.live_state import live_state, sampled
 from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.run import Run, prepare_run
@@ -36,7 +36,6 @@ from lmeraser_jax.unlearning.run import Run, prepare_run
 REMOVED_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the records (paper Fig. 6, left)
 MONTAGE = "clusters.png"
 SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last one
-ALL_SNAPSHOTS = 10**6  # more than a slice ever has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +66,8 @@ class Task:
     @property
     def name(self) -> str:
         """The name of its workdir and of the file of its rows."""
-        variant = self.variant.replace(":", "-").replace("/", "-")
-        return "_".join(filter(None, (self.experiment, self.method.name, str(self.seed), variant)))
+        words = (self.experiment, self.method.name, str(self.seed), self.variant.replace(":", "-"))
+        return "_".join(filter(None, words))
 
     @property
     def settings(self) -> str:
@@ -86,6 +85,7 @@ class Task:
 def tasks_of(experiment: str, method: Method, seed: int, config: Config, options: Options) -> list[Task]:
     """The tasks of an experiment with one method and seed."""
     config = method.configure(dataclasses.replace(config, seed=seed))
+    configs = {"": config}
     if experiment == "cut":
         clusterings = {cut: dataclasses.replace(config.clustering, cut=cut) for cut in options.cuts}
         configs = {cut: dataclasses.replace(config, clustering=value) for cut, value in clusterings.items()}
@@ -93,25 +93,25 @@ def tasks_of(experiment: str, method: Method, seed: int, config: Config, options
         configs = dict.fromkeys(options.sequences, config)
     elif experiment == "epochs":
         every = max(1, config.tuning.epochs // (SNAPSHOTS + 1))
-        snapshots = dataclasses.replace(config.checkpoints, every_epochs=every, keep=ALL_SNAPSHOTS)
+        snapshots = dataclasses.replace(config.checkpoints, every_epochs=every, keep=10**6)  # all of them
         configs = {"": dataclasses.replace(config, checkpoints=snapshots)}
-    else:
-        configs = {"": config}
     return [Task(experiment, method, seed, variant, changed) for variant, changed in configs.items()]
 
 
 def run_task(task: Task, options: Options, base: Path, folder: Path, tuned: Path | None = None) -> list[Measurement]:
-    """Does a task in a workdir and returns its rows.
+    """Does a task in the workdir `folder` and returns its rows; an interrupted try carries on there.
 
     Args:
         task, options: what to measure.
         base: a workdir with images and a backbone, which the task's workdir begins as.
-        folder: the task's workdir; an interrupted try carries on there.
-        tuned: a workdir that tasks with the same `tuning_digest` share; this task makes it if it does not exist yet.
-            None if no other task is to come.
+        folder: the task's workdir.
+        tuned: a workdir that this and later tasks with the same `tuning_digest` begin as; made here if it is missing.
     """
-    if folder.exists() and _has_requests(folder, task):
-        shutil.rmtree(folder)  # the try before ended after its first erasure, and what comes before is to be measured
+    if folder.exists():
+        with prepare_run(folder, task.config, retune=True) as (run, _):
+            has_requests = bool(requests.listed(run.catalog))
+        if has_requests:  # interrupted after its first erasure; the state before that is to be measured
+            shutil.rmtree(folder)
     if not folder.exists():
         _copy(tuned if tuned is not None and tuned.exists() else base, folder)
     with prepare_run(folder, task.config, retune=True) as (run, _):  # the shared workdir has another common head
@@ -133,46 +133,40 @@ def _copy(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _has_requests(folder: Path, task: Task) -> bool:
-    with prepare_run(folder, task.config, retune=True) as (run, _):
-        return bool(requests.listed(run.catalog))
-
-
-def _measure(
-    run: Run, task: Task, options: Options, model: Model | None = None, x: float = 0.0, series: str = ""
-) -> Measurement:
-    """A row of the published state, or of `model`, without the costs of requests."""
+def _measure(run: Run, task: Task, options: Options, model: Model | None = None, **point: Any) -> Measurement:
+    """A row of the published state, or of `model`, at a point of the experiment, without the costs of requests."""
     evaluation = evaluate(run, options.split, linear=False, model=model)
-    shown, sizes = overview.overview(run.layout, run.catalog, run.config), _parameter_counts(run)
-    slices = len({cluster.slice for cluster in shown.clusters})
-    images = sum(row.images for row in run.catalog.slices().values())
+    shown, (per_cluster, common) = overview.overview(run.layout, run.catalog, run.config), _parameter_counts(run)
     return Measurement(
         experiment=task.experiment,
         dataset=options.dataset,
         backbone=options.backbone,
         method=task.method.name,
         seed=task.seed,
-        x=x,
-        series=series,
         records=shown.records["train"],
         clusters=len(shown.clusters),
         accuracy=evaluation.accuracy,
         balanced=evaluation.balanced,
         majority=evaluation.majority,
-        images_full=0 if run.tuning_spec.on_features else images,
-        parameters=sizes.cluster * slices + sizes.common,
+        images_full=_passed(run, sum(row.images for row in run.catalog.slices().values())),
+        parameters=per_cluster * len({cluster.slice for cluster in shown.clusters}) + common,
         expected_share=shown.expected_share,
         sampled_share=shown.sampled_share,
         tested=evaluation.images,
         passes=forward_passes(run, len(shown.clusters)),
+        **point,
     )
+
+
+def _passed(run: Run, images: int) -> int:
+    """Images that pass through the backbone when slices are tuned on so many; heads on features pass none."""
+    return 0 if run.tuning_spec.on_features else images
 
 
 def methods(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
     seconds_full, row = full_tuning_seconds(run), _measure(run, task, options)
-    costs = planned_costs(run, options.probes)
-    images = np.zeros_like(costs.images) if run.tuning_spec.on_features else costs.images
+    images, records, parameters = planned_costs(run, options.probes).T
     always_full = row.images_full > 0 and images.min() > 0.999 * row.images_full * (1 - 1 / row.records)
     count = min(options.requests, 1) if always_full else options.requests  # such requests last long and are all alike
     unsampled, sampled_ = served_seconds(run, count)
@@ -181,8 +175,8 @@ def methods(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
         seconds_full=seconds_full,
         images_request=float(images.mean()),
         images_worst=float(images.max()),
-        records_request=float(costs.records.mean()),
-        parameters_request=float(costs.parameters.mean()),
+        records_request=float(records.mean()),
+        parameters_request=float(parameters.mean()),
         seconds_request=(1 - row.sampled_share) * unsampled + row.sampled_share * sampled_,
         seconds_unsampled=unsampled,
         seconds_sampled=sampled_,
@@ -196,7 +190,7 @@ def removal(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     yield _measure(run, task, options)
     for share in REMOVED_SHARES:
         end = round(share * len(ids))
-        erase.request_erasure(run, [ids[i] for i in order[erased:end]])
+        _erase(run, [ids[i] for i in order[erased:end]])
         erased = end
         yield _measure(run, task, options, x=share)
 
@@ -223,7 +217,7 @@ def epochs(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
 
 
 def nearest_snapshot(run: Run, row: SliceRow, share: float) -> str:
-    """The reference of a slice after about this share of its steps; the earlier one of two equally near snapshots."""
+    """The reference of a slice after about this share of its steps; of two equally near ones the earlier."""
     steps = (*run.catalog.epochs(row.digest), row.steps)
     nearest = min(steps, key=lambda step: (abs(step - share * row.steps), step))
     return reference(row.digest, nearest % row.steps)
@@ -234,11 +228,8 @@ def sequence(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     spent, batches = 0, sequences.KINDS[task.variant](run, options.length)
     yield _measure(run, task, options, series=task.variant)
     for number, batch in enumerate(batches, 1):
-        report = erase.request_erasure(run, batch).outcome
-        assert report is not None
-        spent += 0 if run.tuning_spec.on_features else report.images
-        row = _measure(run, task, options, x=float(number), series=task.variant)
-        yield dataclasses.replace(row, spent=float(spent))
+        spent += _passed(run, _erase(run, batch).images)
+        yield _measure(run, task, options, x=float(number), series=task.variant, spent=float(spent))
 
 
 EXPERIMENTS: dict[str, Callable[[Run, Task, Options], Iterator[Measurement]]] = {
@@ -250,59 +241,48 @@ EXPERIMENTS: dict[str, Callable[[Run, Task, Options], Iterator[Measurement]]] = 
 }
 
 
-class PlannedCosts(NamedTuple):
-    """Costs of n erasures that were planned and not carried out, float64 [n] each.
+def _erase(run: Run, ids: list[str]) -> BuildReport:
+    report = erase.request_erasure(run, ids).outcome
+    assert report is not None
+    return report
 
-    `images`: passed forward and backward; `records`: members of all slices that are tuned again; `parameters`: of
-    these slices.
+
+def planned_costs(run: Run, count: int) -> np.ndarray:
+    """Plans the erasures of n = `count` live records, drawn uniformly, each on its own. Changes nothing.
+
+    float64 [n, 3]: images passed forward and backward; members and parameters of all slices that are tuned again.
     """
-
-    images: np.ndarray
-    records: np.ndarray
-    parameters: np.ndarray
-
-
-def planned_costs(run: Run, count: int) -> PlannedCosts:
-    """Plans the erasures of `count` live records, drawn uniformly, each on its own. Changes nothing."""
     ids = run.catalog.live("train").ids
     chosen = philox(run.config.seed, "probe").choice(len(ids), min(count, len(ids)), replace=False)
-    costs, sizes = [], _parameter_counts(run)
+    costs, (per_cluster, common) = [], _parameter_counts(run)
     with progress("plan", len(chosen)) as shown:
         for index in chosen:
             build_plan = plan(live_state(run, {ids[index]}))
             members = [build_plan.members[key].rows for key in build_plan.missing]
-            records = len(np.unique(np.concatenate(members))) if members else 0
-            parameters = sum(sizes.common if key == SliceKind.COMMON else sizes.cluster for key in build_plan.missing)
-            costs.append((build_plan.images_missing, records, parameters))
+            records = np.unique(np.concatenate([np.empty(0), *members]))
+            parameters = sum(common if key == SliceKind.COMMON else per_cluster for key in build_plan.missing)
+            costs.append((_passed(run, build_plan.images_missing), len(records), parameters))
             shown.advance(1)
-    return PlannedCosts(*np.array(costs, np.float64).reshape(-1, 3).T)
+    return np.array(costs, np.float64)
 
 
-def served_seconds(run: Run, count: int) -> tuple[float, float]:
+def served_seconds(run: Run, count: int) -> list[float]:
     """Erases `count` records that are not sampled and as many that are, one request after the other.
 
-    Returns:
-        Mean seconds of the requests for unsampled and for sampled records, from the plan to the purge; 0 for none.
+    Mean seconds of the requests of either kind, from the plan to the purge; 0 for none.
     """
     live, sample = run.catalog.live("train").ids, set(sampled(run)[0].ids)
-    unsampled_ids, sampled_ids = [name for name in live if name not in sample], sorted(sample.intersection(live))
-    return _mean_seconds(run, "unsampled", unsampled_ids, count), _mean_seconds(run, "sampled", sampled_ids, count)
-
-
-def _mean_seconds(run: Run, stratum: str, ids: list[str], count: int) -> float:
-    seconds = []
-    for index in philox(run.config.seed, "served", stratum).choice(len(ids), min(count, len(ids)), replace=False):
-        report = erase.request_erasure(run, [ids[index]]).outcome
-        assert report is not None
-        seconds.append(report.seconds)
-    return float(np.mean(seconds)) if seconds else 0.0
+    strata = {"unsampled": [name for name in live if name not in sample], "sampled": sorted(sample.intersection(live))}
+    means = []
+    for stratum, ids in strata.items():
+        order = philox(run.config.seed, "served", stratum).choice(len(ids), min(count, len(ids)), replace=False)
+        seconds = [_erase(run, [ids[index]]).seconds for index in order]
+        means.append(float(np.mean(seconds)) if seconds else 0.0)
+    return means
 
 
 def full_tuning_seconds(run: Run) -> float:
-    """Seconds of all builds of a workdir so far, features left out.
-
-    An interrupted try logged nothing; the slices that it left count instead.
-    """
+    """Seconds of all builds of a workdir so far, features left out; of an interrupted try those of its slices."""
     lines = [json.loads(line) for line in run.layout.metrics.read_text("utf-8").splitlines()]
     builds = [line for line in lines if line["kind"] == "build"]
     start = builds[0]["at"] - builds[0]["seconds"]
@@ -310,14 +290,8 @@ def full_tuning_seconds(run: Run) -> float:
     return earlier / run.mesh.size + sum(line["seconds"] for line in builds)
 
 
-class ParameterCounts(NamedTuple):
+def _parameter_counts(run: Run) -> tuple[int, int]:
     """Parameters in the slice of a cluster, all of which have as many, and in the common head (0 without one)."""
-
-    cluster: int
-    common: int
-
-
-def _parameter_counts(run: Run) -> ParameterCounts:
     manifest = run.catalog.manifest()
     assert manifest is not None
 
@@ -325,7 +299,7 @@ def _parameter_counts(run: Run) -> ParameterCounts:
         return sum(leaf.size for leaf in checkpoints.flatten(load_slice(run, ref)).values())
 
     common = manifest.entries.get(SliceKind.COMMON)
-    return ParameterCounts(count(next(iter(manifest.clusters.values()))), count(common) if common else 0)
+    return count(next(iter(manifest.clusters.values()))), count(common) if common else 0
 
 
 def forward_passes(run: Run, clusters: int) -> float:

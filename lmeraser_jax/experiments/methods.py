@@ -24,31 +24,21 @@ HEAD = {"tuning.method": "head", "data.augment": "none"}
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """A method of a comparison.
+    """A method of a comparison."""
 
-    Attributes:
-        name: as in --methods and in results.
-        title: as in tables and figures.
-        changes: {"group.setting": value}.
-    """
-
-    name: str
-    title: str
-    changes: Mapping[str, Any] = dataclasses.field(hash=False)
+    name: str  # as in --methods and in results
+    title: str  # as in tables and figures
+    changes: Mapping[str, Any] = dataclasses.field(hash=False)  # {"group.setting": value}
 
     def configure(self, config: Config) -> Config:
-        """Returns the config with the method's changes.
-
-        Raises:
-            UserError: names every setting that all methods share and this one would change, or what is not legal.
-        """
-        tree = settings.to_dict(config)
-        shared = []
+        """The config with the method's changes. Raises `UserError` for changes that are not legal."""
+        tree, shared = settings.to_dict(config), []
+        own = _flatten(tree)
         for name, value in self.changes.items():
             group, _, setting = name.partition(".")
             if _may_differ(name):
                 tree[group][setting] = value
-            elif name not in _flatten(tree) or _flatten(tree)[name] != value:
+            elif name not in own or own[name] != value:
                 shared.append(f"{name}={value!r}: all methods of a comparison share it; legal: {LEGAL_SETTINGS}")
         raise_all(shared, f"the method {self.name} changes other settings:")
         try:
@@ -57,31 +47,20 @@ class Method:
             raise UserError(f"the method {self.name} does not go with this config: {error}") from None
 
 
-METHODS: dict[str, Method] = {
+METHODS: dict[str, Method] = {  # docs/reproduce.md says what each does
     method.name: method
     for method in (
-        # A prompt and a head for every cluster; the nearest cluster answers.
         Method("lmeraser", "LMEraser", ADAPTIVE | {"inference.nearest": 1}),
-        # The mean of the five nearest clusters' probabilities.
         Method("lmeraser-top5", "LMEraser, 5 nearest", ADAPTIVE | {"inference.nearest": 5}),
-        # LMEraser and a ridge head of all records, weighted as the config says.
         Method("lmeraser-ridge", "LMEraser + ridge", ADAPTIVE | {"common.method": "ridge"}),
-        # Visual prompting: one prompt and one head for all private data; a request re-tunes both.
         Method("single", "single prompt", ONE_CLUSTER | {"tuning.method": "prompt+head"}),
-        # A prompt for every cluster; fixed features of the backbone stand for the classes.
         Method("dam-vp", "DAM-VP", ADAPTIVE | {"tuning.method": "prompt", "inference.nearest": 1}),
-        # Random shards in the place of clusters; a hash of the image chooses the shard that answers.
         Method("rndpart", "random parts", RANDOM | {"inference.nearest": 1}),
-        # SISA (Bourtoule et al., 2021) over prompts and heads: all shards answer.
         Method("sisa-vote", "SISA, vote", RANDOM | {"inference.nearest": 0, "inference.aggregate": "vote"}),
         Method("sisa-mean", "SISA, mean", RANDOM | {"inference.nearest": 0, "inference.aggregate": "mean"}),
-        # The whole network is tuned on all private data, and again after every request.
         Method("retrain", "retrain all", ONE_CLUSTER | {"tuning.method": "backbone"}),
-        # A linear head on frozen features, tuned like the heads of the others; a request tunes it again.
         Method("linear-head", "linear head", ONE_CLUSTER | HEAD),
-        # Clusters without prompts: a linear head on features for each, and a ridge head of all records.
         Method("heads-ridge", "heads + ridge", ADAPTIVE | HEAD | {"common.method": "ridge"}),
-        # Closed forms on frozen features, from which an erasure is an exact subtraction of whole numbers.
         Method("ridge", "ridge", ONE_CLUSTER | {"tuning.method": "ridge"}),
         Method("ridge-cosines", "ridge + cosines", ONE_CLUSTER | {"tuning.method": "ridge", "tuning.expand": 512}),
         Method("ncm", "nearest class mean", ONE_CLUSTER | {"tuning.method": "ncm"}),
@@ -90,11 +69,7 @@ METHODS: dict[str, Method] = {
 
 
 def load(names: Sequence[str]) -> tuple[Method, ...]:
-    """Returns methods by their names, or by the paths of config files (*.py).
-
-    Raises:
-        UserError: names every unknown method and every file that is no method.
-    """
+    """Methods by name, or by the path of a config file (*.py). Raises `UserError` with all that are none."""
     methods, problems = [], []
     for name in names:
         try:
@@ -128,12 +103,10 @@ def _load_file(path: Path) -> Method:
     tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
     if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
         raise UserError(f"get_config() returns {type(tree).__name__}; must be a ConfigDict or a dict of settings")
-    defaults = _flatten(settings.to_dict(Config()))
-    changes = {
-        name: value
-        for name, value in _flatten(tree).items()
-        if _may_differ(name) or name not in defaults or value != defaults[name]
-    }
+    changes, defaults = _flatten(tree), _flatten(settings.to_dict(Config()))
+    for name in [name for name in changes.keys() & defaults.keys() if not _may_differ(name)]:
+        if changes[name] == defaults[name]:
+            del changes[name]
     return Method(path.stem, path.stem, changes)
 
 
@@ -146,8 +119,5 @@ def _flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """{"group.setting": value} of a tree of settings."""
     flat = {}
     for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{setting}": leaf for setting, leaf in value.items()}
-        else:
-            flat[name] = value
+        flat |= {f"{name}.{leaf}": v for leaf, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat

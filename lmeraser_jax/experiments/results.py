@@ -1,24 +1,23 @@
 """The rows of a comparison, and the files that hold them.
 
-comparison.json     the settings that a folder's comparison is bound to
-rows/TASK.json      the rows of one finished task, with the digest of their settings
-results.json, .csv  all rows
+comparison.json has the settings that a folder's comparison is bound to, rows/TASK.json the rows of one finished task,
+results.json and results.csv all rows.
 """
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.storage.atomic_files import write_bytes, write_json
+from lmeraser_jax.storage.atomic_files import write_bytes
 
 BINDING = "comparison.json"
-Content = TypeVar("Content")
 TIMES = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sampled")
 
 
@@ -26,9 +25,8 @@ TIMES = ("seconds_full", "seconds_request", "seconds_unsampled", "seconds_sample
 class Measurement:
     """One row: a method on a data set with a seed, at one point of an experiment.
 
-    A full tuning makes everything. Images are counted where they pass forward and backward through the backbone; heads
-    on features pass none, because features are computed once. Costs of requests are of uniformly drawn records, sampled
-    ones counted; seconds are from the plan to the purge, and 0 where nothing was timed.
+    Images are counted where they pass forward and backward through the backbone. Costs of requests are of uniformly
+    drawn records, sampled ones counted; seconds are from the plan to the purge, and 0 where nothing was timed.
     """
 
     experiment: str  # methods | removal | cut | epochs | sequence
@@ -72,47 +70,32 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """All rows of a comparison.
+    """All rows of a comparison."""
 
-    Attributes:
-        rows: at most one for each `point`.
-        command, machine: the last command, and where it ran.
-        sources: {name: {"command", "machine", "version", "date"}} of the commands that the rows come from.
-    """
-
-    rows: tuple[Measurement, ...]
-    command: str = ""
-    machine: str = ""
-    sources: Mapping[str, Mapping[str, str]] = dataclasses.field(default_factory=dict)
-
-    def values(self) -> dict[str, Any]:
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        return {"command": self.command, "machine": self.machine, "sources": dict(self.sources), "rows": rows}
+    rows: tuple[Measurement, ...]  # at most one for each `point`
+    command: str = ""  # the last one
+    machine: str = ""  # where that ran
+    # {name: {"command", "machine", "version", "date"}} of the commands that the rows come from
+    sources: Mapping[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
 class FinishedTask:
-    """The rows of a task, the digest of the settings they were made with, and the command that made them."""
+    """The content of rows/TASK.json."""
 
-    settings: str
-    source: Mapping[str, str]
+    settings: str  # digest of those that the rows were made with
+    source: dict[str, str]  # the command that made them, see `Results.sources`
     rows: tuple[Measurement, ...]
 
     @property
     def source_name(self) -> str:
-        return digest(dict(self.source))[:12]
-
-    def save(self, path: Path) -> None:
-        write_json(path, dataclasses.asdict(self))
+        return digest(self.source)[:12]
 
 
 def load_task(path: Path) -> FinishedTask:
-    """Reads the rows of a task. Raises `UserError` where the file is damaged."""
-
-    def parse(tree: Any) -> FinishedTask:
+    """Reads the rows of a task. Raises `UserError` where the file is damaged, as do the other readers."""
+    with _reading(path, f"{path} holds no rows of a comparison: %s; delete it, and its task is done again") as tree:
         return FinishedTask(tree["settings"], tree["source"], _rows(tree["rows"]))
-
-    return _read(path, parse, "{path} holds no rows of a comparison: {reason}; delete it, and its task is done again")
 
 
 def collect(folder: Path, command: str, machine: str) -> Results:
@@ -142,7 +125,7 @@ def merge(results: Results, others: Mapping[str, Results]) -> Results:
 
 def save(folder: Path, results: Results) -> None:
     """Writes results.json and results.csv, each completely or not at all."""
-    write_bytes(folder / "results.json", json.dumps(results.values(), indent=1).encode())
+    write_bytes(folder / "results.json", json.dumps(dataclasses.asdict(results), indent=1).encode())
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in dataclasses.fields(Measurement))
@@ -151,50 +134,44 @@ def save(folder: Path, results: Results) -> None:
 
 
 def load(path: Path) -> Results:
-    """Reads a results.json. Raises `UserError` where the file is none."""
-
-    def parse(tree: Any) -> Results:
+    """Reads a results.json."""
+    with _reading(path, f"{path} is not the results.json of a comparison: %s") as tree:
         sources = {name: dict(source) for name, source in tree["sources"].items()}
         return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
 
-    return _read(path, parse, "{path} is not the results.json of a comparison: {reason}")
-
 
 def read_binding(folder: Path) -> dict[str, Any] | None:
-    """The settings that a folder's comparison is bound to, {"config", "options"}; None where there is none yet.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-
-    def parse(tree: Any) -> dict[str, Any]:
+    """The settings that a folder's comparison is bound to, {"config", "options"}; None where there is none yet."""
+    path = folder / BINDING
+    if not path.exists():
+        return None
+    with _reading(path, f"{path} is damaged: %s; name another --workdir") as tree:
         return {"config": dict(tree["config"]), "options": dict(tree["options"])}
 
-    path = folder / BINDING
-    return _read(path, parse, "{path} is damaged: {reason}; name another --workdir") if path.exists() else None
 
-
-def _read(path: Path, parse: Callable[[Any], Content], message: str) -> Content:
+@contextlib.contextmanager
+def _reading(path: Path, message: str) -> Iterator[Any]:
+    """The content of a JSON file; whatever is wrong with it becomes a `UserError` with the reason in the message."""
     try:
-        return parse(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UserError(message.format(path=path, reason=reason)) from error
+        yield json.loads(path.read_text("utf-8"))
+    except KeyError as error:
+        raise UserError(message % f"{error} is missing") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(message % error) from error
 
 
 def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:
-    """Raises `ValueError` that names what is missing, unknown or of another type."""
-    fields = {field.name: field for field in dataclasses.fields(Measurement)}
-    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-    problems = []
-    for number, row in enumerate(values):
-        if missing := sorted(required - set(row)):
-            problems.append(f"row {number} has no {join_limited(missing)}")
-        if unknown := sorted(set(row) - set(fields)):
-            problems.append(f"row {number} has {join_limited(unknown)}, which this version does not know")
-        for name in fields.keys() & row.keys():
-            legal = str if fields[name].type is str else int | float
-            if isinstance(row[name], bool) or not isinstance(row[name], legal):
-                problems.append(f"row {number}: {name} is {row[name]!r}")
+    """Raises `UserError` that names what is missing, unknown or of another type."""
+    rows, problems = [], []
+    for number, fields in enumerate(values):
+        try:
+            rows.append(Measurement(**fields))
+        except TypeError as error:
+            problems.append(f"row {number}: {str(error).partition('() ')[2]}")
+            continue
+        for field in dataclasses.fields(Measurement):
+            legal, value = str if field.type is str else int | float, getattr(rows[-1], field.name)
+            if isinstance(value, bool) or not isinstance(value, legal):
+                problems.append(f"row {number}: {field.name} is {value!r}")
     raise_all(problems, limit=10)
-    return tuple(Measurement(**row) for row in values)
+    return tuple(rows)

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import datetime
-import json
+import itertools
 import os
 import platform
 import shutil
@@ -24,7 +24,7 @@ from lmeraser_jax.experiments import results, sequences
 from lmeraser_jax.experiments.measure import EXPERIMENTS, MONTAGE, Options, Task, run_task, tasks_of
 from lmeraser_jax.experiments.methods import Method
 from lmeraser_jax.experiments.results import FinishedTask, Results, load_task
-from lmeraser_jax.storage.atomic_files import write_bytes
+from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.training import clustering
 from lmeraser_jax.unlearning.run import Run, prepare_run
@@ -68,22 +68,17 @@ class Comparison:
 
 
 def check(comparison: Comparison) -> None:
-    """Refuses what cannot work before anything is done.
-
-    Raises:
-        UserError: names every unknown experiment, cut or kind of sequence, every method that does not go with the
-            config or with an experiment, and settings that differ from those of the folder's rows.
-    """
+    """Raises `UserError` with everything that cannot work, before anything is done."""
     options, config, problems = comparison.options, comparison.config, []
     for flag, values, legal in (
+        ("methods", [method.name for method in comparison.methods], ()),
         ("experiments", comparison.experiments, EXPERIMENTS),
         ("sequences", options.sequences, sequences.KINDS),
     ):
-        if unknown := [name for name in values if name not in legal]:
-            problems.append(f"--{flag}: {join_limited(unknown)} unknown; legal: {', '.join(legal)}")
-    for flag in ("methods", "experiments"):
-        if not getattr(comparison, flag):
+        if not values:
             problems.append(f"--{flag}: name at least one")
+        if unknown := [name for name in values if legal and name not in legal]:
+            problems.append(f"--{flag}: {join_limited(unknown)} unknown; legal: {', '.join(legal)}")
     for cut in options.cuts:
         try:
             parse_cut(cut)
@@ -91,8 +86,6 @@ def check(comparison: Comparison) -> None:
             problems.append(f"--cuts={cut}: must be a distance of 0 or more, or auto:K with K >= 1")
     if "cut" in comparison.experiments and not options.cuts:
         problems.append("--cuts is missing: the values of clustering.cut to try, such as auto:5,auto:10,auto:20")
-    if options.split not in ("test", "holdout"):
-        problems.append(f"--split={options.split}: must be test or holdout")
     if options.split == "holdout" and not (config.data.holdout or config.data.holdout_split):
         problems.append("--split=holdout: there is none; set --config.data.holdout, the share that is held out")
     for name, count in collections.Counter(method.name for method in comparison.methods).items():
@@ -111,10 +104,9 @@ def _method_problems(method: Method, comparison: Comparison) -> list[str]:
         config = method.configure(comparison.config)
     except UserError as error:
         return [str(error)]
-    if "cut" in comparison.experiments and config.clustering.partition != "adaptive":
-        problems.append(
-            f"--experiments=cut: {method.name} cuts no tree; its partition is {config.clustering.partition}"
-        )
+    partition = config.clustering.partition
+    if "cut" in comparison.experiments and partition != "adaptive":
+        problems.append(f"--experiments=cut: {method.name} cuts no tree; its partition is {partition}")
     if "epochs" in comparison.experiments and config.tuning.closed:
         problems.append(f"--experiments=epochs: {method.name} has a closed form and no epochs")
     return problems
@@ -129,8 +121,8 @@ def _check_folder(comparison: Comparison) -> None:
         differences = settings.differences(binding, _binding(comparison))
         problems = [f"--{line.removeprefix('options.')}" for line in differences]  # each names the flag to change
         raise_all(problems, f"{folder} compares with other settings; name another --workdir or drop:")
-    files = {comparison.rows_file(task): task for task in comparison.tasks}
-    stale = [path for path, task in files.items() if path.is_file() and load_task(path).settings != task.settings]
+    files = [(comparison.rows_file(task), task) for task in comparison.tasks]
+    stale = [path for path, task in files if path.is_file() and load_task(path).settings != task.settings]
     if stale:
         raise UserError(
             "made by a method of the same name with other settings; delete them, or give the method's file another"
@@ -143,8 +135,7 @@ def _has_rows(comparison: Comparison) -> bool:
 
 
 def _binding(comparison: Comparison) -> dict[str, Any]:
-    options = dataclasses.asdict(comparison.options)
-    options = {name: value for name, value in options.items() if name not in FREE_OPTIONS}
+    options = {n: value for n, value in dataclasses.asdict(comparison.options).items() if n not in FREE_OPTIONS}
     return {"config": settings.to_dict(comparison.config), "options": options}
 
 
@@ -165,36 +156,38 @@ def compare(comparison: Comparison, command: str) -> Results:
         start, folder, tuned = time.perf_counter(), comparison.folder / task.name, comparison.tuned(task)
         shared = tuned if tuned.exists() or to_come[task.tuning_digest] > 1 else None
         rows = run_task(task, comparison.options, comparison.base(task.seed), folder, shared)
-        FinishedTask(task.settings, _source(command), tuple(rows)).save(comparison.rows_file(task))
+        finished = FinishedTask(task.settings, _source(command), tuple(rows))
+        write_json(comparison.rows_file(task), dataclasses.asdict(finished))
         to_come[task.tuning_digest] -= 1
         if not comparison.keep:
             shutil.rmtree(folder, ignore_errors=True)
         if not to_come[task.tuning_digest]:
             shutil.rmtree(tuned, ignore_errors=True)
-        summary = f"accuracy {rows[-1].accuracy:.4f}, {time.perf_counter() - start:.0f} s"
-        print(f"[{number}/{len(tasks)}] {task.name.replace('_', ' ')}: {summary}", file=sys.stderr, flush=True)
+        seconds = time.perf_counter() - start
+        name = f"[{number}/{len(tasks)}] {task.name.replace('_', ' ')}"
+        print(f"{name}: accuracy {rows[-1].accuracy:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
         results.save(comparison.folder, results.collect(comparison.folder, command, machine()))
-    for path in comparison.folder.glob("tuned_*"):  # of an interrupted command that had more tasks
+    _remove(comparison.folder, "tuned_*")  # of an interrupted command that had more tasks
+    return results.collect(comparison.folder, command, machine())
+
+
+def _remove(folder: Path, *patterns: str) -> None:
+    """Removes the folders in a folder that match a pattern."""
+    for path in itertools.chain.from_iterable(map(folder.glob, patterns)):
         shutil.rmtree(path, ignore_errors=True)
-    rows_so_far = results.collect(comparison.folder, command, machine())
-    results.save(comparison.folder, rows_so_far)
-    return rows_so_far
 
 
 def _bind(comparison: Comparison) -> None:
     """Writes what is compared; removes what an earlier try left that finished no task and had other settings."""
-    folder, path = comparison.folder, comparison.folder / results.BINDING
-    text = json.dumps(_binding(comparison), indent=2, sort_keys=True) + "\n"
+    folder, path, binding = comparison.folder, comparison.folder / results.BINDING, _binding(comparison)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from error
-    if path.is_file() and not _has_rows(comparison) and path.read_text("utf-8") != text:
+    if not _has_rows(comparison) and results.read_binding(folder) not in (None, binding):
         (folder / MONTAGE).unlink(missing_ok=True)
-        for pattern in ("*base*", "*tuned_*", ".*.copy", *(f"{name}_*" for name in EXPERIMENTS)):
-            for leftover in folder.glob(pattern):
-                shutil.rmtree(leftover, ignore_errors=True)
-    write_bytes(path, text.encode())
+        _remove(folder, "*base*", "*tuned_*", ".*.copy", *(f"{name}_*" for name in EXPERIMENTS))
+    write_json(path, binding)
 
 
 def _source(command: str) -> dict[str, str]:
@@ -218,9 +211,8 @@ def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:
         _make_base(base, config)
         with prepare_run(base, config) as (run, _):
             if not len(run.catalog.live(split)):
-                remedy = "use more data"
-                if split == "holdout":
-                    remedy = "--config.data.holdout or holdout_split must leave some"
+                holdout = "--config.data.holdout or holdout_split must leave some"
+                remedy = holdout if split == "holdout" else "use more data"
                 problems.append(f"--split={split}: no image of seed {seed} is in it; {remedy}")
             for task in {task.method.name: task for task in waiting if task.seed == seed}.values():
                 problems += _too_few_records(run, task)
@@ -229,12 +221,11 @@ def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:
 
 def _make_base(folder: Path, config: Config) -> None:
     """Imports images, makes the backbone and computes features, under another name until the workdir is whole."""
-    if folder.exists():
-        return
-    partial = folder.with_name(f"making_{folder.name}")
-    with prepare_run(partial, config) as (run, _):
-        run.features(run.catalog.live("train"))
-    partial.rename(folder)
+    if not folder.exists():
+        partial = folder.with_name(f"making_{folder.name}")
+        with prepare_run(partial, config) as (run, _):
+            run.features(run.catalog.live("train"))
+        partial.rename(folder)
 
 
 def _too_few_records(run: Run, task: Task) -> list[str]:
@@ -247,9 +238,8 @@ def _too_few_records(run: Run, task: Task) -> list[str]:
         for label in np.flatnonzero(counts < 2)
     ]
     if task.config.clustering.partition == "random":
-        sizes = np.bincount(clustering.shard_of(records.ids, shards, task.seed), minlength=shards)
-        empty = np.flatnonzero(sizes == 0)
-        if len(empty):
+        empty = sorted(set(range(shards)).difference(clustering.shard_of(records.ids, shards, task.seed).tolist()))
+        if empty:
             problems.append(
                 f"{prefix} of {shards} shards {len(empty)} get none with seed {task.seed} (shard"
                 f" {join_limited(empty)}), but {task.method.name} needs one in each; use more data or fewer"

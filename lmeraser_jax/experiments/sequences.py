@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning.run import Run
@@ -20,9 +19,7 @@ PARETO_EXPONENT = 1.16  # a fifth of the owners asks for four fifths of the reco
 
 def uniform(run: Run, count: int) -> Iterator[list[str]]:
     """Records drawn uniformly."""
-    ids = run.catalog.live("train").ids
-    order = philox(run.config.seed, "sequence", "uniform").permutation(len(ids))[: count * BATCH]
-    yield from _split([ids[i] for i in order], count)
+    return _shuffled(run, "uniform", run.catalog.live("train").ids, count * BATCH, count)
 
 
 def burst(run: Run, count: int) -> Iterator[list[str]]:
@@ -30,8 +27,7 @@ def burst(run: Run, count: int) -> Iterator[list[str]]:
     records = run.catalog.live("train")
     largest = min(Counter(records.clusters).items(), key=lambda pair: (-pair[1], pair[0]))[0]
     ids = [name for name, key in zip(records.ids, records.clusters, strict=True) if key == largest]
-    order = philox(run.config.seed, "sequence", "burst").permutation(len(ids))[: min(count * BATCH, len(ids) - 1)]
-    yield from _split([ids[i] for i in order], count)
+    return _shuffled(run, "burst", ids, min(count * BATCH, len(ids) - 1), count)
 
 
 def pareto(run: Run, count: int) -> Iterator[list[str]]:
@@ -74,8 +70,7 @@ def by_class(run: Run, count: int) -> Iterator[list[str]]:
 def half(run: Run, count: int) -> Iterator[list[str]]:
     """Half of all records, in batches of one size."""
     ids = run.catalog.live("train").ids
-    order = philox(run.config.seed, "sequence", "half").permutation(len(ids))[: len(ids) // 2]
-    yield from _split([ids[i] for i in order], count)
+    return _shuffled(run, "half", ids, len(ids) // 2, count)
 
 
 def adaptive(run: Run, count: int) -> Iterator[list[str]]:
@@ -84,7 +79,9 @@ def adaptive(run: Run, count: int) -> Iterator[list[str]]:
         records = run.catalog.live("train")
         if len(records) <= BATCH:
             return
-        yield [records.ids[i] for i in np.argsort(-_certainty(run, records), kind="stable")[:BATCH]]
+        predictions = predict(load_model(run), run.images[records.rows])
+        certainty = predictions.probabilities[np.arange(len(records)), records.labels]
+        yield [records.ids[i] for i in np.argsort(-certainty, kind="stable")[:BATCH]]
 
 
 KINDS: dict[str, Callable[[Run, int], Iterator[list[str]]]] = {
@@ -97,14 +94,9 @@ KINDS: dict[str, Callable[[Run, int], Iterator[list[str]]]] = {
 }
 
 
-def _certainty(run: Run, records: RecordTable) -> np.ndarray:
-    """Probability that the published state gives to each record's own label: float32 [N]."""
-    predictions = predict(load_model(run), run.images[records.rows])
-    return predictions.probabilities[np.arange(len(records)), records.labels]
-
-
-def _split(ids: list[str], count: int) -> Iterator[list[str]]:
-    """At most `count` batches of nearly one size."""
-    for batch in np.array_split(np.array(ids, np.str_), count):
+def _shuffled(run: Run, kind: str, ids: Sequence[str], most: int, count: int) -> Iterator[list[str]]:
+    """At most so many of the records, drawn uniformly, in at most `count` batches of nearly one size."""
+    order = philox(run.config.seed, "sequence", kind).permutation(len(ids))[:most]
+    for batch in np.array_split(order, count):
         if len(batch):
-            yield [str(name) for name in batch]
+            yield [ids[i] for i in batch]

@@ -7,7 +7,9 @@ the mean of their differences, with Student's 95 % interval.
 import base64
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -17,11 +19,12 @@ from lmeraser_jax.experiments.results import Measurement, Results
 from lmeraser_jax.storage.atomic_files import write_bytes
 
 MISSING_TEXT = "–"  # in place of a number that was not measured
+METHOD = attrgetter("method")
 REFERENCE = "lmeraser"  # the method that others are compared with
-CONFIDENCE = 0.95
 Key = TypeVar("Key", bound=Hashable)
 Rows = Sequence[Measurement]
 Titles = Mapping[str, str]  # {name of a method, data set or backbone: what people read}
+Pictures = Sequence[tuple[str, bytes]]  # figures: (heading, SVG)
 NOTES = (
     "Mean over seeds ± sample standard deviation (n - 1). Bold: the best mean.",
     "A seed redraws clusters, prompts, heads and the order of images; also the split where the data have none, and the"
@@ -38,30 +41,23 @@ NOTES = (
 class Spread(NamedTuple):
     """Mean, sample standard deviation (n - 1; 0 for one seed), and range of one number per seed; NaN if not known."""
 
-    mean: float
-    sd: float
-    low: float
-    high: float
+    mean: float = math.nan
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
 
     @property
     def known(self) -> bool:
         return math.isfinite(self.mean)
 
 
-UNKNOWN = Spread(math.nan, math.nan, math.nan, math.nan)
-
-
 def spread(values: Iterable[float]) -> Spread:
     """Of one value per seed; unknown without any, or with one that is not finite."""
     array = np.asarray(list(values), np.float64)
     if not len(array) or not np.isfinite(array).all():
-        return UNKNOWN
+        return Spread()
     sd = float(array.std(ddof=1)) if np.ptp(array) > 0 else 0.0  # of equal numbers the sum may round
     return Spread(float(array.mean()), sd, float(array.min()), float(array.max()))
-
-
-def percent(value: float, like: float) -> str:
-    return f"{value:.2f}"
 
 
 def amount(value: float, like: float) -> str:
@@ -80,14 +76,18 @@ class Quantity:
     title: str  # of a column or an axis, with the unit
     of: Callable[[Measurement], float]  # NaN where the row does not have it
     best: Callable[[Iterable[float]], float] | None = min  # chooses the best of several means; None: none is better
-    text: Callable[[float, float], str] = amount  # a number for people, with the decimals of a second one
+    percent: bool = False  # shown with two decimals; else with three digits
+
+    def format(self, value: float, like: float | None = None) -> str:
+        """A number with the decimals of a second one."""
+        return f"{value:.2f}" if self.percent else amount(value, value if like is None else like)
 
     def show(self, value: Spread) -> str:
         """The mean and, where seeds differ, the standard deviation."""
         if not value.known:
             return MISSING_TEXT
-        mean = self.text(value.mean, value.mean)
-        return f"{mean} ± {self.text(value.sd, value.mean)}" if value.sd > 0 else mean
+        mean = self.format(value.mean)
+        return f"{mean} ± {self.format(value.sd, value.mean)}" if value.sd > 0 else mean
 
 
 def request_cost(row: Measurement) -> float:
@@ -103,71 +103,49 @@ def _test_error(row: Measurement) -> float:
     return 100 * math.sqrt(variance / row.tested) if row.tested > 0 and variance >= 0 else math.nan
 
 
-def _measured(field: str) -> Callable[[Measurement], float]:
-    """A number that is 0 where it was not measured."""
-    return lambda row: getattr(row, field) or math.nan
-
-
-ACCURACY = Quantity("accuracy (%)", lambda row: 100 * row.accuracy, max, percent)
-BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, percent)
-TEST_ERROR = Quantity("error of the test set (points)", _test_error, None, percent)
+ACCURACY = Quantity("accuracy (%)", lambda row: 100 * row.accuracy, max, True)
+BALANCED = Quantity("balanced accuracy (%)", lambda row: 100 * row.balanced, max, True)
+TEST_ERROR = Quantity("error of the test set (points)", _test_error, None, True)
 COST = Quantity("images per request (% of a full tuning)", request_cost)
 IMAGES = Quantity("images per request", lambda row: row.images_request)
 WORST = Quantity("images at worst", lambda row: row.images_worst)
-SECONDS = Quantity("time per request (s)", _measured("seconds_request"))
-UNSAMPLED = Quantity("record not sampled (s)", _measured("seconds_unsampled"))
-SAMPLED = Quantity("sampled record (s)", _measured("seconds_sampled"))
-PASSES = Quantity("forward passes per prediction", _measured("passes"))
+SECONDS = Quantity("time per request (s)", lambda row: row.seconds_request or math.nan)  # 0: not measured
+UNSAMPLED = Quantity("record not sampled (s)", lambda row: row.seconds_unsampled or math.nan)
+SAMPLED = Quantity("sampled record (s)", lambda row: row.seconds_sampled or math.nan)
+PASSES = Quantity("forward passes per prediction", lambda row: row.passes or math.nan)
 RECORDS = Quantity("records affected per request", lambda row: row.records_request)
 PARAMETERS = Quantity("parameters affected per request", lambda row: row.parameters_request)
-FULL = Quantity("time of a full tuning, cold (s)", _measured("seconds_full"))
+FULL = Quantity("time of a full tuning, cold (s)", lambda row: row.seconds_full or math.nan)
 CLUSTERS = Quantity("clusters", lambda row: row.clusters, None)
 SPENT = Quantity("images passed since the start", lambda row: row.spent)
 COLUMNS = (BALANCED, TEST_ERROR, COST, IMAGES, WORST, SECONDS, UNSAMPLED, SAMPLED, PASSES, RECORDS, PARAMETERS, FULL)
 
 
-def unique(values: Iterable[Key]) -> list[Key]:
-    """In the order of first appearance."""
-    return list(dict.fromkeys(values))
-
-
-def rows_of(rows: Rows, experiment: str) -> list[Measurement]:
-    """The rows of an experiment that have a place on its axis."""
-    return [row for row in rows if row.experiment == experiment and math.isfinite(row.x)]
+def grouped(rows: Iterable[Measurement], key: Callable[[Measurement], Key]) -> dict[Key, list[Measurement]]:
+    """The rows by a key; keys in the order in which they appear."""
+    groups: dict[Key, list[Measurement]] = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
 
 
 def places_of(rows: Rows) -> dict[tuple[str, str], list[Measurement]]:
     """The rows of `methods` by data set and backbone."""
-    methods = rows_of(rows, "methods")
-    places = unique((row.dataset, row.backbone) for row in methods)
-    return {place: [row for row in methods if (row.dataset, row.backbone) == place] for place in places}
+    return grouped((row for row in rows if row.experiment == "methods"), attrgetter("dataset", "backbone"))
 
 
-def spreads(rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Key]) -> dict[Key, Spread]:
+def spreads(
+    rows: Iterable[Measurement], quantity: Quantity, key: Callable[[Measurement], Key] = METHOD
+) -> dict[Key, Spread]:
     """Spreads over the rows with the same key."""
-    values: dict[Key, list[float]] = {}
-    for row in rows:
-        values.setdefault(key(row), []).append(quantity.of(row))
-    return {name: spread(group) for name, group in values.items()}
+    return {name: spread(map(quantity.of, group)) for name, group in grouped(rows, key).items()}
 
 
-def by_method(row: Measurement) -> str:
-    return row.method
+def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> tuple[float, float, float] | None:
+    """Mean difference of two methods' numbers by seed, and both ends of Student's interval; None without a number.
 
-
-class Difference(NamedTuple):
-    """Mean of paired differences and the ends of Student's interval, which are NaN where there is none."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Difference | None:
-    """Of two methods' numbers by seed; None without a common seed, or where a number is not finite.
-
-    mean(d) ± t(n - 1, 0.975) sd(d) / sqrt(n), sd with n - 1. No interval if d does not vary: the seeds have not redrawn
-    what d depends on.
+    mean(d) ± t(n - 1, 0.975) sd(d) / sqrt(n), sd with n - 1. The ends are NaN if d does not vary: the seeds have not
+    redrawn what d depends on.
     """
     from scipy.stats import t
 
@@ -176,8 +154,8 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
     if not n or not np.isfinite(differences).all():
         return None
     mean, sd = float(differences.mean()), float(differences.std(ddof=1)) if n > 1 else 0.0
-    reach = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * sd / math.sqrt(n) if sd > 1e-9 else math.nan
-    return Difference(mean, mean - reach, mean + reach)
+    reach = float(t.ppf(0.975, n - 1)) * sd / math.sqrt(n) if sd > 1e-9 else math.nan
+    return mean, mean - reach, mean + reach
 
 
 def printable(text: object) -> str:
@@ -199,8 +177,7 @@ class Cell(NamedTuple):
     best: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of plain texts, not escaped."""
 
     caption: str
@@ -210,7 +187,7 @@ class Table:
 
 def methods_table(rows: Rows, titles: Titles) -> Table:
     """Of one data set and backbone: a row for every method, and for always naming the largest class; the best first."""
-    accuracies = spreads(rows, ACCURACY, by_method)
+    accuracies = spreads(rows, ACCURACY)
     names = sorted(accuracies, key=lambda name: -accuracies[name].mean if accuracies[name].known else math.inf)
     reference = REFERENCE if REFERENCE in accuracies else rows[0].method
     columns = [quantity for quantity in COLUMNS if any(quantity.of(row) > 0 for row in rows)]
@@ -218,8 +195,8 @@ def methods_table(rows: Rows, titles: Titles) -> Table:
         [Cell(title_of(name, titles)) for name in names],
         _column(ACCURACY, accuracies, names),
         [Cell(_difference(rows, name, reference)) for name in names],
-        *(_column(quantity, spreads(rows, quantity, by_method), names) for quantity in columns),
-        _column(CLUSTERS, spreads(rows, CLUSTERS, by_method), names),
+        *(_column(quantity, spreads(rows, quantity), names) for quantity in columns),
+        _column(CLUSTERS, spreads(rows, CLUSTERS), names),
     ]
     heads = ["method", ACCURACY.title, f"minus {title_of(reference, titles)} (points)"]
     heads += [quantity.title for quantity in (*columns, CLUSTERS)]
@@ -236,78 +213,79 @@ def methods_table(rows: Rows, titles: Titles) -> Table:
 
 def _column(quantity: Quantity, values: Mapping[str, Spread], names: Sequence[str]) -> list[Cell]:
     """Cells of one quantity; those that read like the best mean are marked, unless all do."""
-    means = [values[name].mean for name in names if values[name].known]
-    texts = {name: quantity.text(values[name].mean, values[name].mean) for name in names if values[name].known}
+    means = {name: values[name].mean for name in names if values[name].known}
+    texts = {name: quantity.format(mean) for name, mean in means.items()}
     best = ""
     if quantity.best and len(set(texts.values())) > 1:
-        best = quantity.text(quantity.best(means), quantity.best(means))
+        best = quantity.format(quantity.best(means.values()))
     return [Cell(quantity.show(values[name]), texts.get(name) == best) for name in names]
 
 
 def _difference(rows: Rows, name: str, reference: str) -> str:
-    first, second = (
-        {row.seed: ACCURACY.of(row) for row in rows if row.method == method} for method in (name, reference)
-    )
-    difference = paired_difference(first, second)
+    accuracies = {key: {row.seed: ACCURACY.of(row) for row in group} for key, group in grouped(rows, METHOD).items()}
+    difference = paired_difference(accuracies[name], accuracies[reference])
     if name == reference or difference is None:
         return MISSING_TEXT
-    interval = f" [{difference.low:+.2f}, {difference.high:+.2f}]" if math.isfinite(difference.low) else ""
-    return f"{difference.mean:+.2f}{interval}"
+    mean, low, high = difference
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else f"{mean:+.2f}"
 
 
-def curves_table(rows: Rows, experiment: str, titles: Titles) -> Table | None:
-    """Both ends of every curve of an experiment; None without rows."""
-    curves: dict[tuple[str, ...], list[Measurement]] = {}
-    for row in rows_of(rows, experiment):
-        curves.setdefault((row.dataset, row.method, row.backbone, row.series), []).append(row)
+def curves_table(experiment: str, rows: Rows, titles: Titles) -> Table:
+    """Both ends of every curve of an experiment."""
+    curves = grouped(rows, attrgetter("dataset", "method", "backbone", "series"))
     lines = []
     for place, curve in curves.items():
         first, last = min(row.x for row in curve), max(row.x for row in curve)
         start, end = [row for row in curve if row.x == first], [row for row in curve if row.x == last]
-        change = paired_difference(*({row.seed: ACCURACY.of(row) for row in ends} for ends in (end, start)))
+        after, before = ({row.seed: ACCURACY.of(row) for row in ends} for ends in (end, start))
+        change = paired_difference(after, before)
         cells = [title_of(name, titles) for name in place] + [f"{first:g} to {last:g}"]
         cells += [ACCURACY.show(spread(map(ACCURACY.of, ends))) for ends in (start, end)]
-        cells.append(MISSING_TEXT if change is None else f"{change.mean:+.2f}")
+        cells.append(MISSING_TEXT if change is None else f"{change[0]:+.2f}")
         cells += [quantity.show(spread(map(quantity.of, end))) for quantity in (CLUSTERS, SPENT)]
         lines.append(tuple(map(Cell, cells)))
     heads = ("data", "method", "backbone", "series", "x", "accuracy at the first x (%)", "at the last x (%)")
     heads += ("change (points)", "clusters at the last x", "images passed")
-    return Table(f"Experiment: {experiment}", heads, tuple(lines)) if lines else None
+    return Table(f"Experiment: {experiment}", heads, tuple(lines))
 
 
 def tables(rows: Rows, titles: Titles) -> list[Table]:
     """A table for every data set and backbone, and one for every experiment along an axis."""
-    experiments = [name for name in unique(row.experiment for row in rows) if name != "methods"]
-    curves = [curves_table(rows, name, titles) for name in experiments]
-    return [*(methods_table(here, titles) for here in places_of(rows).values()), *filter(None, curves)]
+    experiments = grouped(rows, attrgetter("experiment"))
+    curves = [curves_table(name, group, titles) for name, group in experiments.items() if name != "methods"]
+    return [methods_table(group, titles) for group in places_of(rows).values()] + curves
 
 
-class Plate(NamedTuple):
-    """A figure of the report: its heading and its SVG."""
+def write_report(
+    folder: Path, results: Results, titles: Titles, pictures: Pictures = (), montage: bytes | None = None
+) -> list[Path]:
+    """Writes report.html, which needs no other file and no network, and report.md; each completely or not at all.
 
-    heading: str
-    svg: bytes
-
-
-def render(template: str, results: Results, titles: Titles, **content: object) -> str:
-    """Fills a template of this package; every text that comes from rows, titles or commands is escaped.
+    Templates escape every text that comes from rows, titles or commands.
 
     Args:
-        template: report.html or report.md.
-        results: rows, and the commands and machines that they come from.
-        titles: what people read in place of names.
-        content: what else the template shows.
+        folder: of the comparison.
+        results, titles, pictures: what to report.
+        montage: PNG of clusters and prompts, which shows private images.
     """
-    from jinja2 import Environment, FileSystemLoader
+    from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=template.endswith(".html"), trim_blocks=True)
+    environment = Environment(loader=loader, autoescape=select_autoescape(["html.jinja"]), trim_blocks=True)
     environment.filters["md"] = _escape_markdown
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     last = {"command": results.command, "machine": results.machine}
-    sources = unique(_source_text(last | dict(results.sources.get(row.source, {}))) for row in results.rows)
-    content |= {"notes": NOTES, "tables": tables(results.rows, titles), "sources": sources}
-    return environment.get_template(f"{template}.jinja").render(content)
+    content = {
+        "notes": NOTES,
+        "tables": tables(results.rows, titles),
+        "sources": dict.fromkeys(_source_text(last | results.sources.get(row.source, {})) for row in results.rows),
+        "pictures": pictures,
+        "montage": montage,
+    }
+    paths = [folder / "report.html", folder / "report.md"]
+    for path in paths:
+        write_bytes(path, environment.get_template(f"{path.name}.jinja").render(content).encode())
+    return paths
 
 
 def _source_text(source: Mapping[str, str]) -> str:
@@ -317,23 +295,4 @@ def _source_text(source: Mapping[str, str]) -> str:
 
 def _escape_markdown(text: str) -> str:
     """Keeps a text inside its cell, and from being read as HTML, emphasis or a link."""
-    for character in "\\`*_|[]":
-        text = text.replace(character, f"\\{character}")
-    return text.replace("<", "&lt;")
-
-
-def write_report(
-    folder: Path, results: Results, titles: Titles, plates: Sequence[Plate] = (), montage: bytes | None = None
-) -> list[Path]:
-    """Writes report.html, which needs no other file and no network, and report.md; each completely or not at all.
-
-    Args:
-        folder: of the comparison.
-        results, titles: see `render`.
-        plates: the figures.
-        montage: PNG of clusters and prompts, which shows private images.
-    """
-    pages = {"report.html": {"plates": plates, "montage": montage}, "report.md": {}}
-    for name, content in pages.items():
-        write_bytes(folder / name, render(name, results, titles, **content).encode())
-    return [folder / name for name in pages]
+    return re.sub(r"[\\`*_|\[\]]", r"\\\g<0>", text).replace("<", "&lt;")

@@ -1,21 +1,19 @@
 """Each formula against a count of every possible window, a mixture over Poisson numbers, or windows drawn at random."""
 
-import dataclasses
 import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
-from simulation import clusters_of, makespan, simulate
 
 from lmeraser_jax.experiments import cost_model
 from lmeraser_jax.experiments.cost_model import Batch, Clusters
 from lmeraser_jax.training.lanes import pack
 
-SIZES = (1, 2, 3)
 SMALL = Clusters(np.array([1.0, 2, 3]), np.array([0.0, 1, 1]), np.array([40.0, 20, 30]))
 LARGE = Clusters(np.array([80.0, 40, 20, 9, 1]), np.array([6.0, 1, 2, 1, 0]), np.array([80.0, 45, 20, 30, 12]))
+UNSAMPLED = Clusters(LARGE.members, np.zeros(5), LARGE.images)
 
 
 def records_of(clusters):
@@ -35,20 +33,24 @@ def windows_of(clusters, count, changed):
             yield chance, hit, hit | {i for i, yes in zip(rest, moved) if yes}
 
 
+def makespan(images, lanes):
+    """Images of the lane that ends last, at least: the largest of longest and total / L, [..., K] -> [...]."""
+    return np.maximum(np.max(images, axis=-1, initial=0.0), np.sum(images, axis=-1) / lanes)
+
+
 def enumerated(clusters, count, changed=1.0, lanes=1):
     """Expectations over every window: clusters hit, clusters re-tuned, images, makespan."""
     sums = np.zeros(4)
     for chance, hit, retuned in windows_of(clusters, count, changed):
         images = [clusters.images[i] for i in retuned]
-        longest = max(max(images, default=0.0), sum(images) / lanes)
-        sums += chance * np.array([len(hit), len(retuned), sum(images), longest])
+        sums += chance * np.array([len(hit), len(retuned), sum(images), makespan(images, lanes)])
     return sums.tolist()
 
 
 def formulas(clusters, batch, changed=1.0, lanes=1):
     return [
         cost_model.expected_affected(clusters.members, batch),
-        cost_model.expected_retuned(clusters, batch, changed),
+        float(cost_model.retuned_probabilities(clusters, batch, changed).sum()),
         cost_model.expected_images(clusters, batch, changed),
         cost_model.expected_makespan(clusters, batch, changed, lanes),
     ]
@@ -104,36 +106,45 @@ def test_a_uniform_request_pays_for_the_cluster_of_its_record(rng):
     """The mean over records of the images of their own cluster, and how far that is from a cluster of mean size."""
     own = [LARGE.images[i] for i, _ in records_of(LARGE)]
     assert cost_model.size_biased_images(LARGE) == pytest.approx(np.mean(own))
-    plain = clusters_of(rng.integers(1, 500, 40))
+    sizes = rng.integers(1, 500, 40).astype(float)
+    plain = Clusters(sizes, np.zeros(40), sizes)
     request = cost_model.expected_images(plain, Batch(1, fixed=True))
-    mean = plain.records / 40
     assert cost_model.size_biased_images(plain) == pytest.approx(request)
-    assert request == pytest.approx(mean * (1 + (plain.members.std() / mean) ** 2))
+    assert request == pytest.approx(sizes.mean() * (1 + (sizes.std() / sizes.mean()) ** 2))
 
 
 def test_without_a_private_sample_only_clusters_that_are_hit_are_tuned_again():
-    without = dataclasses.replace(LARGE, sampled=np.zeros(5))
     for batch in (Batch(2.5), Batch(3, fixed=True)):
         hits = batch.hits(LARGE.members / LARGE.records)
-        for clusters, changed in ((LARGE, 0.0), (without, 0.7)):
+        for clusters, changed in ((LARGE, 0.0), (UNSAMPLED, 0.7)):
             assert cost_model.retuned_probabilities(clusters, batch, changed) == pytest.approx(hits)
             assert cost_model.expected_images(clusters, batch, changed) == pytest.approx(float(hits @ LARGE.images))
 
 
 @pytest.mark.parametrize("batch", [Batch(0.4), Batch(5.0), Batch(3, fixed=True)], ids=repr)
 def test_formulas_against_windows_drawn_at_random(batch, rng):
-    changed, lanes = 0.35, 2
-    drawn = simulate(LARGE, batch, 20_000, rng, changed, lanes)
-    for counts, formula in zip((drawn.affected, drawn.retuned, drawn.images), formulas(LARGE, batch, changed)):
-        assert abs(counts.mean() - formula) < 4 * counts.std() / len(counts) ** 0.5
-    bound = cost_model.expected_makespan(LARGE, batch, changed, lanes)
-    assert 0.8 * drawn.longest.mean() < bound < drawn.longest.mean() * 1.02
-    assert drawn.reclustered.mean() == pytest.approx(batch.hits(LARGE.sample / LARGE.records), abs=0.02)
+    """Only the named records are drawn; what they cause is counted."""
+    changed, lanes, windows = 0.35, 2, 20_000
+    share = np.concatenate([LARGE.members - LARGE.sampled, LARGE.sampled]) / LARGE.records
+    if batch.fixed:
+        named = rng.multinomial(int(batch.requests), share, size=windows)
+    else:
+        named = rng.poisson(batch.requests * share, size=(windows, len(share)))
+    unsampled, sampled = np.split(named > 0, 2, axis=1)  # [windows, K] each
+    hit, again = unsampled | sampled, np.any(sampled, axis=1)
+    retuned = hit | (again[:, None] & (rng.random(hit.shape) < changed))
+    images = retuned * LARGE.images
+    drawn = (hit.sum(axis=1), retuned.sum(axis=1), images.sum(axis=1))
+    for counts, formula in zip(drawn, formulas(LARGE, batch, changed)):
+        assert abs(counts.mean() - formula) < 4 * counts.std() / windows**0.5
+    bound, longest = cost_model.expected_makespan(LARGE, batch, changed, lanes), makespan(images, lanes).mean()
+    assert 0.8 * longest < bound < longest * 1.02
+    assert again.mean() == pytest.approx(batch.hits(LARGE.sample / LARGE.records), abs=0.02)
 
 
 def test_lanes_come_close_to_the_makespan(rng):
     for clusters, lanes in itertools.product((30, 194, 347), (1, 4, 8)):
         images = np.ceil(1000 * rng.lognormal(size=clusters)).astype(int)
         longest = max(sum(images[i] for i in lane) for lane in pack(images.tolist(), lanes))
-        bound = float(makespan(images.astype(float), lanes))
+        bound = float(makespan(images, lanes))
         assert bound <= longest <= 1.02 * bound + 1, (clusters, lanes)

@@ -16,7 +16,7 @@ from numpy.testing import assert_allclose
 
 from lmeraser_jax.experiments import summary
 from lmeraser_jax.experiments.results import Results
-from lmeraser_jax.experiments.summary import Plate, write_report
+from lmeraser_jax.experiments.summary import write_report
 
 EVIL = "<script>alert('1')</script>\"'&<img src=x onerror=alert(2)>|[a](http://x)**"
 ALONE = {"meta", "img"}
@@ -179,8 +179,7 @@ def hostile(tmp_path):
     rows = [row(method=m, dataset=EVIL, backbone=EVIL, source="s") for m in ("lmeraser", "single")]
     rows += [row(experiment="removal", x=x, dataset=EVIL, series=EVIL, method=EVIL) for x in (0.0, 0.5)]
     results = Results(tuple(rows), "", "", {"s": {"command": f"compare '{EVIL}'", "machine": EVIL}})
-    plates = [Plate(EVIL, b"<svg/>")]
-    paths = write_report(tmp_path, results, {"single": EVIL}, plates, b"\x89PNG")
+    paths = write_report(tmp_path, results, {"single": EVIL}, [(EVIL, b"<svg/>")], b"\x89PNG")
     return [path.read_text("utf-8") for path in paths]
 
 
