@@ -25,12 +25,10 @@ NAMES = {title: name for name, title in TITLES.items()}
 
 @pytest.fixture(scope="module")
 def rows():
-    """Recorded rows, and the same again with another backbone."""
-    originals = list(recorded().rows)
-    extra = [
-        dataclasses.replace(r, backbone="other") for r in originals if r.method == "lmeraser" and r.experiment != "cut"
-    ]
-    return originals + extra
+    """Recorded rows, and some of them again with another backbone."""
+    originals = recorded().rows
+    copied = [r for r in originals if r.method == "lmeraser" and r.experiment != "cut"]
+    return [*originals, *(dataclasses.replace(r, backbone="other") for r in copied)]
 
 
 @pytest.fixture(scope="module")
@@ -63,46 +61,39 @@ def test_dots_are_means_and_bars_go_from_the_lowest_to_the_highest_seed(rows, dr
 
 
 def test_curves_are_means_along_the_axis(rows, drawn):
-    removal = drawn["removal"].axes[0]
     shares = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
     wanted = {"experiment": "removal", "method": "lmeraser", "backbone": "small ViT"}
-    line = removal.containers[0].lines[0]
+    line = drawn["removal"].axes[0].containers[0].lines[0]
     assert_allclose(line.get_xdata(orig=False), shares)
-    assert_allclose(
-        line.get_ydata(orig=False), [100 * np.mean(values_of(rows, "accuracy", **wanted, x=x)) for x in shares]
-    )
+    means = [100 * np.mean(values_of(rows, "accuracy", **wanted, x=x)) for x in shares]
+    assert_allclose(line.get_ydata(orig=False), means)
     panels = {(panel.get_title(), panel.get_ylabel()): panel for panel in drawn["sequences"].axes}
     spent = panels["digits · uniform", summary.SPENT.title]
     expected = values_of(rows, "spent", experiment="sequence", series="uniform", backbone="small ViT")
     assert_allclose(spent.containers[0].lines[0].get_ydata(orig=False), expected)
 
 
+def beaten(point, points):
+    """Whether another (cost, accuracy) is at least as good in both."""
+    return any(cost <= point[0] and accuracy >= point[1] and (cost, accuracy) != point for cost, accuracy in points)
+
+
 def test_the_line_of_the_best_trade_offs(rows, drawn):
-    panel = drawn["tradeoff"].axes[0]
-    chosen = [r for r in rows if (r.experiment, r.backbone) == ("methods", "small ViT")]
-    points = {
-        name: np.mean([(summary.request_cost(r), 100 * r.accuracy) for r in chosen if r.method == name], axis=0)
-        for name in {r.method for r in chosen}
-    }
-    best = sorted(
-        tuple(point)
-        for point in points.values()
-        if not any(
-            other[0] <= point[0] and other[1] >= point[1] and tuple(other) != tuple(point) for other in points.values()
-        )
-    )
+    panel, places = drawn["tradeoff"].axes[0], {}
+    for r in rows:
+        if (r.experiment, r.backbone) == ("methods", "small ViT"):
+            cost = 100 * r.images_request / r.images_full if r.images_full else 0.0
+            places.setdefault(r.method, []).append((cost, 100 * r.accuracy))
+    points = [tuple(np.mean(values, axis=0)) for values in places.values()]
     (front,) = [line for line in panel.lines if line.get_gid() == "front"]
-    assert_allclose(front.get_xydata(), best)
+    assert_allclose(front.get_xydata(), sorted(point for point in points if not beaten(point, points)))
     assert len(panel.containers) == len(points)
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
 def test_the_pareto_front_against_brute_force(points):
-    def beaten(a):
-        return any(b[0] <= a[0] and b[1] >= a[1] and b != a for b in points)
-
     front = figures.pareto(points)
-    assert sorted(front) == [i for i, point in enumerate(points) if not beaten(point)]
+    assert sorted(front) == [i for i, point in enumerate(points) if not beaten(point, points)]
     assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
 
 
@@ -127,12 +118,12 @@ def test_names_of_any_kind_are_drawn():
         rows += [row(experiment="epochs", method=name, x=x, dataset=name) for x in (1.0, 2.0)]
         shown = "".join(c if c.isprintable() else "�" for c in " ".join(name.split())) or "–"
         shown = shown if len(shown) <= 40 else shown[:39] + "…"
-        for figure in ("accuracy", "tradeoff", "epochs"):
-            figure_ = figures.FIGURES[figure][1](rows, {})
-            assert figure_.axes[0].get_title().partition(" · vit-b")[0] == shown
-            labels = [text.get_text().strip() for text in figure_.legends[0].get_texts()]
-            assert figure == "accuracy" or shown in labels
-        ElementTree.fromstring(picture(figure_, "svg"))
+        for kind in ("accuracy", "tradeoff", "epochs"):
+            figure = figures.FIGURES[kind][1](rows, {})
+            assert figure.axes[0].get_title().partition(" · vit-b")[0] == shown
+            labels = [text.get_text().strip() for text in figure.legends[0].get_texts()]
+            assert kind == "accuracy" or shown in labels
+        ElementTree.fromstring(picture(figure, "svg"))
 
 
 def test_the_same_bytes_whatever_the_user_s_settings_are():
