@@ -205,7 +205,7 @@ def _row(title: str, text: Callable[[Any], str] = "{:.3g}".format) -> Any:
     return dataclasses.field(metadata={"title": title, "text": text})
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """Expected costs of serving requests together: all of a window with at least one request, or always k."""
 

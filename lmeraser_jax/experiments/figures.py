@@ -193,8 +193,8 @@ def _errorbar(panel: "Axes", x: Sequence[Spread], y: Sequence[Spread], look: tup
         lengths = [(value.mean - value.low, value.high - value.mean) for value in values]
         return np.maximum(np.transpose(lengths), 0.0)
 
-    means = [[value.mean for value in values] for values in (x, y)]
-    panel.errorbar(*means, reach(y), reach(x), color=colour, fmt=marker + line, elinewidth=1.2, capsize=2.5)
+    x_means, y_means = ([value.mean for value in values] for values in (x, y))
+    panel.errorbar(x_means, y_means, reach(y), reach(x), color=colour, fmt=marker + line, elinewidth=1.2, capsize=2.5)
 
 
 def _label_axis(panel: "Axes", which: str, quantity: Quantity) -> None:
