@@ -10,14 +10,8 @@ from lmeraser_jax.data import load as load_module
 from lmeraser_jax.data.source import Item, problems
 from lmeraser_jax.errors import UserError
 
-IDS = [
-    "train/cat/a.png",
-    "train/cat/b.png",
-    "train/dog/c.PNG",
-    "train/dog/deep/d.bmp",
-    "test/cat/e.png",
-    "test/dog/f.png",
-]
+IDS = ["train/cat/a.png", "train/cat/b.png", "train/dog/c.PNG", "train/dog/deep/d.bmp", "test/cat/e.png"]
+IDS += ["test/dog/f.png"]
 
 
 @pytest.fixture

@@ -103,39 +103,38 @@ def test_damage_found_while_streaming_leaves_the_workdir(workdir, monkeypatch):
     check_pixels(*workdir)
 
 
-def test_the_command_names_what_it_left_out(tmp_path, rng, capsys):
+def test_the_command_names_what_it_left_out(tmp_path, rng, capsys, monkeypatch):
     """Refused with both flags named; with the flag they are left out, named and counted; once readable they join."""
     from lmeraser_jax.cli.main import main
 
-    with pytest.MonkeyPatch.context() as patch:
-        fakes.fast_fakes(patch)
-        sizes = {"train": 30, "test": 10, "public": 8}
-        names = [f"{split}/{'ab'[i % 2]}/{i:02d}.png" for split in sizes for i in range(sizes[split])]
-        for i, name in enumerate(names):
-            file, side = tmp_path / "images" / name, 40 if i == 0 else 8
-            file.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
-            image.convert("L" if i > 38 else "RGB").save(file)
-        for name in names[1:12]:
-            (tmp_path / "images" / name).write_bytes(b"torn")
-        small = {f"{group}.{name}": value for group, values in SMALL.items() for name, value in values.items()}
-        small |= {"clustering.sample_size": 15, "clustering.cut": "auto:2", "clustering.min_members": 0}
-        small |= {"data.source": "folder", "data.path": tmp_path / "images", "data.max_pixels": 1000}
-        flags = ["train", f"--workdir={tmp_path / 'w'}", *(f"--config.{name}={value}" for name, value in small.items())]
-        assert main(flags) == 2
-        message = capsys.readouterr().err
-        assert "--config.data.skip_unreadable" in message and message.count("- train/") == 12
-        assert "train/a/00.png: it has 40 x 40 pixels, more than --config.data.max_pixels=1000" in message
-        assert main([*flags, "--config.data.skip_unreadable", f"--json={tmp_path / 'out.json'}"]) == 0
-        out, err = capsys.readouterr()
-        assert "imported 36 records, 9 converted from another colour mode\n" in out
-        warning = next(line for line in err.splitlines() if "could not be read and were left out" in line)
-        assert warning.startswith("warning: 12 images") and warning.count(".png") == 12
-        imported = json.loads((tmp_path / "out.json").read_text())["imported"]
-        assert (len(imported["unreadable"]), imported["added"], imported["converted"]) == (12, 36, 9)
-        # neither flag binds a workdir: both only say what to do with files that cannot be read
-        assert main([*flags, "--reimport", "--config.data.skip_unreadable", "--config.data.max_pixels=1600"]) == 0
-        assert "imported 1 records" in capsys.readouterr().out
+    fakes.fast_fakes(monkeypatch)
+    sizes = {"train": 30, "test": 10, "public": 8}
+    names = [f"{split}/{'ab'[i % 2]}/{i:02d}.png" for split in sizes for i in range(sizes[split])]
+    for i, name in enumerate(names):
+        file, side = tmp_path / "images" / name, 40 if i == 0 else 8
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+        image.convert("L" if i > 38 else "RGB").save(file)
+    for name in names[1:12]:
+        (tmp_path / "images" / name).write_bytes(b"torn")
+    small = {f"{group}.{name}": value for group, values in SMALL.items() for name, value in values.items()}
+    small |= {"clustering.sample_size": 15, "clustering.cut": "auto:2", "clustering.min_members": 0}
+    small |= {"data.source": "folder", "data.path": tmp_path / "images", "data.max_pixels": 1000}
+    flags = ["train", f"--workdir={tmp_path / 'w'}", *(f"--config.{name}={value}" for name, value in small.items())]
+    assert main(flags) == 2
+    message = capsys.readouterr().err
+    assert "--config.data.skip_unreadable" in message and message.count("- train/") == 12
+    assert "train/a/00.png: it has 40 x 40 pixels, more than --config.data.max_pixels=1000" in message
+    assert main([*flags, "--config.data.skip_unreadable", f"--json={tmp_path / 'out.json'}"]) == 0
+    out, err = capsys.readouterr()
+    assert "imported 36 records, 9 converted from another colour mode\n" in out
+    warning = next(line for line in err.splitlines() if "could not be read and were left out" in line)
+    assert warning.startswith("warning: 12 images") and warning.count(".png") == 12
+    imported = json.loads((tmp_path / "out.json").read_text())["imported"]
+    assert (len(imported["unreadable"]), imported["added"], imported["converted"]) == (12, 36, 9)
+    # neither flag binds a workdir: both only say what to do with files that cannot be read
+    assert main([*flags, "--reimport", "--config.data.skip_unreadable", "--config.data.max_pixels=1600"]) == 0
+    assert "imported 1 records" in capsys.readouterr().out
 
 
 # shares and owners

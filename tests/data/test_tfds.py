@@ -8,18 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tfds_sets import (
-    NAMES,
-    RECORDS,
-    encoded,
-    example,
-    labelled,
-    load,
-    pixels_of,
-    refusal,
-    write,
-    write_standard,
-)
+from tfds_sets import NAMES, RECORDS, encoded, example, labelled, load, pixels_of, refusal, write, write_standard
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import load as load_module

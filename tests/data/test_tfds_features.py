@@ -11,21 +11,17 @@ from lmeraser_jax.data.source import problems
 
 
 def test_which_feature_is_the_id(tmp_path):
-    for number, (more, values, name) in enumerate(
-        (
-            (
-                {"id": KINDS.Text(), "file_name": KINDS.Text()},
-                lambda i: {"id": f"a{i}", "file_name": f"b{i}"},
-                "train/a3",
-            ),
-            ({"id": KINDS.Scalar(np.int64)}, lambda i: {"id": 70 + i}, "train/73"),
-            ({"image/filename": KINDS.Text()}, lambda i: {"image/filename": f"d/é{i}.jpg"}, "train/d/é3.jpg"),
-            ({"id": KINDS.Text(), "name": KINDS.Text()}, lambda i: {"id": "", "name": f"n{i}"}, "train/n3"),
-            ({"name": KINDS.Text()}, lambda i: {"name": f"species {i % 5}"}, "train/3"),  # it names no image
-            ({"id": KINDS.ClassLabel(num_classes=9)}, lambda i: {"id": 8 - i}, "train/3"),
-            ({"id": KINDS.Tensor(shape=(2,), dtype=np.int64)}, lambda i: {"id": [i, i]}, "train/3"),
-        )
-    ):
+    text = KINDS.Text()
+    cases = (
+        ({"id": text, "file_name": text}, lambda i: {"id": f"a{i}", "file_name": f"b{i}"}, "train/a3"),
+        ({"id": KINDS.Scalar(np.int64)}, lambda i: {"id": 70 + i}, "train/73"),
+        ({"image/filename": text}, lambda i: {"image/filename": f"d/é{i}.jpg"}, "train/d/é3.jpg"),
+        ({"id": text, "name": text}, lambda i: {"id": "", "name": f"n{i}"}, "train/n3"),
+        ({"name": text}, lambda i: {"name": f"species {i % 5}"}, "train/3"),  # it names no image
+        ({"id": KINDS.ClassLabel(num_classes=9)}, lambda i: {"id": 8 - i}, "train/3"),
+        ({"id": KINDS.Tensor(shape=(2,), dtype=np.int64)}, lambda i: {"id": [i, i]}, "train/3"),
+    )
+    for number, (more, values, name) in enumerate(cases):
         dataset = f"ids{number}"
         write(tmp_path, dataset, labelled(**more), {"train": [example("train", i, **values(i)) for i in range(6)]})
         whole, cut = load(tmp_path, dataset), load(tmp_path, dataset, train_split="train[3:4]")
