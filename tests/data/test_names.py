@@ -5,14 +5,14 @@ import sys
 import unicodedata
 
 import fakes
-import numpy as np
 import pytest
 from helpers import small_config, small_run, small_source, with_items
 from hypothesis import given
 from hypothesis import strategies as st
+from imports import blank_source
 
 from lmeraser_jax.data.names import LONGEST, fault, lookalikes
-from lmeraser_jax.data.source import Item, Pixels, Source, problems
+from lmeraser_jax.data.source import Item, Source, problems
 from lmeraser_jax.errors import UserError, shorten
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
@@ -25,7 +25,7 @@ LEGAL += ["%s{0}"]
 
 def source_of(*items: Item, classes=("a", "b")) -> Source:
     good = [Item("good 1", "train", 0), Item("good 2", "train", 1)]
-    return Source("x", classes, (2, 2, 1), [*good, *items], lambda a, b: Pixels(np.zeros((b - a, 2, 2, 1), np.uint8)))
+    return blank_source([*good, *items], classes)
 
 
 def test_illegal_ids_and_owners_are_refused_in_one_short_line():

@@ -4,12 +4,13 @@ import collections
 
 import numpy as np
 import pytest
+from imports import blank_source
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import digits, load
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
+from lmeraser_jax.data.source import Item, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError
 
 
@@ -31,18 +32,11 @@ def test_the_digits_are_complete_and_no_owner_is_public_and_private():
 
 
 # items
-def source_of(items, classes=("a", "b"), shape=(2, 2, 1)) -> Source:
-    def read(start: int, stop: int) -> Pixels:
-        return Pixels(np.zeros((stop - start, *shape), np.uint8))
-
-    return Source("x", tuple(classes), shape, items, read)
-
-
 GOOD = [Item("1", "train", 0), Item("2", "train", 1), Item("3", "test", 0), Item("4", "public", 1)]
 
 
 def test_everything_that_makes_items_unusable_is_named():
-    assert problems(source_of(GOOD)) == []
+    assert problems(blank_source(GOOD)) == []
     for items, message in (
         ([*GOOD, Item("2", "public", 0)], "ids must be unique; these occur more than once: 2"),
         ([*GOOD, Item("5", "train", 2)], "labels must lie in 0..1 (the class names): 5=2"),
@@ -52,10 +46,10 @@ def test_everything_that_makes_items_unusable_is_named():
         ([], "there is no training image"),
         ([*GOOD, Item("a\udcff", "train", 0)], "must be plain text; these are not: 'a\\udcff' (not text in UTF-8)"),
     ):
-        (line,) = problems(source_of(items))
+        (line,) = problems(blank_source(items))
         assert message in line
-    assert len(problems(source_of([Item("1", "test", 9), Item("1", "test", 0)], shape=(2, 2, 4)))) == 4
-    assert problems(source_of([GOOD[0]]), first=False) == []  # a later import may bring one class
+    assert len(problems(blank_source([Item("1", "test", 9), Item("1", "test", 0)], shape=(2, 2, 4)))) == 4
+    assert problems(blank_source([GOOD[0]]), first=False) == []  # a later import may bring one class
 
 
 def test_limits_keep_the_first_items_of_each_split():

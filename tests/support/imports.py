@@ -27,6 +27,11 @@ def with_items(items, **changes) -> Source:
     return dataclasses.replace(Source("made", ("a", "b", "c"), SHAPE, items, read), **changes)
 
 
+def blank_source(items, classes=("a", "b"), shape=(2, 2, 1)) -> Source:
+    """Items without pixels worth looking at."""
+    return Source("x", tuple(classes), shape, items, lambda a, b: Pixels(np.zeros((b - a, *shape), np.uint8)))
+
+
 def pixels(item) -> np.ndarray:
     seed = int(item.id.removeprefix("id-"))
     return np.random.default_rng(seed).integers(0, 256, SHAPE, np.uint8)
