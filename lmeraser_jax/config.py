@@ -219,8 +219,7 @@ def default_config() -> Any:
 def from_dict(tree: Any) -> Config:
     """Checks a tree of settings, a mapping or a `ConfigDict`, and freezes it.
 
-    Raises:
-        UserError: names every unknown key and wrong type at once; where there are none, every illegal value.
+    Raises `UserError` with every unknown key and wrong type at once; where there are none, with every illegal value.
     """
     tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
     if not isinstance(tree, Mapping):

@@ -86,15 +86,10 @@ def _images(root: Path, folder: str) -> list[str]:
     images = []
     for here, folders, files in os.walk(root / folder, followlinks=True):
         real = Path(here).resolve()
-        folders[:] = [name for name in folders if name[0] != "." and not _is_loop(os.path.join(here, name), real)]
+        folders[:] = [name for name in folders if name[0] != "." and not real.is_relative_to((real / name).resolve())]
         below = PurePosixPath(Path(here).relative_to(root).as_posix())
         images += [str(below / name) for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
     return sorted(images, key=lambda name: name.split("/"))
-
-
-def _is_loop(path: str, folder: Path) -> bool:
-    """Whether an entry of a folder is a link back to that folder or to one above it."""
-    return os.path.islink(path) and folder.is_relative_to(Path(path).resolve())
 
 
 def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str, label_csv.Row]) -> list[str]:

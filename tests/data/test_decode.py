@@ -1,7 +1,6 @@
 """Decoding: plain Pillow's pixels for any size and colour mode; what cannot be read is named by position, in little
 time and memory, and nothing else happens."""
 
-import contextlib
 import io
 import os
 import struct
@@ -176,11 +175,6 @@ def test_other_kinds_of_files_are_not_even_opened(tmp_path):
 
 
 def test_huge_and_broken_exif_is_passed_over():
-    for tag, value in ((0x010E, "x" * 60_000), (0x0112, 77), (0x0112, "side"), (0x0112, (1, 2))):
-        exif = Image.Exif()
-        exif[tag] = value
-        with contextlib.suppress(Exception):  # what cannot be written is no test
-            assert isinstance(reason(encoded(SAMPLE, "JPEG", exif=exif)), str)
     raw = FILES["JPEG"]
     for body in (b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(60_000)):
         assert reason(raw[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + raw[2:]) == ""
