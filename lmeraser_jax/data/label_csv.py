@@ -100,7 +100,7 @@ def _rows(path: str, columns: str) -> list[Row]:
 
 
 def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:
-    """The column names in the first line of a CSV, and the delimiter: the one that finds most of the wanted names."""
+    """The column names in the first line of a CSV, and the delimiter that finds most wanted ones. Raises csv.Error."""
     known = {name.lower() for name in wanted}
     headers = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark), [])] for mark in DELIMITERS}
     delimiter = max(DELIMITERS, key=lambda mark: len(known & {name.lower() for name in headers[mark]}))
