@@ -1,6 +1,7 @@
 """The workdir: foreign folders and links are refused, files change in one step, all is the user's own, one writes."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import stat
@@ -170,33 +171,34 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def test_links_are_refused(tmp_path):
     outside = tmp_path / "outside"
-    (outside / "folder" / "deep").mkdir(parents=True)
-    for canary in (outside / "file", outside / "folder" / "images.u8", outside / "folder" / "deep" / "file"):
+    (outside / "folder").mkdir(parents=True)
+    for canary in (outside / "file", outside / "folder" / "images.u8"):
         canary.write_bytes(b"alive")
     before = content(outside)
-    for number, (name, kind) in enumerate((n, k) for n in LINKS for k in ("file", "folder", "nothing")):
+    for number, (name, kind) in enumerate(itertools.product(LINKS, ("file", "folder", "nothing"))):
         layout = Layout(tmp_path / f"run-{number}")
         link = layout.root / name
         link.parent.mkdir(parents=True)
         link.symlink_to(outside / kind)
         with pytest.raises(UserError, match=f"holds symbolic links.*'{name}'"), writer_lock(layout):
             pytest.fail("it writes")
-        assert content(outside) == before and link.is_symlink() and sorted(os.listdir(outside)) == ["file", "folder"]
+        assert content(outside) == before and link.is_symlink()
 
 
 def test_no_command_writes_through_a_link(trained, tmp_path):
     """A whole trained workdir with one entry moved outside and linked back: writing is refused, reading is not."""
     for number, name in enumerate(("catalog.db", "records/images.u8", "slices/*", "backbone", "lock")):
-        root, canary = tmp_path / f"run-{number}", tmp_path / f"canary-{number}"
+        root, outside = tmp_path / f"run-{number}", tmp_path / f"outside-{number}"
         shutil.copytree(trained[0], root)
+        outside.mkdir()
         path = next(root.glob(name))
-        path.rename(canary)
-        path.symlink_to(canary)
-        before = content(canary) if canary.is_dir() else canary.read_bytes()
+        path.rename(outside / "entry")
+        path.symlink_to(outside / "entry")
+        before = content(outside)
         for command in (lambda root=root: open_run(root, write=True), lambda root=root: small_run(root)):
             with pytest.raises(UserError, match=f"holds symbolic links.*{path.relative_to(root)}"), command():
                 pytest.fail("it writes")
-        assert (content(canary) if canary.is_dir() else canary.read_bytes()) == before
+        assert content(outside) == before
         with open_run(root) as run:
             assert len(run.catalog.live("train"))
     (tmp_path / "link").symlink_to(trained[0])

@@ -5,6 +5,7 @@ Tuning, features and pretraining are fast stand-ins, deterministic functions of 
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,21 +21,16 @@ from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import build, erase, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.run import Run, open_run, prepare_run
+from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 CONFIG = small_config()
 RETUNED = small_config(tuning__head_rate=0.02)
 
 
-def owned_source():
-    """Sixty training records, each with an owner of its own."""
-    source = small_source(train=60, test=5, public=5)
-    items = [item._replace(owner=f"owner of {item.id}") for item in source.items]
-    return with_items(source, items, source.read(0, len(items)).images)
-
-
-SOURCE = owned_source()
+SOURCE = small_source(train=60, test=5, public=5)
 LATER = {item.id for item in SOURCE.items if item.split == "train"} - {item.id for item in small_source(45, 5, 5).items}
+ITEMS = [item._replace(owner=f"owner of {item.id}") for item in SOURCE.items]  # every record has an owner of its own
+SOURCE = with_items(SOURCE, ITEMS, SOURCE.read(0, len(ITEMS)).images)
 
 
 def install_fakes(patch: pytest.MonkeyPatch) -> None:
@@ -46,40 +42,33 @@ def install_fakes(patch: pytest.MonkeyPatch) -> None:
 
 
 Needles = dict[str, bytes]  # what nobody may find any more once the records are erased
+Prepared = tuple[Sequence[str], Needles]  # the ids to erase, and their needles
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """`make` makes a workdir and returns the ids to erase with their needles; `command(workdir, ids)` is killed."""
+    """A workdir and a command on it."""
 
-    make: Callable[[Path], tuple[Sequence[str], Needles]]
-    command: Callable[[Path, Sequence[str]], object]
-    receipts: int = 0
+    make: Callable[[Path], Prepared]
+    command: Callable[[Path, Sequence[str]], object]  # is killed
+    receipts: int = 0  # that are there at the end
 
 
 def train(folder: Path, ids: Sequence[str] = (), source=SOURCE, config=CONFIG, **options: bool) -> Sequence[str]:
+    """Returns a sampled record and one that is not."""
     with prepare_run(folder, config, source=source, **options) as (run, _):
         build.repair(run)
         build.build(run)
-        return sampled_and_unsampled(run)
+        sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
+        return [sample[3], next(name for name in run.catalog.live("train").ids if name not in sample)]
 
 
-def sampled_and_unsampled(run: Run) -> list[str]:
-    """A record of each kind."""
-    sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
-    return [sample[3], next(name for name in run.catalog.live("train").ids if name not in sample)]
-
-
-def make_nothing(folder: Path) -> tuple[Sequence[str], Needles]:
-    return (), {}
-
-
-def make_trained(folder: Path) -> tuple[Sequence[str], Needles]:
+def make_trained(folder: Path) -> Prepared:
     ids = train(folder)
     return ids, needles(folder, ids)
 
 
-def make_with_waiting_requests(folder: Path) -> tuple[Sequence[str], Needles]:
+def make_with_waiting_requests(folder: Path) -> Prepared:
     ids, wanted = make_trained(folder)
     with open_run(folder) as run:
         erase.request_erasure(run, [ids[0]], request="r-1", defer=True)
@@ -87,7 +76,7 @@ def make_with_waiting_requests(folder: Path) -> tuple[Sequence[str], Needles]:
     return ids, wanted
 
 
-def make_before_more_records(folder: Path) -> tuple[Sequence[str], Needles]:
+def make_before_more_records(folder: Path) -> Prepared:
     ids = train(folder, source=without(SOURCE, LATER))[:1]
     wanted = needles(folder, ids)
     with open_run(folder, write=True) as run:
@@ -95,13 +84,13 @@ def make_before_more_records(folder: Path) -> tuple[Sequence[str], Needles]:
     return ids, wanted
 
 
-def make_tuned_twice(folder: Path) -> tuple[Sequence[str], Needles]:
+def make_tuned_twice(folder: Path) -> Prepared:
     train(folder)
     train(folder, config=RETUNED, retune=True)
     return (), {}
 
 
-def make_half_purged(folder: Path) -> tuple[Sequence[str], Needles]:
+def make_half_purged(folder: Path) -> Prepared:
     ids, wanted = make_trained(folder)
     real = atomic_files.sync_folder
 
@@ -129,20 +118,16 @@ def process(folder: Path, ids: Sequence[str]) -> None:
         erase.process(run)
 
 
-def add(folder: Path, ids: Sequence[str]) -> None:
-    train(folder, reimport=True)
-
-
 def roll_back(folder: Path, ids: Sequence[str]) -> None:
     with open_run(folder, write=True) as run:
         rollback.rollback(run, min(run.catalog.manifest().entries), to="1")
 
 
 SCENARIOS = {
-    "train": Scenario(make_nothing, train),
+    "train": Scenario(lambda _: ((), {}), train),
     "unlearn": Scenario(make_trained, unlearn, 1),
     "process": Scenario(make_with_waiting_requests, process, 2),
-    "add": Scenario(make_before_more_records, add, 1),
+    "add": Scenario(make_before_more_records, functools.partial(train, reimport=True), 1),
     "rollback": Scenario(make_tuned_twice, roll_back),
     "purge": Scenario(make_half_purged, process, 1),
 }

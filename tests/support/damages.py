@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,21 +16,22 @@ from lmeraser_jax.storage.workdir import Layout
 
 
 class Damage(NamedTuple):
-    """How to do it, the component of the workdir that the doctor names, and words of its message."""
-
     apply: Callable[[Layout], object]
-    component: str
-    words: str
+    component: str  # of the workdir, as the doctor names it
+    words: str  # of its message
 
 
-def slices_of_state(layout: Layout) -> list[str]:
+def read(layout: Layout, query: Callable[[Catalog], Any]) -> Any:
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        return sorted(catalog.manifest().entries.values())
+        return query(catalog)
+
+
+def published_slice(layout: Layout, number: int = 1) -> Path:
+    return layout.slice(read(layout, lambda catalog: sorted(catalog.manifest().entries.values())[number]))
 
 
 def clustering_file(layout: Layout) -> Path:
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        return layout.clustering(catalog.manifest().clustering) / "clustering.npz"
+    return layout.clustering(read(layout, lambda catalog: catalog.manifest().clustering)) / "clustering.npz"
 
 
 def feature_file(layout: Layout) -> Path:
@@ -38,14 +39,8 @@ def feature_file(layout: Layout) -> Path:
     return path
 
 
-def rows_of(layout: Layout, split: str) -> np.ndarray:
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        return catalog.live(split).rows
-
-
 def free_row(layout: Layout) -> int:
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        return int(catalog.free_rows()[0])
+    return int(read(layout, Catalog.free_rows)[0])
 
 
 def flip(path: Path, position: int | None = None) -> None:
@@ -78,25 +73,20 @@ def flip_data(folder: Path) -> None:
 
 
 def slice_flipped(layout: Layout) -> None:
-    flip_data(layout.slice(slices_of_state(layout)[1]))
-
-
-def slice_missing(layout: Layout) -> None:
-    shutil.rmtree(layout.slice(slices_of_state(layout)[1]))
+    flip_data(published_slice(layout))
 
 
 def slice_of_another_cluster(layout: Layout) -> None:
-    first, second = slices_of_state(layout)[:2]
-    shutil.rmtree(layout.slice(first))
-    shutil.copytree(layout.slice(second), layout.slice(first))
+    shutil.rmtree(published_slice(layout, 0))
+    shutil.copytree(published_slice(layout, 1), published_slice(layout, 0))
 
 
 def slice_unregistered(layout: Layout) -> None:
-    sql(f"DELETE FROM slices WHERE digest='{slices_of_state(layout)[1]}'")(layout)
+    sql(f"DELETE FROM slices WHERE digest='{published_slice(layout).name}'")(layout)
 
 
 def slice_unknown(layout: Layout) -> None:
-    shutil.copytree(layout.slice(slices_of_state(layout)[1]), layout.slices / "f00d")
+    shutil.copytree(published_slice(layout), layout.slices / "f00d")
 
 
 def clustering_with_another_label(layout: Layout) -> None:
@@ -107,7 +97,7 @@ def clustering_with_another_label(layout: Layout) -> None:
 
 
 def feature_changed(layout: Layout) -> None:
-    flip(feature_file(layout), int(rows_of(layout, "train")[5]) * 64 + 9)
+    flip(feature_file(layout), int(read(layout, lambda catalog: catalog.live("train").rows[5])) * 64 + 9)
 
 
 def feature_of_no_record(layout: Layout) -> None:
@@ -146,7 +136,7 @@ def link(layout: Layout) -> None:
 # What can be made again, or is not needed.
 REPAIRABLE = {
     "slice flipped": Damage(slice_flipped, "slices", "cannot be read"),
-    "slice missing": Damage(slice_missing, "slices", "does not exist"),
+    "slice missing": Damage(lambda layout: shutil.rmtree(published_slice(layout)), "slices", "does not exist"),
     "slice of another cluster": Damage(slice_of_another_cluster, "slices", "another digest"),
     "slice unregistered": Damage(slice_unregistered, "slices", "not in the catalog"),
     "slice unknown": Damage(slice_unknown, "slices", "the catalog does not know: f00d"),
