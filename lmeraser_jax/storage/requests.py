@@ -150,14 +150,11 @@ def accept(
 
 def _refuse_another(earlier: Request, given: str, requester: str, reason: str) -> None:
     """Refuses an id that an earlier, different request has."""
-    conflicts = {
-        "for another erasure": earlier.body["targets"] != given,
-        "by another requester": requester and requester != earlier.body["requester"],
-        "for another reason": reason and reason != earlier.body["reason"],
-    }
-    if any(conflicts.values()):
-        uses = " and ".join(use for use, applies in conflicts.items() if applies)
-        raise UserError(f"--request={earlier.id}: was used {uses}; give this one another id, or none")
+    body, remedy = earlier.body, "give this one another id, or none"
+    if body["targets"] != given:
+        raise UserError(f"--request={earlier.id}: was used for another erasure; {remedy}")
+    if (requester or body["requester"], reason or body["reason"]) != (body["requester"], body["reason"]):
+        raise UserError(f"--request={earlier.id}: was used by another requester or for another reason; {remedy}")
 
 
 def _with_quarantine(catalog: Catalog, request: Request) -> Request:

@@ -50,8 +50,7 @@ def hugging_face_vit(c: ViTConfig = VIT, prefix: str = "", seed: int = 0) -> Arr
     shapes |= _norm("layernorm", c.width)
     if c.feature == "pooler":
         shapes |= _dense("pooler.dense", c.width, c.width)
-    arrays = {prefix + name: array for name, array in draw(shapes, seed).items()}
-    return arrays | (draw(_dense("classifier", c.width, c.classes), seed + 1) if prefix else {})
+    return _with_classifier(shapes, prefix, c.width, c.classes, seed)
 
 
 def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> Arrays:
@@ -70,8 +69,13 @@ def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> 
             shapes |= _norm(f"{stem}.downsample.norm", 4 * width)
             shapes[f"{stem}.downsample.reduction.weight"] = 2 * width, 4 * width
     shapes |= _norm("layernorm", c.feature_size)
+    return _with_classifier(shapes, prefix, c.feature_size, c.classes, seed)
+
+
+def _with_classifier(shapes, prefix: str, width: int, classes: int, seed: int) -> Arrays:
+    """The arrays under a prefix, with a classifier where there is a prefix."""
     arrays = {prefix + name: array for name, array in draw(shapes, seed).items()}
-    return arrays | (draw(_dense("classifier", c.feature_size, c.classes), seed + 1) if prefix else {})
+    return arrays | (draw(_dense("classifier", width, classes), seed + 1) if prefix else {})
 
 
 def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[int, ...]]:
@@ -84,13 +88,8 @@ def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[i
 
 def settings_of(c: ViTConfig | SwinConfig) -> dict[str, Any]:
     """config.json of a transformers folder."""
-    shared = {
-        "image_size": c.image_size,
-        "patch_size": c.patch,
-        "num_channels": c.channels,
-        "layer_norm_eps": c.epsilon,
-        "hidden_act": "gelu" if c.gelu == "erf" else "gelu_new",
-    }
+    shared = {"image_size": c.image_size, "patch_size": c.patch, "num_channels": c.channels}
+    shared |= {"layer_norm_eps": c.epsilon, "hidden_act": "gelu" if c.gelu == "erf" else "gelu_new"}
     if isinstance(c, ViTConfig):
         sizes = {"hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.heads}
         return {"model_type": "vit", "intermediate_size": c.mlp, **sizes, **shared}
@@ -172,28 +171,21 @@ def timm(arrays: Arrays, merging: str = "timm") -> Arrays:
 
 def vision_transformer(c: ViTConfig, seed: int = 0) -> Arrays:
     """As the npz files of google-research/vision_transformer have a ViT; pre_logits if the feature is the pooler's."""
-    head = c.width // c.heads
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls": (1, 1, c.width),
-        "embedding/kernel": (c.patch, c.patch, c.channels, c.width),
-        "embedding/bias": (c.width,),
-        "Transformer/posembed_input/pos_embedding": (1, 1 + c.grid**2, c.width),
-    }
+    d, heads, head = c.width, c.heads, c.width // c.heads
+    shapes = {"cls": (1, 1, d), "Transformer/posembed_input/pos_embedding": (1, 1 + c.grid**2, d)}
+    kernels = {"embedding": (c.patch, c.patch, c.channels, d)}
     norms = ["Transformer/encoder_norm"]
     for i in range(c.depth):
         stem = f"Transformer/encoderblock_{i}"
         norms += [f"{stem}/LayerNorm_0", f"{stem}/LayerNorm_2"]
         for role in ("query", "key", "value"):
-            shapes[f"{stem}/MultiHeadDotProductAttention_1/{role}/kernel"] = c.width, c.heads, head
-            shapes[f"{stem}/MultiHeadDotProductAttention_1/{role}/bias"] = c.heads, head
-        shapes[f"{stem}/MultiHeadDotProductAttention_1/out/kernel"] = c.heads, head, c.width
-        shapes[f"{stem}/MultiHeadDotProductAttention_1/out/bias"] = (c.width,)
-        shapes |= {f"{stem}/MlpBlock_3/Dense_0/kernel": (c.width, c.mlp), f"{stem}/MlpBlock_3/Dense_0/bias": (c.mlp,)}
-        shapes |= {f"{stem}/MlpBlock_3/Dense_1/kernel": (c.mlp, c.width), f"{stem}/MlpBlock_3/Dense_1/bias": (c.width,)}
-    for norm in norms:
-        shapes |= {f"{norm}/scale": (c.width,), f"{norm}/bias": (c.width,)}
-    if c.feature == "pooler":
-        shapes |= {"pre_logits/kernel": (c.width, c.width), "pre_logits/bias": (c.width,)}
-    if c.classes:
-        shapes |= {"head/kernel": (c.width, c.classes), "head/bias": (c.classes,)}
+            kernels[f"{stem}/MultiHeadDotProductAttention_1/{role}"] = d, heads, head
+            shapes[f"{stem}/MultiHeadDotProductAttention_1/{role}/bias"] = heads, head
+        kernels[f"{stem}/MultiHeadDotProductAttention_1/out"] = heads, head, d
+        kernels |= {f"{stem}/MlpBlock_3/Dense_0": (d, c.mlp), f"{stem}/MlpBlock_3/Dense_1": (c.mlp, d)}
+    kernels |= {"pre_logits": (d, d)} if c.feature == "pooler" else {}
+    kernels |= {"head": (d, c.classes)} if c.classes else {}
+    shapes |= {f"{name}/kernel": shape for name, shape in kernels.items()}
+    shapes = {f"{name}/bias": shape[-1:] for name, shape in kernels.items()} | shapes  # of several heads: noted above
+    shapes |= {f"{norm}/{leaf}": (d,) for norm in norms for leaf in ("scale", "bias")}
     return draw(shapes, seed)

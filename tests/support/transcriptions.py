@@ -4,6 +4,7 @@ They share nothing with the code under test: no reshaped windows, no rolled grid
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -71,11 +72,6 @@ def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, epsilon: floa
     return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + epsilon) * scale + bias
 
 
-def softmax(x: np.ndarray) -> np.ndarray:
-    weights = np.exp(x - x.max())
-    return weights / weights.sum()
-
-
 def exact_gelu(x: np.ndarray) -> np.ndarray:
     return x * (1 + special.erf(x / math.sqrt(2))) / 2
 
@@ -102,13 +98,11 @@ class Swin:
         """([H, W, C]) -> (states [h, w, D] before the first stage and after each one, feature [D])."""
         c, side = self.config, len(image) // self.config.patch
         kernel = self.arrays["embeddings.patch_embeddings.projection.weight"]  # OIHW
-        grid = {}
+        bias, grid = self.arrays["embeddings.patch_embeddings.projection.bias"], {}
         for y in range(side):
             for x in range(side):
                 patch = image[y * c.patch : (y + 1) * c.patch, x * c.patch : (x + 1) * c.patch].astype(np.float64)
-                value = np.einsum("oihw,hwi->o", kernel, patch)
-                value += self.arrays["embeddings.patch_embeddings.projection.bias"]
-                grid[y, x] = self.norm(value, "embeddings.norm", 1e-5)
+                grid[y, x] = self.norm(np.einsum("oihw,hwi->o", kernel, patch) + bias, "embeddings.norm", 1e-5)
         states = [self.picture(grid, side)]
         for stage, depth in enumerate(c.depths):
             stem = f"encoder.layers.{stage}"
@@ -126,42 +120,34 @@ class Swin:
 
     def merge(self, grid, side: int, name: str):
         """Patches above, below, right above and right below each other become one; outside there are zeros."""
-        zeros = np.zeros_like(grid[0, 0])
-        result = {}
-        for y in range(0, side, 2):
-            for x in range(0, side, 2):
-                corners = [grid.get(at, zeros) for at in ((y, x), (y + 1, x), (y, x + 1), (y + 1, x + 1))]
-                result[y // 2, x // 2] = self.dense(
-                    self.norm(np.concatenate(corners), f"{name}.norm", 1e-5), f"{name}.reduction"
-                )
+        zeros, result = np.zeros_like(grid[0, 0]), {}
+        for y, x in itertools.product(range(0, side, 2), repeat=2):
+            corners = [grid.get(at, zeros) for at in ((y, x), (y + 1, x), (y, x + 1), (y + 1, x + 1))]
+            joined = self.norm(np.concatenate(corners), f"{name}.norm", 1e-5)
+            result[y // 2, x // 2] = self.dense(joined, f"{name}.reduction")
         return result
 
     def block(self, grid, side: int, name: str, heads: int, shifted: bool):
         normed = {at: self.norm(value, f"{name}.layernorm_before", self.config.epsilon) for at, value in grid.items()}
         mixed = self.attention(normed, side, f"{name}.attention", heads, shifted)
-        result = {}
-        for at, value in grid.items():
-            value = value + mixed[at]
-            hidden = self.norm(value, f"{name}.layernorm_after", self.config.epsilon)
-            hidden = exact_gelu(self.dense(hidden, f"{name}.intermediate.dense"))
-            result[at] = value + self.dense(hidden, f"{name}.output.dense")
-        return result
+        added = {at: value + mixed[at] for at, value in grid.items()}
+        return {at: value + self.mlp(value, name) for at, value in added.items()}
+
+    def mlp(self, x: np.ndarray, name: str) -> np.ndarray:
+        hidden = self.norm(x, f"{name}.layernorm_after", self.config.epsilon)
+        return self.dense(exact_gelu(self.dense(hidden, f"{name}.intermediate.dense")), f"{name}.output.dense")
 
     def attention(self, grid, side: int, name: str, heads: int, shifted: bool):
         """Each patch looks at those of its window; windows that a shift moved over the edge fall apart."""
         window = min(self.config.window, side)
         shift = window // 2 if shifted and side > self.config.window else 0
         whole = -(-side // window) * window  # with padding below and on the right
-        zeros = np.zeros_like(next(iter(grid.values())))
-        result = {}
-        for top in range(0, whole, window):
-            for left in range(0, whole, window):
-                rows = range(top + shift, top + shift + window)
-                columns = range(left + shift, left + shift + window)
-                cells = [(y, x) for y in rows for x in columns]  # beyond the edge they go on at the other side
-                values = [grid.get((y % whole, x % whole), zeros) for y, x in cells]
-                mixed = self.window(cells, values, whole, name, heads)
-                result |= {(y % whole, x % whole): value for (y, x), value in zip(cells, mixed, strict=True)}
+        zeros, result = np.zeros_like(grid[0, 0]), {}
+        for top, left in itertools.product(range(shift, whole + shift, window), repeat=2):
+            cells = list(itertools.product(range(top, top + window), range(left, left + window)))
+            places = [(y % whole, x % whole) for y, x in cells]  # beyond the edge they go on at the other side
+            values = [grid.get(place, zeros) for place in places]
+            result |= dict(zip(places, self.window(cells, values, whole, name, heads), strict=True))
         return result
 
     def window(self, cells, values, whole: int, name: str, heads: int) -> list[np.ndarray]:
@@ -178,7 +164,7 @@ class Swin:
                     row = (y - other_y + reach) * (2 * reach + 1) + (x - other_x + reach)
                     apart = (y < whole) != (other_y < whole) or (x < whole) != (other_x < whole)
                     scores.append(q[i][columns] @ k[j][columns] / math.sqrt(size) + table[row, head] - 100 * apart)
-                mixed.append(sum(weight * v[j][columns] for j, weight in enumerate(softmax(np.array(scores)))))
+                mixed.append(sum(weight * v[j][columns] for j, weight in enumerate(special.softmax(scores))))
             result.append(self.dense(np.concatenate(mixed), f"{name}.output.dense"))
         return result
 
@@ -195,10 +181,9 @@ def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> 
         return layer_norm(x, p[f"{name}/scale"], p[f"{name}/bias"], config.epsilon)
 
     tokens = [p["cls"][0, 0]]
-    for y in range(0, len(image), config.patch):
-        for x in range(0, len(image), config.patch):
-            patch = image[y : y + config.patch, x : x + config.patch]
-            tokens.append(np.einsum("hwi,hwio->o", patch, p["embedding/kernel"]) + p["embedding/bias"])
+    for y, x in itertools.product(range(0, len(image), config.patch), repeat=2):
+        patch = image[y : y + config.patch, x : x + config.patch]
+        tokens.append(np.einsum("hwi,hwio->o", patch, p["embedding/kernel"]) + p["embedding/bias"])
     x = np.stack(tokens) + p["Transformer/posembed_input/pos_embedding"][0]
     for i in range(config.depth):
         stem = f"Transformer/encoderblock_{i}"
@@ -208,8 +193,7 @@ def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> 
                 normed @ p[f"{name}/{role}/kernel"][:, head] + p[f"{name}/{role}/bias"][head]
                 for role in ("query", "key", "value")
             )
-            weights = np.stack([softmax(row) for row in q @ k.T / math.sqrt(q.shape[1])])
-            x = x + weights @ v @ p[f"{name}/out/kernel"][head]
+            x = x + special.softmax(q @ k.T / math.sqrt(q.shape[1]), axis=1) @ v @ p[f"{name}/out/kernel"][head]
         x = x + p[f"{name}/out/bias"]
         hidden = norm(x, f"{stem}/LayerNorm_2") @ p[f"{stem}/MlpBlock_3/Dense_0/kernel"]
         hidden = gelu(hidden + p[f"{stem}/MlpBlock_3/Dense_0/bias"])
