@@ -39,24 +39,24 @@ class Data:
     path: str = setting("", "npz file or image folder; tfds: its data folder, empty for TFDS's own")
     dataset: str = setting("", "tfds: name such as cifar10 or visual_domain_decathlon/gtsrb")
     train_split: str = setting("", "folder: subfolder, tfds: split such as train[:40000]; empty: train")
-    holdout_split: str = setting("", "as train_split; empty: none")
-    test_split: str = setting("", "as train_split; empty: test, where there is one")
-    public_split: str = setting("", "as train_split; folder: empty means public, where there is one")
+    holdout_split: str = setting("", "as train_split, for the hold-out; empty: none")
+    test_split: str = setting("", "as train_split, for the test images; empty: test, if the source has it")
+    public_split: str = setting("", "as train_split, for public images; empty: none; folder: public, if it exists")
     test_share: float = setting(0.0, "share of the training images that become test images", below=1)
-    holdout: float = setting(0.0, "share of private records kept from tuning, to choose settings with", below=1)
-    split_by: str = setting("record", "what the two shares draw; an owner is on one side only", ("record", "owner"))
+    holdout: float = setting(0.0, "share of the training images kept out of tuning, to choose settings with", below=1)
+    split_by: str = setting("record", "draw the two shares by record or by owner", ("record", "owner"))
     owner_pattern: str = setting("", "regular expression; its groups in an id, joined by /, are the owner")
     labels: str = setting("", "folder: CSV that names files, labels and owners")
-    csv_columns: str = setting("file,label,owner", "names of these columns in the CSV; the owner may be left out")
+    csv_columns: str = setting("file,label,owner", "names of the CSV's three columns; the owner's may be left out")
     skip_unreadable: bool = setting(False, "leave out and name images that cannot be read, instead of refusing all")
     max_pixels: int = setting(50_000_000, "an image file of more pixels counts as unreadable", low=1)
     store_size: int = setting(0, "folder, tfds: height in pixels at which images are kept; 0: image_size")
     store_width: int = setting(0, "folder, tfds: width in pixels; 0: store_size")
     image_size: int = setting(16, "side in pixels of the backbone's input", low=1)
     resize_size: int = setting(0, "shorter side in pixels before the crop; 0: image_size, nothing is cropped")
-    augment: str = setting("none", "while tuning; paper is crop and flip", AUGMENTS)
-    train_limit: int = setting(0, "use the first so many private records; 0: all")
-    test_limit: int = setting(0, "use the first so many test images; 0: all")
+    augment: str = setting("none", "random crops and flips while tuning; paper: both", AUGMENTS)
+    train_limit: int = setting(0, "use only this many private records; 0: all")
+    test_limit: int = setting(0, "use only this many test images; 0: all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,8 @@ class Backbone:
 
     name: str = setting("", "published backbone such as vit-b-22k (lmeraser backbone --list); empty: as the weights")
     weights: str = setting("", "file, folder, hub:OWNER/NAME[@REVISION] or hub; empty: pretrain on the public records")
-    feature: str = setting("auto", "auto: what the name or the weights have", ("auto", "cls", "pooler"))
-    mean: str = setting("", "of pixels in [0, 1]: one number or 0.485,0.456,0.406; empty: as the weights had it")
+    feature: str = setting("auto", "auto: as the name or the weights say", ("auto", "cls", "pooler"))
+    mean: str = setting("", "mean of pixels in [0, 1]: one number or 0.485,0.456,0.406; empty: as the weights say")
     std: str = setting("", "standard deviation of pixels in [0, 1], as mean")
     patch: int = setting(4, "side of a patch in pixels; patch, width, depth and mlp apply without weights", low=1)
     width: int = setting(64, "size of a token", low=1)
@@ -83,22 +83,22 @@ class Pretraining:
     batch: int = setting(64, "images a step, over all devices", low=1)
     rate: float = setting(2e-3, "learning rate")
     weight_decay: float = setting(0.05, "decoupled weight decay")
-    warmup: float = setting(0.1, "share of all steps", below=1)
+    warmup: float = setting(0.1, "share of all steps during which the rate rises", below=1)
     augment: str = setting("crop", "as data.augment", AUGMENTS)
-    checkpoint_epochs: int = setting(20, "write a checkpoint every so many epochs", low=1)
+    checkpoint_epochs: int = setting(20, "epochs between checkpoints", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clustering:
     """How private records are parted: Algorithms 1 and 2 with a balanced cut, by a keyed hash, or not at all."""
 
-    partition: str = setting("adaptive", "random: S shards", ("adaptive", "random", "one"))
+    partition: str = setting("adaptive", "clusters by feature, S random shards, or one", ("adaptive", "random", "one"))
     shards: int = setting(10, "S, shards of the random partition", low=1)
-    sample_size: int = setting(200, "n_s, records that the clusters are made from", low=1)
-    sample_from: str = setting("private", "records that are sampled", ("private", "public"))
-    cut: str = setting("auto:10", "distance threshold t such as 10.0, or auto:K for K clusters")
-    max_members: int = setting(30, "sampled members of a cluster at most; 0: no limit (paper)")
-    min_members: int = setting(8, "sampled members of a cluster at least; 0: no limit (paper)")
+    sample_size: int = setting(200, "n_s, number of records that are sampled to make the clusters", low=1)
+    sample_from: str = setting("private", "which records are sampled", ("private", "public"))
+    cut: str = setting("auto:10", "where to cut the tree: distance t such as 10.0, or auto:K for K clusters")
+    max_members: int = setting(30, "most sampled members of a cluster; 0: no limit (paper)")
+    min_members: int = setting(8, "fewest sampled members of a cluster; 0: no limit (paper)")
     feature_batch: int = setting(128, "images per device and call when features are computed", low=1)
 
     @property
@@ -112,26 +112,26 @@ class Tuning:
     """Prompts and heads (Def. 1, Eqs. 5 and 6)."""
 
     method: str = setting("prompt+head", "what is tuned (prompt: the head is fixed), or a closed form", METHODS)
-    prompt_width: int = setting(2, "P, pixels of the backbone's input")
-    prompt_init: float = setting(0.0, "standard deviation of the first prompt, in normalised pixels; 0: zeros")
-    head_init: float = setting(0.0, "standard deviation of the first head; 0: zeros")
+    prompt_width: int = setting(2, "P, width of the border prompt in pixels of the backbone's input")
+    prompt_init: float = setting(0.0, "standard deviation of the initial prompt, in normalised pixels; 0: zeros")
+    head_init: float = setting(0.0, "standard deviation of the initial head; 0: zeros")
     optimizer: str = setting("adam", "optimizer of prompt and head", ("sgd", "adam"))
-    momentum: float = setting(0.9, "sgd only", below=1)
+    momentum: float = setting(0.9, "momentum of sgd", below=1)
     prompt_rate: float = setting(3e-2, "learning rate of the prompt")
     head_rate: float = setting(1e-2, "learning rate of the head")
     backbone_rate: float = setting(1e-4, "learning rate of the backbone, method backbone only")
     penalty: float = setting(0.1, "ridge only: added to the variance of every standardised feature")
-    expand: int = setting(0, "ridge and ncm: random cosines of the feature that stand beside it")
+    expand: int = setting(0, "ridge and ncm: number of random cosines to append to the feature; 0: none")
     prompt_decay: float = setting(0.0, "weight decay of the prompt (decoupled for adam)")
     head_decay: float = setting(0.0, "weight decay of the head (decoupled for adam)")
-    warmup: float = setting(0.1, "share of the cluster's own steps", below=1)
-    epochs: int = setting(30, "times a member is seen", low=1)
-    min_steps: int = setting(60, "a small cluster sees its members more often until it has made so many steps")
+    warmup: float = setting(0.1, "share of the cluster's steps during which the rates rise", below=1)
+    epochs: int = setting(30, "passes over the members of a cluster", low=1)
+    min_steps: int = setting(60, "fewest steps of a cluster: a small one passes over its members more often")
     batch: int = setting(16, "B, images per lane", low=1)
     lanes: int = setting(1, "L, clusters tuned at the same time per device", low=1)
     scan_steps: int = setting(64, "steps per call of the device program", low=1)
     dtype: str = setting("auto", "auto: float32 on CPU, bfloat16 on GPU", ("auto", "float32", "bfloat16"))
-    device_bytes: int = setting(4_000_000_000, "images stay on the device up to this size, else they are streamed")
+    device_bytes: int = setting(4_000_000_000, "keep images on the device up to this size, else stream them")
 
     @property
     def active_prompt_width(self) -> int:
@@ -160,17 +160,17 @@ class Common:
 class Checkpoints:
     """Earlier epochs of a cluster that are kept beside its last; never part of a slice's numbers."""
 
-    every_epochs: int = setting(0, "keep a cluster as it was after every so many of its epochs; 0: its last step only")
-    keep: int = setting(3, "keep the latest so many of these", low=1)
+    every_epochs: int = setting(0, "epochs between snapshots of a cluster that are kept; 0: no snapshots")
+    keep: int = setting(3, "most snapshots to keep of a slice; the oldest go first", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inference:
     """Routing and prediction; free to differ between commands on one workdir."""
 
-    nearest: int = setting(1, "m, ask the m nearest clusters (1: paper); 0: all")
-    aggregate: str = setting("mean", "mean of their probabilities, or vote: share of first choices", ("mean", "vote"))
-    common_weight: float = setting(0.3, "weight of the common head's probabilities, where there is one")
+    nearest: int = setting(1, "m, number of nearest clusters that answer (paper: 1); 0: all")
+    aggregate: str = setting("mean", "mean of their probabilities, or shares of votes", ("mean", "vote"))
+    common_weight: float = setting(0.3, "weight of the common head's probabilities, if there is one")
     batch: int = setting(128, "images per device and call", low=1)
 
 
@@ -178,7 +178,7 @@ class Inference:
 class Config:
     """A whole run."""
 
-    seed: int = setting(0, "decides every sample, order, draw and first value")
+    seed: int = setting(0, "determines every random choice: sample, order, augmentation, initial values")
     data: Data = Data()
     backbone: Backbone = Backbone()
     pretraining: Pretraining = Pretraining()

@@ -3,15 +3,15 @@
   lmeraser attack --workdir=DIR [--targets=64 | --records=ID,ID] [--shadows=64] [--attacks=loss,lira,...] [--seed=N]
                   [--figure=FILE.png]
 
-Live records are erased in memory only: the workdir stays as it is, and no lock is taken. Every attack is also made on
-the published slices, which keep the records; an attack that misses them there says nothing about erased ones. Targets
-are the records that slices which never saw them answer worst, or those that are named. The attack tunes about 3 x
-shadows slices of half a cluster's size for each attacked cluster; loss, relearn and routing alone need about a dozen,
-and relearn more where fewer than four clusters are attacked.
+The command erases live records, the targets, in memory only: it changes nothing in the workdir and takes no lock. It
+also runs every attack on the published slices, which keep the targets: an attack that misses them there says nothing
+about erased ones. Unless you name them, the targets are the records that are predicted worst by slices that never saw
+them. For each attacked cluster the command tunes about 3 x SHADOWS slices of half the cluster's size; loss, relearn
+and routing alone need about a dozen, and relearn more if fewer than four clusters are attacked.
 
-Exit code 0: an attack that finds kept records finds no erased one, and no other attack does. 1: an attack finds an
-erased record. 3: nothing can be said, since no attack finds even the kept ones. lmeraser audit is the stronger check:
-it compares every bit. See docs/verification.md.
+Exit code 0: at least one attack finds kept records, and none finds an erased one. 1: an attack finds an erased record.
+3: the command can say nothing, because no attack finds even the kept records. lmeraser audit is the stronger check: it
+compares every bit. See docs/verification.md.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from lmeraser_jax.evaluation.attacks.options import ATTACKS, Options, check
 
 STRAY = "ids are given as --records=ID,ID"
 FLAGS = (
-    Flag("targets", 64, "records to erase in memory, drawn by the seed"),
-    Flag("records", [], "ids of live records to erase in memory instead"),
-    Flag("shadows", 64, "shadow models of a cluster and population, tuned on random halves"),
-    Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing; empty: all"),
-    Flag("seed", 0, "of targets, halves and permutations"),
+    Flag("targets", 64, "number of records to erase in memory"),
+    Flag("records", [], "ids of the records to erase in memory, in place of --targets"),
+    Flag("shadows", 64, "shadow models for each cluster and each kind of slice, tuned on random halves"),
+    Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing, joined by commas; empty: all"),
+    Flag("seed", 0, "seed of the random targets, halves and permutations"),
     Flag("figure", "", "also draw ROC curves to this PNG"),
 )
 

@@ -1,9 +1,10 @@
-"""lmeraser audit: build everything again from the live records, in a temporary place, and compare every bit.
+"""lmeraser audit: build everything again from the live records, in a scratch folder, and compare every bit.
 
   lmeraser audit --workdir=DIR [--sample=N]
 
-Exit code 0 and "bit-identical: K of K slices", or 1 and the names of what differs. A slice that another program made
-(library version, device kind, one device instead of many) is compared within a tolerance and counted apart.
+Prints "bit-identical: K of K slices" and exits with 0, or prints what differs and exits with 1. A slice that was made
+under another fingerprint (library versions, kind of device, one device or several) is compared within a tolerance and
+counted apart.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from lmeraser_jax.cli.common import Flag
 
 FLAGS = (
     *common.WRITING,
-    Flag("sample", 0, "build the slices of so many clusters only, drawn at random; 0: all", low=0),
+    Flag("sample", 0, "rebuild only this many clusters, drawn at random; 0: all", low=0),
 )
 
 

@@ -54,19 +54,19 @@ class Flag(NamedTuple):
 
 COMMON = (  # of all commands
     Flag("workdir", "", "folder of the run"),
-    Flag("json", "", "also write the result as JSON to this file; - for standard output"),
+    Flag("json", "", "also write the result as JSON to this file; - is standard output"),
 )
 WRITING = (  # of commands that write and tune
     Flag("wait", 0.0, "seconds to wait while another process writes the workdir", low=0),
-    Flag("profile", "", "folder for a jax.profiler trace of a few calls of the tuning program"),
+    Flag("profile", "", "write a jax.profiler trace of two calls of the tuning program to this folder"),
 )
 PLACE = (  # where a process stands among several
-    Flag("coordinator_address", str, "HOST:PORT of process 0, where no scheduler tells it"),
+    Flag("coordinator_address", str, "HOST:PORT of process 0, if no scheduler gives it"),
     Flag("num_processes", int, "number of processes", low=1),
     Flag("process_id", int, "number of this process, from 0", low=0),
 )
 SHARED = (  # of commands whose work several processes can share
-    Flag("distributed", False, "several processes share the work; a scheduler tells each where it stands"),
+    Flag("distributed", False, "this is one of several processes that a scheduler started for one command"),
     *PLACE,
 )
 

@@ -3,9 +3,9 @@
   lmeraser compare --config=configs/digits.py --seeds=5 --workdir=runs/compare
   lmeraser compare --config=configs/digits.py --methods=lmeraser,sisa-vote,ridge --workdir=runs/compare
 
-Every method changes a few settings (lmeraser_jax/experiments/methods.py); a method of your own is a config file, named
-by its path. The same command carries on where it was interrupted; further methods, seeds and experiments join. Writes
-results.csv, results.json, report.html, report.md and figures.
+A method is a set of settings (lmeraser_jax/experiments/methods.py). To add your own, name a config file by its path.
+The same command resumes after an interruption; a later command on the same workdir adds methods, seeds or experiments
+to the report. The workdir gets results.csv, results.json, report.html, report.md and figures (docs/reproduce.md).
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 FLAGS = (
     Flag("methods", [], "names or config files FILE.py, joined by commas; empty: all"),
-    Flag("experiments", ["methods"], "methods, removal (0 to 50 %), cut (of the tree), epochs, sequence (of requests)"),
-    Flag("cuts", [], "for cut: values of clustering.cut, joined by commas"),
-    Flag("sequences", [], "for sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
-    Flag("merge", [], "folders of other comparisons whose rows join the report, joined by commas"),
-    Flag("seeds", 1, "runs of each method, with seeds 0, 1, ...", low=1),
-    Flag("length", 10, "for sequence: batches of requests", low=1),
-    Flag("probes", 100, "records whose erasure is planned, to know its cost", low=1),
-    Flag("requests", 2, "erasures that are served and timed, of sampled records and of as many others", low=0),
-    Flag("split", "test", "images to predict; holdout to choose settings by", choices=("test", "holdout")),
-    Flag("keep", False, "keep the workdirs of the methods"),
-    Flag("montage", False, "show the clusters of the first method in the report: private images, never erased there"),
+    Flag("experiments", ["methods"], "some of: methods, removal (0 to 50 %), cut, epochs, sequence (of requests)"),
+    Flag("cuts", [], "experiment cut: values of clustering.cut, joined by commas"),
+    Flag("sequences", [], "experiment sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
+    Flag("merge", [], "folders of other comparisons to include in the report, joined by commas"),
+    Flag("seeds", 1, "number of runs of each method, with seeds 0, 1, ...", low=1),
+    Flag("length", 10, "experiment sequence: number of batches of requests", low=1),
+    Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),
+    Flag("requests", 2, "erasures to serve and time, of this many sampled and this many other records", low=0),
+    Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
+    Flag("keep", False, "keep the workdir of every method"),
+    Flag("montage", False, "show the first method's clusters in the report: private images that no erasure removes"),
 )
 
 

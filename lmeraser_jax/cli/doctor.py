@@ -1,10 +1,10 @@
-"""lmeraser doctor: say what is damaged in a workdir, and drop what can be made again.
+"""lmeraser doctor: report what is damaged in a workdir, and drop what can be made again.
 
   lmeraser doctor --workdir=DIR [--fix]
 
-Without --fix nothing is written. With it leftovers are removed and damaged slices, clusterings and features are
-dropped; lmeraser train makes them again with the same bits. Exit code 0: healthy; 1: something is damaged, or was
-dropped and is to be made again; 3: nothing is damaged as far as could be seen, but something could not be looked at.
+Without --fix the doctor writes nothing. With --fix it removes leftovers and drops damaged slices, clusterings and
+features; lmeraser train then makes them again with the same bits. Exit code 0: the workdir is healthy; 1: something is
+damaged, or was dropped and must be made again; 3: the doctor found no damage but could not check something.
 """
 
 from lmeraser_jax.cli import common
@@ -12,7 +12,7 @@ from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.unlearning import doctor
 
 TAKES_CONFIG = False  # it may be damaged
-FLAGS = (Flag("fix", False, "repair what can be repaired"),)
+FLAGS = (Flag("fix", False, "remove leftovers, and drop what lmeraser train can make again"),)
 DAMAGED, UNCHECKED = 1, 3
 
 

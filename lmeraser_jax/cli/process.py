@@ -1,9 +1,9 @@
-"""lmeraser process: serve all erasure requests that wait, together, in one re-tuning.
+"""lmeraser process: serve all waiting erasure requests in one build.
 
   lmeraser process --workdir=DIR [--max_wait=SECONDS] [--max_batch=N] [--wait=SECONDS]
 
-Without limits everything is served now. With limits requests are served when the oldest has waited for --max_wait
-seconds or --max_batch of them wait; before that the command says when it will be and exits with 0 in an instant, so
+Without limits the command serves all requests now. With limits it serves them only if the oldest has waited for
+--max_wait seconds or if --max_batch requests wait; otherwise it says when they are due and exits at once with 0, so
 that cron can call it often.
 """
 
@@ -17,8 +17,8 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Due
 
 FLAGS = (
-    Flag("max_wait", float, "serve when the oldest request has waited for so many seconds", low=0),
-    Flag("max_batch", int, "serve when so many requests wait", low=1),
+    Flag("max_wait", float, "serve if the oldest request has waited for this many seconds", low=0),
+    Flag("max_batch", int, "serve if this many requests wait", low=1),
     *common.WRITING,
     *common.SHARED,
 )

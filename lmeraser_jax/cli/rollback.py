@@ -1,11 +1,11 @@
-"""lmeraser rollback: give one cluster an earlier slice of its own, and keep it there.
+"""lmeraser rollback: give one cluster an earlier slice of its own, and pin it there.
 
   lmeraser rollback --workdir=DIR --cluster=KEY --list
   lmeraser rollback --workdir=DIR --cluster=KEY [--to=STATE | --to=epoch:E | --to=SLICE]
   lmeraser rollback --workdir=DIR --cluster=KEY --unpin
 
-KEY may be the beginning of a key (see lmeraser inspect). Without --to the cluster gets the version before its present
-one. A version that was tuned on a record that is now erased cannot come back.
+KEY may be the beginning of a cluster's key (see lmeraser inspect). Without --to the cluster gets the version before its
+current one. A version that was tuned on an erased record cannot come back.
 """
 
 import dataclasses

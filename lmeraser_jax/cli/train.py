@@ -1,8 +1,8 @@
-"""lmeraser train: from images to a tuned prompt and head for every cluster.
+"""lmeraser train: import images, make the backbone, cluster the records, tune every cluster.
 
   lmeraser train --config=configs/digits.py --config.tuning.epochs=3 --workdir=runs/digits
 
-The same command on the same workdir resumes, or says that there is nothing to do.
+The same command resumes after an interruption, or says that there is nothing to do. It also serves waiting erasures.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 
 FLAGS = (
-    Flag("reimport", False, "read the source again: new records join, erased ones stay out"),
-    Flag("retune", False, "tune every cluster with another --config.tuning; the old slices stay for lmeraser rollback"),
+    Flag("reimport", False, "read the source again: add its new records, leave erased ones out"),
+    Flag("retune", False, "tune every cluster with other --config.tuning settings; rollback can go back"),
     *common.WRITING,
     *common.SHARED,
 )

@@ -1,14 +1,14 @@
-"""lmeraser unlearn: erase records and re-tune the clusters they touched, and nothing else.
+"""lmeraser unlearn: erase records, and re-tune only the clusters that they touched.
 
   lmeraser unlearn --workdir=DIR --records=ID,ID | --records_file=FILE | --owner=NAME,NAME | --like=IMAGE
                    [--dry_run] [--defer] [--quarantine] [--request=ID] [--requester=WHO] [--reason=WHY]
 
-A file holds one id a line; a .csv has a column id or owner, a .jsonl lines {"id": ...} or {"owner": ...}. --like
-finds the records that have exactly the pixels of an image, by the image file that they were imported from.
+FILE is text with one id a line, a .csv with a column id or owner, or a .jsonl with lines {"id": ...} or {"owner": ...}.
+--like takes the image file that records were imported from, and erases all records with exactly its pixels.
 
-A request is accepted first, in an instant and for good, even while another process writes. Then it is served at once,
-or, with --defer, by the next lmeraser process. A dry run says what the request would cost and changes nothing. When an
-id or an owner is unknown, nothing is erased.
+The command first accepts the request, at once and for good, even while another process writes. Then it serves the
+request; with --defer the next lmeraser process does. With --dry_run it only says what the request would cost. If an
+id or an owner is unknown, it erases nothing.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 
 STRAY = "ids are given as --records=ID,ID"
 FLAGS = (
-    Flag("records", [], "ids, separated by commas"),
+    Flag("records", [], "ids of records to erase, joined by commas (lmeraser inspect --records lists them)"),
     Flag("records_file", "", "file with ids or owners: text, .csv or .jsonl"),
-    Flag("owner", [], "erase all live records of these owners"),
+    Flag("owner", [], "erase all private records of these owners, joined by commas"),
     Flag("like", "", "erase the records with the pixels of this image file"),
-    Flag("request", "", "id of the request; a second request with it is the first"),
+    Flag("request", "", "id of the request: a second call with the same id repeats nothing"),
     Flag("requester", "", "who asks; kept in the receipt for good"),
     Flag("reason", "", "why; kept in the receipt for good"),
-    Flag("quarantine", False, "predict without the touched clusters until they are tuned again"),
-    Flag("defer", False, "only accept; lmeraser process serves it later"),
-    Flag("dry_run", False, "only say what would be done"),
+    Flag("quarantine", False, "from now until they are tuned again, keep the touched clusters out of predictions"),
+    Flag("defer", False, "only accept the request; lmeraser process serves it later"),
+    Flag("dry_run", False, "only say what the request would cost"),
     *common.WRITING,
     *common.SHARED,
 )
