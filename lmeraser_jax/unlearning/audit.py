@@ -63,14 +63,9 @@ class Verdict:
 
 
 def state(run: Run, keys: Collection[str] | None = None) -> State:
-    """Everything that is stored or served as a function of the live records, free of row numbers and times.
+    """{section: {name: value}}: everything that is stored or served as a function of the live records.
 
-    Args:
-        run: an opened workdir with a published manifest.
-        keys: clusters whose parameters are read; None: all.
-
-    Returns:
-        {section: {name: value}}.
+    Free of row numbers and times. Parameters of the clusters `keys` only, None: of all.
     """
     manifest = run.catalog.manifest()
     assert manifest is not None, "state() needs a published manifest"
@@ -123,7 +118,7 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     """Rebuilds from scratch in a temporary place and compares; also looks for leftovers of erased records.
 
     Args:
-        run: a workdir opened for writing, with a published state and no open request.
+        run: opened for writing.
         sample: rebuild the slices of so many clusters only, drawn anew each time; 0: all.
 
     Raises:

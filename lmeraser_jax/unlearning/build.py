@@ -142,14 +142,14 @@ def remove_leftovers(run: Run) -> None:
 def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
     """Registers slices that were written but not registered, where the plan calls for them, and removes all others.
 
-    A slice's digest names its members, so one that an erased record helped to make is never called for.
-
-    Returns:
-        The plan without what is no longer missing, and the number of slices registered.
+    A slice's digest names its members, so one that an erased record helped to make is never called for. Returns the
+    plan without what is no longer missing, and the number of slices registered.
     """
     orphans = {}
     for key, target in wanted.missing.items():
-        orphan = load_orphan(run.layout.slices, target, run.fingerprint, run.spec_of(key))
+        orphan = load_orphan(
+            run.layout.slices, target, run.fingerprint, run.common_spec if key == SliceKind.COMMON else run.tuning_spec
+        )
         if orphan is not None:
             register(run, wanted, orphan)
             orphans[key] = orphan.row
@@ -211,8 +211,7 @@ def _tune(run: Run, wanted: Plan, tuning_spec: TuningSpec, missing: Mapping[str,
 def _subtract(run: Run, wanted: Plan, tuning_spec: TuningSpec, target: Target, labels: np.ndarray) -> bool:
     """Makes a closed form from the sums beside the slice in its place, less the records that left.
 
-    Returns:
-        False where that is not possible or not exact, so that the slice has to be made from its members.
+    False where that is not possible or not exact, so that the slice has to be made from its members.
     """
     start, before, tuning = time.perf_counter(), run.catalog.manifest(), tuning_spec.tuning
     if not tuning.closed or before is None:
@@ -236,11 +235,7 @@ def _subtract(run: Run, wanted: Plan, tuning_spec: TuningSpec, target: Target, l
 
 
 def repair(run: Run) -> list[str]:
-    """Drops published slices that are missing or damaged, so that the next build tunes them again.
-
-    Returns:
-        Messages, one per dropped slice.
-    """
+    """Drops published slices that are missing or damaged, with a message for each; the next build tunes them again."""
     manifest, messages = run.catalog.manifest(), []
     for ref in sorted(set(manifest.entries.values()) if manifest else ()):
         try:

@@ -19,12 +19,7 @@ from lmeraser_jax.unlearning.run import Run
 
 
 def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
-    """Everything that a plan depends on, of one moment.
-
-    Args:
-        run: opened for writing.
-        leaving: ids that count as erased already.
-    """
+    """Everything that a plan depends on, of one moment; the ids that are leaving count as erased already."""
     ids = frozenset(leaving)
     run.catalog.rank(run.config.seed)
     with run.catalog.snapshot():

@@ -16,15 +16,8 @@ from lmeraser_jax.unlearning.run import Run
 def publish(run: Run, wanted: Plan, before: Manifest | None, changed: bool, seconds: float) -> int:
     """One transaction: the manifest, every moved record's cluster, the served requests, their quarantine.
 
-    Args:
-        run: opened for writing; every slice of the plan is registered.
-        wanted: the state to publish.
-        before: the published state.
-        changed: whether the plan differs from it.
-        seconds: what the build took so far, for the receipts.
-
-    Returns:
-        The version of the published state.
+    Every slice of the plan is registered by now. `changed` says whether the plan differs from the published state,
+    `seconds` what the build took so far, for the receipts. Returns the version of the published state.
     """
     catalog, served = run.catalog, wanted.requests
     version = before.version if before else 0

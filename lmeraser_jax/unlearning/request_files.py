@@ -60,11 +60,8 @@ def read(path: str) -> Named:
 def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> str:
     """The content hash that a record of a workdir has, or would have, whose source is an image file.
 
-    Args:
-        catalog: of a workdir with records.
-        path: an image file. Where the records came from image files, it is brought to the stored size as they were;
-            where they came as arrays, it must have their size.
-        most: pixels of the file at most (`data.max_pixels`).
+    Where the records came from image files, it is brought to the stored size as they were; where they came as arrays,
+    it must have their size. `most` is the number of pixels that a file may have (`data.max_pixels`).
 
     Raises:
         UserError: no readable image, or another size.

@@ -33,7 +33,6 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
-from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.training import tune, waves
 from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
@@ -88,10 +87,6 @@ class Run:
             self.config.tuning, method=common.method, penalty=common.penalty, expand=common.expand
         )
         return dataclasses.replace(self.tuning_spec, tuning=tuning, mapping=())
-
-    def spec_of(self, key: str) -> TuningSpec:
-        """The static part of the program that makes the slice of a cluster, or the common head."""
-        return self.common_spec if key == SliceKind.COMMON else self.tuning_spec
 
     @functools.cached_property
     def recipe_constants(self) -> RecipeConstants:
