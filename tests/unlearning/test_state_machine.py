@@ -5,6 +5,7 @@ labels; everything around them is what is tested.
 """
 
 import contextlib
+import itertools
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,17 +15,16 @@ import jax
 import numpy as np
 import pytest
 from crash_checks import unchained
-from fakes import fake_slice, fast_checkpoints, fast_fakes
+from crash_points import Points
+from fakes import fake_slice
 from helpers import small_config, small_source, with_items
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.storage import checkpoints, requests
-from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.ingest import import_source
-from lmeraser_jax.unlearning import artifacts, audit, build, erase, purge, receipts, rollback
+from lmeraser_jax.unlearning import artifacts, audit, build, erase, rollback
 from lmeraser_jax.unlearning import run as runs
 from lmeraser_jax.unlearning.run import prepare_run
 
@@ -45,23 +45,14 @@ OWNERS = {item.id: f"owner-{i % 7}" for i, item in enumerate(ITEMS)}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def backbone_folder(tmp_path_factory):
+def backbone_folder(tmp_path_factory, fast_files):
     """The backbone of every history, made once."""
-    with pytest.MonkeyPatch.context() as patch:
-        fast_fakes(patch)
-        fast_checkpoints(patch)
-        folder = tmp_path_factory.mktemp("backbone") / "run"
-        with prepare_run(folder, CONFIG, jax.devices()[:1], POOL) as (run, _):
-            History.backbone_folder = run.layout.backbone
-        yield
+    with prepare_run(tmp_path_factory.mktemp("backbone") / "run", CONFIG, jax.devices()[:1], POOL) as (run, _):
+        History.backbone_folder = run.layout.backbone
 
 
 class Killed(BaseException):
     """A process that is killed: nothing catches it."""
-
-
-STEPS = [(checkpoints, "save"), (artifacts, "write_bytes"), (purge, "remove_others"), (RowFile, "overwrite")]
-STEPS += [(Catalog, "transaction"), (Catalog, "flush"), (receipts, "write_json"), (RowFile, "append")]
 
 
 class History(RuleBasedStateMachine):
@@ -99,10 +90,6 @@ class History(RuleBasedStateMachine):
             Path(self.folder.name) / "run", CONFIG, jax.devices()[:1], source or self.source(ITEMS[:2])
         )
         self.run, _ = self.stack.enter_context(opened)
-
-    def reopen(self):
-        self.stack.close()
-        self.enter()
 
     @rule(numbers=st.sets(st.integers(0, len(ITEMS) - 1), min_size=1, max_size=12), now=st.booleans())
     def add(self, numbers, now):
@@ -162,9 +149,9 @@ class History(RuleBasedStateMachine):
         rollback.unpin(self.run, sorted(self.run.catalog.pins())[0])
         self.changed = False
 
-    @rule(data=st.data(), at=st.integers(0, 40), defer=st.booleans())
+    @rule(data=st.data(), at=st.integers(0, 120), defer=st.booleans())
     def crash(self, data, at, defer):
-        """The process dies before the at-th write of an erasure or of a build; the next command goes on."""
+        """The process dies before or after a write of an erasure or of a build; the next command goes on."""
         names = data.draw(st.lists(st.sampled_from(sorted(self.live or {""})), max_size=3, unique=True))
         name, before = f"request-{len(self.requests)}", self.run.catalog.manifest()
         with self.patch.context() as patch:
@@ -174,7 +161,8 @@ class History(RuleBasedStateMachine):
                     erase.request_erasure(self.run, names, request=name, defer=defer)
                 else:
                     erase.process(self.run)
-        self.reopen()
+        self.stack.close()
+        self.enter()
         accepted = requests.get(self.run.catalog, name)
         if accepted is not None:
             self.mark(names, "", name)
@@ -184,19 +172,13 @@ class History(RuleBasedStateMachine):
         self.changed = True
 
     def die_at(self, patch, at):
-        calls = []
+        points = itertools.count()
 
-        def counted(function):
-            def wrapper(*args, **kwargs):
-                calls.append(function)
-                if len(calls) > at:
-                    raise Killed
-                return function(*args, **kwargs)
+        def reached(label, half):
+            if next(points) >= at:
+                raise Killed
 
-            return wrapper
-
-        for owner, name in STEPS:
-            patch.setattr(owner, name, counted(getattr(owner, name)))
+        Points(self.run.layout.root, patch, reached)
 
     @invariant()
     def live_records_are_the_models(self):
@@ -239,17 +221,9 @@ class History(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-def run_histories(examples, steps):
+@pytest.mark.parametrize(("examples", "steps"), [(10, 12), pytest.param(40, 20, marks=pytest.mark.slow)])
+def test_random_histories(examples, steps):
     settings = hypothesis.settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None
     )
     hypothesis.stateful.run_state_machine_as_test(History, settings=settings)
-
-
-def test_random_histories():
-    run_histories(10, 12)
-
-
-@pytest.mark.slow
-def test_more_random_histories():
-    run_histories(40, 20)
