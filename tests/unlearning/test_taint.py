@@ -51,22 +51,14 @@ def published(run):
     return run.catalog.manifest().entries
 
 
-def sample(run):
-    return load_clustering(run.layout, run.catalog.manifest().clustering).sample
-
-
-def sample_of(run, manifest):
-    return set(load_clustering(run.layout, manifest.clustering).sample)
-
-
-def member(run, key):
-    """An unsampled member of a cluster, or None."""
-    return next((name for name in run.catalog.members(key).ids if name not in sample(run)), None)
+def sample(run, manifest=None):
+    return load_clustering(run.layout, (manifest or run.catalog.manifest()).clustering).sample
 
 
 def clusters_with_a_member(run):
     """(cluster, one of its unsampled members) of the published clusters that have one."""
-    return [(key, member(run, key)) for key in published(run) if member(run, key)]
+    members = {key: set(run.catalog.members(key).ids) - set(sample(run)) for key in published(run)}
+    return [(key, min(names)) for key, names in members.items() if names]
 
 
 def grown(folder, search):
@@ -109,7 +101,7 @@ def test_a_pinned_slice_goes_with_a_sampled_record_that_decided_its_members(tmp_
 
     def newly_sampled(run):
         new, old = run.catalog.manifests()
-        joined = sample_of(run, new) - sample_of(run, old)
+        joined = {*sample(run, new)} - {*sample(run, old)}
         keys = [key for key in sorted(set(new.entries) & set(old.entries)) if new.entries[key] != old.entries[key]]
         return (keys[0], sorted(joined)) if joined and keys else None
 
@@ -272,7 +264,7 @@ def test_a_clustering_goes_with_a_record_that_only_it_has_sampled(tmp_path):
     def no_longer_sampled(run):
         new, old = run.catalog.manifests()
         reused = set(new.entries.values()) & set(old.entries.values())
-        left = sample_of(run, old) - sample_of(run, new)
+        left = {*sample(run, old)} - {*sample(run, new)}
         return min(left) if reused and left else None
 
     place, name = grown(tmp_path, no_longer_sampled)
@@ -289,7 +281,7 @@ def test_a_pin_outlives_the_state_it_is_from(tmp_path):
     def elsewhere(run):
         """(cluster, two unsampled records that its older slice never saw)."""
         new, old = run.catalog.manifests()
-        sampled = sample_of(run, old) | sample_of(run, new)
+        sampled = {*sample(run, old), *sample(run, new)}
         earlier = {row for ref in old.entries.values() for row in run.catalog.rows_of(ref).tolist()}
         rows = run.catalog.rows(run.catalog.live("train").ids)
         for key in sorted(set(new.entries) & set(old.entries)):
