@@ -31,6 +31,8 @@ from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.models.weight_files import Weights, read
 from lmeraser_jax.storage.checkpoints import flatten
 
+FAMILIES = {"vit": (hugging_face_vit, VIT), "swin": (hugging_face_swin, SWIN)}
+
 
 def params_of(path, image_size: int = 0, **settings) -> Arrays:
     return flatten(convert.load(Backbone(weights=str(path), **settings), image_size)[0].params)
@@ -56,13 +58,10 @@ def folder(tmp_path_factory, arrays):
     return hub_folder(tmp_path_factory.mktemp("vit"), arrays, settings_of(VIT))
 
 
-# -- one model in many layouts --
-
-
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_layout_gives_the_same_parameters(family):
     """transformers', timm's and Microsoft's names; with a classifier or without; with index tables and masks."""
-    make, config = (hugging_face_vit, VIT) if family == "vit" else (hugging_face_swin, SWIN)
+    make, config = FAMILIES[family]
     bare, whole = make(config), make(config, prefix=f"{family}.")
     kind = "ViT" if family == "vit" else "Swin"
     layouts = {f"Hugging Face {kind}": (bare, whole), f"timm {kind}": (timm(bare), timm(whole))}
@@ -139,9 +138,9 @@ def test_half_precision_becomes_float32(tmp_path, arrays, dtype):
     assert_same(params, flatten(freeze(exact)[0].params))
 
 
-@pytest.mark.parametrize("family", ["vit", "swin"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_biases_of_queries_keys_and_values_they_are_zero(family):
-    make, config = (hugging_face_vit, VIT) if family == "vit" else (hugging_face_swin, SWIN)
+    make, config = FAMILIES[family]
     arrays = make(config)
     biases = [name for name in arrays if name.endswith(("query.bias", "key.bias", "value.bias"))]
     without = {name: array for name, array in arrays.items() if name not in biases}
@@ -151,9 +150,6 @@ def test_without_biases_of_queries_keys_and_values_they_are_zero(family):
     assert_same(flatten(freeze(without, settings)[0].params), expected)
     joined = {name: array for name, array in timm(arrays).items() if not name.endswith("qkv.bias")}
     assert_same(flatten(freeze(joined, heads=2 if family == "vit" else 0)[0].params), expected)
-
-
-# -- what config.json says --
 
 
 def test_epsilon_gelu_and_heads_come_from_config_json(arrays):
@@ -187,8 +183,6 @@ def test_positions_are_resized_as_the_origin_does_it(arrays):
         np.testing.assert_array_equal(resized, interpolate_positions(positions, 2, antialias))
         assert np.abs(resized - interpolate_positions(positions, 2, not antialias)).max() > 0.01
 
-
-# -- normalisation and feature --
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 
@@ -235,9 +229,6 @@ def test_the_feature_is_that_of_the_settings_the_name_or_the_file(monkeypatch, f
     assert feature(feature="cls") == feature(name="vit-ti") == "cls"
     backbone, provenance = convert.load(Backbone(weights=str(folder), feature="cls"))
     assert "pooler" not in backbone.params and {"pooler/kernel", "pooler/bias"} <= set(provenance.left_out)
-
-
-# -- real weights --
 
 
 @pytest.mark.slow

@@ -30,9 +30,6 @@ def assert_lines(message: str, lines: list[tuple[str, ...]]) -> None:
         assert sum(all(word in line for word in words) for line in found) == 1, (words, message)
 
 
-# -- weights of something else --
-
-
 @FAMILIES
 def test_weights_of_another_backbone_than_the_named_one(make, config):
     arrays, settings = make(config), settings_of(config)
@@ -79,9 +76,6 @@ def test_an_unknown_layout_lists_the_known_ones_and_what_is_lacking():
     arrays = hugging_face_vit()
     del arrays["embeddings.position_embeddings"]
     assert "Hugging Face ViT has embeddings.position_embeddings, and this has not" in refusal(arrays)
-
-
-# -- arrays that do not fit --
 
 
 def test_all_mismatches_are_listed_at_once():
@@ -170,9 +164,6 @@ def test_arrays_that_are_not_floating_point_are_all_named():
         for name in ("layernorm.bias", "layernorm.weight"):
             arrays[name] = arrays[name].astype(dtype)
         assert refusal(arrays).count(f"must be floating point, is {dtype}") == 2
-
-
-# -- settings that do not fit --
 
 
 def test_settings_that_the_weights_cannot_serve():

@@ -1,21 +1,27 @@
-"""Published models as transformers and timm compute them in PyTorch: every layer, feature, logits, image gradient."""
+"""Published models as transformers and timm compute them in PyTorch, layer by layer; and a run at their real size."""
 
 import copy
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from helpers import small_config, small_source, with_items
 from published import SWIN, VIT, settings_of, spread
 from timm_reference import NO_TIMM, SIZES
 from transcriptions import TOLERANCE, coefficients, features, gradient, outputs, pictures, relative_error
 
 from lmeraser_jax.config import Backbone
+from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.models import convert, weight_files, zoo
 from lmeraser_jax.models.swin import SwinConfig
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import prepare_run
 
 pytestmark = pytest.mark.slow
 CLS = dataclasses.replace(VIT, feature="cls")
@@ -32,6 +38,11 @@ PAPERS = {
     "swin-b-22k": "SwinModel",
     "swin-b-1k": "SwinForImageClassification",
 }
+
+
+TWO_STEPS: dict[str, Any] = {"clustering__sample_size": 4, "clustering__cut": "auto:2", "clustering__min_members": 0}
+TWO_STEPS |= {"clustering__feature_batch": 2, "inference__batch": 2, "tuning__prompt_width": 30, "tuning__batch": 2}
+TWO_STEPS |= {"tuning__lanes": 1, "tuning__epochs": 1, "tuning__min_steps": 1}
 
 
 def random_model(name: str, options, architecture, folder: Path):
@@ -130,3 +141,30 @@ def test_a_backbone_of_the_papers_size_is_pytorchs(tmp_path, name):
     pooled = getattr(result, "pooler_output", None)
     expected = (result.last_hidden_state[:, 0] if pooled is None else pooled).numpy()
     assert relative_error(features(backbone.config, backbone.params, images), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["vit-b-22k", "swin-b-1k"])
+def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
+    """ViT-B and Swin-B at 224 px with random weights: convert, train, predict, erase; two steps of two images."""
+    entry = zoo.entry(name)
+    random_model(PAPERS[name], {}, entry.architecture, tmp_path / "weights")
+    digits = small_source(train=6, test=2, public=0)
+    images = np.repeat(digits.read(0, len(digits.items)).images, 28, axis=1).repeat(28, axis=2)  # 224 x 224
+    source = dataclasses.replace(with_items(digits, digits.items, images), shape=(224, 224, 1))
+    config = small_config(
+        backbone__name=name,
+        backbone__heads=0,
+        backbone__weights=str(tmp_path / "weights"),
+        data__image_size=224,
+        **TWO_STEPS,
+    )
+    with prepare_run(tmp_path / "run", config, devices=jax.devices()[:1], source=source) as (run, imported):
+        assert imported.added == 8
+        assert run.backbone.config == entry.architecture
+        assert (run.image_spec.mean, run.image_spec.std) == entry.normalisation
+        report = build(run)
+        assert report.retuned == report.clusters == 2
+        answers = predict(load_model(run), run.images[:3])
+        assert answers.probabilities.shape == (3, 10) and np.isfinite(answers.probabilities).all()
+        erased = erase.request_erasure(run, [run.catalog.live("train").ids[0]])
+        assert erased.records == 1 and erased.outcome.retuned >= 1

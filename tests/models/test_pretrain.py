@@ -1,10 +1,8 @@
 """Public pretraining on a few digits: it learns, resumes bit for bit, agrees across devices, and is stored safely."""
 
 import contextlib
-import dataclasses
 import functools
 import gc
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +14,11 @@ import pytest
 from flax import nnx
 
 from lmeraser_jax import config as settings
+from lmeraser_jax import interrupt
 from lmeraser_jax.data import digits
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import pretrain
+from lmeraser_jax.models import convert, pretrain
 from lmeraser_jax.models.vit import ViT, ViTConfig
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.checkpoints import flatten
@@ -54,7 +53,7 @@ def public() -> tuple[np.ndarray, np.ndarray]:
 
 
 def config_with(seed: int = 0, **pretraining) -> settings.Config:
-    options = {"epochs": EPOCHS, "batch": 16, "rate": 1e-2, "checkpoint_epochs": 1, **pretraining}
+    options = {"epochs": EPOCHS, "batch": 16, "rate": 1e-2, "checkpoint_epochs": 100, **pretraining}
     return settings.Config(
         seed=seed,
         data=settings.Data(image_size=8),
@@ -98,7 +97,7 @@ def recorded() -> Iterator[list[tuple[float, float]]]:
 def whole(tmp_path_factory, public) -> Whole:
     folder = tmp_path_factory.mktemp("whole")
     with recorded() as epochs:
-        backbone, accuracy = train(folder, public, config_with(checkpoint_epochs=100))
+        backbone, accuracy = train(folder, public, config_with())
     backbone_lib.save(Layout(folder).backbone, backbone, {"seed": 0}, {"origin": "the test"})
     return Whole(folder, backbone, accuracy, epochs)
 
@@ -108,26 +107,18 @@ def logits(vit: ViTConfig, params, images) -> np.ndarray:
     return np.asarray(jax.jit(functools.partial(backbone_lib.logits, vit))(params, pixels), np.float64)
 
 
-def stop_after_the_first_checkpoint(folder: Path, public, devices: int = 1) -> None:
-    save = checkpoints.save_step
-
-    def save_and_stop(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "save_step", save_and_stop)
-        with pytest.raises(KeyboardInterrupt):
-            train(folder, public, config_with(checkpoint_epochs=100), devices)
+def stop_after_the_first_epoch(folder: Path, public, devices: int = 1) -> None:
+    interrupt.request_stop()
+    with pytest.raises(interrupt.Stopped):
+        train(folder, public, config_with(), devices)
+    interrupt._requested.clear()
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, public) -> Path:
     """The workdir of a training that was interrupted after its first epoch."""
     folder = tmp_path_factory.mktemp("stopped")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain.interrupt, "stop_requested", lambda: True)
-        stop_after_the_first_checkpoint(folder, public)
+    stop_after_the_first_epoch(folder, public)
     return folder
 
 
@@ -163,22 +154,20 @@ def first_epoch(folder: Path, public, config) -> int:
 
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, public, whole, stopped):
     layout = Layout(shutil.copytree(stopped, tmp_path / "run"))
-    config = config_with(checkpoint_epochs=100)
     assert not layout.backbone.exists() and checkpoints.load(layout.pretraining)[2] == 1
-    assert first_epoch(layout.root, public, config) == 1
-    backbone, accuracy = train(layout.root, public, config)
+    assert first_epoch(layout.root, public, config_with()) == 1
+    backbone, accuracy = train(layout.root, public, config_with())
     assert_same(backbone, whole.backbone)
     assert accuracy == whole.accuracy
 
 
 def test_a_checkpoint_of_another_training_is_not_used(tmp_path, public, stopped):
     images, labels = public
-    config = config_with(checkpoint_epochs=100)
     others = {
-        "seed": (public, dataclasses.replace(config, seed=1)),
-        "images": ((images[::-1], labels), config),
-        "labels": ((images, labels[::-1]), config),
-        "rate": (public, config_with(checkpoint_epochs=100, rate=1e-3)),
+        "seed": (public, config_with(seed=1)),
+        "images": ((images[::-1], labels), config_with()),
+        "labels": ((images, labels[::-1]), config_with()),
+        "rate": (public, config_with(rate=1e-3)),
     }
     for name, (data, other) in others.items():
         shutil.copytree(stopped, tmp_path / name)
@@ -186,10 +175,9 @@ def test_a_checkpoint_of_another_training_is_not_used(tmp_path, public, stopped)
 
 
 @pytest.mark.slow
-def test_eight_devices_train_as_one_does(tmp_path, public, stopped, monkeypatch):
+def test_eight_devices_train_as_one_does(tmp_path, public, stopped):
     """After one epoch the losses are alike to rounding, and so are the networks' answers."""
-    monkeypatch.setattr(pretrain.interrupt, "stop_requested", lambda: True)
-    stop_after_the_first_checkpoint(tmp_path, public, devices=8)
+    stop_after_the_first_epoch(tmp_path, public, devices=8)
     vit = pretrain.architecture(config_with(), channels=1, classes=CLASSES)
     answers = []
     for folder in (stopped, tmp_path):
@@ -248,27 +236,24 @@ def test_a_backbone_with_other_contents_under_its_digest_is_refused(tmp_path, wh
     backbone = whole.backbone
     changed = jax.tree.map(np.copy, backbone.params)
     changed["norm"]["bias"][3] += 1e-3
-    config = backbone_lib.describe(backbone.config)
-    metadata = {"config": config, "mean": [0.5], "std": [0.5], "digest": backbone.digest}
-    metadata |= {"inputs": {}, "provenance": {}}
-    layout = Layout(tmp_path)
-    for params, notes in (
-        (changed, metadata),
-        (backbone.params, metadata | {"mean": [0.4]}),
-        (backbone.params, {"digest": backbone.digest}),
-    ):
-        checkpoints.save(layout.backbone, flatten(params), notes)
+    good = {"config": backbone_lib.describe(backbone.config), "mean": [0.5], "std": [0.5], "digest": backbone.digest}
+    good |= {"inputs": {}, "provenance": {}}
+    bare = {"digest": backbone.digest}
+    for params, notes in ((changed, good), (backbone.params, good | {"mean": [0.4]}), (backbone.params, bare)):
+        checkpoints.save(tmp_path / "b", flatten(params), notes)
         with pytest.raises(UserError, match="damaged"):
-            backbone_lib.load(layout.backbone)
-    checkpoints.save(layout.backbone, flatten(backbone.params), json.loads(json.dumps(metadata)))
-    assert_same(backbone_lib.load(layout.backbone)[0], backbone)
+            backbone_lib.load(tmp_path / "b")
+        with pytest.raises(UserError, match=r"--config\.backbone\.weights=.*b is (damaged|no backbone)"):
+            convert.load(settings.Backbone(weights=str(tmp_path / "b")))
+    checkpoints.save(tmp_path / "b", flatten(backbone.params), good)
+    assert_same(backbone_lib.load(tmp_path / "b")[0], backbone)
 
 
 def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):
     """A label beyond the classes makes the loss nan, with the program that is compiled already."""
     labels = np.where(np.arange(390) == 7, 1000, public[1]).astype(np.int32)
     with pytest.raises(UserError, match=r"the loss is nan in epoch 0.*--config\.pretraining\.rate"):
-        train(tmp_path, (public[0], labels), config_with(checkpoint_epochs=100))
+        train(tmp_path, (public[0], labels), config_with())
 
 
 @pytest.mark.slow
