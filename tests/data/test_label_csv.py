@@ -49,9 +49,8 @@ def test_any_file_is_read_or_refused_in_few_words(tmp_path, start, body):
 )
 def test_what_a_csv_writer_wrote_is_read(tmp_path, rows, delimiter, end, bom):
     """Python's writer as the reference: every cell comes back, whatever has to be quoted."""
-    rows = {
-        name: [cell.replace("\r", "").encode(errors="ignore").decode() for cell in row] for name, row in rows.items()
-    }
+    for name, row in rows.items():
+        rows[name] = [cell.replace("\r", "").encode(errors="ignore").decode() for cell in row]
     buffer = io.StringIO()
     writer = csv.writer(buffer, delimiter=delimiter, lineterminator=end)
     writer.writerows([["file", "label", "owner"], *([name, *row] for name, row in rows.items())])

@@ -28,9 +28,7 @@ def images_of(source: Source, step: int = 7) -> dict[str, np.ndarray]:
     """{id: pixels}, read in pieces that do not fit the splits."""
     pieces = [source.read(i, min(i + step, len(source.items))) for i in range(0, len(source.items), step)]
     assert not any(piece.unreadable or piece.converted for piece in pieces)
-    return {
-        item.id: image for item, image in zip(source.items, np.concatenate([p.images for p in pieces]), strict=True)
-    }
+    return dict(zip((item.id for item in source.items), np.concatenate([p.images for p in pieces]), strict=True))
 
 
 # what was written is what is read
@@ -152,11 +150,9 @@ def test_one_small_size_is_kept_and_a_given_size_wins(tmp_path, folder):
 
 
 def test_corrupt_images_are_reported_not_dropped(tmp_path):
-    def broken(index: int) -> io.BytesIO:
-        content = encoded(pixels_of("train", index)).getvalue()
-        return io.BytesIO({2: content[:60], 4: b"no image"}.get(index, content))
-
-    records = [{"image": broken(i), "label": i % 3} for i in range(6)]
+    records = [example("train", i) for i in range(6)]
+    records[2]["image"] = io.BytesIO(records[2]["image"].getvalue()[:60])
+    records[4]["image"] = io.BytesIO(b"no image")
     write(tmp_path, "broken", labelled(), {"train": records})
     source = load(tmp_path, "broken")
     assert len(source.items) == 6
