@@ -32,15 +32,12 @@ def images_of(source: Source, step: int = 7) -> dict[str, np.ndarray]:
 
 
 # what was written is what is read
-def test_items_and_pixels_are_those_that_were_written(folder):
+def test_items_are_those_that_were_written(folder):
     source = load(folder)
     assert (source.name, source.class_names, source.shape) == ("plain/1.2.0", NAMES, (8, 6, 3))
     assert problems(source) == []
     wanted = [(f"{split}/{i}", split, i % 3, "") for split in ("train", "test") for i in range(RECORDS[split])]
     assert [tuple(item) for item in source.items] == wanted  # validation has no role unless it is given one
-    for name, image in images_of(source).items():
-        split, _, index = name.partition("/")
-        np.testing.assert_array_equal(image, pixels_of(split, int(index)))
 
 
 SLICES = [
