@@ -1,9 +1,9 @@
-"""lmeraser add: new private records join a workdir, and only the clusters they touch are tuned.
+"""lmeraser add: add private records to a workdir and tune only the clusters that they touch.
 
   lmeraser add --workdir=DIR --source=FILE.npz|FOLDER [--labels=CSV] [--wait=SECONDS]
 
-The source is read with the workdir's own data settings; its classes must be known and its shape must fit. Its training
-images join; test and public images are left out. After an interruption the same command resumes.
+The command reads the source with the workdir's own data settings; the classes must be known and the image shape the
+same. It adds the training images and leaves out test and public images. The same command resumes after an interruption.
 """
 
 import dataclasses

@@ -1,12 +1,11 @@
-"""lmeraser backbone: convert published weights once, into a folder that --config.backbone.weights takes.
+"""lmeraser backbone: list published backbones, or convert weights into a folder for --config.backbone.weights.
 
   lmeraser backbone --list
   lmeraser backbone --weights=FILE_OR_FOLDER --out=DIR
   lmeraser backbone --name=vit-b-22k --weights=FOLDER --out=DIR [--image_size=224]
 
-With a name the weights must be of that backbone, and its feature and normalisation are used. Read are
-.safetensors, .npz, Flax .msgpack and folders of the hub's form; hub:OWNER/NAME (or hub, with a name)
-downloads, nothing else touches a network.
+The command reads .safetensors, .npz, Flax .msgpack and folders as on the Hugging Face hub; only hub:OWNER/NAME (or hub,
+with a name) uses a network. With a name the weights must be of that backbone, whose feature and normalisation are used.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from lmeraser_jax.errors import UserError, join_limited
 
 STRAY = "name them as --weights=FILE_OR_FOLDER"
 FLAGS = (
-    Flag("list", False, "list the backbones that have a name"),
+    Flag("list", False, "list the published backbones that --name accepts"),
     Flag("name", "", "name of a published backbone"),
     Flag("weights", "", "file, folder, hub:OWNER/NAME, or hub"),
     Flag("out", "", "new folder for the converted backbone"),

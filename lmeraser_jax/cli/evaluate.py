@@ -1,4 +1,4 @@
-"""lmeraser evaluate: accuracy of the published state, beside a plain linear head on the same frozen features.
+"""lmeraser evaluate: measure the accuracy of the published state and of a plain linear head on its features.
 
 lmeraser evaluate --workdir=runs/digits [--split=test|holdout|train] [--config.inference.nearest=3]
 """

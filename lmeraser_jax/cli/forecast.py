@@ -1,10 +1,10 @@
-"""lmeraser forecast: an estimate of what serving erasures at once, hourly, daily, weekly or otherwise costs.
+"""lmeraser forecast: estimate what serving erasures at once, hourly, daily, weekly or otherwise costs.
 
   lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --window=DAYS [--images_per_second=X]
-  lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --requests=K      (whenever exactly K requests have come)
+  lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --requests=K      (serves whenever K requests have come)
 
-Reads the catalog: clusters, their sizes and sampled members, images and seconds of their slices. Changes nothing, and
-does not wait for the lock. docs/theory.md has the formulas.
+The estimate uses the sizes and sampled members of the clusters, and the images and seconds of their slices. The command
+changes nothing and does not wait for the lock. docs/theory.md has the formulas.
 """
 
 from lmeraser_jax.cli import common
@@ -20,7 +20,7 @@ FLAGS = (
     Flag("window", float, "days in which requests are collected, above 0"),
     Flag("requests", int, "in place of --window: requests that are collected, 1 to the number of records", low=1),
     Flag("images_per_second", float, "images that all devices together tune per second; default: as in this workdir"),
-    Flag("devices", 1, "number of devices that tune, of all processes", low=1),
+    Flag("devices", 1, "number of devices that tune, over all processes", low=1),
     Flag(
         "reclustered",
         float,

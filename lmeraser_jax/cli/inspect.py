@@ -1,4 +1,4 @@
-"""lmeraser inspect: what a workdir holds: clusters, sizes, slices, versions, disk use.
+"""lmeraser inspect: show what a workdir holds: clusters, sizes, slices, versions, disk use.
 
 lmeraser inspect --workdir=DIR [--records]
 """
@@ -9,7 +9,7 @@ from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 
 TAKES_CONFIG = False
-FLAGS = (Flag("records", False, "list the live private records instead"),)
+FLAGS = (Flag("records", False, "list the live private records with their ids instead"),)
 
 
 def run(arguments: common.Arguments) -> int:

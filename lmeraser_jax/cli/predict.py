@@ -1,4 +1,4 @@
-"""lmeraser predict: label, probability and cluster key for image files or folders.
+"""lmeraser predict: predict image files or folders: label, probability and cluster key.
 
 lmeraser predict --workdir=runs/digits scan.png folder/ [--format=table|csv|json]
 """

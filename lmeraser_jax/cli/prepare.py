@@ -2,7 +2,8 @@
 
   lmeraser prepare --dataset=cifar10 [--data_dir=DIR]
 
-Only this command needs TensorFlow: python -m pip install 'lmeraser_jax[prepare]'. What it wrote is read without.
+Only this command needs TensorFlow: python -m pip install 'lmeraser_jax[prepare]'. The other commands read the files
+without it.
 """
 
 import contextlib

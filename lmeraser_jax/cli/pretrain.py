@@ -2,8 +2,8 @@
 
   lmeraser pretrain --config=configs/digits.py --workdir=runs/digits
 
-With --config.backbone.weights=FILE the backbone is converted instead. Interrupted runs go on from their
-last checkpoint.
+With --config.backbone.weights=FILE it converts the weights instead. After an interruption it resumes from the last
+checkpoint.
 """
 
 from lmeraser_jax.cli import common

@@ -1,4 +1,4 @@
-"""lmeraser requests: the erasure requests of a workdir, with their states and receipts, oldest first.
+"""lmeraser requests: list the erasure requests of a workdir with their states and receipts, oldest first.
 
 lmeraser requests --workdir=DIR [--open]
 """
@@ -13,7 +13,7 @@ from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.workdir import Layout
 
-FLAGS = (Flag("open", False, "only those that are not finished"),)
+FLAGS = (Flag("open", False, "only requests that are not finished"),)
 COLUMNS = ("id", "state", "age", "records", "tuned", "requester", "reason", "receipt")
 TEXT_WIDTH = 32  # characters of requester and reason in the table
 

@@ -20,9 +20,9 @@ from lmeraser_jax.unlearning.rollback import Version
 
 FLAGS = (
     Flag("cluster", "", "key of the cluster, or its beginning"),
-    Flag("to", "", "a state, epoch:E, or a slice; empty: the version before"),
+    Flag("to", "", "number of a published state, epoch:E, or a slice; empty: the version before"),
     Flag("list", False, "only list the versions of the cluster"),
-    Flag("unpin", False, "give the cluster the slice of its present records again"),
+    Flag("unpin", False, "remove the pin: give the cluster the slice of its current records again"),
     *common.WRITING,
     *common.SHARED,
 )

@@ -2,7 +2,8 @@
 
   lmeraser train --config=configs/digits.py --config.tuning.epochs=3 --workdir=runs/digits
 
-The same command resumes after an interruption, or says that there is nothing to do. It also serves waiting erasures.
+The same command resumes after an interruption, or says that there is nothing to do. It also serves the
+erasure requests that wait.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""lmeraser verify: check receipts: unchanged, in their place in the chain, and what they say is gone is still gone.
+"""lmeraser verify: check that receipts are unchanged and in their place, and that what they list as removed is gone.
 
   lmeraser verify RECEIPT.json ... --workdir=DIR
   lmeraser verify --all --workdir=DIR
 
-Exit code 0 when all hold, 1 when one does not. --all also compares the folder of receipts with the catalog, so that a
-missing receipt shows. lmeraser audit goes further: it builds everything again and compares every bit.
+Exit code 0: all receipts hold; 1: one does not. --all also compares the folder of receipts with the catalog, so it
+finds missing receipts. lmeraser audit goes further: it builds everything again and compares every bit.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from lmeraser_jax.unlearning import verify
 from lmeraser_jax.unlearning.verify import Verdict
 
 TAKES_FILES = True
-FLAGS = (Flag("all", False, "all receipts of the workdir, and that none is missing"),)
+FLAGS = (Flag("all", False, "check all receipts of the workdir, and that none is missing"),)
 
 
 def run(arguments: common.Arguments) -> int:
