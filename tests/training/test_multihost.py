@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -143,8 +144,8 @@ def test_jobs_are_rebuilt_as_they_were_sent(monkeypatch):
 # ---- with processes
 
 
-def start(folder: Path, *arguments: str, count: int = 1, epochs: int = 3) -> list[subprocess.Popen]:
-    """Starts `lmeraser` in so many processes, each with one CPU device."""
+def start(folder: Path, name: str, *arguments: str, count: int = 1, epochs: int = 3) -> list[subprocess.Popen]:
+    """Starts a command of `lmeraser` on the workdir `folder/run` in so many processes, each with one CPU device."""
     config = folder / "experiment.py"
     config.write_text(CONFIG.replace("EPOCHS", str(epochs)))
     with contextlib.closing(socket.socket()) as free:
@@ -152,19 +153,13 @@ def start(folder: Path, *arguments: str, count: int = 1, epochs: int = 3) -> lis
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     environment |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", "lmeraser_jax.cli.main", *arguments]
-    if arguments[0] == "train":
+    command = [sys.executable, "-m", "lmeraser_jax.cli.main", name, f"--workdir={folder}/run", *arguments]
+    if name == "train":
         command.append(f"--config={config}")
     place = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}"]
-    processes = []
-    for index in range(count):
-        own = [*place, f"--process_id={index}"] if count > 1 else []
-        processes.append(
-            subprocess.Popen(
-                [*command, *own], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-            )
-        )
-    return processes
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    own = [[*place, f"--process_id={index}"] if count > 1 else [] for index in range(count)]
+    return [subprocess.Popen([*command, *flags], env=environment, **pipes) for flags in own]
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
@@ -176,56 +171,67 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tupl
     return ends
 
 
-def published(workdir: Path) -> dict[str, str]:
+def published(folder: Path) -> dict[str, str]:
     """{cluster key: digest of its slice's parameters} of the published state."""
-    with contextlib.closing(Catalog(workdir / "catalog.db")) as catalog:
+    with contextlib.closing(Catalog(folder / "run" / "catalog.db")) as catalog:
         manifest, slices = catalog.manifest(), catalog.slices()
         assert manifest is not None
         return {key: slices[ref].params_digest for key, ref in manifest.entries.items()}
 
 
-def wait_for(condition, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def written(workdir: Path) -> int:
+def written(folder: Path) -> int:
     """Slices on disk."""
-    return len(list((workdir / "slices").glob("[0-9a-f]*")))
+    return len(list((folder / "run" / "slices").glob("[0-9a-f]*")))
+
+
+def start_until_a_slice_is_written(folder: Path) -> list[subprocess.Popen]:
+    """Two processes that train for long, and have written a slice."""
+    processes = start(folder, "train", count=2, epochs=400)
+    deadline = time.monotonic() + 120
+    while not written(folder):
+        assert time.monotonic() < deadline, "no slice was written in time"
+        time.sleep(0.05)
+    return processes
+
+
+def first_record(folder: Path) -> str:
+    with contextlib.closing(Catalog(folder / "run" / "catalog.db")) as catalog:
+        return catalog.live("train").ids[0]
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Time and size of every file of the workdir, but SQLite's own beside the catalog."""
+    paths = [path for path in (folder / "run").rglob("*") if "catalog.db-" not in path.name]
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Trained, and one record erased, by one process: (published state after each, the record)."""
     folder = tmp_path_factory.mktemp("alone")
-    assert finish(start(folder, "train", f"--workdir={folder}/run"))[0][0] == 0
-    trained = published(folder / "run")
-    with contextlib.closing(Catalog(folder / "run" / "catalog.db")) as catalog:
-        record = catalog.live("train").ids[0]
-    assert finish(start(folder, "unlearn", f"--workdir={folder}/run", f"--records={record}"))[0][0] == 0
-    return trained, published(folder / "run"), record
+    assert finish(start(folder, "train"))[0][0] == 0
+    trained, record = published(folder), first_record(folder)
+    assert finish(start(folder, "unlearn", f"--records={record}"))[0][0] == 0
+    return trained, published(folder), record
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_give_the_bits_of_one(tmp_path, alone, count):
     trained, erased, record = alone
-    ends = finish(start(tmp_path, "train", f"--workdir={tmp_path}/run", count=count))
+    ends = finish(start(tmp_path, "train", count=count))
     assert [code for code, _, _ in ends] == [0] * count, ends
-    assert published(tmp_path / "run") == trained
+    assert published(tmp_path) == trained
     assert all(not out for _, out, _ in ends[1:]), "process 0 speaks for all"
-    ends = finish(start(tmp_path, "unlearn", f"--workdir={tmp_path}/run", f"--records={record}", count=count))
+    ends = finish(start(tmp_path, "unlearn", f"--records={record}", count=count))
     assert [code for code, _, _ in ends] == [0] * count, ends
-    assert published(tmp_path / "run") == erased
+    assert published(tmp_path) == erased
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_fails_the_job_in_seconds_and_the_next_start_reuses_what_is_written(tmp_path, victim):
-    processes = start(tmp_path, "train", f"--workdir={tmp_path}/run", count=2, epochs=400)
-    wait_for(lambda: written(tmp_path / "run") > 0)
+    processes = start_until_a_slice_is_written(tmp_path)
     processes[victim].kill()
     begun = time.monotonic()
     ends = finish(processes, seconds=60)
@@ -234,45 +240,34 @@ def test_a_killed_process_fails_the_job_in_seconds_and_the_next_start_reuses_wha
     assert code != 0
     if victim == 1:
         assert code == 2 and "was lost" in error and "start the same command again" in error.splitlines()[-1]
-    before = written(tmp_path / "run")
-    ((code, out, _),) = finish(start(tmp_path, "train", f"--workdir={tmp_path}/run", "--json=-", epochs=400))
-
+    before = written(tmp_path)
+    ((code, out, _),) = finish(start(tmp_path, "train", "--json=-", epochs=400))
     report = json.loads(out)
     assert code == 0 and report["reused"] >= before > 0 and report["clusters"] == report["reused"] + report["retuned"]
 
 
 @pytest.mark.slow
 def test_sigterm_ends_every_process_with_0_after_its_wave_and_the_next_start_goes_on(tmp_path):
-    processes = start(tmp_path, "train", f"--workdir={tmp_path}/run", count=2, epochs=400)
-    wait_for(lambda: written(tmp_path / "run") > 0)
+    processes = start_until_a_slice_is_written(tmp_path)
     processes[1].send_signal(signal.SIGTERM)
     ends = finish(processes, seconds=120)
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "resume with: lmeraser train" in ends[0][2] and "process_id" not in ends[0][2].splitlines()[-1]
-    assert written(tmp_path / "run") > 0
-    ends = finish(start(tmp_path, "train", f"--workdir={tmp_path}/run", count=2, epochs=400))
+    assert written(tmp_path) > 0
+    ends = finish(start(tmp_path, "train", count=2, epochs=400))
     assert [code for code, _, _ in ends] == [0, 0], ends
 
 
 @pytest.mark.slow
 def test_a_process_that_slept_through_an_erasure_leaves_no_byte_behind(tmp_path):
-    processes = start(tmp_path, "train", f"--workdir={tmp_path}/run", count=2, epochs=400)
-    wait_for(lambda: written(tmp_path / "run") > 0)
+    processes = start_until_a_slice_is_written(tmp_path)
     sleeper = processes[1]
     sleeper.send_signal(signal.SIGSTOP)
     ((code, _, error),) = finish(processes[:1], seconds=60)
     assert code == 2 and "process 1 of 2 was lost" in error
-    ((code, _, _),) = finish(start(tmp_path, "train", f"--workdir={tmp_path}/run", epochs=400))
-    assert code == 0
-    with contextlib.closing(Catalog(tmp_path / "run" / "catalog.db")) as catalog:
-        record = catalog.live("train").ids[0]
-    ((code, _, _),) = finish(start(tmp_path, "unlearn", f"--workdir={tmp_path}/run", f"--records={record}"))
-    assert code == 0
-    before = {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "run").rglob("*")}
+    assert finish(start(tmp_path, "train", epochs=400))[0][0] == 0
+    assert finish(start(tmp_path, "unlearn", f"--records={first_record(tmp_path)}"))[0][0] == 0
+    before = files(tmp_path)
     sleeper.send_signal(signal.SIGCONT)
-    ((code, _, _),) = finish([sleeper], seconds=60)
-    assert code != 0
-    after = {str(p): (p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "run").rglob("*")}
-    assert {name: facts for name, facts in after.items() if "catalog.db-" not in name} == {
-        name: facts for name, facts in before.items() if "catalog.db-" not in name
-    }
+    assert finish([sleeper], seconds=60)[0][0] != 0
+    assert files(tmp_path) == before
