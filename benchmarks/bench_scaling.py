@@ -84,7 +84,7 @@ def measured(devices: int, quick: bool) -> dict:
     slices, seconds = {}, 0.0
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
-        slices = {done.job.key: done.slice for done in tune.tune(spec, backbone, jobs, images, labels, mesh)}
+        slices = {done.job.key: done.slice for done in tune.make_slices(spec, backbone, jobs, images, labels, mesh)}
         seconds = time.perf_counter() - start
 
     def longest(jobs: list[Job]) -> int:

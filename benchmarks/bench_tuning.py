@@ -59,7 +59,7 @@ class Workload:
 
     def tune(self) -> None:
         """What a request pays for, from host arrays to finished slices."""
-        for _ in tune.tune(self.problem, self.backbone, self.jobs, self.images, self.labels, self.mesh):
+        for _ in tune.make_slices(self.problem, self.backbone, self.jobs, self.images, self.labels, self.mesh):
             pass
 
     def losses(self) -> np.ndarray:

@@ -93,17 +93,12 @@ def make_slices(
     Raises:
         Stopped: the process was asked to stop; what its calls have finished was yielded before.
     """
-    if tuning_spec.tuning.closed:
-        yield from _solve(tuning_spec, jobs, inputs, labels)
-    elif jobs:
-        yield from tune(tuning_spec, backbone, jobs, inputs, labels, mesh)
-
-
-def tune(
-    tuning_spec: TuningSpec, backbone: Backbone, jobs: Sequence[Job], inputs: np.ndarray, labels: np.ndarray, mesh: Mesh
-) -> Iterator[Tuned]:
-    """Tunes clusters by the compiled program. Arguments, results and errors as in `make_slices`."""
     tuning = tuning_spec.tuning
+    if tuning.closed:
+        yield from _solve(tuning_spec, jobs, inputs, labels)
+        return
+    if not jobs:
+        return
     params = on_device(backbone, compute_dtype(tuning.dtype, mesh), mesh)
     program, state = compiled(tuning_spec, mesh), initial_state(tuning_spec, mesh)
     data = _Images(tuning_spec, inputs, labels, mesh)

@@ -113,7 +113,7 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path, monkeypatch):
         labels[records.rows] = records.labels
         monkeypatch.setattr(train_step, "augmented", lambda images, spec, key: centred(images, spec))
         jobs = [make_job(key, records.rows, run.config.tuning)]
-        (tuned,) = tune.tune(on_images, run.backbone, jobs, run.images, labels, run.mesh)
+        (tuned,) = tune.make_slices(on_images, run.backbone, jobs, run.images, labels, run.mesh)
     np.testing.assert_allclose(slice_.kernel, tuned.slice.kernel, atol=2e-5)
     np.testing.assert_allclose(slice_.bias, tuned.slice.bias, atol=2e-5)
 

@@ -20,7 +20,7 @@ from lmeraser_jax.models.vit import ViT
 from lmeraser_jax.training.jobs import Job, batches, make_job
 from lmeraser_jax.training.slices import Slice, place_prompt
 from lmeraser_jax.training.train_step import TuningSpec, mesh_of
-from lmeraser_jax.training.tune import Tuned, tune
+from lmeraser_jax.training.tune import Tuned, make_slices
 
 CLASSES = 10
 GROUPS = {f"c{i}": np.arange(i * 12, i * 12 + 5 + 3 * i) for i in range(6)}  # {cluster key: rows of its members}
@@ -50,7 +50,7 @@ def small_spec(augment: str = "none", seed: int = 0, **tuning: Any) -> TuningSpe
 
 def tune_jobs(spec: TuningSpec, jobs: Iterable[Job], devices: int = 1) -> list[Tuned]:
     """Everything that the jobs hand over, in order, on the first so many devices."""
-    return list(tune(spec, small_backbone(), list(jobs), *small_data(), mesh_of(jax.devices()[:devices])))
+    return list(make_slices(spec, small_backbone(), list(jobs), *small_data(), mesh_of(jax.devices()[:devices])))
 
 
 def tune_groups(spec: TuningSpec, groups: Mapping[str, np.ndarray] = GROUPS, devices: int = 1) -> dict[str, Tuned]:
