@@ -7,9 +7,9 @@ Command:
 Keys of FILE.npz: train_images, train_labels, test_images, test_labels (uint8 [N, H, W, 1 or 3], int [N]),
 class_names; optional train_ids, train_owners, test_ids. Weights: anything that docs/backbones.md lists.
 
-The sample of 200 suits a few hundred to a few thousand images; for more, raise clustering.sample_size (the
-paper: 1000), cut and max_members with it. Choose settings on a private hold-out, never on the test images:
---config.data.holdout=0.1, then lmeraser evaluate --split=holdout.
+The sample of 200 suits a few hundred to a few thousand images. With fewer than 200, lower clustering.sample_size; with
+more, raise it (the paper: 1000), and cut and max_members with it. Choose settings on a private hold-out, never on the
+test images: --config.data.holdout=0.1, then lmeraser evaluate --split=holdout.
 """
 
 from lmeraser_jax.config import default_config
