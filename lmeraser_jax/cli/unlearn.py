@@ -122,7 +122,7 @@ def _accepted_text(request: Request, receipt: Path, quarantined: int) -> str:
     records, clusters = len(request.body["records"]), len(request.body["members"])
     lines = [f"accepted: request {request.id} ({request.state}), {records} records, {clusters} clusters to tune"]
     if quarantined:
-        lines.append(f"predictions do without {quarantined} clusters from now on")
+        lines.append(f"predictions no longer use {quarantined} clusters, until the request is served")
     return "\n".join([*lines, *_known_before(request), "the next lmeraser process, train or unlearn serves it"])
 
 
