@@ -99,4 +99,4 @@ def _shuffled(run: Run, kind: str, ids: Sequence[str], most: int, count: int) ->
     order = philox(run.config.seed, "sequence", kind).permutation(len(ids))[:most]
     for batch in np.array_split(order, count):
         if len(batch):
-            yield [ids[i] for i in batch.tolist()]
+            yield [ids[int(i)] for i in batch]
