@@ -8,6 +8,7 @@ file will ever lose or gain images.
 import contextlib
 import io
 import itertools
+import lzma
 import math
 import os
 import struct
@@ -32,10 +33,12 @@ KEYS = TEXT_KEYS | {f"{split}_{column}" for split in SPLITS for column in ("imag
 CLASS_LIMIT = 100_000
 IMAGE_LIMIT = 100_000  # images that a file may hold whatever its size; more only if it has a byte for each
 ZIP_ERRORS = (  # what zipfile raises over a damaged file, and `_read_header` over a header
-    *(BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
     *(ValueError, RuntimeError, OverflowError),  # over a name or size, a compression or encryption, a place in the file
 )
 RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for, by compression
+OTHER_RATIO = 10_000  # of LZMA and bzip2: more than photographs, labels or names ever give
+PIECE = 1 << 12  # bytes asked for at a time of these: zipfile unpacks whatever so many packed bytes hold
 
 
 def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) -> Source:
@@ -174,9 +177,7 @@ class Rows:
         """Reads the header. Raises one of `ZIP_ERRORS` where it is damaged or does not fit the size of the member."""
         self.path, self.member, info = path, member, file.getinfo(member)
         packed = min(info.compress_size, os.path.getsize(path))
-        if info.compress_type not in RATIO:
-            raise ValueError(f"{member} is compressed in another way than by np.savez_compressed")
-        if info.file_size > packed * RATIO[info.compress_type]:
+        if info.file_size > packed * RATIO.get(info.compress_type, OTHER_RATIO):
             raise ValueError(f"{member} calls for {info.file_size} bytes, more than its {packed} bytes can hold")
         with file.open(member) as stream:
             self.shape, self.fortran, self.dtype = _read_header(stream)
@@ -184,6 +185,7 @@ class Rows:
         wanted = self.start + math.prod(self.shape) * self.dtype.itemsize
         if info.file_size != wanted and not self.dtype.hasobject:
             raise ValueError(f"{member} holds {info.file_size} bytes, its header calls for {wanted}")
+        self.whole_reads = info.compress_type in RATIO
         self.stream: IO[bytes] | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -196,7 +198,9 @@ class Rows:
                 if _read_header(self.stream) != (self.shape, self.fortran, self.dtype):
                     raise ValueError("it has changed since it was opened")
             self.stream.seek(self.start + start * row_bytes)
-            raw = self.stream.read((stop - start) * row_bytes)
+            count = (stop - start) * row_bytes
+            pieces = [count] if self.whole_reads else [PIECE] * (count // PIECE) + [count % PIECE]
+            raw = b"".join([self.stream.read(size) for size in pieces])
             if stop == self.shape[0]:
                 self.close()
             return np.frombuffer(raw, self.dtype).reshape(stop - start, *self.shape[1:])  # refuses too few bytes
