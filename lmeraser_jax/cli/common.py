@@ -45,7 +45,7 @@ class Flag(NamedTuple):
         if self.choices:
             absl_flags.DEFINE_enum(self.name, default, self.choices, self.text, flag_values=flags)
         elif kind in (int, float):
-            define = absl_flags.DEFINE_integer if kind is int else absl_flags.DEFINE_float
+            define: Any = absl_flags.DEFINE_integer if kind is int else absl_flags.DEFINE_float
             define(self.name, default, self.text, lower_bound=self.low, flag_values=flags)
         else:
             plain = {bool: absl_flags.DEFINE_bool, str: absl_flags.DEFINE_string, list: absl_flags.DEFINE_list}
@@ -112,8 +112,9 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")
-    if flags["json"].value not in ("", "-"):
-        check_target("json", flags["json"].value)
+    target = str(flags["json"].value)
+    if target not in ("", "-"):
+        check_target("json", target)
     return Arguments(flags, rest[1:])
 
 

@@ -13,14 +13,14 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.evaluation import plotting
+from lmeraser_jax.experiments import methods, results, sequences
+from lmeraser_jax.experiments.comparison import MONTAGE, Comparison, Options, check
 from lmeraser_jax.storage.workdir import Layout
-
-if TYPE_CHECKING:
-    from lmeraser_jax.experiments.runner import Comparison
 
 FLAGS = (
     Flag("methods", [], "names or config files FILE.py, joined by commas; empty: all"),
@@ -40,23 +40,19 @@ FLAGS = (
 
 def stored_config(layout: Layout) -> dict[str, Any] | None:
     """The settings that a folder compares with; None where nothing was compared yet."""
-    from lmeraser_jax.experiments.results import read_binding
-
-    binding = read_binding(layout.root)
+    binding = results.read_binding(layout.root)
     return None if binding is None else binding["config"]
 
 
 def run(arguments: common.Arguments) -> int:
-    common.workdir_of(arguments, must_exist=False)  # refuses a missing one first
-    from lmeraser_jax.evaluation import plotting
-    from lmeraser_jax.experiments import figures, methods, results, runner, summary
-    from lmeraser_jax.experiments.measure import MONTAGE
-
-    plotting.required()  # refuses now and not in the end, as do the next lines
-    others = {name: results.load(Path(name) / "results.json") for name in arguments["merge"]}
     comparison, command = _comparison(arguments), shlex.join(["lmeraser", "compare", *sys.argv[2:]])
+    check(comparison)
+    others = {name: results.load(Path(name) / "results.json") for name in arguments["merge"]}
+    results.merge(results.collect(comparison.folder, command, ""), others)
+    plotting.required()  # these refuse now and not in the end, and before JAX is loaded
+    from lmeraser_jax.experiments import figures, runner, summary
+
     folder = comparison.folder
-    results.merge(results.collect(folder, command, ""), others)
     common.log_devices()
     rows = results.merge(runner.compare(comparison, command), others)
     results.save(folder, rows)
@@ -74,11 +70,8 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _comparison(arguments: common.Arguments) -> "Comparison":
-    from lmeraser_jax.experiments import methods, sequences
-    from lmeraser_jax.experiments.measure import Options
-    from lmeraser_jax.experiments.runner import Comparison
-
+def _comparison(arguments: common.Arguments) -> Comparison:
+    folder = Path(common.workdir_of(arguments, must_exist=False))  # refuses a missing one first
     config = common.config_of(arguments)
     dataset = config.data.dataset or (Path(config.data.path).stem if config.data.path else config.data.source)
     options = Options(
@@ -89,7 +82,7 @@ def _comparison(arguments: common.Arguments) -> "Comparison":
         **{name: arguments[name] for name in ("split", "probes", "requests", "length", "montage")},
     )
     return Comparison(
-        folder=Path(common.workdir_of(arguments, must_exist=False)),
+        folder=folder,
         config=config,
         methods=methods.load(arguments["methods"] or tuple(methods.METHODS)),
         seeds=tuple(range(arguments["seeds"])),

@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax import config as settings
-from lmeraser_jax.config import Config
 from lmeraser_jax.evaluation import overview
 from lmeraser_jax.evaluation.accuracy import evaluate
 from lmeraser_jax.evaluation.montage import save_montage
 from lmeraser_jax.evaluation.predict import Model, load_model, with_slices
 from lmeraser_jax.experiments import sequences
-from lmeraser_jax.experiments.methods import Method
+from lmeraser_jax.experiments.comparison import MONTAGE, Options, Task
 from lmeraser_jax.experiments.results import Measurement
-from lmeraser_jax.hashing import digest, philox
+from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.rows import SliceKind, SliceRow
@@ -34,68 +32,6 @@ from lmeraser_jax.unlearning.plan import plan
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
 REMOVED_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the records (paper Fig. 6, left)
-MONTAGE = "clusters.png"
-SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last one
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What is measured of each method."""
-
-    dataset: str  # name for people
-    backbone: str  # name for people
-    split: str = "test"  # images that are predicted: test, or holdout to choose settings by
-    probes: int = 100  # records whose erasure is planned
-    requests: int = 2  # erasures that are served and timed, of so many sampled records and of as many others
-    cuts: tuple[str, ...] = ()  # values of clustering.cut
-    sequences: tuple[str, ...] = tuple(sequences.KINDS)
-    length: int = 10  # batches of a sequence
-    montage: bool = False  # draw the clusters of the first method (Fig. 10): private images
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """An experiment with a method and a seed, in one workdir."""
-
-    experiment: str  # one of `EXPERIMENTS`
-    method: Method
-    seed: int
-    variant: str  # a cut or a kind of sequence; "" elsewhere
-    config: Config  # of the comparison, with the method's changes and the seed
-
-    @property
-    def name(self) -> str:
-        """The name of its workdir and of the file of its rows."""
-        words = (self.experiment, self.method.name, str(self.seed), self.variant.replace(":", "-"))
-        return "_".join(filter(None, words))
-
-    @property
-    def settings(self) -> str:
-        """The digest of all settings that its rows depend on."""
-        return digest(settings.to_dict(self.config))
-
-    @property
-    def tuning_digest(self) -> str:
-        """The digest of the settings of its slices: tasks that share it differ only in prediction and measurement."""
-        tree = settings.to_dict(self.config)
-        del tree["inference"], tree["common"]
-        return digest(tree)[:16]
-
-
-def tasks_of(experiment: str, method: Method, seed: int, config: Config, options: Options) -> list[Task]:
-    """The tasks of an experiment with one method and seed."""
-    config = method.configure(dataclasses.replace(config, seed=seed))
-    configs = {"": config}
-    if experiment == "cut":
-        clusterings = {cut: dataclasses.replace(config.clustering, cut=cut) for cut in options.cuts}
-        configs = {cut: dataclasses.replace(config, clustering=value) for cut, value in clusterings.items()}
-    elif experiment == "sequence":
-        configs = dict.fromkeys(options.sequences, config)
-    elif experiment == "epochs":
-        every = max(1, config.tuning.epochs // (SNAPSHOTS + 1))
-        snapshots = dataclasses.replace(config.checkpoints, every_epochs=every, keep=10**6)  # all of them
-        configs = {"": dataclasses.replace(config, checkpoints=snapshots)}
-    return [Task(experiment, method, seed, variant, changed) for variant, changed in configs.items()]
 
 
 def run_task(task: Task, options: Options, base: Path, folder: Path, tuned: Path | None = None) -> list[Measurement]:

@@ -11,132 +11,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from lmeraser_jax import __version__
-from lmeraser_jax import config as settings
-from lmeraser_jax.config import Config, parse_cut
+from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, join_limited, raise_all
-from lmeraser_jax.experiments import results, sequences
-from lmeraser_jax.experiments.measure import EXPERIMENTS, MONTAGE, Options, Task, run_task, tasks_of
-from lmeraser_jax.experiments.methods import Method
-from lmeraser_jax.experiments.results import FinishedTask, Results, load_task
+from lmeraser_jax.experiments import results
+from lmeraser_jax.experiments.comparison import EXPERIMENTS, MONTAGE, Comparison, Task, binding_of, check, has_rows
+from lmeraser_jax.experiments.measure import run_task
+from lmeraser_jax.experiments.results import FinishedTask, Results
 from lmeraser_jax.storage.atomic_files import write_json
-from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.training import clustering
 from lmeraser_jax.unlearning.run import Run, prepare_run
-
-FREE_OPTIONS = ("cuts", "sequences", "montage")  # they add tasks or a picture and change no number
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What to compare, and where. Each method is combined with each seed and experiment."""
-
-    folder: Path  # everything goes here
-    config: Config  # of the experiment, without any method's changes
-    methods: tuple[Method, ...]
-    seeds: tuple[int, ...]
-    experiments: tuple[str, ...]
-    options: Options
-    keep: bool = False  # keep the workdirs; else each is removed once its rows are on disk
-
-    @property
-    def tasks(self) -> list[Task]:
-        return [
-            task
-            for seed in self.seeds
-            for experiment in self.experiments
-            for method in self.methods
-            for task in tasks_of(experiment, method, seed, self.config, self.options)
-        ]
-
-    def base(self, seed: int) -> Path:
-        """The workdir that those of a seed begin as; one for all if neither backbone nor records depend on the seed."""
-        depends = not self.config.backbone.weights or "seed" in import_settings(self.config)
-        return self.folder / (f"base_{seed}" if depends else "base")
-
-    def tuned(self, task: Task) -> Path:
-        """The workdir that tasks with the same tuning begin as, as long as there are several to do."""
-        return self.folder / f"tuned_{task.tuning_digest}"
-
-    def rows_file(self, task: Task) -> Path:
-        return self.folder / "rows" / f"{task.name}.json"
-
-
-def check(comparison: Comparison) -> None:
-    """Raises `UserError` with everything that cannot work, before anything is done."""
-    options, config, problems = comparison.options, comparison.config, []
-    for flag, values, legal in (
-        ("methods", [method.name for method in comparison.methods], ()),
-        ("experiments", comparison.experiments, EXPERIMENTS),
-        ("sequences", options.sequences, sequences.KINDS),
-    ):
-        if not values:
-            problems.append(f"--{flag}: name at least one")
-        if unknown := [name for name in values if legal and name not in legal]:
-            problems.append(f"--{flag}: {join_limited(unknown)} unknown; legal: {', '.join(legal)}")
-    for cut in options.cuts:
-        try:
-            parse_cut(cut)
-        except ValueError:
-            problems.append(f"--cuts={cut}: must be a distance of 0 or more, or auto:K with K >= 1")
-    if "cut" in comparison.experiments and not options.cuts:
-        problems.append("--cuts is missing: the values of clustering.cut to try, such as auto:5,auto:10,auto:20")
-    if options.split == "holdout" and not (config.data.holdout or config.data.holdout_split):
-        problems.append("--split=holdout: there is none; set --config.data.holdout, the share that is held out")
-    for name, count in collections.Counter(method.name for method in comparison.methods).items():
-        if count > 1:
-            problems.append(f"--methods: {count} methods are called {name}; a file's name is its method's")
-    for method in comparison.methods:
-        problems += _method_problems(method, comparison)
-    raise_all(problems)
-    _check_folder(comparison)
-
-
-def _method_problems(method: Method, comparison: Comparison) -> list[str]:
-    """Why a method does not go with the config or with an experiment."""
-    problems = []
-    try:
-        config = method.configure(comparison.config)
-    except UserError as error:
-        return [str(error)]
-    partition = config.clustering.partition
-    if "cut" in comparison.experiments and partition != "adaptive":
-        problems.append(f"--experiments=cut: {method.name} cuts no tree; its partition is {partition}")
-    if "epochs" in comparison.experiments and config.tuning.closed:
-        problems.append(f"--experiments=epochs: {method.name} has a closed form and no epochs")
-    return problems
-
-
-def _check_folder(comparison: Comparison) -> None:
-    """Refuses a folder with rows of other settings, or with files that are no comparison's."""
-    folder, binding = comparison.folder, results.read_binding(comparison.folder)
-    if binding is None and folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"--workdir={folder} holds other files and no comparison; name a new or an empty folder")
-    if binding is not None and _has_rows(comparison):
-        differences = settings.differences(binding, _binding(comparison))
-        problems = [f"--{line.removeprefix('options.')}" for line in differences]  # each names the flag to change
-        raise_all(problems, f"{folder} compares with other settings; name another --workdir or drop:")
-    files = [(comparison.rows_file(task), task) for task in comparison.tasks]
-    stale = [path for path, task in files if path.is_file() and load_task(path).settings != task.settings]
-    if stale:
-        raise UserError(
-            "made by a method of the same name with other settings; delete them, or give the method's file another"
-            f" name: {join_limited(stale)}"
-        )
-
-
-def _has_rows(comparison: Comparison) -> bool:
-    return any((comparison.folder / "rows").glob("*.json"))
-
-
-def _binding(comparison: Comparison) -> dict[str, Any]:
-    options = {n: value for n, value in dataclasses.asdict(comparison.options).items() if n not in FREE_OPTIONS}
-    return {"config": settings.to_dict(comparison.config), "options": options}
 
 
 def compare(comparison: Comparison, command: str) -> Results:
@@ -179,12 +67,12 @@ def _remove(folder: Path, *patterns: str) -> None:
 
 def _bind(comparison: Comparison) -> None:
     """Writes what is compared; removes what an earlier try left that finished no task and had other settings."""
-    folder, path, binding = comparison.folder, comparison.folder / results.BINDING, _binding(comparison)
+    folder, path, binding = comparison.folder, comparison.folder / results.BINDING, binding_of(comparison)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from error
-    if not _has_rows(comparison) and results.read_binding(folder) not in (None, binding):
+    if not has_rows(comparison) and results.read_binding(folder) not in (None, binding):
         (folder / MONTAGE).unlink(missing_ok=True)
         _remove(folder, "*base*", "*tuned_*", ".*.copy", *(f"{name}_*" for name in EXPERIMENTS))
     write_json(path, binding)

@@ -6,23 +6,25 @@ after the batch before, which breaks the guarantees of methods that are exact in
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.hashing import philox
-from lmeraser_jax.unlearning.run import Run
+
+if TYPE_CHECKING:  # it loads JAX, which refusing a kind does without
+    from lmeraser_jax.unlearning.run import Run
 
 BATCH = 5  # records of a batch, where the kind of sequence does not decide that
 PARETO_EXPONENT = 1.16  # a fifth of the owners asks for four fifths of the records
 
 
-def uniform(run: Run, count: int) -> Iterator[list[str]]:
+def uniform(run: "Run", count: int) -> Iterator[list[str]]:
     """Records drawn uniformly."""
     return _shuffled(run, "uniform", run.catalog.live("train").ids, count * BATCH, count)
 
 
-def burst(run: Run, count: int) -> Iterator[list[str]]:
+def burst(run: "Run", count: int) -> Iterator[list[str]]:
     """Records of the largest cluster."""
     records = run.catalog.live("train")
     largest = min(Counter(records.clusters).items(), key=lambda pair: (-pair[1], pair[0]))[0]
@@ -30,7 +32,7 @@ def burst(run: Run, count: int) -> Iterator[list[str]]:
     return _shuffled(run, "burst", ids, min(count * BATCH, len(ids) - 1), count)
 
 
-def pareto(run: Run, count: int) -> Iterator[list[str]]:
+def pareto(run: "Run", count: int) -> Iterator[list[str]]:
     """Records of one owner at a time, the owner of a record that is drawn uniformly.
 
     The owners are invented: each has neighbours in a cluster, and the numbers of their records are Pareto distributed.
@@ -59,7 +61,7 @@ def pareto_owners(clusters: Sequence[str], random: np.random.Generator) -> list[
     return [f"owner {number}" for number in owners.tolist()]
 
 
-def by_class(run: Run, count: int) -> Iterator[list[str]]:
+def by_class(run: "Run", count: int) -> Iterator[list[str]]:
     """A whole class at a time; one class remains."""
     records = run.catalog.live("train")
     classes = np.unique(records.labels)
@@ -67,14 +69,16 @@ def by_class(run: Run, count: int) -> Iterator[list[str]]:
         yield [records.ids[i] for i in np.flatnonzero(records.labels == label)]
 
 
-def half(run: Run, count: int) -> Iterator[list[str]]:
+def half(run: "Run", count: int) -> Iterator[list[str]]:
     """Half of all records, in batches of one size."""
     ids = run.catalog.live("train").ids
     return _shuffled(run, "half", ids, len(ids) // 2, count)
 
 
-def adaptive(run: Run, count: int) -> Iterator[list[str]]:
+def adaptive(run: "Run", count: int) -> Iterator[list[str]]:
     """The records that the published model is surest of, as if those whom it recognises best ask to be forgotten."""
+    from lmeraser_jax.evaluation.predict import load_model, predict
+
     for _ in range(count):
         records = run.catalog.live("train")
         if len(records) <= BATCH:
@@ -84,7 +88,7 @@ def adaptive(run: Run, count: int) -> Iterator[list[str]]:
         yield [records.ids[i] for i in np.argsort(-certainty, kind="stable")[:BATCH]]
 
 
-KINDS: dict[str, Callable[[Run, int], Iterator[list[str]]]] = {
+KINDS: dict[str, Callable[["Run", int], Iterator[list[str]]]] = {
     "uniform": uniform,
     "burst": burst,
     "pareto": pareto,
@@ -94,7 +98,7 @@ KINDS: dict[str, Callable[[Run, int], Iterator[list[str]]]] = {
 }
 
 
-def _shuffled(run: Run, kind: str, ids: Sequence[str], most: int, count: int) -> Iterator[list[str]]:
+def _shuffled(run: "Run", kind: str, ids: Sequence[str], most: int, count: int) -> Iterator[list[str]]:
     """At most so many of the records, drawn uniformly, in at most `count` batches of nearly one size."""
     order = philox(run.config.seed, "sequence", kind).permutation(len(ids))[:most]
     for batch in np.array_split(order, count):

@@ -54,6 +54,11 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["rollback", at, f"--cluster={cluster}", "--unpin"], 2),
         (["rollback", at, f"--cluster={cluster}", "--list"], 0),
         (["demo", at], 2),
+        *(
+            (["compare", f"--workdir={workdir}-new", flag], 2)
+            for flag in ("--methods=x", "--experiments=x", "--seeds=0")
+        ),
+        (["compare", at], 2),
         (["add", at, f"--source={ROOT}", "--config.seed=1"], 2),
         (["add", at, "--source=none.npz"], 2),
         (["unlearn", at, "--records_file=none.txt"], 2),

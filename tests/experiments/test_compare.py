@@ -15,7 +15,7 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.experiments import measure, methods, results, runner, sequences
-from lmeraser_jax.experiments.measure import Options
+from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.erase import request_erasure
@@ -36,7 +36,7 @@ OWN_METHOD = 'def get_config():\n    return {"clustering": {"partition": "one"},
 
 def comparison(folder, names=("ridge",), experiments=("methods",), seeds=1, config=CONFIG, **options):
     options = dataclasses.replace(SHORT, **options)
-    return runner.Comparison(folder, config, methods.load(names), tuple(range(seeds)), tuple(experiments), options)
+    return Comparison(folder, config, methods.load(names), tuple(range(seeds)), tuple(experiments), options)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -263,7 +263,7 @@ def test_everything_that_cannot_work_is_said_at_once(tmp_path):
         ({"experiments": ()}, "--experiments: name at least one"),
     ):
         with pytest.raises(UserError) as caught:
-            runner.check(comparison(tmp_path / "c", **changes))
+            check(comparison(tmp_path / "c", **changes))
         assert all(message in str(caught.value) for message in messages), caught.value
     assert not (tmp_path / "c").exists()
     with pytest.raises(UserError, match="--workdir=/dev/null/x cannot be made: Not a directory"):
