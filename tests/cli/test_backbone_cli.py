@@ -16,8 +16,6 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, zoo
 from lmeraser_jax.storage.checkpoints import flatten
 
-pytest.importorskip("ml_collections", reason="the command line needs ml_collections")
-
 
 def call(capsys, *arguments):
     """(exit code, standard output, standard error) of the command."""

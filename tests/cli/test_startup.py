@@ -20,7 +20,8 @@ from lmeraser_jax.cli.main import main
 for arguments, expected in json.loads(sys.argv[1]):
     code = main(arguments)
     assert code == expected, (arguments, code)
-    heavy = {"jax", "orbax", "flax", "optax", "transformers", "tensorflow_datasets"} & set(sys.modules)
+    names = {"jax", "orbax", "flax", "optax", "transformers", "tensorflow_datasets", "matplotlib", "jinja2"}
+    heavy = names & set(sys.modules)
     assert not heavy, (arguments, heavy)
 """
 
