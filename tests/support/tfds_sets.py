@@ -2,9 +2,6 @@
 
 import contextlib
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,10 +92,3 @@ def refusal(folder: Path, dataset: str = "plain", **settings) -> str:
     with pytest.raises(UserError) as caught:
         load(folder, dataset, **settings)
     return str(caught.value)
-
-
-def python(code: str, **environment: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
