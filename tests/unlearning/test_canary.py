@@ -46,11 +46,14 @@ def spellings(text: str) -> list[bytes]:
 
 
 def stretches(run, slices) -> list[bytes]:
-    """48 bytes from the middle of every data file of some slices, where no other slice has the same."""
+    """48 bytes from the middle of every data file of some slices that is large enough to hold a head.
+
+    Smaller files may hold nothing but shapes, which the slice that takes the place of an erased one has too.
+    """
     files = [path for path in run.layout.slices.rglob("*") if path.is_file()]
     inside = [path.read_bytes() for path in files if slices.intersection(path.parts)]
     rest = b"".join(path.read_bytes() for path in files if not slices.intersection(path.parts))
-    middles = [content[len(content) // 2 :][:48] for content in inside if len(content) > 150]
+    middles = [content[len(content) // 2 :][:48] for content in inside if len(content) > 600]
     return [middle for middle in middles if middle not in rest]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from damages import feature_file, slice_flipped, slice_missing, slice_of_another_cluster
+from damages import feature_file, published_slice, slice_flipped, slice_of_another_cluster
 from helpers import SMALL
 from PIL import Image
 
@@ -47,7 +47,7 @@ def test_damage_is_named_and_mended_to_the_last_bit(template, tmp_path, capsys):
     for damage, message, tuned in (
         (slice_flipped, str(workdir), 1),
         (slice_of_another_cluster, "is damaged", 1),
-        (slice_missing, str(workdir), 1),
+        (lambda layout: shutil.rmtree(published_slice(layout)), str(workdir), 1),
         (lambda layout: shutil.rmtree(layout.clusterings), str(workdir), 0),
         (lambda layout: feature_file(layout).unlink(), "", 0),
     ):

@@ -14,7 +14,6 @@ import hypothesis
 import jax
 import numpy as np
 import pytest
-from crash_checks import unchained
 from crash_points import Points
 from fakes import fake_slice
 from helpers import small_config, small_source, with_items
@@ -27,6 +26,7 @@ from lmeraser_jax.storage.ingest import import_source
 from lmeraser_jax.unlearning import artifacts, audit, build, erase, rollback
 from lmeraser_jax.unlearning import run as runs
 from lmeraser_jax.unlearning.run import prepare_run
+from lmeraser_jax.unlearning.verify import verify_all
 
 CONFIG = small_config(
     clustering__sample_size=10,
@@ -206,7 +206,9 @@ class History(RuleBasedStateMachine):
             slice_ = artifacts.load_slice(self.run, manifest.entries[key])
             assert audit.leaves(slice_) == audit.leaves(self.expected_slice(key))
         assert {link.request for link in self.run.catalog.receipts()} == set(self.requests)
-        assert unchained(self.run.layout.root, self.run.catalog.receipts(), len(self.requests)) == []
+        verdicts = verify_all(self.run.layout, self.run.catalog)
+        assert len(self.run.catalog.receipts()) == len(self.requests)
+        assert [line for verdict in verdicts for line in verdict.findings] == []
 
     def expected_slice(self, key):
         """The slice of a cluster from the model's own records."""
