@@ -285,11 +285,9 @@ class Catalog:
 
     def orphaned_slices(self) -> frozenset[str]:
         """Published slices that have seen an image row which belongs to no record any more. There should be none."""
-        query = (
-            "SELECT DISTINCT slice FROM members WHERE slice IN (SELECT substr(slice,1,64) FROM entries WHERE version="
-            "(SELECT max(version) FROM manifests)) AND row NOT IN (SELECT row FROM records)"
-        )
-        return frozenset(self._values(query))
+        published = "SELECT substr(slice,1,64) FROM entries WHERE version=(SELECT max(version) FROM manifests)"
+        condition = f"slice IN ({published}) AND row NOT IN (SELECT row FROM records)"
+        return frozenset(self._values(f"SELECT DISTINCT slice FROM members WHERE {condition}"))
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""

@@ -82,9 +82,9 @@ def read_config(layout: Layout) -> dict[str, Any] | None:
             raise ValueError(f"it is larger than {CONFIG_BYTES} bytes")
         values = json.loads(layout.config.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
-            raise ValueError(f"it holds no group of settings but {type(values).__name__}")
+            raise ValueError("it holds no group of settings")
         return values
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(
             f"{layout.config} is damaged ({error}); delete it and run lmeraser train --workdir={layout.root}"
             " with the experiment's --config=FILE.py"
@@ -97,9 +97,8 @@ def refuse_links(layout: Layout) -> None:
     Looks at the entries of the workdir and of its folders; deeper ones are never written in place, and a removal
     does not follow links. The workdir itself may be reached through a link.
     """
-    inside = list(os.scandir(layout.root))
-    folders = [entry for entry in inside if entry.is_dir(follow_symlinks=False)]
-    entries = [*inside, *(deeper for folder in folders for deeper in os.scandir(folder))]
+    entries = list(os.scandir(layout.root))
+    entries += [inner for entry in entries if entry.is_dir(follow_symlinks=False) for inner in os.scandir(entry)]
     links = sorted(os.path.relpath(entry.path, layout.root) for entry in entries if entry.is_symlink())
     if links:
         raise UserError(

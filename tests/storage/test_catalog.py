@@ -36,7 +36,7 @@ def slice_row(digest, loss=0.5) -> SliceRow:
     return SliceRow(digest, "k", "params", 2, 20, 5, loss, 0.1, "cpu", 1.0)
 
 
-def test_a_transaction_is_all_or_nothing(catalog):
+def test_a_transaction_is_all_or_nothing_and_readers_see_whole_states(catalog, tmp_path):
     with pytest.raises(KeyboardInterrupt), catalog.transaction():
         with catalog.transaction():  # nested ones commit together
             catalog.set("x", 1)
@@ -51,9 +51,6 @@ def test_a_transaction_is_all_or_nothing(catalog):
     with catalog.transaction():
         catalog.set("y", {"deep": [1, None]})
     assert (catalog.get("x"), catalog.get("y"), catalog.db.in_transaction) == (None, {"deep": [1, None]}, False)
-
-
-def test_readers_see_whole_states(catalog, tmp_path):
     with contextlib.closing(Catalog(tmp_path / "catalog.db")) as reader:
         with catalog.transaction():
             catalog.set("rows", 16)

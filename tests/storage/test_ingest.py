@@ -24,7 +24,7 @@ def workdir(tmp_path):
         yield layout, catalog
 
 
-def test_counts_and_pixels(workdir):
+def test_what_the_workdir_has_stays_and_new_records_join(workdir):
     assert import_source(*workdir, numbered_source(), Config()) == Imported(30, 0, 0, 0)
     layout, catalog = workdir
     assert [len(catalog.live(split)) for split in ("train", "test", "public", "holdout")] == [18, 6, 6, 0]
@@ -34,10 +34,6 @@ def test_counts_and_pixels(workdir):
     table = catalog.live("train")
     assert table.owners[0] == "owner-0" and table.labels[0] == 2
     check_pixels(*workdir)
-
-
-def test_what_the_workdir_has_stays_and_new_records_join(workdir):
-    import_source(*workdir, numbered_source(), Config())
     tables, images = snapshot(*workdir)
     assert import_source(*workdir, numbered_source(), Config()) == Imported(0, 30, 0, 0)
     again, images_again = snapshot(*workdir)

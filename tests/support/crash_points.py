@@ -20,33 +20,26 @@ Half = Callable[[Path], None]  # does the first half of what comes next, in the 
 
 
 class Points:
-    """Calls `reached(label, half)` before, halfway through and after everything that changes a workdir.
+    """Calls `reached(label, half)` before, halfway through and after everything that changes the workdir `root`.
 
-    Args:
-        root: the workdir.
-        patch: installs the points for as long as it holds.
-        reached: notes the point, copies the workdir, or raises what the operating system would report.
+    `reached` notes the point, copies the workdir, or raises what the operating system would report.
     """
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch, reached: Callable[[str, Half | None], None]):
-        self.root, self.patch = root, patch
-        self.in_order, self.reached = threading.Lock(), reached  # slices are written by several threads
-        for function, half in (
-            (checkpoints.save, None),
-            (atomic_files.publish_folder, None),
-            (atomic_files.write_bytes, self._half_written),
-            (atomic_files.remove_others, None),
-        ):
-            wrapper = self._around(function, half)
+        self.root, self.reached = root, reached
+        self.in_order = threading.Lock()  # slices are written by several threads
+        self.halves = {"write_bytes": self._half_written, "append": self._half_appended}
+        self.halves |= {"overwrite": self._half_overwritten, "rmtree": self._half_removed}
+        files = atomic_files
+        for function in (checkpoints.save, files.publish_folder, files.write_bytes, files.remove_others):
+            wrapper = self._around(function)
             for module in [module for name, module in sys.modules.items() if name.startswith("lmeraser_jax")]:
                 for name in [name for name, value in vars(module).items() if value is function]:
                     patch.setattr(module, name, wrapper)
-        patch.setattr(RowFile, "append", self._around(RowFile.append, self._half_appended))
-        patch.setattr(RowFile, "overwrite", self._around(RowFile.overwrite, self._half_overwritten))
-        for owner, name in ((RowFile, "truncate"), (RowFile, "sync"), (Catalog, "flush"), (os, "replace")):
-            patch.setattr(owner, name, self._around(getattr(owner, name)))
-        patch.setattr(os, "unlink", self._around(os.unlink))
-        patch.setattr(shutil, "rmtree", self._around(shutil.rmtree, self._half_removed))
+        names = {RowFile: "append overwrite truncate sync", Catalog: "flush", os: "replace unlink", shutil: "rmtree"}
+        for owner, listed in names.items():
+            for name in listed.split():
+                patch.setattr(owner, name, self._around(getattr(owner, name)))
         patch.setattr(Catalog, "transaction", self._transaction(Catalog.transaction))
 
     def _point(self, label: str, half: Half | None = None) -> None:
@@ -56,7 +49,9 @@ class Points:
     def _inside(self, argument: Any) -> bool:
         return self.root in (argument.path if isinstance(argument, RowFile | Catalog) else Path(argument)).parents
 
-    def _around(self, function: Callable, half: Callable[..., None] | None = None) -> Callable:
+    def _around(self, function: Callable) -> Callable:
+        half = self.halves.get(function.__name__)
+
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
             if not self._inside(args[0]):
