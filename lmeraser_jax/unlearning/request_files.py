@@ -22,7 +22,7 @@ from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import parse_strict_json
 from lmeraser_jax.storage.catalog import Catalog
 
-LARGEST = 100_000_000  # bytes of a file
+LARGEST = 100_000_000  # bytes of a file; as a receipt enough for two million records
 LONGEST = 4096  # characters of an id or owner
 MOST = 100  # problems that a message lists
 KINDS = ("id", "owner")
@@ -83,19 +83,24 @@ def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> st
     return content_hash(pixels.images[0])
 
 
-def _require_file(path: Path, flag: str) -> None:
+def read_bytes(path: Path, name: str) -> bytes:
+    """The first `LARGEST` + 1 bytes of a file that messages call by a name. Raises `UserError` if there is none."""
+    _require_file(path, name)
+    try:
+        with open(path, "rb") as file:
+            return file.read(LARGEST + 1)
+    except OSError as error:
+        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _require_file(path: Path, name: str) -> None:
     if not path.is_file():
-        raise UserError(f"{flag}: {'is no file' if path.exists() else 'no such file'}")
+        raise UserError(f"{name}: {'is no file' if path.exists() else 'no such file'}")
 
 
 def _text(path: Path, flag: str) -> str:
     """The file's text without a byte order mark."""
-    _require_file(path, flag)
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST + 1)
-    except OSError as error:
-        raise UserError(f"{flag} cannot be read: {error.strerror}") from error
+    raw = read_bytes(path, flag)
     if len(raw) > LARGEST:
         raise UserError(f"{flag} is larger than {LARGEST} bytes; split it")
     try:

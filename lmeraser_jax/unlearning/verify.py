@@ -25,8 +25,8 @@ from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning.artifacts import split_reference
 from lmeraser_jax.unlearning.receipts import iso_time, receipt_body
+from lmeraser_jax.unlearning.request_files import LARGEST, read_bytes
 
-LARGEST = 100_000_000  # bytes of a receipt; enough for two million records
 MOST = 20  # findings about the structure of one receipt
 SHOWN = 200  # characters of a text that a receipt or a library gives
 
@@ -145,13 +145,7 @@ def _verdict(path: Path, snapshot: _Snapshot, expected: ReceiptLink | None = Non
 
 def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The values of a file that fits the schema, or why it is no receipt. Raises `UserError` if it cannot be opened."""
-    if not path.is_file():
-        raise UserError(f"{path} is no file" if path.exists() else f"{path}: no such file")
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(LARGEST + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    raw = read_bytes(path, str(path))
     if len(raw) > LARGEST:
         return {}, [f"is larger than {LARGEST} bytes"]
     try:
