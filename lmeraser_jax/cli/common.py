@@ -194,6 +194,11 @@ def several_processes(arguments: Arguments) -> bool:
     missing = [f"--{name}" for name, value in place.items() if value is None]
     if 0 < len(missing) < len(PLACE):
         raise UserError(f"{', '.join(missing)} missing: give all of {', '.join(place)}, or --distributed alone")
+    address = place["coordinator_address"]
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise UserError(f"--coordinator_address={address}: must be HOST:PORT, with a port from 1 to 65535")
     if not missing and place["process_id"] >= place["num_processes"]:
         raise UserError(f"--process_id={place['process_id']}: must be below --num_processes={place['num_processes']}")
     return not missing or arguments["distributed"]

@@ -150,8 +150,11 @@ def current_writer(layout: Layout) -> str:
 
 def _make_private(root: Path) -> None:
     """Makes the workdir, open to its user alone; its parents are made as the user's umask says."""
-    root.parent.mkdir(parents=True, exist_ok=True)
-    root.mkdir(mode=0o777 & ~PRIVATE, exist_ok=True)
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o777 & ~PRIVATE, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--workdir={root} cannot be made: {error.strerror} ({error.filename})") from error
     with contextlib.suppress(PermissionError):  # somebody else's folder that this user may write to
         root.chmod(root.stat().st_mode & 0o7777 & ~PRIVATE)
 

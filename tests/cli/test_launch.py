@@ -129,6 +129,10 @@ def test_the_flags_of_a_place_go_together(capsys):
         (["--num_processes=2"], "--coordinator_address, --process_id missing"),
         (["--coordinator_address=h:1", "--num_processes=2", "--process_id=2"], "--process_id=2: must be below"),
         (["--process_id=-1"], "process_id"),
+        *(
+            ([f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"], "must be HOST:PORT")
+            for address in ("127.0.0.1", "127.0.0.1:999999", "127.0.0.1:abc", "", ":1")
+        ),
     ):
         assert main.main(["train", "--workdir=w", *flags]) == 2
         assert text in capsys.readouterr().err

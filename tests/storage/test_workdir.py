@@ -69,6 +69,8 @@ def test_a_foreign_folder_is_refused_and_a_workdir_is_made_once(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="holds other files and is no workdir"):
         Layout(tmp_path).prepare()
+    with pytest.raises(UserError, match="cannot be made"):
+        Layout("/proc/none/run").prepare()
     with pytest.raises(UserError, match="is a file, not a folder"):
         Layout(tmp_path / "thesis.tex").prepare()
 
