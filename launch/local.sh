@@ -18,6 +18,10 @@ if [ "$PROCESSES" -eq 1 ]; then
   exec lmeraser "$@"
 fi
 
+case "$1" in
+  train | add | unlearn | process | rollback) ;;
+  *) echo "PROCESSES=$PROCESSES: $1 runs in one process; leave PROCESSES out" >&2 && exit 2 ;;
+esac
 IFS=, read -r -a gpus <<<"${GPUS:-}"
 if [ -n "${GPUS:-}" ] && [ "${#gpus[@]}" -ne "$PROCESSES" ]; then
   echo "GPUS=$GPUS names ${#gpus[@]} GPUs for PROCESSES=$PROCESSES; name one for each process" >&2

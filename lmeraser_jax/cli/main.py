@@ -14,11 +14,15 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from lmeraser_jax import __version__, interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import PLACE, SHARED
 from lmeraser_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from lmeraser_jax.training.multihost import Processes
 
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
@@ -47,6 +51,7 @@ MENDABLE = frozenset(  # errors of disks and folders
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 )
 MEND = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
+SMALLER = "lower --config.data.image_size, or the batch and lanes of --config.tuning, .pretraining or .clustering"
 DAMAGED = "it may be damaged: lmeraser doctor says what is wrong, and what can be done"
 
 
@@ -85,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError, sqlite3.DatabaseError) as error:
         print(f"error: {_message(error)}", file=sys.stderr)
         return MISUSED
+    except RuntimeError as error:  # JAX's error of a device, whose type is not imported here
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print(f"error: {str(error).splitlines()[0]}; {SMALLER}", file=sys.stderr)
+        return MISUSED
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -96,18 +106,20 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     parsed = common.parse(module, ["lmeraser", *arguments])
     if parsed is None:
         return 0
+    processes = None
+    if common.several_processes(parsed):
+        from lmeraser_jax.training import multihost
+
+        processes = multihost.start(*(parsed[flag.name] for flag in PLACE))  # until all are there, SIGTERM kills
     with interrupt.handle_sigterm() if name in RESUMABLE else contextlib.nullcontext():
-        if common.several_processes(parsed):
-            return _run_by_several(module, parsed)
-        return module.run(parsed)
+        return module.run(parsed) if processes is None else _run_by_several(module, parsed, processes)
 
 
-def _run_by_several(module: ModuleType, arguments: common.Arguments) -> int:
+def _run_by_several(module: ModuleType, arguments: common.Arguments, processes: "Processes") -> int:
     """Runs a command at process 0; the other processes do their share of its tasks until it is over."""
     from lmeraser_jax.training import multihost
     from lmeraser_jax.unlearning import share
 
-    processes = multihost.start(*(arguments[flag.name] for flag in PLACE))
     if processes.index:
         try:
             share.serve(processes)

@@ -41,7 +41,9 @@ def required() -> None:
         import matplotlib.figure
         import matplotlib.style  # noqa: F401
     except ImportError as error:
-        raise UserError("figures need matplotlib; install it with: pip install matplotlib") from error
+        raise UserError(
+            "figures need matplotlib; install it with: python -m pip install matplotlib (the extra plots)"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -211,6 +211,15 @@ def test_bad_data_is_refused_and_leaves_the_workdir_usable(capsys, tmp_path):
     assert call(capsys, "train", *TINY, *npz(tmp_path / "bad.npz"), f"--workdir={tmp_path}/run")[0] == 0
 
 
+def test_a_device_without_memory_is_a_message(capsys, monkeypatch, workdir):
+    def full(_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes\nmore")
+
+    monkeypatch.setattr("lmeraser_jax.cli.evaluate.run", full)
+    code, _, err = call(capsys, "evaluate", f"--workdir={workdir}")
+    assert code == 2 and "allocating 9 bytes; lower --config.data.image_size" in err and "more" not in err
+
+
 def test_a_full_disk_is_a_message(capsys, monkeypatch, workdir):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device", "slices")

@@ -72,6 +72,7 @@ def test_local_refuses_what_cannot_be(tmp_path):
         code, out, error = run("local.sh", tmp_path, "train", **environment)
         assert code == 2 and text in error and not out
     assert "usage" in run("local.sh", tmp_path)[2]
+    assert "evaluate runs in one process" in run("local.sh", tmp_path, "evaluate", PROCESSES="2")[2]
 
 
 @pytest.mark.parametrize("code", ["0", "3"])

@@ -271,3 +271,14 @@ def test_a_process_that_slept_through_an_erasure_leaves_no_byte_behind(tmp_path)
     sleeper.send_signal(signal.SIGCONT)
     assert finish([sleeper], seconds=60)[0][0] != 0
     assert files(tmp_path) == before
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_process_that_waits_for_the_others(tmp_path):
+    processes = start(tmp_path, "train", count=2)
+    processes[0].kill()
+    finish(processes[:1])
+    time.sleep(8)
+    processes[1].send_signal(signal.SIGTERM)
+    ((code, _, _),) = finish(processes[1:], seconds=20)
+    assert code != 0
