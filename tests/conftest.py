@@ -1,5 +1,6 @@
 """Strict JAX on 8 fake CPU devices; a GPU machine keeps its own devices. Shared, small fixtures."""
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,8 @@ from helpers import small_run
 from hypothesis import HealthCheck, settings
 
 from lmeraser_jax import interrupt
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training import tune
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.build import build
@@ -53,6 +56,15 @@ def shared() -> Path:
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def new_workdir(tmp_path):
+    """A workdir without anything in it: (layout, catalog)."""
+    layout = Layout(tmp_path / "run")
+    layout.prepare()
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        yield layout, catalog
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """An import: unreadable images are refused or left out, owners stay together, shares do not mix with other splits."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -15,17 +14,7 @@ from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data.source import Item, Pixels, Source
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest
-from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, import_source
-from lmeraser_jax.storage.workdir import Layout
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    layout = Layout(tmp_path / "run")
-    layout.prepare()
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        yield layout, catalog
 
 
 def unreadable(source, broken, converted=0) -> Source:
@@ -42,9 +31,9 @@ SKIP = Config(data=Data(skip_unreadable=True))
 TORN = ("id-00003", "id-00008", "id-00009", "id-00021")
 
 
-def test_unreadable_images_can_be_left_out(workdir, monkeypatch):
+def test_unreadable_images_can_be_left_out(new_workdir, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 8)
-    layout, catalog = workdir
+    layout, catalog = new_workdir
     imported = import_source(layout, catalog, unreadable(numbered_source(), TORN, converted=2), SKIP)
     assert imported == Imported(26, 0, 0, 0, TORN, 8)
     assert not {*TORN} & {*catalog.live("train", "test", "public").ids} and catalog.rows_used() == 26
@@ -58,37 +47,37 @@ def test_unreadable_images_can_be_left_out(workdir, monkeypatch):
     assert import_source(layout, catalog, numbered_source(), Config()) == Imported(1, 29, 0, 0)
 
 
-def test_records_of_the_workdir_need_no_readable_file(workdir):
+def test_records_of_the_workdir_need_no_readable_file(new_workdir):
     """A record keeps its pixels; an erased one needs no file; without the flag a known one is refused."""
-    layout, catalog = workdir
+    layout, catalog = new_workdir
     import_source(layout, catalog, numbered_source(), Config())
     catalog.erase(["id-00003"], "r")
     catalog.forget(["r"])
     source = unreadable(numbered_source(32), ("id-00003", "id-00004", "id-00031"))
-    message = refusal(workdir, source)
+    message = refusal(new_workdir, source)
     assert "id-00003" not in message and "- id-00004: torn" in message and "- id-00031: torn" in message
     assert import_source(layout, catalog, source, SKIP) == Imported(1, 29, 1, 0, ("id-00031",))
     check_pixels(layout, catalog)
 
 
-def test_an_import_needs_two_classes_that_can_be_read(workdir):
+def test_an_import_needs_two_classes_that_can_be_read(new_workdir):
     names = {item.id for item in numbered_source().items if item.split == "train" and item.label}
-    message = refusal(workdir, unreadable(numbered_source(), names), SKIP)
+    message = refusal(new_workdir, unreadable(numbered_source(), names), SKIP)
     assert f"{len(names)} images that cannot be read leave 1 of 3 classes to train on; at least 2 are needed" in message
-    message = refusal(workdir, numbered_source(), Config(data=Data(holdout=0.999)))
+    message = refusal(new_workdir, numbered_source(), Config(data=Data(holdout=0.999)))
     assert "--config.data.holdout=0.999 and 0 images that cannot be read leave 0 of 3 classes" in message
 
 
-def test_only_wanted_images_are_read(workdir):
+def test_only_wanted_images_are_read(new_workdir):
     """A limit leaves gaps: what lies in them may be broken, and is not counted."""
     items = [Item(f"id-{i:05d}", "train" if i < 20 else "test", i % 3) for i in range(40)]
     source = unreadable(with_items(items), {item.id for item in items[6:20]}, converted=1)
-    imported = import_source(*workdir, source, Config(data=Data(train_limit=6)))
+    imported = import_source(*new_workdir, source, Config(data=Data(train_limit=6)))
     assert imported == Imported(26, 0, 0, 0, (), 2)
-    check_pixels(*workdir)
+    check_pixels(*new_workdir)
 
 
-def test_damage_found_while_streaming_leaves_the_workdir(workdir, monkeypatch):
+def test_damage_found_while_streaming_leaves_the_workdir(new_workdir, monkeypatch):
     """A source that fails behind its first pieces, for a new workdir and for one with records."""
     monkeypatch.setattr(ingest, "PIECE", 8)
 
@@ -98,9 +87,9 @@ def test_damage_found_while_streaming_leaves_the_workdir(workdir, monkeypatch):
         return numbered_source(40).read(start, stop)
 
     for count in (20, 40):
-        assert "a.npz is damaged" in refusal(workdir, numbered_source(40, read=read))
-        import_source(*workdir, numbered_source(count), Config())
-    check_pixels(*workdir)
+        assert "a.npz is damaged" in refusal(new_workdir, numbered_source(40, read=read))
+        import_source(*new_workdir, numbered_source(count), Config())
+    check_pixels(*new_workdir)
 
 
 def test_the_command_names_what_it_left_out(tmp_path, rng, capsys, monkeypatch):
@@ -143,8 +132,8 @@ def plain(count=300, owners=30) -> Source:
     return with_items(items)
 
 
-def test_owners_stay_together(workdir):
-    layout, catalog = workdir
+def test_owners_stay_together(new_workdir):
+    layout, catalog = new_workdir
     config = Config(data=Data(test_share=0.3, holdout=0.3, split_by="owner"))
     import_source(layout, catalog, plain(), config)
     tables = {split: catalog.live(split) for split in ("train", "holdout", "test")}
@@ -158,32 +147,32 @@ def test_owners_stay_together(workdir):
         assert {*table.ids} < {*catalog.live(split).ids} and {*catalog.live(split).owners} == owners[split]
 
 
-def test_split_by_owner_needs_owners(workdir):
+def test_split_by_owner_needs_owners(new_workdir):
     data = Data(test_share=0.2, split_by="owner")
-    message = refusal(workdir, plain(owners=0), Config(data=data))
+    message = refusal(new_workdir, plain(owners=0), Config(data=data))
     assert "--config.data.split_by=owner: training images without an owner: id-00000, " in message
     assert "--config.data.owner_pattern" in message and "--config.data.labels" in message
     some = [*plain().items[:-2], *(item._replace(owner="") for item in plain().items[-2:])]
-    message = refusal(workdir, with_items(some), Config(data=data))
+    message = refusal(new_workdir, with_items(some), Config(data=data))
     assert "training images without an owner: id-00298, id-00299;" in message
 
 
-def test_no_owner_is_in_two_splits_of_the_source(workdir):
+def test_no_owner_is_in_two_splits_of_the_source(new_workdir):
     """Splits that a source brings are not drawn, so an owner on both sides can only be refused."""
     items = [item._replace(split="test") if item.id >= "id-00295" else item for item in plain().items]
     items += [Item("id-00999", "public", 0, "o3")]  # public images are nobody's test
-    message = refusal(workdir, with_items(items), Config(data=Data(split_by="owner", holdout=0.2)))
+    message = refusal(new_workdir, with_items(items), Config(data=Data(split_by="owner", holdout=0.2)))
     drawn, as_it_is = message.count("(holdout and test)"), message.count("(test and train)")
     assert "owners in two splits of the workdir and the source: o25 (" in message and drawn + as_it_is == 5
     assert "o3 (" not in message
-    import_source(*workdir, with_items(items), Config(data=Data(holdout=0.2)))  # as asked for
+    import_source(*new_workdir, with_items(items), Config(data=Data(holdout=0.2)))  # as asked for
 
 
 @pytest.mark.parametrize(("split", "share"), [("test", "test_share"), ("holdout", "holdout")])
-def test_shares_do_not_mix_with_the_sources_own(workdir, split, share):
+def test_shares_do_not_mix_with_the_sources_own(new_workdir, split, share):
     items = [*plain(30).items, *(Item(f"id-{90 + i}", split, 0) for i in range(7))]
     for source, named in (("folder", f" (--config.data.{split}_split=there)"), ("npz", "")):
         data = Data(source=source, **{share: 0.2, f"{split}_split": "there"})
-        message = refusal(workdir, with_items(items), Config(data=data))
+        message = refusal(new_workdir, with_items(items), Config(data=data))
         assert f"--config.data.{share}=0.2 would mix drawn images with the 7 {split} images" in message
         assert f"that the source has{named}; use one of them" in message

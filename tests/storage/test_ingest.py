@@ -16,61 +16,53 @@ from lmeraser_jax.storage.ingest import Imported, image_file, import_source
 from lmeraser_jax.storage.workdir import Layout
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    layout = Layout(tmp_path / "run")
-    layout.prepare()
-    with contextlib.closing(Catalog(layout.catalog)) as catalog:
-        yield layout, catalog
-
-
-def test_what_the_workdir_has_stays_and_new_records_join(workdir):
-    assert import_source(*workdir, numbered_source(), Config()) == Imported(30, 0, 0, 0)
-    layout, catalog = workdir
+def test_what_the_workdir_has_stays_and_new_records_join(new_workdir):
+    assert import_source(*new_workdir, numbered_source(), Config()) == Imported(30, 0, 0, 0)
+    layout, catalog = new_workdir
     assert [len(catalog.live(split)) for split in ("train", "test", "public", "holdout")] == [18, 6, 6, 0]
     assert catalog.rows_used() == 30 == len(image_file(layout, catalog))
     dataset = catalog.get("dataset")
     assert (dataset["classes"], dataset["shape"], dataset["name"]) == (["a", "b", "c"], [3, 4, 1], "made")
     table = catalog.live("train")
     assert table.owners[0] == "owner-0" and table.labels[0] == 2
-    check_pixels(*workdir)
-    tables, images = snapshot(*workdir)
-    assert import_source(*workdir, numbered_source(), Config()) == Imported(0, 30, 0, 0)
-    again, images_again = snapshot(*workdir)
+    check_pixels(*new_workdir)
+    tables, images = snapshot(*new_workdir)
+    assert import_source(*new_workdir, numbered_source(), Config()) == Imported(0, 30, 0, 0)
+    again, images_again = snapshot(*new_workdir)
     assert again[:2] == tables[:2] and images_again == images
-    assert import_source(*workdir, numbered_source(40), Config()) == Imported(10, 30, 0, 0)
-    check_pixels(*workdir)
+    assert import_source(*new_workdir, numbered_source(40), Config()) == Imported(10, 30, 0, 0)
+    check_pixels(*new_workdir)
 
 
-def test_a_source_that_does_not_fit_is_refused_with_all_reasons(workdir, monkeypatch):
-    assert "class names must be unique: a, b, a" in refusal(workdir, numbered_source(class_names=("a", "b", "a")))
+def test_a_source_that_does_not_fit_is_refused_with_all_reasons(new_workdir, monkeypatch):
+    assert "class names must be unique: a, b, a" in refusal(new_workdir, numbered_source(class_names=("a", "b", "a")))
     twice = with_items([*numbered_source().items, Item("id-00007", "train", 1)])
-    message = refusal(workdir, twice)
+    message = refusal(new_workdir, twice)
     assert message.startswith("made cannot be imported") and "these occur more than once: id-00007" in message
-    import_source(*workdir, numbered_source(), Config())
-    message = refusal(workdir, numbered_source(shape=(4, 3, 1), class_names=("a", "b", "d")))
+    import_source(*new_workdir, numbered_source(), Config())
+    message = refusal(new_workdir, numbered_source(shape=(4, 3, 1), class_names=("a", "b", "d")))
     assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
     assert "classes that the workdir does not have: d; it has a, b, c" in message
-    layout, _ = workdir
+    layout, _ = new_workdir
     content = layout.images.read_bytes()
     layout.images.write_bytes(content[: 20 * 12])
-    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(workdir, numbered_source(40))
+    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(new_workdir, numbered_source(40))
     layout.images.write_bytes(content)
 
 
-def test_records_that_have_changed_are_refused(workdir, monkeypatch):
+def test_records_that_have_changed_are_refused(new_workdir, monkeypatch):
     monkeypatch.setattr(ingest, "LISTED", 3)
-    import_source(*workdir, numbered_source(), Config())
+    import_source(*new_workdir, numbered_source(), Config())
 
     def read(start, stop):
         images = numbered_source(40).read(start, stop).images
         images[[3, 7], 0, 0] ^= 1
         return Pixels(images)
 
-    message = refusal(workdir, numbered_source(40, read=read))
+    message = refusal(new_workdir, numbered_source(40, read=read))
     assert "have other pixels or another label" in message and message.endswith(": id-00003, id-00007")
     relabelled = with_items([item._replace(label=(item.label + 1) % 3) for item in numbered_source().items])
-    assert refusal(workdir, relabelled).endswith("id-00000, id-00001, id-00002, ... (30 in all)")
+    assert refusal(new_workdir, relabelled).endswith("id-00000, id-00001, id-00002, ... (30 in all)")
 
 
 def test_order_of_the_source_does_not_matter(tmp_path):
@@ -86,8 +78,8 @@ def test_order_of_the_source_does_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("purged", [False, True])
-def test_erased_stays_out(workdir, purged):
-    layout, catalog = workdir
+def test_erased_stays_out(new_workdir, purged):
+    layout, catalog = new_workdir
     import_source(layout, catalog, numbered_source(), Config())
     catalog.erase(["id-00002", "id-00003"], "r")
     if purged:
@@ -98,27 +90,27 @@ def test_erased_stays_out(workdir, purged):
     check_pixels(layout, catalog)
 
 
-def test_a_source_without_an_erased_class_still_joins(workdir):
+def test_a_source_without_an_erased_class_still_joins(new_workdir):
     """Labels are matched by class name: the files of a class may be gone."""
-    import_source(*workdir, numbered_source(), Config())
+    import_source(*new_workdir, numbered_source(), Config())
     items = [Item("id-00100", "train", 0), Item("id-00101", "train", 1)]
-    assert import_source(*workdir, with_items(items, class_names=("b", "c")), Config()).added == 2
-    table = workdir[1].live("train")
+    assert import_source(*new_workdir, with_items(items, class_names=("b", "c")), Config()).added == 2
+    table = new_workdir[1].live("train")
     assert [table.labels[table.ids.index(item.id)] for item in items] == [1, 2]
 
 
-def test_duplicates_counted(workdir):
+def test_duplicates_counted(new_workdir):
     items = list(numbered_source(10).items)
 
     def read(start, stop):
         return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)]))
 
-    assert import_source(*workdir, numbered_source(10, read=read), Config()) == Imported(10, 0, 0, 2)
+    assert import_source(*new_workdir, numbered_source(10, read=read), Config()) == Imported(10, 0, 0, 2)
 
 
-def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
+def test_interrupted_import_leaves_nothing(new_workdir, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 8)
-    layout, catalog = workdir
+    layout, catalog = new_workdir
 
     def read(start, stop):
         if start >= 16:
@@ -138,8 +130,8 @@ def test_interrupted_import_leaves_nothing(workdir, monkeypatch):
     check_pixels(layout, catalog)
 
 
-def test_a_rotten_row_is_mended(workdir):
-    layout, catalog = workdir
+def test_a_rotten_row_is_mended(new_workdir):
+    layout, catalog = new_workdir
     import_source(layout, catalog, numbered_source(), Config())
     view = image_file(layout, catalog).view("r+")
     view[7] ^= 1
@@ -150,9 +142,9 @@ def test_a_rotten_row_is_mended(workdir):
     check_pixels(layout, catalog)
 
 
-def test_later_images_of_an_erased_owner_stay_out(workdir):
+def test_later_images_of_an_erased_owner_stay_out(new_workdir):
     """Private ones, purged or not; what the workdir has of them, public images, stays."""
-    layout, catalog = workdir
+    layout, catalog = new_workdir
     import_source(layout, catalog, numbered_source(22), Config())
     requests.accept(catalog, owners=["owner-5"], request="r")  # 20 is public, 21 test, 22 and 23 train
     for _ in range(2):
@@ -161,8 +153,8 @@ def test_later_images_of_an_erased_owner_stay_out(workdir):
     assert catalog.live("public").ids[-1] == "id-00020" and "id-00022" not in catalog.live("train").ids
 
 
-def test_owners_keep_their_side(workdir):
-    layout, catalog = workdir
+def test_owners_keep_their_side(new_workdir):
+    layout, catalog = new_workdir
     config = Config(data=Data(split_by="owner", holdout=0.2))
     items = [Item(f"id-{i:05d}", "train", i % 3, f"owner-{i // 4}") for i in range(40)]
     import_source(layout, catalog, with_items(items[:30]), config)
@@ -175,9 +167,9 @@ def test_owners_keep_their_side(workdir):
         import_source(layout, catalog, with_items(late), config, adding=True)
 
 
-def test_limits(workdir):
+def test_limits(new_workdir):
     config = Config(data=Data(train_limit=4, test_limit=2))
-    layout, catalog = workdir
+    layout, catalog = new_workdir
     assert import_source(layout, catalog, numbered_source(), config) == Imported(12, 0, 0, 0)
     assert catalog.live("train").ids == ("id-00002", "id-00003", "id-00004", "id-00007")
     assert catalog.live("test").ids == ("id-00001", "id-00006") and len(catalog.live("public")) == 6
@@ -187,7 +179,7 @@ def test_limits(workdir):
 
 
 @pytest.mark.parametrize("limit", [0, 3])
-def test_pieces_are_bounded(workdir, limit):
+def test_pieces_are_bounded(new_workdir, limit):
     """More than one piece, none longer than PIECE, also when the limits leave wide gaps; every pixel in its row."""
     count, asked = ingest.PIECE * 2 + 30, []
     items = [Item(f"id-{i:05d}", "train" if i < count - 9 else "test", i % 3) for i in range(count)]
@@ -198,6 +190,6 @@ def test_pieces_are_bounded(workdir, limit):
         return source.read(start, stop)
 
     config = Config(data=Data(train_limit=limit))
-    imported = import_source(*workdir, dataclasses.replace(source, read=read), config)
+    imported = import_source(*new_workdir, dataclasses.replace(source, read=read), config)
     assert imported.added == (12 if limit else count) and max(asked) <= ingest.PIECE
-    check_pixels(*workdir)
+    check_pixels(*new_workdir)
