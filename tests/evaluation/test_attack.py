@@ -347,7 +347,7 @@ def test_bad_input_is_refused_at_once(run, workdir, capsys, tmp_path, monkeypatc
     assert "has no published state to attack" in refused(workdir=tmp_path / "empty")
     monkeypatch.setattr(attacks, "attack", lambda *_: pytest.fail("the work was begun"))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "figures need matplotlib; install it with: pip install matplotlib" in refused("--figure=roc.png")
+    assert "figures need matplotlib; install it with: python -m pip install matplotlib" in refused("--figure=roc.png")
 
 
 def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path, monkeypatch):

@@ -147,5 +147,5 @@ def test_files_are_written_and_stale_ones_removed(tmp_path):
 
 def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=r"^figures need matplotlib; .* pip install matplotlib$"):
+    with pytest.raises(UserError, match=r"^figures need matplotlib; .* -m pip install matplotlib"):
         figures.accuracy([row()], {})
