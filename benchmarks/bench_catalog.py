@@ -26,7 +26,6 @@ from lmeraser_jax.training import tune as tune_module
 from lmeraser_jax.training.slices import init_slice
 from lmeraser_jax.training.tune import Tuned
 from lmeraser_jax.unlearning import build, plan, publish, purge, receipts
-from lmeraser_jax.unlearning.live_state import live_state
 from lmeraser_jax.unlearning.run import Run, open_run
 
 TIMES = 5  # of what is measured more than once
@@ -55,11 +54,11 @@ def private(workdir: Path) -> dict[str, Any]:
         names = synthetic.unsampled(run, 1_200)
         few, many = names[:200], names[200:]
         log(result)
-        result["plan_1000_to_come"] = repeated(lambda: plan.plan(live_state(run, many)))
+        result["plan_1000_to_come"] = repeated(lambda: plan.current_plan(run, many))
         sampled = run.catalog.sample("train", run.config.clustering.sample_size).ids[0]
         log(result)
         result["plan_1000_with_a_sampled_record_s"] = round(
-            timed(lambda: plan.plan(live_state(run, [*many[1:], sampled]))), 1
+            timed(lambda: plan.current_plan(run, [*many[1:], sampled])), 1
         )
         log(result)
         result["accept_1"] = spread([accepting(run, [name], False) for name in few[:100]])
@@ -67,12 +66,12 @@ def private(workdir: Path) -> dict[str, Any]:
         result["resolve_1000_ms"] = round(1e3 * timed(lambda: requests.resolve(run.catalog, many)), 1)
         result["accept_1000_ms"] = round(1e3 * accepting(run, many, True), 1)
         log(result)
-        result["plan_1200_accepted"] = repeated(lambda: plan.plan(live_state(run)))
+        result["plan_1200_accepted"] = repeated(lambda: plan.current_plan(run))
         log(result)
         result["serve_1200"] = serving(run)
         result["catalog_after_mb"] = round(disk_use(run.layout.catalog) / 1e6, 1)
         log(result)
-        result["plan_nothing"] = repeated(lambda: plan.plan(live_state(run)))
+        result["plan_nothing"] = repeated(lambda: plan.current_plan(run))
     return result
 
 
@@ -81,7 +80,7 @@ def public(workdir: Path) -> dict[str, Any]:
     with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
         ids = run.catalog.live("train").ids
         chosen = [ids[i] for i in np.random.default_rng(2).choice(len(ids), 1_000, replace=False)]
-        return {"plan_1000_sample_from_public": repeated(lambda: plan.plan(live_state(run, chosen)))}
+        return {"plan_1000_sample_from_public": repeated(lambda: plan.current_plan(run, chosen))}
 
 
 def opening(workdir: Path) -> float:
@@ -104,8 +103,8 @@ def serving(run: Run) -> dict[str, float]:
         return (Tuned(job, job.steps, slice_, 0.5, None, 0.0) for job in jobs)
 
     build.check_pixel_hashes = lambda *_: None  # the made-up records have no pixels of their own
-    tune_module.tune = write_only
-    steps = [(build, name) for name in ("live_state", "plan", "register_orphans", "publish", "purge")]
+    tune_module.make_slices = write_only
+    steps = [(build, name) for name in ("current_plan", "register_orphans", "publish", "purge")]
     steps += [(publish, "removal_summary"), (purge, "surviving"), (checkpoints, "save"), (receipts, "write")]
     steps += [(Catalog, name) for name in ("add_slice", "publish", "drop_slice", "forget", "flush")]
     clock = Clock({f"{owner.__name__.rsplit('.')[-1]}.{name}": (owner, name) for owner, name in steps})

@@ -38,8 +38,7 @@ from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 OTHERS = ("single", "sisa-mean", "retrain", "linear-head", "ridge")
 STEPS = {
-    "read": (build, "live_state"),
-    "plan": (build, "plan"),
+    "plan": (build, "current_plan"),
     "write": (slice_files, "write_slice"),
     "register": (build, "register"),
     "publish": (build, "publish"),
@@ -162,7 +161,7 @@ class BuildClock(Clock):
 
     def __init__(self):
         super().__init__(STEPS)
-        tune_module.tune = self._timed_generator(tune_module.tune)
+        tune_module.make_slices = self._timed_generator(tune_module.make_slices)
         monitoring.register_event_duration_secs_listener(self._compiled)
 
     def reset(self) -> None:

@@ -191,7 +191,7 @@ def check() -> dict[str, dict[str, float]]:
         "write_s (set)": (WRITTEN * served["retuned"], served["checkpoints.save"]),
     }
     sizes = heavy_tailed(count, records, 8)
-    planning = served.get("build.live_state", 0) + served["build.plan"]
+    planning = served["build.current_plan"]
     hit = 1 - (1 - sizes / records) ** 1200
     pairs |= {
         "clusters of 1,200": (float(hit.sum()), served["retuned"]),

@@ -27,8 +27,7 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.training.slices import Slice, init_slice
 from lmeraser_jax.unlearning.artifacts import save_clustering
-from lmeraser_jax.unlearning.live_state import sampled
-from lmeraser_jax.unlearning.plan import constants_digest
+from lmeraser_jax.unlearning.plan import constants_digest, sampled
 from lmeraser_jax.unlearning.run import Run, open_run
 
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner

@@ -27,8 +27,7 @@ from lmeraser_jax.storage.rows import SliceKind, SliceRow
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_slice, reference
 from lmeraser_jax.unlearning.build import BuildReport, build
-from lmeraser_jax.unlearning.live_state import live_state, sampled
-from lmeraser_jax.unlearning.plan import plan
+from lmeraser_jax.unlearning.plan import current_plan, sampled
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
 REMOVED_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the records (paper Fig. 6, left)
@@ -193,7 +192,7 @@ def planned_costs(run: Run, count: int) -> np.ndarray:
     costs, (per_cluster, common) = [], _parameter_counts(run)
     with progress("plan", len(chosen)) as shown:
         for index in chosen:
-            build_plan = plan(live_state(run, {ids[index]}))
+            build_plan = current_plan(run, {ids[index]})
             members = [build_plan.members[key].rows for key in build_plan.missing]
             records = np.unique(np.concatenate([np.empty(0), *members]))
             parameters = sum(common if key == SliceKind.COMMON else per_cluster for key in build_plan.missing)

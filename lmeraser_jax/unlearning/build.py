@@ -26,8 +26,7 @@ from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_s
 from lmeraser_jax.training.train_step import TuningSpec
 from lmeraser_jax.training.tune import solved
 from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, save_clustering, slice_of
-from lmeraser_jax.unlearning.live_state import live_state
-from lmeraser_jax.unlearning.plan import Plan, plan
+from lmeraser_jax.unlearning.plan import Plan, current_plan
 from lmeraser_jax.unlearning.publish import publish
 from lmeraser_jax.unlearning.purge import purge
 from lmeraser_jax.unlearning.run import Run
@@ -76,7 +75,7 @@ def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     start = time.perf_counter()
     remove_leftovers(run)
     before = run.catalog.manifest()
-    wanted, registered = register_orphans(run, plan(live_state(run)))
+    wanted, registered = register_orphans(run, current_plan(run))
     missing = wanted.missing
     if only is not None:
         missing = {key: target for key, target in missing.items() if key in only}

@@ -301,9 +301,9 @@ def _drop(catalog: Catalog, folder: Path) -> None:
 
 
 def _contradictions(run: "Run") -> Findings:
-    from lmeraser_jax.unlearning import live_state
+    from lmeraser_jax.unlearning.plan import contradictions
 
-    for line in live_state.contradictions(run):
+    for line in contradictions(run):
         yield (
             line,
             "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again",

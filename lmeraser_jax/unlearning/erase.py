@@ -47,10 +47,9 @@ class Erasure:
 
 def estimate(run: "Run", targets: Targets) -> Estimate:
     """What erasing the targets would cost. Changes nothing but the feature cache."""
-    from lmeraser_jax.unlearning.live_state import live_state
-    from lmeraser_jax.unlearning.plan import plan
+    from lmeraser_jax.unlearning.plan import current_plan
 
-    wanted = plan(live_state(run, targets.live))
+    wanted = current_plan(run, targets.live)
     rows = run.catalog.slices().values()
     images, seconds = sum(row.images for row in rows), sum(row.seconds for row in rows)
     before, devices = run.catalog.manifest(), run.processes.count * run.mesh.size

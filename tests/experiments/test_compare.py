@@ -19,8 +19,7 @@ from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.erase import request_erasure
-from lmeraser_jax.unlearning.live_state import live_state
-from lmeraser_jax.unlearning.plan import plan
+from lmeraser_jax.unlearning.plan import current_plan
 from lmeraser_jax.unlearning.run import prepare_run
 
 CONFIG = small_config(
@@ -103,7 +102,7 @@ def test_costs_are_those_of_real_erasures(done, tmp_path):
         assert (row.images_full, row.clusters) == (report.images, len(run.catalog.manifest().clusters))
         ids = run.catalog.live("train").ids
         chosen = [ids[i] for i in philox(0, "probe").choice(len(ids), SHORT.probes, replace=False)]
-        images = [plan(live_state(run, {name})).images_missing for name in chosen]
+        images = [current_plan(run, {name}).images_missing for name in chosen]
         assert row.images_request == np.mean(images) and row.images_worst == max(images)
         assert request_erasure(run, chosen[:1]).outcome.images == images[0]
     assert row.seconds_full > 0 < row.seconds_unsampled and row.seconds_sampled > 0 < row.sampled_share < 1

@@ -15,7 +15,7 @@ from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tune import Tuned
-from lmeraser_jax.unlearning import live_state
+from lmeraser_jax.unlearning import plan as plan_module
 from lmeraser_jax.unlearning import run as run_module
 
 
@@ -55,7 +55,7 @@ def fast_fakes(patch) -> None:
     """Installs the stand-ins for as long as a `pytest.MonkeyPatch` holds."""
     patch.setattr(tune, "make_slices", fake_tune)
     patch.setattr(run_module, "Extractor", FakeExtractor)
-    patch.setattr(live_state.clustering_lib, "assign", fake_assign)
+    patch.setattr(plan_module.clustering_lib, "assign", fake_assign)
 
 
 def fake_save(folder, arrays, metadata, step=0, earlier=MappingProxyType({})) -> None:

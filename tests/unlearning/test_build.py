@@ -21,8 +21,7 @@ from lmeraser_jax.unlearning import erase, purge
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.build import build
-from lmeraser_jax.unlearning.live_state import live_state
-from lmeraser_jax.unlearning.plan import plan
+from lmeraser_jax.unlearning.plan import current_plan
 from lmeraser_jax.unlearning.run import open_run
 
 pytestmark = pytest.mark.usefixtures("fast")
@@ -250,6 +249,6 @@ def test_what_a_new_clustering_changes_is_counted_where_no_member_was_erased(wor
 def test_holdout_records_are_never_tuned_on(tmp_path):
     with small_run(tmp_path / "run", config=small_config(data__holdout=0.3)) as run:
         holdout = run.catalog.live("holdout")
-        rows = {row for target in plan(live_state(run)).targets.values() for row in target.job.rows.tolist()}
+        rows = {row for target in current_plan(run).targets.values() for row in target.job.rows.tolist()}
         assert 15 < len(holdout) < 45 and rows == set(run.catalog.live("train").rows.tolist())
         assert rows.isdisjoint(holdout.rows.tolist())

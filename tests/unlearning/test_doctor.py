@@ -29,8 +29,7 @@ from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.doctor import State
-from lmeraser_jax.unlearning.live_state import live_state
-from lmeraser_jax.unlearning.plan import plan
+from lmeraser_jax.unlearning.plan import current_plan
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import open_run, prepare_run
 
@@ -204,7 +203,7 @@ def harmed(layout, wanted, features) -> bool:
                 return True
             table, view = run.catalog.live("train", "test", "public"), image_file(layout, run.catalog).view()
             changed = [content_hash(view[row]) != text for row, text in zip(table.rows, table.contents, strict=True)]
-            return any(changed) or bool(plan(live_state(run)).missing)
+            return any(changed) or bool(current_plan(run).missing)
     except Exception:
         return True
 

@@ -12,11 +12,10 @@ from lmeraser_jax.data.source import Item, content_hash
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.ingest import image_file
-from lmeraser_jax.unlearning import live_state as live_state_module
+from lmeraser_jax.unlearning import plan as plan_module
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.build import build
-from lmeraser_jax.unlearning.live_state import live_state
-from lmeraser_jax.unlearning.plan import plan
+from lmeraser_jax.unlearning.plan import live_state, plan
 from lmeraser_jax.unlearning.run import Run, open_run
 
 EMPTY = content_hash(np.zeros((8, 8, 1), np.uint8))
@@ -59,10 +58,10 @@ def state_of_all_clusters(run, leaving=()):
     """The live state, read as if every cluster had been touched."""
 
     def with_all(run, state, _, ids):
-        return live_state_module._with_all_clusters(run, state, ids)
+        return plan_module._with_all_clusters(run, state, ids)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live_state_module, "_with_touched_clusters", with_all)
+        patch.setattr(plan_module, "_with_touched_clusters", with_all)
         return live_state(run, leaving)
 
 

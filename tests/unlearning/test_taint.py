@@ -178,17 +178,17 @@ def test_a_rollback_to_what_a_waiting_erasure_removes_is_refused(run):
 def test_quarantine_follows_its_record_through_a_new_clustering(run, monkeypatch):
     """Also where it is added to a request that was accepted without it; both arrive after the build has planned."""
     first, second = [name for name in run.catalog.live("train").ids if name not in sample(run)][:2]
-    real = build.plan
+    real = build.current_plan
 
-    def plan(state):
-        wanted = real(state)
+    def plan_then_accept(opened):
+        wanted = real(opened)
         if requests.get(run.catalog, "first") is None:
             requests.accept(run.catalog, [first], request="first", quarantine=True)
             requests.accept(run.catalog, [second], request="second")
             requests.accept(run.catalog, [second], request="second", quarantine=True)
         return wanted
 
-    monkeypatch.setattr(build, "plan", plan)
+    monkeypatch.setattr(build, "current_plan", plan_then_accept)
     before = set(published(run))
     erase.request_erasure(run, list(sample(run)[:3]))
     assert set(published(run)) != before, "clustered anew"

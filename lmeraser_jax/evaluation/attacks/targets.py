@@ -18,7 +18,7 @@ from lmeraser_jax.evaluation.attacks.options import eligible, unseen_images
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.live_state import assign_clusters
+from lmeraser_jax.unlearning.plan import assign_clusters
 from lmeraser_jax.unlearning.run import Run
 
 WATCHED = 64  # retained records of a pool that are looked at; all of them are tuned on
