@@ -7,15 +7,22 @@ class UserError(ValueError):
     """Input that a user can mend. The command line prints the message alone and exits with code 2."""
 
 
-def raise_all(problems: Sequence[str], heading: str = "", limit: int = 1000) -> None:
-    """Raises one `UserError` that lists every problem, `limit` of them at most; does nothing when there is none."""
+class Damaged(UserError):
+    """A file is missing, or was read and holds something else than was written there.
+
+    Nothing else proves damage: another error over a file says that nobody could look, and nothing is dropped for it.
+    """
+
+
+def raise_all(problems: Sequence[str], heading: str = "", limit: int = 1000, kind: type[UserError] = UserError) -> None:
+    """Raises one error that lists every problem, `limit` of them at most; does nothing when there is none."""
     if not problems:
         return
     heading = heading or ("several things are wrong:" if len(problems) > 1 else "")
     lines = list(problems[:limit])
     if len(problems) > limit:
         lines.append(f"... ({len(problems)} lines in all)")
-    raise UserError("\n".join([heading, *(f"- {line}" for line in lines)] if heading else lines))
+    raise kind("\n".join([heading, *(f"- {line}" for line in lines)] if heading else lines))
 
 
 def join_limited(values: Iterable[object], limit: int = 10) -> str:

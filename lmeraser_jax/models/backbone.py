@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lmeraser_jax.errors import UserError, raise_all, shorten
+from lmeraser_jax.errors import Damaged, raise_all, shorten
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models.architectures import Architecture, ViTConfig, architecture_from, describe
 from lmeraser_jax.models.swin import Swin
@@ -101,26 +101,28 @@ def save(folder: Path, backbone: Backbone, inputs: dict[str, Any], provenance: d
 
 
 def load(folder: Path) -> tuple[Backbone, dict[str, Any]]:
-    """Reads a saved backbone and the settings it was made with. Raises `UserError` where it is damaged."""
+    """Reads a saved backbone and the settings it was made with. Raises as `checkpoints.load` does."""
     arrays, metadata, _ = checkpoints.load(folder)
     return restore(folder, arrays, metadata), metadata["inputs"]
 
 
 def restore(folder: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, Any]) -> Backbone:
-    """The backbone of a folder's arrays and metadata. Raises `UserError` where they have not the recorded digest."""
+    """The backbone of a folder's arrays and metadata. Raises `Damaged` where they have not the recorded digest.
+
+    They are compared before anything is built: what a library raises over contents that `save` wrote is no damage.
+    """
     try:
-        # Compared before anything is built, so no architecture is outlined that `save` did not write.
         computed = digest([metadata["config"], metadata["mean"], metadata["std"], arrays_digest(arrays)])
         recorded = metadata["digest"]
         if computed != recorded:
             raise ValueError(f"its contents have the digest {computed[:12]}, recorded is {str(recorded)[:12]}")
         if not isinstance(metadata["inputs"], dict) or not isinstance(metadata["provenance"], dict):
             raise TypeError("inputs and provenance must be JSON objects")
-        config = architecture_from(metadata["config"])
-        params = from_flat(config, arrays, str(folder))
-        return make(config, params, tuple(metadata["mean"]), tuple(metadata["std"]))
-    except Exception as error:  # metadata of other programs can raise nearly anything
-        raise UserError(
+    except (ValueError, TypeError, LookupError) as error:
+        raise Damaged(
             f"{folder} is damaged: {type(error).__name__}: {shorten(str(error), 500)};"
             " restore the folder, or delete it and make it again"
         ) from error
+    config = architecture_from(metadata["config"])
+    params = from_flat(config, arrays, str(folder))
+    return make(config, params, tuple(metadata["mean"]), tuple(metadata["std"]))

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, parse_numbers
 from lmeraser_jax.data.transforms import ImageSpec, augmented
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import Damaged, UserError, raise_all
 from lmeraser_jax.hashing import arrays_digest, digest, philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
@@ -135,7 +135,7 @@ def _start(
         arrays, metadata, epoch = checkpoints.load(layout.pretraining)
         if metadata["identity"] == identity:
             return checkpoints.unflatten(arrays, state), epoch
-    except UserError:
+    except Damaged:
         pass  # the first save was cut short
     shutil.rmtree(layout.pretraining)
     return state, 0

@@ -1,11 +1,21 @@
-"""Files and folders that are replaced or removed in one durable step, so that a crash cannot tear them."""
+"""Files and folders that are replaced or removed in one durable step, so that a crash cannot tear them.
+
+A published folder notes the digests of its files, so that an error over one of them is never mistaken for damage.
+"""
 
 import contextlib
+import errno
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from lmeraser_jax.errors import Damaged, shorten
+
+DIGESTS = "digests.json"  # in a published folder: {path: SHA-256} of its files
+SHOWN = 2000  # characters of an error in a message
 
 
 def write_json(path: Path, value: object) -> None:
@@ -26,12 +36,15 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Syncs everything below `temporary` and renames it to `final`; an older `final` is replaced."""
-    for folder, _, files in os.walk(temporary):
-        for name in files:
-            with open(Path(folder) / name, "rb") as file:
+    """Syncs everything below `temporary`, notes its digests and renames it to `final`; an older `final` is replaced."""
+    digests = {}
+    for folder, _, names in os.walk(temporary, onerror=_refuse):
+        for path in (Path(folder) / name for name in names):
+            with open(path, "rb") as file:
+                digests[str(path.relative_to(temporary))] = hashlib.file_digest(file, "sha256").hexdigest()
                 os.fsync(file.fileno())
         sync_folder(Path(folder))
+    write_json(temporary / DIGESTS, digests)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -39,6 +52,22 @@ def publish_folder(temporary: Path, final: Path) -> None:
     os.replace(temporary, final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def why_unreadable(folder: Path, error: Exception) -> Exception:
+    """What to raise for an error over a published folder: `Damaged` where its files are not those that were published.
+
+    Where they are, an `OSError`, whatever library raised: nobody could look. Raises the `OSError` that a file meets.
+    """
+    why, digests = shorten(str(error), SHOWN) or type(error).__name__, {}
+    for path in files_below(folder):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        noted = json.loads((folder / DIGESTS).read_bytes())
+        if isinstance(noted, dict) and noted.items() <= digests.items():
+            return OSError(errno.EIO, f"cannot be read now, and is not damaged: {why}", str(folder))
+    return Damaged(f"{folder} cannot be read: {why}")
 
 
 def remove_others(folder: Path, names: Collection[str]) -> None:
@@ -68,13 +97,28 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds, sorted; nothing where there is none. Raises where `Path.glob` hides that it may not look."""
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
 def disk_use(path: Path) -> int:
     """Bytes of all files below a path; 0 where it is absent, and for files that a writer removes meanwhile."""
     if path.is_file():
         return path.stat().st_size
     size = 0
-    for folder, _, files in os.walk(path):
-        for name in files:
-            with contextlib.suppress(FileNotFoundError):
-                size += os.stat(Path(folder) / name).st_size
+    for file in files_below(path):
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size
     return size
+
+
+def files_below(path: Path) -> Iterator[Path]:
+    """All files below a folder. Raises the `OSError` that a folder meets, other than that it is not there."""
+    for folder, _, names in os.walk(path, onerror=_refuse):
+        yield from (Path(folder) / name for name in names)
+
+
+def _refuse(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error

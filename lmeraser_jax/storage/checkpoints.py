@@ -3,7 +3,6 @@
 Only this file imports Orbax, and only to write. TensorStore reads many times faster, without JAX.
 """
 
-import contextlib
 import errno
 import json
 import logging
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmeraser_jax.errors import UserError, shorten
+from lmeraser_jax.errors import Damaged
 from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.storage.atomic_files import disk_use
 
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 RATIO = 40_000  # bytes of arrays that one byte of the files can stand for: Zstandard gives at most 32,768
-SHOWN = 2000  # characters of an error in a message
 DESCRIPTION = "/.zarray"  # what the key of an array's description ends with
 
 
@@ -106,15 +104,17 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
     """Reads a step, the newest by default: arrays on the host, metadata, step. Nothing is unpickled.
 
     Raises:
-        UserError: it is missing or damaged: its files can be read, but hold no checkpoint.
-        OSError: its files cannot be read now, which says nothing about what they hold.
+        Damaged: it is missing, or its files hold something else than was written.
+        OSError: it cannot be read now, which says nothing about what it holds.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist")
+        raise Damaged(f"{folder} does not exist")
     steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
     if not steps:
-        raise UserError(f"{folder} holds no checkpoint")
+        raise Damaged(f"{folder} holds no checkpoint")
     step = max(steps) if step is None else step
+    if step not in steps:
+        raise Damaged(f"{folder} cannot be read: it holds no step {step}")
     try:
         notes = json.loads((folder / str(step) / "metadata" / "metadata").read_text(encoding="utf-8"))
         if not isinstance(notes["metadata"], dict):
@@ -127,10 +127,8 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
         return arrays, notes["metadata"], step
     except MemoryError:
         raise
-    except Exception as error:  # TensorStore raises nearly every kind over damaged files
-        _check_readable(folder)
-        why = shorten(str(error), SHOWN) or type(error).__name__
-        raise UserError(f"the checkpoint {folder} cannot be read: {why}") from error
+    except Exception as error:  # TensorStore raises nearly every kind over damaged files, and where it cannot read
+        raise atomic_files.why_unreadable(folder, error) from error
 
 
 def _read_arrays(folder: Path, file_bytes: int) -> dict[str, np.ndarray]:
@@ -148,18 +146,6 @@ def _read_arrays(folder: Path, file_bytes: int) -> dict[str, np.ndarray]:
         raise ValueError(f"it calls for {size} bytes, more than its files can hold")
     reads = [store.read() for store in stores]
     return {name: np.asarray(read.result()) for name, read in zip(names, reads, strict=True)}
-
-
-def _check_readable(folder: Path) -> None:
-    """Raises the `OSError` that reading a file of the folder meets, other than that it is not there."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    for parent, _, names in os.walk(folder, onerror=fail):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                (Path(parent) / name).read_bytes()
 
 
 def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":

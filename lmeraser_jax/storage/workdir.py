@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.storage.atomic_files import entries
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
 CONFIG_BYTES = 1 << 20  # no config is larger
@@ -41,6 +42,10 @@ class Layout:
 
     def features(self, digest: str) -> Path:
         return self.records / f"features-{digest[:16]}.f32"
+
+    def feature_files(self) -> list[Path]:
+        """The cached features of all backbones and programs."""
+        return [path for path in entries(self.records) if path.match("features-*.f32")]
 
     def slice(self, digest: str) -> Path:
         return self.slices / digest

@@ -181,12 +181,12 @@ def save_sums(folder: Path, sums: KeptSums) -> None:
 
 
 def load_sums(folder: Path) -> KeptSums | None:
-    """The sums beside a slice; None where there are none that can be read."""
+    """The sums beside a slice; None where there are none that can be read: they save time and nothing else."""
     try:
         arrays = read_arrays(folder / SUMS_FILE)
         total = Sums(arrays["products"], arrays["by_class"], arrays["counts"])
         sums = KeptSums(total, arrays["rows"], arrays["labels"], arrays["checksums"])
         counts = np.bincount(sums.labels, minlength=len(total.counts))
         return sums if np.array_equal(counts, total.counts) else None
-    except (ValueError, TypeError, KeyError):
+    except Exception:  # see `read_arrays`
         return None

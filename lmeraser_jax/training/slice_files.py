@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.interrupt import Stopped
 from lmeraser_jax.storage import checkpoints
@@ -100,7 +100,7 @@ def load_orphan(folder: Path, target: Target, fingerprint: str, tuning_spec: Tun
         arrays, facts, step = checkpoints.load(path)
         as_slice(arrays, target.digest[:12], tuning_spec.own_architecture)
         epochs = {snapshot: arrays_digest(checkpoints.load(path, snapshot)[0]) for snapshot in job.snapshots}
-    except UserError:
+    except Damaged:
         return None
     row = _row(target, arrays_digest(arrays), fingerprint, tuning_spec.tuning, facts)
     expected = {"digest": row.digest, "params_digest": row.params_digest, "fingerprint": fingerprint}

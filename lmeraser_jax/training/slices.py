@@ -14,7 +14,7 @@ import numpy as np
 
 from lmeraser_jax.config import NOT_IN_RECIPE, Tuning
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.errors import UserError, raise_all, shorten
+from lmeraser_jax.errors import Damaged, UserError, raise_all, shorten
 from lmeraser_jax.hashing import digest, philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone, array_problems, from_flat
@@ -41,7 +41,7 @@ def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architec
     """The slice of a checkpoint's arrays, on the host; `architecture` is that of its own backbone, if it has one.
 
     Raises:
-        UserError: names the slice, and every array that is missing, left over or of another dtype or shape.
+        Damaged: names the slice, and every array that is missing, left over or of another dtype or shape.
     """
     own = {}
     if architecture:
@@ -58,7 +58,7 @@ def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architec
         problems.append(f"kernel {kernel} and bias {bias} have different numbers of classes")
     if architecture:
         problems += [f"backbone: {line}" for line in array_problems(architecture, own)]
-    raise_all(sorted(problems), f"slice {name} is damaged:")
+    raise_all(sorted(problems), f"slice {name} is damaged:", kind=Damaged)
     return Slice(**arrays, backbone=from_flat(architecture, own, name) if architecture else None)
 
 

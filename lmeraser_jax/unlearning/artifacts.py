@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from lmeraser_jax.data.npz import read_arrays
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.storage import checkpoints
-from lmeraser_jax.storage.atomic_files import write_bytes
+from lmeraser_jax.storage.atomic_files import publish_folder, why_unreadable, write_bytes
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout
@@ -56,20 +56,21 @@ def load_slice(run: "Run", ref: str) -> "Slice":
     """One slice from its checkpoint, checked against the digest in the catalog.
 
     Raises:
-        UserError: the checkpoint is missing or damaged.
+        Damaged: the checkpoint is missing or damaged.
+        OSError: it cannot be read now.
     """
     from lmeraser_jax.training.slices import as_slice  # loads JAX, which readers of clusterings do without
 
     name, step = split_reference(ref)
     params = expected_params(run.catalog, ref)
     if params is None:
-        raise UserError(f"slice {name[:12]} is not in the catalog{AGAIN}")
+        raise Damaged(f"slice {name[:12]} is not in the catalog{AGAIN}")
     try:
         arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
-    except UserError as error:
-        raise UserError(f"{error}{AGAIN}") from error
+    except Damaged as error:
+        raise Damaged(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
-        raise UserError(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
+        raise Damaged(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
     row = run.catalog.slices().get(name)
     common = row is not None and row.cluster == SliceKind.COMMON
     return as_slice(arrays, name[:12], None if common else run.tuning_spec.own_architecture)
@@ -79,14 +80,17 @@ def save_clustering(layout: Layout, clustering: Clustering) -> None:
     sample, keys = np.array(clustering.sample, np.str_), np.array(clustering.keys, np.str_)
     buffer = io.BytesIO()
     np.savez(buffer, sample=sample, labels=clustering.labels, keys=keys, prototypes=clustering.prototypes)
-    write_bytes(layout.clustering(clustering.digest) / "clustering.npz", buffer.getvalue())
+    folder = layout.clustering(clustering.digest)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    write_bytes(temporary / "clustering.npz", buffer.getvalue())
+    publish_folder(temporary, folder)
 
 
 def load_clustering(layout: Layout, name: str) -> Clustering:
-    """A saved clustering. Raises `UserError` when it is missing or damaged."""
-    path = layout.clustering(name) / "clustering.npz"
+    """A saved clustering. Raises `Damaged` when it is missing or damaged, `OSError` when it cannot be read now."""
+    folder = layout.clustering(name)
     try:
-        arrays = read_arrays(path)
+        arrays = read_arrays(folder / "clustering.npz")
         sample, keys = (tuple(str(x) for x in arrays[field]) for field in ("sample", "keys"))
         members: list[list[str]] = [[] for _ in keys]
         for record, label in zip(sample, arrays["labels"].tolist(), strict=True):
@@ -94,8 +98,11 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
         if sample and tuple(map(digest, members)) != keys:
             raise ValueError("its keys are not the digests of its sampled ids")
         return Clustering(name, sample, arrays["labels"], keys, arrays["prototypes"])
-    except (ValueError, LookupError) as error:
-        raise UserError(f"{path} cannot be read: {error}{AGAIN}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # see `read_arrays`
+        reason = why_unreadable(folder, error)
+        raise Damaged(f"{reason}{AGAIN}") if isinstance(reason, Damaged) else reason from error
 
 
 class Tainted(NamedTuple):
@@ -119,8 +126,8 @@ def tainted(run: "Run", erased: Mapping[str, int]) -> Tainted:
 
 
 def was_sampled(layout: Layout, clustering: str, ids: Collection[str]) -> bool:
-    """Whether one of the ids was sampled for a clustering; for a clustering that cannot be read the answer is yes."""
+    """Whether one of the ids was sampled for a clustering; for a clustering that is damaged the answer is yes."""
     try:
         return not set(load_clustering(layout, clustering).sample).isdisjoint(ids)
-    except UserError:
+    except Damaged:
         return True

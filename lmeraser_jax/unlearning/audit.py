@@ -18,7 +18,7 @@ import numpy as np
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Item, content_hash
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -87,7 +87,7 @@ def _read_leaves(run: Run, ref: str) -> dict[str, bytes] | str:
     """The leaves of a slice; a message when it cannot be read, which differs from any slice."""
     try:
         return leaves(load_slice(run, ref))
-    except UserError as error:
+    except Damaged as error:
         return str(error)
 
 

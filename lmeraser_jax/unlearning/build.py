@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from lmeraser_jax.data.record_table import check_pixel_hashes
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import Damaged, raise_all
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import remove_others
@@ -239,7 +239,7 @@ def repair(run: Run) -> list[str]:
     for ref in sorted(set(manifest.entries.values()) if manifest else ()):
         try:
             load_slice(run, ref)
-        except UserError as error:
+        except Damaged as error:
             messages.append(f"{str(error).removesuffix(AGAIN)}; it is tuned again")
             with run.catalog.transaction():
                 run.catalog.drop_slice(slice_of(ref))

@@ -1,12 +1,15 @@
 """The doctor: what is damaged in a workdir, and the removal of what the next `lmeraser train` makes again.
 
 Only what was positively found counts as damage: something is missing, or has another digest or shape than it must have.
-What could not be looked at (a lock, an error of the disk) is reported as unchecked, and nothing is changed for it.
+Whatever else a check meets (a lock, an error of the disk, no device, a library that raises) is reported as not checked,
+and nothing is changed for it.
 """
 
 import contextlib
+import dataclasses
 import enum
 import functools
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -16,14 +19,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import SPLITS, content_hash
-from lmeraser_jax.errors import UserError, join_limited, shorten
+from lmeraser_jax.errors import Damaged, UserError, join_limited, shorten
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import publish_folder, remove_others, resize_file
+from lmeraser_jax.storage.atomic_files import entries, resize_file, sync_folder
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
+from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.storage.workdir import Layout, current_writer, read_config, refuse_links, writer_lock
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of
 
@@ -31,19 +36,21 @@ if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run  # loads JAX; a damaged catalog or config is named without
 
 LISTED = 50  # ids in a message
+LONGEST = 500  # characters of an error
 FEATURES = 256  # cached features, at most, that are computed again and compared
 AGAIN = "lmeraser train makes it again"
 DROP, REMOVE = f"--fix drops it; {AGAIN}", "--fix removes it"
-
-Findings = Iterator[tuple[str, str, Callable[[], object] | None]]  # what is damaged, its remedy, what --fix does
+RETRY = "nothing was changed for it, and what builds on it was not checked either; mend this and run the doctor again"
+ADOPT = "the next command that tunes uses what it needs and removes the rest"
 
 
 class State(enum.StrEnum):
     DAMAGED = "damaged"
     DROPPED = "dropped"  # removed; lmeraser train makes it again
     FIXED = "fixed"
+    LEFTOVER = "left over"  # by an interrupted command; nothing is wrong
     NOTE = "note"  # nothing is wrong
-    UNCHECKED = "unchecked"  # it could not be looked at, and nothing was changed
+    UNCHECKED = "not checked"  # it could not be looked at, and nothing was changed
 
 
 class Problem(NamedTuple):
@@ -63,7 +70,7 @@ class Diagnosis(NamedTuple):
     @property
     def healthy(self) -> bool:
         """Whether everything could be looked at and nothing is damaged, or nothing any more."""
-        return all(problem.state in (State.FIXED, State.NOTE) for problem in self.problems)
+        return all(problem.state in (State.FIXED, State.LEFTOVER, State.NOTE) for problem in self.problems)
 
     @property
     def damaged(self) -> bool:
@@ -74,11 +81,37 @@ class Diagnosis(NamedTuple):
         """The problems for people, a line or two each, and the verdict."""
         lines = []
         for problem in self.problems:
-            lines.append(f"{problem.state:<10}{problem.component:<12}{problem.message}")
+            lines.append(f"{problem.state:<13}{problem.component:<12}{problem.message}")
             if problem.remedy:
-                lines.append(f"{'':22}{problem.remedy}")
+                lines.append(f"{'':25}{problem.remedy}")
         verdict = "healthy" if self.healthy else "damaged" if self.damaged else "not all of it could be checked"
         return "\n".join([*lines, verdict])
+
+
+class Finding(NamedTuple):
+    """Something that a check has positively found."""
+
+    message: str
+    remedy: str
+    repair: Callable[[], object] | None = None  # what --fix does
+    state: State = State.DAMAGED
+
+
+@dataclasses.dataclass
+class _Workdir:
+    """What the checks look at; a check sets what those after it need."""
+
+    layout: Layout
+    fix: bool
+    devices: Sequence[Any] | None
+    opened: contextlib.ExitStack
+    config: Config = dataclasses.field(init=False)
+    catalog: Catalog = dataclasses.field(init=False)
+    stamp: tuple[int, int] = dataclasses.field(init=False)  # of the catalog, before the checks
+    run: "Run" = dataclasses.field(init=False)
+
+
+Findings = Iterator[Finding]
 
 
 def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | None = None) -> Diagnosis:
@@ -89,104 +122,112 @@ def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | Non
     """
     layout = Layout(workdir)
     layout.require()
-    writer = current_writer(layout)
-    if writer:
-        return Diagnosis((_unchecked("lock", f"{layout.root} is being written by {writer}"),))
-    try:
-        refuse_links(layout)
-    except UserError as error:  # what lies behind a link is neither looked at nor changed
-        return Diagnosis((Problem("folder", str(error), "", State.DAMAGED),))
-    with contextlib.ExitStack() as stack:
-        lock = stack.enter_context(contextlib.ExitStack())
-        if fix:
-            lock.enter_context(writer_lock(layout))
-        problems = _check("folder", _leftover_files(layout), fix)
-        unusable = _check("config", _config(layout), fix) + _check("catalog", _catalog(layout), fix)
-        if unusable:
-            return Diagnosis((*problems, *unusable))
-        catalog = stack.enter_context(contextlib.closing(Catalog(layout.catalog)))
-        before = catalog.stamp()
-        waiting = join_limited(request.id for request in requests.listed(catalog, only_open=True))
-        if waiting:
-            remedy = f"lmeraser process --workdir={layout.root} serves them"
-            problems.append(Problem("requests", f"waiting erasures: {waiting}", remedy, State.NOTE))
-        problems += _check("requests", _requests(catalog), fix)
-        images = _check("images", _images(layout, catalog), fix)
-        problems += images
-        lock.close()  # what follows opens the workdir as every command does
-        if all(problem.state != State.DAMAGED for problem in images):
-            problems += _examine_built(layout, catalog, fix, devices)
-        if not fix and (current_writer(layout) or catalog.stamp() != before):
-            problems = [_unchecked("lock", "another process wrote to the workdir meanwhile")]
-    return Diagnosis(tuple(problems))
+    problems: dict[str, list[Problem]] = {}
+
+    def passed(component: str) -> bool:
+        """Whether a component is there as it must be, so that what builds on it can be judged."""
+        states = [problem.state for problem in problems.get(component, [])]
+        return component in problems and {State.FIXED, State.LEFTOVER}.issuperset(states)
+
+    with contextlib.ExitStack() as opened:
+        examined = _Workdir(layout, fix, devices, opened)
+        for component, (check, needs) in CHECKS.items():
+            if all(map(passed, needs)):
+                problems[component] = _check(component, check(examined), fix)
+        if passed("catalog") and not fix and (current_writer(layout) or examined.catalog.stamp() != examined.stamp):
+            return Diagnosis((_unchecked("folder", "another process wrote to the workdir meanwhile"),))
+    return Diagnosis(tuple(problem for listed in problems.values() for problem in listed))
 
 
 def _check(component: str, findings: Findings, fix: bool) -> list[Problem]:
-    """The damages that a check finds, repaired one by one; an error that cuts the check short is reported as such."""
+    """The findings of a check, repaired one by one; an error that cuts the check short is reported as such."""
     problems = []
     try:
-        for message, remedy, repair in findings:
-            state = State.DAMAGED
+        for message, remedy, repair, state in findings:
+            problems.append(Problem(component, message, remedy, state))
             if fix and repair is not None:
                 repair()
                 state, remedy = (State.DROPPED, AGAIN) if remedy == DROP else (State.FIXED, "")
-            problems.append(Problem(component, message, remedy, state))
+                problems[-1] = Problem(component, message, remedy, state)
     except Exception as error:  # it says nothing about the workdir
-        problems.append(_unchecked(component, f"{type(error).__name__}: {error}"))
+        problems.append(_unchecked(component, str(error) if isinstance(error, UserError) else repr(error)))
     return problems
 
 
 def _unchecked(component: str, message: str) -> Problem:
-    return Problem(component, message, "run this command again; nothing was changed", State.UNCHECKED)
+    return Problem(component, shorten(message, LONGEST), RETRY, State.UNCHECKED)
 
 
-def _leftover_files(layout: Layout) -> Findings:
-    """What a killed writer leaves: temporary files, replaced folders, scratch, a finished pretraining."""
-    hidden = [*layout.root.glob(".*"), *layout.root.glob("*/.*")]
-    paths = [path for path in hidden if path.suffix in (".tmp", ".old")] + list(layout.scratch.glob("*"))
-    if layout.backbone.exists():
-        paths += layout.root.glob(layout.pretraining.name)
+def _folder(workdir: _Workdir) -> Findings:
+    """Links, and what an interrupted writer leaves: temporary files, replaced folders, scratch, a pretraining."""
+    layout = workdir.layout
+    writer = current_writer(layout)
+    if writer:
+        raise UserError(f"{layout.root} is being written by {writer}")
+    try:
+        refuse_links(layout)
+    except UserError as error:  # what lies behind a link is neither looked at nor changed
+        yield Finding(str(error), "")
+        return
+    if workdir.fix:
+        workdir.opened.enter_context(writer_lock(layout))
+    top = entries(layout.root)
+    hidden = [path for path in (*top, *itertools.chain(*map(entries, top))) if path.name.startswith(".")]
+    paths = [path for path in hidden if path.suffix in (".tmp", ".old")] + entries(layout.scratch)
+    if layout.backbone.exists() and layout.pretraining.exists():
+        paths.append(layout.pretraining)
     for path in paths:
         remove = functools.partial(shutil.rmtree if path.is_dir() else os.unlink, path)
-        yield f"{path.relative_to(layout.root)} was left by a killed process", REMOVE, remove
+        message = f"{path.relative_to(layout.root)} was left by an interrupted command"
+        yield Finding(message, REMOVE, remove, State.LEFTOVER)
 
 
-def _config(layout: Layout) -> Findings:
+def _config(workdir: _Workdir) -> Findings:
     try:
-        tree = read_config(layout)
-        settings.from_dict(tree or {})
+        tree = read_config(workdir.layout)
+        workdir.config = settings.from_dict(tree or {})
         reason = "" if tree else "it is missing"
     except UserError as error:
         reason = str(error)
     if reason:
         remedy = "restore it, or delete it and run lmeraser train with the experiment's --config=FILE.py"
-        yield f"config.json cannot be used: {reason}", remedy, None
+        yield Finding(f"config.json cannot be used: {reason}", remedy)
 
 
-def _catalog(layout: Layout) -> Findings:
-    lines = schema.damages(layout.catalog)
+def _catalog(workdir: _Workdir) -> Findings:
+    path = workdir.layout.catalog
+    lines = schema.damages(path)
     if lines:
         remedy = "restore catalog.db from a copy of the workdir: it cannot be computed again"
-        yield f"the catalog is damaged: {'; '.join(lines)}", remedy, None
+        yield Finding(f"the catalog is damaged: {'; '.join(lines)}", remedy)
+        return
+    workdir.catalog = workdir.opened.enter_context(contextlib.closing(Catalog(path)))
+    workdir.stamp = workdir.catalog.stamp()
 
 
-def _requests(catalog: Catalog) -> Findings:
-    """Erasures whose records left no tombstone."""
+def _requests(workdir: _Workdir) -> Findings:
+    """Erasures that wait, and those whose records left no tombstone."""
+    catalog = workdir.catalog
+    waiting = join_limited(request.id for request in requests.listed(catalog, only_open=True))
+    if waiting:
+        remedy = f"lmeraser process --workdir={workdir.layout.root} serves them"
+        yield Finding(f"waiting erasures: {waiting}", remedy, state=State.NOTE)
     tombstones = catalog.tombstones()
     for request in requests.listed(catalog):
         if not tombstones.issuperset(request.body["records"]):
             remedy = "restore catalog.db from a copy: what was erased could be imported again"
-            yield f"{request.id}: its erased ids are not remembered", remedy, None
+            yield Finding(f"{request.id}: its erased ids are not remembered", remedy)
 
 
-def _images(layout: Layout, catalog: Catalog) -> Findings:
+def _images(workdir: _Workdir) -> Findings:
     """Every live row against its content hash, the length of the file, and rows that must be empty."""
+    layout, catalog = workdir.layout, workdir.catalog
     if catalog.get("dataset") is None:
         return
     file, rows, records = image_file(layout, catalog), catalog.rows_used(), catalog.live(*SPLITS)
     if len(records) and records.rows.max() >= rows:
         message = f"the catalog has records behind row {rows}, which it calls the last one"
-        yield message, "restore catalog.db from a copy; write nothing before", None
+        yield Finding(message, "restore catalog.db from a copy; write nothing before")
         return
     size = layout.images.stat().st_size if layout.images.exists() else 0
     pixels, changed = file.view() if len(file) else np.zeros((0, *file.shape), np.uint8), []
@@ -197,56 +238,63 @@ def _images(layout: Layout, catalog: Catalog) -> Findings:
             shown.advance(1)
     if changed:
         remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
-        yield f"pixels that are not those of the import: {join_limited(changed, LISTED)}", remedy, None
+        yield Finding(f"pixels that are not those of the import: {join_limited(changed, LISTED)}", remedy)
     if size != rows * file.row_bytes:
         resize = functools.partial(resize_file, layout.images, rows * file.row_bytes)
-        yield f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}", "--fix resizes it", resize
+        message = f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}"
+        longer = size > rows * file.row_bytes  # as an interrupted import leaves it
+        yield Finding(message, "--fix resizes it", resize, State.LEFTOVER if longer else State.DAMAGED)
     unused = file.filled(catalog.free_rows())
     if len(unused):
         overwrite = functools.partial(file.overwrite, unused)
-        yield f"rows of no record hold pixels: {join_limited(unused)}", "--fix overwrites them", overwrite
+        yield Finding(f"rows of no record hold pixels: {join_limited(unused)}", "--fix overwrites them", overwrite)
 
 
-def _examine_built(layout: Layout, catalog: Catalog, fix: bool, devices: Sequence[Any] | None) -> list[Problem]:
-    """What was made from the records: backbone, features, slices, clusterings, the published state."""
-    from lmeraser_jax.unlearning.run import open_run
+def _backbone(workdir: _Workdir) -> Findings:
+    """The backbone; then the run that the other checks use."""
+    from lmeraser_jax.models import backbone as backbone_lib
+    from lmeraser_jax.training.train_step import mesh_of
+    from lmeraser_jax.unlearning.run import Run
 
-    if catalog.manifest() is None and not layout.backbone.exists():
-        return [Problem("backbone", "the workdir is not complete yet", "lmeraser train goes on", State.NOTE)]
-    problems = _check("backbone", _backbone(layout), fix)
-    if problems:
-        return problems
-    with open_run(layout.root, devices=devices, write=fix) as run:
-        manifests, slices = run.catalog.manifests(), run.catalog.slices()
-        refs = {ref for manifest in manifests for ref in manifest.entries.values()} | slices.keys()
-        clusterings = {manifest.clustering for manifest in manifests}
-        known = clusterings | {row.clustering for row in slices.values()}
-        problems += _check("features", _features(run), fix)
-        load = functools.partial(load_slice, run)
-        problems += _check("slices", _artifacts(catalog, layout.slices, refs, slices.keys(), load), fix)
-        load = functools.partial(load_clustering, layout)
-        problems += _check("clusterings", _artifacts(catalog, layout.clusterings, clusterings, known, load), fix)
-        return problems or _check("state", _contradictions(run), fix)
-
-
-def _backbone(layout: Layout) -> Findings:
-    from lmeraser_jax.models import backbone
-
+    folder = workdir.layout.backbone
+    if workdir.catalog.manifest() is None and not folder.exists():
+        yield Finding("the workdir is not complete yet", "lmeraser train goes on", state=State.NOTE)
+        return
     try:
-        backbone.load(layout.backbone)
-    except UserError as error:
-        move = functools.partial(publish_folder, layout.backbone, layout.root / "backbone.damaged")
-        yield str(error), DROP, move if layout.backbone.exists() else None
+        backbone, _ = backbone_lib.load(folder)
+    except Damaged as error:
+        yield Finding(str(error), DROP, functools.partial(_set_aside, folder) if folder.exists() else None)
+        return
+    mesh = mesh_of(workdir.devices)
+    workdir.run = Run(workdir.layout, workdir.config, workdir.catalog, backbone, mesh, workdir.fix)
 
 
-def _features(run: "Run") -> Findings:
+def _set_aside(folder: Path) -> None:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    sync_folder(folder.parent)
+
+
+def _state(workdir: _Workdir) -> Findings:
+    """Checked before the slices: under another config than theirs nobody knows what they must be."""
+    from lmeraser_jax.unlearning import plan
+
+    for line in plan.contradictions(workdir.run):
+        remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
+        yield Finding(line, remedy)
+
+
+def _features(workdir: _Workdir) -> Findings:
     """Feature files of another backbone or program, of another length, with rows of no record, or other numbers."""
-    programs = {run.fingerprint, *(row.fingerprint for row in run.catalog.slices().values())}
+    run, slices = workdir.run, workdir.catalog.slices()
+    programs = {run.fingerprint, *(row.fingerprint for row in slices.values())}
     files = {file.path: file for file in map(run.feature_file, sorted(programs))}
-    for path in sorted(run.layout.records.glob("features-*.f32")):
+    for path in run.layout.feature_files():
         file, size, rows, reason = files.get(path), path.stat().st_size, run.catalog.rows_used(), ""
         if file is None:
-            reason = "belongs to another backbone, image size or program"
+            message = f"{path.name} belongs to another backbone, image size or program"
+            yield Finding(message, REMOVE, path.unlink, State.LEFTOVER)
         elif size % file.row_bytes or len(file) > rows:
             reason = f"has {size} bytes, not at most {rows} rows of {file.row_bytes}"
         elif len(file.filled(run.catalog.free_rows())):
@@ -254,7 +302,7 @@ def _features(run: "Run") -> Findings:
         elif path == run.feature_file().path:
             reason = _differing_features(run, file)
         if reason:
-            yield f"{path.name} {reason}", REMOVE, path.unlink
+            yield Finding(f"{path.name} {reason}", REMOVE, path.unlink)
 
 
 def _differing_features(run: "Run", file: RowFile) -> str:
@@ -273,21 +321,44 @@ def _differing_features(run: "Run", file: RowFile) -> str:
     return f"holds other numbers than the backbone gives, in {count} of {cached.sum()} rows" if count else ""
 
 
+def _slices(workdir: _Workdir) -> Findings:
+    """The slices of all states, and those that wait for their first one."""
+    catalog, folder = workdir.catalog, workdir.layout.slices
+    refs = {ref for manifest in _states(catalog) for ref in manifest.entries.values()}
+    waiting = {name for name in catalog.slices() if (folder / name).is_dir()}
+    return _artifacts(catalog, folder, refs | waiting, waiting, functools.partial(load_slice, workdir.run))
+
+
+def _clusterings(workdir: _Workdir) -> Findings:
+    catalog, folder = workdir.catalog, workdir.layout.clusterings
+    names = {manifest.clustering for manifest in _states(catalog)}
+    known = {row.clustering for row in catalog.slices().values()}
+    return _artifacts(catalog, folder, names, known, functools.partial(load_clustering, workdir.layout))
+
+
+def _states(catalog: Catalog) -> list[Manifest]:
+    """The manifests whose files must be there: an interrupted purge has removed some of the older ones'."""
+    purging = any(request.state == "published" for request in requests.listed(catalog, only_open=True))
+    return catalog.manifests(limit=1) if purging else catalog.manifests()
+
+
 def _artifacts(
     catalog: Catalog, folder: Path, refs: Collection[str], known: Collection[str], load: Callable[[str], object]
 ) -> Findings:
-    """Slices or clusterings: each can be read by the loader that readers use, and there are no unknown ones."""
+    """Slices or clusterings: each can be read by the loader that readers use; others were left by a killed command."""
     with progress(folder.name, len(refs)) as shown:
         for ref in sorted(refs):
             try:
                 load(ref)
-            except UserError as error:
-                yield shorten(str(error), 300), DROP, functools.partial(_drop, catalog, folder / slice_of(ref))
+            except Damaged as error:
+                drop = functools.partial(_drop, catalog, folder / slice_of(ref))
+                yield Finding(shorten(str(error), 300), DROP, drop)
             shown.advance(1)
-    unknown = sorted({path.name[:12] for path in folder.glob("*") if path.name not in known})
-    if unknown:
-        remove = functools.partial(remove_others, folder, known)
-        yield f"{folder.name} that the catalog does not know: {join_limited(unknown)}", REMOVE, remove
+    names = {path.name for path in entries(folder) if path.name[0] != "."} - {*known, *map(slice_of, refs)}
+    if names:
+        listed = join_limited(sorted(name[:12] for name in names))
+        message = f"{folder.name} that an interrupted command wrote, unknown to the catalog: {listed}"
+        yield Finding(message, ADOPT, state=State.LEFTOVER)
 
 
 def _drop(catalog: Catalog, folder: Path) -> None:
@@ -300,12 +371,15 @@ def _drop(catalog: Catalog, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _contradictions(run: "Run") -> Findings:
-    from lmeraser_jax.unlearning.plan import contradictions
-
-    for line in contradictions(run):
-        yield (
-            line,
-            "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again",
-            None,
-        )
+CHECKS: dict[str, tuple[Callable[[_Workdir], Findings], tuple[str, ...]]] = {  # component: its check, what it builds on
+    "folder": (_folder, ()),
+    "config": (_config, ("folder",)),
+    "catalog": (_catalog, ("folder",)),
+    "requests": (_requests, ("catalog",)),
+    "images": (_images, ("catalog",)),
+    "backbone": (_backbone, ("config", "catalog")),
+    "state": (_state, ("backbone",)),
+    "features": (_features, ("images", "state")),
+    "slices": (_slices, ("state",)),
+    "clusterings": (_clusterings, ("state",)),
+}

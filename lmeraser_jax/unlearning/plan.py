@@ -13,7 +13,7 @@ import numpy as np
 
 from lmeraser_jax.config import Checkpoints
 from lmeraser_jax.data.record_table import RecordTable
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow, images_of
@@ -127,7 +127,7 @@ def _clustering(run: Run, manifest: Manifest | None, leaving: frozenset[str]) ->
     config, width = run.config.clustering, run.backbone.config.feature_size
     records, name = sampled(run, leaving)
     if manifest is not None and manifest.clustering == name:
-        with contextlib.suppress(UserError):  # missing or damaged: computed again
+        with contextlib.suppress(Damaged):  # missing or damaged: computed again
             return load_clustering(run.layout, name), True
     if config.partition != "adaptive":
         return clustering_lib.shards(config.parts, width, name), False

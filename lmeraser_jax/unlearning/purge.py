@@ -11,7 +11,7 @@ import numpy as np
 
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.storage import requests
-from lmeraser_jax.storage.atomic_files import remove_others
+from lmeraser_jax.storage.atomic_files import entries, remove_others
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
@@ -92,7 +92,7 @@ def dropped_versions(catalog: Catalog, survivors: Survivors) -> list[int]:
 def _row_files(run: Run) -> list[RowFile]:
     """The files with a row for each record: images and features."""
     shape = (run.backbone.config.feature_size,)
-    features = [RowFile(path, shape, np.float32) for path in sorted(run.layout.records.glob("features-*.f32"))]
+    features = [RowFile(path, shape, np.float32) for path in run.layout.feature_files()]
     return [image_file(run.layout, run.catalog), *features]
 
 
@@ -100,7 +100,7 @@ def leftovers(run: Run) -> list[str]:
     """Compares a workdir with what its manifests refer to: one line for each thing too many or missing."""
     survivors, lines = referenced(run.catalog, run.catalog.manifests()), []
     for folder, names in ((run.layout.slices, survivors.slices), (run.layout.clusterings, survivors.clusterings)):
-        on_disk = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        on_disk = {path.name for path in entries(folder)}
         lines += [f"leftover {folder.name}/{name}" for name in sorted(on_disk - names)]
         lines += [f"missing {folder.name}/{name}" for name in sorted(names - on_disk)]
     unregistered = sorted(set(run.catalog.slices()) - survivors.slices)

@@ -16,9 +16,10 @@ from typing import Any
 import jsonschema
 
 from lmeraser_jax.data.source import SPLITS
-from lmeraser_jax.errors import UserError, join_limited, shorten
+from lmeraser_jax.errors import Damaged, join_limited, shorten
 from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
 from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.atomic_files import entries
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import ReceiptLink
@@ -105,7 +106,7 @@ def validator() -> jsonschema.Draft202012Validator:
 
 
 def _names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return [path.name for path in entries(folder)]
 
 
 def _folder_verdict(layout: Layout, snapshot: _Snapshot) -> Verdict:
@@ -242,7 +243,7 @@ def _check_published(values: Mapping[str, Any], snapshot: _Snapshot) -> tuple[li
             arrays, _, _ = checkpoints.load(snapshot.layout.slice(name), step or None)
             if snapshot.salted("params", arrays_digest(arrays)) != cluster["params"]:
                 findings.append(f"the slice of cluster {key[:12]} has other bytes than it says")
-        except UserError as error:
+        except Damaged as error:
             findings.append(f"the slice of cluster {key[:12]} cannot be read: {error}")
     note = f"{replaced} of its {len(tuned)} slices were replaced by a later request or publication"
     return findings, [note] if replaced else []

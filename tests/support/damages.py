@@ -19,6 +19,7 @@ class Damage(NamedTuple):
     apply: Callable[[Layout], object]
     component: str  # of the workdir, as the doctor names it
     words: str  # of its message
+    leftover: bool = False  # by an interrupted command, and so no damage
 
 
 def read(layout: Layout, query: Callable[[Catalog], Any]) -> Any:
@@ -139,7 +140,7 @@ REPAIRABLE = {
     "slice missing": Damage(lambda layout: shutil.rmtree(published_slice(layout)), "slices", "does not exist"),
     "slice of another cluster": Damage(slice_of_another_cluster, "slices", "another digest"),
     "slice unregistered": Damage(slice_unregistered, "slices", "not in the catalog"),
-    "slice unknown": Damage(slice_unknown, "slices", "the catalog does not know: f00d"),
+    "slice unknown": Damage(slice_unknown, "slices", "unknown to the catalog: f00d", leftover=True),
     "clustering flipped": Damage(lambda layout: flip(clustering_file(layout)), "clusterings", "cannot be read"),
     "clustering missing": Damage(lambda layout: clustering_file(layout).unlink(), "clusterings", "cannot be read"),
     "clustering changed": Damage(clustering_with_another_label, "clusterings", "keys are not the digests"),
@@ -149,11 +150,14 @@ REPAIRABLE = {
         lambda layout: (layout.records / "features-0123456789abcdef.f32").write_bytes(b"x" * 640),
         "features",
         "another backbone, image size or program",
+        leftover=True,
     ),
     "feature of no record": Damage(feature_of_no_record, "features", "rows of no record"),
     "image of no record": Damage(lambda layout: flip(layout.images, free_row(layout) * 64 + 3), "images", "no record"),
-    "images too long": Damage(lambda layout: os.truncate(layout.images, 10**5), "images", "images.u8 has 100000 bytes"),
-    "temporary files": Damage(temporary_files, "folder", "left by a killed process"),
+    "images too long": Damage(
+        lambda layout: os.truncate(layout.images, 10**5), "images", "images.u8 has 100000 bytes", leftover=True
+    ),
+    "temporary files": Damage(temporary_files, "folder", "left by an interrupted command", leftover=True),
     "backbone flipped": Damage(lambda layout: flip_data(layout.backbone), "backbone", "cannot be read"),
 }
 # What cannot be made again.

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.slices import Slice
@@ -71,14 +71,14 @@ def fake_save(folder, arrays, metadata, step=0, earlier=MappingProxyType({})) ->
 
 def fake_load(folder, step=None):
     if not folder.is_dir():
-        raise UserError(f"{folder} does not exist")
+        raise Damaged(f"{folder} does not exist")
     try:
         step = max(int(path.name) for path in folder.iterdir()) if step is None else step
         metadata = json.loads((folder / str(step) / "metadata" / "metadata").read_text())["metadata"]
         with np.load(folder / str(step) / "arrays.npz") as file:
             return dict(file), metadata, step
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} cannot be read: {error}") from error
+        raise Damaged(f"{folder} cannot be read: {error}") from error
 
 
 def fast_checkpoints(patch) -> None:
