@@ -3,8 +3,10 @@
   lmeraser doctor --workdir=DIR [--fix]
 
 Without --fix the doctor writes nothing. With --fix it removes leftovers and drops damaged slices, clusterings and
-features; lmeraser train then makes them again with the same bits. Exit code 0: the workdir is healthy; 1: something is
-damaged, or was dropped and must be made again; 3: the doctor found no damage but could not check something.
+features; lmeraser train then makes them again with the same bits. Damage is only what is missing or holds something
+else than was written; what could not be looked at is "not checked", and --fix leaves it alone. Exit code 0: the workdir
+is healthy; 1: something is damaged, or was dropped and must be made again; 3: the doctor found no damage but could not
+check something.
 """
 
 from lmeraser_jax.cli import common
@@ -13,7 +15,7 @@ from lmeraser_jax.unlearning import doctor
 
 TAKES_CONFIG = False  # it may be damaged
 FLAGS = (Flag("fix", False, "remove leftovers, and drop what lmeraser train can make again"),)
-DAMAGED, UNCHECKED = 1, 3
+DAMAGED, UNCHECKED = 1, 3  # exit codes
 
 
 def run(arguments: common.Arguments) -> int:

@@ -12,6 +12,7 @@ import os
 import shlex
 import sqlite3
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -45,10 +46,12 @@ COMMANDS = {
     "compare": "compare methods: accuracy, cost of an erasure, figures",
     "inspect": "show clusters, slices, versions and disk use; list record ids",
 }
+CHECKS = frozenset({"audit", "attack", "doctor", "verify"})  # exit code 1 is their verdict
 RESUMABLE = frozenset({"train", "add", "unlearn", "process", "rollback", "pretrain", "compare"})  # after SIGTERM
-MISUSED, INTERRUPTED = 2, 130  # exit codes
-MENDABLE = frozenset(  # errors of disks and folders
+MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
+MENDABLE = frozenset(  # errors of disks, folders and limits
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+    | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 )
 MEND = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
 SMALLER = "lower --config.data.image_size, or the batch and lanes of --config.tuning, .pretraining or .clustering"
@@ -69,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code.
 
     0 done, or SIGTERM ended a resumable command where nothing is lost; 1 an audit, a check or a receipt failed, or an
-    attack found an erased record; 2 misused, or a process was lost; 3 an attack that can say nothing; 130 interrupted.
+    attack found an erased record; 2 misused, or a process was lost; 3 a check that could not look, or an attack that
+    can say nothing; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"
@@ -87,14 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it stopped", file=sys.stderr)
         return INTERRUPTED
-    except (UserError, OSError, sqlite3.DatabaseError) as error:
-        print(f"error: {_message(error)}", file=sys.stderr)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
         return MISUSED
-    except RuntimeError as error:  # JAX's error of a device, whose type is not imported here
-        if "RESOURCE_EXHAUSTED" not in str(error):
+    except Exception as error:
+        message = _message(error)
+        if not message and name not in CHECKS:
             raise
-        print(f"error: {str(error).splitlines()[0]}; {SMALLER}", file=sys.stderr)
-        return MISUSED
+        if not message:
+            traceback.print_exc()
+        print(f"{'not checked' if name in CHECKS else 'error'}: {message or repr(error)}", file=sys.stderr)
+        return UNCHECKED if name in CHECKS else MISUSED
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
@@ -135,17 +142,17 @@ def _run_by_several(module: ModuleType, arguments: common.Arguments, processes: 
     return code
 
 
-def _message(error: UserError | OSError | sqlite3.DatabaseError) -> str:
-    """What a user needs to know of an error; raises an `OSError` that no user can mend again."""
-    if isinstance(error, UserError):
-        return str(error)
+def _message(error: Exception) -> str:
+    """What a user needs to know of an error that a user can mend; "" for any other."""
     if isinstance(error, sqlite3.DatabaseError):
         remedy = MEND if isinstance(error, sqlite3.OperationalError) else DAMAGED
         return f"the catalog cannot be written or read: {error}; {remedy}"
-    if error.errno not in MENDABLE:
-        raise error
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror}{where}; {MEND}"
+    if isinstance(error, OSError) and error.errno in MENDABLE:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}; {MEND}"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return f"{(str(error) or 'out of memory').splitlines()[0]}; {SMALLER}"  # JAX's is a RuntimeError
+    return ""
 
 
 def _without_place(arguments: Sequence[str]) -> list[str]:

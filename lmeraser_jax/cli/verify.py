@@ -3,8 +3,9 @@
   lmeraser verify RECEIPT.json ... --workdir=DIR
   lmeraser verify --all --workdir=DIR
 
-Exit code 0: all receipts hold; 1: one does not. --all also compares the folder of receipts with the catalog, so it
-finds missing receipts. lmeraser audit goes further: it builds everything again and compares every bit.
+Exit code 0: all receipts hold; 1: one does not; 3: a file could not be read now, so nothing can be said. --all also
+compares the folder of receipts with the catalog, so it finds missing receipts. lmeraser audit goes further: it builds
+everything again and compares every bit.
 """
 
 import dataclasses

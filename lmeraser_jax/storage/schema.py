@@ -128,7 +128,8 @@ def damages(path: Path) -> list[str]:
     """What is positively wrong with a catalog file, one line each. Writes nothing.
 
     Raises:
-        sqlite3.OperationalError: the file could not be looked at, because of a lock or an error of the disk.
+        OSError, sqlite3.OperationalError: the file could not be looked at, because of a lock or an error of the disk.
+        UserError: it is of another release.
     """
     if not path.is_file():
         return [f"{path.name} is {'a folder' if path.is_dir() else 'missing'}"]
@@ -139,6 +140,7 @@ def damages(path: Path) -> list[str]:
         with contextlib.closing(_open(path, mode)) as db:
             lines = [" ".join(row[0].split()) for row in db.execute(f"PRAGMA integrity_check({SHOWN})")]
             if lines != ["ok"]:
+                path.read_bytes()  # SQLite's check calls a page damaged, too, that the disk did not give
                 return lines
             refuse_other_version(db, path)
             for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
@@ -150,7 +152,7 @@ def damages(path: Path) -> list[str]:
                 if count:
                     lines.append(f"{count} rows of {table} hold no JSON")
             return lines
-    except (UserError, sqlite3.DatabaseError) as error:
+    except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error):
             raise
         return [str(error)]

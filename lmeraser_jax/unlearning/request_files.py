@@ -86,11 +86,8 @@ def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> st
 def read_bytes(path: Path, name: str) -> bytes:
     """The first `LARGEST` + 1 bytes of a file that messages call by a name. Raises `UserError` if there is none."""
     _require_file(path, name)
-    try:
-        with open(path, "rb") as file:
-            return file.read(LARGEST + 1)
-    except OSError as error:
-        raise UserError(f"{name} cannot be read: {error.strerror}") from error
+    with open(path, "rb") as file:
+        return file.read(LARGEST + 1)
 
 
 def _require_file(path: Path, name: str) -> None:
