@@ -1,7 +1,6 @@
 """Every setting of a run: its default, what it means, which values are legal, and the rules between settings.
 
-The schema is a tree of frozen dataclasses; an experiment file (`configs/*.py`) fills an
-`ml_collections.ConfigDict` of the same shape, which `from_dict` turns into a checked `Config`.
+An experiment file (`configs/*.py`) fills an `ml_collections.ConfigDict`, which `from_dict` turns into a checked `Config`.
 The defaults are the embedded experiment: scikit-learn's digits, split into a public and a private half.
 """
 
@@ -17,6 +16,7 @@ from typing import Any
 from lmeraser_jax.errors import UserError, raise_all, shorten
 
 AUGMENTS = ("none", "crop", "flip", "paper")
+STARTS = ("scratch", "weights")
 PROMPTED = ("prompt+head", "prompt")
 CLOSED_FORMS = ("ridge", "ncm")
 METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
@@ -76,9 +76,24 @@ class Backbone:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretraining:
-    """Supervised training on public records (paper Eq. 2): AdamW, warm-up and cosine."""
+class Public:
+    """Public records of their own, to train the backbone on; no private record, and no erasure, ever reaches them."""
 
+    source: str = setting("data", "data: the public records of data.source", ("data", "npz", "folder", "tfds"))
+    path: str = setting("", "as data.path")
+    dataset: str = setting("imagenette/160px-v2", "as data.dataset; by default photographs that anybody may fetch")
+    split: str = setting("", "as data.train_split")
+    store_size: int = setting(0, "as data.store_size")
+    limit: int = setting(0, "use only this many public records; 0: all")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """Training of the backbone on public records (paper Eq. 2): AdamW, warm-up and cosine."""
+
+    start: str = setting("scratch", "scratch, unless there are backbone.weights; weights: adapt them", STARTS)
+    supervise: float = setting(1.0, "weight of the cross-entropy of public labels in the loss")
+    distill: float = setting(0.0, "weight of the distance from the features of the weights at their own image size")
     epochs: int = setting(80, "passes over the public records")
     batch: int = setting(64, "images a step, over all devices", low=1)
     rate: float = setting(2e-3, "learning rate")
@@ -146,10 +161,7 @@ class Tuning:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Common:
-    """A closed-form head of all private records, which answers together with the clusters.
-
-    An erasure subtracts a record from it; where features are expanded, the sums over all live records are made again.
-    """
+    """A closed-form head of all private records, which answers together with the clusters; an erasure subtracts."""
 
     method: str = setting("none", "kind of the common head", ("none", *CLOSED_FORMS))
     penalty: float = setting(0.1, "as tuning.penalty")
@@ -180,6 +192,7 @@ class Config:
 
     seed: int = setting(0, "determines every random choice: sample, order, augmentation, initial values")
     data: Data = Data()
+    public: Public = Public()
     backbone: Backbone = Backbone()
     pretraining: Pretraining = Pretraining()
     clustering: Clustering = Clustering()
@@ -278,18 +291,6 @@ def _unknown(prefix: str, name: object, legal: Collection[str]) -> str:
     return f"unknown setting {prefix}{name}; {hint}"
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines "key: old -> new" for every leaf that differs between two trees of settings."""
-    lines = []
-    for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return lines
-
-
 def parse_cut(cut: str) -> tuple[str, float]:
     """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
     kind = "auto" if cut.startswith("auto:") else "threshold"
@@ -307,7 +308,7 @@ def parse_numbers(text: str) -> tuple[float, ...]:
 
 def validate(config: Config) -> list[str]:
     """One line per illegal value: the value, what is legal, the flag to change."""
-    rules = (_ranges, _rules_of_data, _rules_of_backbone, _rules_of_tuning)
+    rules = (_ranges, _rules_of_data, _rules_of_backbone, _rules_of_pretraining, _rules_of_tuning)
     broken = [(name, legal) for rule in rules for name, holds, legal in rule(config) if not holds]
     values = {name: value for name, value, _ in settings_of(config)}
     return [f"--config.{name}={_shown(values[name])}: must be {legal}" for name, legal in broken]
@@ -328,8 +329,9 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
     data = config.data
     fits = data.resize_size == 0 or data.resize_size >= data.image_size
     yield "data.resize_size", fits, f"0 or at least --config.data.image_size={data.image_size}"
-    if data.source in ("npz", "folder"):
-        yield "data.path", bool(data.path), f"set for data.source={data.source}"
+    for name, group in (("data", data), ("public", config.public)):
+        if group.source in ("npz", "folder"):
+            yield f"{name}.path", bool(group.path), f"set for {name}.source={group.source}"
     if data.source == "tfds":
         yield "data.dataset", bool(data.dataset), "the name of a TFDS data set, such as cifar10"
     if data.owner_pattern:
@@ -352,15 +354,22 @@ def _rules_of_backbone(config: Config) -> Iterator[Rule]:
     yield "backbone.mean", _is_normalisation(backbone.mean, -math.inf), "empty, or one number or three, finite"
     yield "backbone.std", _is_normalisation(backbone.std, 0), "empty, or one number or three, finite and above 0"
     if backbone.name:
-        weights = (
-            f"a file, a folder or hub (lmeraser backbone --name={backbone.name} says which weights and where from)"
-        )
+        weights = f"a file, a folder or hub (see lmeraser backbone --name={backbone.name})"
         yield "backbone.weights", bool(backbone.weights), weights
     if not backbone.weights and min(backbone.patch, backbone.width) > 0:  # else the weights decide
         fits = config.data.image_size % backbone.patch == 0
         yield "data.image_size", fits, f"a multiple of the patch size {backbone.patch}"
         heads = backbone.heads or max(1, backbone.width // 16)
         yield "backbone.heads", backbone.width % heads == 0, f"a divisor of the width {backbone.width} (0: {heads})"
+
+
+def _rules_of_pretraining(config: Config) -> Iterator[Rule]:
+    pretraining = config.pretraining
+    adapts = pretraining.start == "weights"
+    yield "pretraining.start", not adapts or bool(config.backbone.weights), "scratch without --config.backbone.weights"
+    yield "pretraining.epochs", not adapts or pretraining.epochs > 0, "at least 1 for pretraining.start=weights"
+    yield "pretraining.distill", adapts or not pretraining.distill, "0 without pretraining.start=weights"
+    yield "pretraining.supervise", pretraining.supervise + pretraining.distill > 0, "above 0, or distill is"
 
 
 def _is_normalisation(text: str, low: float) -> bool:

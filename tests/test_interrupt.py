@@ -18,6 +18,7 @@ from helpers import SMALL, small_config, small_run, small_source
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli import main as command
 from lmeraser_jax.models import pretrain
+from lmeraser_jax.models.pretrain import PublicSet
 from lmeraser_jax.storage import checkpoints, ingest
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout, writer_lock
@@ -96,12 +97,14 @@ def test_pretraining_writes_a_checkpoint_first(tmp_path, monkeypatch):
     config = small_config(pretraining__epochs=4, pretraining__checkpoint_epochs=100, pretraining__batch=16)
     source, mesh = small_source(), mesh_of(jax.devices()[:1])
     rows = [i for i, item in enumerate(source.items) if item.split == "public"]
-    images, labels = source.read(0, len(source.items)).images[rows], np.array([source.items[i].label for i in rows])
+    labels = np.array([source.items[i].label for i in rows], np.int32)
+    public = PublicSet(source.read(0, len(source.items)).images[rows], labels, 10)
+    folder = Layout(tmp_path / "run").pretraining
     epochs = sigterm_before(monkeypatch, pretrain, "_epoch_rows", call=2)
     with interrupt.handle_sigterm(), pytest.raises(interrupt.Stopped):
-        pretrain.pretrain(Layout(tmp_path / "run"), images, labels, 10, config, mesh)
-    assert checkpoints.load(Layout(tmp_path / "run").pretraining)[2] == 2
-    pretrain.pretrain(Layout(tmp_path / "run"), images, labels, 10, config, mesh)
+        pretrain.pretrain(folder, public, config, mesh)
+    assert checkpoints.load(folder)[2] == 2
+    pretrain.pretrain(folder, public, config, mesh)
     assert [epoch for _, epoch, *_ in epochs] == [0, 1, 2, 3], "it resumes there"
 
 

@@ -9,13 +9,17 @@ with a name) uses a network. With a name the weights must be of that backbone, w
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, join_limited
+
+if TYPE_CHECKING:
+    from lmeraser_jax.models.backbone import Backbone
 
 STRAY = "name them as --weights=FILE_OR_FOLDER"
 FLAGS = (
@@ -30,15 +34,24 @@ FLAGS = (
 def run(arguments: common.Arguments) -> int:
     if arguments["list"]:
         return _list(arguments)
-    out = _output_folder(arguments["out"])
+    out = output_folder(arguments["out"])
     config = _backbone_settings(arguments)
     from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.models import convert
-    from lmeraser_jax.storage import checkpoints
 
     backbone, provenance = convert.load(config, arguments["image_size"])
     inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
-    backbone_lib.save(out, backbone, inputs, dataclasses.asdict(provenance))
+    facts = dataclasses.asdict(provenance)
+    backbone_lib.save(out, backbone, inputs, facts)
+    show(arguments, out, backbone, facts)
+    return 0
+
+
+def show(arguments: common.Arguments, out: Path, backbone: "Backbone", provenance: Mapping[str, Any]) -> None:
+    """Prints what a saved backbone is and where it comes from."""
+    from lmeraser_jax.models import backbone as backbone_lib
+    from lmeraser_jax.storage import checkpoints
+
     values = {
         "folder": str(out),
         "architecture": backbone_lib.describe(backbone.config),
@@ -48,10 +61,9 @@ def run(arguments: common.Arguments) -> int:
         "feature_size": backbone.config.feature_size,
         "mean": backbone.mean,
         "std": backbone.std,
-        **{f"source_{name}": value for name, value in dataclasses.asdict(provenance).items()},
+        **{f"source_{name}": value for name, value in provenance.items()},
     }
     common.show(arguments, _text(values), values)
-    return 0
 
 
 def _backbone_settings(arguments: common.Arguments) -> settings.Backbone:
@@ -66,10 +78,10 @@ def _backbone_settings(arguments: common.Arguments) -> settings.Backbone:
     return settings.from_dict({**tree, "backbone": given}).backbone
 
 
-def _output_folder(out: str) -> Path:
+def output_folder(out: str) -> Path:
     """The folder to write. Raises `UserError` when it is missing or already holds something."""
     if not out:
-        raise UserError("--out=DIR is missing: a new folder for the converted backbone")
+        raise UserError("--out=DIR is missing: a new folder for the backbone")
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"--out={out} exists already; name a new folder")
     return Path(out)

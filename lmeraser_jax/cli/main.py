@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "demo": "the whole job on scikit-learn's digits, in about a minute",
     "backbone": "list published backbones, or convert published weights",
+    "adapt": "train published weights on, on public records",
     "prepare": "download a TFDS data set into files that the other commands read without TensorFlow",
     "pretrain": "import the data and train the backbone on public images",
     "train": "import images, make the backbone, cluster the records, tune every cluster",
@@ -47,7 +48,7 @@ COMMANDS = {
     "inspect": "show clusters, slices, versions and disk use; list record ids",
 }
 CHECKS = frozenset({"audit", "attack", "doctor", "verify"})  # exit code 1 is their verdict
-RESUMABLE = frozenset({"train", "add", "unlearn", "process", "rollback", "pretrain", "compare"})  # after SIGTERM
+RESUMABLE = frozenset({"adapt", "train", "add", "unlearn", "process", "rollback", "pretrain", "compare"})
 MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
 MENDABLE = frozenset(  # errors of disks, folders and limits
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}

@@ -13,6 +13,7 @@ from lmeraser_jax.experiments.methods import Method
 from lmeraser_jax.experiments.results import load_task
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.ingest import import_settings
+from lmeraser_jax.unlearning.binding import differences
 
 EXPERIMENTS = ("methods", "removal", "cut", "epochs", "sequence")
 FREE_OPTIONS = ("cuts", "sequences", "montage")  # they add tasks or a picture and change no number
@@ -166,8 +167,8 @@ def _check_folder(comparison: Comparison) -> None:
     if binding is None and folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--workdir={folder} holds other files and no comparison; name a new or an empty folder")
     if binding is not None and has_rows(comparison):
-        differences = settings.differences(binding, binding_of(comparison))
-        problems = [f"--{line.removeprefix('options.')}" for line in differences]  # each names the flag to change
+        changes = differences(binding, binding_of(comparison))
+        problems = [f"--{line.removeprefix('options.')}" for line in changes]  # each names the flag to change
         raise_all(problems, f"{folder} compares with other settings; name another --workdir or drop:")
     files = [(comparison.rows_file(task), task) for task in comparison.tasks]
     stale = [path for path, task in files if path.is_file() and load_task(path).settings != task.settings]

@@ -55,9 +55,11 @@ def features(config: Architecture, params: Params, images: jax.Array) -> jax.Arr
     return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
 
 
-def logits(config: Architecture, params: Params, images: jax.Array) -> jax.Array:
-    """Logits of the public classifier: [B, H, W, C] -> [B, classes] float32."""
-    return nnx.merge(graph(config)[0], params)(images).astype(jnp.float32)
+def features_and_logits(config: Architecture, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Features [B, D] and, from them, logits [B, classes] of the public classifier, both float32, for training it."""
+    model = nnx.merge(graph(config)[0], params)
+    features = model.features(images)
+    return features, model.head(features)
 
 
 def make(config: Architecture, params: Params, mean: tuple[float, ...], std: tuple[float, ...]) -> Backbone:

@@ -59,8 +59,9 @@ def check_backbone(layout: Layout, inputs: Mapping[str, Any], config: Config) ->
 def backbone_inputs(config: Config) -> dict[str, Any]:
     """The settings that a backbone depends on."""
     inputs = {"backbone": dataclasses.asdict(config.backbone), "data": {"image_size": config.data.image_size}}
-    if not config.backbone.weights:
+    if not config.backbone.weights or config.pretraining.start == "weights":
         inputs |= {"pretraining": dataclasses.asdict(config.pretraining), "seed": config.seed}
+        inputs["public"] = dataclasses.asdict(config.public)
         inputs["data"]["resize_size"] = config.data.resize_size
     return inputs
 
@@ -82,4 +83,16 @@ def _check_unchanged(
     heading = (
         f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
     )
-    raise_all(settings.differences(old, new, prefix), heading)
+    raise_all(differences(old, new, prefix), heading)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf that differs between two trees of settings."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return lines

@@ -26,9 +26,10 @@ from lmeraser_jax.data.source import Source
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.hashing import digest
+from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import convert, pretrain
 from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.models.pretrain import PublicSet
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
@@ -284,17 +285,28 @@ def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
 def _make_backbone(
     layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: tuple[Backbone, convert.Provenance] | None
 ) -> None:
-    """Saves the converted backbone, or pretrains one on the public records."""
+    """Saves the converted backbone, or one that is trained on the public records: from scratch, or from weights."""
+    inputs = binding.backbone_inputs(config)
     if converted is not None:
+        image_spec(config, catalog.get("dataset")["shape"], converted[0])
+    if converted is not None and config.pretraining.start == "scratch":
         backbone, provenance = converted
-        image_spec(config, catalog.get("dataset")["shape"], backbone)
-        backbone_lib.save(layout.backbone, backbone, binding.backbone_inputs(config), dataclasses.asdict(provenance))
+        backbone_lib.save(layout.backbone, backbone, inputs, dataclasses.asdict(provenance))
         return
-    public, classes = catalog.live("public"), catalog.get("dataset")["classes"]
-    images = image_file(layout, catalog).view()[public.rows]
-    backbone, accuracy = pretrain.pretrain(layout, images, public.labels, len(classes), config, mesh)
-    backbone_lib.save(
-        layout.backbone, backbone, binding.backbone_inputs(config), {"origin": "pretrained in the workdir"}
-    )
+    public = _public_set(config, layout, catalog)
+    facts: dict[str, Any] = {"origin": "pretrained in the workdir"}
+    if converted is not None:
+        backbone, facts, accuracy = adapt.adapt(layout.pretraining, public, config, mesh)
+    else:
+        backbone, accuracy = pretrain.pretrain(layout.pretraining, public, config, mesh)
+    backbone_lib.save(layout.backbone, backbone, inputs, facts)
     shutil.rmtree(layout.pretraining, ignore_errors=True)
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)
+
+
+def _public_set(config: Config, layout: Layout, catalog: Catalog) -> PublicSet:
+    """What the backbone is trained on: the public records of the data, or a set of its own."""
+    if config.public.source == "data":
+        records, classes = catalog.live("public"), catalog.get("dataset")["classes"]
+        return PublicSet(image_file(layout, catalog).view()[records.rows], records.labels, len(classes))
+    return adapt.read_public(config, lambda content: bool(catalog.same_pixels(content)))

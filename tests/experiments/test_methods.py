@@ -23,7 +23,7 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import closed_form, clustering, train_step, tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import noise_activation, place_prompt
-from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning import binding, erase
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
@@ -257,7 +257,7 @@ def test_every_method_changes_its_settings_and_no_other():
     plain = settings.to_dict(small_config())
     for name, method in methods.METHODS.items():
         tree = settings.to_dict(method.configure(small_config()))
-        changed = settings.differences(plain, tree)
+        changed = binding.differences(plain, tree)
         assert method.name == name and method.title
         assert {line.partition(":")[0] for line in changed} <= set(method.changes), name
         for setting, value in method.changes.items():

@@ -46,7 +46,7 @@ def outputs(config: backbone_lib.Architecture, params: Any, images: jax.Array) -
     result = {"states": nnx.merge(backbone_lib.graph(config)[0], params).hidden_states(images)}
     result["features"] = backbone_lib.features(config, params, images)
     if config.classes:
-        result["logits"] = backbone_lib.logits(config, params, images)
+        result["logits"] = backbone_lib.features_and_logits(config, params, images)[1]
     return result
 
 

@@ -1,0 +1,176 @@
+"""Public adaptation: published weights are trained on, at the input size of the private images, on public records only.
+
+The network learns the labels of the public set, or to give from small images the features that the same weights give
+at their own image size (distillation, which needs no labels), or both. No private record meets it, so it costs an
+erasure nothing.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmeraser_jax import interrupt
+from lmeraser_jax.config import Config, Data
+from lmeraser_jax.data import load as sources
+from lmeraser_jax.data.source import content_hash, limit_positions, problems
+from lmeraser_jax.data.transforms import centred
+from lmeraser_jax.errors import Damaged, UserError, join_limited, raise_all
+from lmeraser_jax.hashing import digest
+from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models import convert
+from lmeraser_jax.models.backbone import Backbone
+from lmeraser_jax.models.pretrain import PublicSet, Start, image_spec, train
+from lmeraser_jax.progress import progress
+from lmeraser_jax.storage import checkpoints
+
+PIECE = 1024  # images that are read at a time
+BATCH = 32  # images per device and call of the network at its own image size
+
+
+def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
+    """Reads the public set that `config.public` names.
+
+    Args:
+        is_private: whether an image with this content hash is a private or a test image; such images are left out
+            with a warning.
+
+    Raises:
+        UserError: it cannot be read, or nothing is left of it.
+    """
+    public = config.public
+    data = Data(
+        source=public.source,
+        path=public.path,
+        dataset=public.dataset if public.source == "tfds" else "",
+        train_split=public.split,
+        store_size=public.store_size,
+        image_size=config.data.image_size,
+    )
+    source = sources.load(data, own_test=False)
+    raise_all(problems(source), f"the public set {source.name} cannot be used:")
+    positions = [i for i in limit_positions(source.items, public.limit, 0) if source.items[i].split == "train"]
+    images, labels, left_out, unreadable = [], [], [], []
+    with progress("public", len(positions)) as shown:
+        for start in range(0, len(source.items), PIECE):
+            wanted = [position for position in positions if start <= position < start + PIECE]
+            if not wanted:
+                continue
+            pixels = source.read(start, min(start + PIECE, len(source.items)))
+            for position in wanted:
+                item, image = source.items[position], pixels.images[position - start]
+                if position - start in pixels.unreadable:
+                    unreadable.append(f"{item.id}: {pixels.unreadable[position - start]}")
+                elif is_private(content_hash(image)):
+                    left_out.append(item.id)
+                else:
+                    images.append(image)
+                    labels.append(item.label)
+            shown.advance(len(wanted))
+    raise_all(unreadable, f"the public set {source.name} cannot be used:")
+    if not images:
+        raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
+    if left_out:
+        text = f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}"
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+    return PublicSet(np.stack(images), np.array(labels, np.int32), len(source.class_names))
+
+
+def private_contents(data: Data) -> frozenset[str]:
+    """Content hashes of all private and test images that the config names."""
+    source, contents = sources.load(data, own_test=False), set()
+    with progress("private", len(source.items)) as shown:
+        for start in range(0, len(source.items), PIECE):
+            items = source.items[start : start + PIECE]
+            images = source.read(start, start + len(items)).images
+            contents.update(
+                content_hash(image) for item, image in zip(items, images, strict=True) if item.split != "public"
+            )
+            shown.advance(len(items))
+    return frozenset(contents)
+
+
+def adapt(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> tuple[Backbone, dict[str, Any], float]:
+    """Trains the published weights that the config names on a public set; checkpoints lie in `folder`.
+
+    Returns:
+        (Backbone, provenance, accuracy): accuracy as `pretrain.train` gives it.
+
+    Raises:
+        UserError: the weights or the settings do not fit, or the loss is not finite.
+        Stopped: the process was asked to stop; the same call goes on.
+    """
+    backbone, provenance = convert.load(config.backbone, config.data.image_size)
+    spec = image_spec(config, public.images.shape[1:], backbone.config.channels, backbone.mean, backbone.std)
+    if config.pretraining.distill:
+        public = _with_features(folder / "features", public, config, mesh)
+    width, classes = backbone.config.feature_size, public.classes
+    head = {"kernel": np.zeros((width, classes), np.float32), "bias": np.zeros(classes, np.float32)}
+    start = Start(dataclasses.replace(backbone.config, classes=classes), {**backbone.params, "head": head}, spec)
+    adapted, accuracy = train(folder / "steps", start, public, config, mesh)
+    record = {
+        "public": config.public.path or config.public.dataset or config.data.source,
+        "public_digest": public.digest,
+        "images": len(public.images),
+        "pretraining": dataclasses.asdict(config.pretraining),
+        "seed": config.seed,
+        "accuracy": accuracy,
+    }
+    facts = dataclasses.asdict(provenance) | {"published_size": config.data.image_size, "adapted": record}
+    return adapted, facts, accuracy
+
+
+def _with_features(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> PublicSet:
+    """Adds what the published weights see in the images at their own size; computed once, and kept in `folder`."""
+    teacher, _ = convert.load(config.backbone)
+    size = teacher.config.image_size
+    if size <= config.data.image_size:
+        raise UserError(
+            f"--config.pretraining.distill={config.pretraining.distill}: the weights are for images of {size} px,"
+            f" which must be more than --config.data.image_size={config.data.image_size}; set it to 0"
+        )
+    identity = digest([teacher.digest, public.digest])
+    features = None
+    with contextlib.suppress(Damaged):  # not there yet, or cut short
+        arrays, notes, _ = checkpoints.load(folder)
+        features = arrays["features"] if notes["identity"] == identity else None
+    if features is None:
+        features = _features(teacher, public.images, config, mesh)
+        checkpoints.save(folder, {"features": features}, {"identity": identity})
+    deviation = features.std(axis=0) + 1e-6
+    return dataclasses.replace(public, features=features / deviation, deviation=deviation)
+
+
+def _features(teacher: Backbone, images: np.ndarray, config: Config, mesh: Mesh) -> np.ndarray:
+    """Features at the network's own image size: uint8 [N, h, w, c] -> float32 [N, D]."""
+    size, channels = teacher.config.image_size, teacher.config.channels
+    spec = dataclasses.replace(
+        image_spec(config, images.shape[1:], channels, teacher.mean, teacher.std),
+        size=size,
+        resize=size,
+        augment="none",
+    )
+    params = jax.device_put(teacher.params, NamedSharding(mesh, P()))
+    split = NamedSharding(mesh, P(mesh.axis_names[0]))
+
+    @functools.partial(jax.jit, in_shardings=(None, split))
+    def compute(params, pixels):
+        return backbone_lib.features(teacher.config, params, centred(pixels, spec))
+
+    batch, pieces = BATCH * mesh.size, []
+    with progress("teacher", len(images)) as shown:
+        for start in range(0, len(images), batch):
+            interrupt.raise_if_stopped()
+            piece = images[start : start + batch]
+            padded = np.resize(piece, (batch, *piece.shape[1:]))
+            pieces.append(np.asarray(compute(params, padded))[: len(piece)])
+            shown.advance(len(piece))
+    return np.concatenate(pieces)
