@@ -1,6 +1,6 @@
 """Every setting of a run: its default, what it means, which values are legal, and the rules between settings.
 
-An experiment file (`configs/*.py`) fills an `ml_collections.ConfigDict`, which `from_dict` turns into a checked `Config`.
+An experiment file (`configs/*.py`) fills a `ConfigDict`, which `from_dict` turns into a checked `Config`.
 The defaults are the embedded experiment: scikit-learn's digits, split into a public and a private half.
 """
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeraser_jax import config
-from lmeraser_jax.config import Config, differences, from_dict, parse_cut, parse_numbers, to_dict
+from lmeraser_jax.config import Config, from_dict, parse_cut, parse_numbers, to_dict
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.unlearning.binding import differences
 
 # An independent list of what is legal; the numbers that are not named here may be 0 or more.
 AT_LEAST_1 = (
