@@ -110,7 +110,11 @@ def test_every_number_has_a_least_value_and_shares_a_limit():
         with_low = tree(**{name: kind(low)})
         if name == "clustering.max_members":
             with_low["clustering"]["min_members"] = 10**6  # 0 is no limit, so there is no conflict
-        if name not in ("data.image_size", "backbone.width"):  # where other settings call for more
+        if name not in (
+            "data.image_size",
+            "backbone.width",
+            "pretraining.supervise",
+        ):  # where other settings call for more
             from_dict(with_low)
         legal = "in [0, 1)" if name in SHARES else "at least 1" if low else "0 or more"
         illegal = [kind(low - 1), kind(-3)]
@@ -131,7 +135,14 @@ def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
         ("data.owner_pattern='ab': must be a regular expression with a group", {"data.owner_pattern": "ab"}),
         ("data.csv_columns='file': must be two or three column names", {"data.csv_columns": "file"}),
         ("data.resize_size=15: must be 0 or at least --config.data.image_size=16", {"data.resize_size": 15}),
-        ("backbone.weights='': must be a file, a folder or hub (lmeraser backbone --name=a", {"backbone.name": "a"}),
+        ("pretraining.start='weights': must be scratch without --config.backbone.w", {"pretraining.start": "weights"}),
+        ("pretraining.distill=1.0: must be 0 without pretraining.start=weights", {"pretraining.distill": 1.0}),
+        ("pretraining.supervise=0.0: must be above 0, or distill is", {"pretraining.supervise": 0.0}),
+        ("public.path='': must be set for public.source=folder", {"public.source": "folder"}),
+        (
+            "backbone.weights='': must be a file, a folder or hub (see lmeraser backbone --name=a",
+            {"backbone.name": "a"},
+        ),
         ("data.image_size=16: must be a multiple of the patch size 3", {"backbone.patch": 3}),
         ("backbone.heads=5: must be a divisor of the width 64", {"backbone.heads": 5}),
         ("backbone.heads=0: must be a divisor of the width 49 (0: 3)", {"backbone.width": 49}),
