@@ -17,6 +17,7 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.models import architectures, zoo
 
 if TYPE_CHECKING:
     from lmeraser_jax.models.backbone import Backbone
@@ -36,6 +37,7 @@ def run(arguments: common.Arguments) -> int:
         return _list(arguments)
     out = output_folder(arguments["out"])
     config = _backbone_settings(arguments)
+    zoo.refuse_absent(config)
     from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.models import convert
 
@@ -71,8 +73,6 @@ def _backbone_settings(arguments: common.Arguments) -> settings.Backbone:
     tree = arguments["config"].to_dict()
     given = {**tree.get("backbone", {}), **{name: arguments[name] for name in ("name", "weights") if arguments[name]}}
     if not given.get("weights"):
-        from lmeraser_jax.models import zoo
-
         hint = zoo.download_hint(given.get("name", "")) or "a file, a folder, or hub:OWNER/NAME"
         raise UserError(f"--weights is missing: {hint}")
     return settings.from_dict({**tree, "backbone": given}).backbone
@@ -103,8 +103,6 @@ def _text(values: dict[str, Any]) -> str:
 
 
 def _list(arguments: common.Arguments) -> int:
-    from lmeraser_jax.models import architectures, zoo
-
     rows = {
         name: {
             **dataclasses.asdict(entry),

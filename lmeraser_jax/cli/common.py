@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,10 +15,11 @@ from absl import flags as absl_flags
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.models import zoo
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported
-from lmeraser_jax.storage.workdir import Layout, read_config
+from lmeraser_jax.storage.workdir import Layout, read_config, refuse_other_writer
 from lmeraser_jax.unlearning import binding
 
 if TYPE_CHECKING:
@@ -223,6 +225,8 @@ def finished(arguments: Arguments) -> tuple[str, Config]:
 def opened(arguments: Arguments, write: bool = False) -> Iterator["Run"]:
     """A run on the finished workdir of a command; to write, the command has the flags `WRITING` and `SHARED`."""
     workdir, config = finished(arguments)
+    if write:
+        refuse_other_writer(Layout(workdir), arguments["wait"])
     from lmeraser_jax.training import profiling
     from lmeraser_jax.unlearning.run import open_run
 
@@ -238,13 +242,18 @@ def opened(arguments: Arguments, write: bool = False) -> Iterator["Run"]:
 def begun(arguments: Arguments) -> tuple[str, Config]:
     """The same for a workdir that is new or not finished yet."""
     workdir, config = workdir_of(arguments, must_exist=False), config_of(arguments)
-    Layout(workdir).prepare()
+    Layout(workdir).refuse_foreign()
     if Layout(workdir).catalog.exists():
+        refuse_other_writer(Layout(workdir), arguments["wait"] if "wait" in arguments.flags else 0)
         with catalog_of(workdir) as (layout, catalog):
             binding.check_training(layout, catalog, config, "retune" in arguments.flags and arguments["retune"])
             if catalog.manifest() is None and layout.backbone.exists():
                 _, metadata, _ = checkpoints.load(layout.backbone)
                 binding.check_backbone(layout, metadata["inputs"], config)
+            binding.check_sample(catalog, config)
+    if config.backbone.weights and not Layout(workdir).backbone.exists():
+        zoo.refuse_absent(config.backbone)
+    require_device()
     return workdir, config
 
 
@@ -277,10 +286,21 @@ def build_text(report: "BuildReport") -> str:
     )
 
 
+def require_device() -> None:
+    """Raises `UserError` where JAX_PLATFORMS names a device that is not here; without it JAX finds the CPU at least."""
+    if os.environ.get("JAX_PLATFORMS", "") not in ("", "cpu"):
+        from lmeraser_jax.training import multihost
+
+        multihost.local_devices()
+
+
 def log_devices() -> None:
-    """Says on standard error what the work runs on."""
+    """Says on standard error what the work runs on. Raises `UserError` where there is no device."""
     import jax
 
+    from lmeraser_jax.training import multihost
+
+    multihost.local_devices()
     devices = jax.devices()
     print(f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})", file=sys.stderr)
 

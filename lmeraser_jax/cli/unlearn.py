@@ -56,6 +56,9 @@ def run(arguments: common.Arguments) -> int:
         if arguments["dry_run"]:
             requests.resolve(catalog, *targets)  # refuses unknown ones before JAX is loaded
             return _estimate(arguments, *targets)
+        if not arguments["defer"]:
+            requests.resolve(catalog, *targets)  # refuses unknown ones first
+            common.require_device()
         details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
         request = requests.accept(catalog, ids, owners, contents=contents, **details)
         quarantined = requests.quarantine_size(catalog, request.id)

@@ -54,9 +54,10 @@ def load(chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Prov
     Raises:
         UserError: an unknown name, unreadable weights, or anything in them that does not fit.
     """
+    zoo.refuse_absent(chosen)
     entry = zoo.entry(chosen.name) if chosen.name else None
     hub, revision = (entry.hub, entry.revision) if entry else ("", "")
-    weights = read(chosen.weights, hub, revision, zoo.download_hint(chosen.name))
+    weights = read(chosen.weights, hub, revision)
     return freeze(weights, chosen, image_size)
 
 

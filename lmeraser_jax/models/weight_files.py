@@ -39,32 +39,27 @@ class Weights:
     normalisation: Normalisation | None = None  # where the folder records it
 
 
-def read(weights: str, hub_id: str = "", revision: str = "main", hint: str = "") -> Weights:
+def read(weights: str, hub_id: str = "", revision: str = "main") -> Weights:
     """Reads what `backbone.weights` names: a path, `hub:OWNER/NAME[@REVISION]`, or `hub` for the named backbone's id.
 
-    `hint` says what to download and where to put it, for the message when nothing is there.
-
     Raises:
-        UserError: not there, not readable, a pickle, or no network for a hub id.
+        UserError: not readable, a pickle, or no network for a hub id.
     """
     try:
         if weights.startswith("hub:"):
             hub_id, _, revision = weights.removeprefix("hub:").partition("@")
         if weights == "hub" or weights.startswith("hub:"):
-            return _read_path(_download(hub_id, revision or "main"), hint)
-        return _read_path(Path(weights), hint)
+            return _read_path(_download(hub_id, revision or "main"))
+        return _read_path(Path(weights))
     except UserError as error:
         raise UserError(f"--config.backbone.weights={weights}: {error}") from error
 
 
-def _read_path(path: Path, hint: str) -> Weights:
+def _read_path(path: Path) -> Weights:
     if (path / "0").is_dir():
         return _read_own(path)
     if path.is_dir():
         return _read_folder(path, _file_of(path))
-    if not path.exists():
-        expected = f"expected a file ({', '.join(READERS)}), a folder, or hub:OWNER/NAME for one of the hub's"
-        raise UserError(f"no such file or folder; {hint or expected}")
     if path.name in IN_A_FOLDER:
         return _read_folder(path.parent, path)
     return Weights(str(path), read_file(path), _sha256([path]))

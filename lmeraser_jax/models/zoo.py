@@ -7,8 +7,10 @@ for Swin. The revision "main" is the newest one; every workdir records the diges
 
 import dataclasses
 import difflib
+from pathlib import Path
 from typing import Any
 
+from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
 
@@ -87,6 +89,15 @@ def download_hint(name: str) -> str:
         " download its model.safetensors, config.json and, where there is one, preprocessor_config.json into a folder"
         " and give --config.backbone.weights=FOLDER, or let --config.backbone.weights=hub download it"
     )
+
+
+def refuse_absent(chosen: settings.Backbone) -> None:
+    """Raises `UserError` where `backbone.weights` names a path and nothing is there; loads no JAX."""
+    if chosen.weights == "hub" or chosen.weights.startswith("hub:") or Path(chosen.weights).exists():
+        return
+    expected = "expected a file (.safetensors, .npz, .msgpack), a folder, or hub:OWNER/NAME for one of the hub's"
+    hint = download_hint(chosen.name) or expected
+    raise UserError(f"--config.backbone.weights={chosen.weights}: no such file or folder; {hint}")
 
 
 def differences(name: str, architecture: Architecture) -> list[str]:

@@ -58,12 +58,16 @@ class Layout:
 
     def prepare(self) -> None:
         """Makes the workdir, or refuses a folder that holds something else."""
+        self.refuse_foreign()
+        _make_private(self.root)
+
+    def refuse_foreign(self) -> None:
+        """Raises `UserError` where a file, or a folder that holds something else, stands in the workdir's place."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--workdir={self.root} is a file, not a folder")
         self._refuse_without_catalog()
         if self.root.is_dir() and not self.catalog.exists() and any(path != self.lock for path in self.root.iterdir()):
             raise UserError(f"--workdir={self.root} holds other files and is no workdir; name a new or an empty folder")
-        _make_private(self.root)
 
     def _refuse_without_catalog(self) -> None:
         """A workdir that lost its catalog says so, instead of looking like a foreign folder."""
@@ -140,6 +144,13 @@ def writer_lock(layout: Layout, wait: float = 0) -> Iterator[None]:
         finally:
             os.umask(mask)
             file.truncate(0)
+
+
+def refuse_other_writer(layout: Layout, wait: float) -> None:
+    """Raises `UserError` where another process writes now and `writer_lock` would not wait for it."""
+    writer = "" if wait else current_writer(layout)
+    if writer:
+        raise UserError(f"{layout.root} is being written by {writer}; wait for it with --wait=SECONDS")
 
 
 def current_writer(layout: Layout) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ LONGEST_WAIT = 30 * 24 * 3600 * 1000  # milliseconds
 WATCH = 1.0  # seconds between two looks at the others
 LOST = 2  # exit code
 AGAIN = "start the same command again, with any number of processes: it goes on from the slices that are written"
+NO_PLUGIN = "its plugin is not installed (for NVIDIA GPUs: pip install 'jax[cuda13]') or found none"
 Arrays = dict[str, np.ndarray]
 _ended = threading.Event()
 _rounds = itertools.count()
@@ -44,6 +46,32 @@ class Processes:
 ALONE = Processes()
 
 
+def local_devices() -> list[Any]:
+    """The devices of this process. Raises `UserError`, which names the variables that chose them, where JAX has none."""
+    reports: list[logging.LogRecord] = []  # JAX reports a plugin that fails with a traceback
+    logger = logging.getLogger("jax._src.xla_bridge")
+
+    def keep(record: logging.LogRecord) -> bool:
+        reports.append(record)
+        return False
+
+    logger.addFilter(keep)
+    try:
+        devices = jax.local_devices()
+    except Exception as error:  # RuntimeError, or AssertionError where no plugin is installed
+        texts = [str(report.exc_info[1]) for report in reports if report.exc_info] + [str(error)]
+        reason = next((text.splitlines()[0].partition(" (set JAX_PLATFORMS")[0] for text in texts if text), NO_PLUGIN)
+        chosen = {name: os.environ[name] for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES") if name in os.environ}
+        names = " ".join(f"{name}={value or repr(value)}" for name, value in chosen.items())
+        remedy = "set JAX_PLATFORMS=cpu, or unset it, and JAX takes what there is"
+        raise UserError(f"{names}: JAX has no such device here: {reason.rstrip('.')}; {remedy}") from error
+    finally:
+        logger.removeFilter(keep)
+    for report in reports:
+        logger.handle(report)
+    return devices
+
+
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> Processes:
     """Joins the processes of a command. What is None is detected by JAX (Slurm, Open MPI, Kubernetes).
 
@@ -57,6 +85,7 @@ def start(coordinator: str | None = None, count: int | None = None, index: int |
     except (ValueError, RuntimeError) as error:
         flags = "--coordinator_address=HOST:PORT, --num_processes and --process_id"
         raise UserError(f"the processes cannot meet: {error}; without a scheduler give {flags}") from error
+    local_devices()
     processes = Processes(jax.process_index(), jax.process_count())
     if processes.count > 1:
         threading.Thread(target=_watch, args=(processes,), daemon=True).start()

@@ -25,6 +25,7 @@ from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec, augmented
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture
+from lmeraser_jax.training.multihost import local_devices
 from lmeraser_jax.training.slices import Slice, init_slice, place_prompt
 
 
@@ -74,8 +75,8 @@ class TuningSpec:
 
 
 def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:
-    """1-D mesh over the devices, by default those of this process."""
-    return Mesh(np.array(devices or jax.local_devices()), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    """1-D mesh over the devices, by default those of this process. Raises `UserError` where there is none."""
+    return Mesh(np.array(devices or local_devices()), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def optimizer(tuning: Tuning) -> optax.GradientTransformation:

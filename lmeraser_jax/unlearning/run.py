@@ -18,19 +18,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.config import Config, parse_cut
+from lmeraser_jax.config import Config
 from lmeraser_jax.data import load
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
-from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
@@ -202,15 +201,15 @@ def open_run(
         wait: seconds to wait for another writer.
 
     Raises:
-        UserError: no workdir, not finished yet, another config, or (with `write`) another writer.
+        UserError: no workdir, not finished yet, another config, no device, or (with `write`) another writer.
     """
     layout = Layout(workdir)
-    stored = binding.finished_config(layout, config)
+    stored, mesh = binding.finished_config(layout, config), mesh_of(devices)
     lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
     with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = backbone_lib.load(layout.backbone)
-        yield Run(layout, config or stored, catalog, backbone, mesh_of(devices), write, processes or ALONE)
+        yield Run(layout, config or stored, catalog, backbone, mesh, write, processes or ALONE)
 
 
 @contextlib.contextmanager
@@ -242,12 +241,11 @@ def prepare_run(
     Raises:
         UserError: anything in config, data, weights or workdir that cannot work; nothing is lost.
     """
-    layout = Layout(workdir)
+    layout, mesh = Layout(workdir), mesh_of(devices)
     layout.prepare()
     with writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         binding.check_training(layout, catalog, config, retune)
-        first, mesh = catalog.manifest() is None, mesh_of(devices)
         imported = converted = None
         if layout.backbone.exists():
             backbone, inputs = backbone_lib.load(layout.backbone)
@@ -259,27 +257,11 @@ def prepare_run(
             converted = convert.load(config.backbone, config.data.image_size)
         if catalog.get("dataset") is None or reimport:
             imported = import_source(layout, catalog, source or load.load(config.data), config)
-        _check_data(config, catalog, first)
+        binding.check_sample(catalog, config)
         if not layout.backbone.exists():
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
         yield Run(layout, config, catalog, backbone, mesh, True, processes or ALONE), imported
-
-
-def _check_data(config: Config, catalog: Catalog, first: bool) -> None:
-    """What the config asks of the data; the sample may only outgrow it later, by erasures."""
-    clustering, problems = config.clustering, []
-    if clustering.partition != "adaptive":
-        return
-    count = catalog.counts().get("train" if clustering.sample_from == "private" else "public", 0)
-    if first and clustering.sample_size > count and not requests.any_open(catalog):
-        legal = f"at most the number of {clustering.sample_from} records, {count}"
-        problems.append(f"--config.clustering.sample_size={clustering.sample_size}: must be {legal}")
-    kind, value = parse_cut(clustering.cut)
-    if kind == "auto" and value > clustering.sample_size:
-        legal = f"K must be at most clustering.sample_size={clustering.sample_size}"
-        problems.append(f"--config.clustering.cut={clustering.cut}: {legal}")
-    raise_all(problems)
 
 
 def _make_backbone(
