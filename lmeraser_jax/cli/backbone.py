@@ -38,6 +38,7 @@ def run(arguments: common.Arguments) -> int:
     out = output_folder(arguments["out"])
     config = _backbone_settings(arguments)
     zoo.refuse_absent(config)
+    common.require_device()
     from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.models import convert
 

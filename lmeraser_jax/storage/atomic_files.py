@@ -36,15 +36,8 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
-    """Syncs everything below `temporary`, notes its digests and renames it to `final`; an older `final` is replaced."""
-    digests = {}
-    for folder, _, names in os.walk(temporary, onerror=_refuse):
-        for path in (Path(folder) / name for name in names):
-            with open(path, "rb") as file:
-                digests[str(path.relative_to(temporary))] = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
-        sync_folder(Path(folder))
-    write_json(temporary / DIGESTS, digests)
+    """Notes the digests of `temporary`, syncs it and renames it to `final`; an older `final` is replaced."""
+    note_digests(temporary)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -54,8 +47,20 @@ def publish_folder(temporary: Path, final: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def note_digests(folder: Path) -> None:
+    """Syncs all files below a folder and notes their digests beside them, for `why_unreadable`."""
+    digests = {}
+    for below, _, names in os.walk(folder, onerror=_refuse):
+        for path in (Path(below) / name for name in names):
+            with open(path, "rb") as file:
+                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+                os.fsync(file.fileno())
+        sync_folder(Path(below))
+    write_json(folder / DIGESTS, digests)
+
+
 def why_unreadable(folder: Path, error: Exception) -> Exception:
-    """What to raise for an error over a published folder: `Damaged` where its files are not those that were published.
+    """What to raise for an error over a folder: `Damaged` where its files are not those whose digests were noted.
 
     Where they are, an `OSError`, whatever library raised: nobody could look. Raises the `OSError` that a file meets.
     """

@@ -82,6 +82,7 @@ def save_step(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int)
     """Adds a step to a folder of checkpoints of one training; the last two are kept."""
     with _manager(folder, keep=2) as manager:
         _write(manager, step, arrays, metadata)
+    atomic_files.note_digests(folder)
 
 
 def _write(manager: "ocp.CheckpointManager", step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ ALONE = Processes()
 
 
 def local_devices() -> list[Any]:
-    """The devices of this process. Raises `UserError`, which names the variables that chose them, where JAX has none."""
+    """The devices of this process. Raises `UserError` where JAX has none: it names what chose them."""
     reports: list[logging.LogRecord] = []  # JAX reports a plugin that fails with a traceback
     logger = logging.getLogger("jax._src.xla_bridge")
 

@@ -112,6 +112,7 @@ class _Workdir:
 
 
 Findings = Iterator[Finding]
+Check = Callable[[_Workdir], Findings]
 
 
 def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | None = None) -> Diagnosis:
@@ -133,19 +134,19 @@ def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | Non
         examined = _Workdir(layout, fix, devices, opened)
         for component, (check, needs) in CHECKS.items():
             if all(map(passed, needs)):
-                problems[component] = _check(component, check(examined), fix)
+                problems[component] = _check(component, check, examined)
         if passed("catalog") and not fix and (current_writer(layout) or examined.catalog.stamp() != examined.stamp):
             return Diagnosis((_unchecked("folder", "another process wrote to the workdir meanwhile"),))
     return Diagnosis(tuple(problem for listed in problems.values() for problem in listed))
 
 
-def _check(component: str, findings: Findings, fix: bool) -> list[Problem]:
+def _check(component: str, check: Check, workdir: _Workdir) -> list[Problem]:
     """The findings of a check, repaired one by one; an error that cuts the check short is reported as such."""
     problems = []
     try:
-        for message, remedy, repair, state in findings:
+        for message, remedy, repair, state in check(workdir):
             problems.append(Problem(component, message, remedy, state))
-            if fix and repair is not None:
+            if workdir.fix and repair is not None:
                 repair()
                 state, remedy = (State.DROPPED, AGAIN) if remedy == DROP else (State.FIXED, "")
                 problems[-1] = Problem(component, message, remedy, state)
@@ -371,7 +372,7 @@ def _drop(catalog: Catalog, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-CHECKS: dict[str, tuple[Callable[[_Workdir], Findings], tuple[str, ...]]] = {  # component: its check, what it builds on
+CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {  # component: its check, what it builds on
     "folder": (_folder, ()),
     "config": (_config, ("folder",)),
     "catalog": (_catalog, ("folder",)),

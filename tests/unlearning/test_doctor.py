@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import importlib
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +16,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from damages import IRREPARABLE, REPAIRABLE, flip, slice_flipped
+from damages import (
+    IRREPARABLE,
+    REPAIRABLE,
+    clustering_file,
+    feature_file,
+    flip,
+    published_slice,
+    slice_flipped,
+    sql,
+)
 from helpers import small_config, small_run, small_source
 
 from lmeraser_jax.cli.main import main
@@ -27,11 +38,12 @@ from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import doctor, erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
-from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.build import build, repair
 from lmeraser_jax.unlearning.doctor import State
 from lmeraser_jax.unlearning.plan import current_plan
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import open_run, prepare_run
+from lmeraser_jax.unlearning.verify import verify_all
 
 pytestmark = pytest.mark.usefixtures("fast")
 MENDED = {State.FIXED, State.DROPPED, State.LEFTOVER}
@@ -126,28 +138,107 @@ def test_rotten_and_lost_images_are_named_and_read_from_the_source_again(copy, t
     assert examined(layout).healthy
 
 
-def test_what_cannot_be_read_just_now_is_no_damage(copy, monkeypatch):
-    """An error of the disk, or too many open files: reported as unchecked, and --fix changes nothing."""
-    layout = copy()
-    before = contents(layout)
+ERRORS = itertools.cycle(
+    [OSError(code, os.strerror(code)) for code in (errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.EIO)]
+)
+OPERATIONS = {"open": "builtins.open io.open", "stat": "os.stat", "list": "os.listdir os.scandir"}
+LIBRARIES = {
+    "tensorstore.open": RuntimeError("no thread"),
+    "numpy.load": MemoryError(),
+    "jax.local_devices": AssertionError(),
+    "lmeraser_jax.models.backbone.graph": RuntimeError("FAILED_PRECONDITION: No visible GPU devices"),
+    "lmeraser_jax.unlearning.run.Extractor": ImportError("libcudart.so"),
+    "sqlite3.connect": sqlite3.OperationalError("unable to open database file"),
+}
 
-    def failing(read):
-        def fail(path, *args, **options):
-            if {layout.slices, layout.clusterings} & {*path.parents}:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return read(path, *args, **options)
+
+def fault(patch, names, error, place=None) -> None:
+    """Lets functions raise an error; with a place only for paths at or below it."""
+
+    def failing(real):
+        def fail(*args, **options):
+            path = args[0] if args else None
+            if place is None or isinstance(path, str | Path) and place in (Path(path), *Path(path).parents):
+                raise error
+            return real(*args, **options)
 
         return fail
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", failing(Path.read_text))
-        patch.setattr(Path, "read_bytes", failing(Path.read_bytes))
+    for name in names.split():
+        module, _, function = name.rpartition(".")
+        patch.setattr(name, failing(getattr(importlib.import_module(module), function)))
+
+
+def faults(layout):
+    """(label, what to patch, error, place): everything that can stop somebody from looking."""
+    places = {"root": layout.root, "config": layout.config, "catalog": layout.catalog, "lock": layout.lock}
+    places |= {"records": layout.records, "images": layout.images, "features": feature_file(layout)}
+    places |= {"backbone": layout.backbone, "slices": layout.slices, "clusterings": layout.clusterings}
+    places |= {"one slice": published_slice(layout), "one clustering": clustering_file(layout)}
+    for (kind, place), operation in itertools.product(places.items(), OPERATIONS):
+        if operation != "list" or place.is_dir():
+            yield f"{operation} {kind}", OPERATIONS[operation], next(ERRORS), place
+    for name, error in LIBRARIES.items():
+        yield name, name, error, None
+
+
+def test_what_could_not_be_looked_at_is_no_damage(copy, monkeypatch):
+    """Whatever error comes, from wherever: "not checked", and --fix leaves every byte of a healthy workdir."""
+    layout = copy()
+    before, unchecked = contents(layout), 0
+    for label, names, error, place in faults(layout):
         for fix in (False, True):
-            seen = examined(layout, fix)
-            unchecked = [("slices", State.UNCHECKED), ("clusterings", State.UNCHECKED)]
-            assert [(problem.component, problem.state) for problem in seen.problems] == unchecked
-            assert not seen.healthy and not seen.damaged and "Input/output error" in seen.table()
-    assert contents(layout) == before
+            with monkeypatch.context() as patch:
+                fault(patch, names, error, place)
+                try:
+                    seen = doctor.examine(layout.root, fix)
+                except OSError:  # not even the catalog's name can be looked up
+                    assert label in ("stat root", "stat catalog"), label
+                else:
+                    assert {problem.state for problem in seen.problems} <= {State.UNCHECKED}, (label, seen.table())
+                    unchecked += not seen.healthy
+            assert contents(layout) == before, label
+    assert unchecked > 50 and examined(layout) == doctor.Diagnosis(()), unchecked
+
+
+def test_commands_neither_drop_nor_accuse_what_they_cannot_read(copy, template, monkeypatch):
+    """A slice that waits to be registered, a published one, a clustering: kept until somebody can read them."""
+    layout = copy()
+    listed = [*faults(layout)]
+    for label, names, error, place in listed:
+        if not {layout.slices, layout.clusterings} & {place, *(place.parents if place else ())} and "." not in label:
+            continue
+        for table in ("slices", "manifests", "entries"):
+            sql(f"DELETE FROM {table}")(layout)
+        before = {name: content for name, content in contents(layout).items() if name.startswith(("slices/", "clust"))}
+        before = {name: content for name, content in before.items() if "/." not in name}
+        with monkeypatch.context() as patch, contextlib.suppress(*{type(error), OSError, UserError}):
+            fault(patch, names, error, place)
+            with prepare_run(layout.root, small_config(), jax.devices()[:1], small_source()) as (run, _):
+                assert repair(run) == []
+                build(run)
+                assert differences(state(run), template[1]) == []
+        after = contents(layout)
+        assert before.items() <= after.items(), (label, before.keys() - after.keys())
+        with monkeypatch.context() as patch, contextlib.closing(Catalog(layout.catalog)) as catalog:
+            fault(patch, names, error, place)
+            with contextlib.suppress(type(error), OSError):
+                assert all(verdict.ok for verdict in verify_all(layout, catalog)), label
+    assert differences(state_after_training(layout), template[1]) == []
+
+
+def test_few_file_handles_an_unreadable_folder_and_no_device_leave_a_healthy_workdir(copy, capsys):
+    layout = copy()
+    before = contents(layout)
+    code = "import resource, sys\nfrom lmeraser_jax.cli.main import main\n"
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), 99))\nsys.exit(main(sys.argv[2:]))"
+    doctors = [(6, {}), (8, {}), (9, {}), (50, {"JAX_PLATFORMS": "cuda"}), (50, {"JAX_PLATFORMS": "nonsense"})]
+    for handles, environment in doctors:
+        call = [sys.executable, "-c", code, str(handles), "doctor", f"--workdir={layout.root}", "--fix"]
+        done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True)
+        assert done.returncode == 3 and "not checked" in done.stdout, (handles, environment, done)
+        assert "damaged" not in done.stdout and contents(layout) == before
+        assert all(name in done.stdout for name in environment.values()), done.stdout
 
 
 def test_a_workdir_or_catalog_that_another_process_holds_is_not_checked(copy, monkeypatch):
