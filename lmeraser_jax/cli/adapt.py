@@ -15,6 +15,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.backbone import output_folder, show
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.models import zoo
 
 FLAGS = (Flag("out", "", "new folder for the adapted backbone"),)
 
@@ -28,6 +29,7 @@ def run(arguments: common.Arguments) -> int:
             "--config.public.source=data: must be npz, folder or tfds, the set to train on; whoever has none takes tfds"
             f" after lmeraser prepare --dataset={config.public.dataset}"
         )
+    zoo.refuse_absent(config.backbone)
     common.log_devices()
     from lmeraser_jax.models import adapt
     from lmeraser_jax.models import backbone as backbone_lib
