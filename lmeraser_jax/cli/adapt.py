@@ -33,12 +33,14 @@ def run(arguments: common.Arguments) -> int:
     common.log_devices()
     from lmeraser_jax.models import adapt
     from lmeraser_jax.models import backbone as backbone_lib
+    from lmeraser_jax.training.fingerprint import pinned
     from lmeraser_jax.training.train_step import mesh_of
     from lmeraser_jax.unlearning import binding
 
     public = adapt.read_public(config, adapt.private_contents(config.data).__contains__)
     checkpoints = out.with_name(f"{out.name}-checkpoints")
-    backbone, provenance, _ = adapt.adapt(checkpoints, public, config, mesh_of())
+    with pinned():
+        backbone, provenance, _ = adapt.adapt(checkpoints, public, config, mesh_of())
     backbone_lib.save(out, backbone, binding.backbone_inputs(config), provenance)
     shutil.rmtree(checkpoints, ignore_errors=True)
     show(arguments, out, backbone, provenance)

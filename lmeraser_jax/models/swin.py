@@ -28,7 +28,7 @@ class WindowAttention(nnx.Module):
         self.heads, self.window = heads, config.window
         self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
         self.out = nnx.Linear(width, width, rngs=rngs)
-        self.table = nnx.Param(jnp.zeros(((2 * config.window - 1) ** 2, heads)))
+        self.table = nnx.Param(jnp.zeros(((2 * config.window - 1) ** 2, heads), jnp.float32))
 
     def __call__(self, x: jax.Array, side: int, mask: np.ndarray | None) -> jax.Array:
         """[B * M, w * w, D] -> the same; `side` is w, `mask` float32 [M, w * w, w * w] or None."""

@@ -57,8 +57,8 @@ class ViT(nnx.Module):
         self.config = config
         tokens = 1 + config.grid**2
         self.embed = nnx.Linear(config.patch**2 * config.channels, config.width, rngs=rngs)
-        self.cls = nnx.Param(jnp.zeros((1, 1, config.width)))
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width)))
+        self.cls = nnx.Param(jnp.zeros((1, 1, config.width), jnp.float32))
+        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width), jnp.float32))
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, config.epsilon, rngs)
         if config.feature == "pooler":

@@ -36,7 +36,7 @@ from lmeraser_jax.storage.ingest import Imported, check_images, image_file, impo
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.training import tune, waves
 from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
-from lmeraser_jax.training.fingerprint import fingerprint
+from lmeraser_jax.training.fingerprint import fingerprint, pinned
 from lmeraser_jax.training.multihost import ALONE, Processes
 from lmeraser_jax.training.slices import RecipeConstants, noise_activation
 from lmeraser_jax.training.train_step import TuningSpec, mesh_of
@@ -206,7 +206,7 @@ def open_run(
     layout = Layout(workdir)
     stored, mesh = binding.finished_config(layout, config), mesh_of(devices)
     lock = writer_lock(layout, wait) if write else contextlib.nullcontext()
-    with lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
+    with pinned(), lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = backbone_lib.load(layout.backbone)
         yield Run(layout, config or stored, catalog, backbone, mesh, write, processes or ALONE)
@@ -243,7 +243,7 @@ def prepare_run(
     """
     layout, mesh = Layout(workdir), mesh_of(devices)
     layout.prepare()
-    with writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
+    with pinned(), writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         binding.check_training(layout, catalog, config, retune)
         imported = converted = None

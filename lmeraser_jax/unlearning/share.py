@@ -10,6 +10,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.interrupt import Stopped
 from lmeraser_jax.progress import silence
 from lmeraser_jax.training import multihost, waves
+from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.multihost import Arrays, Processes
 from lmeraser_jax.unlearning.run import Run, open_run
 
@@ -21,7 +22,7 @@ def serve(processes: Processes) -> None:
         UserError: the workdir cannot be read here, or this process's program gives other bits than process 0's.
     """
     silence()
-    with contextlib.ExitStack() as stack:
+    with pinned(), contextlib.ExitStack() as stack:
         run: Run | None = None
         while True:
             task, arrays = multihost.broadcast()

@@ -27,7 +27,6 @@ from tuning_problem import (
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training import train_step, tune
-from lmeraser_jax.training.fingerprint import fingerprint
 from lmeraser_jax.training.jobs import batches, make_job, snapshot_steps
 from lmeraser_jax.training.lanes import step_batches
 from lmeraser_jax.training.slices import init_slice, place_prompt
@@ -251,12 +250,6 @@ def test_bfloat16_stays_near_float32():
     low, full = (tune_groups(small_spec(dtype=dtype))["c5"] for dtype in ("bfloat16", "float32"))
     assert low.slice.kernel.dtype == np.float32 and not same_bits(low.slice, full.slice)
     assert low.loss == pytest.approx(full.loss, rel=0.1)
-
-
-def test_the_fingerprint_names_what_the_bits_depend_on():
-    tuning, mesh = small_config().tuning, mesh_of(jax.devices()[:1])
-    assert fingerprint(tuning, mesh) != fingerprint(dataclasses.replace(tuning, lanes=5), mesh)
-    assert jax.__version__ in fingerprint(tuning, mesh)
 
 
 def test_buckets_hold_the_count_and_waste_little():
