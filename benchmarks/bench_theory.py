@@ -57,7 +57,7 @@ def formulas(clusters: Clusters, changed: float) -> dict[str, float]:
         "window_unsampled": cost_model.expected_images(plain, window) / full,
         "window_with_reclustering": cost_model.expected_images(clusters, window, changed) / full,
         "window_seconds_over_paper": cost_model.expected_makespan(clusters, window, changed, lanes=8)
-        / cost_model.expected_time(single, window),
+        / (single * float(window.hits(1.0))),
     }
 
 

@@ -19,7 +19,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.evaluation import plotting
 from lmeraser_jax.experiments import methods, results, sequences
-from lmeraser_jax.experiments.comparison import MONTAGE, Comparison, Options, check
+from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.storage.workdir import Layout
 
 FLAGS = (
@@ -33,8 +33,6 @@ FLAGS = (
     Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),
     Flag("requests", 2, "erasures to serve and time, of this many sampled and this many other records", low=0),
     Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
-    Flag("keep", False, "keep the workdir of every method"),
-    Flag("montage", False, "show the first method's clusters in the report: private images that no erasure removes"),
 )
 
 
@@ -45,26 +43,20 @@ def stored_config(layout: Layout) -> dict[str, Any] | None:
 
 
 def run(arguments: common.Arguments) -> int:
-    comparison, command = _comparison(arguments), shlex.join(["lmeraser", "compare", *sys.argv[2:]])
+    comparison = _comparison(arguments)
     check(comparison)
     others = {name: results.load(Path(name) / "results.json") for name in arguments["merge"]}
-    results.merge(results.collect(comparison.folder, command, ""), others)
+    results.merge(results.collect(comparison.folder), others)
     plotting.required()  # these refuse now and not in the end, and before JAX is loaded
     from lmeraser_jax.experiments import figures, runner, summary
 
-    folder = comparison.folder
+    folder, command = comparison.folder, shlex.join(["lmeraser", "compare", *sys.argv[2:]])
     common.log_devices()
     rows = results.merge(runner.compare(comparison, command), others)
     results.save(folder, rows)
     titles = {method.name: method.title for method in (*methods.METHODS.values(), *comparison.methods)}
-    picture, montage = folder / MONTAGE, None
-    if arguments["montage"] and picture.exists():
-        montage = picture.read_bytes()
-    elif arguments["montage"]:
-        file = comparison.rows_file(comparison.tasks[0])
-        common.warn(f"no cluster was drawn: the first method was done without --montage; delete {file} to do it again")
     figure_files, pictures = figures.write_figures(folder, rows.rows, titles)
-    written = [*summary.write_report(folder, rows, titles, pictures, montage), *figure_files]
+    written = [*summary.write_report(folder, rows, titles, pictures), *figure_files]
     lines = [(folder / "report.md").read_text("utf-8"), *(f"wrote {os.path.relpath(path)}" for path in written)]
     common.show(arguments, "\n".join(lines), dataclasses.asdict(rows))
     return 0
@@ -79,7 +71,7 @@ def _comparison(arguments: common.Arguments) -> Comparison:
         backbone=config.backbone.name or Path(config.backbone.weights).name or "small ViT",
         cuts=tuple(dict.fromkeys(arguments["cuts"])),
         sequences=tuple(dict.fromkeys(arguments["sequences"])) or tuple(sequences.KINDS),
-        **{name: arguments[name] for name in ("split", "probes", "requests", "length", "montage")},
+        **{name: arguments[name] for name in ("split", "probes", "requests", "length")},
     )
     return Comparison(
         folder=folder,
@@ -88,5 +80,4 @@ def _comparison(arguments: common.Arguments) -> Comparison:
         seeds=tuple(range(arguments["seeds"])),
         experiments=tuple(dict.fromkeys(arguments["experiments"])),
         options=options,
-        keep=arguments["keep"],
     )

@@ -1,6 +1,6 @@
 """lmeraser forecast: estimate what serving erasures at once, hourly, daily, weekly or otherwise costs.
 
-  lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --window=DAYS [--images_per_second=X]
+  lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --window=DAYS [--devices=N]
   lmeraser forecast --workdir=DIR --rate=REQUESTS_PER_DAY --requests=K      (serves whenever K requests have come)
 
 The estimate uses the sizes and sampled members of the clusters, and the images and seconds of their slices. The command
@@ -13,28 +13,20 @@ from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.experiments.cost_model import Batch, Workload, forecast, read_workload
 
 TAKES_CONFIG = False  # the workdir's config counts
-NUMBERS = {"rate": "requests a day", "window": "days in which requests are collected", "images_per_second": "images"}
+NUMBERS = {"rate": "requests a day", "window": "days in which requests are collected"}
 LEAST, MOST = 1e-9, 1e9  # of any of the numbers
 FLAGS = (
     Flag("rate", float, "requests a day, above 0"),
     Flag("window", float, "days in which requests are collected, above 0"),
     Flag("requests", int, "in place of --window: requests that are collected, 1 to the number of records", low=1),
-    Flag("images_per_second", float, "images that all devices together tune per second; default: as in this workdir"),
     Flag("devices", 1, "number of devices that tune, over all processes", low=1),
-    Flag(
-        "reclustered",
-        float,
-        "share of the clusters without an erased record that a new clustering re-tunes, 0 to 1; default: that of past"
-        " ones, else 1",
-    ),
 )
 
 
 def run(arguments: common.Arguments) -> int:
     workload, count = _check(arguments), arguments["requests"]
     batch = Batch(count, fixed=True) if count else Batch(arguments["rate"] * arguments["window"])
-    options = (arguments[name] for name in ("devices", "images_per_second", "reclustered"))
-    result = forecast(workload, arguments["rate"], batch, *options)
+    result = forecast(workload, arguments["rate"], batch)
     common.show(arguments, result.table(), result.values())
     return 0
 
@@ -44,11 +36,9 @@ def _check(arguments: common.Arguments) -> Workload:
     problems, count, workload = _flag_problems(arguments), arguments["requests"], None
     try:
         with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
-            workload = read_workload(layout, catalog)
+            workload = read_workload(layout, catalog, arguments["devices"])
     except UserError as error:
         problems.append(str(error))
-    if workload is not None and workload.speed is None and arguments["images_per_second"] is None:
-        problems.append("--images_per_second=X is missing: images, above 0; no slice of this program was timed")
     if workload is not None and count is not None and count > workload.clusters.records:
         problems.append(f"--requests={count}: must be at most the number of records, {workload.clusters.records:.0f}")
     raise_all(problems)
@@ -69,7 +59,4 @@ def _flag_problems(arguments: common.Arguments) -> list[str]:
             problems.append(f"--{name}={value:g}: {meaning}, must be a number from {LEAST:g} to {MOST:g}")
     if count is not None and arguments["window"] is not None:
         problems.append(f"--requests={count} and --window={arguments['window']:g}: give one of them")
-    share = arguments["reclustered"]
-    if share is not None and not 0 <= share <= 1:
-        problems.append(f"--reclustered={share:g}: must be a share from 0 to 1")
     return problems

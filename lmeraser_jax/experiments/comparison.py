@@ -16,9 +16,8 @@ from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.unlearning.binding import differences
 
 EXPERIMENTS = ("methods", "removal", "cut", "epochs", "sequence")
-FREE_OPTIONS = ("cuts", "sequences", "montage")  # they add tasks or a picture and change no number
+FREE_OPTIONS = ("cuts", "sequences")  # they add tasks and change no number
 SNAPSHOTS = 5  # points of an accuracy over epochs, beside the last one
-MONTAGE = "clusters.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,6 @@ class Options:
     cuts: tuple[str, ...] = ()  # values of clustering.cut
     sequences: tuple[str, ...] = tuple(sequences.KINDS)
     length: int = 10  # batches of a sequence
-    montage: bool = False  # draw the clusters of the first method (Fig. 10): private images
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +89,6 @@ class Comparison:
     seeds: tuple[int, ...]
     experiments: tuple[str, ...]
     options: Options
-    keep: bool = False  # keep the workdirs; else each is removed once its rows are on disk
 
     @property
     def tasks(self) -> list[Task]:

@@ -38,7 +38,7 @@ class Batch:
     def hits(self, share: float | np.ndarray) -> np.ndarray:
         """Probability that some request names one of a given share of the records, [...] -> [...] (Eq. 14).
 
-        1 - exp(-share lambda T), or 1 - (1 - share)^k.
+        1 - exp(-share lambda T), or 1 - (1 - share)^k. Of the share 1, that there is a request (Eqs. 18 and 21).
         """
         from scipy.special import xlog1py
 
@@ -68,20 +68,10 @@ class Clusters:
         return float(self.sampled.sum())
 
 
-def any_affected(batch: Batch) -> float:
-    """P(any cluster is affected) = 1 - exp(-lambda T) (Eqs. 18 and 21)."""
-    return float(batch.hits(1.0))
-
-
 def expected_affected(members: Sequence[float] | np.ndarray, batch: Batch) -> float:
     """E[K_affected] = sum of P_i (Eqs. 9 and 15); for k requests sum of 1 - (1 - m_i / N)^k."""
     sizes = np.asarray(members, np.float64)
     return float(batch.hits(sizes / sizes.sum()).sum())
-
-
-def expected_time(seconds: float, batch: Batch) -> float:
-    """The paper's time of a window: seconds of one tuning times P(any) (Eq. 19 with T_c, Eq. 22 with T_s)."""
-    return seconds * any_affected(batch)
 
 
 def size_biased_images(clusters: Clusters) -> float:
@@ -135,17 +125,19 @@ class Workload:
     workdir: str
     version: int  # of the published state
     clusters: Clusters
-    lanes: int  # L of one device
-    speed: float | None  # images per second of one device, on slices of the published program; None: none was timed
+    lanes: int  # L of all devices
+    speed: float  # images per second of all devices together when no lane is idle
     changed: float  # c, measured on past erasures that changed the clustering; 1 where there is none
     reclusterings: int  # number of such erasures
 
 
-def read_workload(layout: Layout, catalog: Catalog) -> Workload:
+def read_workload(layout: Layout, catalog: Catalog, devices: int = 1) -> Workload:
     """Reads a workdir's published state from its catalog, as of one moment, and the log of past work.
 
+    Each device is as fast as those that made the slices of the published program.
+
     Raises:
-        UserError: nothing is published, no live record is in a cluster, or slices are closed forms.
+        UserError: nothing is published, no live record is in a cluster, slices are closed forms, or none was timed.
     """
     tree = read_config(layout)
     with catalog.snapshot():
@@ -164,6 +156,8 @@ def read_workload(layout: Layout, catalog: Catalog) -> Workload:
     if not sum(images):
         raise UserError(f"{layout.root} makes its slices by a formula: an erasure tunes no image, nothing to forecast")
     timed = [row for row in slices.values() if row.fingerprint == manifest.fingerprint and row.seconds > 0]
+    if not timed:
+        raise UserError(f"{layout.root} has no slice of this program that was timed: nothing to forecast from")
     columns = [[sizes[key] for key in keys], [sampled[key] for key in keys], images]
     reclusterings = _read_reclusterings(layout)
     spared, changed = np.sum(reclusterings, axis=0) if reclusterings else (1.0, 1.0)
@@ -171,8 +165,8 @@ def read_workload(layout: Layout, catalog: Catalog) -> Workload:
         workdir=str(layout.root),
         version=manifest.version,
         clusters=Clusters(*np.array(columns, np.float64)),
-        lanes=config.tuning.lanes,
-        speed=sum(row.images for row in timed) / sum(row.seconds for row in timed) if timed else None,
+        lanes=config.tuning.lanes * devices,
+        speed=devices * sum(row.images for row in timed) / sum(row.seconds for row in timed),
         changed=float(changed / spared),
         reclusterings=len(reclusterings),
     )
@@ -232,31 +226,13 @@ class Forecast:
 
     workload: Workload
     rate: float  # lambda, requests a day
-    lanes: int  # L of all devices together
-    speed: float  # images per second of all devices together when no lane is idle
-    changed: float  # c, share of the clusters without an erased member that a new clustering re-tunes
     policies: list[Policy]
     estimates: list[str]  # sentences: what the numbers rest on
 
     def values(self) -> dict[str, Any]:
         """Everything as plain values; shares in [0, 1]."""
-        workload, clusters = self.workload, self.workload.clusters
-        return {
-            "workdir": workload.workdir,
-            "version": workload.version,
-            "rate_per_day": self.rate,
-            "records": clusters.records,
-            "sampled": clusters.sample,
-            "clusters": len(clusters.members),
-            "images_full": float(clusters.images.sum()),
-            "size_biased_images": size_biased_images(clusters),
-            "images_per_second": self.speed,
-            "lanes": self.lanes,
-            "reclustered_share": self.changed,
-            "reclusterings_seen": workload.reclusterings,
-            "policies": [dataclasses.asdict(policy) for policy in self.policies],
-            "estimates": self.estimates,
-        }
+        clusters = {name: column.tolist() for name, column in vars(self.workload.clusters).items()}
+        return dataclasses.asdict(self) | {"workload": vars(self.workload) | {"clusters": clusters}}
 
     def table(self) -> str:
         clusters = self.workload.clusters
@@ -270,47 +246,26 @@ class Forecast:
         return "\n".join([*lines, "", "all of this is an estimate:", *(f"- {line}" for line in self.estimates)])
 
 
-def forecast(
-    workload: Workload,
-    rate: float,
-    batch: Batch,
-    devices: int = 1,
-    speed: float | None = None,
-    changed: float | None = None,
-) -> Forecast:
-    """The cost of serving requests at once, every hour, day and week, and in batches of the given kind.
-
-    Args:
-        workload, batch: of a workdir; of a window or exactly k requests.
-        rate: lambda, requests a day, above 0.
-        devices: that tune a batch.
-        speed: images per second of all devices; None: each is as fast as those that made the workdir's slices.
-        changed: c; None: as on past erasures.
-    """
-    lanes, clusters, speed_origin, changed_origin = workload.lanes * devices, workload.clusters, "as given", "as given"
-    if speed is None:
-        assert workload.speed, "no slice was timed"
-        speed = workload.speed * devices
-        speed_origin = "measured on this workdir's slices" + (f", times {devices} devices" if devices > 1 else "")
-    if changed is None:
-        changed, count = workload.changed, workload.reclusterings
-        changed_origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
+def forecast(workload: Workload, rate: float, batch: Batch) -> Forecast:
+    """The cost of serving requests, `rate` a day, at once, every hour, day and week, and in batches of a given kind."""
     batches = {name: Batch(rate * days) if days else ONE_REQUEST for name, days in WINDOWS.items()}
     if batch not in batches.values():
         name = f"every {batch.requests:g}" if batch.fixed else f"{_days(batch, rate):.4g} days"
         batches[name] = batch
     ordered = sorted(batches.items(), key=lambda item: _days(item[1], rate))
-    policies = [_policy(name, each, rate, clusters, changed, lanes, speed) for name, each in ordered]
+    policies = [_policy(name, each, rate, workload) for name, each in ordered]
     notes = [
         "requests come independently, each for one training record drawn uniformly; owners are not considered",
-        f"{speed:.1f} images a second on {lanes} lane{'s' if lanes > 1 else ''}, {speed_origin}; tuning alone, lanes"
-        " packed without a gap; start, planning and purge come on top",
+        f"{workload.speed:.1f} images a second (lanes: {workload.lanes}), as on this workdir's slices; tuning alone,"
+        " lanes packed without a gap; start, planning and purge come on top",
     ]
-    if clusters.sample:
-        notes.append(f"a new clustering re-tunes {changed:.0%} of the clusters that no request hit: {changed_origin}")
+    if workload.clusters.sample:
+        count = workload.reclusterings
+        origin = f"the mean of {count} seen here" if count else "the bound, none was seen here"
+        notes.append(f"a new clustering re-tunes {workload.changed:.0%} of the clusters that no request hit: {origin}")
     if late := [policy.name for policy in policies if policy.busy >= 1]:
         notes.append(f"requests arrive faster than they are served: {', '.join(late)}")
-    return Forecast(workload, rate, lanes, speed, changed, policies, notes)
+    return Forecast(workload, rate, policies, notes)
 
 
 def _days(batch: Batch, rate: float) -> float:
@@ -318,11 +273,11 @@ def _days(batch: Batch, rate: float) -> float:
     return (batch.requests - batch.fixed) / rate
 
 
-def _policy(
-    name: str, batch: Batch, rate: float, clusters: Clusters, changed: float, lanes: int, speed: float
-) -> Policy:
+def _policy(name: str, batch: Batch, rate: float, workload: Workload) -> Policy:
     """The expectations of a window, divided by the probability that it is not empty (Eq. 18)."""
-    nonempty, days, lane_speed = any_affected(batch), _days(batch, rate), speed / lanes  # idle lanes speed no other up
+    clusters, changed, lanes = workload.clusters, workload.changed, workload.lanes
+    nonempty, days = float(batch.hits(1.0)), _days(batch, rate)
+    lane_speed = workload.speed / lanes  # idle lanes speed no other up
     images = expected_images(clusters, batch, changed) / nonempty
     seconds = expected_makespan(clusters, batch, changed, lanes) / lane_speed / nonempty
     batches = MONTH * rate * nonempty / batch.requests
@@ -337,7 +292,7 @@ def _policy(
         reclustering=max(0.0, 1 - expected_images(clusters, batch, changed=0.0) / nonempty / images),
         seconds=seconds,
         paper_clusters=expected_affected(clusters.members, batch) / nonempty,
-        paper_seconds=expected_time(float(clusters.images.mean()) / lane_speed, batch) / nonempty,
+        paper_seconds=float(clusters.images.mean()) / lane_speed,
         wait_seconds=days * DAY / 2 + seconds,
         batches=batches,
         month_seconds=seconds * batches,

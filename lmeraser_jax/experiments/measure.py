@@ -15,10 +15,9 @@ import numpy as np
 
 from lmeraser_jax.evaluation import overview
 from lmeraser_jax.evaluation.accuracy import evaluate
-from lmeraser_jax.evaluation.montage import save_montage
 from lmeraser_jax.evaluation.predict import Model, load_model, with_slices
 from lmeraser_jax.experiments import sequences
-from lmeraser_jax.experiments.comparison import MONTAGE, Options, Task
+from lmeraser_jax.experiments.comparison import Options, Task
 from lmeraser_jax.experiments.results import Measurement
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
@@ -51,9 +50,6 @@ def run_task(task: Task, options: Options, base: Path, folder: Path, tuned: Path
         _copy(tuned if tuned is not None and tuned.exists() else base, folder)
     with prepare_run(folder, task.config, retune=True) as (run, _):  # the shared workdir has another common head
         build(run)
-        picture = base.parent / MONTAGE
-        if options.montage and task.experiment == "methods" and not picture.exists():
-            save_montage(run, picture)
     if tuned is not None and not tuned.exists():
         _copy(folder, tuned)
     with prepare_run(folder, task.config) as (run, _):

@@ -8,12 +8,13 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.atomic_files import write_bytes
 
@@ -56,7 +57,7 @@ class Measurement:
     seconds_unsampled: float = 0.0  # mean of the requests that were served for records that are not sampled
     seconds_sampled: float = 0.0  # mean of those for sampled records
     majority: float = 0.0  # accuracy of always naming the class with the most training records; 0: not known
-    source: str = ""  # key of the entry of `Results.sources` that says where the row comes from; "": not known
+    source: str = ""  # key of the entry of `Results.sources` that says where the row comes from
 
     @property
     def point(self) -> tuple[str, str, str, str, int, float, str]:
@@ -73,8 +74,6 @@ class Results:
     """All rows of a comparison."""
 
     rows: tuple[Measurement, ...]  # at most one for each `point`
-    command: str = ""  # the last one
-    machine: str = ""  # where that ran
     # {name: {"command", "machine", "version", "date"}} of the commands that the rows come from
     sources: Mapping[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
@@ -98,11 +97,11 @@ def load_task(path: Path) -> FinishedTask:
         return FinishedTask(tree["settings"], tree["source"], _rows(tree["rows"]))
 
 
-def collect(folder: Path, command: str, machine: str) -> Results:
+def collect(folder: Path) -> Results:
     """All rows that are on disk in a comparison's folder, in the order of their tasks' names."""
     tasks = [load_task(path) for path in sorted((folder / "rows").glob("*.json"))]
     rows = tuple(dataclasses.replace(row, source=task.source_name) for task in tasks for row in task.rows)
-    return Results(rows, command, machine, {task.source_name: task.source for task in tasks})
+    return Results(rows, {task.source_name: task.source for task in tasks})
 
 
 def merge(results: Results, others: Mapping[str, Results]) -> Results:
@@ -136,8 +135,7 @@ def save(folder: Path, results: Results) -> None:
 def load(path: Path) -> Results:
     """Reads a results.json."""
     with _reading(path, f"{path} is not the results.json of a comparison: %s") as tree:
-        sources = {name: dict(source) for name, source in tree["sources"].items()}
-        return Results(_rows(tree["rows"]), str(tree["command"]), str(tree["machine"]), sources)
+        return Results(_rows(tree["rows"]), {name: dict(source) for name, source in tree["sources"].items()})
 
 
 def read_binding(folder: Path) -> dict[str, Any] | None:
@@ -161,17 +159,10 @@ def _reading(path: Path, message: str) -> Iterator[Any]:
 
 
 def _rows(values: Sequence[Mapping[str, Any]]) -> tuple[Measurement, ...]:
-    """Raises `UserError` that names what is missing, unknown or of another type."""
-    rows, problems = [], []
-    for number, fields in enumerate(values):
-        try:
-            rows.append(Measurement(**fields))
-        except TypeError as error:
-            problems.append(f"row {number}: {str(error).partition('() ')[2]}")
-            continue
-        for field in dataclasses.fields(Measurement):
-            legal, value = str if field.type is str else int | float, getattr(rows[-1], field.name)
-            if isinstance(value, bool) or not isinstance(value, legal):
-                problems.append(f"row {number}: {field.name} is {value!r}")
-    raise_all(problems, limit=10)
-    return tuple(rows)
+    """Raises `TypeError` for a row that lacks a field, has an unknown one, or a text in place of a number."""
+    rows = tuple(Measurement(**fields) for fields in values)
+    for row, field in itertools.product(rows, dataclasses.fields(Measurement)):
+        value, legal = getattr(row, field.name), str if field.type is str else int | float
+        if not isinstance(value, legal):
+            raise TypeError(f"{field.name} is {value!r}")
+    return rows

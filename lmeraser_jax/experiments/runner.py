@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import datetime
-import itertools
 import os
 import platform
 import shutil
@@ -19,7 +18,7 @@ from lmeraser_jax import __version__
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.experiments import results
-from lmeraser_jax.experiments.comparison import EXPERIMENTS, MONTAGE, Comparison, Task, binding_of, check, has_rows
+from lmeraser_jax.experiments.comparison import EXPERIMENTS, Comparison, Task, binding_of, check, has_rows
 from lmeraser_jax.experiments.measure import run_task
 from lmeraser_jax.experiments.results import FinishedTask, Results
 from lmeraser_jax.storage.atomic_files import write_json
@@ -47,22 +46,22 @@ def compare(comparison: Comparison, command: str) -> Results:
         finished = FinishedTask(task.settings, _source(command), tuple(rows))
         write_json(comparison.rows_file(task), dataclasses.asdict(finished))
         to_come[task.tuning_digest] -= 1
-        if not comparison.keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         if not to_come[task.tuning_digest]:
             shutil.rmtree(tuned, ignore_errors=True)
         seconds = time.perf_counter() - start
         name = f"[{number}/{len(tasks)}] {task.name.replace('_', ' ')}"
         print(f"{name}: accuracy {rows[-1].accuracy:.4f}, {seconds:.0f} s", file=sys.stderr, flush=True)
-        results.save(comparison.folder, results.collect(comparison.folder, command, machine()))
+        results.save(comparison.folder, results.collect(comparison.folder))
     _remove(comparison.folder, "tuned_*")  # of an interrupted command that had more tasks
-    return results.collect(comparison.folder, command, machine())
+    return results.collect(comparison.folder)
 
 
 def _remove(folder: Path, *patterns: str) -> None:
     """Removes the folders in a folder that match a pattern."""
-    for path in itertools.chain.from_iterable(map(folder.glob, patterns)):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _bind(comparison: Comparison) -> None:
@@ -73,22 +72,17 @@ def _bind(comparison: Comparison) -> None:
     except OSError as error:
         raise UserError(f"--workdir={folder} cannot be made: {error.strerror}") from error
     if not has_rows(comparison) and results.read_binding(folder) not in (None, binding):
-        (folder / MONTAGE).unlink(missing_ok=True)
         _remove(folder, "*base*", "*tuned_*", ".*.copy", *(f"{name}_*" for name in EXPERIMENTS))
     write_json(path, binding)
 
 
 def _source(command: str) -> dict[str, str]:
-    """Where the rows come from that are made now."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    return {"command": command, "machine": machine(), "version": __version__, "date": today}
-
-
-def machine() -> str:
-    """The devices and the libraries, for people."""
-    devices, python = jax.devices(), platform.python_version()
+    """Where the rows come from that are made now: the command, the devices and the libraries, the day."""
+    devices, today = jax.devices(), datetime.datetime.now(datetime.UTC).date().isoformat()
     cores = f", {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""
-    return f"{len(devices)} x {devices[0].device_kind}{cores}, jax {jax.__version__}, Python {python}"
+    machine = f"{len(devices)} x {devices[0].device_kind}{cores}, jax {jax.__version__}"
+    machine += f", Python {platform.python_version()}"
+    return {"command": command, "machine": machine, "version": __version__, "date": today}
 
 
 def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:

@@ -256,17 +256,10 @@ def tables(rows: Rows, titles: Titles) -> list[Table]:
     return [methods_table(group, titles) for group in places_of(rows).values()] + curves
 
 
-def write_report(
-    folder: Path, results: Results, titles: Titles, pictures: Pictures = (), montage: bytes | None = None
-) -> list[Path]:
+def write_report(folder: Path, results: Results, titles: Titles, pictures: Pictures = ()) -> list[Path]:
     """Writes report.html, which needs no other file and no network, and report.md; each completely or not at all.
 
     Templates escape every text that comes from rows, titles or commands.
-
-    Args:
-        folder: of the comparison.
-        results, titles, pictures: what to report.
-        montage: PNG of clusters and prompts, which shows private images.
     """
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
@@ -274,13 +267,11 @@ def write_report(
     environment = Environment(loader=loader, autoescape=select_autoescape(["html.jinja"]), trim_blocks=True)
     environment.filters["md"] = _escape_markdown
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    last = {"command": results.command, "machine": results.machine}
     content = {
         "notes": NOTES,
         "tables": tables(results.rows, titles),
-        "sources": dict.fromkeys(_source_text(last | results.sources.get(row.source, {})) for row in results.rows),
+        "sources": dict.fromkeys(_source_text(results.sources[row.source]) for row in results.rows if row.source),
         "pictures": pictures,
-        "montage": montage,
     }
     paths = [folder / "report.html", folder / "report.md"]
     for path in paths:

@@ -92,9 +92,10 @@ def test_one_request_at_once_costs_the_mean_over_the_records(capsys, layout):
     costs = [sum(IMAGES.values()) if sampled else IMAGES[key] for key, sampled in records]
     assert now["name"] == "at once" and now["requests"] == now["any"] == now["paper_clusters"] == 1
     assert now["images"] == pytest.approx(np.mean(costs)) and now["share"] == pytest.approx(np.mean(costs) / 300)
+    columns = forecast["workload"]["clusters"]
+    assert [sum(columns[name]) for name in ("members", "sampled", "images")] == [100, SAMPLE, 300]
     assert now["clusters"] == pytest.approx(np.mean([4 if sampled else 1 for _, sampled in records]))
     assert now["reclustering"] == pytest.approx(1 - np.mean(plain) / np.mean(costs))
-    assert forecast["size_biased_images"] == pytest.approx(np.mean(plain))
     assert now["seconds"] == now["wait_seconds"] == pytest.approx(np.mean(costs) / SPEED)
     assert now["paper_seconds"] == pytest.approx(75 / SPEED)
     assert now["batches"] == 90 and now["busy"] == pytest.approx(90 * now["seconds"] / (30 * 86400))
@@ -145,7 +146,7 @@ def test_the_table_says_that_it_is_an_estimate(capsys, layout, tmp_path):
     assert "12 h" in out and "by the paper (Eq. 19)" in lines
     estimates = out.split("all of this is an estimate:\n")[1]
     assert [f"- {line}" for line in values["estimates"]] == estimates.splitlines()
-    for text in ("drawn uniformly", "40.0 images a second on 1 lane, measured", "no request hit: the bound"):
+    for text in ("drawn uniformly", "40.0 images a second (lanes: 1), as on this", "no request hit: the bound"):
         assert text in estimates
 
 
@@ -153,26 +154,19 @@ def test_only_slices_of_the_published_program_measure_the_speed(capsys, tmp_path
     """Of a device; idle lanes do not make one cluster faster."""
     layout = make_workdir(tmp_path / "run", tuning__lanes=2, clustering__sample_from="public")
     forecast = forecast_of(capsys, layout, "--devices=4")
-    assert forecast["images_per_second"] == pytest.approx(4 * SPEED) and forecast["lanes"] == 8
-    measured = "160.0 images a second on 8 lanes, measured on this workdir's slices, times 4 devices"
-    assert measured in forecast["estimates"][1]
+    assert forecast["workload"]["speed"] == pytest.approx(4 * SPEED) and forecast["workload"]["lanes"] == 8
+    assert "160.0 images a second (lanes: 8), as on this workdir's slices" in forecast["estimates"][1]
     own = np.mean([IMAGES[key] for key, size in SIZES.items() for _ in range(size)])
     assert forecast["policies"][0]["seconds"] == pytest.approx(own / (SPEED / 2))
     assert forecast["policies"][0]["paper_seconds"] == pytest.approx(75 / (SPEED / 2))
-    given = forecast_of(capsys, layout, "--devices=4", "--images_per_second=400")
-    assert given["policies"][0]["seconds"] == pytest.approx(own / 50)
-    assert "400.0 images a second on 8 lanes, as given" in given["estimates"][1]
-    with catalog_of(layout) as catalog:
-        catalog.db.execute("UPDATE slices SET seconds=0")
-    code, _, err = call(capsys, f"--workdir={layout.root}", *GOOD)
-    assert code == 2 and "--images_per_second=X is missing" in err and "no slice of this program was timed" in err
 
 
 def test_without_a_private_sample_nothing_re_clusters(capsys, tmp_path):
     for overrides in ({"clustering__sample_from": "public"}, {"clustering__partition": "random"}):
         forecast = forecast_of(capsys, make_workdir(tmp_path / "-".join(overrides), **overrides))
-        assert forecast["sampled"] == 0 and all(policy["reclustering"] == 0 for policy in forecast["policies"])
-        assert forecast["policies"][0]["images"] == pytest.approx(forecast["size_biased_images"])
+        assert all(policy["reclustering"] == 0 for policy in forecast["policies"])
+        own = np.mean([IMAGES[key] for key, size in SIZES.items() for _ in range(size)])
+        assert forecast["policies"][0]["images"] == pytest.approx(own)
         assert not any("new clustering" in line for line in forecast["estimates"])
 
 
@@ -188,23 +182,21 @@ def test_the_share_of_a_re_clustering_is_measured_where_there_was_one(capsys, tm
     )
     names = ("kind", "reclustered", "images_spared", "images_changed")
     lines = [dict(zip(names, case)) for case in cases] + [["no object"], {"kind": "build", "reclustered": True}]
+    bound = forecast_of(capsys, layout)
     layout.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "torn')
     forecast = forecast_of(capsys, layout)
-    assert (forecast["reclustered_share"], forecast["reclusterings_seen"]) == (pytest.approx(0.3), 2)
+    assert (forecast["workload"]["changed"], forecast["workload"]["reclusterings"]) == (pytest.approx(0.3), 2)
     assert "re-tunes 30% of the clusters that no request hit: the mean of 2 seen here" in forecast["estimates"][-1]
-    bound = forecast_of(capsys, layout, "--reclustered=1")
     assert bound["policies"][0]["images"] > forecast["policies"][0]["images"]
-    assert "re-tunes 100% of the clusters that no request hit: as given" in bound["estimates"][-1]
-    none = forecast_of(capsys, layout, "--reclustered=0")
-    assert none["policies"][0]["images"] == pytest.approx(none["size_biased_images"])
+    assert "re-tunes 100% of the clusters that no request hit: the bound, none was" in bound["estimates"][-1]
 
 
 def test_erased_records_and_empty_clusters_do_not_count(capsys, tmp_path):
     layout = make_workdir(tmp_path / "run")
     with catalog_of(layout) as catalog:
         requests.accept(catalog, [f"d{i:02d}" for i in range(5)] + ["a00"])
-    forecast = forecast_of(capsys, layout)
-    assert (forecast["records"], forecast["clusters"], forecast["sampled"]) == (94, 3, SAMPLE)
+    columns = forecast_of(capsys, layout)["workload"]["clusters"]
+    assert (columns["members"], sum(columns["sampled"])) == ([49, 30, 15], SAMPLE)
     with catalog_of(layout) as catalog:
         requests.accept(catalog, list(catalog.live("train").ids))
     code, _, err = call(capsys, f"--workdir={layout.root}", *GOOD)
@@ -225,9 +217,7 @@ def test_each_bad_flag_is_named_with_its_legal_values(capsys, layout):
         (["--rate=0", "--window=2"], f"--rate=0: requests a day, {numbers}"),
         (["--rate=inf", "--window=2"], f"--rate=inf: requests a day, {numbers}"),
         (["--rate=3", "--window=nan"], f"--window=nan: days in which requests are collected, {numbers}"),
-        ([*GOOD, "--images_per_second=0"], f"--images_per_second=0: images, {numbers}"),
         ([*GOOD, "--devices=0"], "--devices=0: 0 is not a positive integer"),
-        ([*GOOD, "--reclustered=nan"], "--reclustered=nan: must be a share from 0 to 1"),
         (["--rate=3", "--requests=0"], "--requests=0: 0 is not a positive integer"),
         (["--rate=3", "--requests=101"], "--requests=101: must be at most the number of records, 100"),
         (["--rate=3", "--requests=5", "--window=2"], "--requests=5 and --window=2: give one of them"),
@@ -240,9 +230,9 @@ def test_each_bad_flag_is_named_with_its_legal_values(capsys, layout):
 
 
 def test_everything_that_is_wrong_is_said_at_once(capsys, tmp_path):
-    flags = ["--rate=0", "--window=-1", "--images_per_second=0", "--reclustered=1.5"]
+    flags = ["--rate=0", "--window=-1"]
     code, _, err = call(capsys, f"--workdir={tmp_path}/none", *flags)
-    assert code == 2 and err.count("\n- ") == 5 and f"--workdir={tmp_path}/none does not exist" in err
+    assert code == 2 and err.count("\n- ") == 3 and f"--workdir={tmp_path}/none does not exist" in err
     assert all(flag.partition("=")[0] in err for flag in flags)
     assert all(f"--{name}=" in call(capsys)[2] for name in ("rate", "window", "workdir"))
 
@@ -253,6 +243,7 @@ def test_workdirs_without_anything_to_forecast_are_refused(capsys, tmp_path):
     assert "is no workdir" in call(capsys, f"--workdir={tmp_path}/mine", *GOOD)[2]
     layout = make_workdir(tmp_path / "run")
     for statement, message in (
+        ("UPDATE slices SET seconds=0", "has no slice of this program that was timed"),
         ("UPDATE slices SET images=0", "makes its slices by a formula"),
         ("DELETE FROM manifests", "has no published state; run: lmeraser train --workdir="),
     ):

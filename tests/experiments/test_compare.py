@@ -78,7 +78,7 @@ def base(done, tmp_path):
 
 def test_every_task_gives_its_rows(done):
     first, outcome = done
-    assert results.load(first.folder / "results.json") == outcome and outcome.command == "another command"
+    assert results.load(first.folder / "results.json") == outcome
     commands = {row.experiment: outcome.sources[row.source]["command"] for row in outcome.rows}
     second = "another command"
     assert commands == {"methods": "the command", "removal": second, "sequence": second}
@@ -383,19 +383,17 @@ def test_the_command_from_end_to_end(tmp_path, capsys):
     flags += ["--config.clustering.sample_size=30", "--config.pretraining.epochs=0", "--methods=ridge,ncm"]
     flags += ["--config.backbone.width=16", "--config.backbone.depth=1", "--config.backbone.mlp=32"]
     flags += ["--probes=3", "--requests=1", f"--workdir={tmp_path / 'c'}"]
-    assert main(["compare", *flags, "--seeds=2", "--montage", f"--json={tmp_path / 'rows.json'}"]) == 0
+    assert main(["compare", *flags, "--seeds=2", f"--json={tmp_path / 'rows.json'}"]) == 0
     out = capsys.readouterr()
     assert "digits, small ViT: 80 records, 2 seeds" in out.out and "| nearest class mean |" in out.out
     assert "[4/4]" in out.err
     written = {path.name for path in (tmp_path / "c").iterdir()}
-    assert written >= {"results.csv", "results.json", "report.html", "report.md", "figures", "clusters.png"}
+    assert written >= {"results.csv", "results.json", "report.html", "report.md", "figures"}
     assert "lmeraser compare" in (tmp_path / "c" / "report.html").read_text()
     assert len(json.loads((tmp_path / "rows.json").read_text())["rows"]) == 4
     without = [flag for flag in flags if not flag.startswith("--config")]
-    (tmp_path / "c" / "clusters.png").unlink()
-    assert main(["compare", *without, "--seeds=2", "--montage"]) == 0, "a folder knows its own settings"
-    err = capsys.readouterr().err
-    assert "[1/" not in err and "delete" in err and "methods_ridge_0.json to do it again" in err
+    assert main(["compare", *without, "--seeds=2"]) == 0, "a folder knows its own settings"
+    assert "[1/" not in capsys.readouterr().err
     for wrong, message in (
         ("--seeds=0", "--seeds=0: 0 is not a positive integer"),
         ("--methods=best,ncm,worst", "--methods=worst: no such method; legal: lmeraser, "),
@@ -410,10 +408,10 @@ def test_damaged_files_are_named(done, tmp_path, capsys):
     whole = json.loads((done[0].folder / "results.json").read_text())
     row = whole["rows"][0]
     damaged = {
-        "'rows' is missing": {"command": "", "machine": "", "sources": {}},
-        "row 0: missing 9 required keyword-only arguments: 'dataset',": whole | {"rows": [{"experiment": "methods"}]},
-        "row 0: got an unexpected keyword argument 'speed'": whole | {"rows": [row | {"speed": 1}]},
-        "row 0: accuracy is 'high'": whole | {"rows": [row | {"accuracy": "high"}]},
+        "'rows' is missing": {"sources": {}},
+        ".* missing 9 required keyword-only arguments: 'dataset',": whole | {"rows": [{"experiment": "methods"}]},
+        ".* got an unexpected keyword argument 'speed'": whole | {"rows": [row | {"speed": 1}]},
+        "accuracy is 'high'": whole | {"rows": [row | {"accuracy": "high"}]},
     }
     texts = {"Expecting property name": "{"} | {reason: json.dumps(tree) for reason, tree in damaged.items()}
     for reason, text in texts.items():
