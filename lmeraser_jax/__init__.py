@@ -10,7 +10,8 @@ A workdir is a folder that holds one run, for these functions and the command li
 `UserError`, with all that is wrong in one message, and imports what it needs when it is called.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +56,8 @@ def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None)
 
 def unlearn(
     workdir: str | Path,
-    records: Sequence[str] = (),
-    owners: Sequence[str] = (),
+    records: Iterable[str] = (),
+    owners: Iterable[str] = (),
     *,
     request: str = "",
     requester: str = "",
@@ -66,18 +67,21 @@ def unlearn(
 
     Args:
         workdir: a trained workdir.
-        records: ids of records.
-        owners: owners whose records are all erased.
+        records: ids of records, each as it stands.
+        owners: owners whose records are all erased. Live ones that only look like these are named in a warning.
         request: an id; a second request with the same id and records changes nothing.
         requester, reason: kept in the receipt for good.
     """
+    from lmeraser_jax.storage import requests
     from lmeraser_jax.unlearning.erase import request_erasure
     from lmeraser_jax.unlearning.run import open_run
 
-    if isinstance(records, str) or isinstance(owners, str):  # its letters could be ids of other records
-        raise UserError("records and owners must be lists of names, not text")
+    records, owners = requests.name_list(records), requests.name_list(owners)  # an iterator can be read only once
     with open_run(workdir, write=True) as run:
-        return request_erasure(run, records, owners, request, requester, reason)
+        erasure = request_erasure(run, records, owners, request, requester, reason)
+        for line in requests.still_live(run.catalog, records, owners):
+            warnings.warn(line, stacklevel=2)
+        return erasure
 
 
 def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") -> "Predictions":
@@ -93,6 +97,8 @@ def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") ->
 
     with open_run(workdir) as run:
         shape = run.image_spec.height, run.image_spec.width, run.image_spec.channels
+        if isinstance(images, str | Path):
+            raise UserError(f"images must be a list of files or an array, not one file: {images}")
         if not isinstance(images, np.ndarray):
             images = decode_all([Path(file) for file in images], *shape, run.config.data.max_pixels)
         if images.dtype != np.uint8 or images.shape[1:] != shape:

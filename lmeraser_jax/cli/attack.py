@@ -1,6 +1,6 @@
 """lmeraser attack: try to find erased records in an unlearned model, and kept ones in the published one.
 
-  lmeraser attack --workdir=DIR [--targets=64 | --records=ID,ID] [--shadows=64] [--attacks=loss,lira,...] [--seed=N]
+  lmeraser attack --workdir=DIR [--targets=64 | --records=ID ...] [--shadows=64] [--attacks=loss,lira,...] [--seed=N]
                   [--figure=FILE.png]
 
 The command erases live records, the targets, in memory only: it changes nothing in the workdir and takes no lock. It
@@ -23,10 +23,10 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import plotting
 from lmeraser_jax.evaluation.attacks.options import ATTACKS, Options, check
 
-STRAY = "ids are given as --records=ID,ID"
+STRAY = "ids are given as --records=ID, once for each"
 FLAGS = (
     Flag("targets", 64, "number of records to erase in memory"),
-    Flag("records", [], "ids of the records to erase in memory, in place of --targets"),
+    Flag("records", (), "id of a record to erase in memory, in place of --targets; may be repeated"),
     Flag("shadows", 64, "shadow models for each cluster and each kind of slice, tuned on random halves"),
     Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing, joined by commas; empty: all"),
     Flag("seed", 0, "seed of the random targets, halves and permutations"),

@@ -32,7 +32,11 @@ NAMES_IN_WARNING = 1000  # --json has all names
 
 
 class Flag(NamedTuple):
-    """A flag of a command. Its values are of the default's type, or of the type that stands in place of a default."""
+    """A flag of a command. Its values are of the default's type, or of the type that stands in place of a default.
+
+    A list is one text with commas between its values. A tuple is a flag that may be repeated: each time one name or
+    path, as it stands. Every other flag may be given once.
+    """
 
     name: str
     default: Any
@@ -51,6 +55,7 @@ class Flag(NamedTuple):
             define(self.name, default, self.text, lower_bound=self.low, flag_values=flags)
         else:
             plain = {bool: absl_flags.DEFINE_bool, str: absl_flags.DEFINE_string, list: absl_flags.DEFINE_list}
+            plain |= {tuple: absl_flags.DEFINE_multi_string}
             plain[kind](self.name, default, self.text, flag_values=flags)
 
 
@@ -91,8 +96,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     A command is a module: its docstring is the help, `FLAGS` are its flags, `run(arguments)` does the work.
     Raises `UserError` for an unknown flag or setting, or a value that cannot be parsed.
     """
-    flags = Flags()
-    for flag in (*COMMON, *getattr(module, "FLAGS", ())):
+    flags, known = Flags(), (*COMMON, *getattr(module, "FLAGS", ()))
+    for flag in known:
         flag.define(flags)
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
         print(_help(module, flags))
@@ -111,6 +116,9 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     except Exception as error:  # an experiment file may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--config: {kind}{str(error).strip(chr(34))}") from None
+    single = [flag.name for flag in known if not isinstance(flag.default, bool | tuple)]
+    twice = [f"--{name}={flags[name].value}" for name in single if flags[name].present > 1]
+    raise_all([f"{flag} is not its only value: give this flag once" for flag in twice])
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")

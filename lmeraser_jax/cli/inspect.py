@@ -9,7 +9,9 @@ from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 
 TAKES_CONFIG = False
-FLAGS = (Flag("records", False, "list the live private records with their ids instead"),)
+FLAGS = (
+    Flag("records", False, "list the live private records instead: id and owner as a shell reads them, class, cluster"),
+)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -1,14 +1,17 @@
 """lmeraser unlearn: erase records, and re-tune only the clusters that they touched.
 
-  lmeraser unlearn --workdir=DIR --records=ID,ID | --records_file=FILE | --owner=NAME,NAME | --like=IMAGE
+  lmeraser unlearn --workdir=DIR --records=ID | --owner=NAME | --records_file=FILE | --like=IMAGE
                    [--dry_run] [--defer] [--quarantine] [--request=ID] [--requester=WHO] [--reason=WHY]
 
-FILE is text with one id a line, a .csv with a column id or owner, or a .jsonl with lines {"id": ...} or {"owner": ...}.
+Each of the first four flags may be repeated. A name counts as it stands: commas, quotes and spaces are part of it.
+FILE is text with one id a line, as it stands; or a .csv with a column id or owner, in which a name that has the
+delimiter or a double quote in it stands in double quotes, with each of its own doubled; or a .jsonl with lines
+{"id": ...} or {"owner": ...}, in which a name is a JSON string.
 --like takes the image file that records were imported from, and erases all records with exactly its pixels.
 
 The command first accepts the request, at once and for good, even while another process writes. Then it serves the
 request; with --defer the next lmeraser process does. With --dry_run it only says what the request would cost. If an
-id or an owner is unknown, it erases nothing.
+id or an owner is unknown, it erases nothing. It names the live records and owners that only look like those named.
 """
 
 import contextlib
@@ -21,6 +24,7 @@ from typing import TYPE_CHECKING
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -30,12 +34,13 @@ from lmeraser_jax.unlearning import request_files
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.erase import Erasure, Estimate
 
-STRAY = "ids are given as --records=ID,ID"
+NOTHING_TO_ERASE = "nothing to erase: all that the request names was erased before or is being erased already"
+STRAY = "ids are given as --records=ID, once for each"
 FLAGS = (
-    Flag("records", [], "ids of records to erase, joined by commas (lmeraser inspect --records lists them)"),
-    Flag("records_file", "", "file with ids or owners: text, .csv or .jsonl"),
-    Flag("owner", [], "erase all private records of these owners, joined by commas"),
-    Flag("like", "", "erase the records with the pixels of this image file"),
+    Flag("records", (), "id of a record to erase (lmeraser inspect --records lists them); may be repeated"),
+    Flag("records_file", (), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
+    Flag("owner", (), "erase all private records of this owner; may be repeated"),
+    Flag("like", (), "erase the records with the pixels of this image file; may be repeated"),
     Flag("request", "", "id of the request: a second call with the same id repeats nothing"),
     Flag("requester", "", "who asks; kept in the receipt for good"),
     Flag("reason", "", "why; kept in the receipt for good"),
@@ -53,14 +58,16 @@ def run(arguments: common.Arguments) -> int:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
     with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
         targets = ids, owners, contents = _targets(arguments, catalog)
-        if arguments["dry_run"]:
-            requests.resolve(catalog, *targets)  # refuses unknown ones before JAX is loaded
-            return _estimate(arguments, *targets)
         if not arguments["defer"]:
             requests.resolve(catalog, *targets)  # refuses unknown ones first
             common.require_device()
-        details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
-        request = requests.accept(catalog, ids, owners, contents=contents, **details)
+        if not arguments["dry_run"]:
+            details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
+            request = requests.accept(catalog, ids, owners, contents=contents, **details)
+        for line in requests.still_live(catalog, ids, owners):
+            common.warn(line)
+        if arguments["dry_run"]:
+            return _estimate(arguments, *targets)
         quarantined = requests.quarantine_size(catalog, request.id)
     if request.open and not arguments["defer"]:
         return _serve(arguments, request)
@@ -72,13 +79,13 @@ def run(arguments: common.Arguments) -> int:
 def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], list[str], list[str]]:
     """Ids, owners and content hashes that the flags name; says at once which records an image stands for."""
     ids, owners, contents = list(arguments["records"]), list(arguments["owner"]), []
-    if arguments["records_file"]:
-        named = request_files.read(arguments["records_file"])
+    for path in arguments["records_file"]:
+        named = request_files.read(path)
         ids, owners = [*ids, *named.ids], [*owners, *named.owners]
-    if arguments["like"]:
-        contents = [request_files.content_of(catalog, arguments["like"], common.config_of(arguments).data.max_pixels)]
-        same = ", ".join(catalog.same_pixels(contents[0])) or "no live record"
-        print(f"{arguments['like']} has the pixels of: {same}", file=sys.stderr, flush=True)
+    for path in arguments["like"]:
+        contents.append(request_files.content_of(catalog, path, common.config_of(arguments).data.max_pixels))
+        same = list_names(catalog.same_pixels(contents[-1])) or "no live record"
+        print(f"{path} has the pixels of: {same}", file=sys.stderr, flush=True)
     return ids, owners, contents
 
 
@@ -135,12 +142,14 @@ def _known_before(request: Request) -> list[str]:
         "erased_before": "were erased before: nothing to do for them",
         "shared": "are being erased by an earlier request",
     }
-    return [f"{len(request.body[name])} records {text}" for name, text in texts.items() if request.body[name]]
+    lines = [f"{len(request.body[name])} records {text}" for name, text in texts.items() if request.body[name]]
+    return lines if request.body["records"] else [*lines, NOTHING_TO_ERASE]
 
 
 def _estimate_text(estimate: "Estimate") -> str:
     share = estimate.images / max(1, estimate.images_full)
     lines = [
+        *(() if estimate.records else (NOTHING_TO_ERASE,)),
         f"would erase {estimate.records} records; nothing has been changed",
         f"clusters to tune: {len(estimate.clusters)}, images to process: {estimate.images}"
         f" ({share:.1%} of a full re-tune), about {estimate.seconds:.1f} s",

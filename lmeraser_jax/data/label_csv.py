@@ -1,11 +1,16 @@
-"""A CSV that names image files, their labels and their owners, matched to the files of a folder."""
+"""A CSV that names image files, their labels and their owners, matched to the files of a folder.
+
+A cell counts as it stands; one with the delimiter or a double quote stands in double quotes, its own doubled.
+"""
 
 import csv
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from lmeraser_jax.data.names import list_lookalikes, quoted
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 
 DELIMITERS = ",;\t"
@@ -24,7 +29,8 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     """Reads the CSV (comma, semicolon or tab separated, UTF-8): {name of an image: its row}.
 
     A row's file is a path below the data folder, else below a role's folder, else a file name, else a file
-    name without its suffix; it has to match one image only.
+    name without its suffix; it has to match one image only. What matches nothing as it stands is read as a path that
+    may have backslashes.
 
     Args:
         path: the CSV.
@@ -38,23 +44,33 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
     rows = _rows(path, columns)
     counts = Counter(row.file for row in rows)
     matches = dict(sorted(_matches(counts.keys() - {""}, names, folders).items()))
+    absent = sorted(counts.keys() - {""} - matches.keys())
     spellings = defaultdict(list)
     for file, images in matches.items():
         if len(images) == 1:
-            spellings[images[0]].append(shorten(file))
+            spellings[images[0]].append(quoted(file))
     offenders = {
         "has rows without a file name": [f"row {number}" for number, row in enumerate(rows, 1) if not row.file],
-        "names files more than once": [shorten(file) for file in counts if file and counts[file] > 1],
-        "names files that could be several images; give their paths": [
-            f"{shorten(file)} ({' or '.join(images[:2])})" for file, images in matches.items() if len(images) > 1
+        "has white space at an end of cells; remove it": [
+            f"row {number} ({', '.join(map(quoted, outer))})"
+            for number, row in enumerate(rows, 1)
+            if (outer := [cell for cell in row if cell != cell.strip()])
         ],
-        "names files that are not there": [shorten(file) for file in sorted(counts.keys() - {""} - matches.keys())],
+        "names files more than once": [quoted(file) for file in counts if file and counts[file] > 1],
+        "names files that could be several images; give their paths": [
+            f"{quoted(file)} ({' or '.join(map(quoted, images[:2]))})"
+            for file, images in matches.items()
+            if len(images) > 1
+        ],
+        "names files that are not there": list(map(quoted, absent)),
         "names one image in several ways": [
-            f"{name} ({', '.join(files)})" for name, files in sorted(spellings.items()) if len(files) > 1
+            f"{quoted(name)} ({', '.join(files)})" for name, files in sorted(spellings.items()) if len(files) > 1
         ],
     }
+    problems = [f"{path} {fault}: {join_limited(files, LISTED)}" for fault, files in offenders.items() if files]
+    alike = list_lookalikes(absent, {*names, *(PurePosixPath(name).name for name in names)}) if absent else ""
     raise_all(
-        [f"{path} {fault}: {join_limited(files, LISTED)}" for fault, files in offenders.items() if files],
+        [*problems, f"did you mean {alike}?"] if alike else problems,
         "the labels do not fit the images (--config.data.labels):",
     )
     return {matches[row.file][0]: row for row in rows}
@@ -67,23 +83,30 @@ def path_below(name: str, folder: str) -> str:
 
 def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str]) -> dict[str, list[str]]:
     """{file: the images it may mean}; the first of the four ways to name an image that fits any image counts."""
-    matches: dict[str, list[str]] = {}
-    for key_of in (
+    ways = (
         lambda name, folder: name,
         path_below,
         lambda name, folder: PurePosixPath(name).name,
         lambda name, folder: PurePosixPath(name).stem,
-    ):
-        left, new = set(files) - matches.keys(), defaultdict(list)
+    )
+    matches: dict[str, list[str]] = {}
+    for read_file, key_of in itertools.product((str, _as_path), ways):
+        left, new = defaultdict(list), defaultdict(list)
+        for file in set(files) - matches.keys():
+            left[read_file(file)].append(file)
         for name, folder in zip(names, folders, strict=True) if left else ():
-            if (key := key_of(name, folder)) in left:
-                new[key].append(name)
+            for file in left.get(key_of(name, folder), ()):
+                new[file].append(name)
         matches |= new
     return matches
 
 
+def _as_path(file: str) -> str:
+    return str(PurePosixPath(file.replace("\\", "/")))
+
+
 def _rows(path: str, columns: str) -> list[Row]:
-    """The rows of the CSV; cells are stripped, paths normal, empty rows left out."""
+    """The rows of the CSV, empty ones left out."""
     if not Path(path).is_file():
         raise UserError(f"--config.data.labels={path}: no such file")
     wanted = [name.strip() for name in columns.split(",")]
@@ -92,11 +115,10 @@ def _rows(path: str, columns: str) -> list[Row]:
             header, delimiter = read_header(file.readline(), wanted)
             _check_columns(path, header, wanted)
             reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote would swallow rows
-            cells = [dict(zip(header, map(str.strip, row), strict=False)) for row in reader if any(map(str.strip, row))]
+            cells = [dict(zip(header, row, strict=False)) for row in reader if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
-    rows = [Row(*(row.get(name, "") for name in wanted)) for row in cells]
-    return [row._replace(file=str(PurePosixPath(row.file.replace("\\", "/")))) if row.file else row for row in rows]
+    return [Row(*(row.get(name, "") for name in wanted)) for row in cells]
 
 
 def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:

@@ -1,24 +1,30 @@
-"""Names of records, owners and classes: which are legal, and which only look like another.
+"""Names of records, owners and classes: which are legal, how messages show them, and which only look like another.
 
-A name is text, never a path: "../x", quotes, commas and spaces are as good as any letter. What cannot be seen or
-would break a line is refused, so that a name on a screen or in a list of erasures stands for one record only.
+A name is text, never a path: "../x", quotes, commas and spaces inside it are as good as any letter, and nothing that
+reads or writes a name changes it. What cannot be seen or would break a line is refused, so that a name on a screen or
+in a list of erasures stands for one record only.
 """
 
+import itertools
+import re
+import shlex
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from lmeraser_jax.errors import shorten
+from lmeraser_jax.errors import join_limited, shorten
 
 LONGEST = 1024  # UTF-8 bytes of an id or owner
 FAULTS = {  # Unicode categories of characters that no name may have
-    "Cs": "not text in UTF-8",
+    "Cs": "is not text in UTF-8",
     "Cc": "has a control character",
     "Cf": "has an invisible formatting character",
     "Zl": "has a line separator",
     "Zp": "has a line separator",
 }
 VISIBLE = tuple(category for category in FAULTS if category != "Cf")  # some scripts spell words with joiners
+LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")  # which spreadsheets drop
+HINTS = 5  # look-alikes in a message
 
 
 def as_name(value: object) -> str:
@@ -26,40 +32,91 @@ def as_name(value: object) -> str:
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
 
 
-def fault(name: str, refused: Iterable[str] = FAULTS) -> str:
-    """What makes a name illegal, "" where nothing does; `refused` are categories of characters, of `FAULTS`."""
+def fault(name: str) -> str:
+    """What makes the name of a record or an owner illegal, "" where nothing does."""
+    if not name:
+        return "is empty"
+    reason = class_fault(name, FAULTS)
+    return reason or ("has white space at an end" if name != name.strip() else "")
+
+
+def class_fault(name: str, refused: Collection[str] = VISIBLE) -> str:
+    """What makes the name of a class illegal, "" where nothing does; `refused` are categories, of `FAULTS`."""
     if name.isprintable() and 4 * len(name) <= LONGEST:
         return ""
     if len(name) > LONGEST or len(name.encode(errors="replace")) > LONGEST:
-        return f"longer than {LONGEST} bytes"
+        return f"is longer than {LONGEST} bytes"
     categories = {unicodedata.category(character) for character in name}
     return next((FAULTS[category] for category in refused if category in categories), "")
 
 
-def faults(names: Iterable[str], refused: Iterable[str] = FAULTS) -> list[str]:
-    """A line for each different illegal name."""
-    reasons = ((name, fault(name, refused)) for name in dict.fromkeys(names))
-    return [f"{shorten(name)} ({reason})" for name, reason in reasons if reason]
+def quoted(name: str, limit: int = 80) -> str:
+    """A name as a POSIX shell reads it, for messages; a long one is cut, an illegal one that does not print escaped."""
+    short = shorten(name, limit)
+    return shlex.quote(name) if short == name or (len(name) <= limit and not fault(name)) else short
+
+
+def list_names(names: Iterable[str], limit: int = 20) -> str:
+    """Names in one line of a message, each as a shell reads it; a long list is cut and counted."""
+    return join_limited(map(quoted, names), limit)
+
+
+def list_lookalikes(names: Iterable[str], known: Iterable[str]) -> str:
+    """The known names that look like one of `names`, and the differences, in one line; "" where there are none."""
+    alike = lookalikes(names, known)
+    pairs = [(other, name) for name, others in alike.items() for other in others]
+    shown = [
+        f"{quoted(other, LONGEST)} (differs from {quoted(name)} in {difference(other, name)})"
+        for other, name in pairs[:HINTS]
+    ]
+    return join_limited([*shown, *pairs[HINTS:]], HINTS)
 
 
 def lookalikes(unknown: Iterable[str], known: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """{unknown name: known names, sorted, of which it is another Unicode form}, for names that have any.
-
-    Two forms are equal under NFKC and case folding, apart from invisible formatting characters.
-    """
+    """{unknown name: known names, sorted, that are equal to it apart from `FORMS`}, for names that have any."""
     unknown = list(dict.fromkeys(unknown))
-    forms = {_form(name) for name in unknown}
+    forms = {_form(name, ALL_FORMS) for name in unknown}
     by_form = defaultdict(set)
     for name in known if forms else ():
-        if (form := _form(name)) in forms:
+        if (form := _form(name, ALL_FORMS)) in forms:
             by_form[form].add(name)
-    others = {name: by_form[_form(name)] - {name} for name in unknown}
+    others = {name: by_form[_form(name, ALL_FORMS)] - {name} for name in unknown}
     return {name: tuple(sorted(names)) for name, names in others.items() if names}
 
 
-def _form(name: str) -> str:
-    """What names that look alike have in common."""
-    if not name.isascii():
-        name = "".join(character for character in name if unicodedata.category(character) != "Cf")
-        name = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
-    return name.casefold()
+def difference(name: str, other: str) -> str:
+    """In what two names that look alike differ: the fewest of `FORMS` without which they are equal."""
+    kinds = dict.fromkeys(kind for kind, _ in FORMS)
+    for fewest in itertools.chain.from_iterable(itertools.combinations(kinds, size) for size in range(len(kinds) + 1)):
+        changes = [change for kind, change in FORMS if kind in fewest]
+        if _form(name, changes) == _form(other, changes):
+            return " and ".join(fewest)
+    raise AssertionError("the names do not look alike")
+
+
+def _form(name: str, changes: Iterable[Callable[[str], str]]) -> str:
+    for change in changes:
+        name = change(name)
+    return name
+
+
+def _without_invisible(name: str) -> str:
+    if name.isascii():
+        return name
+    return "".join(character for character in name if unicodedata.category(character) != "Cf")
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFKC", name)
+
+
+FORMS: tuple[tuple[str, Callable[[str], str]], ...] = (  # differences that are easily overlooked, and what undoes them
+    ("invisible formatting", _without_invisible),
+    ("Unicode form", _normal),
+    ("case", str.casefold),
+    ("Unicode form", _normal),
+    ("white space", lambda name: " ".join(name.split())),
+    ("quotes", lambda name: name.strip("\"'")),
+    ("leading zeros", lambda name: LEADING_ZEROS.sub("", name)),
+)
+ALL_FORMS = [change for _, change in FORMS]

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lmeraser_jax.config import Data
-from lmeraser_jax.data.names import VISIBLE, faults
-from lmeraser_jax.errors import join_limited, shorten
+from lmeraser_jax.data.names import class_fault, fault, quoted
+from lmeraser_jax.errors import join_limited
 from lmeraser_jax.hashing import keyed_hash
 
 SPLITS = ("train", "holdout", "test", "public")
@@ -55,22 +55,38 @@ def problems(source: Source, first: bool = True) -> list[str]:
     elif first and len(labels) < 2:
         lines.append(f"only one class is present ({join_limited(labels)}); a classifier needs at least 2")
     counts = Counter(item.id for item in items)
-    illegal = faults(text for item in items for text in (item.id, item.owner))
-    illegal += [f"class {line}" for line in faults(source.class_names, VISIBLE)]
     offenders = {
         f"labels must lie in 0..{last} (the class names)": [
-            f"{shorten(item.id)}={item.label}" for item in items if not 0 <= item.label <= last
+            f"{quoted(item.id)}={item.label}" for item in items if not 0 <= item.label <= last
         ],
-        "ids must be unique; these occur more than once": [shorten(name) for name in counts if counts[name] > 1],
-        "ids (file names), owners and class names must be plain text; these are not": illegal,
+        "ids must be unique; these occur more than once": [quoted(name) for name in counts if counts[name] > 1],
+        "ids (file names), owners and class names must be plain text; these are not": _illegal_names(source),
         "ids must not be empty; these items (counted from 0) have none": [
-            f"{position} of {item.split}" for position, item in enumerate(items) if not item.id
+            f"{place} of {split}"
+            for split in SPLITS
+            for place, item in enumerate(item for item in items if item.split == split)
+            if not item.id
         ],
     }
     lines += [f"{rule}: {join_limited(names)}" for rule, names in offenders.items() if names]
     if min(source.shape) < 1 or source.shape[2] not in (1, 3):
         lines.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
     return lines
+
+
+def _illegal_names(source: Source) -> list[str]:
+    """Each name that is illegal, with what it names and why."""
+    owners = {item.owner: item.id for item in reversed(source.items) if item.owner}  # the first record of each
+    ids = [f"{quoted(item.id)} ({fault(item.id)})" for item in source.items if item.id and fault(item.id)]
+    return [
+        *ids,
+        *(
+            f"owner {quoted(owner)} of {quoted(name)} ({fault(owner)})"
+            for owner, name in owners.items()
+            if fault(owner)
+        ),
+        *(f"class {quoted(name)} ({class_fault(name)})" for name in source.class_names if class_fault(name)),
+    ]
 
 
 def content_hash(image: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -220,7 +221,10 @@ def _warnings(config: Config, clusters: int, sample: int) -> tuple[str, ...]:
 
 
 def record_list(catalog: Catalog) -> tuple[str, dict[str, Any]]:
-    """The live private records as text and as values: id, class, owner, cluster. Raises `UserError` without data."""
+    """The live private records as text and as values: id, class, owner, cluster. Raises `UserError` without data.
+
+    In the text, ids and owners stand as a shell reads them.
+    """
     dataset = catalog.get("dataset")
     if dataset is None:
         raise UserError("the workdir has no records yet; import them with: lmeraser train")
@@ -230,5 +234,8 @@ def record_list(catalog: Catalog) -> tuple[str, dict[str, Any]]:
         {"id": name, "class": dataset["classes"][label], "owner": owner, "cluster": cluster}
         for name, label, owner, cluster in columns
     ]
-    text = "\n".join(f"{row['id']}\t{row['class']}\t{row['owner']}\t{row['cluster'][:12]}" for row in rows)
+    text = "\n".join(
+        f"{shlex.quote(row['id'])}\t{row['class']}\t{row['owner'] and shlex.quote(row['owner'])}\t{row['cluster'][:12]}"
+        for row in rows
+    )
     return text, {"records": rows}

@@ -135,6 +135,10 @@ class Catalog:
         """The live records of the given splits, sorted by id."""
         return _table(self._live(f"split IN ({','.join('?' * len(splits))}) ORDER BY id", *splits))
 
+    def private_ids(self) -> list[str]:
+        """The ids of all live records but public ones."""
+        return self._values("SELECT id FROM records WHERE erased='' AND split!='public'")
+
     def at(self, rows: Iterable[int]) -> RecordTable:
         """The live private records in the given image rows, sorted by id."""
         return _table(sorted(record for row in rows for record in self._live("row=? AND split='train'", int(row))))

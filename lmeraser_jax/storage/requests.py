@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from lmeraser_jax.data.names import lookalikes
+from lmeraser_jax.data.names import list_lookalikes, list_names
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.catalog import Catalog
@@ -65,9 +65,10 @@ class Request:
         return self.state != "purged"
 
 
-def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), contents: Sequence[str] = ()) -> Targets:
+def resolve(catalog: Catalog, ids: Iterable[str], owners: Iterable[str] = (), contents: Iterable[str] = ()) -> Targets:
     """Looks up what a request names (`accept`). Raises `UserError`, which lists every unknown id and owner."""
-    raise_all(_check_names(ids, owners))
+    ids, owners, contents = map(name_list, (ids, owners, contents))
+    raise_all(_check_names(ids, owners, contents))
     owned = {owner: catalog.owned(owner) for owner in owners}
     alike = {content: catalog.same_pixels(content) for content in contents}
     names = list(dict.fromkeys(name for group in (ids, *owned.values(), *alike.values()) for name in group))
@@ -78,17 +79,15 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
     public = [name for name in known if known[name][0] == "public"]
     problems = []
     if unknown:
-        near = lookalikes(unknown, catalog.live("train", "holdout", "test").ids).values()
-        hints = [f"did you mean {join_limited(ids, 3)} (another Unicode form)?" for ids in near]
-        hint = " ".join([*hints[:5], "(lmeraser inspect --records lists the ids)"])
-        problems.append(f"unknown records: {join_limited(unknown, 50)} {hint}")
+        problems.append(f"unknown records: {list_names(unknown)}{_hint(unknown, catalog.private_ids())}")
     if strangers:
-        reason = "unknown, erased before, or the owner of public images only"
-        problems.append(f"--owner={join_limited(strangers, 50)}: owns no live private record ({reason})")
+        reason = "unknown, erased record by record, or the owner of public images only"
+        hint = _hint(strangers, catalog.owner_splits())
+        problems.append(f"--owner={list_names(strangers)}: owns no live private record ({reason}){hint}")
     if not all(alike.values()):
         problems.append("--like: no live record has exactly these pixels")
     if public:
-        problems.append(f"public records trained the backbone and cannot be erased: {join_limited(public, 50)}")
+        problems.append(f"public records trained the backbone and cannot be erased: {list_names(public)}")
     raise_all(problems, "nothing is erased:")
     pending = tuple(name for name in names if name in known and known[name][3])
     live = tuple(name for name in names if name in known and not known[name][3])
@@ -97,13 +96,13 @@ def resolve(catalog: Catalog, ids: Sequence[str], owners: Sequence[str] = (), co
 
 def accept(
     catalog: Catalog,
-    ids: Sequence[str] = (),
-    owners: Sequence[str] = (),
+    ids: Iterable[str] = (),
+    owners: Iterable[str] = (),
     request: str = "",
     requester: str = "",
     reason: str = "",
     quarantine: bool = False,
-    contents: Sequence[str] = (),
+    contents: Iterable[str] = (),
 ) -> Request:
     """Accepts an erasure in one transaction: its records are erased for every later build, and for good.
 
@@ -119,7 +118,8 @@ def accept(
     Raises:
         UserError: unknown records, nothing named, an id in use for another erasure. Nothing is changed then.
     """
-    raise_all(_check_request([*ids, *contents], owners, request, requester, reason))
+    ids, owners, contents = map(name_list, (ids, owners, contents))
+    raise_all(_check_names(ids, owners, contents) + _check_request(request, requester, reason))
     name = request or f"r-{uuid.uuid4().hex[:20]}"
     given = catalog.salted("targets", digest([sorted(set(names)) for names in (ids, owners, contents)]))
     with catalog.transaction():
@@ -195,10 +195,8 @@ def quarantine_size(catalog: Catalog, name: str) -> int:
     return catalog.db.execute("SELECT count(*) FROM quarantine WHERE request=?", (name,)).fetchone()[0]
 
 
-def _check_request(ids: Sequence[str], owners: Sequence[str], request: str, requester: str, reason: str) -> list[str]:
-    problems = _check_names(ids, owners)
-    if not ids and not owners:
-        problems.append("say what to erase: --records=ID,ID, --records_file=FILE, --like=IMAGE or --owner=NAME")
+def _check_request(request: str, requester: str, reason: str) -> list[str]:
+    problems = []
     if request and not LEGAL_NAME.fullmatch(request):
         legal = "1 to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit"
         problems.append(f"--request={shorten(request)}: must be {legal}")
@@ -209,12 +207,47 @@ def _check_request(ids: Sequence[str], owners: Sequence[str], request: str, requ
     return problems
 
 
-def _check_names(ids: Sequence[str], owners: Sequence[str]) -> list[str]:
-    """Names that no record can have: empty ones, and what the shell or JSON made of bytes that are no text."""
-    assert not isinstance(ids, str) and not isinstance(owners, str), "a name is not a sequence of names"
-    names = [*ids, *owners]
-    bad = [shorten(name) for name in names if not name or name.encode(errors="replace").decode() != name]
+def name_list(names: Iterable[str]) -> list[str]:
+    """The names. Raises `UserError` for text or bytes: the letters of a name could be other records' ids."""
+    if isinstance(names, str | bytes):
+        raise UserError(f"records and owners must be lists of names, not text: {shorten(names)}")
+    return list(names)
+
+
+def _check_names(ids: Sequence[str], owners: Sequence[str], contents: Sequence[str]) -> list[str]:
+    """Names that no record can have: empty ones, no text, and what the shell or JSON made of bytes that are no text."""
+    names = [*ids, *owners, *contents]
+    if not names:
+        return ["say what to erase: --records=ID, --owner=NAME, --records_file=FILE or --like=IMAGE"]
+    bad = [shorten(name) or "''" for name in names if not _is_text(name)]
     return [f"ids and owners must be text in UTF-8 and not empty; these are not: {join_limited(bad)}"] if bad else []
+
+
+def _is_text(name: object) -> bool:
+    return isinstance(name, str) and name != "" and name.encode(errors="replace").decode() == name
+
+
+def _hint(unknown: Sequence[str], known: Collection[str]) -> str:
+    """What a request may have meant by names that are unknown."""
+    known = frozenset(known)
+    lists = [name for name in unknown if "," in name and known.issuperset(map(str.strip, name.split(",")))]
+    hint = "; a flag or line is one name as it stands, so repeat it for each of several" if lists else ""
+    alike = list_lookalikes(unknown, known)
+    return f"{hint}; did you mean {alike}?" if alike else f"{hint}; lmeraser inspect --records lists all names"
+
+
+def still_live(catalog: Catalog, ids: Iterable[str], owners: Iterable[str]) -> list[str]:
+    """Says which live private records and owners a request does not erase although they look like what it names."""
+    ids, owners = name_list(ids), name_list(owners)
+    alike = {
+        "records": list_lookalikes(ids, set(catalog.private_ids()).difference(ids)) if ids else "",
+        "owners": list_lookalikes(owners, catalog.owner_splits().keys() - owners) if owners else "",
+    }
+    return [
+        f"{kind} that look like those of the request are live and stay: {names}"
+        for kind, names in alike.items()
+        if names
+    ]
 
 
 def get(catalog: Catalog, name: str) -> Request | None:

@@ -5,7 +5,7 @@ build brings the workdir to the state that the remaining records call for; it se
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,14 +66,14 @@ def estimate(run: "Run", targets: Targets) -> Estimate:
 
 def request_erasure(
     run: "Run",
-    ids: Sequence[str] = (),
-    owners: Sequence[str] = (),
+    ids: Iterable[str] = (),
+    owners: Iterable[str] = (),
     request: str = "",
     requester: str = "",
     reason: str = "",
     quarantine: bool = False,
     defer: bool = False,
-    contents: Sequence[str] = (),
+    contents: Iterable[str] = (),
 ) -> Erasure:
     """Erases records and brings the workdir to the state of never having had them.
 

@@ -1,8 +1,9 @@
 """Files that name the records to erase: a list of ids, a CSV, JSON lines, or an image that a record was made from.
 
-    ids.txt      one id a line; every character counts but spaces at both ends, so there are no comments
-    ids.csv      a header with a column id, a column owner or both; comma, semicolon or tab; other columns are ignored
-    ids.jsonl    {"id": "..."} or {"owner": "..."} in each line; other keys are ignored
+    ids.txt      one id a line, as it stands: there are no quotes and no comments
+    ids.csv      a header with a column id, a column owner or both; comma, semicolon or tab; other columns are ignored;
+                 a name with the delimiter or a double quote stands in double quotes, its own doubled
+    ids.jsonl    {"id": "..."} or {"owner": "..."} in each line, names as JSON strings; other keys are ignored
 
 A line names a record or an owner. One with both is refused: an owner means all of their records, and a table of
 records with their owners would erase far more than its lines.
@@ -17,13 +18,13 @@ from typing import NamedTuple
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.label_csv import read_header
+from lmeraser_jax.data.names import fault, quoted
 from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import parse_strict_json
 from lmeraser_jax.storage.catalog import Catalog
 
 LARGEST = 100_000_000  # bytes of a file; as a receipt enough for two million records
-LONGEST = 4096  # characters of an id or owner
 MOST = 100  # problems that a message lists
 KINDS = ("id", "owner")
 DECODED = ("folder", "tfds")  # sources whose images are decoded from image files
@@ -114,11 +115,9 @@ def _problem(values: dict[str, str] | str) -> str:
     name = values.get("id") or values.get("owner") or ""
     if values.get("id") and values.get("owner"):
         return "names an id and an owner; leave one empty (an owner means all their records)"
-    if len(name) > LONGEST:
-        return f"longer than {LONGEST} characters"
-    if "\0" in name:
-        return f"no text: {shorten(name)}"
-    return "" if name else "names neither an id nor an owner"
+    if not name:
+        return "names neither an id nor an owner"
+    return fault(name) and f"{quoted(name)} {fault(name)}, so that no record can have this name"
 
 
 def _lines(text: str) -> Iterator[tuple[int, str]]:
@@ -127,7 +126,7 @@ def _lines(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _parse_text(text: str) -> Iterator[_Line]:
-    return ((number, {"id": line.strip()}) for number, line in _lines(text))
+    return ((number, {"id": line.removesuffix("\r")}) for number, line in _lines(text))
 
 
 def _parse_csv(text: str) -> Iterator[_Line]:
@@ -142,11 +141,11 @@ def _parse_csv(text: str) -> Iterator[_Line]:
         reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
         line = 2
         for row in reader:
-            cells = [cell.strip() for cell in row]
-            if any(cells) and len(cells) != len(columns):
-                yield line, f"has {len(cells)} fields, the header has {len(columns)}"
-            elif any(cells):
-                yield line, dict(zip(columns, cells, strict=True))
+            filled = any(map(str.strip, row))
+            if filled and len(row) != len(columns):
+                yield line, f"has {len(row)} fields, the header has {len(columns)}"
+            elif filled:
+                yield line, dict(zip(columns, row, strict=True))
             line = reader.line_num + 2  # a row may hold line breaks; the header was read before
     except csv.Error as error:  # where the next row begins is unknown
         yield line, f"not CSV: {error}"

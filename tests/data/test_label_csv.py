@@ -55,12 +55,29 @@ def test_what_a_csv_writer_wrote_is_read(tmp_path, rows, delimiter, end, bom):
     writer = csv.writer(buffer, delimiter=delimiter, lineterminator=end)
     writer.writerows([["file", "label", "owner"], *([name, *row] for name, row in rows.items())])
     found = read(tmp_path / "a.csv", (b"\xef\xbb\xbf" if bom else b"") + buffer.getvalue().encode())
-    assert found == {name: label_csv.Row(name, *(cell.strip() for cell in row)) for name, row in rows.items()}
+    if any(cell != cell.strip() for row in rows.values() for cell in row):
+        assert "white space at an end of cells; remove it: row " in found
+    else:
+        assert found == {name: label_csv.Row(name, *row) for name, row in rows.items()}
 
 
-def test_cells_are_stripped_and_empty_rows_left_out(tmp_path):
-    rows = read(tmp_path / "a.csv", "file,label\r\n a.png , dög \r\n\r\n,\r\nb.png,x,more\r\n".encode())
+def test_empty_rows_are_left_out_and_cells_count_as_they_stand(tmp_path):
+    rows = read(tmp_path / "a.csv", "file,label\r\na.png,dög\r\n\r\n , \r\nb.png,x,more\r\n".encode())
     assert rows == {"train/a.png": ("a.png", "dög", ""), "train/b.png": ("b.png", "x", "")}
+    names = ["train/a.png", "train/b\\c.png", "train/b/c.png", "train/ a.png"]
+    rows = read(tmp_path / "a.csv", b"file,label\nb\\c.png,x\ntrain\\a.png,y\n", names)
+    assert rows == {"train/b\\c.png": ("b\\c.png", "x", ""), "train/a.png": ("train\\a.png", "y", "")}
+    message = read(tmp_path / "a.csv", b"file,label,owner\n a.png,x,ann\nb/c.png,x,ann \n", names)
+    assert "remove it: row 1 (' a.png'), row 2 ('ann ')" in message
+
+
+def test_files_that_are_not_there_have_lookalikes(tmp_path):
+    message = read(
+        tmp_path / "a.csv", "file,label\nA.PNG,x\ne\u0301.png,y\nnone.png,z\n".encode(), [*NAMES, "train/é.png"]
+    )
+    for alike in ("a.png (differs from A.PNG in case)", "(differs from 'e\u0301.png' in Unicode form)"):
+        assert alike in message, message
+    assert "not there: A.PNG, 'e\u0301.png', none.png" in message
 
 
 def test_a_row_names_a_file_in_one_of_four_ways(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from imports import blank_source
 
-from lmeraser_jax.data.names import LONGEST, fault, lookalikes
+from lmeraser_jax.data.names import FAULTS, LONGEST, class_fault, fault, lookalikes
 from lmeraser_jax.data.source import Item, Source, problems
 from lmeraser_jax.errors import UserError, shorten
 from lmeraser_jax.storage import requests
@@ -38,6 +38,9 @@ def test_illegal_ids_and_owners_are_refused_in_one_short_line():
         ("a\ufeff", "an invisible formatting character"),
         ("a\u2028b", "a line separator"),
         ("a\ud800", "not text in UTF-8"),
+        ("anna ", "white space at an end"),
+        ("\u3000anna", "white space at an end"),
+        (" ", "white space at an end"),
         ("ü" * 513, "longer than 1024 bytes"),
         (BIG, "longer than 1024 bytes"),
         ("\0" + BIG, "longer than 1024 bytes"),
@@ -67,7 +70,8 @@ def test_class_names_may_join_letters():
 def test_a_name_is_legal_by_its_size_and_the_categories_of_its_characters(name):
     categories = {unicodedata.category(character) for character in name}
     legal = not categories & {"Cc", "Cf", "Cs", "Zl", "Zp"} and len(name.encode(errors="replace")) <= LONGEST
-    assert (fault(name) == "") == legal
+    assert (class_fault(name, FAULTS) == "") == legal
+    assert (fault(name) == "") == (legal and name.strip() == name != "")
     assert shorten(name).isprintable() and len(shorten(name)) < 1000
 
 

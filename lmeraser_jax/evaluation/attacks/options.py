@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from lmeraser_jax.data.names import list_lookalikes, list_names
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.errors import join_limited, raise_all
 from lmeraser_jax.storage import requests
@@ -14,6 +15,7 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning.artifacts import load_clustering
 
 ATTACKS = ("loss", "lira", "ulira", "klom", "relearn", "routing")
+UNKNOWN = "no live training record"
 FEWEST_MEMBERS = 4  # that a cluster keeps
 
 
@@ -40,7 +42,7 @@ class Options:
         if self.shadows < 4:
             problems.append(f"--shadows={self.shadows}: must be at least 4, two with and two without each record")
         if self.records and len(set(self.records)) < 2:
-            problems.append(f"--records={join_limited(self.records)}: must be at least 2 different ids")
+            problems.append(f"--records={list_names(self.records)}: must be at least 2 different ids")
         if not self.records and self.targets < 2:
             problems.append(f"--targets={self.targets}: must be at least 2")
         return problems
@@ -65,7 +67,9 @@ def _workdir_problems(layout: Layout, catalog: Catalog, options: Options) -> lis
         problems.append(f"--workdir={root} has no test or hold-out images to compare with; {hint}")
     allowed, refused = eligible(layout, catalog, ids or catalog.live("train").ids)
     if ids:
-        problems += [f"--records={join_limited(names)}: {reason}" for reason, names in refused.items()]
+        problems += [f"--records={list_names(names)}: {reason}" for reason, names in refused.items()]
+        alike = list_lookalikes(refused.get(UNKNOWN, ()), catalog.live("train").ids)
+        problems += [f"did you mean {alike}?"] if alike else []
     elif options.targets > len(allowed):
         problems.append(f"--targets={options.targets}: must be at most {len(allowed)}, the records that can be targets")
     return problems
@@ -83,7 +87,7 @@ def eligible(layout: Layout, catalog: Catalog, ids: Iterable[str]) -> tuple[list
 
     def reason_against(name: str) -> str:
         if name not in clusters:
-            return "no live training record"
+            return UNKNOWN
         if name in sampled:
             return "sampled for the clustering, so that erasing it re-clusters (the attack routing is about these)"
         if clusters[name] in pinned or clusters[name] not in manifest.entries:
