@@ -55,7 +55,7 @@ class Flag(NamedTuple):
             define(self.name, default, self.text, lower_bound=self.low, flag_values=flags)
         else:
             plain = {bool: absl_flags.DEFINE_bool, str: absl_flags.DEFINE_string, list: absl_flags.DEFINE_list}
-            plain |= {tuple: absl_flags.DEFINE_multi_string}
+            plain[tuple] = absl_flags.DEFINE_multi_string
             plain[kind](self.name, default, self.text, flag_values=flags)
 
 
@@ -117,8 +117,13 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--config: {kind}{str(error).strip(chr(34))}") from None
     single = [flag.name for flag in known if not isinstance(flag.default, bool | tuple)]
-    twice = [f"--{name}={flags[name].value}" for name in single if flags[name].present > 1]
-    raise_all([f"{flag} is not its only value: give this flag once" for flag in twice])
+    raise_all(
+        [
+            f"--{name} stands there {flags[name].present} times; give it once"
+            for name in single
+            if flags[name].present > 1
+        ]
+    )
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")

@@ -53,7 +53,10 @@ def class_fault(name: str, refused: Collection[str] = VISIBLE) -> str:
 def quoted(name: str, limit: int = 80) -> str:
     """A name as a POSIX shell reads it, for messages; a long one is cut, an illegal one that does not print escaped."""
     short = shorten(name, limit)
-    return shlex.quote(name) if short == name or (len(name) <= limit and not fault(name)) else short
+    if short != name and (len(name) > limit or fault(name)):
+        return short
+    text = shlex.quote(name)
+    return f"'{text}'" if text == name and "," in name else text  # else it would look like two in a list
 
 
 def list_names(names: Iterable[str], limit: int = 20) -> str:

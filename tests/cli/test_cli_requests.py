@@ -79,7 +79,7 @@ def test_the_operators_day(at, trained_workdir, capsys, tmp_path):
 def test_one_command_from_request_to_receipt(at, trained_workdir, capsys):
     first, second, *_ = live(trained_workdir)
     assert call(capsys, "unlearn", at, f"--records={second}", "--defer")[0] == 0
-    code, out, err = call(capsys, "unlearn", at, f"--records={first},{second}", "--request=a")
+    code, out, err = call(capsys, "unlearn", at, f"--records={first}", f"--records={second}", "--request=a")
     assert code == 0 and "accepted: request a" in err and "1 other requests wait" in err
     assert "erased 1 records (request a)" in out and "1 records are being erased by an earlier request" in out
     receipt = Path(out.strip().rpartition("receipt: ")[2])
@@ -106,15 +106,16 @@ def test_a_request_is_accepted_while_another_process_writes(at, trained_workdir,
 
 
 def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsys, tmp_path):
-    first, *_ = live(trained_workdir)
+    first, second, *_ = live(trained_workdir)
     noise = tmp_path / "noise.png"
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(noise)
     (tmp_path / "bad.jsonl").write_text('{"id": 1}\n[]\n')
     with catalog_of(trained_workdir) as catalog:
         before = [line for line in catalog.db.iterdump() if "INSERT" in line]
         for flags, message in (
-            ([f"--records={first},nobody,none"], "unknown records: nobody, none"),
-            ([f"--records={first}", "--owner=hand-005,nobody"], "--owner=nobody"),
+            ([f"--records={first}", "--records=nobody", "--records=none"], "unknown records: nobody, none"),
+            ([f"--records={first},{second}"], f"unknown records: '{first},{second}'; a flag or line is one name"),
+            ([f"--records={first}", "--owner=hand-005", "--owner=nobody"], "--owner=nobody"),
             ([f"--records={first}", "--records_file=none"], "no such file"),
             ([f"--records_file={tmp_path}/bad.jsonl"], "line 2: must be an object"),
             ([f"--records={first}", f"--like={noise}"], "no live record has exactly these pixels"),

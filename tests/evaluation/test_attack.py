@@ -335,7 +335,7 @@ def test_bad_input_is_refused_at_once(run, workdir, capsys, tmp_path, monkeypatc
     assert "--shadows=3: must be at least 4" in message and "--targets=1: must be at least 2" in message
     assert "--targets=5000: must be at most " in refused("--targets=5000")
     sampled = load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]
-    message = refused(f"--records=nobody,{sampled}")
+    message = refused("--records=nobody", f"--records={sampled}")
     assert "--records=nobody: no live training record" in message
     assert f"--records={sampled}: sampled for the clustering" in message
     assert "--figure=a.jpg" in refused("--figure=a.jpg")
