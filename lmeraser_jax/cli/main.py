@@ -13,6 +13,7 @@ import shlex
 import sqlite3
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -180,20 +181,21 @@ def keep_compiled_programs() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
-def ignore_closed_event_loops() -> None:
-    """Silences TensorStore threads that outlive a failed checkpoint; the failure itself is raised."""
+def ignore_torn_event_loops() -> None:
+    """Silences what a failed checkpoint leaves of Orbax's event loops; the failure itself is raised."""
     report = sys.unraisablehook
 
     def report_others(args: "sys.UnraisableHookArgs") -> None:
-        if str(args.exc_value) != "Event loop is closed":
+        if str(args.exc_value) != "Event loop is closed" and "'_ssock'" not in str(args.exc_value):
             report(args)
 
     sys.unraisablehook = report_others
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def console() -> int:
     """The program `lmeraser`."""
-    ignore_closed_event_loops()
+    ignore_torn_event_loops()
     keep_compiled_programs()
     return main()
 

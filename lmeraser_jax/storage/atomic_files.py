@@ -59,7 +59,7 @@ def note_digests(folder: Path) -> None:
     write_json(folder / DIGESTS, digests)
 
 
-def why_unreadable(folder: Path, error: Exception) -> Exception:
+def why_unreadable(folder: Path, error: Exception | str) -> Exception:
     """What to raise for an error over a folder: `Damaged` where its files are not those whose digests were noted.
 
     Where they are, an `OSError`, whatever library raised: nobody could look. Raises the `OSError` that a file meets.

@@ -3,21 +3,24 @@
 Only this file imports Orbax, and only to write. TensorStore reads many times faster, without JAX.
 """
 
-import errno
+import contextlib
 import json
 import logging
 import math
 import operator
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmeraser_jax.errors import Damaged
+from lmeraser_jax.errors import Damaged, UserError
+from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.storage.atomic_files import disk_use
 
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 Arrays = Mapping[str, np.ndarray]
 RATIO = 40_000  # bytes of arrays that one byte of the files can stand for: Zstandard gives at most 32,768
 DESCRIPTION = "/.zarray"  # what the key of an array's description ends with
+PLAIN = re.compile(r"[^][*?\\\udc80-\udcff]*")  # paths that both libraries take as they are
+PLACES = re.compile(r'(Error (?:[^:"]|"[^"]*")*: )+')  # where TensorStore was when it met the cause that follows
+NOTES = re.compile(r" \[[a-z_ ]+='|\n")  # begins what follows it: notes for developers
+OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # the note that names an error of the system
 
 
 def _is_warning(record: logging.LogRecord) -> bool:
@@ -63,7 +70,12 @@ def save(
 ) -> None:
     """Writes a checkpoint, and those of `earlier` steps of its training, completely or not at all.
 
-    Replaces the folder: everything is written to a hidden one, which is synced and renamed.
+    Replaces the folder: everything is written to a hidden one, which is read back, synced and renamed.
+
+    Raises:
+        Damaged: what is read is not what was written.
+        OSError: it cannot be written or read now.
+        UserError: it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -72,6 +84,8 @@ def save(
         with _manager(temporary) as manager:
             for number, tree in sorted({**earlier, step: arrays}.items(), key=operator.itemgetter(0)):
                 _write(manager, number, tree, metadata)
+        for number, tree in {**earlier, step: arrays}.items():
+            _read_back(temporary, number, tree)
         atomic_files.publish_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
@@ -82,7 +96,14 @@ def save_step(folder: Path, arrays: Arrays, metadata: dict[str, Any], step: int)
     """Adds a step to a folder of checkpoints of one training; the last two are kept."""
     with _manager(folder, keep=2) as manager:
         _write(manager, step, arrays, metadata)
+    _read_back(folder, step, arrays)
     atomic_files.note_digests(folder)
+
+
+def _read_back(folder: Path, step: int, arrays: Arrays) -> None:
+    """Raises `Damaged` where a step that was just written does not read as it was written."""
+    if arrays_digest(load(folder, step)[0]) != arrays_digest(arrays):
+        raise Damaged(f"{folder} was not written: step {step} holds other arrays when it is read back")
 
 
 def _write(manager: "ocp.CheckpointManager", step: int, arrays: Arrays, metadata: dict[str, Any]) -> None:
@@ -95,10 +116,10 @@ def _write(manager: "ocp.CheckpointManager", step: int, arrays: Arrays, metadata
     try:
         manager.save(step, args=items, force=True)
         manager.wait_until_finished()
-    except ValueError as error:  # how TensorStore reports a full disk
-        if "No space left" in str(error) or "RESOURCE_EXHAUSTED" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory)) from error
-        raise
+    except ValueError as error:  # how TensorStore reports whatever fails
+        if code := OS_ERROR.search(str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(manager.directory)) from error
+        raise UserError(f"a checkpoint cannot be written to {manager.directory}: {_cause(error)}") from error
 
 
 def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], dict[str, Any], int]:
@@ -120,7 +141,8 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
         notes = json.loads((folder / str(step) / "metadata" / "metadata").read_text(encoding="utf-8"))
         if not isinstance(notes["metadata"], dict):
             raise ValueError("its metadata is no JSON object")
-        arrays = _read_arrays(folder / str(step) / "arrays", disk_use(folder))
+        with _plain(folder) as path:
+            arrays = _read_arrays(path / str(step) / "arrays", disk_use(folder))
         for name, (dtype, shape) in notes["empty"].items():
             if 0 not in shape:
                 raise ValueError(f"an array of shape {shape} is noted as empty")
@@ -129,7 +151,17 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
     except MemoryError:
         raise
     except Exception as error:  # TensorStore raises nearly every kind over damaged files, and where it cannot read
-        raise atomic_files.why_unreadable(folder, error) from error
+        raise atomic_files.why_unreadable(folder, _cause(error)) from error
+
+
+def _cause(error: Exception) -> str:
+    """An error in one line, of TensorStore's chain of places and reasons only the last reason."""
+    text = NOTES.split(str(error), maxsplit=1)[0]
+    status, _, chain = text.partition(": ")
+    if status.isupper() and status.replace("_", "").isalpha():
+        reason = PLACES.sub("", chain)
+        text = f"{status.lower().replace('_', ' ')}: {chain}" if reason == chain else reason
+    return text or type(error).__name__
 
 
 def _read_arrays(folder: Path, file_bytes: int) -> dict[str, np.ndarray]:
@@ -137,7 +169,7 @@ def _read_arrays(folder: Path, file_bytes: int) -> dict[str, np.ndarray]:
 
     if not (folder / "manifest.ocdbt").is_file():  # TensorStore takes that for an empty database
         raise ValueError("its arrays are missing")
-    database = {"driver": "ocdbt", "base": folder.absolute().as_uri() + "/"}
+    database = {"driver": "ocdbt", "base": folder.as_uri() + "/"}
     keys = [key.decode() for key in tensorstore.KvStore.open(database).result().list().result()]
     names = [key.removesuffix(DESCRIPTION) for key in keys if key.endswith(DESCRIPTION)]
     specs = [{"driver": "zarr", "kvstore": {**database, "path": f"{name}/"}} for name in names]
@@ -149,7 +181,20 @@ def _read_arrays(folder: Path, file_bytes: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(read.result()) for name, read in zip(names, reads, strict=True)}
 
 
-def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":
+@contextlib.contextmanager
+def _plain(folder: Path) -> Iterator[Path]:
+    """An absolute path of a folder in which Orbax sees no pattern and TensorStore no separator: if need be, a link."""
+    if PLAIN.fullmatch(str(folder.absolute())):
+        yield folder.absolute()
+        return
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:  # TMPDIR could be no plainer
+        link = Path(place, "link")
+        link.symlink_to(folder.absolute(), target_is_directory=True)
+        yield link
+
+
+@contextlib.contextmanager
+def _manager(folder: Path, keep: int | None = None) -> Iterator["ocp.CheckpointManager"]:
     import jax
     import orbax.checkpoint as ocp
 
@@ -165,4 +210,5 @@ def _manager(folder: Path, keep: int | None = None) -> "ocp.CheckpointManager":
     options = ocp.CheckpointManagerOptions(
         create=False, max_to_keep=keep, enable_async_checkpointing=False, multiprocessing_options=alone
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+    with _plain(folder) as path, ocp.CheckpointManager(path, options=options, item_handlers=handlers) as manager:
+        yield manager

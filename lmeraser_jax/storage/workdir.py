@@ -26,6 +26,8 @@ class Layout:
 
     def __init__(self, workdir: str | Path):
         self.root = Path(workdir).expanduser().resolve()
+        if any("\udc80" <= letter <= "\udcff" for letter in str(self.root)):  # how Python shows other bytes
+            raise UserError(f"--workdir={str(self.root)!a}: the path is not UTF-8, as receipts are; rename it")
         self.config = self.root / "config.json"
         self.catalog = self.root / "catalog.db"
         self.backbone = self.root / "backbone"

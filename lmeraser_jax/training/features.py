@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax import interrupt
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.transforms import ImageSpec, centred
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
 from lmeraser_jax.progress import progress
@@ -97,4 +98,6 @@ def cached(
             view = file.view("r+")
             view[rows[piece_rows]] = features[piece_rows]
             view.flush()
+            if file.view()[rows[piece_rows]].tobytes() != features[piece_rows].tobytes():
+                raise UserError(f"{file.path} holds other features than were written; delete the file and try again")
     return features

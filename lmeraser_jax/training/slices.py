@@ -14,14 +14,14 @@ import numpy as np
 
 from lmeraser_jax.config import NOT_IN_RECIPE, Tuning
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.errors import Damaged, UserError, raise_all, shorten
+from lmeraser_jax.errors import Damaged, UserError, raise_all
 from lmeraser_jax.hashing import digest, philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone, array_problems, from_flat
+from lmeraser_jax.training import slice_arrays
+from lmeraser_jax.training.slice_arrays import OWN
 
 RECIPE_VERSION = 3  # raise it when the same recipe starts to give other bits
-OWN = "backbone/"  # begins the names of a slice's own backbone in a checkpoint
-SHAPES = {"prompt": 1, "kernel": 2, "bias": 1}  # dimensions of a slice's arrays
 NOISE_IMAGES, NOISE_BATCH = 512, 64  # of `noise_activation`
 
 
@@ -43,23 +43,13 @@ def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architec
     Raises:
         Damaged: names the slice, and every array that is missing, left over or of another dtype or shape.
     """
-    own = {}
-    if architecture:
-        own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if field.startswith(OWN)}
-        arrays = {field: leaf for field, leaf in arrays.items() if not field.startswith(OWN)}
-    problems = [f"{field} is missing" for field in SHAPES if field not in arrays]
-    problems += [f"{shorten(field)} is no part of a slice" for field in arrays if field not in SHAPES]
-    for field, ndim in SHAPES.items():
-        leaf = arrays.get(field)
-        if leaf is not None and (leaf.dtype != np.float32 or leaf.ndim != ndim):
-            problems.append(f"{field} must be float32 of {ndim} dimensions, is {leaf.dtype} {list(leaf.shape)}")
-    if not problems and arrays["kernel"].shape[1:] != arrays["bias"].shape:
-        kernel, bias = list(arrays["kernel"].shape), list(arrays["bias"].shape)
-        problems.append(f"kernel {kernel} and bias {bias} have different numbers of classes")
+    problems = slice_arrays.array_problems(arrays, architecture is not None)
+    own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if field.startswith(OWN)}
     if architecture:
         problems += [f"backbone: {line}" for line in array_problems(architecture, own)]
     raise_all(sorted(problems), f"slice {name} is damaged:", kind=Damaged)
-    return Slice(**arrays, backbone=from_flat(architecture, own, name) if architecture else None)
+    backbone = from_flat(architecture, own, name) if architecture else None
+    return Slice(arrays["prompt"], arrays["kernel"], arrays["bias"], backbone)
 
 
 def border_size(size: int, width: int, channels: int) -> int:
@@ -91,14 +81,15 @@ def init_slice(
     """
     key_prompt, key_head = jax.random.split(key)
     n = border_size(architecture.image_size, tuning.active_prompt_width, architecture.channels)
-    prompt, kernel = jnp.zeros((n,)), jnp.zeros((architecture.feature_size, classes))
+    prompt = jnp.zeros((n,), jnp.float32)
+    kernel = jnp.zeros((architecture.feature_size, classes), jnp.float32)
     if tuning.prompt_init:
-        prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape)
+        prompt = tuning.prompt_init * jax.random.normal(key_prompt, prompt.shape, jnp.float32)
     if tuning.head_init:
-        kernel = tuning.head_init * jax.random.normal(key_head, kernel.shape)
+        kernel = tuning.head_init * jax.random.normal(key_head, kernel.shape, jnp.float32)
     if mapping:
         kernel = jnp.zeros_like(kernel).at[np.array(mapping), np.arange(classes)].set(1.0)
-    return Slice(prompt, kernel, jnp.zeros((classes,)))
+    return Slice(prompt, kernel, jnp.zeros((classes,), jnp.float32))
 
 
 def noise_activation(backbone: Backbone, classes: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ are. The second way matters only for slices that are kept whatever the live reco
 
 import io
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -77,18 +78,27 @@ def load_slice(run: "Run", ref: str) -> "Slice":
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:
-    sample, keys = np.array(clustering.sample, np.str_), np.array(clustering.keys, np.str_)
-    buffer = io.BytesIO()
-    np.savez(buffer, sample=sample, labels=clustering.labels, keys=keys, prototypes=clustering.prototypes)
-    folder = layout.clustering(clustering.digest)
+    """Writes a clustering, once it was read back. Raises `Damaged` where readers would get another one."""
+    arrays, buffer, folder = _arrays(clustering), io.BytesIO(), layout.clustering(clustering.digest)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     temporary = folder.with_name(f".{folder.name}.tmp")
     write_bytes(temporary / "clustering.npz", buffer.getvalue())
+    if arrays_digest(_arrays(_read(temporary, clustering.digest))) != arrays_digest(arrays):
+        raise Damaged(f"{folder} was not written: it is another clustering when it is read back")
     publish_folder(temporary, folder)
+
+
+def _arrays(clustering: Clustering) -> dict[str, np.ndarray]:
+    sample, keys = np.array(clustering.sample, np.str_), np.array(clustering.keys, np.str_)
+    return {"sample": sample, "labels": clustering.labels, "keys": keys, "prototypes": clustering.prototypes}
 
 
 def load_clustering(layout: Layout, name: str) -> Clustering:
     """A saved clustering. Raises `Damaged` when it is missing or damaged, `OSError` when it cannot be read now."""
-    folder = layout.clustering(name)
+    return _read(layout.clustering(name), name)
+
+
+def _read(folder: Path, name: str) -> Clustering:
     try:
         arrays = read_arrays(folder / "clustering.npz")
         sample, keys = (tuple(str(x) for x in arrays[field]) for field in ("sample", "keys"))
@@ -97,7 +107,11 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
             members[label].append(record)
         if sample and tuple(map(digest, members)) != keys:
             raise ValueError("its keys are not the digests of its sampled ids")
-        return Clustering(name, sample, arrays["labels"], keys, arrays["prototypes"])
+        labels, prototypes = arrays["labels"], arrays["prototypes"]
+        kinds = labels.dtype, prototypes.dtype, prototypes.ndim, len(prototypes)
+        if kinds != (np.int32, np.float32, 2, len(keys)):
+            raise ValueError("its labels are not int32, or its prototypes no float32 row for each key")
+        return Clustering(name, sample, labels, keys, prototypes)
     except MemoryError:
         raise
     except Exception as error:  # see `read_arrays`

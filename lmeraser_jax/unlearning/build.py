@@ -25,7 +25,7 @@ from lmeraser_jax.training.lanes import efficiency
 from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
 from lmeraser_jax.training.train_step import TuningSpec
 from lmeraser_jax.training.tune import solved
-from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, save_clustering, slice_of
+from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, reference, save_clustering, slice_of
 from lmeraser_jax.unlearning.plan import Plan, current_plan
 from lmeraser_jax.unlearning.publish import publish
 from lmeraser_jax.unlearning.purge import purge
@@ -159,10 +159,16 @@ def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
 
 
 def register(run: Run, wanted: Plan, written: WrittenSlice) -> None:
-    """Registers a slice that is on disk, and its snapshots."""
+    """Registers a slice that is on disk, and its snapshots, if readers can read them.
+
+    Raises:
+        Damaged: what was written is not what is read; nothing is registered.
+    """
     with run.catalog.transaction():
         row = written.row._replace(clustering=wanted.clustering.digest)
         run.catalog.add_slice(row, written.rows, written.epochs)
+        for step in (0, *written.epochs):
+            load_slice(run, reference(row.digest, step))
 
 
 def tune_missing(run: Run, wanted: Plan, missing: Mapping[str, Target]) -> None:

@@ -24,6 +24,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.training.slice_arrays import array_problems
 from lmeraser_jax.unlearning.artifacts import split_reference
 from lmeraser_jax.unlearning.receipts import iso_time, receipt_body
 from lmeraser_jax.unlearning.request_files import LARGEST, read_bytes
@@ -243,6 +244,8 @@ def _check_published(values: Mapping[str, Any], snapshot: _Snapshot) -> tuple[li
             arrays, _, _ = checkpoints.load(snapshot.layout.slice(name), step or None)
             if snapshot.salted("params", arrays_digest(arrays)) != cluster["params"]:
                 findings.append(f"the slice of cluster {key[:12]} has other bytes than it says")
+            problems = array_problems(arrays, own_backbone=True)
+            findings += (f"the slice of cluster {key[:12]} cannot be used: {line}" for line in problems)
         except Damaged as error:
             findings.append(f"the slice of cluster {key[:12]} cannot be read: {error}")
     note = f"{replaced} of its {len(tuned)} slices were replaced by a later request or publication"

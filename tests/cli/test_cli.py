@@ -141,6 +141,7 @@ def test_missing_and_foreign_workdirs(capsys, tmp_path):
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
     assert "is a file" in refused(capsys, "train", f"--workdir={tmp_path}/file")
+    assert "not UTF-8" in refused(capsys, "train", f"--workdir={tmp_path}/\udcff")
 
 
 def test_a_config_that_differs_from_the_workdir_s(capsys, workdir):

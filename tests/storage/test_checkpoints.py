@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import weight_files
 from lmeraser_jax.models.vit import ViTConfig
@@ -131,12 +131,50 @@ def test_a_save_is_all_or_nothing(folder, monkeypatch):
             checkpoints.save(folder, {"a": np.zeros(2)}, {})
     assert os.listdir(folder.parent) == []  # neither a checkpoint nor the space it took
     checkpoints.save(folder, {"a": np.arange(2)}, {"m": 1})
+    write = checkpoints._write
     for owner, name in ((checkpoints, "_write"), (atomic_files, "publish_folder")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, full)
             with pytest.raises(OSError, match="No space"):
                 checkpoints.save(folder, {"a": np.zeros(2)}, {"m": 2})
         assert checkpoints.load(folder)[0]["a"].tolist() == [0, 1] and checkpoints.load(folder)[1] == {"m": 1}
+    for other in (np.zeros(2, np.float32), np.zeros(3), np.array([0, 1e-320])):  # what the library wrote instead
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                checkpoints, "_write", lambda manager, step, _, notes, a=other: write(manager, step, {"a": a}, notes)
+            )
+            with pytest.raises(Damaged, match="other arrays when it is read back"):
+                checkpoints.save(folder, {"a": np.zeros(2)}, {}, 1, {0: {"a": other}})
+        assert checkpoints.load(folder)[1] == {"m": 1} and os.listdir(folder.parent) == ["abc"]
+
+
+def test_any_folder_will_do(tmp_path):
+    for name in ("old [v1]", "a*b?", "\\", "\udcff", "[!a]%5B#é&:;|~$'\"<>{} \n\x7f"):
+        folder = tmp_path / name / "run"
+        checkpoints.save(folder, SLICE, {"m": 1}, 3, {1: SLICE})
+        assert bits(checkpoints.load(folder, 1)[0]) == bits(checkpoints.load(folder)[0]) == bits(SLICE), name
+    checkpoints.save_step(tmp_path / "[v1]" / "steps", SLICE, {}, 2)
+    assert bits(checkpoints.load(tmp_path / "[v1]" / "steps")[0]) == bits(SLICE)
+
+
+def test_an_error_of_the_library_is_cut_to_its_cause(folder, monkeypatch):
+    place = 'Error writing "a/0" in OCDBT database at local file "/d: e/": Failed writing: "/d/5f": Failed to write: '
+    notes = " [os_error_code='24'] [source locations='a.cc:1\\nb.cc:2']"
+    errors = [(f"RESOURCE_EXHAUSTED: {place}Too many open files{notes}", OSError, "Too many open files")]
+    errors += [(f"INTERNAL: {place}the cause [source locations='x']\nmore", UserError, "the cause")]
+    errors += [('FAILED_PRECONDITION: Error opening "zarr" driver: the cause', UserError, ": the cause")]
+    for text, kind, cause in errors:
+
+        def fail(*_, text=text, **__):
+            raise ValueError(text)
+
+        monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+        with pytest.raises(kind) as caught:
+            checkpoints.save(folder, SLICE, {})
+        message = str(caught.value)
+        assert cause in message and not any(
+            word in message for word in ("Error ", "source", "os_error", "INTERNAL", "\n")
+        )
 
 
 def test_leftovers_of_a_kill_do_not_hinder(folder):
@@ -185,7 +223,7 @@ def test_damage_to_any_file_is_refused_or_does_not_matter_and_no_pickle_is_loade
                 loaded, metadata, _ = checkpoints.load(path)
                 assert bits(loaded) == wanted and metadata == {"m": 1}, name
             except UserError as error:
-                assert str(path) in str(error)
+                assert str(path) in str(error) and "OCDBT" not in str(error) and "\n" not in str(error)
                 refused.add(name)
     assert "0/metadata/metadata" in refused and any(name.startswith("0/arrays/") for name in refused)
     assert not (tmp_path / "boom").exists()

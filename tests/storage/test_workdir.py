@@ -20,8 +20,11 @@ from lmeraser_jax.storage import workdir as workdir_module
 from lmeraser_jax.storage.atomic_files import disk_use, publish_folder, remove_others, write_bytes, write_json
 from lmeraser_jax.storage.workdir import Layout, current_writer, read_config, refuse_links, writer_lock
 from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.audit import audit
 from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import open_run
+from lmeraser_jax.unlearning.verify import verify_all
 
 
 @contextlib.contextmanager
@@ -53,6 +56,15 @@ def trained(tmp_path_factory):
 
 
 # folders and files
+def test_a_workdir_may_lie_in_any_folder(fast_workdir, tmp_path):
+    root = tmp_path / "[!a] * ? \\ %41#é&:;|~$'\"<>{}\n" / "old [v1]"
+    shutil.move(fast_workdir, root)
+    with small_run(root) as run:
+        erase.request_erasure(run, run.catalog.live("train").ids[:1])
+        assert audit(run).ok and all(verdict.ok for verdict in verify_all(run.layout, run.catalog))
+        assert leftovers(run) == []
+
+
 def test_a_foreign_folder_is_refused_and_a_workdir_is_made_once(tmp_path):
     layout = Layout(tmp_path / "a" / "b")
     with pytest.raises(UserError, match="does not exist; make one with: lmeraser train --workdir="):

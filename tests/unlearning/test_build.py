@@ -11,15 +11,17 @@ import pytest
 from fakes import fake_tune
 from helpers import small_config, small_run, small_source, without
 
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.data.row_file import RowFile
+from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.atomic_files import write_bytes
 from lmeraser_jax.storage.requests import any_open, resolve
 from lmeraser_jax.training import slice_files
 from lmeraser_jax.training import tune as tune_module
+from lmeraser_jax.unlearning import artifacts, erase, purge
 from lmeraser_jax.unlearning import build as build_module
-from lmeraser_jax.unlearning import erase, purge
 from lmeraser_jax.unlearning.artifacts import load_clustering
-from lmeraser_jax.unlearning.audit import differences, state
+from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.plan import current_plan
 from lmeraser_jax.unlearning.run import open_run
@@ -175,6 +177,66 @@ def test_what_is_missing_or_damaged_is_made_again_and_leftovers_are_removed(work
                 path.write_bytes(content)
             assert build(run).retuned == 0
             assert differences(state(run), expected) == [] and purge.leftovers(run) == []
+
+
+FAULTS = {
+    "other bits": lambda arrays: {**arrays, "bias": arrays["bias"] + 1},
+    "float64": lambda arrays: {**arrays, "bias": arrays["bias"].astype(np.float64)},
+    "another shape": lambda arrays: {**arrays, "bias": arrays["bias"][None]},
+    "an array is lost": lambda arrays: {"bias": arrays["bias"]},
+}
+
+
+def test_a_slice_that_readers_cannot_use_is_not_registered(workdir, expected, tmp_path, monkeypatch):
+    def written_differently(fault):
+        return lambda folder, arrays, *rest: save(folder, fault(arrays), *rest)
+
+    def tuned_differently(fault):  # as a program in float64 would: the digest is that of what is written
+        return lambda *args: [
+            dataclasses.replace(tuned, slice=tuned.slice._replace(bias=fault({"bias": tuned.slice.bias})["bias"]))
+            for tuned in fake_tune(*args)
+        ]
+
+    save = checkpoints.save
+    with small_run(workdir) as run:
+        name = next(name for name in run.catalog.live("train").ids if name not in sample_of(run))
+        before, known = run.catalog.manifest(), set(run.catalog.slices())
+        faults = [(checkpoints, "save", written_differently(fault)) for fault in FAULTS.values()]
+        faults += [(tune_module, "make_slices", tuned_differently(FAULTS[fault])) for fault in list(FAULTS)[1:3]]
+        faults += [(checkpoints, "save", lambda folder, *_: folder.mkdir())]
+        for owner, attribute, fault in faults:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, attribute, fault)
+                with pytest.raises(Damaged):
+                    erase.request_erasure(run, [name], request="one")
+            assert (run.catalog.manifest(), set(run.catalog.slices())) == (before, known) and any_open(run.catalog)
+        erase.request_erasure(run, [name], request="one")
+        unlearned = state(run)
+    assert differences(unlearned, state_from_scratch(tmp_path / "scratch", without(small_source(), {name}))) == []
+
+
+def test_a_backbone_clustering_or_feature_that_readers_cannot_use_is_not_used(workdir, tmp_path, monkeypatch):
+    write, view = checkpoints._write, RowFile.view
+    with monkeypatch.context() as patch, pytest.raises(Damaged):
+        patch.setattr(checkpoints, "_write", lambda manager, step, _, m: write(manager, step, {"a": np.ones(1)}, m))
+        with small_run(tmp_path / "new"):
+            pass
+    assert not (tmp_path / "new" / "backbone").exists()
+    with small_run(workdir) as run:
+        before, name = run.catalog.manifest(), sample_of(run)[0]
+        (file,) = run.layout.records.glob("features-*.f32")
+        file.write_bytes(b"")
+        faults = [(artifacts, "write_bytes", lambda path, data: write_bytes(path, data[:-9]))]
+        faults += [(RowFile, "view", lambda self, mode="r": view(self, mode).copy())]  # what is written is lost
+        for owner, attribute, fault in faults:
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, attribute, fault)
+                with pytest.raises(UserError, match="clustering.npz|other features|cannot be read"):
+                    erase.request_erasure(run, [name], request="one")
+            assert run.catalog.manifest() == before and any_open(run.catalog)
+            file.write_bytes(b"")
+        erase.request_erasure(run, [name], request="one")
+        assert not any_open(run.catalog) and audit(run).ok
 
 
 def test_leftovers_are_reported(workdir):

@@ -12,6 +12,7 @@ from lmeraser_jax.data.source import Item, content_hash
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.ingest import image_file
+from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning import plan as plan_module
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.build import build
@@ -40,6 +41,7 @@ def run(imported, tmp_path, monkeypatch):
     fast_fakes(monkeypatch)
     monkeypatch.setattr(Run, "features", features)
     monkeypatch.setattr(checkpoints, "save", lambda folder, *_, **__: folder.mkdir(parents=True))
+    monkeypatch.setattr(build_module, "load_slice", lambda *_: None)
     shutil.copytree(imported, tmp_path / "run")
     with open_run(tmp_path / "run", devices=jax.devices()[:1], write=True) as opened:
         build(opened)

@@ -289,6 +289,8 @@ def test_a_current_slice_with_other_bytes_shows(workdir):
     assert findings(workdir, "four") == [
         f"four.json: the slice of cluster {cluster['cluster'][:12]} has other bytes than it says"
     ]
+    checkpoints.save(folder, {**arrays, "bias": arrays["bias"].astype(np.float64)}, metadata, step)
+    assert "cannot be used: bias must be float32 of 1 dimensions, is float64 [10]" in findings(workdir, "four")[1]
     shutil.rmtree(folder)
     assert "cannot be read" in findings(workdir, "four")[0]
 
