@@ -2,16 +2,23 @@
 
 import contextlib
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from lmeraser_jax.cli.main import COMMANDS
+from lmeraser_jax.config import Config
+from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.storage.ingest import import_settings
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = """
@@ -49,6 +56,8 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["predict", at], 2),
         (["predict", at, "none.png"], 2),
         (["predict", at, str(ROOT / "README.md"), "--config.seed=1"], 2),
+        (["backbone", "--weights=absent", f"--out={workdir}-new"], 2),
+        (["train", f"--workdir={workdir}-new", "--config.backbone.weights=absent"], 2),
         (["rollback", at, f"--cluster={cluster}", "--to=epoch:999"], 2),
         (["rollback", at, "--cluster=unknown"], 2),
         *((["attack", at, flag], 2) for flag in ("--attacks=x", "--shadows=0", "--records=unknown", "--figure=x.jpg")),
@@ -81,6 +90,96 @@ def test_light_commands_load_neither_jax_nor_orbax(erased_workdir):
     run = [sys.executable, "-c", RUN, json.dumps(commands)]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_locked_workdir_and_a_sample_larger_than_the_data_are_refused_without_jax(new_workdir):
+    layout, catalog = new_workdir
+    catalog.set("dataset", {"settings": import_settings(Config()), "classes": [], "shape": [8, 8, 1], "name": "x"})
+    tasks = [(["train", f"--workdir={layout.root}", "--config.clustering.sample_size=99"], 2)]
+    run = [sys.executable, "-c", RUN, json.dumps(tasks)]
+    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "at most the number of private records, 0" in result.stderr, result.stderr
+    with writer_lock(layout):
+        result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "is being written by process" in result.stderr, result.stderr
+
+
+WITHOUT_DEVICE = """
+import contextlib, io, json, os, sys
+import lmeraser_jax as lm
+from lmeraser_jax.cli.main import main
+at, new, image, needing, light = json.loads(sys.argv[1])
+for arguments in needing:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(arguments)
+    lines = [line for line in said.getvalue().splitlines() if "request" not in line]
+    assert code == 2 and len(lines) == 1 and "JAX has no such device here" in lines[0], (arguments, lines)
+    assert f"error: JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}" in lines[0] and "set JAX_PLATFORMS=cpu" in lines[0]
+print(lines[0])
+calls = {lm.train: new, lm.evaluate: at, lm.audit: at, lambda at: lm.unlearn(at, ["digit-0019"]): at}
+for call, workdir in [*calls.items(), (lambda at: lm.predict(at, [image]), at)]:
+    try:
+        call(workdir)
+    except lm.UserError as error:
+        assert "set JAX_PLATFORMS=cpu" in str(error), error
+    else:
+        raise AssertionError(call)
+assert [main(arguments) for arguments in light] == [0] * len(light)
+assert main(["doctor", f"--workdir={at}", "--fix"]) == 3
+"""
+PLUGIN = """
+def initialize():
+    from jax._src import hardware_utils, xla_bridge
+    hardware_utils.has_visible_nvidia_gpu = lambda: True
+    xla_bridge.register_backend_factory("cuda", no_device, priority=200)
+
+def no_device():
+    raise RuntimeError("FAILED_PRECONDITION: No visible GPU devices.")
+"""
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "cuda with a plugin", "nonsense"])
+def test_no_device_is_one_line_before_anything_is_accepted_or_made(erased_workdir, tmp_path, platforms):
+    at, new = f"--workdir={erased_workdir}", f"--workdir={tmp_path}/new"
+    image = tmp_path / "i.png"
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(image)
+    (tmp_path / "jax_plugins" / "fake").mkdir(parents=True)
+    (tmp_path / "jax_plugins" / "fake" / "__init__.py").write_text(PLUGIN)
+    (tmp_path / "more" / "train" / "3").mkdir(parents=True)
+    shutil.copy(image, tmp_path / "more" / "train" / "3")
+    with contextlib.closing(Catalog(Layout(erased_workdir).catalog)) as catalog:
+        cluster = min(catalog.manifest().clusters)
+        requests.accept(catalog, ["digit-0018"], request="waits")
+    before = catalog_rows(erased_workdir)
+    needing = [["train", at], ["train", new], ["pretrain", new], ["demo", new], ["compare", new, "--methods=ridge"]]
+    needing += [[name, at] for name in ("evaluate", "audit", "process")] + [["predict", at, str(image)]]
+    needing += [["unlearn", at, "--records=digit-0019"], ["unlearn", at, "--records=digit-0019", "--dry_run"]]
+    needing += [["rollback", at, f"--cluster={cluster}", f"--to={cluster_slice(erased_workdir, cluster)}"]]
+    needing += [["add", at, f"--source={tmp_path / 'more'}"]]
+    needing += [["backbone", f"--weights={erased_workdir}/backbone", f"--out={tmp_path}/out"]]
+    needing = needing if "plugin" in platforms else needing[1::4]
+    light = [["requests", at], ["inspect", at], ["verify", at, "--all"], ["process", at, "--max_wait=1000"]]
+    environment = os.environ | {"JAX_PLATFORMS": platforms.partition(" ")[0], "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([*([str(tmp_path)] if "plugin" in platforms else []), str(ROOT)])
+    values = json.dumps([str(erased_workdir), str(tmp_path / "new"), str(image), needing, light])
+    call = [sys.executable, "-c", WITHOUT_DEVICE, values]
+    result = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert ("No visible GPU devices" in result.stdout) == ("plugin" in platforms), result.stdout
+    assert (
+        catalog_rows(erased_workdir) == before and not (tmp_path / "new").exists() and not (tmp_path / "out").exists()
+    )
+
+
+def catalog_rows(workdir) -> list[tuple[str, str]]:
+    with contextlib.closing(Catalog(Layout(workdir).catalog)) as catalog:
+        return catalog.db.execute("SELECT id,state FROM requests").fetchall()
+
+
+def cluster_slice(workdir, cluster: str) -> str:
+    with contextlib.closing(Catalog(Layout(workdir).catalog)) as catalog:
+        return catalog.manifest().entries[cluster]
 
 
 @pytest.mark.slow

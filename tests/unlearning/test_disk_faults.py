@@ -4,6 +4,8 @@ import errno
 import os
 import random
 import sqlite3
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -110,3 +112,45 @@ def test_a_catalog_that_cannot_grow(tmp_path, capsys, name):
         patch.setattr(Catalog, "__init__", limited)
         through_main(trial, folder, capsys)
     trial.check(folder)
+
+
+FULL = """
+import os, subprocess, sys
+from pathlib import Path
+import pytest
+from crash_checks import Trial
+from crash_scenarios import install_fakes
+
+def mount(option):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(disk)], check=True)
+
+install_fakes(pytest.MonkeyPatch())
+trial, disk = Trial(sys.argv[1], Path(sys.argv[2])), Path(sys.argv[2]) / "disk"
+disk.mkdir()
+for room in map(int, sys.argv[3:]):
+    mount("size=64m")
+    folder = trial.copy("disk/run")
+    use = os.statvfs(disk)
+    mount(f"remount,size={max((use.f_blocks - use.f_bavail) * use.f_frsize + room, use.f_frsize)}")  # 0: no limit
+    try:
+        trial.run(folder)
+    except Exception as error:
+        print(room, type(error).__name__, flush=True)
+    mount("remount,size=64m")
+    print(trial.check(folder), flush=True)
+    subprocess.run(["umount", str(disk)], check=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["unlearn", *(pytest.param(n, marks=pytest.mark.slow) for n in SCENARIOS)])
+def test_a_full_file_system(tmp_path, request, name):
+    """A real one: a small tmpfs with so many bytes of room."""
+    try:
+        subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"file systems cannot be mounted here: {error}")
+    rooms = ["0", "65536"] if not request.node.get_closest_marker("slow") else ["0", "8192", "32768", "131072"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "support"), *sys.path])}
+    call = ["unshare", "--mount", sys.executable, "-W", "ignore", "-c", FULL, name, str(tmp_path), *rooms]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("0 "), done.stdout + done.stderr
