@@ -220,6 +220,10 @@ def test_commands_neither_drop_nor_accuse_what_they_cannot_read(copy, template, 
             with contextlib.suppress(type(error), OSError):
                 assert all(verdict.ok for verdict in verify_all(layout, run.catalog)), label
         assert artifacts() == before, label
+    with open_run(layout.root, devices=devices) as run, monkeypatch.context() as patch:
+        fault(patch, OPERATIONS["list"], PermissionError(), layout.records)
+        with pytest.raises(PermissionError):
+            leftovers(run)
     for label, names, error, place in listed:
         for table in ("slices", "manifests", "entries"):  # as if nothing had been registered yet
             sql(f"DELETE FROM {table}")(layout)
@@ -230,13 +234,12 @@ def test_commands_neither_drop_nor_accuse_what_they_cannot_read(copy, template, 
     assert differences(state_after_training(layout), template[1]) == []
 
 
-def test_few_file_handles_an_unreadable_folder_and_no_device_leave_a_healthy_workdir(copy, capsys):
+def test_few_file_handles_or_no_device_leave_a_healthy_workdir(copy):
     layout = copy()
     before = contents(layout)
     code = "import resource, sys\nfrom lmeraser_jax.cli.main import main\n"
     code += "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), 99))\nsys.exit(main(sys.argv[2:]))"
-    doctors = [(6, {}), (8, {}), (9, {}), (50, {"JAX_PLATFORMS": "cuda"}), (50, {"JAX_PLATFORMS": "nonsense"})]
-    for handles, environment in doctors:
+    for handles, environment in ((6, {}), (8, {}), (50, {"JAX_PLATFORMS": "cuda"})):
         call = [sys.executable, "-c", code, str(handles), "doctor", f"--workdir={layout.root}", "--fix"]
         done = subprocess.run(call, env=os.environ | environment, capture_output=True, text=True)
         assert done.returncode == 3 and "not checked" in done.stdout, (handles, environment, done)
