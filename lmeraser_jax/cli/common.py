@@ -14,7 +14,8 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.data.names import list_names
+from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.models import zoo
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -275,7 +276,7 @@ def imported_text(imported: Imported, again: str) -> str:
     if imported.unreadable:
         warn(
             f"{len(imported.unreadable)} images could not be read and were left out"
-            f" ({join_limited(imported.unreadable, NAMES_IN_WARNING)}); once they are mended, {again} adds them"
+            f" ({list_names(imported.unreadable, NAMES_IN_WARNING)}); once they are mended, {again} adds them"
         )
     counts = {
         "known before": imported.known,
@@ -325,7 +326,7 @@ def warn(message: str) -> None:
 def warn_if_unfinished(run: "Run") -> None:
     """Warns that the published state still holds what an accepted erasure will remove."""
     if requests.any_open(run.catalog):
-        warn(f"an accepted erasure is not finished; finish it with: lmeraser process --workdir={run.layout.root}")
+        warn(f"an accepted erasure is not finished; finish it with: lmeraser process {run.layout.flag}")
 
 
 def show(arguments: Arguments, text: str, values: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ FLAGS = (
     Flag("experiments", ["methods"], "some of: methods, removal (0 to 50 %), cut, epochs, sequence (of requests)"),
     Flag("cuts", [], "experiment cut: values of clustering.cut, joined by commas"),
     Flag("sequences", [], "experiment sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
-    Flag("merge", [], "folders of other comparisons to include in the report, joined by commas"),
+    Flag("merge", (), "folder of another comparison to include in the report; may be repeated"),
     Flag("seeds", 1, "number of runs of each method, with seeds 0, 1, ...", low=1),
     Flag("length", 10, "experiment sequence: number of batches of requests", low=1),
     Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),

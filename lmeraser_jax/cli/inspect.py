@@ -25,7 +25,7 @@ def run(arguments: common.Arguments) -> int:
             return 0
         stored = read_config(layout)
         if stored is None:
-            raise UserError(f"{layout.root} is not complete yet; run: lmeraser train --workdir={layout.root}")
+            raise UserError(f"{layout.root} is not complete yet; run: lmeraser train {layout.flag}")
         result = overview.overview(layout, catalog, settings.from_dict(stored))
     common.show(arguments, result.table(), result.values())
     return 0

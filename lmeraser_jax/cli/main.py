@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import importlib
+import io
 import os
 import shlex
 import sqlite3
@@ -197,6 +198,8 @@ def console() -> int:
     """The program `lmeraser`."""
     ignore_torn_event_loops()
     keep_compiled_programs()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files are printed as they are, text or not
     return main()
 
 

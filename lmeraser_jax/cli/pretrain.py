@@ -7,6 +7,7 @@ checkpoint.
 """
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.storage.workdir import Layout
 
 
 def run(arguments: common.Arguments) -> int:
@@ -20,6 +21,6 @@ def run(arguments: common.Arguments) -> int:
     lines = [f"backbone {name[:12]}: {kind}, {size} px, feature of {architecture.feature_size} numbers"]
     if imported:
         lines.append(f"imported {imported.added} records")
-    lines.append(f"next: lmeraser train --workdir={workdir}")
+    lines.append(f"next: lmeraser train {Layout(workdir).flag}")
     common.show(arguments, "\n".join(lines), {"backbone": name, "imported": imported.added if imported else 0})
     return 0

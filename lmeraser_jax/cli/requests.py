@@ -3,6 +3,7 @@
 lmeraser requests --workdir=DIR [--open]
 """
 
+import shlex
 import time
 from datetime import timedelta
 from typing import Any
@@ -54,7 +55,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
 def _cell(name: str, value: Any) -> str:
     if name == "age":
         return str(timedelta(seconds=round(value)))
-    text = str(value)
+    text = shlex.quote(value) if name == "receipt" and value else str(value)
     if name in ("requester", "reason") and len(text) > TEXT_WIDTH:
         return f"{text[: TEXT_WIDTH - 3]}..."
     return text

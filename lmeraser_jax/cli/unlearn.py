@@ -29,6 +29,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request
+from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import request_files
 
 if TYPE_CHECKING:
@@ -61,13 +62,12 @@ def run(arguments: common.Arguments) -> int:
         if not arguments["defer"]:
             requests.resolve(catalog, *targets)  # refuses unknown ones first
             common.require_device()
-        if not arguments["dry_run"]:
-            details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
-            request = requests.accept(catalog, ids, owners, contents=contents, **details)
-        for line in requests.still_live(catalog, ids, owners):
-            common.warn(line)
         if arguments["dry_run"]:
+            _warn_of_lookalikes(catalog, ids, owners)
             return _estimate(arguments, *targets)
+        details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
+        request = requests.accept(catalog, ids, owners, contents=contents, **details)
+        _warn_of_lookalikes(catalog, ids, owners)
         quarantined = requests.quarantine_size(catalog, request.id)
     if request.open and not arguments["defer"]:
         return _serve(arguments, request)
@@ -89,6 +89,11 @@ def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], 
     return ids, owners, contents
 
 
+def _warn_of_lookalikes(catalog: Catalog, ids: list[str], owners: list[str]) -> None:
+    for line in requests.still_live(catalog, ids, owners):
+        common.warn(line)
+
+
 def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
     with common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
@@ -101,7 +106,7 @@ def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
 def _serve(arguments: common.Arguments, request: Request) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
-    with _say_accepted(request, arguments["workdir"]), common.opened(arguments, write=True) as run_:
+    with _say_accepted(request, Layout(arguments["workdir"]).flag), common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
 
         others = len(requests.listed(run_.catalog, only_open=True)) - 1
@@ -113,17 +118,17 @@ def _serve(arguments: common.Arguments, request: Request) -> int:
 
 
 @contextlib.contextmanager
-def _say_accepted(request: Request, workdir: str) -> Iterator[None]:
+def _say_accepted(request: Request, flag: str) -> Iterator[None]:
     """Adds to the message of a failure that the request stays accepted, and what serves it."""
     try:
         yield
     except UserError as error:
         raise UserError(
             f"{error}\nrequest {request.id} is accepted all the same: it will be served by the writer's next command"
-            f" or by lmeraser process --workdir={workdir}"
+            f" or by lmeraser process {flag}"
         ) from error
     except interrupt.Stopped:
-        raise interrupt.Stopped(f"process --workdir={workdir}") from None
+        raise interrupt.Stopped(f"process {flag}") from None
 
 
 def _accepted_text(request: Request, receipt: Path, quarantined: int) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 import re
 
 from lmeraser_jax.config import Data
+from lmeraser_jax.data.names import list_names
 from lmeraser_jax.data.source import Source
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, raise_all
 
 IN_FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "store_size", "store_width")
 SOURCES_OF = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(IN_FOLDERS, ("folder", "tfds"))
@@ -56,6 +57,6 @@ def _with_owners(source: Source, pattern: str) -> Source:
         matched = matched or bool(owner)
         items.append(item._replace(owner=owner) if owner else item)
     if not matched:
-        examples = join_limited(item.id for item in source.items[:3])
+        examples = list_names(item.id for item in source.items[:3])
         raise UserError(f"--config.data.owner_pattern={pattern!r} finds no owner in any id; ids look like: {examples}")
     return dataclasses.replace(source, items=items)

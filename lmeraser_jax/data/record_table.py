@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from lmeraser_jax.data.names import list_names
 from lmeraser_jax.data.source import content_hash
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,6 @@ def check_pixel_hashes(images: np.ndarray, records: RecordTable) -> None:
     if changed:
         raise UserError(
             f"the stored pixels of {len(changed)} records are not those that were imported:"
-            f" {join_limited(changed, 50)}; read them from the source again with lmeraser train --reimport, or erase"
+            f" {list_names(changed)}; read them from the source again with lmeraser train --reimport, or erase"
             " these records with lmeraser unlearn"
         )

@@ -168,7 +168,7 @@ def _read(layout: Layout, catalog: Catalog) -> tuple[_Snapshot, Clustering]:
         with catalog.snapshot():  # left before files are read: a writer's purge waits for readers of the catalog
             manifest = catalog.manifest()
             if manifest is None:
-                raise UserError(f"{layout.root} has no published state; run: lmeraser train --workdir={layout.root}")
+                raise UserError(f"{layout.root} has no published state; run: lmeraser train {layout.flag}")
             waiting = len(requests.listed(catalog, only_open=True))
             rows = catalog.slices(), catalog.live("train"), catalog.counts(), waiting
             snapshot = _Snapshot(manifest, *rows, catalog.pins(), catalog.quarantined())

@@ -133,13 +133,13 @@ def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
         manifest, quarantined = run.catalog.manifest(), run.catalog.quarantined()
     root = run.layout.root
     if manifest is None:
-        raise UserError(f"{root} has no tuned cluster yet; run: lmeraser train --workdir={root}")
+        raise UserError(f"{root} has no tuned cluster yet; run: lmeraser train {run.layout.flag}")
     if not manifest.clusters:
         raise UserError(f"{root}: every private record was erased, so there is nothing to predict with")
     if quarantined.issuperset(manifest.clusters):
         raise UserError(
             f"{root}: all {len(manifest.clusters)} clusters are quarantined by accepted erasures, so there is nothing"
-            f" to predict with until they are served; run: lmeraser process --workdir={root}"
+            f" to predict with until they are served; run: lmeraser process {run.layout.flag}"
         )
     return manifest, quarantined
 

@@ -143,7 +143,7 @@ def read_workload(layout: Layout, catalog: Catalog, devices: int = 1) -> Workloa
     with catalog.snapshot():
         manifest = catalog.manifest()
         if tree is None or manifest is None:
-            raise UserError(f"{layout.root} has no published state; run: lmeraser train --workdir={layout.root}")
+            raise UserError(f"{layout.root} has no published state; run: lmeraser train {layout.flag}")
         config = settings.from_dict(tree)
         slices, sizes = catalog.slices(), catalog.sizes()
         k = config.clustering

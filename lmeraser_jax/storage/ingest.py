@@ -9,6 +9,7 @@ import numpy as np
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
+from lmeraser_jax.data.names import list_names, quoted
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError, join_limited, raise_all
@@ -156,7 +157,7 @@ class _Intake:
                     self.file.append(new)
                 shown.advance(stop - first)
         if changed:
-            names = join_limited(changed, LISTED)
+            names = list_names(changed, LISTED)
             reason = "have other pixels or another label than in the workdir; an id may stand for one image only"
             self.problems.append(f"these records {reason}: {names}")
 
@@ -173,7 +174,7 @@ class _Intake:
             elif reason is not None:
                 self.unreadable.append(item.id)
                 if not self.config.data.skip_unreadable:
-                    self.problems.append(f"{item.id}: {reason}")
+                    self.problems.append(f"{quoted(item.id)}: {reason}")
             elif item.id in known:
                 self.counts["known"] += 1
                 _, content, label, _ = known[item.id]
@@ -250,11 +251,13 @@ def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]
     for item in source.items:
         if item.owner and item.split != "public":
             splits.setdefault(item.owner, set()).add(assign_split(item, config.data, config.seed).split)
-    both = [f"{owner} ({' and '.join(sorted(names))})" for owner, names in sorted(splits.items()) if len(names) > 1]
+    both = [
+        f"{quoted(owner)} ({' and '.join(sorted(names))})" for owner, names in sorted(splits.items()) if len(names) > 1
+    ]
     lines = []
     if without:
         lines.append(
-            f"{flag}: training images without an owner: {join_limited(without)}; name owners with"
+            f"{flag}: training images without an owner: {list_names(without)}; name owners with"
             " --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
         )
     if both:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shlex
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ class Layout:
         self.root = Path(workdir).expanduser().resolve()
         if any("\udc80" <= letter <= "\udcff" for letter in str(self.root)):  # how Python shows other bytes
             raise UserError(f"--workdir={str(self.root)!a}: the path is not UTF-8, as receipts are; rename it")
+        self.flag = shlex.quote(f"--workdir={self.root}")  # in a command that a message tells
         self.config = self.root / "config.json"
         self.catalog = self.root / "catalog.db"
         self.backbone = self.root / "backbone"
@@ -81,7 +83,7 @@ class Layout:
         self._refuse_without_catalog()
         if not self.catalog.exists():
             reason = "is no workdir (it has no catalog.db)" if self.root.exists() else "does not exist"
-            raise UserError(f"--workdir={self.root} {reason}; make one with: lmeraser train --workdir={self.root}")
+            raise UserError(f"--workdir={self.root} {reason}; make one with: lmeraser train {self.flag}")
 
 
 def read_config(layout: Layout) -> dict[str, Any] | None:
@@ -97,7 +99,7 @@ def read_config(layout: Layout) -> dict[str, Any] | None:
         return values
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{layout.config} is damaged ({error}); delete it and run lmeraser train --workdir={layout.root}"
+            f"{layout.config} is damaged ({error}); delete it and run lmeraser train {layout.flag}"
             " with the experiment's --config=FILE.py"
         ) from error
 

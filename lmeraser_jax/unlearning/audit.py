@@ -126,9 +126,9 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     """
     root, manifest = run.layout.root, run.catalog.manifest()
     if manifest is None:
-        raise UserError(f"{root} has nothing to audit; run: lmeraser train --workdir={root}")
+        raise UserError(f"{root} has nothing to audit; run: lmeraser train {run.layout.flag}")
     if requests.any_open(run.catalog):
-        raise UserError(f"an erasure is not finished; finish it with: lmeraser process --workdir={root}")
+        raise UserError(f"an erasure is not finished; finish it with: lmeraser process {run.layout.flag}")
     keys = sorted(manifest.entries)
     chosen = frozenset(random.sample(keys, min(sample, len(keys))) if sample else keys)
     rebuilt = _rebuild(run, chosen if sample else None)

@@ -34,7 +34,7 @@ def finished_config(layout: Layout, config: Config | None) -> Config:
     layout.require()
     stored = stored_config(layout)
     if stored is None or not layout.backbone.exists():
-        raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train --workdir={layout.root}")
+        raise UserError(f"{layout.root} is not complete yet; finish it with: lmeraser train {layout.flag}")
     if config is not None:
         _check_state(layout, stored, config, FREE)
     return stored

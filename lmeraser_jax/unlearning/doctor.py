@@ -20,6 +20,7 @@ import numpy as np
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
+from lmeraser_jax.data.names import list_names
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import SPLITS, content_hash
 from lmeraser_jax.errors import Damaged, UserError, join_limited, shorten
@@ -211,7 +212,7 @@ def _requests(workdir: _Workdir) -> Findings:
     catalog = workdir.catalog
     waiting = join_limited(request.id for request in requests.listed(catalog, only_open=True))
     if waiting:
-        remedy = f"lmeraser process --workdir={workdir.layout.root} serves them"
+        remedy = f"lmeraser process {workdir.layout.flag} serves them"
         yield Finding(f"waiting erasures: {waiting}", remedy, state=State.NOTE)
     tombstones = catalog.tombstones()
     for request in requests.listed(catalog):
@@ -239,7 +240,7 @@ def _images(workdir: _Workdir) -> Findings:
             shown.advance(1)
     if changed:
         remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
-        yield Finding(f"pixels that are not those of the import: {join_limited(changed, LISTED)}", remedy)
+        yield Finding(f"pixels that are not those of the import: {list_names(changed, LISTED)}", remedy)
     if size != rows * file.row_bytes:
         resize = functools.partial(resize_file, layout.images, rows * file.row_bytes)
         message = f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}"

@@ -60,7 +60,7 @@ def _receipt(run: "Run", request: Request, last: ReceiptLink) -> dict[str, Any]:
         "config": digest(settings.to_dict(run.config)),
         "backbone": run.backbone.digest,
         "out_of_reach": list(OUT_OF_REACH),
-        "audit": f"lmeraser audit --workdir={run.layout.root}",
+        "audit": f"lmeraser audit {run.layout.flag}",
     }
 
 

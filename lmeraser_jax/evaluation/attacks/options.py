@@ -56,9 +56,9 @@ def check(layout: Layout, catalog: Catalog, options: Options) -> None:
 def _workdir_problems(layout: Layout, catalog: Catalog, options: Options) -> list[str]:
     root, manifest, ids = layout.root, catalog.manifest(), options.records
     if manifest is None or not manifest.clusters:
-        return [f"--workdir={root} has no published state to attack; run: lmeraser train --workdir={root}"]
+        return [f"--workdir={root} has no published state to attack; run: lmeraser train {layout.flag}"]
     if requests.any_open(catalog):
-        return [f"an erasure is not finished; finish it with: lmeraser process --workdir={root}"]
+        return [f"an erasure is not finished; finish it with: lmeraser process {layout.flag}"]
     if not options.on_slices:
         return []
     problems = []
