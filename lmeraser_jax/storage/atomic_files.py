@@ -38,25 +38,37 @@ def write_bytes(path: Path, data: bytes) -> None:
 def publish_folder(temporary: Path, final: Path) -> None:
     """Notes the digests of `temporary`, syncs it and renames it to `final`; an older `final` is replaced."""
     note_digests(temporary)
+    replace_folder(temporary, final)
+
+
+def replace_folder(new: Path, final: Path) -> None:
+    """Renames a folder to `final`, in the place of an older one."""
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         os.replace(final, old)
-    os.replace(temporary, final)
+    os.replace(new, final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def note_digests(folder: Path) -> None:
     """Syncs all files below a folder and notes their digests beside them, for `why_unreadable`."""
-    digests = {}
-    for below, _, names in os.walk(folder, onerror=_refuse):
-        for path in (Path(below) / name for name in names):
-            with open(path, "rb") as file:
-                digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-                os.fsync(file.fileno())
+    digests = _digests(folder, sync=True)
+    for below, _, _ in os.walk(folder):
         sync_folder(Path(below))
     write_json(folder / DIGESTS, digests)
+
+
+def _digests(folder: Path, sync: bool = False) -> dict[str, str]:
+    """{path: SHA-256} of all files below a folder that are still there."""
+    digests = {}
+    for path in files_below(folder):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+            if sync:
+                os.fsync(file.fileno())
+    return digests
 
 
 def why_unreadable(folder: Path, error: Exception | str) -> Exception:
@@ -64,10 +76,7 @@ def why_unreadable(folder: Path, error: Exception | str) -> Exception:
 
     Where they are, an `OSError`, whatever library raised: nobody could look. Raises the `OSError` that a file meets.
     """
-    why, digests = shorten(str(error), SHOWN) or type(error).__name__, {}
-    for path in files_below(folder):
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            digests[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    why, digests = shorten(str(error), SHOWN) or type(error).__name__, _digests(folder)
     with contextlib.suppress(FileNotFoundError, ValueError):
         noted = json.loads((folder / DIGESTS).read_bytes())
         if isinstance(noted, dict) and noted.items() <= digests.items():
@@ -120,10 +129,10 @@ def disk_use(path: Path) -> int:
 
 def files_below(path: Path) -> Iterator[Path]:
     """All files below a folder. Raises the `OSError` that a folder meets, other than that it is not there."""
-    for folder, _, names in os.walk(path, onerror=_refuse):
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for folder, _, names in os.walk(path, onerror=refuse):
         yield from (Path(folder) / name for name in names)
-
-
-def _refuse(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error

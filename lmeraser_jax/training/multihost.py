@@ -29,7 +29,7 @@ LONGEST_WAIT = 30 * 24 * 3600 * 1000  # milliseconds
 WATCH = 1.0  # seconds between two looks at the others
 LOST = 2  # exit code
 AGAIN = "start the same command again, with any number of processes: it goes on from the slices that are written"
-NO_PLUGIN = "it sees none, or the plugin is not installed (for NVIDIA GPUs: pip install 'jax[cuda13]')"
+NO_PLUGIN = "it sees none, or the plugin does not load or is not installed (for NVIDIA GPUs: pip install 'jax[cuda13]')"
 Arrays = dict[str, np.ndarray]
 _ended = threading.Event()
 _rounds = itertools.count()
@@ -48,28 +48,18 @@ ALONE = Processes()
 
 def local_devices() -> list[Any]:
     """The devices of this process. Raises `UserError` where JAX has none: it names what chose them."""
-    reports: list[logging.LogRecord] = []  # JAX reports a plugin that fails with a traceback
+    chosen = {name: os.environ[name] for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES") if name in os.environ}
     logger = logging.getLogger("jax._src.xla_bridge")
-
-    def keep(record: logging.LogRecord) -> bool:
-        reports.append(record)
-        return False
-
-    logger.addFilter(keep)
+    logger.disabled = "JAX_PLATFORMS" in chosen  # a plugin that fails is reported with a traceback
     try:
-        devices = jax.local_devices()
-    except Exception as error:  # RuntimeError, or AssertionError where no plugin is installed
-        texts = [str(report.exc_info[1]) for report in reports if report.exc_info] + [str(error)]
-        reason = next((text.splitlines()[0].partition(" (set JAX_PLATFORMS")[0] for text in texts if text), NO_PLUGIN)
-        chosen = {name: os.environ[name] for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES") if name in os.environ}
+        return jax.local_devices()
+    except Exception as error:  # RuntimeError, or AssertionError where there is no plugin or no GPU
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0].rstrip(".") or NO_PLUGIN
         names = " ".join(f"{name}={value or repr(value)}" for name, value in chosen.items())
         remedy = "set JAX_PLATFORMS=cpu, or unset it, and JAX takes what there is"
-        raise UserError(f"{names}: JAX has no such device here: {reason.rstrip('.')}; {remedy}") from error
+        raise UserError(f"{names}: JAX has no such device here: {reason}; {remedy}") from error
     finally:
-        logger.removeFilter(keep)
-    for report in reports:
-        logger.handle(report)
-    return devices
+        logger.disabled = False
 
 
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> Processes:

@@ -26,7 +26,7 @@ from lmeraser_jax.data.source import SPLITS, content_hash
 from lmeraser_jax.errors import Damaged, UserError, join_limited, shorten
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import entries, resize_file, sync_folder
+from lmeraser_jax.storage.atomic_files import entries, replace_folder, resize_file
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
@@ -55,7 +55,7 @@ class State(enum.StrEnum):
 
 
 class Problem(NamedTuple):
-    """What was noticed about one component of a workdir, and what to do about it."""
+    """What was noticed about one component, and what to do about it."""
 
     component: str
     message: str
@@ -265,17 +265,11 @@ def _backbone(workdir: _Workdir) -> Findings:
     try:
         backbone, _ = backbone_lib.load(folder)
     except Damaged as error:
-        yield Finding(str(error), DROP, functools.partial(_set_aside, folder) if folder.exists() else None)
+        move = functools.partial(replace_folder, folder, folder.with_name("backbone.damaged"))
+        yield Finding(str(error), DROP, move if folder.exists() else None)
         return
     mesh = mesh_of(workdir.devices)
     workdir.run = Run(workdir.layout, workdir.config, workdir.catalog, backbone, mesh, workdir.fix)
-
-
-def _set_aside(folder: Path) -> None:
-    aside = folder.with_name(f"{folder.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
-    sync_folder(folder.parent)
 
 
 def _state(workdir: _Workdir) -> Findings:
@@ -311,8 +305,6 @@ def _differing_features(run: "Run", file: RowFile) -> str:
     """Compares evenly spread rows of live records, bit for bit, with what the backbone gives now."""
     rows = run.catalog.live(*SPLITS).rows
     rows = rows[rows < len(file)]
-    if not len(rows):
-        return ""
     rows = rows[:: len(rows) // FEATURES + 1]
     stored = file.view()[rows]
     cached = ~np.isnan(stored).any(axis=1)
@@ -326,22 +318,22 @@ def _differing_features(run: "Run", file: RowFile) -> str:
 def _slices(workdir: _Workdir) -> Findings:
     """The slices of all states, and those that wait for their first one."""
     catalog, folder = workdir.catalog, workdir.layout.slices
-    refs = {ref for manifest in _states(catalog) for ref in manifest.entries.values()}
     waiting = {name for name in catalog.slices() if (folder / name).is_dir()}
-    return _artifacts(catalog, folder, refs | waiting, waiting, functools.partial(load_slice, workdir.run))
+    refs = {ref for manifest in _states(catalog) for ref in manifest.entries.values()} | waiting
+    yield from _artifacts(catalog, folder, refs, set(), functools.partial(load_slice, workdir.run))
 
 
 def _clusterings(workdir: _Workdir) -> Findings:
     catalog, folder = workdir.catalog, workdir.layout.clusterings
     names = {manifest.clustering for manifest in _states(catalog)}
     known = {row.clustering for row in catalog.slices().values()}
-    return _artifacts(catalog, folder, names, known, functools.partial(load_clustering, workdir.layout))
+    yield from _artifacts(catalog, folder, names, known, functools.partial(load_clustering, workdir.layout))
 
 
 def _states(catalog: Catalog) -> list[Manifest]:
     """The manifests whose files must be there: an interrupted purge has removed some of the older ones'."""
     purging = any(request.state == "published" for request in requests.listed(catalog, only_open=True))
-    return catalog.manifests(limit=1) if purging else catalog.manifests()
+    return catalog.manifests(limit=1 if purging else -1)
 
 
 def _artifacts(
