@@ -255,6 +255,7 @@ def _images(workdir: _Workdir) -> Findings:
 def _backbone(workdir: _Workdir) -> Findings:
     """The backbone; then the run that the other checks use."""
     from lmeraser_jax.models import backbone as backbone_lib
+    from lmeraser_jax.training.fingerprint import pinned
     from lmeraser_jax.training.train_step import mesh_of
     from lmeraser_jax.unlearning.run import Run
 
@@ -269,6 +270,7 @@ def _backbone(workdir: _Workdir) -> Findings:
         yield Finding(str(error), DROP, move if folder.exists() else None)
         return
     mesh = mesh_of(workdir.devices)
+    workdir.opened.enter_context(pinned())
     workdir.run = Run(workdir.layout, workdir.config, workdir.catalog, backbone, mesh, workdir.fix)
 
 

@@ -36,6 +36,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import doctor, erase
+from lmeraser_jax.unlearning import run as run_module
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import differences, state
 from lmeraser_jax.unlearning.build import build, repair
@@ -92,6 +93,17 @@ def test_a_healthy_workdir_stays_as_it_is(copy):
     before = contents(layout)
     for fix in (False, True):
         assert examined(layout, fix) == doctor.Diagnosis(()) and contents(layout) == before
+
+
+def test_features_are_compared_under_the_settings_of_a_run(copy, monkeypatch):
+    def extract(extractor, images):
+        assert not jax.config.values["jax_enable_x64"]
+        return real(extractor, images)
+
+    real = run_module.Extractor.__call__
+    monkeypatch.setattr(run_module.Extractor, "__call__", extract)
+    with jax.enable_x64(True):
+        assert examined(copy()) == doctor.Diagnosis(())
 
 
 def test_damage_is_named_without_a_write_and_repaired_to_the_last_bit(copy, template):
