@@ -18,7 +18,7 @@ from lmeraser_jax.errors import UserError, raise_all, shorten
 AUGMENTS = ("none", "crop", "flip", "paper")
 STARTS = ("scratch", "weights")
 PROMPTED = ("prompt+head", "prompt")
-CLOSED_FORMS = ("ridge", "ncm")
+CLOSED_FORMS = ("ridge", "ncm", "linear")
 METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 INTEGER_LIMIT = 2**63  # whole numbers lie below it
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings of `tuning` that never reach the numbers
@@ -135,8 +135,9 @@ class Tuning:
     prompt_rate: float = setting(3e-2, "learning rate of the prompt")
     head_rate: float = setting(1e-2, "learning rate of the head")
     backbone_rate: float = setting(1e-4, "learning rate of the backbone, method backbone only")
-    penalty: float = setting(0.1, "ridge only: added to the variance of every standardised feature")
-    expand: int = setting(0, "ridge and ncm: number of random cosines to append to the feature; 0: none")
+    penalty: float = setting(0.1, "ridge: added to the variance of standardised features; linear: to squared weights")
+    expand: int = setting(0, "closed forms: number of random cosines to append to the feature; 0: none")
+    balanced: bool = setting(False, "linear: every class counts alike, however many records it has")
     prompt_decay: float = setting(0.0, "weight decay of the prompt (decoupled for adam)")
     head_decay: float = setting(0.0, "weight decay of the head (decoupled for adam)")
     warmup: float = setting(0.1, "share of the cluster's steps during which the rates rise", below=1)
@@ -166,6 +167,7 @@ class Common:
     method: str = setting("none", "kind of the common head", ("none", *CLOSED_FORMS))
     penalty: float = setting(0.1, "as tuning.penalty")
     expand: int = setting(0, "as tuning.expand")
+    balanced: bool = setting(False, "as tuning.balanced")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -210,11 +212,6 @@ def settings_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mappin
             yield from settings_of(value, f"{prefix}{field.name}.")
         else:
             yield f"{prefix}{field.name}", value, field.metadata
-
-
-def describe() -> list[tuple[str, Any, str]]:
-    """Name, default and help of every setting."""
-    return [(name, default, metadata["help"]) for name, default, metadata in settings_of(Config())]
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -390,10 +387,10 @@ def _rules_of_tuning(config: Config) -> Iterator[Rule]:
     except ValueError:
         yield "clustering.cut", False, "a distance of 0 or more, or auto:K with K >= 1"
     yield "tuning.prompt_width", 2 * tuning.prompt_width <= size, f"at most half of --config.data.image_size={size}"
-    if tuning.method == "prompt":
-        yield "tuning.prompt_width", tuning.prompt_width > 0, "above 0 for tuning.method=prompt"
-    for name, head in (("tuning.penalty", tuning), ("common.penalty", config.common)):
-        yield name, head.method != "ridge" or head.penalty > 0, "above 0"
-    if not tuning.closed:
-        yield "tuning.expand", tuning.expand == 0, f"0 for tuning.method={tuning.method}"
+    prompted = tuning.method != "prompt" or tuning.prompt_width > 0
+    yield "tuning.prompt_width", prompted, "above 0 for tuning.method=prompt"
+    for name, head in (("tuning", tuning), ("common", config.common)):
+        yield f"{name}.penalty", head.method not in ("ridge", "linear") or head.penalty > 0, "above 0"
+        yield f"{name}.balanced", head.method == "linear" or not head.balanced, f"false without {name}.method=linear"
+    yield "tuning.expand", tuning.closed or not tuning.expand, f"0 for tuning.method={tuning.method}"
     yield "inference.common_weight", config.inference.common_weight <= 1, "at most 1"

@@ -30,10 +30,10 @@ CHOICES = {
     "pretraining.augment": ("none", "crop", "flip", "paper"),
     "clustering.partition": ("adaptive", "random", "one"),
     "clustering.sample_from": ("private", "public"),
-    "tuning.method": ("prompt+head", "prompt", "head", "backbone", "ridge", "ncm"),
+    "tuning.method": ("prompt+head", "prompt", "head", "backbone", "ridge", "ncm", "linear"),
     "tuning.optimizer": ("sgd", "adam"),
     "tuning.dtype": ("auto", "float32", "bfloat16"),
-    "common.method": ("none", "ridge", "ncm"),
+    "common.method": ("none", "ridge", "ncm", "linear"),
     "inference.aggregate": ("mean", "vote"),
 }
 
@@ -56,7 +56,7 @@ def refusal(settings: object) -> str:
     return str(caught.value)
 
 
-LEAVES = {name: value for name, value, _ in config.describe()}
+LEAVES = {name: value for name, value, _ in config.settings_of(Config())}
 NUMBERS = {name: value for name, value in LEAVES.items() if type(value) in (int, float)}
 
 
@@ -68,8 +68,9 @@ def test_the_defaults_are_legal():
 def test_every_setting_is_described_once():
     flat = {name: v for name, v in to_dict(Config()).items() if not isinstance(v, dict)}
     flat |= {f"{g}.{name}": v for g, v in to_dict(Config()).items() if isinstance(v, dict) for name, v in v.items()}
-    assert flat == LEAVES and len(config.describe()) == len(LEAVES)
-    for name, _, text in config.describe():
+    assert flat == LEAVES and len(list(config.settings_of(Config()))) == len(LEAVES)
+    for name, _, metadata in config.settings_of(Config()):
+        text = metadata["help"]
         assert text and all(choice in text for choice in CHOICES.get(name, ()))
 
 
@@ -151,6 +152,7 @@ def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
         ("tuning.prompt_width=9: must be at most half of --config.data.image_size=16", {"tuning.prompt_width": 9}),
         ("tuning.prompt_width=0: must be above 0", {"tuning.prompt_width": 0, "tuning.method": "prompt"}),
         ("tuning.penalty=0.0: must be above 0", {"tuning.method": "ridge", "tuning.penalty": 0.0}),
+        ("common.balanced=True: must be false without common.method=linear", {"common.balanced": True}),
         ("common.penalty=0.0: must be above 0", {"common.method": "ridge", "common.penalty": 0.0}),
         ("tuning.expand=8: must be 0 for tuning.method=prompt+head", {"tuning.expand": 8}),
         ("inference.common_weight=1.5: must be at most 1", {"inference.common_weight": 1.5}),

@@ -186,7 +186,8 @@ def _help(module: ModuleType, flags: Flags) -> str:
     config = {}
     if getattr(module, "TAKES_CONFIG", True):
         texts["--config"] = "experiment file, for example configs/digits.py; by default the workdir's own settings"
-        config = {f"--config.{name}={default}": text for name, default, text in settings.describe()}
+        defaults = settings.settings_of(Config())
+        config = {f"--config.{name}={default}": metadata["help"] for name, default, metadata in defaults}
     lines = [(module.__doc__ or "").strip(), "", "flags:", *_columns(dict(sorted(texts.items())))]
     return "\n".join([*lines, "", "settings and defaults:", *_columns(config)] if config else lines)
 

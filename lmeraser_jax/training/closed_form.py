@@ -1,8 +1,9 @@
-"""Heads that are a formula of their members' features: ridge regression and nearest class mean.
+"""Heads that are a formula of their members' features: ridge regression, nearest class mean, logistic regression.
 
-Features are rounded to a fixed point, so that sums over members are sums of whole numbers: the same bits in any order,
-and subtracting a member gives the sum without it. Only the step from sums to a head is in floating point. The sums of a
-large slice are kept beside it (`KeptSums`), so that an erasure subtracts the erased members and reads no other feature.
+For the first two, features are rounded to a fixed point, so that sums over members are sums of whole numbers: the same
+bits in any order, and subtracting a member gives the sum without it. Only the step from sums to a head is in floating
+point. The sums of a large slice are kept beside it (`KeptSums`), so that an erasure subtracts the erased members and
+reads no other feature.
 
 Shapes: m members, D feature, E random cosines, Y classes. Where features are expanded, D stands for D + E.
 """
@@ -22,6 +23,7 @@ from lmeraser_jax.config import Common, Tuning
 from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.storage.atomic_files import write_bytes
+from lmeraser_jax.training.logistic import logistic
 from lmeraser_jax.training.slices import Slice
 
 SCALE = 512  # steps of the fixed point from 0 to 1
@@ -129,10 +131,20 @@ def solve(options: Tuning | Common, total: Sums) -> tuple[Slice, float]:
     return ridge(total, options.penalty) if options.method == "ridge" else nearest_class_mean(total)
 
 
+def has_sums(options: Tuning | Common) -> bool:
+    """Whether a head follows from sums over members; cosines have other bits in another company."""
+    return options.method in ("ridge", "ncm") and not options.expand
+
+
 def solve_members(
     options: Tuning | Common, features: np.ndarray, labels: np.ndarray, classes: int
 ) -> tuple[Slice, float]:
     """The head of these members, and its loss; features float32 [m, D], not yet expanded, and labels int32 [m]."""
+    if options.method == "linear":
+        kernel, bias, loss = logistic(
+            expand(features, options.expand), labels, classes, options.penalty, options.balanced
+        )
+        return _head(kernel, bias), loss
     return solve(options, add_up(expand(features, options.expand), labels, classes))
 
 

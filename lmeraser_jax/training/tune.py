@@ -131,7 +131,7 @@ def _solve(tuning_spec: TuningSpec, jobs: Sequence[Job], features: np.ndarray, l
         for job in jobs:
             start = time.perf_counter()
             members, targets = features[job.rows], labels[job.rows]
-            if tuning.expand or len(job.rows) < closed_form.KEPT_FROM:  # cosines have other bits in another company
+            if not closed_form.has_sums(tuning) or len(job.rows) < closed_form.KEPT_FROM:
                 slice_, loss = closed_form.solve_members(tuning, members, targets, tuning_spec.classes)
                 yield solved(job, slice_, loss, start)
             else:

@@ -19,7 +19,7 @@ from lmeraser_jax.storage.atomic_files import remove_others
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest, SliceKind, images_of
 from lmeraser_jax.training import waves
-from lmeraser_jax.training.closed_form import load_sums, solve
+from lmeraser_jax.training.closed_form import has_sums, load_sums, solve
 from lmeraser_jax.training.jobs import Target
 from lmeraser_jax.training.lanes import efficiency
 from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
@@ -219,7 +219,7 @@ def _subtract(run: Run, wanted: Plan, tuning_spec: TuningSpec, target: Target, l
     False where that is not possible or not exact, so that the slice has to be made from its members.
     """
     start, before, tuning = time.perf_counter(), run.catalog.manifest(), tuning_spec.tuning
-    if not tuning.closed or before is None:
+    if not has_sums(tuning) or before is None:
         return False
     old = wanted.slices.get(slice_of(before.entries.get(target.job.key, "")))
     if old is None or (old.fingerprint, old.tuning) != (run.fingerprint, canonical_json(dataclasses.asdict(tuning))):

@@ -82,10 +82,7 @@ class Run:
     @functools.cached_property
     def common_spec(self) -> TuningSpec:
         """The static part of how the common head is made."""
-        common = self.config.common
-        tuning = dataclasses.replace(
-            self.config.tuning, method=common.method, penalty=common.penalty, expand=common.expand
-        )
+        tuning = dataclasses.replace(self.config.tuning, **dataclasses.asdict(self.config.common))
         return dataclasses.replace(self.tuning_spec, tuning=tuning, mapping=())
 
     @functools.cached_property

@@ -34,7 +34,7 @@ QUICK = {
     "DAM-VP": {"tuning__method": "prompt"},
     "retrain": ONE | {"tuning__method": "backbone", "tuning__epochs": 1},
     "linear head": ONE | {"tuning__method": "head"},
-    "a common head beside shards": SHARDS | {"common__method": "ncm", "inference__nearest": 0},
+    "a common head beside shards": SHARDS | {"common__method": "linear", "inference__nearest": 0},
     "expanded ridge of clusters": {"tuning__method": "ridge", "tuning__expand": 24, "inference__nearest": 0},
 }
 SLOW = {
@@ -186,7 +186,7 @@ def test_quarantine_silences_shard_and_common_head_and_every_erasure_makes_both_
         np.testing.assert_allclose(answers.probabilities.sum(axis=1), 1, atol=1e-5)
         erase.process(run)
         assert predictor.follow().common_ref not in ("", before)
-        assert "common head: ncm of all 99 private records" in overview(run.layout, run.catalog, run.config).table()
+        assert "common head: linear of all 99 private records" in overview(run.layout, run.catalog, run.config).table()
         receipt = json.loads(run.layout.receipt(accepted.request.id).read_text())
         assert len(receipt["clusters"]) == receipt["work"]["clusters_tuned"] == 2, "the shard and the common head"
         assert before not in run.catalog.slices() and not run.layout.slice(before).exists()
