@@ -10,6 +10,7 @@ A workdir is a folder that holds one run, for these functions and the command li
 `UserError`, with all that is wrong in one message, and imports what it needs when it is called.
 """
 
+import functools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ __all__ = ["Config", "UserError", "audit", "evaluate", "predict", "train", "unle
 def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None) -> "BuildReport":
     """Imports the data, pretrains or converts the backbone, clusters the records and tunes every cluster.
 
-    A second call on the same workdir resumes, or finds that nothing is to be done.
+    A second call on the same workdir resumes, or finds that nothing is to be done. What an import does not use is named
+    in a Python warning.
 
     Args:
         workdir: new, empty, or begun by an earlier call.
@@ -49,7 +51,9 @@ def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None)
         config = read_config(Layout(workdir)) or {}
     if not isinstance(config, Config):
         config = from_dict(config)
-    with prepare_run(workdir, config) as (run, _):
+    with prepare_run(workdir, config) as (run, imported):
+        for note in imported.notes if imported else ():
+            warnings.warn(note, stacklevel=2)
         repair(run)
         return build(run)
 
@@ -87,24 +91,26 @@ def unlearn(
 def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") -> "Predictions":
     """Predicts images: files, or uint8 [N, h, w, c] in the shape that the workdir keeps.
 
-    Every call loads the model; a process that stays alive uses `evaluation.serving.Predictor`.
+    A file that cannot be read stops no other: the answers' `unreadable` says why, {position: reason}; its label is -1,
+    its probabilities are NaN. Every call loads the model; a process that stays alive uses
+    `evaluation.serving.Predictor`.
     """
     import numpy as np
 
-    from lmeraser_jax.data.decode import decode_all
     from lmeraser_jax.evaluation import predict
     from lmeraser_jax.unlearning.run import open_run
 
     with open_run(workdir) as run:
-        shape = run.image_spec.height, run.image_spec.width, run.image_spec.channels
         if isinstance(images, str | Path):
             raise UserError(f"images must be a list of files or an array, not one file: {images}")
+        answer = functools.partial(predict.predict, predict.load_model(run))
         if not isinstance(images, np.ndarray):
-            images = decode_all([Path(file) for file in images], *shape, run.config.data.max_pixels)
+            return predict.predict_files(run, [Path(file) for file in images], answer)
+        shape = run.image_spec.height, run.image_spec.width, run.image_spec.channels
         if images.dtype != np.uint8 or images.shape[1:] != shape:
             legal = ", ".join(map(str, shape))
             raise UserError(f"images: {images.dtype} {list(images.shape)}: must be uint8 [N, {legal}], or image files")
-        return predict.predict(predict.load_model(run), images)
+        return answer(images)
 
 
 def evaluate(workdir: str | Path, split: str = "test") -> "Evaluation":

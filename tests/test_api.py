@@ -44,6 +44,11 @@ def test_arrays_and_image_files_are_predicted_alike(trained_workdir, tmp_path):
     answers, same = lm.predict(trained_workdir, images), lm.predict(trained_workdir, files)
     assert answers.probabilities.shape == (3, 10) and set(answers.labels) <= set(range(10))
     np.testing.assert_array_equal(answers.probabilities, same.probabilities)
+    files[1:2] = [tmp_path / "none.png", tmp_path]
+    some = lm.predict(trained_workdir, files)
+    assert some.unreadable.keys() == {1, 2} and some.labels.tolist() == [answers.labels[0], -1, -1, answers.labels[2]]
+    assert np.isnan(some.probabilities[[1, 2]]).all() and (some.clusters[[1, 2]] == -1).all()
+    np.testing.assert_array_equal(some.probabilities[[0, 3]], answers.probabilities[[0, 2]])
 
 
 def test_what_is_refused_changes_nothing(trained_workdir, tmp_path):

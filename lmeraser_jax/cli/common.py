@@ -273,7 +273,9 @@ def begun(arguments: Arguments) -> tuple[str, Config]:
 
 
 def imported_text(imported: Imported, again: str) -> str:
-    """What an import did, in a line. Warns of unreadable images; the command `again` adds them once they are mended."""
+    """What an import did, in a line. Warns of what was not used; the command `again` adds images that are mended."""
+    for note in imported.notes:
+        warn(note)
     if imported.unreadable:
         warn(
             f"{len(imported.unreadable)} images could not be read and were left out"

@@ -74,9 +74,9 @@ usage: lmeraser COMMAND [--workdir=DIR] [--config=FILE.py] [--config.GROUP.SETTI
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command. Returns its exit code.
 
-    0 done, or SIGTERM ended a resumable command where nothing is lost; 1 an audit, a check or a receipt failed, or an
-    attack found an erased record; 2 misused, or a process was lost; 3 a check that could not look, or an attack that
-    can say nothing; 130 interrupted.
+    0 done, or SIGTERM ended a resumable command where nothing is lost; 1 an audit, a check or a receipt failed, an
+    attack found an erased record, or an image to predict could not be read; 2 misused, or a process was lost; 3 a
+    check that could not look, or an attack that can say nothing; 130 interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else "--help"

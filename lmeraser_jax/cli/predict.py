@@ -1,62 +1,81 @@
 """lmeraser predict: predict image files or folders: label, probability and cluster key.
 
-lmeraser predict --workdir=runs/digits scan.png folder/ [--format=table|csv|json]
+  lmeraser predict --workdir=runs/digits scan.png folder/ [--format=table|csv|json]
+
+In a folder it takes the files that an import would take. A file that cannot be read stops no other: it has a line on
+standard error and a place in the JSON of --json, and the exit code is 1.
 """
 
 import csv
 import io
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
-from lmeraser_jax.data.folder import SUFFIXES
+from lmeraser_jax.data import folder
 from lmeraser_jax.errors import UserError, raise_all
 
 TAKES_FILES = True
 FLAGS = (Flag("format", "table", "how to print", choices=("table", "csv", "json")),)
+COLUMNS: tuple[str, ...] = ("file", "label", "probability", "cluster")
 
 
 def run(arguments: common.Arguments) -> int:
     common.workdir_of(arguments)  # refuses a missing one first
-    files = _files([Path(name) for name in arguments.files])
+    files, failures = _files(arguments.files)
     with common.opened(arguments) as run_:
-        from lmeraser_jax.data.decode import decode_all
+        from lmeraser_jax.evaluation.predict import predict_files
         from lmeraser_jax.evaluation.serving import Predictor
 
         common.warn_if_unfinished(run_)
-        spec = run_.image_spec
-        images = decode_all(files, spec.height, spec.width, spec.channels, run_.config.data.max_pixels)
-        answers = Predictor(run_)(images)
+        answers = predict_files(run_, files, Predictor(run_))
         columns = zip(files, answers.labels, answers.probabilities.max(axis=1), answers.clusters[:, 0], strict=True)
         rows = [
             {
-                "file": str(file),
+                "file": _printable(file),
                 "label": run_.classes[label],
                 "probability": round(float(probability), 6),
                 "cluster": answers.keys[cluster],
             }
             for file, label, probability, cluster in columns
+            if label >= 0
         ]
-    common.show(arguments, _text(rows, arguments["format"]), {"predictions": rows})
-    return 0
+    failures |= {_printable(files[position]): reason for position, reason in answers.unreadable.items()}
+    values = {"predictions": rows, "unreadable": [{"file": name, "reason": text} for name, text in failures.items()]}
+    common.show(arguments, _text(rows, arguments["format"]), values)
+    for name, reason in failures.items():
+        print(f"error: {name}: {reason}", file=sys.stderr)
+    return 1 if failures else 0
 
 
-def _files(paths: list[Path]) -> list[Path]:
-    """The image files that the arguments name."""
-    if not paths:
+def _files(arguments: list[str]) -> tuple[list[Path], dict[str, str]]:
+    """The image files that the arguments name, and {argument that names none: why}."""
+    if not arguments:
         raise UserError("name image files or a folder: lmeraser predict --workdir=DIR FILE ...")
-    raise_all([f"{path}: no such file or folder" for path in paths if not path.exists()])
-    files = []
-    for path in paths:
-        images = [path]
-        if path.is_dir():
-            images = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+    files, failures = [], {}
+    for path in map(Path, arguments):
+        if not path.is_dir():
+            files += [path] if path.exists() else []
+            failures |= {} if path.exists() else {_printable(path): "no such file or folder"}
+            continue
+        images, others = folder.list_images(path)
+        files += [path / name for name in images]
         if not images:
-            raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)})")
-        files += images
-    return files
+            failures[_printable(path)] = f"holds no images ({', '.join(folder.SUFFIXES)})"
+        if others:
+            common.warn(f"{path}: not used: {folder.count_files(others)}")
+    if not files:
+        raise_all([f"{name}: {reason}" for name, reason in failures.items()])
+    return files, failures
+
+
+def _printable(path: Path) -> str:
+    """A path for people and for JSON; bytes that are no UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _text(rows: list[dict[str, Any]], format_: str) -> str:
@@ -64,11 +83,11 @@ def _text(rows: list[dict[str, Any]], format_: str) -> str:
         return json.dumps(rows, indent=2)
     if format_ == "csv":
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(buffer, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return buffer.getvalue().rstrip("\n")
-    width = max(len(row["file"]) for row in rows)
+    width = max((len(row["file"]) for row in rows), default=4)
     lines = [f"{'file':<{width}}  {'label':<16}{'probability':>11}  cluster"]
     lines += [f"{r['file']:<{width}}  {r['label']:<16}{r['probability']:>11.3f}  {r['cluster'][:12]}" for r in rows]
     return "\n".join(lines)

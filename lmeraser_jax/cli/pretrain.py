@@ -20,7 +20,7 @@ def run(arguments: common.Arguments) -> int:
     kind, size = type(architecture).__name__.removesuffix("Config"), architecture.image_size
     lines = [f"backbone {name[:12]}: {kind}, {size} px, feature of {architecture.feature_size} numbers"]
     if imported:
-        lines.append(f"imported {imported.added} records")
+        lines.append(common.imported_text(imported, f"lmeraser train --reimport {Layout(workdir).flag}"))
     lines.append(f"next: lmeraser train {Layout(workdir).flag}")
     common.show(arguments, "\n".join(lines), {"backbone": name, "imported": imported.added if imported else 0})
     return 0

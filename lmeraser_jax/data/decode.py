@@ -3,21 +3,23 @@
 import contextlib
 import io
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lmeraser_jax.config import Data
+from lmeraser_jax.data.pixel_bytes import pixels_only
 from lmeraser_jax.data.source import Pixels
-from lmeraser_jax.errors import raise_all
 
 THREADS = min(16, os.cpu_count() or 1)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # whatever a file's name says; others run programs
 MAX_PIXELS = Data().max_pixels
+TURNS = dict(zip(range(2, 9), (Image.Transpose(method) for method in (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF
 
 
 def decode(
@@ -34,54 +36,70 @@ def decode(
 
     def fill(position: int) -> tuple[str, bool]:
         """Decodes one image in its place: (why it cannot be read or "", whether the colour mode was converted)."""
-        file = files[position]
         try:
-            if isinstance(file, Path) and file.exists() and not file.is_file():
-                return "not a regular file", False  # a pipe would be waited for
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
-                _check_size(image.size, max_pixels)
-                upright = ImageOps.exif_transpose(image)  # cameras note which side was up
-                fitted = _fit(_to_eight_bit(upright).convert(mode), height, width, max_pixels)
-                images[position] = np.asarray(fitted).reshape(height, width, channels)
-                return "", image.mode != mode
+            image = _upright(files[position], max_pixels)
+            fitted = _fit(_to_eight_bit(image).convert(mode), height, width, max_pixels)
+            images[position] = np.asarray(fitted).reshape(height, width, channels)
+            return "", image.mode != mode
         except UnidentifiedImageError:  # its own text names the file again, or an address in memory
             return f"not an image ({', '.join(FORMATS)}), or its first bytes are damaged", False
         except Exception as error:  # Pillow's decoders raise nearly every kind over damaged files
             return str(error) or type(error).__name__, False
 
-    with _no_pillow_limit(), warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, of metadata that is not used here
+    with _quiet(), ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(fill, range(len(files))))
     unreadable = {position: reason for position, (reason, _) in enumerate(results) if reason}
     return Pixels(images, unreadable, sum(converted for _, converted in results))
 
 
-def decode_all(
-    files: Sequence[Path], height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
-) -> np.ndarray:
-    """As `decode`, the images alone. Raises `UserError` naming every file that cannot be read."""
-    pixels = decode(files, height, width, channels, max_pixels)
-    problems = [f"{files[position]}: {reason}" for position, reason in pixels.unreadable.items()]
-    raise_all(problems, "these image files cannot be read; mend or remove them:")
-    return pixels.images
-
-
 def upright_size(path: Path) -> tuple[int, int]:
     """Height and width in pixels of an image file that `decode` has read, with the side up that its camera noted."""
-    with _no_pillow_limit(), Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return (width, height) if turned else (height, width)
+    with _quiet():
+        image = _upright(path, sys.maxsize)
+    return image.height, image.width
 
 
 @contextlib.contextmanager
-def _no_pillow_limit() -> Iterator[None]:
-    """Without Pillow's limit of pixels; `data.max_pixels` stands in its place."""
+def _quiet() -> Iterator[None]:
+    """Without Pillow's limit of pixels, in whose place `data.max_pixels` stands, and its warnings of metadata."""
     before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = before
+
+
+def _upright(file: Path | bytes, max_pixels: int) -> Image.Image:
+    """The first picture of a file, with the side up that its camera noted. Raises nearly every kind.
+
+    Metadata are no reason to refuse an image: what Pillow cannot open or load is tried again without them.
+    """
+    if isinstance(file, Path) and file.exists() and not file.is_file():
+        raise ValueError("not a regular file")  # a pipe would be waited for
+    try:
+        return _load(file, max_pixels)
+    except Exception:
+        raw = file if isinstance(file, bytes) else file.read_bytes()
+        bare, exif = pixels_only(raw)
+        if bare == raw:
+            raise
+        return _load(bare, max_pixels, exif)
+
+
+def _load(file: Path | bytes, max_pixels: int, exif: bytes = b"") -> Image.Image:
+    """Opens and decodes with Pillow, and turns the image as its EXIF block says: its own, or a given one."""
+    with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
+        _check_size(image.size, max_pixels)
+        image.load()
+        turn = None
+        with contextlib.suppress(Exception):  # a block that cannot be read; Pillow raises nearly every kind
+            tags = image.getexif()
+            if exif:
+                tags.load(exif)
+            turn = TURNS.get(tags.get(ExifTags.Base.Orientation, 1))
+        return image.copy() if turn is None else image.transpose(turn)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, condition: str = "") -> None:

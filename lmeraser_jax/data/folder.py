@@ -1,21 +1,26 @@
 """Images in folders: a subfolder for each role, `<role>/<class>/.../<file>`, and a CSV of labels and owners if wanted.
 
-Ids are the paths below `data.path`. Names that start with a dot are passed over.
+Ids are the paths below `data.path`. Names that start with a dot and other kinds of files are passed over and counted.
 """
 
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import label_csv
 from lmeraser_jax.data.decode import decode
-from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.data.names import similar
+from lmeraser_jax.data.source import Item, Pixels, Source, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 DEFAULTS = {"train": "train", "test": "test", "holdout": "", "public": "public"}
 CHANNELS = 3
 
@@ -26,16 +31,19 @@ def load(data: Data) -> Source:
     if not root.is_dir():
         raise UserError(f"--config.data.path={data.path}: no such folder")
     roles = _roles(root, data)
-    names, splits = [], []
+    names, splits, others, empty = [], [], Counter(), []
     for split, folder in roles.items():
-        images = _images(root, folder)
+        images, passed = list_images(root / folder)
         if not images and (split == "train" or getattr(data, f"{split}_split")):
             raise UserError(
                 f"--config.data.{split}_split={folder} holds no images in {data.path}; expected"
-                f" {folder}/<class>/<file> ({', '.join(SUFFIXES)})"
+                f" {folder}/<class>/<file> ({', '.join(SUFFIXES)}); it holds {count_files(passed) or 'nothing'}"
             )
-        names += images
+        names += [str(PurePosixPath(folder, name)) for name in images]
         splits += [split] * len(images)
+        others += passed
+        with_images = {name.partition("/")[0] for name in images}
+        empty += [str(PurePosixPath(folder, name)) for name in _subfolders(root / folder) if name not in with_images]
     folders = [roles[split] for split in splits]
     rows = label_csv.read(data.labels, data.csv_columns, names, folders) if data.labels else {}
     labels = _labels(data, names, folders, rows)
@@ -50,7 +58,58 @@ def load(data: Data) -> Source:
     def read(start: int, stop: int) -> Pixels:
         return decode([root / name for name in names[start:stop]], height, width, CHANNELS, data.max_pixels)
 
-    return Source(data.path, classes, (height, width, CHANNELS), items, read)
+    outside = _without_role(root, roles.values())
+    notes = not_used({"class folders without images": empty, "folders without a role": outside}, count_files(others))
+    if len(classes) < len(numbers):
+        notes += (f"class names that are one number, and so one class: {join_limited(similar(numbers))}",)
+    if any(row.owner for row in rows.values()) and len(rows) < len(names):
+        notes += (f"{len(names) - len(rows)} images have no row in {data.labels}, and so no owner",)
+    return Source(data.path, classes, (height, width, CHANNELS), items, read, notes)
+
+
+def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
+    """The images in a folder and its subfolders, and what else lies there.
+
+    Links are followed, unless one leads back to a folder on the way to it: that would never end.
+
+    Returns:
+        Paths below the folder, sorted by their parts, and {suffix, "hidden" or "without a suffix": number of files}.
+    """
+    images, others = [], Counter()
+    waiting: list[tuple[str, tuple[Path, ...]]] = [("", (folder.resolve(),))]  # with the real folders on the way
+    while waiting:
+        below, way = waiting.pop()
+        for entry in os.scandir(folder / below):
+            name = below + entry.name
+            if entry.name.startswith("."):
+                others["hidden"] += 1
+            elif os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                real = Path(entry.path).resolve()
+                if not any(above.is_relative_to(real) for above in way):
+                    waiting.append((f"{name}/", (*way, real)))
+            elif name.lower().endswith(SUFFIXES):
+                images.append(name)
+            else:
+                others[PurePosixPath(name).suffix.lower() or "without a suffix"] += 1
+    return sorted(images, key=lambda name: name.split("/")), others
+
+
+def count_files(others: Mapping[str, int]) -> str:
+    """The files that `list_images` passed over, in words; "" for none."""
+    kinds = join_limited(f"{others[kind]} {kind}" for kind in sorted(others, key=lambda kind: (-others[kind], kind)))
+    return f"{sum(others.values())} files ({kinds})" if others else ""
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def _without_role(root: Path, roles: Collection[str]) -> list[str]:
+    """Folders below the root that neither are a role's, lie in one nor hold one, as paths below the root."""
+    on_the_way = {str(path) for folder in roles for path in (PurePosixPath(folder), *PurePosixPath(folder).parents)}
+    beside = {str(PurePosixPath(path, name)) for path in on_the_way - {*roles} for name in _subfolders(root / path)}
+    return sorted(beside - on_the_way)
 
 
 def _roles(root: Path, data: Data) -> dict[str, str]:
@@ -79,17 +138,6 @@ def _roles(root: Path, data: Data) -> dict[str, str]:
             problems.append(" lies in ".join(flags) + default)
     raise_all(problems, "images can have one role only; name folders that do not overlap:")
     return roles
-
-
-def _images(root: Path, folder: str) -> list[str]:
-    """Paths below the root of the images in a folder, sorted by their parts; links are followed, loops are not."""
-    images = []
-    for here, folders, files in os.walk(root / folder, followlinks=True):
-        real = Path(here).resolve()
-        folders[:] = [name for name in folders if name[0] != "." and not real.is_relative_to((real / name).resolve())]
-        below = PurePosixPath(Path(here).relative_to(root).as_posix())
-        images += [str(below / name) for name in files if name[0] != "." and name.lower().endswith(SUFFIXES)]
-    return sorted(images, key=lambda name: name.split("/"))
 
 
 def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str, label_csv.Row]) -> list[str]:

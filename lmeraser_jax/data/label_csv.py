@@ -115,10 +115,16 @@ def _rows(path: str, columns: str) -> list[Row]:
             header, delimiter = read_header(file.readline(), wanted)
             _check_columns(path, header, wanted)
             reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote would swallow rows
-            cells = [dict(zip(header, row, strict=False)) for row in reader if any(map(str.strip, row))]
+            cells = [row for row in reader if any(map(str.strip, row))]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
-    return [Row(*(row.get(name, "") for name in wanted)) for row in cells]
+    longer = [number for number, row in enumerate(cells, 1) if any(map(str.strip, row[len(header) :]))]
+    if longer:
+        raise UserError(
+            f"{path} has more cells in rows {join_limited(longer)} than columns in its first line ({len(header)}); put"
+            " quotes around names with commas"
+        )
+    return [Row(*(dict(zip(header, row, strict=False)).get(name, "") for name in wanted)) for row in cells]
 
 
 def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:

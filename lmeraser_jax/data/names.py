@@ -23,6 +23,7 @@ FAULTS = {  # Unicode categories of characters that no name may have
     "Zp": "has a line separator",
 }
 VISIBLE = tuple(category for category in FAULTS if category != "Cf")  # some scripts spell words with joiners
+WHOLE = re.compile(r"\+?(-?[0-9]+)(?:\.0*)?")  # a number, also as spreadsheets and pandas write it
 LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")  # which spreadsheets drop
 HINTS = 5  # look-alikes in a message
 
@@ -87,6 +88,15 @@ def lookalikes(unknown: Iterable[str], known: Iterable[str]) -> Mapping[str, tup
     return {name: tuple(sorted(names)) for name, names in others.items() if names}
 
 
+def similar(names: Iterable[str]) -> list[str]:
+    """Groups of different names that look alike, with what the first and the last of a group differ in."""
+    groups = defaultdict(list)
+    for name in sorted(set(names)):
+        groups[_form(name, ALL_FORMS)].append(name)
+    alike = [group for group in groups.values() if len(group) > 1]
+    return [f"{' / '.join(map(quoted, group))} ({difference(group[0], group[-1])})" for group in alike]
+
+
 def difference(name: str, other: str) -> str:
     """In what two names that look alike differ: the fewest of `FORMS` without which they are equal."""
     kinds = dict.fromkeys(kind for kind, _ in FORMS)
@@ -120,6 +130,7 @@ FORMS: tuple[tuple[str, Callable[[str], str]], ...] = (  # differences that are 
     ("Unicode form", _normal),
     ("white space", lambda name: " ".join(name.split())),
     ("quotes", lambda name: name.strip("\"'")),
+    ("number form", lambda name: match[1] if (match := WHOLE.fullmatch(name)) else name),
     ("leading zeros", lambda name: LEADING_ZEROS.sub("", name)),
 )
 ALL_FORMS = [change for _, change in FORMS]

@@ -24,7 +24,7 @@ import numpy as np
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.names import LONGEST, as_name
-from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.data.source import Item, Pixels, Source, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 
 SPLITS = ("train", "test", "public")
@@ -50,12 +50,13 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     if not Path(path).is_file():
         raise UserError(f"--config.data.path={path}: no such file")
     with _refuse_damage(path):
-        members = _open_members(path)
+        members, others = _open_members(path)
     splits = ("train", "test") if own_test else ("train",)
     missing = [key for split in splits for key in (f"{split}_images", f"{split}_labels") if key not in members]
     if missing:
         raise UserError(
-            f"{path} lacks {', '.join(missing)}; it has {join_limited(members) or 'nothing'} (--config.data.path)"
+            f"{path} lacks {', '.join(missing)}; it has {join_limited([*members, *others]) or 'nothing'}"
+            " (--config.data.path)"
         )
     splits = [split for split in SPLITS if f"{split}_images" in members]
     problems = [line for split in splits for line in _problems_of_split(members, split, max_pixels)]
@@ -83,7 +84,8 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
             offset += stream.shape[0]
         return Pixels(np.concatenate(pieces))
 
-    return Source(path, tuple(map(as_name, names)), shape, items, read)
+    others += [key for key in members if key != "class_names" and key.partition("_")[0] not in splits]
+    return Source(path, tuple(map(as_name, names)), shape, items, read, not_used({"arrays": others}))
 
 
 @contextlib.contextmanager
@@ -96,9 +98,10 @@ def _refuse_damage(path: str) -> Iterator[None]:
         raise UserError(f"--config.data.path={path} is not a readable .npz without pickles: {reason}") from error
 
 
-def _open_members(path: str) -> dict[str, "Rows"]:
-    """The arrays that have a meaning here, of which only the headers are read."""
+def _open_members(path: str) -> tuple[dict[str, "Rows"], list[str]]:
+    """The arrays that have a meaning here, of which only the headers are read, and the names of the others."""
     members: dict[str, Rows] = {}
+    others = []
     with ZipFile(path) as file:
         for member in file.namelist():
             key = member.removesuffix(".npy")
@@ -106,7 +109,9 @@ def _open_members(path: str) -> dict[str, "Rows"]:
                 raise ValueError(f"it holds {key} twice")
             if key in KEYS:
                 members[key] = Rows(path, member, file)
-    return members
+            else:
+                others.append(shorten(key))
+    return members, others
 
 
 def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: int) -> list[str]:

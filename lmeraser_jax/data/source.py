@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -44,6 +44,14 @@ class Source:
     shape: tuple[int, int, int]  # (h, w, c) of a stored image
     items: Sequence[Item]  # all, in any order
     read: Callable[[int, int], Pixels]  # pixels of items[start:stop]; imports ask for rising positions
+    notes: tuple[str, ...] = ()  # what an import tells about it, such as what it has that is not used
+
+
+def not_used(names: Mapping[str, Collection[str]], files: str = "") -> tuple[str, ...]:
+    """The note of what a source has and no record is made of, {kind: names}; none where everything is used."""
+    parts = [files] if files else []
+    parts += [f"{kind}: {join_limited(values)}" for kind, values in names.items() if values]
+    return (f"not used: {', '.join(parts)}",) if parts else ()
 
 
 def problems(source: Source, first: bool = True) -> list[str]:

@@ -21,7 +21,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.names import as_name
-from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.data.source import Item, Pixels, Source, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 
@@ -116,7 +116,10 @@ def load(data: Data) -> Source:
                 files += [(parse(record) or {}).get(fields.image, b"") for record in prepared.records(piece)]
         return decode(files, height, width, channels, data.max_pixels)
 
-    return Source(prepared.name, fields.class_names, (height, width, channels), items, read)
+    taken = {span.split for span in spans}
+    others = [f"{name} ({count})" for name, count in prepared.sizes.items() if count and name not in taken]
+    notes = not_used({"splits without a role": others})
+    return Source(prepared.name, fields.class_names, (height, width, channels), items, read, notes)
 
 
 def open_prepared(folder: Path) -> Prepared:

@@ -8,7 +8,8 @@ Shapes: N images, B batch, K clusters (padded), m nearest clusters, D feature, Y
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.config import Config
+from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
@@ -70,13 +72,15 @@ class Model:
 class Predictions:
     """Answers for N images."""
 
-    probabilities: np.ndarray  # float32 [N, Y]
+    probabilities: np.ndarray  # float32 [N, Y]; NaN for an image that could not be read
     clusters: np.ndarray  # int32 [N, m], indices into `keys`, nearest first; -1 where fewer than m may be used
     keys: tuple[str, ...]  # the cluster keys of the state that answered
+    unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)  # {position of a file: why}
 
     @property
     def labels(self) -> np.ndarray:
-        return self.probabilities.argmax(axis=1)
+        """int [N]; -1 for an image that could not be read."""
+        return np.where(np.isnan(self.probabilities[:, 0]), -1, self.probabilities.argmax(axis=1))
 
 
 def load_model(run: Run, before: Model | None = None) -> Model:
@@ -307,6 +311,15 @@ def predict(model: Model, images: np.ndarray) -> Predictions:
         answers = program(model.arrays, batch, _draws(model, batch))
         probabilities[rows], clusters[rows] = (np.asarray(answer)[: rows.stop - start] for answer in answers)
     return Predictions(probabilities, clusters, model.keys)
+
+
+def predict_files(run: Run, files: Sequence[Path], answer: Callable[[np.ndarray], Predictions]) -> Predictions:
+    """Predicts image files, brought to the stored shape as an import does; those that cannot be read have no answer."""
+    spec = run.image_spec
+    pixels = decode(files, spec.height, spec.width, spec.channels, run.config.data.max_pixels)
+    answers, lost = answer(pixels.images), list(pixels.unreadable)
+    answers.probabilities[lost], answers.clusters[lost] = np.nan, -1
+    return dataclasses.replace(answers, unreadable=pixels.unreadable)
 
 
 def _draws(model: Model, images: np.ndarray) -> np.ndarray | None:

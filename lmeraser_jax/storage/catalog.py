@@ -205,6 +205,14 @@ class Catalog:
         """The content hashes of all records."""
         return self._values("SELECT content FROM records")
 
+    def copies(self) -> tuple[int, int]:
+        """How many pictures are live training and test images at once, pixel for pixel; and have several labels."""
+        groups = (
+            "SELECT max(split='train') AND max(split='test') AS shared, count(DISTINCT label)>1 AS torn FROM records"
+            " WHERE erased='' AND split!='public' GROUP BY content HAVING count(*)>1"
+        )
+        return self.db.execute(f"SELECT ifnull(sum(shared),0), ifnull(sum(torn),0) FROM ({groups})").fetchone()
+
     def owner_splits(self) -> dict[str, str]:
         """{owner of live records, public ones aside: the split of them, the first by name if there are several}."""
         query = "SELECT owner,min(split) FROM records WHERE owner!='' AND split!='public' AND erased='' GROUP BY owner"

@@ -9,7 +9,7 @@ import numpy as np
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data.names import list_names, quoted
+from lmeraser_jax.data.names import list_names, quoted, similar
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError, join_limited, raise_all
@@ -37,6 +37,7 @@ class Imported:
     converted: int = 0  # images of the source that had another colour mode
     mended: int = 0  # known records whose stored pixels had rotted and were written again
     left_out: int = 0  # test, hold-out and public images of an added source
+    notes: tuple[str, ...] = ()  # what the source has that is not used, classes that look alike, exact duplicates
 
 
 def import_settings(config: Config) -> dict[str, Any]:
@@ -89,7 +90,10 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         positions = limit_positions(source.items, data.train_limit, data.test_limit)
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
     lines = problems(picked, first=before is None) + _check_shares(picked, data)
-    raise_all(lines + _check_owners(catalog, picked, config) + _check_dataset(picked, before), heading)
+    lines += _check_owners(catalog, picked, config) + _check_dataset(picked, before)
+    alike = similar(source.class_names)
+    notes = source.notes + ((f"class names that look alike: {join_limited(alike)}",) if alike else ())
+    raise_all([*lines, *notes] if lines else [], heading)
     dataset = before or {
         "settings": import_settings(config),
         "classes": list(source.class_names),
@@ -118,7 +122,10 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         raise
     file.sync()
     imported = intake.commit(dataset, source.name, start)
-    return dataclasses.replace(imported, left_out=len(source.items) - len(positions)) if adding else imported
+    left_out = len(source.items) - len(positions) if adding else 0
+    if any(copies := catalog.copies()):
+        notes += (f"exact duplicates: {copies[0]} pictures lie in train and test, {copies[1]} carry several labels",)
+    return dataclasses.replace(imported, left_out=left_out, notes=notes)
 
 
 def _pieces(positions: list[int]) -> Iterator[tuple[int, int]]:
@@ -223,7 +230,8 @@ class _Intake:
             self.catalog.set("rows", start + len(self.items))
             skipped = len(self.unreadable)  # only their number: events outlive erasures
             self.catalog.event("import", source=source, added=len(added), unreadable=skipped, **self.counts)
-        return Imported(len(added), unreadable=tuple(self.unreadable), **self.counts)
+        values: dict[str, Any] = {"unreadable": tuple(self.unreadable), **self.counts}
+        return Imported(len(added), **values)
 
 
 def _check_shares(source: Source, data: Data) -> list[str]:

@@ -13,6 +13,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from lmeraser_jax.cli.main import COMMANDS, main
+from lmeraser_jax.config import Data
+from lmeraser_jax.data import folder
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning.run import open_run
@@ -87,6 +89,40 @@ def test_predict_prints_label_probability_and_cluster(workdir, capsys, tmp_path)
     assert all(0 < row["probability"] <= 1 and len(row["cluster"]) == 64 for row in rows)
 
 
+def test_predict_takes_what_an_import_takes_and_answers_for_what_can_be_read(workdir, capsys, tmp_path):
+    """One set of files, hidden, linked, broken, of odd suffixes: an import and a prediction read the same."""
+    root = tmp_path / "set" / "train"
+    for name in ("a/1.png", "a/2.JFIF", "a/._3.png", "b/4.jpe", "b/5.jp2", ".c/6.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 8), 7).save(root / name, "PNG")
+    (root / "b" / "torn.png").write_bytes((root / "a" / "1.png").read_bytes()[:50])
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("L", (9, 8)).save(tmp_path / "elsewhere" / "8.png")
+    (root / "b" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "up").symlink_to(root)
+    source = folder.load(Data(source="folder", path=str(root.parent)))
+    pixels = source.read(0, len(source.items))
+    wanted = {str(root.parent / item.id) for item in source.items}
+    torn = {str(root.parent / source.items[i].id): reason for i, reason in pixels.unreadable.items()}
+    assert len(wanted) == 5 and [*torn] == [str(root / "b" / "torn.png")]
+    arguments = ["predict", f"--workdir={workdir}", root, root / "a" / "._3.png", tmp_path / "gone.png"]
+    torn[str(tmp_path / "gone.png")] = "no such file or folder"
+    for form in ("table", "csv", "json"):
+        code, out, err = call(capsys, *arguments, f"--format={form}", f"--json={tmp_path}/out.json")
+        values = json.loads((tmp_path / "out.json").read_text())
+        assert code == 1 and {row["file"]: row["reason"] for row in values["unreadable"]} == torn
+        assert [line for line in err.splitlines() if line.startswith("error: ")] == [
+            f"error: {row['file']}: {row['reason']}" for row in values["unreadable"]
+        ]
+        assert {row["file"] for row in values["predictions"]} == wanted - {*torn} | {str(root / "a" / "._3.png")}
+        assert all(row["file"] in out for row in values["predictions"]) and "torn.png" not in out
+    assert "not used: 3 files (2 hidden, 1 .jp2)" in err
+    code, out, err = call(capsys, "predict", f"--workdir={workdir}", root / "b" / "torn.png", "--format=csv")
+    assert (code, out) == (1, "file,label,probability,cluster\n") and "torn.png: " in err
+    (root / "none").mkdir()
+    assert "none: holds no images" in refused(capsys, "predict", f"--workdir={workdir}", root / "none")
+
+
 def test_an_audit_that_finds_a_difference_exits_with_1(workdir, capsys):
     with open_run(workdir) as run:
         key, name = next(iter(run.catalog.manifest().entries.items()))
@@ -100,7 +136,6 @@ def test_an_audit_that_finds_a_difference_exits_with_1(workdir, capsys):
 
 
 def test_misuse_of_commands_and_flags(capsys, tmp_path, workdir):
-    (tmp_path / "bad.png").write_bytes(b"no image")
     (tmp_path / "bad.py").write_text("def get_config(:\n")
     (tmp_path / "ids").write_bytes(b"\xff\xfe")
     at, new = f"--workdir={workdir}", f"--workdir={tmp_path}/new"
@@ -122,7 +157,6 @@ def test_misuse_of_commands_and_flags(capsys, tmp_path, workdir):
         (["predict", at, "--format=xml"], "table"),
         (["predict", at], "name image files"),
         (["predict", at, "none.png"], "no such file or folder"),
-        (["predict", at, tmp_path / "bad.png"], "bad.png"),
     ):
         assert message in refused(capsys, *arguments), arguments
     for config in (["--config=configs/digits.py"], []):

@@ -2,6 +2,7 @@
 time and memory, and nothing else happens."""
 
 import io
+import itertools
 import os
 import struct
 import tracemalloc
@@ -12,10 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from lmeraser_jax.data import decode
-from lmeraser_jax.errors import UserError
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 
@@ -69,7 +69,6 @@ def test_files_and_bytes_agree_whatever_the_suffix(tmp_path, rng):
     for file, content in zip(files, raw, strict=True):
         file.write_bytes(content)
     np.testing.assert_array_equal(decode.decode(files, 8, 8, 3).images, decode.decode(raw, 8, 8, 3).images)
-    np.testing.assert_array_equal(decode.decode_all(files, 8, 8, 3), decode.decode(raw, 8, 8, 3).images)
     assert decode.decode([], 4, 6, 1).images.shape == (0, 4, 6, 1)
 
 
@@ -140,11 +139,8 @@ def test_unreadable_images_are_reported_by_position_and_harm_no_other(tmp_path, 
     assert set(pixels.unreadable) == {*broken, 8} and all(pixels.unreadable.values())
     assert "truncated" in pixels.unreadable[1] and "No such file" in pixels.unreadable[8]
     good = [position for position in range(10) if position not in pixels.unreadable]
-    np.testing.assert_array_equal(decode.decode_all([files[i] for i in good], 8, 8, 3), pixels.images[good])
+    np.testing.assert_array_equal(decode.decode([files[i] for i in good], 8, 8, 3).images, pixels.images[good])
     assert pixels.images[good].any((1, 2, 3)).all() and not pixels.images[sorted(pixels.unreadable)].any()
-    with pytest.raises(UserError, match="these image files cannot be read; mend or remove them:") as caught:
-        decode.decode_all(files, 8, 8, 3)
-    assert {i for i, file in enumerate(files) if f"- {file}: " in str(caught.value)} == {*broken, 8}
 
 
 @settings(max_examples=150)
@@ -174,18 +170,104 @@ def test_other_kinds_of_files_are_not_even_opened(tmp_path):
     assert pixels.unreadable == dict.fromkeys(range(3), "not a regular file")
 
 
-def test_huge_and_broken_exif_is_passed_over():
-    raw = FILES["JPEG"]
-    for body in (b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(60_000)):
-        assert reason(raw[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + raw[2:]) == ""
+# metadata: no reason to refuse pixels
+def chunk(kind: bytes, body: bytes, crc: int = 0) -> bytes:
+    """A piece of a PNG; `crc` spoils its checksum."""
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body) ^ crc)
+
+
+def exif(tag: int = 0x11A, kind: int = 5, count: int = 1, value: int = 38, data: bytes = b"") -> bytes:
+    """An EXIF block that turns the image by a quarter (6) and has another tag, by default a resolution."""
+    head = struct.pack("<4sIH", b"II*\0", 8, 2) + struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)
+    return head + struct.pack("<HHII", tag, kind, count, value) + bytes(4) + data
+
+
+def with_metadata(form: str, *pieces: bytes, late: bool = False) -> bytes:
+    """The sample with pieces of metadata behind its head or, in a PNG, behind its pixels."""
+    raw = FILES[form] if form != "WEBP" else encoded(SAMPLE, form, lossless=True, exif=b"Exif\0\0" + exif()[:24])
+    if form == "WEBP":
+        return raw[:4] + struct.pack("<I", len(raw) - 8 + len(b"".join(pieces))) + raw[8:] + b"".join(pieces)
+    start = {"JPEG": 2, "PNG": len(raw) - 12 if late else 33}[form]
+    return raw[:start] + b"".join(pieces) + raw[start:]
+
+
+BIG = bytes(3_000_000)
+TURNED = [exif(), exif(data=bytes(8)), exif(data=struct.pack("<II", 5, 0)), exif(kind=1), exif(kind=2)]
+TURNED += [exif(tag, kind, value=30) for tag in (0x128, 0x8769, 0x8825, 0x9003, 0xA005) for kind in (1, 2, 3, 5, 7, 16)]
+BROKEN = [b"", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + bytes(60_000), b"XXXXXXXX", exif()[:13]]
+
+
+def odd_files() -> dict[str, list[bytes]]:
+    """{what is odd: files with the sample's pixels}; those named "turned" have it turned by a quarter."""
+    texts = [b"k\0" + BIG, b"k\0\0" + zlib.compress(BIG), b"k\0\0torn", b"k\0\x07method", b"k", b""]
+    texts += [b"k\0\1\0\0\0" + zlib.compress(BIG), b"k\0\0\0\xff\0\xff\0\xff"]
+    kinds = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+    small = (b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"tIME", b"acTL", b"fcTL", b"prVt")
+    profile = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n zz\nzz\n"))
+    odd = {
+        "text": [with_metadata("PNG", chunk(k, text), late=late) for k in kinds for text in texts for late in (0, 1)],
+        "much text": [with_metadata("PNG", *[chunk(b"tEXt", b"k\0" + BIG[:500_000])] * 150)],
+        "checksum": [with_metadata("PNG", chunk(kind, b"k\0v", crc=1)) for kind in (*kinds, b"prVt", b"eXIf")],
+        "short": [with_metadata("PNG", chunk(kind, b"\xff" * size)) for kind in small for size in (0, 1, 3)],
+        "exif": [with_metadata("PNG", chunk(b"eXIf", block)) for block in BROKEN] + [with_metadata("PNG", profile)],
+        "turned": [with_metadata("PNG", chunk(b"eXIf", block)) for block in TURNED],
+        "turned, text": [with_metadata("PNG", chunk(b"eXIf", exif(), crc), chunk(b"tEXt", BIG)) for crc in (0, 1)],
+        "webp turned": [with_metadata("WEBP", piece) for piece in (b"", b"ICCP", b"XMP \xff\xff\0\0torn")],
+    }
+    for name, blocks in (("jpeg exif", BROKEN), ("jpeg turned", TURNED)):
+        odd[name] = [segment(0xE1, b"Exif\0\0" + block) for block in blocks]
+    bodies = [(0xE2, b"ICC_PROFILE\0"), (0xE2, b"ICC_PROFILE\0\1\5x"), (0xE2, b"MPF\0II*\0"), (0xE0, b"JFIF")]
+    bodies += [(0xED, b"Photoshop 3.0\x008BIM"), (0xEE, b"Adobe"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff")]
+    bodies += [(0xFE, BIG[:65_000])]
+    odd["jpeg"] = [segment(marker, body) for marker, body in bodies]
+    return odd
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    """The sample's JPEG with a segment of metadata."""
+    return with_metadata("JPEG", struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body)
+
+
+def test_metadata_change_no_pixel_and_refuse_none(tmp_path):
+    """Against the same picture without them; the orientation counts where it can be read, whatever stands beside it."""
+    for name, files in odd_files().items():
+        upright = Image.open(io.BytesIO(FILES["JPEG" if name.startswith("jpeg") else "PNG"])).convert("RGB")
+        if "turned" in name:
+            upright = upright.transpose(Image.Transpose.ROTATE_270)
+        pixels = decode.decode(files, upright.height, upright.width, 3)
+        assert pixels.unreadable == {}, name
+        for position, image in enumerate(pixels.images):
+            np.testing.assert_array_equal(image, np.asarray(upright), err_msg=f"{name} {position}")
+        (tmp_path / "odd").write_bytes(files[-1])
+        assert decode.upright_size(tmp_path / "odd") == (upright.height, upright.width)
+        assert all("max_pixels=9" in reason(raw, max_pixels=9) for raw in files)
+
+
+def test_tags_of_a_tiff_that_are_not_of_its_pixels_may_be_anything():
+    for compression in ("raw", "tiff_lzw", "jpeg"):
+        tags = TiffImagePlugin.ImageFileDirectory_v2()
+        tags[274], tags[270] = 6, "a description"
+        raw = encoded(SAMPLE, "TIFF", compression=compression, tiffinfo=tags)
+        expected, start = decode.decode([raw], 8, 8, 3).images[0], struct.unpack("<I", raw[4:8])[0]
+        entry = raw.index(struct.pack("<HH", 270, 2), start)
+        for tag, kind, count, value in itertools.product(
+            (270, 700, 34665, 34675), (2, 3, 5, 7), (1, 9), (8, 2**32 - 1)
+        ):
+            odd = raw[:entry] + struct.pack("<HHII", tag, kind, count, value) + raw[entry + 12 :]
+            pixels = decode.decode([odd], 8, 8, 3)
+            assert pixels.unreadable == {} and (pixels.images[0] == expected).all(), (compression, tag, kind, count)
+
+
+def test_pixels_that_end_too_early_are_refused_whatever_metadata_stand_before_them():
+    whole = {name: files[0] for name, files in odd_files().items()} | FILES
+    for name, raw in whole.items():
+        for left_out in (len(raw) // 8, len(raw) // 2) if len(raw) < 10_000 else (150, 300):
+            assert reason(raw[:-left_out]), name
 
 
 # sizes
 def png(width: int, height: int) -> bytes:
     """A PNG whose header promises so many pixels, with hardly any data."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(100_000))

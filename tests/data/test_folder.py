@@ -54,9 +54,7 @@ def records(source) -> dict[str, tuple[str, str, str]]:
 
 
 def test_images_are_items_with_their_path_as_id(root):
-    (root / "train" / "notes.txt").write_text("no image")
     (root / "train" / "cat" / "odd.png").mkdir()
-    (root / "other" / "cat").mkdir(parents=True)
     tree(root, "train/cat/._a.png", "train/.cache/a.png", "train/cat/.thumbs/a.png")  # hidden names
     source = load(root)
     assert [item.id for item in source.items] == IDS and source.class_names == ("cat", "dog")
@@ -64,6 +62,34 @@ def test_images_are_items_with_their_path_as_id(root):
     assert problems(source) == []
     tree(root, "public/cat/p.png")
     assert load(root).items[-1] == Item("public/cat/p.png", "public", 0)
+
+
+def test_every_kind_of_image_is_read_and_what_is_not_used_is_named(root):
+    suffixes = sorted({*folder.SUFFIXES, ".jfif", ".jpe"})
+    for i, suffix in enumerate([*suffixes, *map(str.title, suffixes)]):
+        (root / f"train/cat/{i}{suffix}").write_bytes((root / IDS[0]).read_bytes())
+    source = load(root)
+    assert len(source.items) == len(IDS) + 2 * len(suffixes) and source.notes == ()
+    assert source.read(0, len(source.items)).unreadable == {}
+    others = ["train/cat/a.jp2", "train/fox/b.JP2", "train/.DS_Store", "train/cat/._a.png", "test/dog/none"]
+    for name in [*others, "train/eel/deep/c.heic", "val/cat/d.png", "test/eel/e.txt", "README.md"]:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    assert load(root).notes == (
+        "not used: 7 files (2 .jp2, 2 hidden, 1 .heic, 1 .txt, 1 without a suffix),"
+        " class folders without images: train/eel, train/fox, test/eel, folders without a role: val",
+    )
+    message = refusal(root, test_split="test/eel")
+    assert "test_split=test/eel holds no images" in message and "it holds 1 files (1 .txt)" in message
+    tree(root, "parts/one/a/1.png", "parts/two/b/1.png", "parts/one/b/2.png")
+    (note,) = load(root, train_split="parts/one").notes
+    assert note.endswith("class folders without images: test/eel, folders without a role: parts/two, train, val")
+
+
+def test_images_without_a_row_are_counted_where_rows_give_owners(root, tmp_path):
+    assert load(root, labels=table(tmp_path, f"file,label\n{IDS[0]},cat\n")).notes == ()
+    (note,) = load(root, labels=table(tmp_path, f"file,label,owner\n{IDS[0]},cat,ann\n")).notes
+    assert note.startswith("5 images have no row in ") and note.endswith("labels.csv, and so no owner")
 
 
 def test_the_order_is_that_of_the_parts_of_the_paths(tmp_path):
@@ -77,8 +103,12 @@ def test_links_are_followed_but_not_in_circles(root, tmp_path):
     (root / "train" / "eel").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "more" / "up").symlink_to(tmp_path / "elsewhere")
     (root / "train" / "cat" / "again").symlink_to(root)
+    (root / "train" / "cat" / "dogs").symlink_to(root / "train" / "dog")  # each leads to the other
+    (root / "train" / "dog" / "cats").symlink_to(root / "train" / "cat")
+    (root / "train" / "cat" / "self").symlink_to("self")
     ids = [item.id for item in load(root).items]
-    assert ids == [*IDS[:4], "train/eel/g.png", "train/eel/more/h.png", *IDS[4:]]
+    linked = ["train/eel/g.png", "train/eel/more/h.png", "train/cat/dogs/c.PNG", "train/cat/dogs/deep/d.bmp"]
+    assert sorted(ids) == sorted([*IDS, *linked, "train/dog/cats/a.png", "train/dog/cats/b.png"])
 
 
 # roles
@@ -135,7 +165,7 @@ def test_pixels_have_the_stored_size(root):
     source = load(root, store_size=6, store_width=10)
     pixels = source.read(0, 6).images
     assert source.shape == (6, 10, 3) and pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, decode.decode_all([root / name for name in IDS], 6, 10, 3))
+    np.testing.assert_array_equal(pixels, decode.decode([root / name for name in IDS], 6, 10, 3).images)
     np.testing.assert_array_equal(source.read(2, 4).images, pixels[2:4])
     sizes = {"store_size": (7, 0, 12), "image_size": (0, 0, 12), "store_width": (0, 4, 9)}
     shapes = [load(root, store_size=s, store_width=w, image_size=i).shape for s, w, i in sizes.values()]
@@ -150,6 +180,8 @@ def test_numbers_are_compared_as_numbers_unless_they_stand_beside_words(tmp_path
     source = load(tmp_path, labels=table(tmp_path, "file,label\ntest/0/x.png,0002\n"))
     assert source.class_names == ("1", "2", "10")
     assert [name for _, name, _ in records(source).values()] == ["2", "10", "1", "2", "10"]
+    numbers = "00002 / 0002 (leading zeros), 00010 / 10 (leading zeros)"
+    assert source.notes == (f"class names that are one number, and so one class: {numbers}",)
     tree(tmp_path, "train/b/3.png")
     assert load(tmp_path).class_names == ("0", "00002", "00010", "1", "10", "b")
 

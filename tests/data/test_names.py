@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from imports import blank_source
 
-from lmeraser_jax.data.names import FAULTS, LONGEST, class_fault, fault, lookalikes
+from lmeraser_jax.data.names import FAULTS, LONGEST, class_fault, fault, lookalikes, similar
 from lmeraser_jax.data.source import Item, Source, problems
 from lmeraser_jax.errors import UserError, shorten
 from lmeraser_jax.storage import requests
@@ -96,6 +96,18 @@ def test_lookalikes_of_letters_ligatures_cases_and_invisible_characters():
         "pla\u200bin": ("PLAIN", "plain"),
     }
     assert lookalikes([], known) == {} == lookalikes(["x"], [])
+
+
+def test_similar_names_are_grouped():
+    names = ["cat", "Cat", "cat ", "1", "01", "1.0", "+1", "-1", "10", "1e1", "a b", "ab"]
+    names += ["stra\u00dfe", "STRASSE", "caf\u00e9", "cafe\u0301"]
+    assert similar(names) == [
+        "+1 / 01 / 1 / 1.0 (number form)",
+        "Cat / cat / 'cat ' (case and white space)",
+        "STRASSE / 'stra\u00dfe' (case)",
+        "'cafe\u0301' / 'caf\u00e9' (Unicode form)",
+    ]
+    assert similar(["a", "b", "1", "2"]) == similar([]) == []
 
 
 def named(names) -> Source:

@@ -105,7 +105,15 @@ def test_missing_arrays_are_named_and_test_images_may_be_left_out_for_a_share(sa
     path = saved(test_images=None, test_labels=None)
     assert "lacks test_images, test_labels" in refusal(path)
     source = load.load(Data(source="npz", path=path, test_share=0.5))
-    assert len(source.items) == 6 and {item.split for item in source.items} == {"train"}
+    assert len(source.items) == 6 and {item.split for item in source.items} == {"train"} and source.notes == ()
+
+
+def test_arrays_that_are_not_used_are_named(saved, rng):
+    images, labels = rng.integers(0, 256, (3, 5, 6, 3), np.uint8), np.arange(3)
+    extra = {"val_images": images, "val_labels": labels, "public_labels": labels, "notes": np.array("x")}
+    assert npz.load(saved(**extra)).notes == ("not used: arrays: val_images, val_labels, notes, public_labels",)
+    message = refusal(saved(train_images=None, train_labels=None, x_train=images, y_train=labels))
+    assert "lacks train_images, train_labels; it has test_images, test_labels, class_names, x_train, y_train" in message
 
 
 # images as a stream

@@ -38,6 +38,8 @@ def test_items_are_those_that_were_written(folder):
     assert problems(source) == []
     wanted = [(f"{split}/{i}", split, i % 3, "") for split in ("train", "test") for i in range(RECORDS[split])]
     assert [tuple(item) for item in source.items] == wanted  # validation has no role unless it is given one
+    assert source.notes == (f"not used: splits without a role: validation ({RECORDS['validation']})",)
+    assert load(folder, holdout_split="validation").notes == ()
 
 
 SLICES = [

@@ -105,7 +105,18 @@ def test_duplicates_counted(new_workdir):
     def read(start, stop):
         return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)]))
 
-    assert import_source(*new_workdir, numbered_source(10, read=read), Config()) == Imported(10, 0, 0, 2)
+    source = numbered_source(10, read=read, class_names=("cat", "Cat", "b"), notes=("a note",))
+    notes = ("a note", "class names that look alike: Cat / cat (case)")
+    copies = "exact duplicates: 0 pictures lie in train and test, 1 carry several labels"
+    imported = import_source(*new_workdir, source, Config())  # 0 is public; 4 and 8 are train, with another label each
+    assert imported == Imported(10, 0, 0, 2, notes=(*notes, copies))
+    new_workdir[1].db.execute("UPDATE records SET split='test', label=1 WHERE id='id-00008'")
+    assert new_workdir[1].copies() == (1, 0)
+    new_workdir[1].erase(["id-00008"], "r")
+    assert new_workdir[1].copies() == (0, 0)
+    with pytest.raises(UserError) as caught:
+        import_source(*new_workdir, with_items([], class_names=("cat", "Cat", "b"), notes=("a note",)), Config())
+    assert all(note in str(caught.value) for note in notes), "what is not used may be why nothing fits"
 
 
 def test_interrupted_import_leaves_nothing(new_workdir, monkeypatch):

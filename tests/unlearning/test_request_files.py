@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lmeraser_jax.data.decode import decode_all
+from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.names import fault
 from lmeraser_jax.data.source import Item, content_hash
 from lmeraser_jax.errors import UserError
@@ -145,7 +145,7 @@ def test_an_image_stands_for_the_records_it_was_imported_as(tmp_path, rng):
         pixels = rng.integers(0, 256, (30 + i, 41, 3), np.uint8)
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(pixels).convert(mode).save(files[-1])
-    images = decode_all(files, 12, 12, 3)
+    images = decode(files, 12, 12, 3).images
     catalog = stored(tmp_path, "folder", (12, 12, 3), [images[0], images[1], images[0], images[2]])
     assert alike(catalog, str(files[0])) == ["a", "c"] and alike(catalog, str(files[1])) == ["b"]
     with pytest.raises(UserError, match="no live record has exactly these pixels"):
