@@ -1,7 +1,6 @@
 """lmeraser attack: try to find erased records in an unlearned model, and kept ones in the published one.
 
   lmeraser attack --workdir=DIR [--targets=64 | --records=ID ...] [--shadows=64] [--attacks=loss,lira,...] [--seed=N]
-                  [--figure=FILE.png]
 
 The command erases live records, the targets, in memory only: it changes nothing in the workdir and takes no lock. It
 also runs every attack on the published slices, which keep the targets: an attack that misses them there says nothing
@@ -14,13 +13,8 @@ Exit code 0: at least one attack finds kept records, and none finds an erased on
 compares every bit. See docs/verification.md.
 """
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
-from lmeraser_jax.errors import UserError
-from lmeraser_jax.evaluation import plotting
 from lmeraser_jax.evaluation.attacks.options import ATTACKS, Options, check
 
 STRAY = "ids are given as --records=ID, once for each"
@@ -30,7 +24,6 @@ FLAGS = (
     Flag("shadows", 64, "shadow models for each cluster and each kind of slice, tuned on random halves"),
     Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing, joined by commas; empty: all"),
     Flag("seed", 0, "seed of the random targets, halves and permutations"),
-    Flag("figure", "", "also draw ROC curves to this PNG"),
 )
 
 
@@ -43,25 +36,9 @@ def run(arguments: common.Arguments) -> int:
     )
     with common.catalog_of(workdir) as (layout, catalog):
         check(layout, catalog, options)  # before JAX is loaded
-    figure = arguments["figure"]
-    if figure:
-        _check_figure(figure, options.attacks)
     with common.opened(arguments) as run_:
-        from lmeraser_jax.evaluation.attacks import report
         from lmeraser_jax.evaluation.attacks.attack import attack
 
         result = attack(run_, options)
     common.show(arguments, result.text(), result.values())
-    if figure:
-        report.figure(result.findings, Path(figure))
     return result.code
-
-
-def _check_figure(target: str, attacks: Sequence[str]) -> None:
-    """Refuses a figure that cannot be drawn or written before the work begins, not after it."""
-    if not {"loss", "lira"} & set(attacks):
-        raise UserError(f"--figure={target}: ROC curves are those of loss and lira; name one in --attacks")
-    if not target.endswith(".png"):
-        raise UserError(f"--figure={target}: the name must end in .png")
-    plotting.required()
-    common.check_target("figure", target)

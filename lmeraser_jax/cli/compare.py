@@ -17,8 +17,7 @@ from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
-from lmeraser_jax.evaluation import plotting
-from lmeraser_jax.experiments import methods, results, sequences
+from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.storage.workdir import Layout
 
@@ -47,8 +46,8 @@ def run(arguments: common.Arguments) -> int:
     check(comparison)
     others = {name: results.load(Path(name) / "results.json") for name in arguments["merge"]}
     results.merge(results.collect(comparison.folder), others)
-    plotting.required()  # these refuse now and not in the end, and before JAX is loaded
-    from lmeraser_jax.experiments import figures, runner, summary
+    figures.required()  # these refuse now and not in the end, and before JAX is loaded
+    from lmeraser_jax.experiments import runner, summary
 
     folder, command = comparison.folder, shlex.join(["lmeraser", "compare", *sys.argv[2:]])
     common.log_devices()

@@ -13,8 +13,7 @@ from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.experiments.cost_model import Batch, Workload, forecast, read_workload
 
 TAKES_CONFIG = False  # the workdir's config counts
-NUMBERS = {"rate": "requests a day", "window": "days in which requests are collected"}
-LEAST, MOST = 1e-9, 1e9  # of any of the numbers
+LEAST, MOST = 1e-9, 1e9  # of a rate or a window
 FLAGS = (
     Flag("rate", float, "requests a day, above 0"),
     Flag("window", float, "days in which requests are collected, above 0"),
@@ -33,30 +32,27 @@ def run(arguments: common.Arguments) -> int:
 
 def _check(arguments: common.Arguments) -> Workload:
     """The workdir's workload. Raises `UserError` with everything that is wrong."""
-    problems, count, workload = _flag_problems(arguments), arguments["requests"], None
+    count, window, workload = arguments["requests"], arguments["window"], None
+    problems = _number_problems("rate", arguments["rate"], "requests a day")
+    if count is None:
+        problems += _number_problems("window", window, "days of collecting (or give --requests=K)")
+    elif window is not None:
+        problems.append(f"--requests={count} and --window={window:g}: give one of them")
     try:
         with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
             workload = read_workload(layout, catalog, arguments["devices"])
+            if count is not None and count > workload.clusters.records:
+                problems.append(f"--requests={count}: must be at most the {workload.clusters.records:.0f} records")
     except UserError as error:
         problems.append(str(error))
-    if workload is not None and count is not None and count > workload.clusters.records:
-        problems.append(f"--requests={count}: must be at most the number of records, {workload.clusters.records:.0f}")
     raise_all(problems)
     assert workload is not None
     return workload
 
 
-def _flag_problems(arguments: common.Arguments) -> list[str]:
-    problems, count = [], arguments["requests"]
-    required = {"rate": "", "window": "; or --requests=K, requests that are collected"}
-    if count is not None:
-        del required["window"]
-    for name, meaning in NUMBERS.items():
-        value = arguments[name]
-        if value is None and name in required:
-            problems.append(f"--{name}=X is missing: {meaning}, a number above 0{required[name]}")
-        elif value is not None and not LEAST <= value <= MOST:
-            problems.append(f"--{name}={value:g}: {meaning}, must be a number from {LEAST:g} to {MOST:g}")
-    if count is not None and arguments["window"] is not None:
-        problems.append(f"--requests={count} and --window={arguments['window']:g}: give one of them")
-    return problems
+def _number_problems(name: str, value: float | None, meaning: str) -> list[str]:
+    if value is None:
+        return [f"--{name}=X is missing: {meaning}, a number above 0"]
+    if not LEAST <= value <= MOST:
+        return [f"--{name}={value:g}: {meaning}, must be a number from {LEAST:g} to {MOST:g}"]
+    return []

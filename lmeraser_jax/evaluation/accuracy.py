@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +12,6 @@ from lmeraser_jax.evaluation.predict import Model, load_model, predict
 from lmeraser_jax.unlearning.run import Run
 
 HINTS = {"holdout": "--config.data.holdout", "test": "--config.data.test_share"}
-
-
-class ClassScore(NamedTuple):
-    """One class: images of it, and the share of them that were right (None without images)."""
-
-    name: str
-    images: int
-    accuracy: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +27,11 @@ class Evaluation:
     largest: str  # the class with the most training records; the first of several
     majority: float  # of always answering `largest`
     majority_balanced: float
-    classes: tuple[ClassScore, ...]  # in the order of the classes
+    classes: dict[str, dict[str, Any]]  # of each class its "images" and their "accuracy", None without images
     clusters: tuple[tuple[str, int, float], ...]  # key, images routed there, accuracy; most images first
 
     def values(self) -> dict[str, Any]:
-        scores = {score.name: {"images": score.images, "accuracy": score.accuracy} for score in self.classes}
-        return dataclasses.asdict(self) | {"classes": scores}
+        return dataclasses.asdict(self)
 
     def table(self) -> str:
         rows = [("LMEraser", self.accuracy, self.balanced)]
@@ -97,11 +88,11 @@ def balanced_accuracy(labels: np.ndarray, answers: np.ndarray) -> float:
     return float(np.mean([(answers[labels == label] == label).mean() for label in np.unique(labels)]))
 
 
-def class_scores(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) -> tuple[ClassScore, ...]:
+def class_scores(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Scores of all classes, also of those without images; labels and answers int [N]."""
     counts = np.bincount(labels, minlength=len(names))
     hits = np.bincount(labels[answers == labels], minlength=len(names))
-    return tuple(
-        ClassScore(name, int(count), float(right / count) if count else None)
+    return {
+        name: {"images": int(count), "accuracy": float(right / count) if count else None}
         for name, count, right in zip(names, counts, hits, strict=True)
-    )
+    }

@@ -45,9 +45,7 @@ def save_montage(run: Run, path: Path) -> None:
 def _prompt(run: Run, manifest: Manifest, key: str) -> np.ndarray:
     """A cluster's prompt as an image [S, S, C], in normalised pixels; zeros where prompts are not tuned."""
     architecture, width = run.backbone.config, run.config.tuning.active_prompt_width
-    if not width:
-        return np.zeros((architecture.image_size, architecture.image_size, architecture.channels), np.float32)
-    border = load_slice(run, manifest.entries[key]).prompt
+    border = load_slice(run, manifest.entries[key]).prompt  # empty for the width 0
     return np.asarray(place_prompt(border, architecture.image_size, width, architecture.channels))
 
 

@@ -1,10 +1,7 @@
 """What batches of erasure requests cost: formulas (paper section 5.3, appendix 2), and a forecast for a workdir.
 
-Requests name private records independently and uniformly; those of one window are served together. docs/theory.md
-explains the formulas, and what those of the paper leave out.
-
-Symbols: K clusters, m_i members of cluster i, N records, n_s sampled records, s_i of them in cluster i, lambda T
-expected requests of a window, k requests where their number is known, L lanes of all devices together, c share of the
+docs/theory.md explains the formulas. Symbols: K clusters, m_i members of cluster i, N records, n_s sampled records, s_i
+of them in cluster i, lambda T expected requests of a window, or k requests, L lanes of all devices, c share of the
 clusters without an erased member that a new clustering changes. Arrays are float64 [K].
 """
 
@@ -96,11 +93,10 @@ def expected_images(clusters: Clusters, batch: Batch, changed: float = 1.0) -> f
 
 
 def expected_makespan(clusters: Clusters, batch: Batch, changed: float = 1.0, lanes: int = 1) -> float:
-    """Expected images of the lane that ends last, at least: E[T] (Eq. 19) where clusters differ and lanes are few.
+    """Expected images of the lane that ends last, at least (Eq. 19 with sizes and few lanes): exact for one lane.
 
-    max(E[longest], E[total] / L), summed over windows with and without a new clustering, in which clusters change
-    independently; exact for one lane. E[longest] sums over the clusters, longest first, the probability that this is
-    the first one that is tuned again.
+    max(E[longest], E[total] / L), summed over windows with and without a new clustering. E[longest] sums over the
+    clusters, longest first, the probability that this is the first one that is tuned again.
     """
     order = np.argsort(-clusters.images, kind="stable")
     members, sampled, images = clusters.members[order], clusters.sampled[order], clusters.images[order]

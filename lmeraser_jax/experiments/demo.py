@@ -16,15 +16,6 @@ from lmeraser_jax.unlearning.run import Run, prepare_run
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """One erasure of the demo."""
-
-    name: str
-    records: int
-    outcome: BuildReport
-
-
-@dataclasses.dataclass(frozen=True)
 class Demo:
     """Everything the demo's table shows."""
 
@@ -34,7 +25,7 @@ class Demo:
     after: Evaluation
     trained: BuildReport
     expected_share: float
-    requests: tuple[Request, ...]
+    requests: tuple[tuple[str, int, BuildReport], ...]  # whose erasure, number of records, what the build did
     verdict: Verdict
     seconds: float
 
@@ -50,7 +41,7 @@ class Demo:
             f"\n{'work':<26}{'records':>8}" + "".join(f"{column:>10}" for column in columns),
         ]
         work = [("train", "", self.trained)]
-        work += [(f"erase {request.name}", str(request.records), request.outcome) for request in self.requests]
+        work += [(f"erase {name}", str(records), outcome) for name, records, outcome in self.requests]
         for name, records, report in work:
             line = f"{name:<26}{records:>8}{report.clusters:>10}{report.retuned:>10}{report.reused:>10}"
             lines.append(f"{line}{report.images:>10}{report.ratio:>10.1%}{report.seconds:>10.1f}")
@@ -75,7 +66,7 @@ def demo(workdir: str, config: Config) -> Demo:
         for name, ids in _choose(run).items():
             erasure = erase.request_erasure(run, ids)
             assert erasure.outcome is not None
-            requests.append(Request(name, erasure.records, erasure.outcome))
+            requests.append((name, erasure.records, erasure.outcome))
         after = evaluate(run)
         verdict = audit(run)
         montage.save_montage(run, run.layout.picture)

@@ -1,12 +1,15 @@
 """The figures of a comparison: from rows to a `Figure`, or to None where the rows do not hold the experiment.
 
 Everywhere: means over the seeds, and bars from the lowest to the highest seed. `titles` names methods, data sets and
-backbones for people.
+backbones for people. pyplot and its global state are not used; matplotlib is imported where it is used.
 """
 
+import contextlib
+import io
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.evaluation.plotting import COLOURS, GREY, PALE, blank, picture, style, ticked
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import summary
 from lmeraser_jax.experiments.results import Measurement
 from lmeraser_jax.experiments.summary import ACCURACY, Quantity, Rows, Spread, Titles, grouped, spread, spreads
@@ -26,10 +29,74 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+DPI = 150
+# Okabe and Ito's colours for all kinds of colour vision, without the yellow, which is faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY, PALE = "#555555", "#dddddd"
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.axisbelow": True,
+    "text.parse_math": False,  # names are names, also with $ in them
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lmeraser",
+}
+NO_DATES = {"png": {"Software": None}, "svg": {"Date": None}}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")  # one more than colours: 56 pairs
 WIDTH = 10.0  # inches of a figure
 title_of = partial(summary.title_of, longest=40)
 Looks = Mapping[str, tuple[str, str]]  # {name of a method or a curve: (its colour, its marker)}
+
+
+def required() -> None:
+    """Raises `UserError` where matplotlib is missing: for commands, to refuse before the work and not at the end."""
+    try:
+        import matplotlib.figure
+        import matplotlib.style  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            "figures need matplotlib; install it with: python -m pip install matplotlib (the extra plots)"
+        ) from error
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Matplotlib's defaults with `STYLE`, whatever the user's settings are; also a decorator of what draws."""
+    required()
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # names may be in any script
+        yield
+
+
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches that lays itself out. For functions in `style`."""
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), layout="constrained")
+
+
+def ticked(value: float, _: int | None = None) -> str:
+    """A number at a tick: 0.5, 20, 3k, 40M."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+@style()
+def picture(figure: "Figure", kind: str) -> bytes:
+    """A figure as png or svg: the same bytes whenever it is drawn."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, dpi=DPI, metadata=NO_DATES[kind])
+    return buffer.getvalue()
 
 
 @style()

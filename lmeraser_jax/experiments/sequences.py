@@ -1,7 +1,7 @@
 """Sequences of erasure requests: who asks, and in which order. Each batch is served before the next one comes.
 
-Every kind but `adaptive` is decided before the first request. The adaptive one looks at the model that was published
-after the batch before, which breaks the guarantees of methods that are exact in distribution only.
+Only `adaptive` looks at the model that was published after the batch before, which breaks the guarantees of methods
+that are exact in distribution only.
 """
 
 from collections import Counter
@@ -39,7 +39,10 @@ def pareto(run: "Run", count: int) -> Iterator[list[str]]:
     """
     records = run.catalog.live("train")
     random = philox(run.config.seed, "sequence", "pareto")
-    owner_of = dict(zip(records.ids, pareto_owners(records.clusters, random), strict=True))
+    order = np.lexsort((random.permutation(len(records)), np.array(records.clusters, np.str_)))
+    ends = np.cumsum(np.ceil(random.pareto(PARETO_EXPONENT, len(order)) + 1))  # each owns a run of records
+    owners = np.searchsorted(ends, np.arange(len(order)), side="right").tolist()
+    owner_of = {records.ids[i]: owner for i, owner in zip(order, owners, strict=True)}
     for _ in range(count):
         if len(owner_of) <= BATCH:
             return
@@ -50,15 +53,6 @@ def pareto(run: "Run", count: int) -> Iterator[list[str]]:
         for name in batch:
             del owner_of[name]
         yield batch
-
-
-def pareto_owners(clusters: Sequence[str], random: np.random.Generator) -> list[str]:
-    """Invents the owners of N records, whose clusters are given: each owns a run of records in cluster order."""
-    order = np.lexsort((random.permutation(len(clusters)), np.array(clusters, np.str_)))
-    ends = np.cumsum(np.ceil(random.pareto(PARETO_EXPONENT, len(order)) + 1))
-    owners = np.empty(len(order), np.int64)
-    owners[order] = np.searchsorted(ends, np.arange(len(order)), side="right")
-    return [f"owner {number}" for number in owners.tolist()]
 
 
 def by_class(run: "Run", count: int) -> Iterator[list[str]]:

@@ -230,30 +230,9 @@ def _difference(rows: Rows, name: str, reference: str) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]" if math.isfinite(low) else f"{mean:+.2f}"
 
 
-def curves_table(experiment: str, rows: Rows, titles: Titles) -> Table:
-    """Both ends of every curve of an experiment."""
-    curves = grouped(rows, attrgetter("dataset", "method", "backbone", "series"))
-    lines = []
-    for place, curve in curves.items():
-        first, last = min(row.x for row in curve), max(row.x for row in curve)
-        start, end = [row for row in curve if row.x == first], [row for row in curve if row.x == last]
-        after, before = ({row.seed: ACCURACY.of(row) for row in ends} for ends in (end, start))
-        change = paired_difference(after, before)
-        cells = [title_of(name, titles) for name in place] + [f"{first:g} to {last:g}"]
-        cells += [ACCURACY.show(spread(map(ACCURACY.of, ends))) for ends in (start, end)]
-        cells.append(MISSING_TEXT if change is None else f"{change[0]:+.2f}")
-        cells += [quantity.show(spread(map(quantity.of, end))) for quantity in (CLUSTERS, SPENT)]
-        lines.append(tuple(map(Cell, cells)))
-    heads = ("data", "method", "backbone", "series", "x", "accuracy at the first x (%)", "at the last x (%)")
-    heads += ("change (points)", "clusters at the last x", "images passed")
-    return Table(f"Experiment: {experiment}", heads, tuple(lines))
-
-
 def tables(rows: Rows, titles: Titles) -> list[Table]:
-    """A table for every data set and backbone, and one for every experiment along an axis."""
-    experiments = grouped(rows, attrgetter("experiment"))
-    curves = [curves_table(name, group, titles) for name, group in experiments.items() if name != "methods"]
-    return [methods_table(group, titles) for group in places_of(rows).values()] + curves
+    """A table of the methods for every data set and backbone."""
+    return [methods_table(group, titles) for group in places_of(rows).values()]
 
 
 def write_report(folder: Path, results: Results, titles: Titles, pictures: Pictures = ()) -> list[Path]:

@@ -54,39 +54,23 @@ def cut_tree(links: np.ndarray, cut: tuple[str, float], max_members: int = 0) ->
             last K - 1 merges, of which there are S - 1.
         max_members: a node with more members than this is undone too; 0: no limit.
     """
-    leaves = len(links) + 1
-    kind, value = cut
+    if not len(links):
+        return [[0]]
+    from scipy.cluster import hierarchy
+
+    leaves, (kind, value) = len(links) + 1, cut
     if kind == "auto":
         first_undone = leaves - min(int(value), leaves)
     else:
         first_undone = int(np.searchsorted(links[:, 2], value, side="right"))
-    clusters, stack = [], [2 * leaves - 2]
+    clusters, stack = [], [hierarchy.to_tree(links)]
     while stack:
         node = stack.pop()
-        members = _members(links, node)
-        too_large = 0 < max_members < len(members)
-        if node >= leaves and (node - leaves >= first_undone or too_large):
-            stack += _children(links, node)
+        if not node.is_leaf() and (node.id - leaves >= first_undone or 0 < max_members < node.count):
+            stack += [node.left, node.right]
         else:
-            clusters.append(members)
+            clusters.append(sorted(node.pre_order()))
     return sorted(clusters)
-
-
-def _children(links: np.ndarray, node: int) -> list[int]:
-    merge = links[node - len(links) - 1]
-    return [int(merge[0]), int(merge[1])]
-
-
-def _members(links: np.ndarray, node: int) -> list[int]:
-    """The leaves below a node, sorted."""
-    members, stack = [], [node]
-    while stack:
-        node = stack.pop()
-        if node <= len(links):
-            members.append(node)
-        else:
-            stack += _children(links, node)
-    return sorted(members)
 
 
 def merge_small(clusters: list[list[int]], features: np.ndarray, min_members: int, max_members: int) -> list[list[int]]:

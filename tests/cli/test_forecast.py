@@ -212,14 +212,17 @@ def test_requests_that_come_faster_than_they_are_served_are_named(capsys, layout
 
 def test_each_bad_flag_is_named_with_its_legal_values(capsys, layout):
     numbers = "must be a number from 1e-09 to 1e+09"
-    window = "--window=X is missing: days in which requests are collected, a number above 0; or --requests=K"
+    window = "--window=X is missing: days of collecting (or give --requests=K), a number above 0"
     for flags, message in (
         (["--rate=0", "--window=2"], f"--rate=0: requests a day, {numbers}"),
         (["--rate=inf", "--window=2"], f"--rate=inf: requests a day, {numbers}"),
-        (["--rate=3", "--window=nan"], f"--window=nan: days in which requests are collected, {numbers}"),
+        (
+            ["--rate=3", "--window=nan"],
+            f"--window=nan: days of collecting (or give --requests=K), {numbers}",
+        ),
         ([*GOOD, "--devices=0"], "--devices=0: 0 is not a positive integer"),
         (["--rate=3", "--requests=0"], "--requests=0: 0 is not a positive integer"),
-        (["--rate=3", "--requests=101"], "--requests=101: must be at most the number of records, 100"),
+        (["--rate=3", "--requests=101"], "--requests=101: must be at most the 100 records"),
         (["--rate=3", "--requests=5", "--window=2"], "--requests=5 and --window=2: give one of them"),
         (["--rate=3"], window),
         (["--rate=3", "--requests=few"], "requests"),

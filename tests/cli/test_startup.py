@@ -60,7 +60,7 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["train", f"--workdir={workdir}-new", "--config.backbone.weights=absent"], 2),
         (["rollback", at, f"--cluster={cluster}", "--to=epoch:999"], 2),
         (["rollback", at, "--cluster=unknown"], 2),
-        *((["attack", at, flag], 2) for flag in ("--attacks=x", "--shadows=0", "--records=unknown", "--figure=x.jpg")),
+        *((["attack", at, flag], 2) for flag in ("--attacks=x", "--shadows=0", "--records=unknown")),
         (["rollback", at, f"--cluster={cluster}", "--unpin"], 2),
         (["rollback", at, f"--cluster={cluster}", "--list"], 0),
         (["demo", at], 2),

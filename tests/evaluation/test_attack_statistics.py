@@ -7,7 +7,7 @@ import pytest
 from scipy import special, stats
 from sklearn.metrics import roc_auc_score
 
-from lmeraser_jax.evaluation.attacks import membership, relearn, statistics
+from lmeraser_jax.evaluation.attacks import attack, relearn, statistics
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, RETAINED, VALIDATION, ShadowSets, halves
 from lmeraser_jax.evaluation.attacks.unlearned import BINS, EMPTY, KlomPair, PopulationPair, klom, klom_pair, ulira
 
@@ -144,12 +144,12 @@ def test_lira_finds_as_much_as_there_is(rng, shift, monkeypatch):
     member = np.arange(1000) < 500
     kept_only = np.array([[1], [0], [0]])
     margins = mean + deviation * (rng.normal(size=(3, 1000)) + shift * member * kept_only)
-    scores = membership.lira(margins, shadows, inside)
-    result = membership.membership("lira", scores[:, member], scores[:, ~member], rng)
+    scores = attack.lira(margins, shadows, inside)
+    result = attack.membership("lira", scores[:, member], scores[:, ~member], rng)
     assert result.values["columns"][0].auc.value == pytest.approx(area(shift), abs=0.04)
     assert result.values["differences"][0].value == pytest.approx(area(shift) - 0.5, abs=0.08)
     assert result.detected == (shift > 0, False, False)
-    loss = membership.membership("loss", margins[:, member], margins[:, ~member], rng)
+    loss = attack.membership("loss", margins[:, member], margins[:, ~member], rng)
     assert shift == 0 or loss.values["columns"][0].auc.value < result.values["columns"][0].auc.value - 0.1
 
 
@@ -171,19 +171,14 @@ def test_ulira_and_klom_find_a_known_leak_and_nothing_else(rng, kept, unlearned)
     assert likelihood.detected == distance.detected == (kept > 0, unlearned > 0, False)
     for tested, shift in zip(likelihood.values["forgotten"], shifts, strict=True):
         assert tested.value == pytest.approx(stats.norm.cdf(shift / 2), abs=0.06)
-    for tested in likelihood.values["retained"]:
-        assert tested.value == pytest.approx(0.5, abs=0.06) and tested.p > 0.001
-    mean = distance.values["mean"]
-    floor = mean["forgotten"][2]
-    assert [value > 1.5 * floor for value in mean["forgotten"][:2]] == [kept > 0, unlearned > 0]
-    for role in ("retained", "validation"):
-        assert mean[role][:2] == pytest.approx([mean[role][2]] * 2, rel=0.25)
+    floor = distance.values["floor"]
+    assert [tested.value > 1.5 * floor for tested in distance.values["forgotten"]] == [kept > 0, unlearned > 0]
 
 
 def test_ulira_accuracies_are_those_of_a_literal_transcription(rng):
     margins, first = rng.normal(size=(80, 3)), rng.random((80, 3)) < 0.7
     rows, fitted = np.arange(80) < 44, np.arange(80) % 2 == 0
-    accuracies = PopulationPair(margins, rows, first, np.ones_like(first), fitted).accuracies(rows[None])[0]
+    accuracies = PopulationPair(margins, rows, first, fitted).accuracies(rows[None])[0]
     for j in range(3):
         fits = margins[rows & fitted & first[:, j], j], margins[~rows & fitted, j]
         densities = [lambda x, part=part: stats.norm.logpdf(x, part.mean(), part.std(ddof=1)) for part in fits]
@@ -196,7 +191,7 @@ def test_few_shadows_say_nothing_rather_than_nonsense(rng):
     few = ulira([populations(rng, 5.0, 0.0, models=4)], rng)
     assert not few.detected[1]
     two = ulira([populations(rng, 5.0, 0.0, models=2)], rng)
-    assert two.values["forgotten"][0] is None is two.values["retained"][0]
+    assert two.values["forgotten"][0] is None
     assert two.detected == (False,) * 3 and two.smallest_p == 1
     assert {line[1] for line in two.lines if line[0].startswith("accuracy")} == {"-"}
 
@@ -231,7 +226,7 @@ def test_klom_looks_at_slices_that_a_forgotten_record_was_in(rng):
     """Kept and unlearned slices are those that had it; the bins span all margins."""
     sets = populations(rng, 2.0, 1.0, records=6)
     for column, slices in enumerate((sets.kept, sets.unlearned)):
-        pair = klom_pair(sets, FORGOTTEN, column)
+        pair = klom_pair(sets, column)
         values = pair.divergences(pair.in_first[None])[0]
         for j, divergence in zip(np.flatnonzero(sets.roles == FORGOTTEN), values, strict=True):
             span = np.concatenate([slices[:, j], sets.never[:, j]])

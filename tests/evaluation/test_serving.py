@@ -8,8 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
-from fakes import fast_fakes
-from helpers import small_config, small_run
+from helpers import small_run
 from test_predict import reference, with_nearest
 
 from lmeraser_jax.errors import UserError
@@ -18,7 +17,6 @@ from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.storage import requests
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
-from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
 
 
@@ -103,22 +101,6 @@ def test_a_quarantined_cluster_reaches_no_answer_from_the_commit_on(run, nearest
     assert bits(poisoned(out)) == bits(answers) and np.isfinite(answers.probabilities).all()
     assert bits(poisoned((out + 1) % len(model.keys))) != bits(answers), "the poison works"
     assert not any(np.asarray(leaf[out]).any() for leaf in jax.tree.leaves(model.arrays.stack)), "it is not even loaded"
-
-
-def test_a_quarantined_shard_reaches_no_answer(tmp_path, monkeypatch):
-    """Where a hash of the image chooses the shard."""
-    fast_fakes(monkeypatch)
-    config = small_config(clustering__partition="random", clustering__shards=3)
-    with small_run(tmp_path / "run", config=config) as run:
-        build(run)
-        images, key = images_of(run), run.catalog.live("train").clusters[0]
-        predictor = Predictor(run)
-        before = predictor(images)
-        quarantine(run, run.catalog.live("train").ids[0])
-        answers = predictor(images)
-    assert used_keys(before) == set(before.keys) and used_keys(answers) == set(before.keys) - {key}
-    elsewhere = np.array(before.keys)[before.clusters[:, 0]] != key
-    assert np.array_equal(answers.probabilities[elsewhere], before.probabilities[elsewhere])
 
 
 def overtake(monkeypatch, call, change):

@@ -1,6 +1,5 @@
 """Comparisons: rows that agree with what they measure, work that is resumed and never repeated, bad input refused."""
 
-import collections
 import dataclasses
 import json
 import types
@@ -349,22 +348,6 @@ def test_sequences_erase_live_records_and_each_once(base):
                 erased += batch
             assert len(erased) == len(set(erased)) < start, kind
             assert kind != "half" or len(erased) == start // 2
-
-
-def test_a_few_owners_ask_for_most():
-    """Batches of one owner each, who come again; an owner's records lie side by side."""
-    ids = tuple(f"{i:05d}" for i in range(2000))
-    clusters = tuple(f"c{i // 100:02d}" for i in range(2000))
-    catalog = types.SimpleNamespace(live=lambda split: types.SimpleNamespace(ids=ids, clusters=clusters))
-    run = types.SimpleNamespace(config=types.SimpleNamespace(seed=3), catalog=catalog)
-    batches = list(sequences.pareto(run, 100))
-    assert all(0 < len(batch) <= sequences.BATCH for batch in batches) and len(batches) == 100
-    assert sum(len(batch) == sequences.BATCH for batch in batches) > 20, "an owner drawn by chance has one or two"
-    places = [{clusters[ids.index(name)] for name in batch} for batch in batches if len(batch) > 1]
-    assert np.mean([len(place) == 1 for place in places]) > 0.6, "of 20 clusters"
-    owner_of = dict(zip(ids, sequences.pareto_owners(clusters, philox(3, "sequence", "pareto")), strict=True))
-    assert all(len({owner_of[name] for name in batch}) == 1 for batch in batches)
-    assert collections.Counter(owner_of[batch[0]] for batch in batches).most_common(1)[0][1] >= 5
 
 
 def test_the_adaptive_sequence_asks_for_what_the_model_is_surest_of(base):

@@ -118,27 +118,6 @@ def test_without_a_private_sample_only_clusters_that_are_hit_are_tuned_again():
             assert cost_model.retuned_probabilities(clusters, batch, changed) == pytest.approx(hits)
 
 
-@pytest.mark.parametrize("batch", [Batch(0.4), Batch(5.0), Batch(3, fixed=True)], ids=repr)
-def test_formulas_against_windows_drawn_at_random(batch, rng):
-    """Only the named records are drawn; what they cause is counted."""
-    changed, lanes, windows = 0.35, 2, 20_000
-    share = np.concatenate([LARGE.members - LARGE.sampled, LARGE.sampled]) / LARGE.records
-    if batch.fixed:
-        named = rng.multinomial(int(batch.requests), share, size=windows)
-    else:
-        named = rng.poisson(batch.requests * share, size=(windows, len(share)))
-    unsampled, sampled = np.split(named > 0, 2, axis=1)  # [windows, K] each
-    hit, again = unsampled | sampled, np.any(sampled, axis=1)
-    retuned = hit | (again[:, None] & (rng.random(hit.shape) < changed))
-    images = retuned * LARGE.images
-    drawn = (hit.sum(axis=1), retuned.sum(axis=1), images.sum(axis=1))
-    for counts, formula in zip(drawn, formulas(LARGE, batch, changed)):
-        assert abs(counts.mean() - formula) < 4 * counts.std() / windows**0.5
-    bound, longest = cost_model.expected_makespan(LARGE, batch, changed, lanes), makespan(images, lanes).mean()
-    assert 0.8 * longest < bound < longest * 1.02
-    assert again.mean() == pytest.approx(batch.hits(LARGE.sample / LARGE.records), abs=0.02)
-
-
 def test_lanes_come_close_to_the_makespan(rng):
     for clusters, lanes in itertools.product((30, 194, 347), (1, 4, 8)):
         images = np.ceil(1000 * rng.lognormal(size=clusters)).astype(int)

@@ -8,13 +8,10 @@ import matplotlib
 import numpy as np
 import pytest
 from comparison_rows import TITLES, recorded, row
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.evaluation.plotting import picture
 from lmeraser_jax.experiments import figures, summary
 
 NAMES = {title: name for name, title in TITLES.items()}
@@ -87,13 +84,6 @@ def test_the_line_of_the_best_trade_offs(rows, drawn):
     assert len(panel.containers) == len(points)
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
-def test_the_pareto_front_against_brute_force(points):
-    front = figures.pareto(points)
-    assert sorted(front) == [i for i, point in enumerate(points) if not beaten(point, points)]
-    assert [points[i][0] for i in front] == sorted(points[i][0] for i in front)
-
-
 def test_every_figure_has_a_legend_of_all_that_it_draws(drawn):
     for name, figure in drawn.items():
         labels = [text.get_text() for text in figure.legends[0].get_texts()]
@@ -120,7 +110,7 @@ def test_names_of_any_kind_are_drawn():
             assert figure.axes[0].get_title().partition(" · vit-b")[0] == shown
             labels = [text.get_text().strip() for text in figure.legends[0].get_texts()]
             assert kind == "accuracy" or shown in labels
-        ElementTree.fromstring(picture(figure, "svg"))
+        ElementTree.fromstring(figures.picture(figure, "svg"))
 
 
 def test_the_same_bytes_whatever_the_user_s_settings_are():
@@ -128,7 +118,7 @@ def test_the_same_bytes_whatever_the_user_s_settings_are():
     before, drawn = dict(matplotlib.rcParams), []
     for changes in ({}, {"font.size": 30, "lines.linewidth": 9, "svg.hashsalt": "other"}):
         with matplotlib.rc_context(changes):
-            drawn.append([picture(figures.accuracy(rows, {}), kind) for kind in ("png", "svg")])
+            drawn.append([figures.picture(figures.accuracy(rows, {}), kind) for kind in ("png", "svg")])
     assert drawn[0] == drawn[1] and b"<dc:date>" not in drawn[0][1]
     assert dict(matplotlib.rcParams) == before
 

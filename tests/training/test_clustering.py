@@ -10,7 +10,6 @@ from scipy.spatial import distance
 from sklearn.cluster import AgglomerativeClustering
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.storage.catalog import sample_rank
 from lmeraser_jax.training.clustering import (
     BATCH,
     Clustering,
@@ -197,28 +196,6 @@ def test_a_key_survives_when_another_cluster_changes():
     for k, key in enumerate(after.keys):
         if key in rows:
             np.testing.assert_array_equal(after.prototypes[k], rows[key])
-
-
-def test_erasing_an_unsampled_record_moves_nothing():
-    ids, table = names(150), points(150)
-    row = {name: i for i, name in enumerate(ids)}
-
-    def build(live) -> Clustering:
-        sample = tuple(sorted(sorted(live, key=lambda name: sample_rank(7, name))[:40]))
-        return cluster(sample, table[[row[name] for name in sample]], options("auto:5", 12, 3), "x")
-
-    before = build(ids)
-    unsampled = [name for name in ids if name not in before.sample]
-    for removed in (unsampled[:1], unsampled[3:60], unsampled):
-        after = build([name for name in reversed(ids) if name not in removed])  # any order
-        assert after.sample == before.sample and after.keys == before.keys
-        np.testing.assert_array_equal(after.labels, before.labels)
-        np.testing.assert_array_equal(after.prototypes, before.prototypes)
-    erased = before.sample[11]
-    after = build([name for name in ids if name != erased])
-    assert set(before.sample) - set(after.sample) == {erased}
-    assert len(set(after.sample) - set(before.sample)) == 1
-    assert after.sample == build([name for name in reversed(ids) if name != erased]).sample
 
 
 @pytest.mark.parametrize("cut", ["0", "5", "auto:1", "auto:9"])

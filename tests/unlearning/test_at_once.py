@@ -4,7 +4,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -64,41 +63,6 @@ def test_files_that_vanish_while_they_are_counted(tmp_path, monkeypatch):
     walked = [(str(tmp_path / "slices"), [], ["there", "gone"]), (str(tmp_path / "gone"), [], ["gone"])]
     monkeypatch.setattr(atomic_files.os, "walk", lambda path, onerror: iter(walked))
     assert atomic_files.disk_use(tmp_path) == 5
-
-
-def test_readers_go_on_during_erasures_and_see_one_state_each(fast_workdir):
-    """A thread opens the workdir and looks, again and again, while records are erased."""
-    published: dict[int, set[str]] = {}
-    seen: list[tuple[int, set[str]]] = []
-    failed: list[BaseException] = []
-    done = threading.Event()
-
-    def note(run) -> None:
-        manifest = run.catalog.manifest()
-        published[manifest.version] = set(manifest.entries.values())
-
-    def look() -> None:
-        try:
-            while not done.is_set():
-                with open_run(fast_workdir) as run:
-                    for _ in range(5):
-                        now = overview(run)
-                        seen.append((now.version, {row.slice for row in now.clusters}))
-        except BaseException as error:
-            failed.append(error)
-
-    with open_run(fast_workdir, write=True) as run:
-        note(run)
-        reader = threading.Thread(target=look)
-        reader.start()
-        for _ in range(8):
-            erase_sampled(run)
-            note(run)
-        done.set()
-        reader.join()
-    assert not failed, failed
-    assert len({version for version, _ in seen}) > 2, "the reader looked while states changed"
-    assert all(published[version] == slices for version, slices in seen)
 
 
 def test_a_second_writer_is_refused_with_pid_and_host(fast_workdir, capsys):

@@ -155,30 +155,6 @@ def test_a_reader_cannot_build_or_erase(workdir):
         assert not any_open(run.catalog)
 
 
-def test_what_is_missing_or_damaged_is_made_again_and_leftovers_are_removed(workdir, expected):
-    with small_run(workdir) as run:
-        first, second, *_ = sorted(run.catalog.manifest().entries.values())
-        shutil.rmtree(run.layout.slice(first))
-        (run.layout.slices / "f00d").mkdir()
-        (run.layout.slices / ".f00d.tmp").mkdir()
-        assert build(run).retuned == 1
-        assert {path.name for path in run.layout.slices.iterdir()} == set(run.catalog.slices())
-
-        arrays, metadata, step = checkpoints.load(run.layout.slice(second))
-        checkpoints.save(run.layout.slice(second), {**arrays, "bias": arrays["bias"] + 1}, metadata, step)
-        (message,) = build_module.repair(run)
-        assert second[:12] in message and build(run).retuned == 1 and build_module.repair(run) == []
-
-        path = run.layout.clustering(run.catalog.manifest().clustering) / "clustering.npz"
-        (run.layout.clusterings / "half-removed").mkdir()
-        for content in (None, b"", b"PK\x03\x04 torn", b"no zip at all"):
-            path.unlink()
-            if content is not None:
-                path.write_bytes(content)
-            assert build(run).retuned == 0
-            assert differences(state(run), expected) == [] and purge.leftovers(run) == []
-
-
 FAULTS = {
     "other bits": lambda arrays: {**arrays, "bias": arrays["bias"] + 1},
     "float64": lambda arrays: {**arrays, "bias": arrays["bias"].astype(np.float64)},

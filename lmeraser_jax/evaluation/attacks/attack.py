@@ -1,9 +1,7 @@
-"""An attack on a workdir: erases some live records in memory and tries to find them in what is left.
+"""Attacks a workdir: erases live records in memory and tries to find them in the slices of their clusters.
 
-Three slices of each attacked cluster are compared: the published one, which keeps the records, so that they must be
-found in it (positive control); the one that erasing them would publish; and one tuned from scratch without them under
-random streams of its own, the reference for the others. Nothing is written, neither to the catalog nor to files, and no
-lock is taken.
+Of each cluster: the published slice, which keeps the records (positive control); the one that erasing them would
+publish; one tuned from scratch without them, the reference. Nothing is written and no lock is taken.
 """
 
 import itertools
@@ -13,19 +11,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmeraser_jax.evaluation.attacks import membership, shadows, targets, unlearned
+from lmeraser_jax.evaluation.attacks import shadows, statistics, targets, unlearned
 from lmeraser_jax.evaluation.attacks.options import Options, check
 from lmeraser_jax.evaluation.attacks.relearn import relearn, scratch_for
-from lmeraser_jax.evaluation.attacks.report import Attack, Finding
+from lmeraser_jax.evaluation.attacks.report import MEMBERSHIP, Attack, Finding
 from lmeraser_jax.evaluation.attacks.routing import routing
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, OUTSIDE, RETAINED, VALIDATION, Pool
+from lmeraser_jax.evaluation.attacks.statistics import RATES, SIGNIFICANT
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.run import Run
 
-CURVES = ("loss", "lira")  # attacks with ROC curves
 POPULATIONS = ("ulira", "klom")  # attacks on slices that unlearned and slices that never saw
 SHADOWED = ("lira", *POPULATIONS)  # attacks that need shadow models
 
@@ -36,18 +34,13 @@ class Trial(NamedTuple):
     pool: Pool
     slices: tuple[Slice, ...]
     again: Slice | None  # one more slice that keeps the records; None where nothing is learned again
-    margins: np.ndarray  # float64 [3, w], of the watched records under the first three slices
-    right: np.ndarray  # bool [3, w], whether these gave the right answer
+    margins: np.ndarray  # float64 [3, n], of the pool's records under the first three slices
+    right: np.ndarray  # bool [3, n], whether these gave the right answer
     shadow_sets: shadows.ShadowSets | None  # None where no attack needs shadow models
-
-    @property
-    def roles(self) -> np.ndarray:
-        """int8 [w], of the watched records."""
-        return self.pool.roles[self.pool.watched]
 
 
 def attack(run: Run, options: Options) -> Attack:
-    """Attacks a published state. Needs no lock and changes nothing.
+    """Attacks a published state.
 
     Raises:
         UserError: the options or the workdir do not allow it, all reasons at once; a shadow's loss was not finite;
@@ -89,7 +82,7 @@ def _trials(run: Run, options: Options) -> list[Trial]:
         for pool in pools:
             slices = (load_slice(run, pool.ref), *itertools.islice(tuned, 1 + scratch))
             again = next(tuned) if relearned else None
-            margins, right = shadows.score(run, slices[:3], pool.records.take(pool.watched))
+            margins, right = shadows.score(run, slices[:3], pool.records)
             sets = None
             if not chosen.isdisjoint(SHADOWED):
                 populations = not chosen.isdisjoint(POPULATIONS)
@@ -107,7 +100,7 @@ def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> 
     if name == "relearn":
         again = [trial.again for trial in trials if trial.again is not None]
         return relearn(run, [t.pool for t in trials], [t.slices for t in trials], again) if again else None
-    if name in CURVES:
+    if name in MEMBERSHIP:
         return compare_members(name, trials, rng)
     sets = [trial.shadow_sets for trial in trials if trial.shadow_sets is not None]
     return unlearned.ulira(sets, rng) if name == "ulira" else unlearned.klom(sets, rng)
@@ -115,18 +108,55 @@ def _finding(run: Run, name: str, trials: Sequence[Trial], options: Options) -> 
 
 def compare_members(name: str, trials: Sequence[Trial], rng: np.random.Generator) -> Finding:
     """The attack `loss` or `lira`: scores of the forgotten records beside those of images outside, over all pools."""
-    roles = np.concatenate([trial.roles for trial in trials])
+    roles = np.concatenate([trial.pool.roles for trial in trials])
     scores = [trial.margins for trial in trials]  # the loss falls as the margin rises
     if name == "lira":
         sets = [trial.shadow_sets for trial in trials if trial.shadow_sets is not None]
-        scores = [membership.lira(margins, s.kept, s.inside) for margins, s in zip(scores, sets, strict=True)]
+        scores = [lira(margins, s.kept, s.inside) for margins, s in zip(scores, sets, strict=True)]
     scores = np.concatenate(scores, axis=1)
-    return membership.membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE], rng)
+    return membership(name, scores[:, roles == FORGOTTEN], scores[:, roles == OUTSIDE], rng)
+
+
+def membership(name: str, members: np.ndarray, others: np.ndarray, rng: np.random.Generator) -> Finding:
+    """What scores tell under three slices: float [3, m] of the forgotten records, [3, n] of records that none saw.
+
+    A threshold on the loss (Yeom et al., 2018) or LiRA (Carlini et al., 2022). The finding has the `Separation` of each
+    column, and the AUCs of the first two above that of the third, the reference.
+    """
+    columns = [statistics.separation(*pair) for pair in zip(members, others, strict=True)]
+    differences = [statistics.auc_difference(members[[c, 2]], others[[c, 2]], rng) for c in range(2)]
+    reference = min(columns[2].p, 1 - columns[2].p)  # two-sided
+    rates = [
+        (f"TPR at {rate:.1%} FPR", *(statistics.cell(column.rates[i]) for column in columns))
+        for i, rate in enumerate(RATES)
+    ]
+    return Finding(
+        name,
+        detected=(*(difference.p < SIGNIFICANT for difference in differences), reference < SIGNIFICANT / 2),
+        smallest_p=differences[0].smallest_p,
+        lines=[
+            ("AUC", *(str(column.auc) for column in columns)),
+            ("above from scratch (by chance)", *map(str, differences), ""),
+            *rates,
+        ],
+        values={"columns": columns, "differences": differences},
+    )
+
+
+def lira(margins: np.ndarray, shadows: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Log-likelihood ratio of each margin under the Gaussians of shadows that saw the record, and that did not.
+
+    Margins are float [C, n] under C slices under attack and [N, n] under N shadows; `inside`, bool [N, n], says which
+    shadows saw the record, at least two of either kind. Returns float64 [C, n].
+    """
+    all_rows = np.ones((1, len(shadows)), bool)
+    seen, unseen = (statistics.moments(shadows, mask, all_rows) for mask in (inside, ~inside))
+    return statistics.log_ratio(margins, seen, unseen)
 
 
 def _accuracies(trials: Sequence[Trial]) -> dict[str, tuple[float, ...]]:
     """Shares of right answers of the three slices, each record asked of its own cluster's."""
-    roles = np.concatenate([trial.roles for trial in trials])
+    roles = np.concatenate([trial.pool.roles for trial in trials])
     right = np.concatenate([trial.right for trial in trials], axis=1)
     groups = {"forgotten": (FORGOTTEN,), "retained": (RETAINED,), "unseen": (OUTSIDE, VALIDATION)}
     return {name: tuple(right[:, np.isin(roles, group)].mean(axis=1).tolist()) for name, group in groups.items()}

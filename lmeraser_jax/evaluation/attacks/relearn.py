@@ -1,8 +1,7 @@
 """Relearn time (Golatkar et al., 2020): how soon do slices learn erased records again?
 
-A slice with a residue of the records needs fewer steps than one tuned from scratch without them, until their loss is
-where a slice has it that was tuned with them. That slice is another one, with random streams of its own, so that the
-published one, which must be quick, is measured and not compared with itself.
+A slice with a residue of them needs fewer steps than one from scratch, until its loss is that of a slice tuned with
+them: another one than the published, which must be quick and is not compared with itself.
 
 Shapes: K clusters, S slices from scratch of each, n forgotten records of a cluster (padded), B batch.
 """

@@ -1,4 +1,4 @@
-"""What an attack found, as a table and a verdict for people, as values for machines, and as ROC curves.
+"""What an attack found, as a table and a verdict for people, and as values for machines.
 
 No record is named anywhere: a report outlives erasures.
 """
@@ -6,17 +6,13 @@ No record is named anywhere: a report outlives erasures.
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lmeraser_jax.evaluation import plotting
 from lmeraser_jax.evaluation.attacks.statistics import RATES, SIGNIFICANT
-from lmeraser_jax.storage.atomic_files import write_bytes
 
 COLUMNS = ("kept = control", "unlearned", "from scratch")
 ROUTES = ("published", "after erasing", "from public records")
+MEMBERSHIP = ("loss", "lira")  # attacks that compare the records with images outside
 WIDTHS = (10, 38, 26, 26, 26)
 LEAK, UNKNOWN = 1, 3  # exit codes
 
@@ -35,7 +31,6 @@ class Finding:
     lines: list[tuple[str, ...]]  # rows of the table: what is measured, and a cell for each column
     values: dict[str, Any]  # what the lines are made of, for machines
     note: str = ""  # said in place of a verdict
-    curves: tuple[tuple[np.ndarray, np.ndarray], ...] = ()  # false and true positive rates of each column's ROC curve
 
     @property
     def powerless(self) -> bool:
@@ -47,7 +42,7 @@ class Finding:
             return self.note
         kept, unlearned, reference = self.detected
         shift = "DOUBTFUL REFERENCE: slices that never saw the records differ from each other; try another --seed"
-        if self.curves:
+        if self.name in MEMBERSHIP:
             shift = "SHIFTED REFERENCE: differs from test images already without having seen the records"
         if unlearned:
             return f"FINDS ERASED RECORDS; {shift}" if reference else "FINDS ERASED RECORDS"
@@ -146,22 +141,3 @@ def _rows(name: str, lines: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 def _row(*cells: str) -> str:
     return "".join(f"{cell:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)).rstrip()
-
-
-@plotting.style()
-def figure(findings: Sequence[Finding], path: Path) -> None:
-    """Draws the ROC curves of the membership attacks on logarithmic axes, a panel for each column, as PNG."""
-    whole, least = plotting.blank(13, 4.4), RATES[-1]
-    panels = whole.subplots(1, len(COLUMNS), sharey=True)
-    for place, (panel, title) in enumerate(zip(panels, COLUMNS, strict=True)):
-        for finding in findings:
-            if finding.curves:
-                panel.plot(*np.maximum(finding.curves[place], least), label=finding.name)
-        panel.plot([least, 1], [least, 1], color="grey", linewidth=0.8, linestyle="--", label="chance")
-        panel.set(xscale="log", yscale="log", xlim=(least, 1), ylim=(least, 1), title=title)
-        panel.set_xlabel("false positive rate")
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter(plotting.ticked)
-    panels[0].set_ylabel("true positive rate")
-    panels[0].legend(loc="lower right")
-    write_bytes(path, plotting.picture(whole, "png"))

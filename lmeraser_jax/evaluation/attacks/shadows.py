@@ -1,9 +1,9 @@
 """Shadow models: one cluster's slice tuned on other members, and what slices say about records.
 
-Clusters are tuned independently, so a shadow model of a record is one slice, not a system. Shadows are ordinary jobs of
-the tuning program under names of their own, so that their random streams differ; they stay in memory.
+Clusters are tuned independently, so a shadow model of a record is one slice, not a system. Shadows are ordinary jobs
+under names of their own, so that their random streams differ; they stay in memory.
 
-Shapes: N shadows, n records of a pool, w of them watched, S slices, Y classes.
+Shapes: N shadows, n records of a pool, S slices, Y classes.
 """
 
 import dataclasses
@@ -45,7 +45,6 @@ class Pool:
     ref: str  # its published slice
     records: RecordTable  # n, sorted by id
     roles: np.ndarray  # int8 [n]
-    watched: np.ndarray  # int64 [w], places among the records whose margins are looked at
 
     def of(self, *roles: int) -> RecordTable:
         """The records with one of these roles."""
@@ -54,13 +53,13 @@ class Pool:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ShadowSets:
-    """Margins of a pool's watched records under three populations of N slices each, float64 [N, w]."""
+    """Margins of a pool's records under three populations of N slices each, float64 [N, n]."""
 
-    roles: np.ndarray  # int8 [w], of the watched records
-    inside: np.ndarray  # bool [N, w], the records drawn for each shadow
+    roles: np.ndarray  # int8 [n]
+    inside: np.ndarray  # bool [N, n], the records drawn for each shadow
     kept: np.ndarray  # under slices tuned on the records drawn
     unlearned: np.ndarray  # under the same slices after the forgotten records were erased from them
-    drawn: np.ndarray  # bool [N, w], a second draw
+    drawn: np.ndarray  # bool [N, n], a second draw
     never: np.ndarray  # under slices tuned on the second draw without the forgotten records, which they never saw
 
 
@@ -121,7 +120,7 @@ def _logits_program(tuning_spec: TuningSpec, mesh: Mesh):
 
 
 def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
-    """Logits of images, as centre crops, under each of S slices on the host: rows int [w] -> float32 [S, w, Y]."""
+    """Logits of images, as centre crops, under each of S slices on the host: rows int [n] -> float32 [S, n, Y]."""
     tuning_spec = with_lanes(run.tuning_spec)
     program = _logits_program(tuning_spec, run.mesh)
     params = on_device(run.backbone, compute_dtype(tuning_spec.tuning.dtype, run.mesh), run.mesh)
@@ -158,7 +157,7 @@ def on_draws(records: RecordTable, draws: np.ndarray, name: str, first: int = 0)
 
 
 def shadow_sets(run: Run, pool: Pool, count: int, seed: int, populations: bool) -> ShadowSets:
-    """Tunes N = `count` shadows of each population on random halves of a pool and scores the watched records.
+    """Tunes N = `count` shadows of each population on random halves of a pool and scores its records.
 
     Without `populations` only `kept` is tuned, and `unlearned` and `never` are empty.
     """
@@ -172,7 +171,6 @@ def shadow_sets(run: Run, pool: Pool, count: int, seed: int, populations: bool) 
     if populations:
         clusters += on_draws(pool.records, inside & remaining, f"{pool.key}/shadow/{seed}")
         clusters += on_draws(pool.records, drawn & remaining, f"{pool.key}/shadow/{seed}", count)
-    slices, watched = tune_counterfactuals(run, with_lanes(run.tuning_spec), clusters), pool.watched
-    margins, _ = score(run, slices, pool.records.take(watched))
+    margins, _ = score(run, tune_counterfactuals(run, with_lanes(run.tuning_spec), clusters), pool.records)
     kept, unlearned, never = margins[:count], margins[count : 2 * count], margins[2 * count :]
-    return ShadowSets(pool.roles[watched], inside[:, watched], kept, unlearned, drawn[:, watched], never)
+    return ShadowSets(pool.roles, inside, kept, unlearned, drawn, never)

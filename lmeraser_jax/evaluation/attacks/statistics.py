@@ -77,12 +77,6 @@ def cell(value: Estimate | Tested | float | None) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def roc(members: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """False and true positive rates, rising, of every threshold between scores: from (0, 0) to (1, 1)."""
-    truth = np.repeat([1, 0], [len(members), len(others)])
-    return roc_curve(truth, np.concatenate([members, others]), drop_intermediate=False)[:2]
-
-
 def rate_at(members: np.ndarray, others: np.ndarray, rate: float) -> Estimate | None:
     """The true positive rate at a rate of false positives, with its interval (Clopper and Pearson, 1934).
 
@@ -91,7 +85,8 @@ def rate_at(members: np.ndarray, others: np.ndarray, rate: float) -> Estimate | 
     m = len(members)
     if len(others) * rate < 1:
         return None
-    false, true = roc(members, others)
+    truth = np.repeat([1, 0], [m, len(others)])
+    false, true, _ = roc_curve(truth, np.concatenate([members, others]), drop_intermediate=False)
     value = float(true[false <= rate].max())
     interval = stats.binomtest(round(value * m), m).proportion_ci(COVERED, "exact")
     return Estimate(value, float(interval.low), float(interval.high))

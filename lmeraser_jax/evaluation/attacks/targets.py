@@ -1,9 +1,7 @@
 """Which records an attack erases in memory, and which images it compares them with.
 
-Targets are drawn among records that were not sampled for the clustering: erasing them changes no prototype and no
-membership, so "the unlearned model" is their cluster tuned without them. Unless they are named, targets are the records
-that slices which never saw them answer worst: a record that others explain leaves no trace of its own, and an average
-over such records hides a leak (Naderloui et al., 2025).
+Targets are not sampled, so erasing them changes no prototype. Unless they are named, slices that never saw them answer
+them worst: a record that others explain leaves no trace of its own and hides a leak (Naderloui et al., 2025).
 """
 
 import dataclasses
@@ -21,7 +19,6 @@ from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.plan import assign_clusters
 from lmeraser_jax.unlearning.run import Run
 
-WATCHED = 64  # retained records of a pool that are looked at; all of them are tuned on
 PROBES = 8  # slices of each cluster that say how hard a record is, each tuned on half of the records
 
 
@@ -52,10 +49,8 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> list[Pool]:
         roles = {name: FORGOTTEN if name in forgotten else RETAINED for name in members[key].ids}
         roles |= {name: OUTSIDE if hardness.get(name, 0.0) <= limit else VALIDATION for name in unseen[key].ids}
         kinds = np.array([roles[name] for name in table.ids], np.int8)
-        retained = philox(seed, "attack", "watched", key).permutation(np.flatnonzero(kinds == RETAINED))
-        watched = np.sort(np.concatenate([np.flatnonzero(kinds != RETAINED), retained[:WATCHED]]))
         if FORGOTTEN in kinds:
-            pools.append(Pool(key, manifest.entries[key], table, kinds, watched))
+            pools.append(Pool(key, manifest.entries[key], table, kinds))
     if sum(len(pool.of(OUTSIDE)) for pool in pools) < 2:
         raise UserError(
             f"fewer than two test or hold-out images are routed to the {len(pools)} clusters of the targets and as hard"

@@ -1,9 +1,9 @@
 """Can slices that unlearned a record be told from slices that never saw it? U-LiRA and KLoM, on populations of slices.
 
-For an exact method the populations have one distribution, so both search for bugs. Beside them stands what they do with
-an "unlearning" that keeps the old slices (column `KEPT`) and with two populations that never saw the records (`NEVER`).
+For an exact method both have one distribution. The column `KEPT` is an "unlearning" that keeps the old slices, `NEVER`
+compares two populations that never saw the records.
 
-Shapes: N slices of a population, M slices of two, w records, R deals of a permutation test.
+Shapes: N slices of a population, M slices of two, w forgotten records, R deals of a permutation test.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,21 @@ from scipy import special
 
 from lmeraser_jax.evaluation.attacks import statistics
 from lmeraser_jax.evaluation.attacks.report import Finding
-from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, RETAINED, VALIDATION, ShadowSets
+from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, ShadowSets
 from lmeraser_jax.evaluation.attacks.statistics import SIGNIFICANT, Tested
 
 KEPT, UNLEARNED, NEVER = COLUMNS = range(3)
 BINS = 20  # of KLoM's histograms, as published, like the next two
 EMPTY = 1e-5  # probability of an oracle's empty bin
 CLIPPED = 100.0  # margins are cut to +- so much
-ROLES = {"forgotten": FORGOTTEN, "retained": RETAINED, "validation": VALIDATION}
 
 
 class PopulationPair(NamedTuple):
-    """Two populations of slices of one pool, to be told apart by the margins of some records."""
+    """Two populations of slices of one pool, to be told apart by the margins of its forgotten records."""
 
     margins: np.ndarray  # float [M, w], under the slices of both
     in_first: np.ndarray  # bool [M], the slices of the first population
     counts_in_first: np.ndarray  # bool [M, w], where a slice counts for a record if it is dealt to the first
-    counts_in_second: np.ndarray  # bool [M, w], the same for the second
     fitted: np.ndarray  # bool [M], slices that Gaussians are fitted to; the others are told apart
 
     def accuracies(self, in_first: np.ndarray) -> np.ndarray:
@@ -39,13 +37,12 @@ class PopulationPair(NamedTuple):
         `in_first`, bool [R, M], are the slices of the first population in each of R deals.
         """
         first = statistics.moments(self.margins, self.counts_in_first, in_first & self.fitted)
-        second = statistics.moments(self.margins, self.counts_in_second, ~in_first & self.fitted)
+        second = statistics.moments(self.margins, np.ones_like(self.counts_in_first), ~in_first & self.fitted)
         moments = [(mean[:, None], deviation[:, None]) for mean, deviation in (first, second)]
         tests = ~self.fitted
         ratios = statistics.log_ratio(self.margins[tests][None], *moments)
-        is_first = in_first[:, tests, None]
-        of_first = is_first & self.counts_in_first[tests][None]
-        of_second = ~is_first & self.counts_in_second[tests][None]
+        of_second = ~in_first[:, tests, None]
+        of_first = ~of_second & self.counts_in_first[tests][None]
         says_first = np.where(ratios == 0, 0.5, ratios > 0)
         with np.errstate(invalid="ignore"):
             hits = (says_first * of_first).sum(axis=1) / of_first.sum(axis=1)
@@ -53,12 +50,11 @@ class PopulationPair(NamedTuple):
         return np.where(np.isnan(ratios).any(axis=1), np.nan, (hits + rejections) / 2)
 
 
-def population_pair(sets: ShadowSets, role: int, column: int) -> PopulationPair:
-    """The slices of a column beside slices that never saw the forgotten records, for the records of one role.
+def population_pair(sets: ShadowSets, column: int) -> PopulationPair:
+    """The slices of a column beside slices that never saw the forgotten records.
 
-    A forgotten record counts in the slices that were tuned on it first, and in all that never saw it; a retained one
-    in the slices of either population that were tuned on it. In the column `NEVER`, slices that never saw the records
-    stand beside others that did not either.
+    A record counts in the slices that were tuned on it first, and in all that never saw it. In the column `NEVER`,
+    slices that never saw the records stand beside others that did not either.
     """
     if column == NEVER:
         first, second = sets.never[::2], sets.never[1::2]
@@ -66,13 +62,11 @@ def population_pair(sets: ShadowSets, role: int, column: int) -> PopulationPair:
     else:
         first, second = sets.kept if column == KEPT else sets.unlearned, sets.never
         saw = np.concatenate([sets.inside, sets.drawn])
-    records = sets.roles == role
-    saw = saw[:, records]
+    forgotten = sets.roles == FORGOTTEN
     return PopulationPair(
-        margins=np.concatenate([first, second])[:, records],
+        margins=np.concatenate([first, second])[:, forgotten],
         in_first=np.arange(len(saw)) < len(first),
-        counts_in_first=saw,
-        counts_in_second=np.ones_like(saw) if role == FORGOTTEN else saw,
+        counts_in_first=saw[:, forgotten],
         fitted=np.concatenate([np.arange(len(first)) % 2 == 0, np.arange(len(second)) % 2 == 0]),
     )
 
@@ -80,27 +74,18 @@ def population_pair(sets: ShadowSets, role: int, column: int) -> PopulationPair:
 def ulira(pools: Sequence[ShadowSets], rng: np.random.Generator) -> Finding:
     """U-LiRA (Hayes et al., 2025) over some pools; `rng` draws permutations.
 
-    For each record a Gaussian is fitted to the margins of half the slices of either population; the other half is then
-    told apart by likelihood. One half is perfect unlearning.
-
-    Returns:
-        A finding with the mean accuracy over forgotten and over retained records for each column, None where there are
-        too few slices to fit anything to.
+    For each forgotten record a Gaussian is fitted to the margins of half the slices of either population; the other
+    half is then told apart by likelihood. One half is perfect unlearning. The finding has the mean accuracy for each
+    column, None where there are too few slices to fit anything to.
     """
-    forgotten, retained = (
-        [_accuracy([population_pair(sets, role, column) for sets in pools], rng) for column in COLUMNS]
-        for role in (FORGOTTEN, RETAINED)
-    )
-    control = forgotten[KEPT]
+    columns = [_accuracy([population_pair(sets, column) for sets in pools], rng) for column in COLUMNS]
+    control = columns[KEPT]
     return Finding(
         "ulira",
-        detected=tuple(tested is not None and tested.p < SIGNIFICANT for tested in forgotten),
+        detected=tuple(tested is not None and tested.p < SIGNIFICANT for tested in columns),
         smallest_p=1.0 if control is None else control.smallest_p,
-        lines=[
-            ("accuracy, forgotten (by chance)", *map(statistics.cell, forgotten)),
-            ("accuracy, retained (by chance)", *map(statistics.cell, retained)),
-        ],
-        values={"forgotten": forgotten, "retained": retained},
+        lines=[("accuracy, forgotten (by chance)", *map(statistics.cell, columns))],
+        values={"forgotten": columns},
     )
 
 
@@ -115,38 +100,27 @@ def _accuracy(pairs: Sequence[PopulationPair], rng: np.random.Generator) -> Test
 
 
 def klom(pools: Sequence[ShadowSets], rng: np.random.Generator) -> Finding:
-    """KLoM (Georgiev et al., 2025) over some pools; `rng` draws permutations.
+    """KLoM (Georgiev et al., 2025) over some pools; `rng` draws permutations of slices and oracles.
 
-    For each record, the Kullback-Leibler divergence of two histograms over slices: of its margins under slices that
-    unlearned it, and under oracles tuned without it. Two sets of oracles give the floor that so few slices allow.
-
-    Returns:
-        A finding with the mean divergence over the records of each role for each column, None without such records.
-        Tested is the mean over forgotten records, by permutations of slices and oracles.
+    For each forgotten record, the Kullback-Leibler divergence of two histograms over slices: of its margins under
+    slices that unlearned it, and under oracles tuned without it. Two sets of oracles give the floor that so few slices
+    allow. The finding has the mean divergence over the records, for each column.
     """
-    mean: dict[str, list[float | None]] = {}
-    for name, role in ROLES.items():
-        mean[name] = []
-        for column in COLUMNS:
-            pairs = [klom_pair(sets, role, column) for sets in pools]
-            values = np.concatenate([pair.divergences(pair.in_first[None])[0] for pair in pairs])
-            mean[name].append(float(values.mean()) if len(values) else None)
     tests = []
     for column in (KEPT, UNLEARNED):
-        pairs = [klom_pair(sets, FORGOTTEN, column) for sets in pools]
+        pairs = [klom_pair(sets, column) for sets in pools]
         deals = [
             statistics.permuted(pair.divergences, pair.in_first, np.zeros(len(pair.in_first)), rng) for pair in pairs
         ]
         tests.append(statistics.tested(np.concatenate(deals, axis=1).mean(axis=1)))
+    oracles = [klom_pair(sets, NEVER) for sets in pools]
+    floor = float(np.concatenate([pair.divergences(pair.in_first[None])[0] for pair in oracles]).mean())
     return Finding(
         "klom",
         detected=(*(tested.p < SIGNIFICANT for tested in tests), False),
         smallest_p=tests[KEPT].smallest_p,
-        lines=[
-            ("mean, forgotten (by chance)", *map(str, tests), statistics.cell(mean["forgotten"][NEVER])),
-            *((f"mean, {name}", *map(statistics.cell, mean[name])) for name in ("retained", "validation")),
-        ],
-        values={"mean": mean, "tested": tests},
+        lines=[("mean, forgotten (by chance)", *map(str, tests), statistics.cell(floor))],
+        values={"forgotten": tests, "floor": floor},
     )
 
 
@@ -175,24 +149,20 @@ class KlomPair(NamedTuple):
         return special.rel_entr(p, q / q.sum(axis=-1, keepdims=True)).sum(axis=-1)
 
 
-def klom_pair(sets: ShadowSets, role: int, column: int) -> KlomPair:
-    """The slices of a column beside half of the oracles, for the records of one role; the other half is the reference.
+def klom_pair(sets: ShadowSets, column: int) -> KlomPair:
+    """The slices of a column beside half of the oracles, for the forgotten records; the other half is the reference.
 
-    All comparisons are of N / 2 slices. A forgotten record counts in those that were tuned on it first.
+    All comparisons are of N / 2 slices: a record counts in those that were tuned on it first.
     """
-    half = len(sets.never) // 2
-    first, second = (sets.kept, sets.unlearned, sets.never)[column], sets.never[:half]
+    half, forgotten = len(sets.never) // 2, sets.roles == FORGOTTEN
+    first, second = sets.kept if column == KEPT else sets.unlearned, sets.never[:half]
+    valid = np.concatenate([sets.inside, sets.drawn[:half]])
     if column == NEVER:
-        second = sets.unlearned[:half]  # only widens the bins
-    if role == FORGOTTEN and column != NEVER:
-        valid = np.concatenate([sets.inside, sets.drawn[:half]])
-    else:
-        first = first[:half]
+        first, second = sets.never[:half], sets.unlearned[:half]  # the second only widens the bins
         valid = np.ones((2 * half, len(sets.roles)), bool)
-    records = sets.roles == role
     return KlomPair(
-        margins=np.concatenate([first, second])[:, records],
-        valid=valid[:, records],
+        margins=np.concatenate([first, second])[:, forgotten],
+        valid=valid[:, forgotten],
         in_first=np.arange(len(valid)) < len(first),
-        oracles=sets.never[half : 2 * half, records],
+        oracles=sets.never[half : 2 * half, forgotten],
     )
