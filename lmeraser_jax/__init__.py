@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax.config import Config, from_dict
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.paths import expand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,7 @@ def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") ->
             raise UserError(f"images must be a list of files or an array, not one file: {images}")
         answer = functools.partial(predict.predict, predict.load_model(run))
         if not isinstance(images, np.ndarray):
-            return predict.predict_files(run, [Path(file) for file in images], answer)
+            return predict.predict_files(run, [Path(expand(str(file))) for file in images], answer)
         shape = run.image_spec.height, run.image_spec.width, run.image_spec.channels
         if images.dtype != np.uint8 or images.shape[1:] != shape:
             legal = ", ".join(map(str, shape))

@@ -8,35 +8,36 @@ import dataclasses
 import difflib
 import math
 import re
-import typing
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from lmeraser_jax.errors import UserError, raise_all, shorten
+from lmeraser_jax.paths import WithPaths, absolute, absolute_weights
 
 AUGMENTS = ("none", "crop", "flip", "paper")
-STARTS = ("scratch", "weights")
 PROMPTED = ("prompt+head", "prompt")
 CLOSED_FORMS = ("ridge", "ncm", "linear")
 METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 INTEGER_LIMIT = 2**63  # whole numbers lie below it
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings of `tuning` that never reach the numbers
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 Rule = tuple[str, bool, str]  # a setting's dotted name, whether its value is legal, what would be legal
 
 
-def setting(default: Any, text: str, choices: tuple[str, ...] = (), low: float = 0, below: float = math.inf) -> Any:
-    """A field of the schema: default, meaning with unit, and the legal texts or the legal numbers, low <= x < below."""
+def setting(default: Any, text: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
+    """A field of the schema: default, meaning with unit, legal texts or numbers, low <= x < below, or a path's rule."""
     text = f"{text} ({' | '.join(choices)})" if choices else text
-    return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low, "below": below})
+    metadata = {"help": text, "choices": choices, "low": 0, "below": math.inf, "path": None, **limits}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Data:
+class Data(WithPaths):
     """Where the images come from and what the backbone sees of them."""
 
     source: str = setting("digits", "where images come from", choices=("digits", "npz", "folder", "tfds"))
-    path: str = setting("", "npz file or image folder; tfds: its data folder, empty for TFDS's own")
+    path: str = setting("", "npz file or image folder; tfds: its data folder, empty for TFDS's own", path=absolute)
     dataset: str = setting("", "tfds: name such as cifar10 or visual_domain_decathlon/gtsrb")
     train_split: str = setting("", "folder: subfolder, tfds: split such as train[:40000]; empty: train")
     holdout_split: str = setting("", "as train_split, for the hold-out; empty: none")
@@ -46,7 +47,7 @@ class Data:
     holdout: float = setting(0.0, "share of the training images kept out of tuning, to choose settings with", below=1)
     split_by: str = setting("record", "draw the two shares by record or by owner", ("record", "owner"))
     owner_pattern: str = setting("", "regular expression; its groups in an id, joined by /, are the owner")
-    labels: str = setting("", "folder: CSV that names files, labels and owners")
+    labels: str = setting("", "folder: CSV that names files, labels and owners", path=absolute)
     csv_columns: str = setting("file,label,owner", "names of the CSV's three columns; the owner's may be left out")
     skip_unreadable: bool = setting(False, "leave out and name images that cannot be read, instead of refusing all")
     max_pixels: int = setting(50_000_000, "an image file of more pixels counts as unreadable", low=1)
@@ -55,16 +56,17 @@ class Data:
     image_size: int = setting(16, "side in pixels of the backbone's input", low=1)
     resize_size: int = setting(0, "shorter side in pixels before the crop; 0: image_size, nothing is cropped")
     augment: str = setting("none", "random crops and flips while tuning; paper: both", AUGMENTS)
-    train_limit: int = setting(0, "use only this many private records; 0: all")
-    test_limit: int = setting(0, "use only this many test images; 0: all")
+    train_limit: int = setting(0, "use only so many private records, drawn by a hash of the id; 0: all")
+    test_limit: int = setting(0, "use only so many test images, drawn as train_limit draws; 0: all")
+    limit_by: str = setting("record", "draw them from all, or of every class its share", ("record", "class"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Backbone:
+class Backbone(WithPaths):
     """The frozen network. With `weights` the architecture is read from them, else it is trained as set here."""
 
     name: str = setting("", "published backbone such as vit-b-22k (lmeraser backbone --list); empty: as the weights")
-    weights: str = setting("", "file, folder, hub:OWNER/NAME[@REVISION] or hub; empty: pretrain on the public records")
+    weights: str = setting("", "file, folder, hub:OWNER/NAME[@REVISION] or hub; empty: pretrain", path=absolute_weights)
     feature: str = setting("auto", "auto: as the name or the weights say", ("auto", "cls", "pooler"))
     mean: str = setting("", "mean of pixels in [0, 1]: one number or 0.485,0.456,0.406; empty: as the weights say")
     std: str = setting("", "standard deviation of pixels in [0, 1], as mean")
@@ -76,22 +78,22 @@ class Backbone:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Public:
+class Public(WithPaths):
     """Public records of their own, to train the backbone on; no private record, and no erasure, ever reaches them."""
 
     source: str = setting("data", "data: the public records of data.source", ("data", "npz", "folder", "tfds"))
-    path: str = setting("", "as data.path")
+    path: str = setting("", "as data.path", path=absolute)
     dataset: str = setting("imagenette/160px-v2", "as data.dataset; by default photographs that anybody may fetch")
     split: str = setting("", "as data.train_split")
     store_size: int = setting(0, "as data.store_size")
-    limit: int = setting(0, "use only this many public records; 0: all")
+    limit: int = setting(0, "use only so many public records, drawn as data.train_limit draws; 0: all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pretraining:
     """Training of the backbone on public records (paper Eq. 2): AdamW, warm-up and cosine."""
 
-    start: str = setting("scratch", "scratch, unless there are backbone.weights; weights: adapt them", STARTS)
+    start: str = setting("scratch", "where training begins; weights: at backbone.weights", ("scratch", "weights"))
     supervise: float = setting(1.0, "weight of the cross-entropy of public labels in the loss")
     distill: float = setting(0.0, "weight of the distance from the features of the weights at their own image size")
     epochs: int = setting(80, "passes over the public records")
@@ -243,21 +245,19 @@ def from_dict(tree: Any) -> Config:
 
 def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
     """One dataclass of the schema from one level of the tree; problems are collected."""
-    types = typing.get_type_hints(cls)
-    problems += [_unknown(prefix, key, types) for key in tree if key not in types]
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    problems += [unknown(prefix, key, fields) for key in tree if key not in fields]
     values = {}
-    for name in types.keys() & tree.keys():
-        value, kind, flag = tree[name], types[name], f"{prefix}{name}"
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            values[name] = _build(typing.cast(type, kind), value, f"{flag}.", problems)
-        elif dataclasses.is_dataclass(kind):
-            problems.append(f"{flag}={_shown(value)}: must be a group of settings")
+    for name in fields.keys() & tree.keys():
+        value, default, flag = tree[name], fields[name].default, f"{prefix}{name}"
+        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
+            values[name] = _build(type(default), value, f"{flag}.", problems)
         elif isinstance(value, int) and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
             problems.append(f"{flag}={_shown(value)}: must lie between -2^63 and 2^63")
-        elif kind is float and type(value) is int:
+        elif type(default) is float and type(value) is int:
             values[name] = float(value)
-        elif type(value) is not kind:
-            problems.append(f"{flag}={_shown(value)}: must be {kind.__name__}, is {type(value).__name__}")
+        elif type(value) is not type(default):
+            problems.append(f"{flag}={_shown(value)}: must be {legal_values(flag)}, is {type(value).__name__}")
         else:
             values[name] = value
     return cls(**values)
@@ -268,20 +268,26 @@ def _shown(value: object) -> str:
     return shorten(repr(value) if isinstance(value, str) else value, 400)
 
 
-def unknown_names(names: Iterable[str]) -> list[str]:
-    """A message for every dotted name, such as tuning.epochs, that is no setting."""
-    tree, problems = to_dict(Config()), []
-    for name in names:
-        group, _, leaf = name.partition(".")
-        legal = tree[group] if isinstance(tree.get(group), dict) else {}
-        if group not in tree:
-            problems.append(_unknown("", group, tree))
-        elif leaf and leaf not in legal:
-            problems.append(_unknown(f"{group}.", leaf, legal))
-    return problems
+def legal_values(name: str) -> str:
+    """What a setting such as tuning.epochs may be, whatever the others are."""
+    for dotted, default, metadata in settings_of(Config()):
+        if dotted == name:
+            return ", ".join(filter(None, (KINDS[type(default)], _range(default, metadata))))
+    return "a group of settings"
 
 
-def _unknown(prefix: str, name: object, legal: Collection[str]) -> str:
+def _range(default: object, metadata: Mapping[str, Any]) -> str:
+    """The legal texts or numbers of a setting; "" where every value of its kind is legal."""
+    low, below = metadata["low"], metadata["below"]
+    if metadata["choices"]:
+        return "one of " + ", ".join(metadata["choices"])
+    if type(default) not in (int, float):
+        return ""
+    return f"in [{low}, {below})" if below < math.inf else f"at least {low}" if low else "0 or more"
+
+
+def unknown(prefix: str, name: object, legal: Collection[str]) -> str:
+    """What to say of a name that is no setting of a group, or no group."""
     name = shorten(name)
     near = difflib.get_close_matches(name, legal, 1)
     hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(legal)}"
@@ -315,11 +321,8 @@ def _ranges(config: Config) -> Iterator[Rule]:
     """What each value must be whatever the others are, as its field says."""
     for name, value, metadata in settings_of(config):
         choices, low, below = metadata["choices"], metadata["low"], metadata["below"]
-        if choices:
-            yield name, value in choices, "one of " + ", ".join(choices)
-        elif isinstance(value, int | float):
-            legal = "0 or more" if low == 0 else f"at least {low}"
-            yield name, low <= value < below, legal if below == math.inf else f"in [{low}, {below})"
+        if legal := _range(value, metadata):
+            yield name, value in choices if choices else low <= value < below, legal
 
 
 def _rules_of_data(config: Config) -> Iterator[Rule]:

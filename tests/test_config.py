@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmeraser_jax import config
+from lmeraser_jax.cli.common import unknown_names
 from lmeraser_jax.config import Config, from_dict, parse_cut, parse_numbers, to_dict
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.unlearning.binding import differences
@@ -25,6 +27,7 @@ SHARES = "data.holdout data.test_share tuning.warmup pretraining.warmup tuning.m
 CHOICES = {
     "data.source": ("digits", "npz", "folder", "tfds"),
     "data.split_by": ("record", "owner"),
+    "data.limit_by": ("record", "class"),
     "data.augment": ("none", "crop", "flip", "paper"),
     "backbone.feature": ("auto", "cls", "pooler"),
     "pretraining.augment": ("none", "crop", "flip", "paper"),
@@ -205,7 +208,7 @@ def test_all_unknown_names_and_wrong_types_are_named_at_once():
         "unknown setting tuning.lane; did you mean tuning.lanes?",
         "unknown setting dota; did you mean data?",
         "unknown setting clustering.zzz; legal: partition, shards, sample_size",
-        "seed='1': must be int, is str",
+        "seed='1': must be a whole number, 0 or more, is str",
         "data=3: must be a group of settings",
     ):
         assert any(words in line for line in lines), words
@@ -213,8 +216,8 @@ def test_all_unknown_names_and_wrong_types_are_named_at_once():
 
 
 def test_unknown_names_of_flags_are_refused_with_what_is_near():
-    assert config.unknown_names([*LEAVES, "data"]) == []
-    assert config.unknown_names(["tuning.lane", "tunin.lanes", "seed.x"]) == [
+    assert unknown_names([*LEAVES, "data"]) == []
+    assert unknown_names(["tuning.lane", "tunin.lanes", "seed.x"]) == [
         "unknown setting tuning.lane; did you mean tuning.lanes?",
         "unknown setting tunin; did you mean tuning?",
         "unknown setting seed.x; legal: ",
@@ -223,13 +226,13 @@ def test_unknown_names_of_flags_are_refused_with_what_is_near():
 
 def test_a_value_of_another_type_is_refused():
     for name, value, kind in (
-        ("seed", True, "int, is bool"),
-        ("seed", 1.0, "int, is float"),
-        ("seed", None, "int, is NoneType"),
-        ("tuning.prompt_rate", "0.1", "float, is str"),
-        ("tuning.prompt_rate", False, "float, is bool"),
-        ("clustering.cut", 10.0, "str, is float"),
-        ("data.path", ["a"], "str, is list"),
+        ("seed", True, "a whole number, 0 or more, is bool"),
+        ("seed", 1.0, "a whole number, 0 or more, is float"),
+        ("seed", None, "a whole number, 0 or more, is NoneType"),
+        ("tuning.prompt_rate", "0.1", "a number, 0 or more, is str"),
+        ("tuning.prompt_rate", False, "a number, 0 or more, is bool"),
+        ("clustering.cut", 10.0, "text, is float"),
+        ("data.path", ["a"], "text, is list"),
     ):
         assert refusal(tree(**{name: value})) == f"{name}={value!r}: must be {kind}"
     for settings_ in ([], None, "seed=1", 3):
@@ -240,7 +243,11 @@ def test_differences_name_every_leaf_that_differs():
     old = to_dict(Config())
     new = to_dict(from_dict(tree(seed=3, tuning__dtype="float32", data__path="x")))
     assert differences(old, old) == []
-    assert differences(old, new) == ["data.path: '' -> 'x'", "seed: 0 -> 3", "tuning.dtype: 'auto' -> 'float32'"]
+    assert differences(old, new) == [
+        f"data.path: '' -> '{Path.cwd()}/x'",
+        "seed: 0 -> 3",
+        "tuning.dtype: 'auto' -> 'float32'",
+    ]
     assert differences({"a": {"b": 1}}, {"c": 2}) == ["a: {'b': 1} -> None", "c: None -> 2"]
 
 
@@ -295,7 +302,7 @@ def test_settings_made_to_do_harm_are_refused_in_few_words():
         deep = {"data": deep}
     for settings_, reason in (
         (deep, "data"),
-        ({"data": {"path": [deep]}}, "must be str, is list"),
+        ({"data": {"path": [deep]}}, "must be text, is list"),
         ({"seed": 10**5000}, "seed=a large int: must lie between"),
         ({"tuning": {"head_rate": 10**5000}}, "must lie between"),
         ({"clustering": {"cut": "auto:" + "9" * 400}}, "auto:K with K >= 1"),

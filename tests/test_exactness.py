@@ -196,9 +196,9 @@ def test_pixels_and_labels_of_an_erased_record_change_nothing_at_all(trained_tem
 def test_rows_and_order_of_import_do_not_reach_the_numbers(scratch, tmp_path):
     source = small_source()
     order = np.random.default_rng(1).permutation(len(source.items))
-    images = source.read(0, len(source.items)).images[order]
+    images = source.read(range(len(source.items))).images[order]
     shuffled = dataclasses.replace(
-        source, items=[source.items[i] for i in order], read=lambda start, stop: Pixels(images[start:stop])
+        source, items=[source.items[i] for i in order], read=lambda positions: Pixels(images[list(positions)])
     )
     assert differences(train_from_scratch(tmp_path / "run", shuffled), scratch(frozenset())) == []
 

@@ -77,10 +77,10 @@ def test_an_import_and_the_features_stop_between_pieces(tmp_path, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 64)
     whole, reads = small_source(), []
 
-    def read(start, stop):
-        reads.append(start)
+    def read(positions):
+        reads.append(positions[0])
         send_sigterm()
-        return whole.read(start, stop)
+        return whole.read(positions)
 
     source = dataclasses.replace(whole, read=read)
     with interrupt.handle_sigterm(), pytest.raises(interrupt.Stopped), small_run(tmp_path / "run", source):
@@ -98,7 +98,7 @@ def test_pretraining_writes_a_checkpoint_first(tmp_path, monkeypatch):
     source, mesh = small_source(), mesh_of(jax.devices()[:1])
     rows = [i for i, item in enumerate(source.items) if item.split == "public"]
     labels = np.array([source.items[i].label for i in rows], np.int32)
-    public = PublicSet(source.read(0, len(source.items)).images[rows], labels, 10)
+    public = PublicSet(source.read(range(len(source.items))).images[rows], labels, 10)
     folder = Layout(tmp_path / "run").pretraining
     epochs = sigterm_before(monkeypatch, pretrain, "_epoch_rows", call=2)
     with interrupt.handle_sigterm(), pytest.raises(interrupt.Stopped):

@@ -6,8 +6,8 @@ from pathlib import Path
 import lmeraser_jax
 
 ROOT = Path(lmeraser_jax.__file__).parent
-ORDER = ("errors", "hashing", "progress", "interrupt", "config", "data", "storage", "models", "training", "unlearning")
-ORDER += ("evaluation", "service", "experiments", "cli")
+ORDER = ("errors", "hashing", "progress", "interrupt", "paths", "config", "data", "storage", "models", "training")
+ORDER += ("unlearning", "evaluation", "service", "experiments", "cli")
 
 
 def module_name(path: Path) -> str:

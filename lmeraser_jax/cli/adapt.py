@@ -16,8 +16,9 @@ from lmeraser_jax.cli.backbone import output_folder, show
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import zoo
+from lmeraser_jax.paths import absolute
 
-FLAGS = (Flag("out", "", "new folder for the adapted backbone"),)
+FLAGS = (Flag("out", absolute, "new folder for the adapted backbone"),)
 
 
 def run(arguments: common.Arguments) -> int:

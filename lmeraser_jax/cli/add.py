@@ -10,12 +10,13 @@ import dataclasses
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.paths import absolute
 from lmeraser_jax.unlearning import add
 
 STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
 FLAGS = (
-    Flag("source", "", ".npz file or folder with the images to add"),
-    Flag("labels", "", "CSV that names files, labels and owners of a folder"),
+    Flag("source", absolute, ".npz file or folder with the images to add"),
+    Flag("labels", absolute, "CSV that names files, labels and owners of a folder"),
     *common.WRITING,
     *common.SHARED,
 )

@@ -18,6 +18,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.models import architectures, zoo
+from lmeraser_jax.paths import absolute, absolute_weights
 
 if TYPE_CHECKING:
     from lmeraser_jax.models.backbone import Backbone
@@ -26,8 +27,8 @@ STRAY = "name them as --weights=FILE_OR_FOLDER"
 FLAGS = (
     Flag("list", False, "list the published backbones that --name accepts"),
     Flag("name", "", "name of a published backbone"),
-    Flag("weights", "", "file, folder, hub:OWNER/NAME, or hub"),
-    Flag("out", "", "new folder for the converted backbone"),
+    Flag("weights", absolute_weights, "file, folder, hub:OWNER/NAME, or hub"),
+    Flag("out", absolute, "new folder for the converted backbone"),
     Flag("image_size", 0, "side of the input in pixels; 0: as published", low=0),
 )
 

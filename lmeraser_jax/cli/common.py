@@ -5,9 +5,9 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from absl import flags as absl_flags
@@ -17,6 +17,7 @@ from lmeraser_jax.config import Config
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.models import zoo
+from lmeraser_jax.paths import absolute, expand
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported
@@ -36,7 +37,7 @@ class Flag(NamedTuple):
     """A flag of a command. Its values are of the default's type, or of the type that stands in place of a default.
 
     A list is one text with commas between its values. A tuple is a flag that may be repeated: each time one name or
-    path, as it stands. Every other flag may be given once.
+    path, as it stands. Every other flag may be given once. A path has the function that makes it absolute for default.
     """
 
     name: str
@@ -49,7 +50,12 @@ class Flag(NamedTuple):
         kind, default = type(self.default), self.default
         if kind is type:
             kind, default = default, None
-        if self.choices:
+        if isinstance(default, FunctionType):
+            absl_flags.DEFINE(_PathParser(default), self.name, "", self.text, flags)
+        elif kind is tuple and default:
+            parser, serializer = _PathParser(*default), absl_flags.ArgumentSerializer()
+            absl_flags.DEFINE_multi(parser, serializer, self.name, (), self.text, flags)
+        elif self.choices:
             absl_flags.DEFINE_enum(self.name, default, self.choices, self.text, flag_values=flags)
         elif kind in (int, float):
             define: Any = absl_flags.DEFINE_integer if kind is int else absl_flags.DEFINE_float
@@ -60,13 +66,29 @@ class Flag(NamedTuple):
             plain[kind](self.name, default, self.text, flag_values=flags)
 
 
+class _PathParser(absl_flags.ArgumentParser):
+    """Makes the value of a flag an absolute path."""
+
+    def __init__(self, function: Callable[[str], str]):
+        self.function = function
+
+    def parse(self, argument: str) -> str:
+        return self.function(argument)
+
+
+def _file_or_output(path: str) -> str:
+    """An absolute path, or - for standard output."""
+    return path if path == "-" else absolute(path)
+
+
+WORKDIR = Flag("workdir", absolute, "folder of the run")
 COMMON = (  # of all commands
-    Flag("workdir", "", "folder of the run"),
-    Flag("json", "", "also write the result as JSON to this file; - is standard output"),
+    WORKDIR,
+    Flag("json", _file_or_output, "also write the result as JSON to this file; - is standard output"),
 )
 WRITING = (  # of commands that write and tune
     Flag("wait", 0.0, "seconds to wait while another process writes the workdir", low=0),
-    Flag("profile", "", "write a jax.profiler trace of two calls of the tuning program to this folder"),
+    Flag("profile", absolute, "write a jax.profiler trace of two calls of the tuning program to this folder"),
 )
 PLACE = (  # where a process stands among several
     Flag("coordinator_address", str, "HOST:PORT of process 0, if no scheduler gives it"),
@@ -104,7 +126,7 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
         print(_help(module, flags))
         return None
     overrides = [argument[9:].partition("=")[0] for argument in argv if argument.startswith("--config.")]
-    raise_all(settings.unknown_names(overrides))
+    raise_all(unknown_names(overrides))
     try:
         if getattr(module, "TAKES_CONFIG", True):
             _define_config(flags, argv, getattr(module, "stored_config", read_config))
@@ -113,6 +135,10 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
         raise
     except absl_flags.Error as error:
         last = str(error).strip().splitlines()[-1]  # ml_collections quotes a whole traceback
+        value = last.removeprefix("flag ").partition(": ")[0]
+        if value.startswith("--config."):
+            name = value.removeprefix("--config.").partition("=")[0]
+            raise UserError(f"{value}: must be {settings.legal_values(name)}") from None
         raise UserError(f"{last} (see: lmeraser {module.__name__.rpartition('.')[2]} --help)") from None
     except Exception as error:  # an experiment file may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
@@ -131,7 +157,20 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     target = str(flags["json"].value)
     if target not in ("", "-"):
         check_target("json", target)
-    return Arguments(flags, rest[1:])
+    return Arguments(flags, [expand(name) for name in rest[1:]])
+
+
+def unknown_names(names: Iterable[str]) -> list[str]:
+    """A message for every dotted name, such as tuning.epochs, that is no setting."""
+    tree, problems = settings.to_dict(Config()), []
+    for name in names:
+        group, _, leaf = name.partition(".")
+        legal = tree[group] if isinstance(tree.get(group), dict) else {}
+        if group not in tree:
+            problems.append(settings.unknown("", group, tree))
+        elif leaf and leaf not in legal:
+            problems.append(settings.unknown(f"{group}.", leaf, legal))
+    return problems
 
 
 def check_target(flag: str, target: str) -> None:
@@ -149,11 +188,14 @@ def _define_config(flags: Flags, argv: list[str], stored_config: Callable[[Layou
     from ml_collections import config_dict, config_flags
 
     early = Flags()  # what --config.x.y changes depends on these two flags
-    for name in ("config", "workdir"):
-        absl_flags.DEFINE_string(name, "", "", flag_values=early)
+    for flag in (Flag("config", "", ""), WORKDIR):
+        flag.define(early)
     early(argv, known_only=True)
     if early["config"].value:
-        path = early["config"].value.partition(":")[0]
+        given = early["config"].value
+        ways = (given, f"-config={given}", f"--config={given}")
+        argv[:] = [word.removesuffix(given) + expand(given) if word in ways else word for word in argv]
+        path = expand(given).partition(":")[0]
         if not Path(path).is_file():
             hint = "experiments are in configs/, for example configs/digits.py"
             raise UserError(f"--config={path}: no such file; {hint}")

@@ -19,6 +19,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
+from lmeraser_jax.paths import absolute
 from lmeraser_jax.storage.workdir import Layout
 
 FLAGS = (
@@ -26,7 +27,7 @@ FLAGS = (
     Flag("experiments", ["methods"], "some of: methods, removal (0 to 50 %), cut, epochs, sequence (of requests)"),
     Flag("cuts", [], "experiment cut: values of clustering.cut, joined by commas"),
     Flag("sequences", [], "experiment sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
-    Flag("merge", (), "folder of another comparison to include in the report; may be repeated"),
+    Flag("merge", (absolute,), "folder of another comparison to include in the report; may be repeated"),
     Flag("seeds", 1, "number of runs of each method, with seeds 0, 1, ...", low=1),
     Flag("length", 10, "experiment sequence: number of batches of requests", low=1),
     Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),

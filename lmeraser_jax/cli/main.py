@@ -23,6 +23,7 @@ from lmeraser_jax import __version__, interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import PLACE, SHARED
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.paths import expand, home
 
 if TYPE_CHECKING:
     from lmeraser_jax.training.multihost import Processes
@@ -51,6 +52,7 @@ COMMANDS = {
 }
 CHECKS = frozenset({"audit", "attack", "doctor", "verify"})  # exit code 1 is their verdict
 RESUMABLE = frozenset({"adapt", "train", "add", "unlearn", "process", "rollback", "pretrain", "compare"})
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
 MENDABLE = frozenset(  # errors of disks, folders and limits
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
@@ -174,10 +176,23 @@ def _without_place(arguments: Sequence[str]) -> list[str]:
 def keep_compiled_programs() -> None:
     """Lets JAX keep compiled programs for the next process; variables that are set are not overruled.
 
-    Compiled programs hold no record and no parameter: both are arguments. Must come before JAX is imported.
+    Compiled programs hold no record and no parameter: both are arguments. Must come before JAX is imported. Without a
+    home folder they are not kept, and a line says so.
     """
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(home, "lmeraser_jax"))
+    caches = os.environ.get("XDG_CACHE_HOME", "")
+    default = f"{caches if os.path.isabs(caches) else '~/.cache'}/lmeraser_jax"
+    try:
+        folder = expand(os.environ.get(CACHE, default))
+        if CACHE not in os.environ:
+            if not (os.path.isabs(caches) or os.path.isdir(home())):
+                raise UserError(f"the home folder {home()} does not exist")
+            os.makedirs(folder, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise UserError(f"{folder} cannot be written")
+        os.environ[CACHE] = folder
+    except (OSError, UserError) as error:
+        os.environ.pop(CACHE, None)
+        print(f"compiled programs are not kept: {error}; {CACHE}=DIR names a folder for them", file=sys.stderr)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 

@@ -19,12 +19,17 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.paths import absolute
 
 NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"
 FLAGS = (
     Flag("dataset", "", "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; by default --config.data.dataset"),
-    Flag("data_dir", "", "TFDS's data folder; by default --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+    Flag(
+        "data_dir",
+        absolute,
+        "TFDS's data folder; else --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets",
+    ),
 )
 
 

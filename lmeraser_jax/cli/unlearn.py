@@ -26,6 +26,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.paths import absolute
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request
@@ -39,9 +40,9 @@ NOTHING_TO_ERASE = "nothing to erase: all that the request names was erased befo
 STRAY = "ids are given as --records=ID, once for each"
 FLAGS = (
     Flag("records", (), "id of a record to erase (lmeraser inspect --records lists them); may be repeated"),
-    Flag("records_file", (), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
+    Flag("records_file", (absolute,), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
     Flag("owner", (), "erase all private records of this owner; may be repeated"),
-    Flag("like", (), "erase the records with the pixels of this image file; may be repeated"),
+    Flag("like", (absolute,), "erase the records with the pixels of this image file; may be repeated"),
     Flag("request", "", "id of the request: a second call with the same id repeats nothing"),
     Flag("requester", "", "who asks; kept in the receipt for good"),
     Flag("reason", "", "why; kept in the receipt for good"),

@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from lmeraser_jax.config import Data
@@ -55,8 +55,8 @@ def load(data: Data) -> Source:
     height = data.store_size or data.image_size
     width = data.store_width or height
 
-    def read(start: int, stop: int) -> Pixels:
-        return decode([root / name for name in names[start:stop]], height, width, CHANNELS, data.max_pixels)
+    def read(positions: Sequence[int]) -> Pixels:
+        return decode([root / names[position] for position in positions], height, width, CHANNELS, data.max_pixels)
 
     outside = _without_role(root, roles.values())
     notes = not_used({"class folders without images": empty, "folders without a role": outside}, count_files(others))

@@ -15,7 +15,7 @@ import struct
 import sys
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
@@ -75,12 +75,13 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     ((height, width, channels),) = shapes
     shape = height, width, channels
 
-    def read(start: int, stop: int) -> Pixels:
+    def read(positions: Sequence[int]) -> Pixels:
         pieces, offset = [np.zeros((0, *shape), np.uint8)], 0
         for stream in streams:
-            first, last = max(start - offset, 0), min(stop - offset, stream.shape[0])
-            if first < last:
-                pieces.append(stream.read(first, last).reshape(-1, *shape))
+            rows = [position - offset for position in positions if 0 <= position - offset < stream.shape[0]]
+            for _, run in itertools.groupby(enumerate(rows), lambda pair: pair[1] - pair[0]):  # rows without gaps
+                run = [row for _, row in run]
+                pieces.append(stream.read(run[0], run[-1] + 1).reshape(-1, *shape))
             offset += stream.shape[0]
         return Pixels(np.concatenate(pieces))
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
@@ -43,7 +42,7 @@ class Source:
     class_names: tuple[str, ...]  # index = label; fixed at import, so that erasing a whole class keeps its logit
     shape: tuple[int, int, int]  # (h, w, c) of a stored image
     items: Sequence[Item]  # all, in any order
-    read: Callable[[int, int], Pixels]  # pixels of items[start:stop]; imports ask for rising positions
+    read: Callable[[Sequence[int]], Pixels]  # of the items at some positions, which rise
     notes: tuple[str, ...] = ()  # what an import tells about it, such as what it has that is not used
 
 
@@ -116,11 +115,24 @@ def assign_split(item: Item, data: Data, seed: int) -> Item:
     return item
 
 
-def limit_positions(items: Sequence[Item], train: int, test: int) -> list[int]:
-    """Positions of the items that the limits keep: the first so many of each split (0: all)."""
-    limits, counts, positions = {"train": train or math.inf, "test": test or math.inf}, Counter(), []
-    for position, item in enumerate(items):
-        counts[item.split] += 1
-        if counts[item.split] <= limits.get(item.split, math.inf):
-            positions.append(position)
-    return positions
+def limit_positions(items: Sequence[Item], train: int, test: int, by: str = "record") -> list[int]:
+    """Positions of the items that the limits of each split keep (0: all).
+
+    Items are drawn by a keyed hash of their ids, so the same ones whatever their order is. By "class", every class gets
+    its share and, as far as the limit reaches, at least one.
+    """
+    dropped: set[int] = set()
+    for split, limit in (("train", train), ("test", test)):
+        positions = [position for position, item in enumerate(items) if item.split == split]
+        if not 0 < limit < len(positions):
+            continue
+        ranks = sorted((keyed_hash(0, "limit", items[position].id), position) for position in positions)
+        if by == "class":
+            sizes, counts, shares = Counter(items[position].label for position in positions), Counter(), {}
+            for _, position in ranks:
+                label = items[position].label
+                shares[position] = counts[label] / sizes[label]
+                counts[label] += 1
+            ranks.sort(key=lambda rank: shares[rank[1]])
+        dropped.update(position for _, position in ranks[limit:])
+    return [position for position in range(len(items)) if position not in dropped]

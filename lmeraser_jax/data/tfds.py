@@ -8,9 +8,8 @@ of the base split. So the id of an image never depends on how the splits are cut
 import dataclasses
 import functools
 import itertools
-import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.names import as_name
-from lmeraser_jax.data.source import Item, Pixels, Source, not_used
+from lmeraser_jax.data.source import Item, Pixels, Source, limit_positions, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 
@@ -42,8 +41,8 @@ class Span(NamedTuple):
     def __str__(self) -> str:
         return f"{self.split}[{self.images.start}:{self.images.stop}]"
 
-    def cut(self, start: int, stop: int) -> "Span":
-        return self._replace(images=self.images[max(start, 0) : max(stop, 0)])
+
+Place = tuple[Span, int]  # an image: its span, and its index in the base split
 
 
 class Fields(NamedTuple):
@@ -73,16 +72,16 @@ class Prepared:
     def fields(self) -> Fields:
         return find_fields(self.name, self.builder.info)
 
-    def records(self, span: Span) -> Sequence[bytes]:
-        """Serialized records; no file stays open: large sets have too many."""
+    def records(self, split: str, indices: Sequence[int]) -> Sequence[bytes]:
+        """Serialized records of a base split; no file stays open: large sets have too many."""
         try:
-            if span.split not in self.readers:
+            if split not in self.readers:
                 raw = tfds.decode.DeserializeMethod.RAW_BYTES
-                self.readers[span.split] = self.builder.as_data_source(span.split, deserialize_method=raw)
-            with self.readers[span.split].data_source:
-                return self.readers[span.split].__getitems__(list(span.images))
+                self.readers[split] = self.builder.as_data_source(split, deserialize_method=raw)
+            with self.readers[split].data_source:
+                return self.readers[split].__getitems__(list(indices))
         except (RuntimeError, OSError, IndexError, ValueError) as error:  # array_record's, over damaged or absent files
-            raise self.damaged(f"{span}: {error}") from error
+            raise self.damaged(f"{split}[{indices[0]}:{indices[-1] + 1}]: {error}") from error
 
     def damaged(self, fault: str) -> UserError:
         return UserError(
@@ -100,20 +99,16 @@ def load(data: Data) -> Source:
     """
     prepared = open_prepared(tfds_paths.require(data.dataset, data.path))
     fields = prepared.fields
-    spans = _limit(_spans(prepared, data), data)
-    items = _items(prepared, spans, data)
+    spans = _spans(prepared, data)
+    places = [(span, index) for span in spans for index in span.images]
+    items = _items(prepared, places, data)
     height, width = _stored_size(fields, data)
     channels = 1 if fields.shape[2] == 1 else 3
     parse = _parser(prepared, (fields.image,))
 
-    def read(start: int, stop: int) -> Pixels:
-        files: list[bytes] = []
-        offset = 0
-        for span in spans:
-            piece = span.cut(start - offset, stop - offset)
-            offset += len(span.images)
-            if piece.images:
-                files += [(parse(record) or {}).get(fields.image, b"") for record in prepared.records(piece)]
+    def read(positions: Sequence[int]) -> Pixels:
+        records = _records(prepared, [places[position] for position in positions])
+        files = [(parse(record) or {}).get(fields.image, b"") for record in records]
         return decode(files, height, width, channels, data.max_pixels)
 
     taken = {span.split for span in spans}
@@ -220,35 +215,36 @@ def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _limit(spans: Sequence[Span], data: Data) -> list[Span]:
-    """The spans cut to the first so many images of train and test, as the import would: nothing is read in vain."""
-    left, limited = {"train": data.train_limit or sys.maxsize, "test": data.test_limit or sys.maxsize}, []
-    for span in spans:
-        limited.append(span.cut(0, left.get(span.role, sys.maxsize)))
-        if span.role in left:
-            left[span.role] -= len(limited[-1].images)
-    return limited
+def _records(prepared: Prepared, places: Iterable[Place]) -> Iterator[bytes]:
+    """The serialized records at some places, in their order."""
+    for split, group in itertools.groupby(places, lambda place: place[0].split):
+        yield from prepared.records(split, [index for _, index in group])
 
 
-def _items(prepared: Prepared, spans: Sequence[Span], data: Data) -> list[Item]:
-    """Ids and labels of all spans, in their order."""
+def _items(prepared: Prepared, places: list[Place], data: Data) -> list[Item]:
+    """Ids and labels of the images at some places, in their order.
+
+    Where the places alone name the images, those that the limits leave out are taken from the list unread.
+    """
     id_feature, label_feature = _id_feature(prepared), prepared.fields.label
+    if not id_feature and data.limit_by == "record":
+        named = [Item(f"{span.split}/{index}", span.role, 0) for span, index in places]
+        places[:] = [places[position] for position in limit_positions(named, data.train_limit, data.test_limit)]
     parse = _parser(prepared, [name for name in (label_feature, id_feature) if name])
-    items, damaged, hidden = [], [], dict.fromkeys(spans, 0)
-    with progress(f"{prepared.name}: labels", sum(len(span.images) for span in spans)) as shown:
-        for span in spans:
-            for first in range(0, len(span.images), PIECE):
-                piece = span.cut(first, first + PIECE)
-                for index, record in zip(piece.images, prepared.records(piece), strict=True):
-                    values = parse(record)
-                    if values is None:
-                        damaged.append(f"{span.split}[{index}]")
-                        continue
-                    label = int(values[label_feature])
-                    hidden[span] += label < 0
-                    name = as_name(values[id_feature]) if id_feature else index
-                    items.append(Item(f"{span.split}/{name}", span.role, label))
-                shown.advance(len(piece.images))
+    items, damaged, hidden = [], [], Counter()
+    with progress(f"{prepared.name}: labels", len(places)) as shown:
+        for first in range(0, len(places), PIECE):
+            piece = places[first : first + PIECE]
+            for (span, index), record in zip(piece, _records(prepared, piece), strict=True):
+                values = parse(record)
+                if values is None:
+                    damaged.append(f"{span.split}[{index}]")
+                    continue
+                label = int(values[label_feature])
+                hidden[span] += label < 0
+                name = as_name(values[id_feature]) if id_feature else index
+                items.append(Item(f"{span.split}/{name}", span.role, label))
+            shown.advance(len(piece))
     if damaged:
         raise prepared.damaged(f"no whole records: {join_limited(damaged)}")
     raise_all([_hidden_labels(prepared, span, count, data) for span, count in hidden.items() if count])
@@ -282,7 +278,7 @@ def _id_feature(prepared: Prepared) -> str:
     if not candidates:
         return ""
     largest = max(sorted(sizes), key=lambda name: sizes[name])
-    records = prepared.records(Span("", largest, range(min(PROBE, sizes[largest]))))
+    records = prepared.records(largest, range(min(PROBE, sizes[largest])))
     parsed = [values for values in map(_parser(prepared, candidates), records) if values is not None]
     for name in candidates:
         texts = [as_name(values[name]) for values in parsed]

@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.paths import absolute
 
 PATTERN = re.compile(r"([A-Za-z]\w*)(?:/([\w.+-]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?", re.ASCII)
 VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)
@@ -20,7 +21,7 @@ FLAG = "--config.data.dataset"
 
 def data_folder(path: str) -> Path:
     """TFDS's data folder: the given one, else $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    return Path(absolute(path or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"))
 
 
 def parse(dataset: str, flag: str = FLAG) -> tuple[str, str, str]:

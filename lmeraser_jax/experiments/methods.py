@@ -12,6 +12,7 @@ from typing import Any
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.paths import absolute
 
 GROUPS = ("clustering", "tuning", "common", "inference", "checkpoints")  # methods may differ in these groups
 OTHER_SETTINGS = ("data.augment",)  # and in these settings of other groups
@@ -73,7 +74,7 @@ def load(names: Sequence[str]) -> tuple[Method, ...]:
     methods, problems = [], []
     for name in names:
         try:
-            methods.append(_load_file(Path(name)) if name.endswith(".py") else METHODS[name])
+            methods.append(_load_file(Path(absolute(name))) if name.endswith(".py") else METHODS[name])
         except UserError as error:
             problems.append(f"--methods={name}: {error}")
         except KeyError:

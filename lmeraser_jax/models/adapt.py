@@ -54,27 +54,26 @@ def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
         train_split=public.split,
         store_size=public.store_size,
         image_size=config.data.image_size,
+        train_limit=public.limit,
     )
     source = sources.load(data, own_test=False)
     raise_all(problems(source), f"the public set {source.name} cannot be used:")
-    positions = [i for i in limit_positions(source.items, public.limit, 0) if source.items[i].split == "train"]
+    positions = [i for i in limit_positions(source.items, data.train_limit, 0) if source.items[i].split == "train"]
     images, labels, left_out, unreadable = [], [], [], []
     with progress("public", len(positions)) as shown:
-        for start in range(0, len(source.items), PIECE):
-            wanted = [position for position in positions if start <= position < start + PIECE]
-            if not wanted:
-                continue
-            pixels = source.read(start, min(start + PIECE, len(source.items)))
-            for position in wanted:
-                item, image = source.items[position], pixels.images[position - start]
-                if position - start in pixels.unreadable:
-                    unreadable.append(f"{item.id}: {pixels.unreadable[position - start]}")
+        for start in range(0, len(positions), PIECE):
+            piece = positions[start : start + PIECE]
+            pixels = source.read(piece)
+            for place, (position, image) in enumerate(zip(piece, pixels.images, strict=True)):
+                item = source.items[position]
+                if place in pixels.unreadable:
+                    unreadable.append(f"{item.id}: {pixels.unreadable[place]}")
                 elif is_private(content_hash(image)):
                     left_out.append(item.id)
                 else:
                     images.append(image)
                     labels.append(item.label)
-            shown.advance(len(wanted))
+            shown.advance(len(piece))
     raise_all(unreadable, f"the public set {source.name} cannot be used:")
     if not images:
         raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
@@ -90,7 +89,7 @@ def private_contents(data: Data) -> frozenset[str]:
     with progress("private", len(source.items)) as shown:
         for start in range(0, len(source.items), PIECE):
             items = source.items[start : start + PIECE]
-            images = source.read(start, start + len(items)).images
+            images = source.read(range(start, start + len(items))).images
             contents.update(
                 content_hash(image) for item, image in zip(items, images, strict=True) if item.split != "public"
             )

@@ -1,8 +1,6 @@
 """Bringing a source's images into a workdir: ids, owners, content hashes and the image file."""
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,17 @@ PIECE = 512  # images in memory at a time
 LISTED = 100  # changed records in a message
 BINDING = (
     *("source", "path", "dataset", "train_split", "holdout_split", "test_split", "public_split"),
-    *("test_share", "holdout", "split_by", "owner_pattern", "labels", "csv_columns", "train_limit", "test_limit"),
+    *(
+        "test_share",
+        "holdout",
+        "split_by",
+        "owner_pattern",
+        "labels",
+        "csv_columns",
+        "train_limit",
+        "test_limit",
+        "limit_by",
+    ),
 )
 
 
@@ -87,7 +95,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     if adding:
         positions = [position for position, item in enumerate(source.items) if item.split == "train"]
     else:
-        positions = limit_positions(source.items, data.train_limit, data.test_limit)
+        positions = limit_positions(source.items, data.train_limit, data.test_limit, data.limit_by)
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
     lines = problems(picked, first=before is None) + _check_shares(picked, data)
     lines += _check_owners(catalog, picked, config) + _check_dataset(picked, before)
@@ -128,14 +136,6 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     return dataclasses.replace(imported, left_out=left_out, notes=notes)
 
 
-def _pieces(positions: list[int]) -> Iterator[tuple[int, int]]:
-    """Cuts rising positions into ranges [first, stop) without gaps, of `PIECE` images at most."""
-    runs = itertools.groupby(enumerate(positions), lambda pair: (pair[1] // PIECE, pair[1] - pair[0]))
-    for _, run in runs:
-        piece = [position for _, position in run]
-        yield piece[0], piece[-1] + 1
-
-
 class _Intake:
     """Sorts arriving records into new, known, erased and unreadable ones, piece by piece."""
 
@@ -152,17 +152,17 @@ class _Intake:
         """Reads the images at some positions and appends the pixels of new records."""
         label_of, changed = {name: label for label, name in enumerate(classes)}, []
         with progress("import", len(positions)) as shown:
-            for first, stop in _pieces(positions):
+            for first in range(0, len(positions), PIECE):
                 interrupt.raise_if_stopped()
-                items = []
-                for item in source.items[first:stop]:
+                piece, items = positions[first : first + PIECE], []
+                for item in (source.items[position] for position in piece):
                     label = label_of[source.class_names[item.label]]
                     item = assign_split(item, self.config.data, self.config.seed)
                     items.append(item if item.label == label else item._replace(label=label))  # a new one costs memory
-                new = self._take(items, source.read(first, stop), changed)
+                new = self._take(items, source.read(piece), changed)
                 if len(new) and not self.problems and not changed:
                     self.file.append(new)
-                shown.advance(stop - first)
+                shown.advance(len(piece))
         if changed:
             names = list_names(changed, LISTED)
             reason = "have other pixels or another label than in the workdir; an id may stand for one image only"

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.paths import absolute
 from lmeraser_jax.storage.atomic_files import entries
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
@@ -26,7 +27,7 @@ class Layout:
     """Paths below one workdir; makes nothing."""
 
     def __init__(self, workdir: str | Path):
-        self.root = Path(workdir).expanduser().resolve()
+        self.root = Path(absolute(workdir)).resolve()
         if any("\udc80" <= letter <= "\udcff" for letter in str(self.root)):  # how Python shows other bytes
             raise UserError(f"--workdir={str(self.root)!a}: the path is not UTF-8, as receipts are; rename it")
         self.flag = shlex.quote(f"--workdir={self.root}")  # in a command that a message tells

@@ -11,7 +11,7 @@ from imports import check_pixels, numbered_source, refusal, with_items
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.data.source import Item, Pixels, Source, limit_positions
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest
 from lmeraser_jax.storage.ingest import Imported, import_source
@@ -20,9 +20,9 @@ from lmeraser_jax.storage.ingest import Imported, import_source
 def unreadable(source, broken, converted=0) -> Source:
     """The source with some ids unreadable, and so many converted images in every piece."""
 
-    def read(start, stop):
-        found = {i - start: "torn" for i in range(start, stop) if source.items[i].id in broken}
-        return Pixels(source.read(start, stop).images, found, converted)
+    def read(positions):
+        found = {place: "torn" for place, i in enumerate(positions) if source.items[i].id in broken}
+        return Pixels(source.read(positions).images, found, converted)
 
     return dataclasses.replace(source, read=read)
 
@@ -71,9 +71,11 @@ def test_an_import_needs_two_classes_that_can_be_read(new_workdir):
 def test_only_wanted_images_are_read(new_workdir):
     """A limit leaves gaps: what lies in them may be broken, and is not counted."""
     items = [Item(f"id-{i:05d}", "train" if i < 20 else "test", i % 3) for i in range(40)]
-    source = unreadable(with_items(items), {item.id for item in items[6:20]}, converted=1)
+    wanted = limit_positions(items, 6, 0)
+    broken = {item.id for position, item in enumerate(items) if position not in wanted}
+    source = unreadable(with_items(items), broken, converted=1)
     imported = import_source(*new_workdir, source, Config(data=Data(train_limit=6)))
-    assert imported == Imported(26, 0, 0, 0, (), 2)
+    assert imported == Imported(26, 0, 0, 0, (), 1) and len(broken) == 14
     check_pixels(*new_workdir)
 
 
@@ -81,10 +83,10 @@ def test_damage_found_while_streaming_leaves_the_workdir(new_workdir, monkeypatc
     """A source that fails behind its first pieces, for a new workdir and for one with records."""
     monkeypatch.setattr(ingest, "PIECE", 8)
 
-    def read(start, stop):
-        if start >= 32:
+    def read(positions):
+        if positions[0] >= 32:
             raise UserError("a.npz is damaged")
-        return numbered_source(40).read(start, stop)
+        return numbered_source(40).read(positions)
 
     for count in (20, 40):
         assert "a.npz is damaged" in refusal(new_workdir, numbered_source(40, read=read))

@@ -113,7 +113,7 @@ def test_similar_names_are_grouped():
 def named(names) -> Source:
     """The small source with other names for its first training records; owners likewise."""
     source, left = small_source(), list(names)
-    images, items = source.read(0, len(source.items)).images, []
+    images, items = source.read(range(len(source.items))).images, []
     for item in source.items:
         if item.split == "train" and left:
             item = item._replace(id=left.pop(0), owner=f"of {left[:1]}")

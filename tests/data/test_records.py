@@ -24,10 +24,10 @@ def test_the_digits_are_complete_and_no_owner_is_public_and_private():
     public = {item.owner for item in scans.items if item.split == "public"}
     private = {item.owner for item in scans.items if item.split != "public"}
     assert public and private and not public & private and "" not in public | private
-    pixels = scans.read(0, 1797).images
+    pixels = scans.read(range(1797)).images
     assert pixels.shape == (1797, 8, 8, 1) and pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255) and len(np.unique(pixels)) == 17
-    np.testing.assert_array_equal(scans.read(100, 103).images, pixels[100:103])
+    np.testing.assert_array_equal(scans.read(range(100, 103)).images, pixels[100:103])
     assert digits.load().items == scans.items == load.load(Data()).items
 
 
@@ -57,10 +57,25 @@ def test_everything_that_makes_items_unusable_is_named():
     assert problems(blank_source([GOOD[0]]), first=False) == []  # a later import may bring one class
 
 
-def test_limits_keep_the_first_items_of_each_split():
-    items = [Item(str(i), split, 0) for i, split in enumerate(("train", "test", "public") * 4)]
-    assert limit_positions(items, 0, 0) == limit_positions(items, 99, 99) == list(range(12))
-    assert limit_positions(items, 2, 1) == [0, 1, 2, 3, 5, 8, 11]
+def test_limits_draw_the_same_items_whatever_their_order_is(rng):
+    """Of a source that is sorted by class, every class gets about its share; "by class" exactly that."""
+    sizes = (1, 30, 300, 600)
+    splits = ("train", "test")
+    items = [Item(f"{s}/{label}/{i}", s, label) for s in splits for label in range(4) for i in range(sizes[label])]
+    items += [Item(f"open/{i}", "public", 0) for i in range(5)]
+    assert limit_positions(items, 0, 0) == limit_positions(items, 931, 10**6) == list(range(len(items)))
+    for by in ("record", "class"):
+        drawn = limit_positions(items, 93, 31, by)
+        assert drawn == sorted(drawn) and len(drawn) == 93 + 31 + 5
+        chosen = {items[i] for i in drawn}
+        assert chosen >= {items[i] for i in limit_positions(items, 40, 10, by)}, "a smaller limit draws some of them"
+        shuffled = [items[i] for i in rng.permutation(len(items))]
+        assert {shuffled[i] for i in limit_positions(shuffled, 93, 31, by)} == chosen
+        counts = [sum(item.split == "train" and item.label == label for item in chosen) for label in range(4)]
+        assert counts[2] > 20 and counts[3] > 40
+        if by == "class":
+            assert counts == [1, 3, 30, 59]
+            assert len({items[i].label for i in limit_positions(items, 4, 0, by) if items[i].split == "train"}) == 4
 
 
 def test_equal_images_have_equal_hashes(rng):
@@ -157,7 +172,7 @@ def test_the_groups_of_a_pattern_in_an_id_are_its_owner():
 
 def test_settings_that_the_source_would_ignore_are_refused():
     for name in ("dataset", "labels", "train_split", "test_split", "holdout_split", "public_split"):
-        with pytest.raises(UserError, match=f"--config.data.{name}=x: goes with data.source="):
+        with pytest.raises(UserError, match=rf"--config.data.{name}=\S*x: goes with data.source="):
             load.load(Data(**{name: "x"}))
     with pytest.raises(UserError) as caught:
         load.load(Data(source="npz", path="x", store_size=3, store_width=4))

@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 def images_of(source: Source, step: int = 7) -> dict[str, np.ndarray]:
     """{id: pixels}, read in pieces that do not fit the splits."""
-    pieces = [source.read(i, min(i + step, len(source.items))) for i in range(0, len(source.items), step)]
+    pieces = [source.read(range(i, min(i + step, len(source.items)))) for i in range(0, len(source.items), step)]
     assert not any(piece.unreadable or piece.converted for piece in pieces)
     return dict(zip((item.id for item in source.items), np.concatenate([p.images for p in pieces]), strict=True))
 
@@ -70,10 +70,11 @@ def test_slices_never_change_an_id(folder):
 
 
 def test_limits_are_those_of_the_import(folder):
-    """Labels beyond the limits are not even read, and what is left is what the import would have kept."""
+    """Where no id has to be read, labels beyond the limits are not read either."""
     splits = {"train_split": "validation+train[5:]", "holdout_split": "train[:5]"}
     whole, cut = load(folder, **splits), load(folder, **splits, train_limit=11, test_limit=4)
     assert cut.items == [whole.items[i] for i in limit_positions(whole.items, 11, 4)] and len(cut.items) == 11 + 5 + 4
+    assert load(folder, **splits, train_limit=11, test_limit=4, limit_by="class").items == whole.items
     expected = images_of(whole)
     assert all(np.array_equal(image, expected[name]) for name, image in images_of(cut).items())
 
@@ -141,7 +142,7 @@ def test_one_small_size_is_kept_and_a_given_size_wins(tmp_path, folder):
     found = [load(folder, image_size=size, store_size=height, store_width=width) for size, height, width in sizes]
     assert [source.shape for source in found] == [(8, 6, 3), (8, 6, 3), (5, 5, 3), (5, 7, 3)]
     files = [encoded(pixels_of("train", i)).getvalue() for i in range(2)]
-    np.testing.assert_array_equal(found[3].read(0, 2).images, decode(files, 5, 7, 3).images)
+    np.testing.assert_array_equal(found[3].read(range(2)).images, decode(files, 5, 7, 3).images)
     large = {"image": encoded(np.zeros((70, 65, 3), np.uint8)), "label": 0}
     write(tmp_path, "large", labelled(shape=(70, 65, 3)), {"train": [large]})
     assert load(tmp_path, "large", image_size=32).shape == (32, 32, 3)
@@ -155,7 +156,7 @@ def test_corrupt_images_are_reported_not_dropped(tmp_path):
     write(tmp_path, "broken", labelled(), {"train": records})
     source = load(tmp_path, "broken")
     assert len(source.items) == 6
-    found = source.read(1, 6)
+    found = source.read(range(1, 6))
     assert sorted(found.unreadable) == [1, 3] and not found.images[[1, 3]].any()
     assert all("0x" not in reason for reason in found.unreadable.values())
     for position in (0, 2, 4):
@@ -176,7 +177,7 @@ def test_nothing_needs_tensorflow(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow", None)  # to import it is an error
     monkeypatch.setenv("TFDS_DATA_DIR", str(folder))
     source = load_module.load(Data(source="tfds", dataset="named", holdout_split="validation"))
-    pixels = source.read(0, len(source.items))
+    pixels = source.read(range(len(source.items)))
     total = sum(int(pixels_of(split, i).sum()) for split, count in RECORDS.items() for i in range(count))
     assert (len(source.items), int(pixels.images.sum()), len(pixels.unreadable)) == (60, total, 0)
 

@@ -8,7 +8,7 @@ import pytest
 from imports import check_pixels, numbered_source, pixels, refusal, snapshot, with_items
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data.source import Item, Pixels
+from lmeraser_jax.data.source import Item, Pixels, limit_positions
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest, requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -54,8 +54,8 @@ def test_records_that_have_changed_are_refused(new_workdir, monkeypatch):
     monkeypatch.setattr(ingest, "LISTED", 3)
     import_source(*new_workdir, numbered_source(), Config())
 
-    def read(start, stop):
-        images = numbered_source(40).read(start, stop).images
+    def read(positions):
+        images = numbered_source(40).read(positions).images
         images[[3, 7], 0, 0] ^= 1
         return Pixels(images)
 
@@ -102,8 +102,8 @@ def test_a_source_without_an_erased_class_still_joins(new_workdir):
 def test_duplicates_counted(new_workdir):
     items = list(numbered_source(10).items)
 
-    def read(start, stop):
-        return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in range(start, stop)]))
+    def read(positions):
+        return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in positions]))
 
     source = numbered_source(10, read=read, class_names=("cat", "Cat", "b"), notes=("a note",))
     notes = ("a note", "class names that look alike: Cat / cat (case)")
@@ -123,10 +123,10 @@ def test_interrupted_import_leaves_nothing(new_workdir, monkeypatch):
     monkeypatch.setattr(ingest, "PIECE", 8)
     layout, catalog = new_workdir
 
-    def read(start, stop):
-        if start >= 16:
+    def read(positions):
+        if positions[0] >= 16:
             raise KeyboardInterrupt
-        return Pixels(255 - numbered_source(40).read(start, stop).images)
+        return Pixels(255 - numbered_source(40).read(positions).images)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
@@ -135,7 +135,7 @@ def test_interrupted_import_leaves_nothing(new_workdir, monkeypatch):
         assert layout.images.stat().st_size == 16 * 12  # bytes that nothing points at
     assert import_source(layout, catalog, numbered_source(30), Config()) == Imported(30, 0, 0, 0)
     with pytest.raises(KeyboardInterrupt):
-        import_source(layout, catalog, numbered_source(40, read=lambda start, stop: read(16, 17)), Config())
+        import_source(layout, catalog, numbered_source(40, read=lambda positions: read([16])), Config())
     assert import_source(layout, catalog, numbered_source(40), Config()) == Imported(10, 30, 0, 0)
     assert layout.images.stat().st_size == 40 * 12
     check_pixels(layout, catalog)
@@ -182,8 +182,9 @@ def test_limits(new_workdir):
     config = Config(data=Data(train_limit=4, test_limit=2))
     layout, catalog = new_workdir
     assert import_source(layout, catalog, numbered_source(), config) == Imported(12, 0, 0, 0)
-    assert catalog.live("train").ids == ("id-00002", "id-00003", "id-00004", "id-00007")
-    assert catalog.live("test").ids == ("id-00001", "id-00006") and len(catalog.live("public")) == 6
+    drawn = {name for split in ("train", "test", "public") for name in catalog.live(split).ids}
+    assert drawn == {numbered_source().items[i].id for i in limit_positions(numbered_source().items, 4, 2)}
+    assert [len(catalog.live(split)) for split in ("train", "test", "public")] == [4, 2, 6]
     check_pixels(layout, catalog)
     assert import_source(layout, catalog, numbered_source(), Config()) == Imported(18, 12, 0, 0)
     check_pixels(layout, catalog)
@@ -196,9 +197,9 @@ def test_pieces_are_bounded(new_workdir, limit):
     items = [Item(f"id-{i:05d}", "train" if i < count - 9 else "test", i % 3) for i in range(count)]
     source = with_items(items)
 
-    def read(start, stop):
-        asked.append(stop - start)
-        return source.read(start, stop)
+    def read(positions):
+        asked.append(len(positions))
+        return source.read(positions)
 
     config = Config(data=Data(train_limit=limit))
     imported = import_source(*new_workdir, dataclasses.replace(source, read=read), config)

@@ -21,15 +21,15 @@ def numbered_source(count=30, **changes) -> Source:
 
 
 def with_items(items, **changes) -> Source:
-    def read(start, stop):
-        return Pixels(np.stack([pixels(item) for item in items[start:stop]]))
+    def read(positions):
+        return Pixels(np.stack([pixels(items[position]) for position in positions]))
 
     return dataclasses.replace(Source("made", ("a", "b", "c"), SHAPE, items, read), **changes)
 
 
 def blank_source(items, classes=("a", "b"), shape=(2, 2, 1)) -> Source:
     """Items without pixels worth looking at."""
-    return Source("x", tuple(classes), shape, items, lambda a, b: Pixels(np.zeros((b - a, *shape), np.uint8)))
+    return Source("x", tuple(classes), shape, items, lambda rows: Pixels(np.zeros((len(rows), *shape), np.uint8)))
 
 
 def pixels(item) -> np.ndarray:
