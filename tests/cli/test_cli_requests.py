@@ -82,6 +82,13 @@ def test_one_command_from_request_to_receipt(at, trained_workdir, capsys):
     code, out, err = call(capsys, "unlearn", at, f"--records={first}", f"--records={second}", "--request=a")
     assert code == 0 and "accepted: request a" in err and "1 other requests wait" in err
     assert "erased 1 records (request a)" in out and "1 records are being erased by an earlier request" in out
+    for flags, lines in (
+        (["--defer"], ["0 records, 0 clusters to tune", "2 records were erased before", "nothing to erase: all that"]),
+        (["--dry_run"], ["nothing to erase: all that", "would erase 0 records"]),
+        ([], ["2 records were erased before", "nothing to erase: all that", "nothing to do: all", "receipt: "]),
+    ):
+        nothing = call(capsys, "unlearn", at, f"--records={first}", f"--records={second}", *flags)
+        assert nothing[0] == 0 and all(line in nothing[1] for line in lines), nothing
     receipt = Path(out.strip().rpartition("receipt: ")[2])
     assert call(capsys, "verify", at, receipt) == (0, f"holds: {receipt} (request a)\n", "")
     receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"config": "0" * 64}))
@@ -126,6 +133,8 @@ def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsy
             ([f"--records={first}", "--config.tuning.batch=0"], "tuning.batch"),
             (["--records=nobody", "--dry_run"], "unknown records"),
             (["--requester=me"], "say what to erase"),
+            (["--dry_run"], "say what to erase"),
+            ([f"--records={first}", "--request=a", "--request=b"], "--request stands there 2 times; give it once"),
         ):
             assert message in refused(capsys, "unlearn", at, *flags), flags
         for flag in ("--max_wait=-1", "--max_batch=0"):

@@ -13,7 +13,7 @@ from lmeraser_jax.data.source import Item
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.requests import STATES, accept, due, get, listed, resolve
+from lmeraser_jax.storage.requests import STATES, accept, due, get, listed, resolve, still_live
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import erase, purge
 from lmeraser_jax.unlearning.artifacts import load_clustering
@@ -110,6 +110,41 @@ def test_what_cannot_be_accepted_changes_nothing(catalog):
         with pytest.raises(UserError, match=message):
             accept(catalog, **arguments)
         assert dump(catalog) == before
+
+
+def test_names_that_only_look_alike_are_hints_and_stay_live(catalog):
+    names = ["anna", "Anna", "ann a", "ann  a", "é", "e\u0301", "007", "a,b", "a", "b", "'q'", "q", "x" * 1000]
+    items = [Item(name, "train", 0, f"o-{name}") for name in names]
+    catalog.add_records(items, range(20, 20 + len(items)), names)
+    for unknown, *hints in (
+        (
+            ["ANNA"],
+            "unknown records: ANNA; did you mean Anna (differs from ANNA in case), anna (differs from ANNA in case)?",
+        ),
+        (["anna "], "'anna '; did you mean Anna (differs from 'anna ' in case and white space), anna (differs"),
+        (
+            ["É"],
+            "'e\u0301' (differs from 'É' in Unicode form and case), 'é' (differs from 'É' in case)?",
+            "did you mean",
+        ),
+        (["7", '"q"'], "did you mean 007 (differs from 7 in leading zeros)", "(differs from '\"q\"' in quotes), q ("),
+        (["anna, q"], "'anna, q'; a flag or line is one name as it stands, so repeat it for each of several; lmeraser"),
+        (["a\u200bb", "zzz"], "unknown records: 'a\\u200bb', zzz; lmeraser inspect --records lists all names"),
+    ):
+        for kind, wanted in (("ids", unknown), ("owners", [f"o-{name}" for name in unknown])):
+            with pytest.raises(UserError) as caught:
+                accept(catalog, **{kind: wanted})
+            text = str(caught.value)
+            assert kind == "owners" or all(hint in text for hint in hints), text
+            assert ("did you mean" in text) == any("did you mean" in hint for hint in hints)
+    with pytest.raises(UserError) as caught:
+        resolve(catalog, [*(f"ANNA{i}" for i in range(10_000)), "X" * 1000, "y" * 100_000, *["ANNA"] * 100])
+    assert len(str(caught.value)) < 5000
+    accept(catalog, ["anna"], ["o-é", "o-a"])
+    records, owners = still_live(catalog, ["anna"], ["o-é", "o-a"])
+    assert records == "records that look like those of the request are live and stay: Anna (differs from anna in case)"
+    assert "'o-e\u0301' (differs from 'o-é' in Unicode form)" in owners and "owners that look" in owners
+    assert still_live(catalog, ["a", "Anna", "anna"], ["o-é", "o-e\u0301"]) == []
 
 
 def test_two_connections_accept_at_the_same_time(catalog, tmp_path):
