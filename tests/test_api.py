@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import lmeraser_jax as lm
+from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.workdir import Layout, read_config
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -25,12 +26,14 @@ def test_the_import_alone_loads_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_one_call_each_from_a_trained_workdir_to_the_proof(trained_workdir):
+def test_one_call_each_from_a_trained_workdir_to_the_proof(trained_workdir, monkeypatch):
     assert lm.train(trained_workdir).retuned == 0, "without a config it is the workdir's own"
     assert lm.train(trained_workdir, read_config(Layout(trained_workdir))).retuned == 0
     erasure = lm.unlearn(trained_workdir, records=[FIRST], request="mine", requester="desk 3")
     assert erasure.records == 1 and erasure.outcome.retuned > 0 and erasure.receipt.is_file()
-    again = lm.unlearn(trained_workdir, records=[FIRST], request="mine")
+    monkeypatch.setattr(requests, "still_live", lambda catalog, records, owners: [f"{records} and {owners}"])
+    with pytest.warns(UserWarning, match=re.escape(f"['{FIRST}'] and []")):  # names of live records that look like these
+        again = lm.unlearn(trained_workdir, records=iter([FIRST]), request="mine")
     assert again.outcome is None and again.receipt == erasure.receipt
     assert lm.audit(trained_workdir).ok
     assert 0 < lm.evaluate(trained_workdir).accuracy <= 1
@@ -54,6 +57,8 @@ def test_arrays_and_image_files_are_predicted_alike(trained_workdir, tmp_path):
 def test_what_is_refused_changes_nothing(trained_workdir, tmp_path):
     with pytest.raises(lm.UserError, match=r"float64 \[3, 8, 8, 1\]: must be uint8 \[N, 8, 8, 1\]"):
         lm.predict(trained_workdir, pictures(3).astype(float))
+    with pytest.raises(lm.UserError, match="must be a list of files"):
+        lm.predict(trained_workdir, "a.png")
     with pytest.raises(lm.UserError, match="must be uint8"):
         lm.predict(trained_workdir, pictures(3)[:, :7])
     with pytest.raises(lm.UserError, match="lists of names, not text"):

@@ -52,7 +52,7 @@ def check_states(catalog, name):
 
 # accepting
 def test_accept_erases_at_once_and_holds_no_id(catalog):
-    request = accept(catalog, ["r1", "r2", "r1"], request="a", requester="me", reason="why")
+    request = accept(catalog, iter(["r1", "r2", "r1"]), request="a", requester="me", reason="why")
     assert (request.state, request.open, get(catalog, "a")) == ("accepted", True, request)
     assert catalog.erased(["a"]) == {"r1": 1, "r2": 2} and catalog.is_tombstoned("r1")
     assert set(catalog.live("train").ids) == {f"r{i}" for i in range(9)} - {"r1", "r2"}
