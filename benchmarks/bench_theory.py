@@ -50,7 +50,7 @@ def formulas(clusters: Clusters, changed: float) -> dict[str, float]:
         "clusters": len(clusters.members),
         "largest": float(clusters.members.max()) / clusters.records,
         "paper": single / full,
-        "size_biased": cost_model.size_biased_images(clusters) / full,
+        "size_biased": cost_model.expected_images(clusters, one, changed=0.0) / full,
         "with_reclustering": cost_model.expected_images(clusters, one, changed) / full,
         "window_paper_clusters": cost_model.expected_affected(clusters.members, window),
         "window_paper": cost_model.expected_affected(clusters.members, window) * single / full,

@@ -71,11 +71,6 @@ def expected_affected(members: Sequence[float] | np.ndarray, batch: Batch) -> fl
     return float(batch.hits(sizes / sizes.sum()).sum())
 
 
-def size_biased_images(clusters: Clusters) -> float:
-    """Images that one uniform request re-tunes where nothing is clustered again: sum of m_i images_i / N."""
-    return float((clusters.members * clusters.images).sum() / clusters.records)
-
-
 def retuned_probabilities(clusters: Clusters, batch: Batch, changed: float = 1.0) -> np.ndarray:
     """Probability that each cluster is tuned again, [K]. `changed` is c; 1 is the bound.
 

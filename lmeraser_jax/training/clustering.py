@@ -10,7 +10,7 @@ Shapes: S sampled records, K clusters, D feature width, N records.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,7 +63,8 @@ def cut_tree(links: np.ndarray, cut: tuple[str, float], max_members: int = 0) ->
         first_undone = leaves - min(int(value), leaves)
     else:
         first_undone = int(np.searchsorted(links[:, 2], value, side="right"))
-    clusters, stack = [], [hierarchy.to_tree(links)]
+    clusters: list[list[int]] = []
+    stack: list[Any] = [hierarchy.to_tree(links)]
     while stack:
         node = stack.pop()
         if not node.is_leaf() and (node.id - leaves >= first_undone or 0 < max_members < node.count):

@@ -103,11 +103,11 @@ def test_rare_and_busy_windows():
 def test_a_uniform_request_pays_for_the_cluster_of_its_record(rng):
     """The mean over records of the images of their own cluster, and how far that is from a cluster of mean size."""
     own = [LARGE.images[i] for i, _ in records_of(LARGE)]
-    assert cost_model.size_biased_images(LARGE) == pytest.approx(np.mean(own))
+    single = Batch(1, fixed=True)
+    assert cost_model.expected_images(LARGE, single, changed=0.0) == pytest.approx(np.mean(own))
     sizes = rng.integers(1, 500, 40).astype(float)
     plain = Clusters(sizes, np.zeros(40), sizes)
-    request = cost_model.expected_images(plain, Batch(1, fixed=True))
-    assert cost_model.size_biased_images(plain) == pytest.approx(request)
+    request = cost_model.expected_images(plain, single)
     assert request == pytest.approx(sizes.mean() * (1 + (sizes.std() / sizes.mean()) ** 2))
 
 

@@ -117,16 +117,6 @@ def test_a_pinned_slice_goes_with_a_sampled_record_that_decided_its_members(tmp_
         sound(run)
 
 
-def test_a_pin_holds_where_the_slice_is_called_for_all_the_same(run):
-    key, _ = clusters_with_a_member(run)[0]
-    other = next(name for name in sample(run) if run.catalog.clusters_of([name])[name] != key)
-    before = published(run)[key]
-    rollback.rollback(run, key, before)
-    erase.request_erasure(run, [other])
-    assert (published(run).get(key) == before) == (key in run.catalog.pins())
-    sound(run)
-
-
 def test_an_older_state_that_lost_a_slice_goes_with_an_erasure(run):
     """The list of members is lost with the slice, so the catalog can no longer say who was among them."""
     key, name = clusters_with_a_member(run)[0]

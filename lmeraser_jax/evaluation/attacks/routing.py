@@ -70,11 +70,9 @@ def _clustered(run: Run, sample: RecordTable) -> Clustering:
 
 
 def _separation(clustering: Clustering, sample: np.ndarray, others: np.ndarray) -> Separation:
-    near, far = (distances(features, clustering.prototypes) for features in (sample, others))
-    return statistics.separation(-near, -far)
-
-
-def distances(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
-    """Euclidean distance to the nearest prototype: float32 [N, D], [K, D] -> float64 [N]."""
-    nearest = prototypes[clusters.assign(features, prototypes)]
-    return np.linalg.norm(features.astype(np.float64) - nearest.astype(np.float64), axis=1)
+    """Tells features of sampled records from those of others by the distance to the nearest prototype."""
+    scores = []
+    for features in (sample, others):
+        nearest = clustering.prototypes[clusters.assign(features, clustering.prototypes)]
+        scores.append(-np.linalg.norm(features.astype(np.float64) - nearest.astype(np.float64), axis=1))
+    return statistics.separation(*scores)
