@@ -32,7 +32,7 @@ def test_one_call_each_from_a_trained_workdir_to_the_proof(trained_workdir, monk
     erasure = lm.unlearn(trained_workdir, records=[FIRST], request="mine", requester="desk 3")
     assert erasure.records == 1 and erasure.outcome.retuned > 0 and erasure.receipt.is_file()
     monkeypatch.setattr(requests, "still_live", lambda catalog, records, owners: [f"{records} and {owners}"])
-    with pytest.warns(UserWarning, match=re.escape(f"['{FIRST}'] and []")):  # names of live records that look like these
+    with pytest.warns(UserWarning, match=re.escape(f"['{FIRST}'] and []")):
         again = lm.unlearn(trained_workdir, records=iter([FIRST]), request="mine")
     assert again.outcome is None and again.receipt == erasure.receipt
     assert lm.audit(trained_workdir).ok

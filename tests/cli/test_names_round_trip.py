@@ -107,7 +107,7 @@ def test_an_import_refuses_what_nobody_could_name_and_says_where(new_workdir, tm
 
 def test_a_flag_is_one_name_each_time():
     names = nasty(300)
-    for module, flag in ((unlearn, "records"), (unlearn, "owner"), (unlearn, "records_file"), (attack, "records")):
+    for module, flag in ((unlearn, "records"), (unlearn, "owner"), (attack, "records")):
         for given in ([f"--{flag}={name}" for name in names], [text for name in names for text in (f"--{flag}", name)]):
             if "--help" not in given:
                 arguments = common.parse(module, ["lmeraser", *given])
