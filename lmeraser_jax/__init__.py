@@ -36,8 +36,7 @@ __all__ = ["Config", "UserError", "audit", "evaluate", "predict", "train", "unle
 def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None) -> "BuildReport":
     """Imports the data, pretrains or converts the backbone, clusters the records and tunes every cluster.
 
-    A second call on the same workdir resumes, or finds that nothing is to be done. What an import does not use is named
-    in a Python warning.
+    A second call on the same workdir resumes, or finds that nothing is to be done.
 
     Args:
         workdir: new, empty, or begun by an earlier call.
@@ -52,9 +51,7 @@ def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None)
         config = read_config(Layout(workdir)) or {}
     if not isinstance(config, Config):
         config = from_dict(config)
-    with prepare_run(workdir, config) as (run, imported):
-        for note in imported.notes if imported else ():
-            warnings.warn(note, stacklevel=2)
+    with prepare_run(workdir, config) as (run, _):
         repair(run)
         return build(run)
 

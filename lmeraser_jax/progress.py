@@ -15,6 +15,12 @@ def silence() -> None:
     _silent = True
 
 
+def warn(message: str) -> None:
+    """Warns on standard error, while long work goes on."""
+    if not _silent:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Counts up to a total and shows how far it is, with a few words of the caller."""
 

@@ -18,6 +18,7 @@ from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.models import zoo
 from lmeraser_jax.paths import absolute, expand
+from lmeraser_jax.progress import warn
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported
@@ -315,9 +316,7 @@ def begun(arguments: Arguments) -> tuple[str, Config]:
 
 
 def imported_text(imported: Imported, again: str) -> str:
-    """What an import did, in a line. Warns of what was not used; the command `again` adds images that are mended."""
-    for note in imported.notes:
-        warn(note)
+    """What an import did, in a line. Warns of unreadable images; the command `again` adds them once they are mended."""
     if imported.unreadable:
         warn(
             f"{len(imported.unreadable)} images could not be read and were left out"
@@ -362,10 +361,6 @@ def log_devices() -> None:
     multihost.local_devices()
     devices = jax.devices()
     print(f"devices: {len(devices)} x {devices[0].device_kind} ({devices[0].platform})", file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
 
 
 def warn_if_unfinished(run: "Run") -> None:

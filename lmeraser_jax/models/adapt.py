@@ -8,7 +8,6 @@ erasure nothing.
 import contextlib
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet, Start, image_spec, train
-from lmeraser_jax.progress import progress
+from lmeraser_jax.progress import progress, warn
 from lmeraser_jax.storage import checkpoints
 
 PIECE = 1024  # images that are read at a time
@@ -58,6 +57,8 @@ def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
     )
     source = sources.load(data, own_test=False)
     raise_all(problems(source), f"the public set {source.name} cannot be used:")
+    for note in source.notes:
+        warn(f"the public set {source.name}: {note}")
     positions = [i for i in limit_positions(source.items, data.train_limit, 0) if source.items[i].split == "train"]
     images, labels, left_out, unreadable = [], [], [], []
     with progress("public", len(positions)) as shown:
@@ -78,8 +79,7 @@ def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
     if not images:
         raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
     if left_out:
-        text = f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}"
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}")
     return PublicSet(np.stack(images), np.array(labels, np.int32), len(source.class_names))
 
 

@@ -11,7 +11,7 @@ from lmeraser_jax.data.names import list_names, quoted, similar
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError, join_limited, raise_all
-from lmeraser_jax.progress import progress
+from lmeraser_jax.progress import progress, warn
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
 
@@ -81,6 +81,7 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
 
     Pixels are appended and synced first; the records become live in one transaction, so an interrupted
     import leaves nothing but bytes that the next one truncates. Rotten pixels of known records are written again.
+    Warns of what is not used.
 
     Args:
         layout, catalog, config: of the workdir.
@@ -133,6 +134,8 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     left_out = len(source.items) - len(positions) if adding else 0
     if any(copies := catalog.copies()):
         notes += (f"exact duplicates: {copies[0]} pictures lie in train and test, {copies[1]} carry several labels",)
+    for note in notes:
+        warn(note)
     return dataclasses.replace(imported, left_out=left_out, notes=notes)
 
 
