@@ -101,7 +101,7 @@ def test_predict_takes_what_an_import_takes_and_answers_for_what_can_be_read(wor
     (root / "b" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "up").symlink_to(root)
     source = folder.load(Data(source="folder", path=str(root.parent)))
-    pixels = source.read(0, len(source.items))
+    pixels = source.read(range(len(source.items)))
     wanted = {str(root.parent / item.id) for item in source.items}
     torn = {str(root.parent / source.items[i].id): reason for i, reason in pixels.unreadable.items()}
     assert len(wanted) == 5 and [*torn] == [str(root / "b" / "torn.png")]
