@@ -29,9 +29,11 @@ from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
+from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.slices import Slice, place_prompt
 from lmeraser_jax.training.train_step import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
+from lmeraser_jax.unlearning.binding import refuse_misfits
 from lmeraser_jax.unlearning.run import Run
 
 ATTEMPTS = 20  # to read a state that writers replace meanwhile
@@ -104,6 +106,7 @@ def load_model(run: Run, before: Model | None = None) -> Model:
             common_ref = ""
             if run.config.inference.common_weight and not quarantined:
                 common_ref = manifest.entries.get(SliceKind.COMMON, "")
+            refuse_misfits(run.catalog, run.config.tuning, refs)
             for ref in (*refs, common_ref):
                 if ref and ref not in held and ref not in slices:
                     slices[ref] = load_slice(run, ref)
@@ -308,7 +311,8 @@ def predict(model: Model, images: np.ndarray) -> Predictions:
         rows = slice(start, min(start + size, len(images)))
         batch = np.zeros((size, *images.shape[1:]), np.uint8)
         batch[: rows.stop - start] = images[rows]
-        answers = program(model.arrays, batch, _draws(model, batch))
+        with pinned():  # also in another thread than the one that opened the run
+            answers = program(model.arrays, batch, _draws(model, batch))
         probabilities[rows], clusters[rows] = (np.asarray(answer)[: rows.stop - start] for answer in answers)
     return Predictions(probabilities, clusters, model.keys)
 

@@ -4,11 +4,12 @@ Loads no JAX: the command line refuses a config before it does, `unlearning.run`
 """
 
 import dataclasses
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.config import NOT_IN_RECIPE, Config, parse_cut
+from lmeraser_jax.config import NOT_IN_RECIPE, Config, Tuning, parse_cut
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -16,6 +17,7 @@ from lmeraser_jax.storage.ingest import import_settings
 from lmeraser_jax.storage.workdir import Layout, read_config
 
 FREE = ("inference", "checkpoints")  # groups that no published number depends on
+LISTED = 10  # slices in a message
 UNBOUND = {"data": ("skip_unreadable", "max_pixels"), "tuning": NOT_IN_RECIPE}  # they change neither records nor slices
 
 
@@ -46,6 +48,7 @@ def check_training(layout: Layout, catalog: Catalog, config: Config, retune: boo
     if stored is not None and catalog.manifest() is not None:
         may_tune = retune or requests.any_open(catalog)
         _check_state(layout, stored, config, (*FREE, "tuning", "common") if may_tune else FREE)
+    refuse_misfits(catalog, config.tuning, catalog.pins().values())
     dataset = catalog.get("dataset")
     if dataset is not None:
         _check_unchanged(layout, "images", dataset["settings"], import_settings(config), "data.")
@@ -113,3 +116,21 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif a != b:
             lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return lines
+
+
+def refuse_misfits(catalog: Catalog, tuning: Tuning, refs: Iterable[str]) -> None:
+    """Raises `UserError` unless slices have the shapes that the tuning settings give: one stack of slices answers."""
+    known, problems = catalog.slices(), []
+    rows = [known[name] for name in (ref.partition("@")[0] for ref in refs) if name in known]
+    texts = {row.tuning for row in rows} - {""}
+    changed = {text: differences(_shape(Tuning(**json.loads(text))), _shape(tuning)) for text in texts}
+    for row in rows:
+        problems += (f"cluster {row.cluster[:12]}, {line}" for line in changed.get(row.tuning, ()))
+    remedy = "tune all clusters with lmeraser train --retune, and unpin those that lmeraser rollback has pinned"
+    raise_all(problems, f"some slices have another shape than the tuning settings give; {remedy}:", LISTED)
+
+
+def _shape(tuning: Tuning) -> dict[str, Any]:
+    """What the shapes of a slice's arrays depend on, given the backbone and the classes."""
+    own = tuning.method == "backbone"
+    return {"prompt_width": tuning.active_prompt_width, "expand": tuning.expand, "own backbone": own}

@@ -12,6 +12,7 @@ from lmeraser_jax.errors import UserError, join_limited, shorten
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning.artifacts import load_slice, reference, slice_of, tainted
+from lmeraser_jax.unlearning.binding import refuse_misfits
 
 if TYPE_CHECKING:  # both load JAX, which refusing a flag does without
     from lmeraser_jax.unlearning.build import BuildReport
@@ -75,7 +76,8 @@ def rollback(run: "Run", key: str, to: str = "") -> "tuple[Version, BuildReport]
             that the cluster had before its present one.
 
     Raises:
-        UserError: there is no such version, it was erased, or its checkpoint is damaged. Nothing is changed then.
+        UserError: there is no such version, it was erased, has another shape than the slices of the other clusters, or
+            its checkpoint is damaged. Nothing is changed then.
     """
     from lmeraser_jax.unlearning.build import build
 
@@ -87,6 +89,7 @@ def rollback(run: "Run", key: str, to: str = "") -> "tuple[Version, BuildReport]
             f"--to={to}: slice {version.ref[:12]} was made with records that a waiting erasure removes ({waiting});"
             " serve it first: lmeraser process"
         )
+    refuse_misfits(run.catalog, run.config.tuning, [version.ref])
     load_slice(run, version.ref)
     with run.catalog.transaction():
         run.catalog.pin(key, version.ref)

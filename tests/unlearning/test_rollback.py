@@ -7,6 +7,7 @@ import pytest
 from helpers import small_config, small_run, small_source, without
 
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import predict
 from lmeraser_jax.unlearning import erase, purge, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, split_reference
 from lmeraser_jax.unlearning.audit import audit, differences, leaves, rebuild_slice, state
@@ -121,6 +122,19 @@ def test_another_config_can_be_taken_back(grown, tmp_path):
         assert audit(run).ok
     with small_run(workdir, config=other) as run:
         assert not build(run).published
+    wider = small_config(tuning__epochs=7, tuning__prompt_width=2)  # slices of two shapes cannot answer together
+    with pytest.raises(UserError, match=f"cluster {key[:12]}, prompt_width: 1 -> 2"):
+        with prepare_run(workdir, wider, jax.devices()[:1], retune=True):
+            pass
+    with small_run(workdir, config=other) as run:  # the settings are still the old ones
+        rollback.unpin(run, key)
+    with prepare_run(workdir, wider, jax.devices()[:1], retune=True) as (run, _):
+        with pytest.raises(UserError, match="prompt_width: 1 -> 2"):  # not tuned yet
+            predict.load_model(run)
+        build(run)
+        with pytest.raises(UserError, match=f"cluster {key[:12]}, prompt_width: 1 -> 2"):
+            rollback.rollback(run, key, version.ref)
+        assert not run.catalog.pins() and not build(run).published and predict.load_model(run)
 
 
 def test_an_erased_member_ends_the_rollback_and_takes_its_versions(run, tmp_path):
