@@ -20,7 +20,10 @@ class RowFile:
         self.row_bytes = int(np.prod(shape)) * self.dtype.itemsize
 
     def __len__(self) -> int:
-        return self.path.stat().st_size // self.row_bytes if self.path.exists() else 0
+        try:
+            return self.path.stat().st_size // self.row_bytes
+        except FileNotFoundError:
+            return 0
 
     def truncate(self, rows: int) -> None:
         """Drops rows after the first `rows`, and a torn last row: what an interrupted import left behind."""

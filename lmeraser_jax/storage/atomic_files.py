@@ -113,7 +113,19 @@ def sync_folder(folder: Path) -> None:
 
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, sorted; nothing where there is none. Raises where `Path.glob` hides that it may not look."""
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder is there. Raises where newer Pythons' `Path.exists` hides that it may not look."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def disk_use(path: Path) -> int:

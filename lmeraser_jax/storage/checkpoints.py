@@ -129,9 +129,9 @@ def load(folder: Path, step: int | None = None) -> tuple[dict[str, np.ndarray], 
         Damaged: it is missing, or its files hold something else than was written.
         OSError: it cannot be read now, which says nothing about what it holds.
     """
-    if not folder.is_dir():
+    if not atomic_files.is_there(folder):
         raise Damaged(f"{folder} does not exist")
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
+    steps = [int(path.name) for path in atomic_files.entries(folder) if path.name.isdecimal()]
     if not steps:
         raise Damaged(f"{folder} holds no checkpoint")
     step = max(steps) if step is None else step

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import sqlite3
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def damages(path: Path) -> list[str]:
         OSError, sqlite3.OperationalError: the file could not be looked at, because of a lock or an error of the disk.
         UserError: it is of another release.
     """
-    if not path.is_file():
-        return [f"{path.name} is {'a folder' if path.is_dir() else 'missing'}"]
+    if not stat.S_ISREG(path.stat().st_mode):
+        return [f"{path.name} is no file"]
     if path.stat().st_size < SMALLEST:
         return [f"{path.name} is no SQLite file"]
     mode = "ro" if os.access(path.parent, os.W_OK) else "ro&immutable=1"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from lmeraser_jax import interrupt
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.paths import absolute
-from lmeraser_jax.storage.atomic_files import entries
+from lmeraser_jax.storage.atomic_files import entries, is_there
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
 CONFIG_BYTES = 1 << 20  # no config is larger
@@ -89,7 +89,7 @@ class Layout:
 
 def read_config(layout: Layout) -> dict[str, Any] | None:
     """The settings that a workdir was made with; None before it has any. Raises `UserError` when damaged."""
-    if not layout.config.is_file():
+    if not is_there(layout.config):
         return None
     try:
         if layout.config.stat().st_size > CONFIG_BYTES:

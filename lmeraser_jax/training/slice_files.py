@@ -19,6 +19,7 @@ from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.interrupt import Stopped
 from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.atomic_files import is_there
 from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.training import closed_form
 from lmeraser_jax.training.jobs import Target
@@ -94,7 +95,7 @@ def load_orphan(folder: Path, target: Target, fingerprint: str, tuning_spec: Tun
     None where there is none, or one that is torn, damaged or of another program than this `fingerprint`'s.
     """
     path, job = folder / target.digest, target.job
-    if not path.is_dir():
+    if not is_there(path):
         return None
     try:
         arrays, facts, step = checkpoints.load(path)

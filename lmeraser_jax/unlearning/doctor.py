@@ -26,7 +26,7 @@ from lmeraser_jax.data.source import SPLITS, content_hash
 from lmeraser_jax.errors import Damaged, UserError, join_limited, shorten
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import entries, replace_folder, resize_file
+from lmeraser_jax.storage.atomic_files import entries, is_there, replace_folder, resize_file
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
@@ -176,7 +176,7 @@ def _folder(workdir: _Workdir) -> Findings:
     top = entries(layout.root)
     hidden = [path for path in (*top, *itertools.chain(*map(entries, top))) if path.name.startswith(".")]
     paths = [path for path in hidden if path.suffix in (".tmp", ".old")] + entries(layout.scratch)
-    if layout.backbone.exists() and layout.pretraining.exists():
+    if is_there(layout.backbone) and is_there(layout.pretraining):
         paths.append(layout.pretraining)
     for path in paths:
         remove = functools.partial(shutil.rmtree if path.is_dir() else os.unlink, path)
@@ -231,7 +231,7 @@ def _images(workdir: _Workdir) -> Findings:
         message = f"the catalog has records behind row {rows}, which it calls the last one"
         yield Finding(message, "restore catalog.db from a copy; write nothing before")
         return
-    size = layout.images.stat().st_size if layout.images.exists() else 0
+    size = layout.images.stat().st_size if is_there(layout.images) else 0
     pixels, changed = file.view() if len(file) else np.zeros((0, *file.shape), np.uint8), []
     with progress("images", len(records)) as shown:
         for name, row, content in zip(records.ids, records.rows, records.contents, strict=True):
@@ -260,14 +260,14 @@ def _backbone(workdir: _Workdir) -> Findings:
     from lmeraser_jax.unlearning.run import Run
 
     folder = workdir.layout.backbone
-    if workdir.catalog.manifest() is None and not folder.exists():
+    if workdir.catalog.manifest() is None and not is_there(folder):
         yield Finding("the workdir is not complete yet", "lmeraser train goes on", state=State.NOTE)
         return
     try:
         backbone, _ = backbone_lib.load(folder)
     except Damaged as error:
         move = functools.partial(replace_folder, folder, folder.with_name("backbone.damaged"))
-        yield Finding(str(error), DROP, move if folder.exists() else None)
+        yield Finding(str(error), DROP, move if is_there(folder) else None)
         return
     mesh = mesh_of(workdir.devices)
     workdir.opened.enter_context(pinned())
@@ -320,7 +320,7 @@ def _differing_features(run: "Run", file: RowFile) -> str:
 def _slices(workdir: _Workdir) -> Findings:
     """The slices of all states, and those that wait for their first one."""
     catalog, folder = workdir.catalog, workdir.layout.slices
-    waiting = {name for name in catalog.slices() if (folder / name).is_dir()}
+    waiting = {name for name in catalog.slices() if is_there(folder / name)}
     refs = {ref for manifest in _states(catalog) for ref in manifest.entries.values()} | waiting
     yield from _artifacts(catalog, folder, refs, set(), functools.partial(load_slice, workdir.run))
 

@@ -16,6 +16,7 @@ from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.atomic_files import is_there
 from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow, images_of
 from lmeraser_jax.training import clustering as clustering_lib
 from lmeraser_jax.training.clustering import Clustering
@@ -91,7 +92,7 @@ def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
         state = LiveState(
             manifest=manifest,
             slices=slices,
-            on_disk=frozenset(name for name in slices if run.layout.slice(name).is_dir()),
+            on_disk=frozenset(name for name in slices if is_there(run.layout.slice(name))),
             pins=catalog.pins(),
             tainted=tainted(run, catalog.erased() | catalog.rows(ids)),
             clustering=clustering,

@@ -30,7 +30,7 @@ from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
-from lmeraser_jax.storage.atomic_files import write_json
+from lmeraser_jax.storage.atomic_files import is_there, write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
 from lmeraser_jax.storage.workdir import Layout, writer_lock
@@ -244,18 +244,19 @@ def prepare_run(
         check_images(layout, catalog)
         binding.check_training(layout, catalog, config, retune)
         imported = converted = None
-        if layout.backbone.exists():
+        has_backbone = is_there(layout.backbone)
+        if has_backbone:
             backbone, inputs = backbone_lib.load(layout.backbone)
             binding.check_backbone(layout, inputs, config)
         # Before anything can fail: the same command without --config must not mean another run.
         if binding.stored_config(layout) != config:
             write_json(layout.config, settings.to_dict(config))
-        if not layout.backbone.exists() and config.backbone.weights:
+        if not has_backbone and config.backbone.weights:
             converted = convert.load(config.backbone, config.data.image_size)
         if catalog.get("dataset") is None or reimport:
             imported = import_source(layout, catalog, source or load.load(config.data), config)
         binding.check_sample(catalog, config)
-        if not layout.backbone.exists():
+        if not has_backbone:
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
         yield Run(layout, config, catalog, backbone, mesh, True, processes or ALONE), imported
