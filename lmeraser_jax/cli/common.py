@@ -300,7 +300,10 @@ def opened(arguments: Arguments, write: bool = False) -> Iterator["Run"]:
 def begun(arguments: Arguments) -> tuple[str, Config]:
     """The same for a workdir that is new or not finished yet."""
     workdir, config = workdir_of(arguments, must_exist=False), config_of(arguments)
-    Layout(workdir).refuse_foreign()
+    if config.backbone.weights and not Layout(workdir).backbone.exists():
+        zoo.refuse_absent(config.backbone)
+    require_device()
+    Layout(workdir).prepare()
     if Layout(workdir).catalog.exists():
         refuse_other_writer(Layout(workdir), arguments["wait"] if "wait" in arguments.flags else 0)
         with catalog_of(workdir) as (layout, catalog):
@@ -308,10 +311,8 @@ def begun(arguments: Arguments) -> tuple[str, Config]:
             if catalog.manifest() is None and layout.backbone.exists():
                 _, metadata, _ = checkpoints.load(layout.backbone)
                 binding.check_backbone(layout, metadata["inputs"], config)
-            binding.check_sample(catalog, config)
-    if config.backbone.weights and not Layout(workdir).backbone.exists():
-        zoo.refuse_absent(config.backbone)
-    require_device()
+            if not ("reimport" in arguments.flags and arguments["reimport"]):
+                binding.check_sample(catalog, config)
     return workdir, config
 
 

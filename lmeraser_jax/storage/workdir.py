@@ -63,16 +63,12 @@ class Layout:
 
     def prepare(self) -> None:
         """Makes the workdir, or refuses a folder that holds something else."""
-        self.refuse_foreign()
-        _make_private(self.root)
-
-    def refuse_foreign(self) -> None:
-        """Raises `UserError` where a file, or a folder that holds something else, stands in the workdir's place."""
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"--workdir={self.root} is a file, not a folder")
         self._refuse_without_catalog()
         if self.root.is_dir() and not self.catalog.exists() and any(path != self.lock for path in self.root.iterdir()):
             raise UserError(f"--workdir={self.root} holds other files and is no workdir; name a new or an empty folder")
+        _make_private(self.root)
 
     def _refuse_without_catalog(self) -> None:
         """A workdir that lost its catalog says so, instead of looking like a foreign folder."""
