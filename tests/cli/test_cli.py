@@ -4,6 +4,8 @@ import errno
 import json
 import re
 import shutil
+import sqlite3
+from unittest import mock
 
 import jax
 import numpy as np
@@ -253,6 +255,16 @@ def test_a_device_without_memory_is_a_message(capsys, monkeypatch, workdir):
     monkeypatch.setattr("lmeraser_jax.cli.evaluate.run", full)
     code, _, err = call(capsys, "evaluate", f"--workdir={workdir}")
     assert code == 2 and "allocating 9 bytes; lower --config.data.image_size" in err and "more" not in err
+
+
+def test_a_check_that_cannot_look_accuses_nobody(capsys, monkeypatch, workdir):
+    for name in ("audit", "verify", "attack", "doctor"):
+        for error in (OSError(errno.EIO, "Input/output error", "x"), sqlite3.OperationalError("busy"), KeyError("bug")):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"lmeraser_jax.cli.{name}.run", mock.Mock(side_effect=error))
+                code, _, err = call(capsys, name, f"--workdir={workdir}")
+            assert code == 3 and "not checked: " in err, (name, error, err)
+            assert ("Traceback" in err) == isinstance(error, KeyError)
 
 
 def test_a_full_disk_is_a_message(capsys, monkeypatch, workdir):
