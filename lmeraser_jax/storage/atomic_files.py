@@ -80,7 +80,7 @@ def why_unreadable(folder: Path, error: Exception | str) -> Exception:
     with contextlib.suppress(FileNotFoundError, ValueError):
         noted = json.loads((folder / DIGESTS).read_bytes())
         if isinstance(noted, dict) and noted.items() <= digests.items():
-            return OSError(errno.EIO, f"cannot be read now, and is not damaged: {why}", str(folder))
+            return OSError(errno.EIO, f"cannot be read now, although nothing of it has changed: {why}", str(folder))
     return Damaged(f"{folder} cannot be read: {why}")
 
 
