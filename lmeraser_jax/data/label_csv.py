@@ -51,11 +51,6 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
             spellings[images[0]].append(quoted(file))
     offenders = {
         "has rows without a file name": [f"row {number}" for number, row in enumerate(rows, 1) if not row.file],
-        "has white space at an end of cells; remove it": [
-            f"row {number} ({', '.join(map(quoted, outer))})"
-            for number, row in enumerate(rows, 1)
-            if (outer := [cell for cell in row if cell != cell.strip()])
-        ],
         "names files more than once": [quoted(file) for file in counts if file and counts[file] > 1],
         "names files that could be several images; give their paths": [
             f"{quoted(file)} ({' or '.join(map(quoted, images[:2]))})"

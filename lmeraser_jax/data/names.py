@@ -8,9 +8,9 @@ in a list of erasures stands for one record only.
 import itertools
 import re
 import shlex
-import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from unicodedata import category, normalize
 
 from lmeraser_jax.errors import join_limited, shorten
 
@@ -22,7 +22,7 @@ FAULTS = {  # Unicode categories of characters that no name may have
     "Zl": "has a line separator",
     "Zp": "has a line separator",
 }
-VISIBLE = tuple(category for category in FAULTS if category != "Cf")  # some scripts spell words with joiners
+VISIBLE = tuple(kind for kind in FAULTS if kind != "Cf")  # some scripts spell words with joiners
 WHOLE = re.compile(r"\+?(-?[0-9]+)(?:\.0*)?")  # a number, also as spreadsheets and pandas write it
 LEADING_ZEROS = re.compile("(?<![0-9])0+(?=[0-9])")  # which spreadsheets drop
 HINTS = 5  # look-alikes in a message
@@ -37,8 +37,7 @@ def fault(name: str) -> str:
     """What makes the name of a record or an owner illegal, "" where nothing does."""
     if not name:
         return "is empty"
-    reason = class_fault(name, FAULTS)
-    return reason or ("has white space at an end" if name != name.strip() else "")
+    return class_fault(name, FAULTS) or ("has white space at an end" if name != name.strip() else "")
 
 
 def class_fault(name: str, refused: Collection[str] = VISIBLE) -> str:
@@ -47,8 +46,8 @@ def class_fault(name: str, refused: Collection[str] = VISIBLE) -> str:
         return ""
     if len(name) > LONGEST or len(name.encode(errors="replace")) > LONGEST:
         return f"is longer than {LONGEST} bytes"
-    categories = {unicodedata.category(character) for character in name}
-    return next((FAULTS[category] for category in refused if category in categories), "")
+    categories = set(map(category, name))
+    return next((FAULTS[kind] for kind in refused if kind in categories), "")
 
 
 def quoted(name: str, limit: int = 80) -> str:
@@ -67,25 +66,18 @@ def list_names(names: Iterable[str], limit: int = 20) -> str:
 
 def list_lookalikes(names: Iterable[str], known: Iterable[str]) -> str:
     """The known names that look like one of `names`, and the differences, in one line; "" where there are none."""
-    alike = lookalikes(names, known)
-    pairs = [(other, name) for name, others in alike.items() for other in others]
-    shown = [
-        f"{quoted(other, LONGEST)} (differs from {quoted(name)} in {difference(other, name)})"
-        for other, name in pairs[:HINTS]
-    ]
+    pairs = lookalikes(names, known)
+    shown = [f"{quoted(b, LONGEST)} (differs from {quoted(a)} in {difference(a, b)})" for a, b in pairs[:HINTS]]
     return join_limited([*shown, *pairs[HINTS:]], HINTS)
 
 
-def lookalikes(unknown: Iterable[str], known: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
-    """{unknown name: known names, sorted, that are equal to it apart from `FORMS`}, for names that have any."""
-    unknown = list(dict.fromkeys(unknown))
-    forms = {_form(name, ALL_FORMS) for name in unknown}
-    by_form = defaultdict(set)
-    for name in known if forms else ():
-        if (form := _form(name, ALL_FORMS)) in forms:
-            by_form[form].add(name)
-    others = {name: by_form[_form(name, ALL_FORMS)] - {name} for name in unknown}
-    return {name: tuple(sorted(names)) for name, names in others.items() if names}
+def lookalikes(names: Iterable[str], known: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs, sorted, of one of `names` and a known name, none of them, that is equal to it apart from `FORMS`."""
+    wanted, by_form = set(names), defaultdict(list)
+    for name in wanted:
+        by_form[_form(name, ALL_FORMS)].append(name)
+    others = [other for other in known if other not in wanted] if wanted else []
+    return sorted((name, other) for other in others for name in by_form.get(_form(other, ALL_FORMS), ()))
 
 
 def similar(names: Iterable[str]) -> list[str]:
@@ -113,21 +105,11 @@ def _form(name: str, changes: Iterable[Callable[[str], str]]) -> str:
     return name
 
 
-def _without_invisible(name: str) -> str:
-    if name.isascii():
-        return name
-    return "".join(character for character in name if unicodedata.category(character) != "Cf")
-
-
-def _normal(name: str) -> str:
-    return unicodedata.normalize("NFKC", name)
-
-
 FORMS: tuple[tuple[str, Callable[[str], str]], ...] = (  # differences that are easily overlooked, and what undoes them
-    ("invisible formatting", _without_invisible),
-    ("Unicode form", _normal),
+    ("invisible formatting", lambda name: name if name.isascii() else "".join(c for c in name if category(c) != "Cf")),
+    ("Unicode form", lambda name: normalize("NFKC", name)),
     ("case", str.casefold),
-    ("Unicode form", _normal),
+    ("Unicode form", lambda name: normalize("NFKC", name)),
     ("white space", lambda name: " ".join(name.split())),
     ("quotes", lambda name: name.strip("\"'")),
     ("number form", lambda name: match[1] if (match := WHOLE.fullmatch(name)) else name),

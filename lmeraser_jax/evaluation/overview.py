@@ -221,10 +221,7 @@ def _warnings(config: Config, clusters: int, sample: int) -> tuple[str, ...]:
 
 
 def record_list(catalog: Catalog) -> tuple[str, dict[str, Any]]:
-    """The live private records as text and as values: id, class, owner, cluster. Raises `UserError` without data.
-
-    In the text, ids and owners stand as a shell reads them.
-    """
+    """The live private records as text, with ids and owners as a shell reads them, and as values."""
     dataset = catalog.get("dataset")
     if dataset is None:
         raise UserError("the workdir has no records yet; import them with: lmeraser train")

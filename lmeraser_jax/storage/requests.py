@@ -216,15 +216,12 @@ def name_list(names: Iterable[str]) -> list[str]:
 
 def _check_names(ids: Sequence[str], owners: Sequence[str], contents: Sequence[str]) -> list[str]:
     """Names that no record can have: empty ones, no text, and what the shell or JSON made of bytes that are no text."""
-    names = [*ids, *owners, *contents]
-    if not names:
+    if not ids and not owners and not contents:
         return ["say what to erase: --records=ID, --owner=NAME, --records_file=FILE or --like=IMAGE"]
-    bad = [shorten(name) or "''" for name in names if not _is_text(name)]
+    names = [*ids, *owners]
+    texts = [isinstance(name, str) and name.encode(errors="replace").decode() for name in names]
+    bad = [shorten(name) or "''" for name, text in zip(names, texts, strict=True) if not text or text != name]
     return [f"ids and owners must be text in UTF-8 and not empty; these are not: {join_limited(bad)}"] if bad else []
-
-
-def _is_text(name: object) -> bool:
-    return isinstance(name, str) and name != "" and name.encode(errors="replace").decode() == name
 
 
 def _hint(unknown: Sequence[str], known: Collection[str]) -> str:
@@ -236,13 +233,11 @@ def _hint(unknown: Sequence[str], known: Collection[str]) -> str:
     return f"{hint}; did you mean {alike}?" if alike else f"{hint}; lmeraser inspect --records lists all names"
 
 
-def still_live(catalog: Catalog, ids: Iterable[str], owners: Iterable[str]) -> list[str]:
+def still_live(catalog: Catalog, ids: Sequence[str], owners: Sequence[str]) -> list[str]:
     """Says which live private records and owners a request does not erase although they look like what it names."""
-    ids, owners = name_list(ids), name_list(owners)
-    alike = {
-        "records": list_lookalikes(ids, set(catalog.private_ids()).difference(ids)) if ids else "",
-        "owners": list_lookalikes(owners, catalog.owner_splits().keys() - owners) if owners else "",
-    }
+    records = list_lookalikes(ids, catalog.private_ids()) if ids else ""
+    others = list_lookalikes(owners, catalog.owner_splits()) if owners else ""
+    alike = {"records": records, "owners": others}
     return [
         f"{kind} that look like those of the request are live and stay: {names}"
         for kind, names in alike.items()

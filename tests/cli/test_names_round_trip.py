@@ -15,7 +15,7 @@ from PIL import Image
 from lmeraser_jax.cli import attack, common, unlearn
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data import load
-from lmeraser_jax.data.names import as_name, fault, quoted
+from lmeraser_jax.data.names import fault, quoted
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import import_source
 from lmeraser_jax.storage.requests import accept
@@ -90,11 +90,6 @@ def test_a_folder_and_its_csv_give_their_names_as_they_are(new_workdir, tmp_path
     settings = {"source": "folder", "path": str(tmp_path), "image_size": 4}
     rows = imported(new_workdir, labels=str(tmp_path / "a.csv"), **settings)
     assert rows == dict(zip(paths, names, strict=True))
-
-
-def test_bytes_and_numbers_of_other_sources_are_names():
-    assert [as_name(name.encode()) for name in nasty(100)] == nasty(100)
-    assert [as_name(value) for value in (7, np.int64(7), b"007", np.str_("7 "))] == ["7", "7", "007", "7 "]
 
 
 def test_an_import_refuses_what_nobody_could_name_and_says_where(new_workdir, tmp_path):

@@ -127,7 +127,12 @@ def test_names_that_only_look_alike_are_hints_and_stay_live(catalog):
             "'e\u0301' (differs from 'É' in Unicode form and case), 'é' (differs from 'É' in case)?",
             "did you mean",
         ),
-        (["7", '"q"'], "did you mean 007 (differs from 7 in leading zeros)", "(differs from '\"q\"' in quotes), q ("),
+        (
+            ["7", '"q"'],
+            "007 (differs from 7 in leading zeros)",
+            "(differs from '\"q\"' in quotes), q (",
+            "did you mean",
+        ),
         (["anna, q"], "'anna, q'; a flag or line is one name as it stands, so repeat it for each of several; lmeraser"),
         (["a\u200bb", "zzz"], "unknown records: 'a\\u200bb', zzz; lmeraser inspect --records lists all names"),
     ):
