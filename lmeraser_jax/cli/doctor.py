@@ -20,7 +20,8 @@ DAMAGED, UNCHECKED = 1, 3  # exit codes
 
 def run(arguments: common.Arguments) -> int:
     diagnosis = doctor.examine(common.workdir_of(arguments, must_exist=False), arguments["fix"])
-    problems = [problem._asdict() for problem in diagnosis.problems]
+    names = ("component", "message", "remedy", "state")
+    problems = [{name: getattr(problem, name) for name in names} for problem in diagnosis.problems]
     common.show(arguments, diagnosis.table(), {"healthy": diagnosis.healthy, "problems": problems})
     if diagnosis.healthy:
         return 0

@@ -57,10 +57,11 @@ class State(enum.StrEnum):
 class Problem(NamedTuple):
     """What was noticed about one component, and what to do about it."""
 
-    component: str
     message: str
     remedy: str
-    state: State
+    repair: Callable[[], object] | None = None  # what --fix does
+    state: State = State.DAMAGED
+    component: str = ""  # `_check` enters it
 
 
 class Diagnosis(NamedTuple):
@@ -89,15 +90,6 @@ class Diagnosis(NamedTuple):
         return "\n".join([*lines, verdict])
 
 
-class Finding(NamedTuple):
-    """Something that a check has positively found."""
-
-    message: str
-    remedy: str
-    repair: Callable[[], object] | None = None  # what --fix does
-    state: State = State.DAMAGED
-
-
 @dataclasses.dataclass
 class _Workdir:
     """What the checks look at; a check sets what those after it need."""
@@ -112,7 +104,7 @@ class _Workdir:
     run: "Run" = dataclasses.field(init=False)
 
 
-Findings = Iterator[Finding]
+Findings = Iterator[Problem]
 Check = Callable[[_Workdir], Findings]
 
 
@@ -145,19 +137,19 @@ def _check(component: str, check: Check, workdir: _Workdir) -> list[Problem]:
     """The findings of a check, repaired one by one; an error that cuts the check short is reported as such."""
     problems = []
     try:
-        for message, remedy, repair, state in check(workdir):
-            problems.append(Problem(component, message, remedy, state))
-            if workdir.fix and repair is not None:
-                repair()
-                state, remedy = (State.DROPPED, AGAIN) if remedy == DROP else (State.FIXED, "")
-                problems[-1] = Problem(component, message, remedy, state)
+        for problem in check(workdir):
+            problems.append(problem._replace(component=component))
+            if workdir.fix and problem.repair is not None:
+                problem.repair()
+                state, remedy = (State.DROPPED, AGAIN) if problem.remedy == DROP else (State.FIXED, "")
+                problems[-1] = problems[-1]._replace(remedy=remedy, state=state)
     except Exception as error:  # it says nothing about the workdir
         problems.append(_unchecked(component, str(error) if isinstance(error, UserError) else repr(error)))
     return problems
 
 
 def _unchecked(component: str, message: str) -> Problem:
-    return Problem(component, shorten(message, LONGEST), RETRY, State.UNCHECKED)
+    return Problem(shorten(message, LONGEST), RETRY, None, State.UNCHECKED, component)
 
 
 def _folder(workdir: _Workdir) -> Findings:
@@ -169,7 +161,7 @@ def _folder(workdir: _Workdir) -> Findings:
     try:
         refuse_links(layout)
     except UserError as error:  # what lies behind a link is neither looked at nor changed
-        yield Finding(str(error), "")
+        yield Problem(str(error), "")
         return
     if workdir.fix:
         workdir.opened.enter_context(writer_lock(layout))
@@ -181,7 +173,7 @@ def _folder(workdir: _Workdir) -> Findings:
     for path in paths:
         remove = functools.partial(shutil.rmtree if path.is_dir() else os.unlink, path)
         message = f"{path.relative_to(layout.root)} was left by an interrupted command"
-        yield Finding(message, REMOVE, remove, State.LEFTOVER)
+        yield Problem(message, REMOVE, remove, State.LEFTOVER)
 
 
 def _config(workdir: _Workdir) -> Findings:
@@ -193,7 +185,7 @@ def _config(workdir: _Workdir) -> Findings:
         reason = str(error)
     if reason:
         remedy = "restore it, or delete it and run lmeraser train with the experiment's --config=FILE.py"
-        yield Finding(f"config.json cannot be used: {reason}", remedy)
+        yield Problem(f"config.json cannot be used: {reason}", remedy)
 
 
 def _catalog(workdir: _Workdir) -> Findings:
@@ -201,7 +193,7 @@ def _catalog(workdir: _Workdir) -> Findings:
     lines = schema.damages(path)
     if lines:
         remedy = "restore catalog.db from a copy of the workdir: it cannot be computed again"
-        yield Finding(f"the catalog is damaged: {'; '.join(lines)}", remedy)
+        yield Problem(f"the catalog is damaged: {'; '.join(lines)}", remedy)
         return
     workdir.catalog = workdir.opened.enter_context(contextlib.closing(Catalog(path)))
     workdir.stamp = workdir.catalog.stamp()
@@ -213,12 +205,12 @@ def _requests(workdir: _Workdir) -> Findings:
     waiting = join_limited(request.id for request in requests.listed(catalog, only_open=True))
     if waiting:
         remedy = f"lmeraser process {workdir.layout.flag} serves them"
-        yield Finding(f"waiting erasures: {waiting}", remedy, state=State.NOTE)
+        yield Problem(f"waiting erasures: {waiting}", remedy, state=State.NOTE)
     tombstones = catalog.tombstones()
     for request in requests.listed(catalog):
         if not tombstones.issuperset(request.body["records"]):
             remedy = "restore catalog.db from a copy: what was erased could be imported again"
-            yield Finding(f"{request.id}: its erased ids are not remembered", remedy)
+            yield Problem(f"{request.id}: its erased ids are not remembered", remedy)
 
 
 def _images(workdir: _Workdir) -> Findings:
@@ -229,7 +221,7 @@ def _images(workdir: _Workdir) -> Findings:
     file, rows, records = image_file(layout, catalog), catalog.rows_used(), catalog.live(*SPLITS)
     if len(records) and records.rows.max() >= rows:
         message = f"the catalog has records behind row {rows}, which it calls the last one"
-        yield Finding(message, "restore catalog.db from a copy; write nothing before")
+        yield Problem(message, "restore catalog.db from a copy; write nothing before")
         return
     size = layout.images.stat().st_size if is_there(layout.images) else 0
     pixels, changed = file.view() if len(file) else np.zeros((0, *file.shape), np.uint8), []
@@ -240,16 +232,16 @@ def _images(workdir: _Workdir) -> Findings:
             shown.advance(1)
     if changed:
         remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
-        yield Finding(f"pixels that are not those of the import: {list_names(changed, LISTED)}", remedy)
+        yield Problem(f"pixels that are not those of the import: {list_names(changed, LISTED)}", remedy)
     if size != rows * file.row_bytes:
         resize = functools.partial(resize_file, layout.images, rows * file.row_bytes)
         message = f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}"
         longer = size > rows * file.row_bytes  # as an interrupted import leaves it
-        yield Finding(message, "--fix resizes it", resize, State.LEFTOVER if longer else State.DAMAGED)
+        yield Problem(message, "--fix resizes it", resize, State.LEFTOVER if longer else State.DAMAGED)
     unused = file.filled(catalog.free_rows())
     if len(unused):
         overwrite = functools.partial(file.overwrite, unused)
-        yield Finding(f"rows of no record hold pixels: {join_limited(unused)}", "--fix overwrites them", overwrite)
+        yield Problem(f"rows of no record hold pixels: {join_limited(unused)}", "--fix overwrites them", overwrite)
 
 
 def _backbone(workdir: _Workdir) -> Findings:
@@ -261,13 +253,13 @@ def _backbone(workdir: _Workdir) -> Findings:
 
     folder = workdir.layout.backbone
     if workdir.catalog.manifest() is None and not is_there(folder):
-        yield Finding("the workdir is not complete yet", "lmeraser train goes on", state=State.NOTE)
+        yield Problem("the workdir is not complete yet", "lmeraser train goes on", state=State.NOTE)
         return
     try:
         backbone, _ = backbone_lib.load(folder)
     except Damaged as error:
         move = functools.partial(replace_folder, folder, folder.with_name("backbone.damaged"))
-        yield Finding(str(error), DROP, move if is_there(folder) else None)
+        yield Problem(str(error), DROP, move if is_there(folder) else None)
         return
     mesh = mesh_of(workdir.devices)
     workdir.opened.enter_context(pinned())
@@ -280,7 +272,7 @@ def _state(workdir: _Workdir) -> Findings:
 
     for line in plan.contradictions(workdir.run):
         remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
-        yield Finding(line, remedy)
+        yield Problem(line, remedy)
 
 
 def _features(workdir: _Workdir) -> Findings:
@@ -292,7 +284,7 @@ def _features(workdir: _Workdir) -> Findings:
         file, size, rows, reason = files.get(path), path.stat().st_size, run.catalog.rows_used(), ""
         if file is None:
             message = f"{path.name} belongs to another backbone, image size or program"
-            yield Finding(message, REMOVE, path.unlink, State.LEFTOVER)
+            yield Problem(message, REMOVE, path.unlink, State.LEFTOVER)
         elif size % file.row_bytes or len(file) > rows:
             reason = f"has {size} bytes, not at most {rows} rows of {file.row_bytes}"
         elif len(file.filled(run.catalog.free_rows())):
@@ -300,7 +292,7 @@ def _features(workdir: _Workdir) -> Findings:
         elif path == run.feature_file().path:
             reason = _differing_features(run, file)
         if reason:
-            yield Finding(f"{path.name} {reason}", REMOVE, path.unlink)
+            yield Problem(f"{path.name} {reason}", REMOVE, path.unlink)
 
 
 def _differing_features(run: "Run", file: RowFile) -> str:
@@ -348,13 +340,13 @@ def _artifacts(
                 load(ref)
             except Damaged as error:
                 drop = functools.partial(_drop, catalog, folder / slice_of(ref))
-                yield Finding(shorten(str(error), 300), DROP, drop)
+                yield Problem(shorten(str(error), 300), DROP, drop)
             shown.advance(1)
     names = {path.name for path in entries(folder) if path.name[0] != "."} - {*known, *map(slice_of, refs)}
     if names:
         listed = join_limited(sorted(name[:12] for name in names))
         message = f"{folder.name} that an interrupted command wrote, unknown to the catalog: {listed}"
-        yield Finding(message, ADOPT, state=State.LEFTOVER)
+        yield Problem(message, ADOPT, state=State.LEFTOVER)
 
 
 def _drop(catalog: Catalog, folder: Path) -> None:
