@@ -20,26 +20,10 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import import_source
 from lmeraser_jax.storage.requests import accept
 
-PIECES = [
-    *",;\"'\\ -@=#$*~&|!",
-    "--",
-    "a",
-    "A",
-    "é",
-    "e\u0301",
-    "ﬁ",
-    "🙂",
-    "0",
-    "07",
-    "\u00a0",
-    "nan",
-    "true",
-    "null",
-    "1e3",
-]
+PIECES = [*",;\"'\\ -@=#$*~&|!aA0\u00a0", *"-- é e\u0301 ﬁ 🙂 07 nan true null 1e3".split(" ")]
 FIXED = ["Roe, Jane", "Roe", "Jane", "Jane,Roe", "-x", "--records=a", "@file", "=1+1", "007", "7", "nan", "None", '"7"']
 FIXED += ["x" * 1024, "'", '"', "a\\nb", "../a", "C:\\a", "é", "e\u0301", "$(id)", "#1", "a\u00a0b", "a b", "a  b"]
-ILLEGAL = [" a", "a ", "\u00a0a", "a\n", "\ta", "a\x00b", "a\rb", "\ufeffa", "a\u200b", "a\u2028b", "a\udcff", " "]
+ILLEGAL = [" a", "a ", "\u00a0a", "a\n", "\ufeffa"]
 
 
 def nasty(count: int, seed: int = 0, limit: int = 1024) -> list[str]:
@@ -49,15 +33,12 @@ def nasty(count: int, seed: int = 0, limit: int = 1024) -> list[str]:
     return [name for name in dict.fromkeys([*FIXED, *drawn]) if not fault(name) and len(name) <= limit][:count]
 
 
-def npz(path, names, owners, dtype=np.str_) -> str:
+def npz(path, names, owners, as_array=np.array) -> str:
     """A file of one image for each name."""
-    count = len(names)
-    texts = {"train_ids": names, "train_owners": owners}
-    arrays = {
-        key: np.array(values if dtype is np.str_ else [v.encode() for v in values]) for key, values in texts.items()
-    }
-    images = np.arange(count, dtype=np.int64).astype(">u8").view(np.uint8).reshape(count, 2, 4)
-    np.savez(path, train_images=images, train_labels=np.arange(count) % 2, **arrays)
+    numbers = np.arange(len(names))
+    images = numbers.view(np.uint8).reshape(len(names), 2, 4)
+    texts = {"train_ids": as_array(names), "train_owners": as_array(owners)}
+    np.savez(path, train_images=images, train_labels=numbers % 2, **texts)
     return str(path)
 
 
@@ -70,10 +51,10 @@ def imported(workdir, **settings) -> dict[str, str]:
     return dict(zip(records.ids, records.owners, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [np.str_, np.bytes_])
-def test_an_npz_gives_its_names_as_they_are(new_workdir, tmp_path, dtype):
+@pytest.mark.parametrize("as_array", [np.array, np.char.encode])
+def test_an_npz_gives_its_names_as_they_are(new_workdir, tmp_path, as_array):
     names = nasty(200)
-    path = npz(tmp_path / "a.npz", names, names[::-1], dtype)
+    path = npz(tmp_path / "a.npz", names, names[::-1], as_array)
     assert imported(new_workdir, source="npz", path=path) == dict(zip(names, names[::-1], strict=True))
 
 
@@ -93,7 +74,7 @@ def test_a_folder_and_its_csv_give_their_names_as_they_are(new_workdir, tmp_path
 
 
 def test_an_import_refuses_what_nobody_could_name_and_says_where(new_workdir, tmp_path):
-    for name in ILLEGAL[:4] + ILLEGAL[6:7]:
+    for name in ILLEGAL:
         for ids, owners in ((["a", name, "b"], ["", "", "o"]), (["a", "c", "b"], ["", name, name])):
             with pytest.raises(UserError, match="must be plain text") as caught:
                 imported(new_workdir, source="npz", path=npz(tmp_path / "a.npz", ids, owners))
