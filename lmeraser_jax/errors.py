@@ -1,6 +1,7 @@
 """What a user did that cannot work: one exception type, raised once with everything that is wrong."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -23,6 +24,18 @@ def raise_all(problems: Sequence[str], heading: str = "", limit: int = 1000, kin
     if len(problems) > limit:
         lines.append(f"... ({len(problems)} lines in all)")
     raise kind("\n".join([heading, *(f"- {line}" for line in lines)] if heading else lines))
+
+
+def stand_in(file: Path | bytes) -> str:
+    """What a file is, by its first bytes, that a download left in place of another; "" where it is no such file."""
+    first = file if isinstance(file, bytes) else b""
+    if isinstance(file, Path):
+        with open(file, "rb") as stream:
+            first = stream.read(200)
+    if first.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; git lfs pull brings the file itself"
+    page = first.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
+    return "a web page; the download gave it in place of the file" if page else ""
 
 
 def join_limited(values: Iterable[object], limit: int = 10) -> str:

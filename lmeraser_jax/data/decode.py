@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.pixel_bytes import pixels_only
 from lmeraser_jax.data.source import Pixels
+from lmeraser_jax.errors import stand_in
 
 THREADS = min(16, os.cpu_count() or 1)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # whatever a file's name says; others run programs
@@ -42,7 +43,8 @@ def decode(
             images[position] = np.asarray(fitted).reshape(height, width, channels)
             return "", image.mode != mode
         except UnidentifiedImageError:  # its own text names the file again, or an address in memory
-            return f"not an image ({', '.join(FORMATS)}), or its first bytes are damaged", False
+            other = f"not an image ({', '.join(FORMATS)}), or its first bytes are damaged"
+            return stand_in(files[position]) or other, False
         except Exception as error:  # Pillow's decoders raise nearly every kind over damaged files
             return str(error) or type(error).__name__, False
 

@@ -25,7 +25,7 @@ import numpy as np
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.names import LONGEST, as_name
 from lmeraser_jax.data.source import Item, Pixels, Source, not_used
-from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
+from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten, stand_in
 
 SPLITS = ("train", "test", "public")
 TEXT_KEYS = {"class_names"} | {f"{split}_{column}" for split in SPLITS for column in ("ids", "owners")}
@@ -55,8 +55,8 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     missing = [key for split in splits for key in (f"{split}_images", f"{split}_labels") if key not in members]
     if missing:
         raise UserError(
-            f"{path} lacks {', '.join(missing)}; it has {join_limited([*members, *others]) or 'nothing'}"
-            " (--config.data.path)"
+            f"{path} lacks {', '.join(missing)}; it has {join_limited([*members, *others], 50) or 'nothing'}"
+            f"{_renamed(others)} (--config.data.path)"
         )
     splits = [split for split in SPLITS if f"{split}_images" in members]
     problems = [line for split in splits for line in _problems_of_split(members, split, max_pixels)]
@@ -66,7 +66,9 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     if len(shapes) > 1:
         raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _refuse_damage(path):
-        columns = {key: _values(rows.read_all()) for key, rows in members.items() if not key.endswith("_images")}
+        columns = {
+            key: _values(rows.read_all().reshape(-1)) for key, rows in members.items() if not key.endswith("_images")
+        }
     items = [item for split in splits for item in _items(columns, split)]
     top = max((item.label for item in items), default=0)
     if "class_names" not in columns and top >= CLASS_LIMIT:
@@ -95,7 +97,7 @@ def _refuse_damage(path: str) -> Iterator[None]:
     try:
         yield
     except ZIP_ERRORS as error:
-        reason = shorten(str(error), 1000)
+        reason = stand_in(Path(path)) or shorten(str(error), 1000)
         raise UserError(f"--config.data.path={path} is not a readable .npz without pickles: {reason}") from error
 
 
@@ -113,6 +115,18 @@ def _open_members(path: str) -> tuple[dict[str, "Rows"], list[str]]:
             else:
                 others.append(shorten(key))
     return members, others
+
+
+def _renamed(others: list[str]) -> str:
+    """Which unknown arrays may be which known ones, by the names that Keras and others give them."""
+    kinds = dict.fromkeys(("x", "data", "images"), "images") | dict.fromkeys(("y", "labels", "targets"), "labels")
+    pairs = []
+    for key in others:
+        words = key.lower().split("_")
+        split = next((split for split in SPLITS if split in words), "" if len(words) > 1 else "train")
+        kind = next((kinds[word] for word in words if word in kinds), "")
+        pairs += [f"{key} to {split}_{kind}"] if split and kind else []
+    return f"; rename {join_limited(pairs)}, perhaps" if pairs else ""
 
 
 def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: int) -> list[str]:
@@ -134,7 +148,7 @@ def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: in
         problems.append(f"{split}_images is stored in Fortran order; save np.ascontiguousarray({split}_images)")
     if labels is None:
         problems.append(f"{split}_labels is missing")
-    elif labels.dtype.kind not in "iu" or labels.shape != (count,):
+    elif labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
         problems.append(f"{split}_labels must be {count} integers, are {labels.kind} {list(labels.shape)}")
     for key in (f"{split}_ids", f"{split}_owners"):
         if key in members and members[key].shape != (count,):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.errors import UserError, join_limited, raise_all, stand_in
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.architectures import Architecture
 from lmeraser_jax.storage import checkpoints
@@ -79,7 +79,9 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     try:
         return READERS[suffix](path)
     except Exception as error:  # the libraries raise nearly every kind over damaged bytes
-        raise UserError(f"{path} is not a readable {suffix}, perhaps cut short: {error}") from error
+        other = stand_in(path) if path.is_file() else ""
+        reason = f": it is {other}" if other else f", perhaps cut short: {error}"
+        raise UserError(f"{path} is not a readable {suffix}{reason}") from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:

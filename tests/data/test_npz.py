@@ -114,6 +114,9 @@ def test_arrays_that_are_not_used_are_named(saved, rng):
     assert npz.load(saved(**extra)).notes == ("not used: arrays: val_images, val_labels, notes, public_labels",)
     message = refusal(saved(train_images=None, train_labels=None, x_train=images, y_train=labels))
     assert "lacks train_images, train_labels; it has test_images, test_labels, class_names, x_train, y_train" in message
+    assert "; rename x_train to train_images, y_train to train_labels, perhaps" in message
+    column = npz.load(saved(train_labels=np.arange(6)[:, None] % 3))  # as MedMNIST has them
+    assert [item.label for item in column.items[:6]] == [0, 1, 2, 0, 1, 2]
 
 
 # images as a stream
