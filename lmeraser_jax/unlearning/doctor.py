@@ -144,7 +144,9 @@ def _check(component: str, check: Check, workdir: _Workdir) -> list[Problem]:
                 state, remedy = (State.DROPPED, AGAIN) if problem.remedy == DROP else (State.FIXED, "")
                 problems[-1] = problems[-1]._replace(remedy=remedy, state=state)
     except Exception as error:  # it says nothing about the workdir
-        problems.append(_unchecked(component, str(error) if isinstance(error, UserError) else repr(error)))
+        problems.append(
+            _unchecked(component, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+        )
     return problems
 
 
