@@ -1,5 +1,8 @@
 """What a user did that cannot work: one exception type, raised once with everything that is wrong."""
 
+import io
+import json
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -26,18 +29,6 @@ def raise_all(problems: Sequence[str], heading: str = "", limit: int = 1000, kin
     raise kind("\n".join([heading, *(f"- {line}" for line in lines)] if heading else lines))
 
 
-def stand_in(file: Path | bytes) -> str:
-    """What a file is, by its first bytes, that a download left in place of another; "" where it is no such file."""
-    first = file if isinstance(file, bytes) else b""
-    if isinstance(file, Path):
-        with open(file, "rb") as stream:
-            first = stream.read(200)
-    if first.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer; git lfs pull brings the file itself"
-    page = first.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html"))
-    return "a web page; the download gave it in place of the file" if page else ""
-
-
 def join_limited(values: Iterable[object], limit: int = 10) -> str:
     """The values in one line; a long list is cut after `limit` and counted."""
     values = [str(value) for value in values]
@@ -56,3 +47,33 @@ def shorten(value: object, limit: int = 80) -> str:
         return f"a large {type(value).__name__}"
     start = text[:limit] if text[:limit].isprintable() else ascii(text[:limit])
     return start if len(text) <= limit else f"{start}... ({len(text)} characters)"
+
+
+def stand_in(file: Path | bytes) -> str:
+    """What lies in the place of a file of weights or images that cannot be read; "" where it is none of these."""
+    try:
+        if isinstance(file, Path):
+            with open(file, "rb") as stream:
+                head, size = stream.read(1 << 20), file.stat().st_size
+        else:
+            head, size = file, len(file)
+    except OSError:
+        return ""
+    text = head[:2000].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not size:
+        return "it is empty (0 bytes); fetch it again"
+    if text.startswith(b"version https://git-lfs.github.com/spec/"):
+        return "it is a Git LFS pointer, which stands for the file; fetch the file itself with: git lfs pull"
+    if text[:5].lower() in (b"<!doc", b"<html", b"<head", b"<?xml", b"<body"):
+        return "it is a web page (HTML or XML), perhaps of a server that wanted a login; fetch the file itself again"
+    if text[:1] in (b"{", b"["):
+        return f"it is JSON text, perhaps the message of a server: {shorten(text.decode(errors='replace'))}"
+    if head.startswith(b"PK\x03\x04") and not zipfile.is_zipfile(file if isinstance(file, Path) else io.BytesIO(file)):
+        return f"it is a zip file that is cut short: its table of contents is not in its {size} bytes; fetch it again"
+    length = int.from_bytes(head[:8], "little")
+    try:  # safetensors: the length of a JSON header, the header, the arrays
+        ends = [entry["data_offsets"][1] for key, entry in json.loads(head[8 : 8 + length]).items() if key[:2] != "__"]
+        wanted = 8 + length + max(ends, default=0)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return ""
+    return f"it is cut short: it holds {size} of {wanted} bytes; fetch it again" if size < wanted else ""

@@ -43,8 +43,8 @@ def decode(
             images[position] = np.asarray(fitted).reshape(height, width, channels)
             return "", image.mode != mode
         except UnidentifiedImageError:  # its own text names the file again, or an address in memory
-            other = f"not an image ({', '.join(FORMATS)}), or its first bytes are damaged"
-            return stand_in(files[position]) or other, False
+            reason = stand_in(files[position]) or "or its first bytes are damaged"
+            return f"not an image ({', '.join(FORMATS)}), {reason}", False
         except Exception as error:  # Pillow's decoders raise nearly every kind over damaged files
             return str(error) or type(error).__name__, False
 

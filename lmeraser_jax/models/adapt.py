@@ -129,7 +129,7 @@ def adapt(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> tuple[
 
 def _with_features(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> PublicSet:
     """Adds what the published weights see in the images at their own size; computed once, and kept in `folder`."""
-    teacher, _ = convert.load(config.backbone)
+    teacher, _ = convert.load(config.backbone, note=False)
     size = teacher.config.image_size
     if size <= config.data.image_size:
         raise UserError(

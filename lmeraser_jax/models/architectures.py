@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-Gelu = Literal["erf", "tanh"]
+Gelu = Literal["erf", "tanh", "sigmoid"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class ViTConfig:
     feature: str = "cls"  # the class token after the last LayerNorm; "pooler": tanh of a dense layer on it
     classes: int = 0  # outputs of the public classifier; 0 leaves it out
     epsilon: float = 1e-6  # of every LayerNorm, as the checkpoint's origin has it
-    gelu: Gelu = "erf"  # exact, or "tanh", as the checkpoint's origin has it
+    gelu: Gelu = "erf"  # exact, or one of its approximations, as the checkpoint's origin has it
 
     @property
     def grid(self) -> int:

@@ -1,12 +1,13 @@
 """Published weights -> a frozen backbone: names and layouts are translated, every mismatch is listed at once.
 
 Steps: `translate` (our names, [in, out] kernels), `published_architecture` (read off the shapes; config.json adds
-what they do not show), `fit` (to the wanted image size and feature).
+what they do not show, see `weight_settings`), `fit` (to the wanted image size and feature).
 """
 
 import dataclasses
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,13 @@ import numpy as np
 from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import zoo
+from lmeraser_jax.models import weight_settings, zoo
 from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
 from lmeraser_jax.models.backbone import Backbone, Params
-from lmeraser_jax.models.key_maps import FINAL_RULES, GELUS, ORIGINS, PREFIXES, Origin
+from lmeraser_jax.models.key_maps import FINAL_RULES, ORIGINS, PREFIXES, Origin
 from lmeraser_jax.models.vit import interpolate_positions
-from lmeraser_jax.models.weight_files import Normalisation, Weights, read
+from lmeraser_jax.models.weight_files import Weights, read
+from lmeraser_jax.models.weight_settings import Normalisation, square
 
 Flat = dict[str, np.ndarray]
 TABLE = "stages/{}/blocks/0/attention/table"
@@ -29,12 +31,6 @@ REQUIRED = {  # our name -> dimensions; without these no architecture can be rea
     "vit": {"embed/kernel": 4, "positions": 3, "cls": 3, "blocks/0/mlp/fc1/kernel": 2},
     "swin": {"embed/kernel": 4, TABLE.format(0): 2, "stages/0/blocks/0/mlp/fc1/kernel": 2},
 }
-SHARED = {"patch": "patch_size", "channels": "num_channels", "image_size": "image_size"}
-CONFIG_KEYS = {  # our setting -> the one of config.json that the shapes of the arrays show as well
-    "vit": {"width": "hidden_size", "depth": "num_hidden_layers", "mlp": "intermediate_size", **SHARED},
-    "swin": {"width": "embed_dim", "depths": "depths", "heads": "num_heads", "window": "window_size", **SHARED},
-}
-VIT_HEADS = 12  # of transformers' ViT where config.json names no other number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +42,13 @@ class Provenance:
     sha256: str  # of the files that were read
     left_out: tuple[str, ...]  # arrays of the file that the backbone does not use
     published_size: int  # the image size that it was published for, in pixels
+    notes: tuple[str, ...] = ()  # what was assumed, and what beside the weights was not used
 
 
-def load(chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:
+def load(chosen: settings.Backbone, image_size: int = 0, note: bool = True) -> tuple[Backbone, Provenance]:
     """The backbone that the config names, for inputs of `image_size` pixels a side; 0: of its published size.
+
+    With `note`, a line on standard error says what was assumed, and what beside the weights was not used.
 
     Raises:
         UserError: an unknown name, unreadable weights, or anything in them that does not fit.
@@ -58,13 +57,18 @@ def load(chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Prov
     entry = zoo.entry(chosen.name) if chosen.name else None
     hub, revision = (entry.hub, entry.revision) if entry else ("", "")
     weights = read(chosen.weights, hub, revision)
-    return freeze(weights, chosen, image_size)
+    backbone, provenance = freeze(weights, chosen, image_size)
+    if provenance.notes and note:
+        print(f"note: {weights.name}: {'; '.join(provenance.notes)}", file=sys.stderr, flush=True)
+    return backbone, provenance
 
 
 def freeze(weights: Weights, chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:
     """A frozen backbone from arrays; arguments and errors as in `load`."""
     config, params, provenance = parameters(weights, chosen, image_size)
-    return backbone_lib.make(config, params, *normalisation(weights, chosen, config)), provenance
+    mean, std, notes = normalisation(weights, chosen, config)
+    provenance = dataclasses.replace(provenance, notes=(*provenance.notes, *notes))
+    return backbone_lib.make(config, params, mean, std), provenance
 
 
 def parameters(
@@ -72,10 +76,11 @@ def parameters(
 ) -> tuple[Architecture, Params, Provenance]:
     """Architecture and parameters, the public classifier among them; arguments and errors as in `load`."""
     if weights.own:
-        published, flat, origin, ignored = weights.own, dict(weights.arrays), weights.origin, ()
+        published, flat, origin, ignored, notes = weights.own, dict(weights.arrays), weights.origin, (), []
     else:
         names, flat, ignored = translate(weights)
-        published, origin = published_architecture(weights, names, flat, chosen.heads), names.name
+        published, notes = published_architecture(weights, names, flat, chosen)
+        origin = names.name
     if chosen.name:
         heading = f"{weights.name} is not {chosen.name}; use other weights, or drop --config.backbone.name:"
         raise_all(zoo.differences(chosen.name, published), heading)
@@ -90,7 +95,7 @@ def parameters(
     params, dropped = fit(flat, wanted, weights.name, antialias)
     unused = (*ignored, *dropped, *(name for name in flat if name.startswith("head/")))
     size = weights.published_size or published.image_size
-    return wanted, params, Provenance(weights.name, origin, weights.sha256, unused, size)
+    return wanted, params, Provenance(weights.name, origin, weights.sha256, unused, size, tuple(notes))
 
 
 def _setting_problems(wanted: Architecture, weights: Weights, chosen: settings.Backbone) -> list[str]:
@@ -131,7 +136,8 @@ def translate(weights: Weights) -> tuple[Origin, Flat, tuple[str, ...]]:
     """Arrays under our names and in our layout, positions and embedding still as published.
 
     Also returns their origin, and the names in the file that are no parameters. Raises `UserError` for names that no
-    known origin has, arrays that are not floating point, or dimensions from which no architecture can be read.
+    known origin has, arrays that are not floating point or hold inf or NaN, or dimensions from which no architecture
+    can be read.
     """
     arrays = {re.sub(PREFIXES, "", name.replace("/", ".")): array for name, array in weights.arrays.items()}
     origin = _origin(weights.name, arrays)
@@ -145,10 +151,16 @@ def translate(weights: Weights) -> tuple[Origin, Flat, tuple[str, ...]]:
             new = re.sub(pattern, replacement, new)
         if not jnp.issubdtype(array.dtype, jnp.floating):
             problems.append(f"{old} must be floating point, is {array.dtype}")
+            continue
+        with np.errstate(over="ignore"):
+            array = np.asarray(array, np.float32)
+        bad = array.size - np.count_nonzero(np.isfinite(array))
+        if bad:
+            problems.append(f"{old} must be finite, has {bad} inf or NaN of {array.size} (as float32)")
         elif new in flat:
             problems.append(f"{old} stands for {new}, and so does another array")
         else:
-            flat[new] = _input_first(new, np.asarray(array, np.float32), torch=old.endswith(".weight"))
+            flat[new] = _input_first(new, array, torch=old.endswith(".weight"))
     raise_all(problems, f"{weights.name} cannot be used:")
     flat = _join_attention(flat)
     raise_all(_shape_problems(origin.family, flat), f"{weights.name} looks like {origin.name}, but:")
@@ -222,76 +234,74 @@ def _shape_problems(family: str, flat: Flat) -> list[str]:
     return problems
 
 
-def published_architecture(weights: Weights, origin: Origin, flat: Flat, heads: int) -> Architecture:
+def published_architecture(
+    weights: Weights, origin: Origin, flat: Flat, chosen: settings.Backbone
+) -> tuple[Architecture, list[str]]:
     """The architecture as published: from the shapes, and from config.json what shapes do not show.
 
-    `origin` and `flat` are as `translate` returns them; `heads` are those of a ViT whose file does not say, 0 for
-    width / 64. Raises `UserError` where config.json contradicts the shapes or calls for what is not supported.
+    `origin` and `flat` are as `translate` returns them. Also says what was assumed and what was not used. Raises
+    `UserError` where config.json contradicts the shapes or calls for what is not supported.
     """
-    family = origin.family
-    values = weights.settings if weights.settings.get("model_type") == family else {}
-    problems = _unsupported(weights.settings, family)
+    family, heading = origin.family, f"{weights.name} and the config.json beside it do not belong together:"
+    stated = weight_settings.architecture_settings(weights.settings, family, chosen.feature == "auto")
+    problems = list(stated.problems)
     patch, _, channels, width = flat["embed/kernel"].shape
     shared: dict[str, Any] = {"patch": patch, "channels": channels, "width": width}
     shared["classes"] = flat["head/kernel"].shape[-1] if "head/kernel" in flat else 0
-    if not problems:
-        shared["gelu"] = GELUS[values["hidden_act"]] if "hidden_act" in values else origin.gelu
-        shared["epsilon"] = float(values.get("layer_norm_eps", origin.epsilon))
-    config = _vit_of(weights, values, flat, heads, shared) if family == "vit" else _swin_of(values, flat, shared)
-    for ours, theirs in CONFIG_KEYS[family].items():
-        value = getattr(config, ours)
-        stated = values.get(theirs, value)
-        if value != (tuple(stated) if isinstance(value, tuple) and isinstance(stated, list) else _side(stated)):
-            problems.append(f"{theirs} is {stated} in config.json, {value} in the arrays")
-    raise_all(problems, f"{weights.name} and the config.json beside it do not belong together:")
-    if isinstance(config, ViTConfig) and heads not in (0, config.heads):
-        raise UserError(f"--config.backbone.heads={heads}: {weights.name} has {config.heads}; leave the flag out, or 0")
-    return config
+    shared |= {"gelu": stated.gelu or origin.gelu, "epsilon": float(stated.epsilon or origin.epsilon)}
+    heads = _heads_axis(weights) or stated.heads or chosen.heads
+    config = _vit_of(flat, heads, shared) if family == "vit" else _swin_of(stated.image_size, flat, shared)
+    for ours, (theirs, value) in stated.sizes.items():
+        expected = getattr(config, ours)
+        if expected != (tuple(value) if isinstance(expected, tuple) and isinstance(value, list) else square(value)):
+            problems.append(f"{theirs} is {value} in config.json, {expected} in the arrays")
+    biases = [array for name, array in weights.arrays.items() if re.search(r"(query|key|value|qkv)[./]bias$", name)]
+    biased = any(map(np.any, biases)) if stated.qkv_bias is False else bool(biases)
+    if isinstance(config, ViTConfig) and stated.heads and width % stated.heads:
+        problems.append(f"{stated.heads} heads, which config.json calls for, do not divide the width {width}")
+    if stated.qkv_bias not in (None, biased):
+        problems.append(f"qkv_bias is {stated.qkv_bias} in config.json, {biased} in the arrays")
+    raise_all(problems, heading)
+    if isinstance(config, ViTConfig) and chosen.heads not in (0, config.heads):
+        flag = f"--config.backbone.heads={chosen.heads}"
+        raise UserError(f"{flag}: {weights.name} has {config.heads}; leave the flag out, or 0")
+    notes = weight_settings.notes(weights.settings, weights.processor, family, config.image_size)
+    assumed = []
+    if isinstance(config, ViTConfig) and not heads and not chosen.name:
+        assumed.append(f"{config.heads} heads of {config.width // config.heads} (--config.backbone.heads)")
+    if not weight_settings.names_program(weights.settings):
+        assumed += [f"GELU {config.gelu}"] * (not stated.gelu) + [f"epsilon {config.epsilon}"] * (not stated.epsilon)
+        if (
+            family == "vit"
+            and chosen.feature == "auto"
+            and not (chosen.name or stated.pooled or "pooler/kernel" in flat)
+        ):
+            assumed.append("the class token as the published feature")
+    return config, ([f"assumed, as no config.json says it: {', '.join(assumed)}"] if assumed else []) + notes
 
 
-def _unsupported(values: Mapping[str, Any], family: str) -> list[str]:
-    """What config.json calls for and this program does not have."""
-    kind = values.get("model_type")
-    if kind not in (None, family):
-        return [f"config.json says model_type={kind}, the arrays are those of a {family}"]
-    if kind is None:
-        return []
-    problems = []
-    if values.get("hidden_act", "gelu") not in list(GELUS):
-        problems.append(f"hidden_act={values['hidden_act']}; known: {', '.join(GELUS)}")
-    if values.get("pooler_act", "tanh") != "tanh":
-        problems.append(f"pooler_act={values['pooler_act']}; known: tanh")
-    if values.get("use_absolute_embeddings"):
-        problems.append("use_absolute_embeddings=true is not supported")
-    if not isinstance(values.get("layer_norm_eps", 0.0), int | float):
-        problems.append(f"layer_norm_eps={values['layer_norm_eps']}; must be a number")
-    if family == "vit" and not isinstance(values.get("num_attention_heads", 1), int):
-        problems.append(f"num_attention_heads={values['num_attention_heads']}; must be a whole number")
-    return problems
+def _heads_axis(weights: Weights) -> int:
+    """Heads where the arrays have an axis for them, as Flax keeps them; else 0."""
+    kernels = (array for name, array in weights.arrays.items() if name.endswith("query/kernel"))
+    return next((array.shape[1] for array in kernels if array.ndim == 3), 0)
 
 
-def _vit_of(
-    weights: Weights, values: Mapping[str, Any], flat: Flat, heads: int, shared: Mapping[str, Any]
-) -> ViTConfig:
-    known = values.get("num_attention_heads", VIT_HEADS if values else 0)
-    for name, array in weights.arrays.items():
-        if name.endswith("query/kernel") and array.ndim == 3:  # Flax keeps the heads as an axis
-            known = array.shape[1]
+def _vit_of(flat: Flat, heads: int, shared: Mapping[str, Any]) -> ViTConfig:
     return ViTConfig(
         image_size=math.isqrt(flat["positions"].shape[1] - 1) * shared["patch"],
         depth=1 + max(block for (block,) in _indices(flat, r"blocks/(\d+)/")),
-        heads=known or heads or max(1, shared["width"] // 64),
+        heads=heads or max(1, shared["width"] // 64),
         mlp=flat["blocks/0/mlp/fc1/kernel"].shape[1],
         **shared,
     )
 
 
-def _swin_of(values: Mapping[str, Any], flat: Flat, shared: Mapping[str, Any]) -> SwinConfig:
+def _swin_of(image_size: Any, flat: Flat, shared: Mapping[str, Any]) -> SwinConfig:
     blocks = _indices(flat, r"stages/(\d+)/blocks/(\d+)/")
     stages = range(1 + max(stage for stage, _ in blocks))
     tables = [flat.get(TABLE.format(stage), np.zeros((0, 0))) for stage in stages]
     window = (math.isqrt(len(tables[0])) + 1) // 2
-    size = _side(values.get("image_size"))
+    size = square(image_size)
     return SwinConfig(
         image_size=size if isinstance(size, int) else shared["patch"] * window * 2 ** (len(stages) - 1),
         depths=tuple(1 + max((block for stage, block in blocks if stage == s), default=-1) for s in stages),
@@ -306,11 +316,6 @@ def _indices(flat: Flat, pattern: str) -> list[tuple[int, ...]]:
     """The numbers in every name that begins with the pattern."""
     matches = [re.match(pattern, name) for name in flat]
     return [tuple(map(int, match.groups())) for match in matches if match]
-
-
-def _side(value: Any) -> Any:
-    """The side of a square that config.json may give as two numbers."""
-    return value[0] if isinstance(value, list) and value and all(side == value[0] for side in value) else value
 
 
 def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> tuple[Params, tuple[str, ...]]:
@@ -328,16 +333,28 @@ def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> 
     return params, dropped
 
 
-def normalisation(weights: Weights, chosen: settings.Backbone, config: Architecture) -> Normalisation:
-    """(mean, std): from the config, else as a folder of ours was made, the named backbone's, the file's, the usual."""
-    usual = zoo.IMAGENET if isinstance(config, SwinConfig) else zoo.HALF
-    if chosen.name and weights.own is None:
-        mean, std = zoo.entry(chosen.name).normalisation
-    else:
-        mean, std = weights.normalisation or usual
-    return per_channel(
-        settings.parse_numbers(chosen.mean) or mean, settings.parse_numbers(chosen.std) or std, config.channels
-    )
+def normalisation(
+    weights: Weights, chosen: settings.Backbone, config: Architecture
+) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
+    """Mean, deviation and notes: from the config, else as a folder of ours was made, the name's, the file's, the usual.
+
+    Raises `UserError` for what the files beside the weights say and cannot be honoured, unless the config says both.
+    """
+    given = {key: settings.parse_numbers(getattr(chosen, key)) for key in ("mean", "std")}
+    stated, usual, notes = weights.normalisation, zoo.IMAGENET if isinstance(config, SwinConfig) else zoo.HALF, []
+    if not all(given.values()) and not weights.normalisation:
+        stated = weight_settings.normalisation(
+            weights.settings, weights.processor, [key for key in given if given[key]]
+        )
+        if chosen.name:
+            usual = zoo.entry(chosen.name).normalisation
+            if stated not in (None, usual):
+                notes.append(f"mean and std are those of {chosen.name}, not {stated} beside the weights")
+            stated = usual
+        elif stated is None:
+            notes.append(f"assumed, as no file beside the weights says it: mean {usual[0]}, std {usual[1]}")
+    mean, std = stated or usual
+    return *per_channel(given["mean"] or mean, given["std"] or std, config.channels), notes
 
 
 def per_channel(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> Normalisation:

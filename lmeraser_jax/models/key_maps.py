@@ -123,11 +123,5 @@ ORIGINS = (
         gelu="tanh",
     ),
 )
-PREFIXES = r"^((vit|swin|model|module|opt\.target)\.)+"  # of whole models, stripped
+PREFIXES = r"^((vit|swin|model|module|timm_model|opt\.target)\.)+"  # of whole models, stripped
 FINAL_RULES: Rules = ((r"(norm\d?)\.weight$", r"\1.scale"), (r"\.weight$", ".kernel"), (r"\.", "/"))
-GELUS: dict[str, Gelu] = {  # of config.json
-    "gelu": "erf",
-    "gelu_new": "tanh",
-    "gelu_fast": "tanh",
-    "gelu_pytorch_tanh": "tanh",
-}

@@ -19,15 +19,18 @@ class LayerNorm(nnx.LayerNorm):
 
 
 class MLP(nnx.Module):
-    """Dense, GELU, dense. The exact GELU, or the tanh approximation that some checkpoints were trained with."""
+    """Dense, GELU, dense. The exact GELU, or the approximation that a checkpoint was trained with."""
 
     def __init__(self, width: int, hidden: int, gelu: Gelu, rngs: nnx.Rngs):
-        self.approximate = gelu == "tanh"
+        self.gelu: Gelu = gelu
         self.fc1 = nnx.Linear(width, hidden, rngs=rngs)
         self.fc2 = nnx.Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
-        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=self.approximate))
+        x = self.fc1(x)
+        return self.fc2(
+            x * jax.nn.sigmoid(1.702 * x) if self.gelu == "sigmoid" else jax.nn.gelu(x, self.gelu == "tanh")
+        )
 
 
 def self_attention(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:

@@ -17,12 +17,13 @@ import numpy as np
 from lmeraser_jax.errors import UserError, join_limited, raise_all, stand_in
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.architectures import Architecture
+from lmeraser_jax.models.weight_settings import Normalisation
 from lmeraser_jax.storage import checkpoints
 
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".joblib")
 IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
-FROM_THE_HUB = ["config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json"]
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+FROM_THE_HUB = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,10 +34,11 @@ class Weights:
     arrays: Mapping[str, np.ndarray]  # by the origin's own names
     sha256: str  # of the files that were read, one after the other
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # config.json beside them, if there is one
+    processor: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # preprocessor_config.json, likewise
     own: Architecture | None = None  # where `lmeraser backbone` wrote the folder
     origin: str = ""  # whose names the file had from which it wrote it
     published_size: int = 0  # image size of that file
-    normalisation: Normalisation | None = None  # where the folder records it
+    normalisation: Normalisation | None = None  # of that folder
 
 
 def read(weights: str, hub_id: str = "", revision: str = "main") -> Weights:
@@ -60,9 +62,7 @@ def _read_path(path: Path) -> Weights:
         return _read_own(path)
     if path.is_dir():
         return _read_folder(path, _file_of(path))
-    if path.name in IN_A_FOLDER:
-        return _read_folder(path.parent, path)
-    return Weights(str(path), read_file(path), _sha256([path]))
+    return _read_folder(path.parent, path)
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:
@@ -79,9 +79,8 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
     try:
         return READERS[suffix](path)
     except Exception as error:  # the libraries raise nearly every kind over damaged bytes
-        other = stand_in(path) if path.is_file() else ""
-        reason = f": it is {other}" if other else f", perhaps cut short: {error}"
-        raise UserError(f"{path} is not a readable {suffix}{reason}") from error
+        reason = stand_in(path) or f"perhaps cut short: {error}"
+        raise UserError(f"{path} is not a readable {suffix}: {reason}") from error
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -124,11 +123,9 @@ def _file_of(folder: Path) -> Path:
 
 
 def _read_folder(folder: Path, file: Path) -> Weights:
-    """A folder of the hub's form, by its file of weights or its index of shards."""
-    settings = _read_json(folder / "config.json")
-    normalisation = _normalisation(settings, _read_json(folder / "preprocessor_config.json"))
+    """A file of weights, or an index of shards, and what stands beside it."""
     files, shards = [file], [file]
-    if file.suffix == ".json":
+    if file.name == IN_A_FOLDER[1]:
         names = _read_json(file).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise UserError(f"{file} is damaged: weight_map must give a file for each array")
@@ -136,7 +133,8 @@ def _read_folder(folder: Path, file: Path) -> Weights:
         raise_all([f"{path} is missing; {file.name} names it" for path in shards if not path.is_file()])
         files += shards
     arrays = {name: array for path in shards for name, array in read_file(path).items()}
-    return Weights(str(file), arrays, _sha256(files), settings, normalisation=normalisation)
+    processor = {key: value for name in reversed(PROCESSORS) for key, value in _read_json(folder / name).items()}
+    return Weights(str(file), arrays, _sha256(files), _read_json(folder / "config.json"), processor)
 
 
 def _read_own(folder: Path) -> Weights:
@@ -149,18 +147,8 @@ def _read_own(folder: Path) -> Weights:
     if not isinstance(origin, str) or not isinstance(size, int):
         raise UserError(f"{folder} is damaged: its provenance names no origin and published size")
     normalisation = backbone.mean, backbone.std
-    return Weights(str(folder), arrays, backbone.digest, {}, backbone.config, origin, size, normalisation)
-
-
-def _normalisation(settings: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Normalisation | None:
-    """Mean and standard deviation, as a hub folder records them: transformers' way or timm's."""
-    try:
-        timm = settings.get("pretrained_cfg") or {}
-        mean = preprocessor.get("image_mean") or timm.get("mean")
-        std = preprocessor.get("image_std") or timm.get("std")
-        return (tuple(map(float, mean)), tuple(map(float, std))) if mean and std else None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"mean and std beside the weights must be lists of numbers: {error}") from error
+    facts = {"own": backbone.config, "origin": origin, "published_size": size, "normalisation": normalisation}
+    return Weights(str(folder), arrays, backbone.digest, **facts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -169,8 +157,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON: {error}") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON: {stand_in(path) or error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object, holds a {type(values).__name__}")
     return values
