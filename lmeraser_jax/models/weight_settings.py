@@ -198,7 +198,7 @@ def _blocks(values: Json, name: str) -> Iterator[tuple[str, Json]]:
 def _normalisation_of(block: Json, given: Collection[str]) -> Normalisation | None:
     """(mean, std) of one block, for pixels in [0, 1]; None where it leaves them to a default. Raises ValueError."""
     for key in ("do_normalize", "do_rescale"):
-        if not isinstance(block.get(key), bool | None):
+        if not isinstance(block.get(key, True), bool):
             raise ValueError(f"{key}={shorten(block[key])}; must be true or false")
     factor = 1 / 255 if block.get("rescale_factor") is None else block["rescale_factor"]
     if not (_is_number(factor) and factor > 0):

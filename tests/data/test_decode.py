@@ -163,8 +163,8 @@ def test_other_kinds_of_files_are_not_even_opened(tmp_path):
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n"
     for raw in (postscript, *(encoded(SAMPLE, form) for form in ("ICO", "TGA", "PDF"))):
         assert "not an image (PNG, JPEG," in reason(raw)
-    assert "a Git LFS pointer" in reason(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    assert "a web page" in reason(b"\n<!DOCTYPE HTML><title>Sign in</title>")
+    assert "git lfs pull" in reason(b"version https://git-lfs.github.com/spec/v1\n")
+    assert "HTML" in reason(b"<html><body>404") and "is empty" in reason(b"")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "zero.png").symlink_to("/dev/zero")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import small_config, small_source, with_items
 from published import SWIN, VIT, settings_of, spread
-from timm_reference import NO_TIMM, SIZES
+from timm_reference import ACTS, NO_TIMM, SIZES
 from transcriptions import TOLERANCE, coefficients, features, gradient, outputs, pictures, relative_error
 
 from lmeraser_jax.config import Backbone
@@ -29,6 +29,7 @@ CASES = {  # transformers' class, its options, architecture, sizes: native, enla
     "ViT with pooler": ("ViTModel", {"add_pooling_layer": True}, dataclasses.replace(VIT, classes=0), (16, 24, 8)),
     "ViT without pooler": ("ViTModel", {"add_pooling_layer": False}, dataclasses.replace(CLS, classes=0), (16,)),
     "ViT classifier": ("ViTForImageClassification", {}, dataclasses.replace(CLS, epsilon=0.01, gelu="tanh"), (16,)),
+    "ViT of quick GELU": ("ViTModel", {}, dataclasses.replace(VIT, classes=0, gelu="sigmoid"), (16,)),
     # window == grid in the last stage; then padding, a padded shift, an odd grid to merge
     "Swin classifier": ("SwinForImageClassification", {}, SWIN, (32, 36)),
 }
@@ -124,6 +125,15 @@ def test_timms_features_and_logits(timm, family, size):
     with np.load(timm / f"{family}.npz") as answers:
         assert relative_error(ours["features"], answers[f"features{size}"]) < TOLERANCE
         assert relative_error(ours["logits"], answers[f"logits{size}"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_a_folder_that_timm_saved_has_timms_heads_and_gelu(timm, act):
+    backbone, _ = convert.load(Backbone(weights=str(timm / act)))
+    assert backbone.config.width // backbone.config.heads == 32
+    with np.load(timm / f"{act}.npz") as answers:
+        ours = features(backbone.config, backbone.params, pictures(2, 160))
+        assert relative_error(ours, answers["features"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", PAPERS)

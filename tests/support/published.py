@@ -11,6 +11,7 @@ from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
 
 Arrays = dict[str, np.ndarray]
+ACTS = {"erf": "gelu", "tanh": "gelu_new", "sigmoid": "quick_gelu"}  # transformers' names
 VIT = ViTConfig(image_size=16, patch=4, width=16, depth=2, heads=2, mlp=24, feature="pooler", epsilon=1e-5, classes=5)
 # 3 stages of odd and even depths. At 32 px the last grid is as large as the window.
 SWIN = SwinConfig(image_size=32, patch=2, width=16, depths=(2, 1, 2), heads=(2, 4, 4), window=4, mlp_ratio=2, classes=5)
@@ -89,7 +90,7 @@ def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[i
 def settings_of(c: ViTConfig | SwinConfig) -> dict[str, Any]:
     """config.json of a transformers folder."""
     shared = {"image_size": c.image_size, "patch_size": c.patch, "num_channels": c.channels}
-    shared |= {"layer_norm_eps": c.epsilon, "hidden_act": "gelu" if c.gelu == "erf" else "gelu_new"}
+    shared |= {"layer_norm_eps": c.epsilon, "hidden_act": ACTS[c.gelu]}
     if isinstance(c, ViTConfig):
         sizes = {"hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.heads}
         return {"model_type": "vit", "intermediate_size": c.mlp, **sizes, **shared}

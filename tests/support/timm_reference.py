@@ -13,6 +13,7 @@ from unittest import mock
 import numpy as np
 
 SIZES = {"vit": (16, 24, 8), "swin": (32,)}  # of the images; other than the first: positions interpolated
+ACTS = ("gelu", "gelu_tanh", "quick_gelu")
 NO_TIMM = 3  # exit code
 
 
@@ -42,6 +43,7 @@ def main(folder: Path) -> int:
     if not importlib.util.find_spec("timm"):
         return NO_TIMM
     sys.meta_path.insert(0, Finder())
+    import timm
     import torch
     from published import SWIN, VIT, spread
     from safetensors.torch import save_file
@@ -75,6 +77,14 @@ def main(folder: Path) -> int:
                 answers[f"features{size}"] = model.forward_head(tokens, pre_logits=True).numpy()
                 answers[f"logits{size}"] = model.forward_head(tokens).numpy()
         np.savez(folder / f"{name}.npz", **answers)
+    for act in ACTS:
+        model = timm.create_model("test_vit", act_layer=act).eval()
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                parameter.normal_(*spread(key))
+            tokens = model.forward_features(torch.tensor(pictures(2, 160).transpose(0, 3, 1, 2)))
+            np.savez(folder / f"{act}.npz", features=model.forward_head(tokens, pre_logits=True).numpy())
+        timm.models.save_for_hf(model, folder / act, safe_serialization=True)
     return 0
 
 
