@@ -127,7 +127,8 @@ def test_other_kinds_of_files_and_folders_without_weights(tmp_path):
 
 def test_two_files_of_which_either_could_be_meant(folder):
     (folder / "model.safetensors").rename(folder / "one.safetensors")
-    assert convert.load(Backbone(weights=str(folder)))  # a single one is meant
+    for path in (folder, folder / "one.safetensors"):  # a single one is meant; config.json beside it counts
+        assert convert.load(Backbone(weights=str(path)))[0].config == dataclasses.replace(VIT, classes=0)
     shutil.copy(folder / "one.safetensors", folder / "other.safetensors")
     message = refusal(folder)
     assert "one.safetensors" in message and "other.safetensors" in message
