@@ -61,12 +61,12 @@ INERT = set(  # names, training, classifiers, output formats: they change no fea
     attention_probs_dropout_prob classifier_dropout drop_rate pos_drop_rate patch_drop_rate proj_drop_rate
     attn_drop_rate drop_path_rate weight_init fix_init pooler_output_size mlp_ratio proj_bias path_norm hidden_size
     num_layers stage_names out_features out_indices use_mask_token output_attentions output_hidden_states return_dict
-    torchscript chunk_size_feed_forward tie_word_embeddings is_encoder_decoder dynamic_img_size dynamic_img_pad strict_img_size do_pooling
+    torchscript tie_word_embeddings is_encoder_decoder dynamic_img_size dynamic_img_pad strict_img_size do_pooling
     url file state_dict hf_hub_id hf_hub_filename source tag custom_load label_offset pool_size test_pool_size
     first_conv classifier license description origin_url paper_name paper_ids notes input_size fixed_input_size
     min_input_size test_input_size test_crop_pct feature_extractor_type image_processor_type processor_class
     _valid_processor_keys use_fast do_convert_rgb data_format input_data_format return_tensors device disable_grouping
-    default_to_square do_resize do_center_crop size crop_size""".split()
+    default_to_square do_resize do_center_crop size crop_size chunk_size_feed_forward""".split()
 )
 KNOWN = {  # beside those of `SIZES` and `LEGAL`
     "transformers": {"hidden_act", "layer_norm_eps", "qkv_bias"},
