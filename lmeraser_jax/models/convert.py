@@ -354,6 +354,8 @@ def normalisation(
         elif stated is None:
             notes.append(f"assumed, as no file beside the weights says it: mean {usual[0]}, std {usual[1]}")
     mean, std = stated or usual
+    if config.channels == 1 and len(given["mean"] or mean) + len(given["std"] or std) > 2:
+        notes.append("mean and std of the one channel are the means of those of the colours")
     return *per_channel(given["mean"] or mean, given["std"] or std, config.channels), notes
 
 

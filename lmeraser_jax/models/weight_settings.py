@@ -125,6 +125,7 @@ def architecture_settings(config: Json, family: str, pooled: bool = True) -> Sta
     if timm and pooled and pool not in (None, usual):
         flag = "; --config.backbone.feature=cls takes the class token" if family == "vit" else ""
         problems.append(f"global_pool={shorten(pool)}; known: {usual}{flag}")
+    heads = int(heads) if family == "vit" and heads else None
     return Stated(sizes, heads, gelu, epsilon, bias, size, pool is not None, tuple(problems))
 
 
@@ -231,7 +232,7 @@ def _numbers(block: Json, name: str) -> tuple[float, ...]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def notes(config: Json, processor: Json, family: str, size: int) -> list[str]:

@@ -213,7 +213,8 @@ def test_the_normalisation_is_that_of_the_settings_the_name_the_file_or_the_fami
 def test_a_grey_backbone_takes_the_mean_of_the_colours():
     grey = ViTConfig(image_size=8, patch=4, width=16, depth=1, heads=1, mlp=16, channels=1)
     weights = Weights("weights", hugging_face_vit(grey), "", settings_of(grey), normalisation=(MEAN, STD))
-    backbone, _ = convert.freeze(weights, Backbone())
+    backbone, provenance = convert.freeze(weights, Backbone())
+    assert provenance.notes == ("mean and std of the one channel are the means of those of the colours",)
     assert backbone.mean == pytest.approx((0.2,)) and backbone.std == pytest.approx((0.5,))
     backbone, _ = convert.freeze(weights, Backbone(mean="0.7,0.7,0.1"))
     assert backbone.mean == pytest.approx((0.5,))

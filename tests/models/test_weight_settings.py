@@ -75,6 +75,7 @@ def test_a_normalisation_that_cannot_be_used_is_refused_unless_the_user_sets_it(
         "do_rescale=None": GREY | {"do_rescale": None},
         "rescale_factor=0": GREY | {"rescale_factor": 0},
         "std=(0.5, 0.0, 0.5)": GREY | {"image_std": [0.5, 0, 0.5]},
+        "std=1000": GREY | {"image_std": 10**400},
         "std=(-1.0,)": GREY | {"image_std": -1},
         "std=nan": GREY | {"image_std": float("nan")},
         "mean=[inf]": GREY | {"image_mean": [float("inf")]},
@@ -126,6 +127,8 @@ def test_what_the_networks_do_not_have_is_refused_by_name(read, wide):
     args = {"always_partition": True, "norm_layer": "layernorm", "num_heads": [2, 4, 8]}
     _, message = read(timm(hugging_face_swin()), {"architecture": "swin_x", "global_pool": "max", "model_args": args})
     assert all(key in message for key in ("global_pool=max; known: avg", *args))
+    backbone, _ = read(wide, TIMM | {"model_args": {"num_heads": 4.0}})
+    assert backbone and isinstance(backbone.config.heads, int) and backbone.config.heads == 4
     for values in ({"hidden_act": "relu"}, {"num_attention_heads": True}, {"layer_norm_eps": 0}, {"qkv_bias": False}):
         for config in (settings_of(VIT), {}):  # also without a model_type
             assert next(iter(values)) in read(hugging_face_vit(), config | values)[1], values
