@@ -43,7 +43,7 @@ def absolute_weights(text: str) -> str:
 
 def same(first: str, second: str) -> bool:
     """Whether two absolute paths, or names of repositories, mean the same place now."""
-    return first == second or os.path.realpath(first) == os.path.realpath(second)
+    return first == second or "" not in (first, second) and os.path.realpath(first) == os.path.realpath(second)
 
 
 class WithPaths:

@@ -13,7 +13,7 @@ from lmeraser_jax.experiments.methods import Method
 from lmeraser_jax.experiments.results import load_task
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.ingest import import_settings
-from lmeraser_jax.unlearning.binding import differences
+from lmeraser_jax.unlearning.binding import differences, without_paths
 
 EXPERIMENTS = ("methods", "removal", "cut", "epochs", "sequence")
 FREE_OPTIONS = ("cuts", "sequences")  # they add tasks and change no number
@@ -53,12 +53,12 @@ class Task:
     @property
     def settings(self) -> str:
         """The digest of all settings that its rows depend on."""
-        return digest(settings.to_dict(self.config))
+        return digest(without_paths(self.config))
 
     @property
     def tuning_digest(self) -> str:
         """The digest of the settings of its slices: tasks that share it differ only in prediction and measurement."""
-        tree = settings.to_dict(self.config)
+        tree = without_paths(self.config)
         del tree["inference"], tree["common"]
         return digest(tree)[:16]
 

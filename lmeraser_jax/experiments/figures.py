@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import summary
 from lmeraser_jax.experiments.results import Measurement
 from lmeraser_jax.experiments.summary import ACCURACY, Quantity, Rows, Spread, Titles, grouped, spread, spreads
@@ -54,21 +53,19 @@ title_of = partial(summary.title_of, longest=40)
 Looks = Mapping[str, tuple[str, str]]  # {name of a method or a curve: (its colour, its marker)}
 
 
-def required() -> None:
-    """Raises `UserError` where matplotlib is missing: for commands, to refuse before the work and not at the end."""
+def missing() -> str:
+    """What to install where matplotlib is missing; "" where it is there."""
     try:
         import matplotlib.figure
         import matplotlib.style  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "figures need matplotlib; install it with: python -m pip install matplotlib (the extra plots)"
-        ) from error
+    except ImportError:
+        return "figures need matplotlib; install it with: python -m pip install matplotlib (the extra plots)"
+    return ""
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
     """Matplotlib's defaults with `STYLE`, whatever the user's settings are; also a decorator of what draws."""
-    required()
     import matplotlib.style
 
     with matplotlib.style.context(["default", STYLE]), warnings.catch_warnings():
@@ -212,7 +209,6 @@ def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path],
         The files, and the figures for the report as (heading, SVG).
 
     Raises:
-        UserError: matplotlib is missing.
         Stopped: the process was asked to stop.
     """
     paths, pictures = [], []

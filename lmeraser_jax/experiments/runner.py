@@ -115,10 +115,9 @@ def _too_few_records(run: Run, task: Task) -> list[str]:
     records, shards = run.catalog.live("train"), task.config.clustering.shards
     prefix = f"{len(records)} training records are too few:"
     counts = np.bincount(records.labels, minlength=len(run.classes))
-    problems = [
-        f"{prefix} class {run.classes[label]} has {counts[label]} of them, must have 2; use more data"
-        for label in np.flatnonzero(counts < 2)
-    ]
+    few = [f"{run.classes[label]} ({counts[label]})" for label in np.flatnonzero(counts < 2)]
+    remedy = "use more data, or of every class its share with --config.data.limit_by=class"
+    problems = [f"{prefix} each class must have 2, {len(few)} have not: {join_limited(few)}; {remedy}"] if few else []
     if task.config.clustering.partition == "random":
         empty = sorted(set(range(shards)).difference(clustering.shard_of(records.ids, shards, task.seed).tolist()))
         if empty:

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from lmeraser_jax.models.key_maps import FINAL_RULES, ORIGINS, PREFIXES, Origin
 from lmeraser_jax.models.vit import interpolate_positions
 from lmeraser_jax.models.weight_files import Weights, read
 from lmeraser_jax.models.weight_settings import Normalisation, square
+from lmeraser_jax.storage import checkpoints
 
 Flat = dict[str, np.ndarray]
 TABLE = "stages/{}/blocks/0/attention/table"
@@ -53,14 +55,29 @@ def load(chosen: settings.Backbone, image_size: int = 0, note: bool = True) -> t
     Raises:
         UserError: an unknown name, unreadable weights, or anything in them that does not fit.
     """
-    zoo.refuse_absent(chosen)
-    entry = zoo.entry(chosen.name) if chosen.name else None
-    hub, revision = (entry.hub, entry.revision) if entry else ("", "")
-    weights = read(chosen.weights, hub, revision)
+    weights = _read(chosen)
     backbone, provenance = freeze(weights, chosen, image_size)
     if provenance.notes and note:
         print(f"note: {weights.name}: {'; '.join(provenance.notes)}", file=sys.stderr, flush=True)
     return backbone, provenance
+
+
+def check_moved(folder: Path, chosen: settings.Backbone) -> None:
+    """Refuses weights other than those that the backbone in a folder was made from, wherever these lay."""
+    weights, provenance = _read(chosen), checkpoints.load(folder)[1]["provenance"]
+    if weights.sha256 != provenance.get("sha256"):
+        raise UserError(
+            f"--config.backbone.weights={chosen.weights} are not the weights that {folder} was made from, which were"
+            f" {provenance.get('name')}; drop the flag, or use a new --workdir"
+        )
+
+
+def _read(chosen: settings.Backbone) -> Weights:
+    """The arrays that the config names."""
+    zoo.refuse_absent(chosen)
+    entry = zoo.entry(chosen.name) if chosen.name else None
+    hub, revision = (entry.hub, entry.revision) if entry else ("", "")
+    return read(chosen.weights, hub, revision)
 
 
 def freeze(weights: Weights, chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:

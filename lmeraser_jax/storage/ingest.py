@@ -9,7 +9,7 @@ from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data.names import list_names, quoted, similar
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
+from lmeraser_jax.data.source import SPLITS, Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress, warn
 from lmeraser_jax.storage.catalog import Catalog
@@ -17,19 +17,9 @@ from lmeraser_jax.storage.workdir import Layout
 
 PIECE = 512  # images in memory at a time
 LISTED = 100  # changed records in a message
-BINDING = (
-    *("source", "path", "dataset", "train_split", "holdout_split", "test_split", "public_split"),
-    *(
-        "test_share",
-        "holdout",
-        "split_by",
-        "owner_pattern",
-        "labels",
-        "csv_columns",
-        "train_limit",
-        "test_limit",
-        "limit_by",
-    ),
+BINDING = (  # not the places `path` and `labels`: what lies there binds
+    *("source", "dataset", "train_split", "holdout_split", "test_split", "public_split", "test_share", "holdout"),
+    *("split_by", "owner_pattern", "csv_columns", "train_limit", "test_limit", "limit_by"),
 )
 
 
@@ -76,7 +66,15 @@ def check_images(layout: Layout, catalog: Catalog) -> None:
         )
 
 
-def import_source(layout: Layout, catalog: Catalog, source: Source, config: Config, adding: bool = False) -> Imported:
+def import_source(
+    layout: Layout,
+    catalog: Catalog,
+    source: Source,
+    config: Config,
+    adding: bool = False,
+    moved: bool = False,
+    join: bool = True,
+) -> Imported:
     """Brings in the records of a source that the workdir does not have yet. Erased ids stay out.
 
     Pixels are appended and synced first; the records become live in one transaction, so an interrupted
@@ -87,6 +85,8 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
         layout, catalog, config: of the workdir.
         source: the configured one, or another one.
         adding: take all training images of another source and no others; limits do not apply.
+        moved: the configured data lie in another place now; refuse what is not these data.
+        join: let new records join data that have moved.
 
     Raises:
         UserError: everything that makes the source unusable, or does not fit what was imported before.
@@ -100,6 +100,8 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
     lines = problems(picked, first=before is None) + _check_shares(picked, data)
     lines += _check_owners(catalog, picked, config) + _check_dataset(picked, before)
+    if moved:
+        lines += _check_moved(catalog, picked)
     alike = similar(source.class_names)
     notes = source.notes + ((f"class names that look alike: {join_limited(alike)}",) if alike else ())
     raise_all([*lines, *notes] if lines else [], heading)
@@ -123,6 +125,9 @@ def import_source(layout: Layout, catalog: Catalog, source: Source, config: Conf
                 f" {len(intake.unreadable)} images that cannot be read leave {len(classes)} of"
                 f" {len(source.class_names)} classes to train on; at least 2 are needed"
             )
+        if moved and not join and intake.items:
+            new = join_limited(item.id for item in intake.items)
+            intake.problems.append(f"{len(intake.items)} images are not in the workdir: {new}; --reimport adds them")
         if intake.unreadable and not data.skip_unreadable:
             heading = f"{heading[:-1]}; images that cannot be read are left out with --config.data.skip_unreadable:"
         raise_all(intake.problems, heading)
@@ -277,6 +282,16 @@ def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]
             " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
         )
     return lines
+
+
+def _check_moved(catalog: Catalog, source: Source) -> list[str]:
+    """What shows, before an image is read, that a source is not the data of the workdir in another place."""
+    live = catalog.live(*SPLITS)
+    owners = dict(zip(live.ids, live.owners, strict=True))
+    if not any(item.split == "train" and item.id in owners for item in source.items):
+        return ["it holds no training record of the workdir, so it is not its data; lmeraser add adds other images"]
+    other = [item.id for item in source.items if owners.get(item.id, item.owner) != item.owner]  # whom an erasure names
+    return [f"these records have another owner than in the workdir: {join_limited(other)}"] if other else []
 
 
 def _check_dataset(source: Source, dataset: dict[str, Any] | None) -> list[str]:

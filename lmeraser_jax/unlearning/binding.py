@@ -11,6 +11,7 @@ from typing import Any
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import NOT_IN_RECIPE, Config, Tuning, parse_cut
 from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.paths import same
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import import_settings
@@ -18,6 +19,8 @@ from lmeraser_jax.storage.workdir import Layout, read_config
 
 FREE = ("inference", "checkpoints")  # groups that no published number depends on
 LISTED = 10  # slices in a message
+PATHS = ("data.path", "data.labels", "public.path", "backbone.weights")
+MOVABLE = ("data.path", "data.labels", "backbone.weights")  # `run.prepare_run` compares what lies there
 UNBOUND = {"data": ("skip_unreadable", "max_pixels"), "tuning": NOT_IN_RECIPE}  # they change neither records nor slices
 
 
@@ -47,7 +50,7 @@ def check_training(layout: Layout, catalog: Catalog, config: Config, retune: boo
     stored = stored_config(layout)
     if stored is not None and catalog.manifest() is not None:
         may_tune = retune or requests.any_open(catalog)
-        _check_state(layout, stored, config, (*FREE, "tuning", "common") if may_tune else FREE)
+        _check_state(layout, stored, config, (*FREE, "tuning", "common") if may_tune else FREE, MOVABLE)
     refuse_misfits(catalog, config.tuning, catalog.pins().values())
     dataset = catalog.get("dataset")
     if dataset is not None:
@@ -56,7 +59,7 @@ def check_training(layout: Layout, catalog: Catalog, config: Config, retune: boo
 
 def check_backbone(layout: Layout, inputs: Mapping[str, Any], config: Config) -> None:
     """Refuses a config that contradicts the `backbone_inputs` that a workdir's backbone was made with."""
-    _check_unchanged(layout, "backbone", inputs, backbone_inputs(config))
+    _check_unchanged(layout, "backbone", inputs, backbone_inputs(config), movable=MOVABLE)
 
 
 def check_sample(catalog: Catalog, config: Config) -> None:
@@ -86,7 +89,9 @@ def backbone_inputs(config: Config) -> dict[str, Any]:
     return inputs
 
 
-def _check_state(layout: Layout, stored: Config, config: Config, free: tuple[str, ...]) -> None:
+def _check_state(
+    layout: Layout, stored: Config, config: Config, free: tuple[str, ...], movable: tuple[str, ...] = ()
+) -> None:
     old, new = settings.to_dict(stored), settings.to_dict(config)
     for tree in (old, new):
         for group, names in UNBOUND.items():
@@ -94,27 +99,42 @@ def _check_state(layout: Layout, stored: Config, config: Config, free: tuple[str
                 del tree[group][name]
         for group in free:
             del tree[group]
-    _check_unchanged(layout, "state", old, new)
+    _check_unchanged(layout, "state", old, new, movable=movable)
 
 
 def _check_unchanged(
-    layout: Layout, thing: str, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+    layout: Layout,
+    thing: str,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    prefix: str = "",
+    movable: tuple[str, ...] = (),
 ) -> None:
     heading = (
         f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
     )
-    raise_all(differences(old, new, prefix), heading)
+    lines = []
+    for line in differences(old, new, prefix):
+        name = line.partition(":")[0]
+        if name in movable and line.count("''") == 0:
+            continue
+        moved = f"; if it has moved, lmeraser train {layout.flag} with this flag compares what lies there"
+        lines.append(line + moved if name in MOVABLE else line)
+    raise_all(lines, heading)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines "key: old -> new" for every leaf that differs between two trees of settings."""
+    """Lines "key: old -> new" for every leaf that differs between two trees of settings.
+
+    Two paths to one place do not differ.
+    """
     lines = []
     for key in sorted(set(old) | set(new)):
-        a, b = old.get(key), new.get(key)
+        a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} -> {b!r}")
+            lines += differences(a, b, f"{name}.")
+        elif a != b and not (name.removeprefix("config.") in PATHS and same(a, b)):
+            lines.append(f"{name}: {a!r} -> {b!r}")
     return lines
 
 
@@ -134,3 +154,11 @@ def _shape(tuning: Tuning) -> dict[str, Any]:
     """What the shapes of a slice's arrays depend on, given the backbone and the classes."""
     own = tuning.method == "backbone"
     return {"prompt_width": tuning.active_prompt_width, "expand": tuning.expand, "own backbone": own}
+
+
+def without_paths(config: Config) -> dict[str, Any]:
+    """The config as nested dicts without places: what lies there binds, wherever that is."""
+    tree = settings.to_dict(config)
+    for group, _, name in (path.partition(".") for path in PATHS):
+        del tree[group][name]
+    return tree

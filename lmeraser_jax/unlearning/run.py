@@ -30,6 +30,7 @@ from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
+from lmeraser_jax.paths import same
 from lmeraser_jax.storage.atomic_files import is_there, write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
@@ -228,7 +229,8 @@ def prepare_run(
 
     Args:
         source: the data; by default what `config.data` names.
-        reimport: read the source again although the workdir has data; new records join, erased ones do not.
+        reimport: read the source again although the workdir has data; new records join, erased ones do not. Without it
+            the source is read again where `data.path` or `labels` name another place, which must hold the same records.
         retune: let `tuning` differ from the published state's; the old slices stay for rollback.
         devices, wait: as in `open_run`.
 
@@ -244,16 +246,24 @@ def prepare_run(
         check_images(layout, catalog)
         binding.check_training(layout, catalog, config, retune)
         imported = converted = None
+        stored, has_data = binding.stored_config(layout) or config, catalog.get("dataset") is not None
         has_backbone = is_there(layout.backbone)
         if has_backbone:
             backbone, inputs = backbone_lib.load(layout.backbone)
             binding.check_backbone(layout, inputs, config)
+            if not same(inputs["backbone"]["weights"], config.backbone.weights):
+                convert.check_moved(layout.backbone, config.backbone)
+        kept = same(stored.data.path, config.data.path) and same(stored.data.labels, config.data.labels)
+        moved = has_data and not kept
+        if moved:
+            data = source or load.load(config.data)
+            imported = import_source(layout, catalog, data, config, moved=True, join=reimport)
         # Before anything can fail: the same command without --config must not mean another run.
-        if binding.stored_config(layout) != config:
+        if stored != config or not is_there(layout.config):
             write_json(layout.config, settings.to_dict(config))
         if not has_backbone and config.backbone.weights:
             converted = convert.load(config.backbone, config.data.image_size)
-        if catalog.get("dataset") is None or reimport:
+        if not has_data or (reimport and not moved):
             imported = import_source(layout, catalog, source or load.load(config.data), config)
         binding.check_sample(catalog, config)
         if not has_backbone:

@@ -1,7 +1,6 @@
 """Figures of a comparison: what is drawn is what numpy says, and depends on nothing but the rows."""
 
 import dataclasses
-import sys
 from xml.etree import ElementTree
 
 import matplotlib
@@ -11,7 +10,6 @@ from comparison_rows import TITLES, recorded, row
 from numpy.testing import assert_allclose
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import figures, summary
 
 NAMES = {title: name for name, title in TITLES.items()}
@@ -133,9 +131,3 @@ def test_files_are_written_and_stale_ones_removed(tmp_path):
     with pytest.raises(interrupt.Stopped):
         figures.write_figures(tmp_path, rows, TITLES)
     interrupt._requested.clear()
-
-
-def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.style", None)
-    with pytest.raises(UserError, match=r"^figures need matplotlib; .* -m pip install matplotlib"):
-        figures.accuracy([row()], {})
