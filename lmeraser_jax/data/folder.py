@@ -31,19 +31,7 @@ def load(data: Data) -> Source:
     if not root.is_dir():
         raise UserError(f"--config.data.path={data.path}: no such folder")
     roles = _roles(root, data)
-    names, splits, others, empty = [], [], Counter(), []
-    for split, folder in roles.items():
-        images, passed = list_images(root / folder)
-        if not images and (split == "train" or getattr(data, f"{split}_split")):
-            raise UserError(
-                f"--config.data.{split}_split={folder} holds no images in {data.path}; expected"
-                f" {folder}/<class>/<file> ({', '.join(SUFFIXES)}); it holds {count_files(passed) or 'nothing'}"
-            )
-        names += [str(PurePosixPath(folder, name)) for name in images]
-        splits += [split] * len(images)
-        others += passed
-        with_images = {name.partition("/")[0] for name in images}
-        empty += [str(PurePosixPath(folder, name)) for name in _subfolders(root / folder) if name not in with_images]
+    names, splits, notes = _list_roles(root, roles, data)
     folders = [roles[split] for split in splits]
     rows = label_csv.read(data.labels, data.csv_columns, names, folders) if data.labels else {}
     labels = _labels(data, names, folders, rows)
@@ -58,13 +46,30 @@ def load(data: Data) -> Source:
     def read(positions: Sequence[int]) -> Pixels:
         return decode([root / names[position] for position in positions], height, width, CHANNELS, data.max_pixels)
 
-    outside = _without_role(root, roles.values())
-    notes = not_used({"class folders without images": empty, "folders without a role": outside}, count_files(others))
     if len(classes) < len(numbers):
         notes += (f"class names that are one number, and so one class: {join_limited(similar(numbers))}",)
     if any(row.owner for row in rows.values()) and len(rows) < len(names):
         notes += (f"{len(names) - len(rows)} images have no row in {data.labels}, and so no owner",)
     return Source(data.path, classes, (height, width, CHANNELS), items, read, notes)
+
+
+def _list_roles(root: Path, roles: Mapping[str, str], data: Data) -> tuple[list[str], list[str], tuple[str, ...]]:
+    """The images of all roles: their paths below the root, the split of each, and a note of what is not used."""
+    names, splits, others, empty = [], [], Counter(), []
+    for split, folder in roles.items():
+        images, passed = list_images(root / folder)
+        if not images and (split == "train" or getattr(data, f"{split}_split")):
+            raise UserError(
+                f"--config.data.{split}_split={folder} holds no images in {data.path}; expected"
+                f" {folder}/<class>/<file> ({', '.join(SUFFIXES)}); it holds {count_files(passed) or 'nothing'}"
+            )
+        names += [str(PurePosixPath(folder, name)) for name in images]
+        splits += [split] * len(images)
+        others += passed
+        with_images = {name.partition("/")[0] for name in images}
+        empty += [str(PurePosixPath(folder, name)) for name in _subfolders(root / folder) if name not in with_images]
+    kinds = {"class folders without images": empty, "folders without a role": _without_role(root, roles.values())}
+    return names, splits, not_used(kinds, count_files(others))
 
 
 def list_images(folder: Path) -> tuple[list[str], Counter[str]]:

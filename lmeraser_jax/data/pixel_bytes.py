@@ -10,10 +10,7 @@ METADATA = re.compile(  # kinds of pieces: of PNG all that are optional but tran
 )
 JPEG_COLOUR = (b"\xff\xe0", b"\xff\xee")  # pieces that, where they are whole, say what the channels are
 EXIF = re.compile(rb"(?:.{4}eXIf|EXIF.{4}|\xff\xe1.{2}Exif..).*?((?:II\*\0|MM\0\*).*)", re.DOTALL)  # a piece with it
-TIFF_PIXELS = frozenset(  # tags of size, colour, compression, strips, tiles and orientation
-    {*range(254, 260), 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, *range(320, 326), 332, 338, 339, 347}
-    | {*range(512, 522), 529, 530, 531, 532}
-)
+TIFF_METADATA = frozenset((269, 270, 271, 272, 280, 281, 282, 283, 285, *range(296, 317), 318, 319, 330))  # tags below 700
 
 
 def pixels_only(raw: bytes) -> tuple[bytes, bytes]:
@@ -59,6 +56,7 @@ def _bare_tiff(raw: bytes) -> bytes:
     (start,) = struct.unpack(f"{order}I", raw[4:8].ljust(4, b"\0"))
     (count,) = struct.unpack(f"{order}H", raw[start : start + 2].ljust(2, b"\0"))
     entries = [raw[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)]
-    entries = [entry for entry in entries if entry and struct.unpack(f"{order}H", entry[:2])[0] in TIFF_PIXELS]
+    tags = [struct.unpack(f"{order}H", entry[:2].ljust(2, b"\0"))[0] for entry in entries]
+    entries = [entry for tag, entry in zip(tags, entries, strict=True) if tag < 700 and tag not in TIFF_METADATA]
     directory = struct.pack(f"{order}H", len(entries)) + b"".join(entries) + bytes(4)
     return raw[:start] + directory + raw[start + len(directory) :]

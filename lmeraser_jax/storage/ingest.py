@@ -35,7 +35,8 @@ class Imported:
     converted: int = 0  # images of the source that had another colour mode
     mended: int = 0  # known records whose stored pixels had rotted and were written again
     left_out: int = 0  # test, hold-out and public images of an added source
-    notes: tuple[str, ...] = ()  # what the source has that is not used, classes that look alike, exact duplicates
+    # What the source has that is not used, classes that look alike, exact duplicates.
+    notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
 
 def import_settings(config: Config) -> dict[str, Any]:

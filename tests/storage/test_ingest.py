@@ -109,7 +109,7 @@ def test_duplicates_counted(new_workdir):
     notes = ("a note", "class names that look alike: Cat / cat (case)")
     copies = "exact duplicates: 0 pictures lie in train and test, 1 carry several labels"
     imported = import_source(*new_workdir, source, Config())  # 0 is public; 4 and 8 are train, with another label each
-    assert imported == Imported(10, 0, 0, 2, notes=(*notes, copies))
+    assert imported == Imported(10, 0, 0, 2) and imported.notes == (*notes, copies)
     new_workdir[1].db.execute("UPDATE records SET split='test', label=1 WHERE id='id-00008'")
     assert new_workdir[1].copies() == (1, 0)
     new_workdir[1].erase(["id-00008"], "r")
