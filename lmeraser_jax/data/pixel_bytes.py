@@ -10,7 +10,7 @@ METADATA = re.compile(  # kinds of pieces: of PNG all that are optional but tran
 )
 JPEG_COLOUR = (b"\xff\xe0", b"\xff\xee")  # pieces that, where they are whole, say what the channels are
 EXIF = re.compile(rb"(?:.{4}eXIf|EXIF.{4}|\xff\xe1.{2}Exif..).*?((?:II\*\0|MM\0\*).*)", re.DOTALL)  # a piece with it
-TIFF_METADATA = frozenset((269, 270, 271, 272, 280, 281, 282, 283, 285, *range(296, 317), 318, 319, 330))  # tags below 700
+TIFF_METADATA = frozenset((*range(269, 273), *range(280, 284), 285, *range(296, 317), 318, 319, 330))  # below 700
 
 
 def pixels_only(raw: bytes) -> tuple[bytes, bytes]:
