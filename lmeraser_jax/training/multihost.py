@@ -152,7 +152,8 @@ def _together() -> Iterator[None]:
     """
     try:
         _service().wait_at_barrier(f"lmeraser_jax/{next(_rounds)}", LONGEST_WAIT)
-        yield
+        with jax.transfer_guard("allow"):  # a collective moves arrays of the host to the devices
+            yield
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         _give_up(f"a process was lost ({str(error).splitlines()[0][:200]})")
 
