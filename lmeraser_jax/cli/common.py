@@ -38,7 +38,7 @@ class Flag(NamedTuple):
     """A flag of a command. Its values are of the default's type, or of the type that stands in place of a default.
 
     A list is one text with commas between its values. A tuple is a flag that may be repeated: each time one name or
-    path, as it stands. Every other flag may be given once. A path has the function that makes it absolute for default.
+    path, as it stands. A path has the function that makes it absolute for default.
     """
 
     name: str
@@ -120,8 +120,8 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     A command is a module: its docstring is the help, `FLAGS` are its flags, `run(arguments)` does the work.
     Raises `UserError` for an unknown flag or setting, or a value that cannot be parsed.
     """
-    flags, known = Flags(), (*COMMON, *getattr(module, "FLAGS", ()))
-    for flag in known:
+    flags = Flags()
+    for flag in (*COMMON, *getattr(module, "FLAGS", ())):
         flag.define(flags)
     if any(argument in ("--help", "-h", "-help", "--helpfull") for argument in argv):
         print(_help(module, flags))
@@ -144,14 +144,6 @@ def parse(module: ModuleType, argv: list[str]) -> Arguments | None:
     except Exception as error:  # an experiment file may raise anything
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise UserError(f"--config: {kind}{str(error).strip(chr(34))}") from None
-    single = [flag.name for flag in known if not isinstance(flag.default, bool | tuple)]
-    raise_all(
-        [
-            f"--{name} stands there {flags[name].present} times; give it once"
-            for name in single
-            if flags[name].present > 1
-        ]
-    )
     if len(rest) > 1 and not getattr(module, "TAKES_FILES", False):
         hint = getattr(module, "STRAY", "values are given as --flag=value")
         raise UserError(f"unexpected argument {rest[1]!r}; {hint}")

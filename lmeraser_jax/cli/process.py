@@ -8,6 +8,7 @@ that cron can call it often.
 """
 
 import dataclasses
+import shlex
 import sys
 from datetime import timedelta
 
@@ -40,7 +41,7 @@ def run(arguments: common.Arguments) -> int:
         report, finished = erase.process(run_)
     served = [{"request": request.id, "receipt": str(layout.receipt(request.id))} for request in finished]
     lines = [f"served {len(served)} requests", common.build_text(report)]
-    lines += [f"receipt: {row['receipt']}" for row in served]
+    lines += [f"receipt: {shlex.quote(row['receipt'])}" for row in served]
     values = {"due": dataclasses.asdict(due), "served": served, "outcome": dataclasses.asdict(report)}
     common.show(arguments, "\n".join(lines), values)
     return 0

@@ -16,6 +16,7 @@ id or an owner is unknown, it erases nothing. It names the live records and owne
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,7 +135,7 @@ def _say_accepted(request: Request, flag: str) -> Iterator[None]:
 
 def _accepted_text(request: Request, receipt: Path, quarantined: int) -> str:
     if not request.open:
-        return f"request {request.id} was served before: nothing to do; receipt: {receipt}"
+        return f"request {request.id} was served before: nothing to do; receipt: {shlex.quote(str(receipt))}"
     records, clusters = len(request.body["records"]), len(request.body["members"])
     lines = [f"accepted: request {request.id} ({request.state}), {records} records, {clusters} clusters to tune"]
     if quarantined:
@@ -171,4 +172,4 @@ def _erasure_text(erasure: "Erasure") -> str:
     if erasure.records:
         lines.append(f"erased {erasure.records} records (request {erasure.request.id})")
     served = common.build_text(erasure.outcome) if erasure.outcome else "another process has served it meanwhile"
-    return "\n".join([*lines, served, f"receipt: {erasure.receipt}"])
+    return "\n".join([*lines, served, f"receipt: {shlex.quote(str(erasure.receipt))}"])

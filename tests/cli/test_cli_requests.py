@@ -134,7 +134,6 @@ def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsy
             (["--records=nobody", "--dry_run"], "unknown records"),
             (["--requester=me"], "say what to erase"),
             (["--dry_run"], "say what to erase"),
-            ([f"--records={first}", "--request=a", "--request=b"], "--request stands there 2 times; give it once"),
         ):
             assert message in refused(capsys, "unlearn", at, *flags), flags
         for flag in ("--max_wait=-1", "--max_batch=0"):
