@@ -33,7 +33,7 @@ def load(data: Data) -> Source:
     roles = _roles(root, data)
     names, splits, notes = _list_roles(root, roles, data)
     folders = [roles[split] for split in splits]
-    rows = label_csv.read(data.labels, data.csv_columns, names, folders) if data.labels else {}
+    rows = label_csv.read(data.labels, data.csv_columns, names, folders, data.path) if data.labels else {}
     labels = _labels(data, names, folders, rows)
     classes, numbers = _number_classes(set(labels))
     items = [

@@ -3,12 +3,17 @@
 A cell counts as it stands; one with the delimiter or a double quote stands in double quotes, its own doubled.
 """
 
+import codecs
 import csv
+import functools
+import io
 import itertools
+import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from lmeraser_jax.data.names import list_lookalikes, quoted
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
@@ -25,7 +30,7 @@ class Row(NamedTuple):
     owner: str = ""
 
 
-def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) -> dict[str, Row]:
+def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str], root: str = "") -> dict[str, Row]:
     """Reads the CSV (comma, semicolon or tab separated, UTF-8): {name of an image: its row}.
 
     A row's file is a path below the data folder, else below a role's folder, else a file name, else a file
@@ -37,13 +42,14 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str]) 
         columns: names of its columns for file, label and owner; the owner may be left out.
         names: image files, as paths below the data folder.
         folders: for each, its role's folder below the data folder ("." for the data folder itself).
+        root: the data folder; files may be absolute paths below it.
 
     Raises:
         UserError: no such file, wrong columns, or all rows that do not name one image of their own.
     """
     rows = _rows(path, columns)
     counts = Counter(row.file for row in rows)
-    matches = dict(sorted(_matches(counts.keys() - {""}, names, folders).items()))
+    matches = dict(sorted(_matches(counts.keys() - {""}, names, folders, root).items()))
     absent = sorted(counts.keys() - {""} - matches.keys())
     spellings = defaultdict(list)
     for file, images in matches.items():
@@ -76,7 +82,7 @@ def path_below(name: str, folder: str) -> str:
     return name if folder == "." else name.removeprefix(folder + "/")
 
 
-def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str]) -> dict[str, list[str]]:
+def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str], root: str) -> dict[str, list[str]]:
     """{file: the images it may mean}; the first of the four ways to name an image that fits any image counts."""
     ways = (
         lambda name, folder: name,
@@ -85,7 +91,7 @@ def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str
         lambda name, folder: PurePosixPath(name).stem,
     )
     matches: dict[str, list[str]] = {}
-    for read_file, key_of in itertools.product((str, _as_path), ways):
+    for read_file, key_of in itertools.product((str, _as_path, functools.partial(_below, root)), ways):
         left, new = defaultdict(list), defaultdict(list)
         for file in set(files) - matches.keys():
             left[read_file(file)].append(file)
@@ -100,18 +106,27 @@ def _as_path(file: str) -> str:
     return str(PurePosixPath(file.replace("\\", "/")))
 
 
+def _below(root: str, file: str) -> str:
+    """An absolute path as a path below the data folder, if it lies there."""
+    path = PurePosixPath(os.path.normpath(file))
+    for folder in (root, os.path.realpath(root)):
+        if root and path.is_relative_to(folder):
+            return str(path.relative_to(folder))
+    return _as_path(file)
+
+
 def _rows(path: str, columns: str) -> list[Row]:
     """The rows of the CSV, empty ones left out."""
     if not Path(path).is_file():
         raise UserError(f"--config.data.labels={path}: no such file")
     wanted = [name.strip() for name in columns.split(",")]
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            header, delimiter = read_header(file.readline(), wanted)
-            _check_columns(path, header, wanted)
-            reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote would swallow rows
-            cells = [row for row in reader if any(map(str.strip, row))]
-    except (UnicodeDecodeError, csv.Error) as error:
+        stream = io.StringIO(as_text(Path(path).read_bytes()), newline="")
+        header, delimiter, _ = read_header(stream, wanted)
+        _check_columns(path, header, wanted)
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
+        cells = [row for row in reader if any(map(str.strip, row))]
+    except (ValueError, csv.Error) as error:
         raise UserError(f"--config.data.labels={path} is not a readable CSV in UTF-8: {error}") from error
     longer = [number for number, row in enumerate(cells, 1) if any(map(str.strip, row[len(header) :]))]
     if longer:
@@ -122,12 +137,34 @@ def _rows(path: str, columns: str) -> list[Row]:
     return [Row(*(dict(zip(header, row, strict=False)).get(name, "") for name in wanted)) for row in cells]
 
 
-def read_header(line: str, wanted: Iterable[str]) -> tuple[list[str], str]:
-    """The column names in the first line of a CSV, and the delimiter that finds most wanted ones. Raises csv.Error."""
-    known = {name.lower() for name in wanted}
-    headers = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark), [])] for mark in DELIMITERS}
-    delimiter = max(DELIMITERS, key=lambda mark: len(known & {name.lower() for name in headers[mark]}))
-    return headers[delimiter], delimiter
+def as_text(raw: bytes) -> str:
+    """The text of a file without its byte order mark. Raises ValueError where it is not UTF-8: what to do about it."""
+    reason, wide = "", raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 4 * raw.count(0) > len(raw) > 7
+    try:
+        text = raw.decode("utf-8-sig")
+        if not wide:
+            return text
+    except UnicodeDecodeError as error:
+        reason = f": {error.reason} in line {raw[: error.start].count(bytes([10])) + 1}"
+    name, code = ("UTF-16, Excel's Unicode text", "UTF-16") if wide else ("Windows-1252, Excel's CSV", "CP1252")
+    raise ValueError(
+        f"not UTF-8 text{reason}; perhaps it is {name}: save it as CSV UTF-8, or run iconv -f {code} -t UTF-8"
+    )
+
+
+def read_header(stream: IO[str], wanted: Iterable[str]) -> tuple[list[str], str, int]:
+    """Reads the first line of a CSV: the column names, the delimiter, and the number of lines read.
+
+    The delimiter is what Excel's own first line `sep=;` says, else the one that finds most wanted columns. Raises
+    csv.Error.
+    """
+    known, marks, line = {name.lower() for name in wanted}, DELIMITERS, stream.readline()
+    said = re.fullmatch(r'"?sep=(.)"?\s*', line, re.IGNORECASE)
+    if said:
+        marks, line = said[1], stream.readline()
+    headers = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark), [])] for mark in marks}
+    delimiter = max(marks, key=lambda mark: len(known & {name.lower() for name in headers[mark]}))
+    return headers[delimiter], delimiter, 2 if said else 1
 
 
 def _check_columns(path: str, header: list[str], wanted: list[str]) -> None:

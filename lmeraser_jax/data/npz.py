@@ -54,8 +54,9 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     splits = ("train", "test") if own_test else ("train",)
     missing = [key for split in splits for key in (f"{split}_images", f"{split}_labels") if key not in members]
     if missing:
+        contents = [_described(path, member) for member in ZipFile(path).namelist()[:50]]
         raise UserError(
-            f"{path} lacks {', '.join(missing)}; it has {join_limited([*members, *others], 50) or 'nothing'}"
+            f"{path} lacks {', '.join(missing)}; it has {join_limited(contents, 50) or 'nothing'}"
             f"{_renamed(others)} (--config.data.path)"
         )
     splits = [split for split in SPLITS if f"{split}_images" in members]
@@ -115,6 +116,14 @@ def _open_members(path: str) -> tuple[dict[str, "Rows"], list[str]]:
             else:
                 others.append(shorten(key))
     return members, others
+
+
+def _described(path: str, member: str) -> str:
+    """Name, type and shape of an array, or the name of what is none."""
+    with ZipFile(path) as file, contextlib.suppress(*ZIP_ERRORS):
+        rows = Rows(path, member, file)
+        return f"{shorten(member.removesuffix('.npy'))} {rows.kind} {list(rows.shape)}"
+    return shorten(member)
 
 
 def _renamed(others: list[str]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmeraser_jax.config import Data
-from lmeraser_jax.data.label_csv import read_header
+from lmeraser_jax.data.label_csv import as_text, read_header
 from lmeraser_jax.data.names import fault, quoted
 from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.errors import UserError, raise_all, shorten
@@ -102,10 +102,9 @@ def _text(path: Path, flag: str) -> str:
     if len(raw) > LARGEST:
         raise UserError(f"{flag} is larger than {LARGEST} bytes; split it")
     try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{flag} is not UTF-8 text: {error.reason} in line {line}; save it as UTF-8") from error
+        return as_text(raw)
+    except ValueError as error:
+        raise UserError(f"{flag} is {error}") from error
 
 
 def _problem(values: dict[str, str] | str) -> str:
@@ -131,22 +130,23 @@ def _parse_text(text: str) -> Iterator[_Line]:
 
 def _parse_csv(text: str) -> Iterator[_Line]:
     stream = io.StringIO(text, newline="")
-    header, line = stream.readline(), 1
+    line = 1
     try:
-        names, delimiter = read_header(header, KINDS)
+        names, delimiter, line = read_header(stream, KINDS)
         columns = [name.lower() for name in names]
         if not set(KINDS) & set(columns) or any(columns.count(kind) > 1 for kind in KINDS):
-            yield 1, f"must name one column id, one column owner, or both; is {shorten(header.strip())}"
+            yield line, f"must name one column id, one column owner, or both; is {shorten(delimiter.join(names))}"
             return
         reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
-        line = 2
+        header_lines = line
+        line += 1
         for row in reader:
             filled = any(map(str.strip, row))
             if filled and len(row) != len(columns):
                 yield line, f"has {len(row)} fields, the header has {len(columns)}"
             elif filled:
                 yield line, dict(zip(columns, row, strict=True))
-            line = reader.line_num + 2  # a row may hold line breaks; the header was read before
+            line = reader.line_num + header_lines + 1  # a row may hold line breaks; the header was read before
     except csv.Error as error:  # where the next row begins is unknown
         yield line, f"not CSV: {error}"
 

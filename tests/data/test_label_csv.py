@@ -120,10 +120,26 @@ def test_a_csv_that_cannot_be_used_is_refused(tmp_path):
         (b'file,label\na.png,"x\nb.png,y\n', "file,label", "unexpected end of data"),  # else b.png would be gone
         (b"file,label\na.png," + b"x" * 200_000, "file,label", "field larger than field limit"),
         (b"file,label\n" + b"x" * 100_000 + b",1\n", "file,label", "names files that are not there"),
-        (b"\xff\xfef\0i\0", "file,label", "not a readable CSV in UTF-8"),
-        ("file,label\na.png,dög\n".encode("latin-1"), "file,label", "not a readable CSV in UTF-8"),
+        ("file,label\n".encode("utf-16"), "file,label", "iconv -f UTF-16 -t UTF-8"),
+        (
+            "file,label\n".encode("utf-16-le"),
+            "file,label",
+            "perhaps it is UTF-16, Excel's Unicode text: save",
+        ),
+        ("file,label\na.png,dög\n".encode("cp1252"), "file,label", "in line 2; perhaps it is Windows-1252"),
     ):
         message = read(tmp_path / "a.csv", raw, columns=columns)
         assert isinstance(message, str) and reason in message and len(message) < 1000, raw[:50]
     with pytest.raises(UserError, match="--config.data.labels=absent.csv: no such file"):
         label_csv.read("absent.csv", "file,label", NAMES, ["train"] * 3)
+
+
+def test_what_a_spreadsheet_adds_and_absolute_paths_are_read(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for first, mark in (("sep=;\r\n", ";"), ('"sep=|"\n', "|"), ("SEP=\t\n", "\t"), ("", ",")):
+        for folder in ("", f"{tmp_path}/", f"{tmp_path}/link/", f"{tmp_path}/x/../"):
+            rows = [mark.join((f"{folder}{name}", "cat")) for name in NAMES[:2]]
+            (tmp_path / "a.csv").write_text(first + "\n".join((f"file{mark}label", *rows)), newline="")
+            root = str(tmp_path / "link") if "link" in folder else str(tmp_path)
+            found = label_csv.read(str(tmp_path / "a.csv"), "file,label", NAMES[:2], ["train"] * 2, root)
+            assert {name: row.label for name, row in found.items()} == dict.fromkeys(NAMES[:2], "cat"), (first, folder)

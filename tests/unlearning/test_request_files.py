@@ -36,6 +36,7 @@ def test_formats(tmp_path):
         ("a.CSV", "Label, ID \n1,x\n , \n 2,y\n", ("x", "y"), ()),
         ("a.csv", '\ufefffile;Owner;n\n"a;b";ann;1\nc;"o ""b""";2\n', (), ("ann", 'o "b"')),
         ("a.csv", "id\towner\nx\t\n\tann\n", ("x",), ("ann",)),
+        ("a.csv", "sep=|\r\nowner|id\r\nann|\r\n|x;y\r\n", ("x;y",), ("ann",)),
         ("a.csv", 'note,id\n"two\nlines",x\n', ("x",), ()),
         ("a.jsonl", '{"id": "x", "n": [1]}\n\n{"owner": "ann"}\n{"id": "x"}\n', ("x",), ("ann",)),
         ("a.JSONL", '\ufeff{"id": "\\u00e9"}', ("é",), ()),
