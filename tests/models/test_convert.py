@@ -26,7 +26,7 @@ from transcriptions import vision_transformer as transcription
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import convert, zoo
+from lmeraser_jax.models import convert, weight_settings, zoo
 from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.models.weight_files import Weights, read
 from lmeraser_jax.storage.checkpoints import flatten
@@ -170,7 +170,7 @@ def test_epsilon_gelu_and_heads_come_from_config_json(arrays):
 @pytest.mark.slow
 def test_what_config_json_leaves_out_is_transformers_default():
     transformers = pytest.importorskip("transformers")
-    assert transformers.ViTConfig().num_attention_heads == convert.VIT_HEADS
+    assert transformers.ViTConfig().num_attention_heads == weight_settings.VIT_HEADS
     for kind, epsilon in ((transformers.ViTConfig, 1e-12), (transformers.SwinConfig, 1e-5)):
         assert (kind().layer_norm_eps, kind().hidden_act) == (epsilon, "gelu")
 
@@ -245,7 +245,7 @@ def test_real_weights_reproduce_the_reference(shared):
     assert vit == ViTConfig(image_size=224, patch=16, channels=3, feature="cls", **sizes)
     assert provenance.origin == "timm ViT" and set(provenance.left_out) == {"head/kernel", "head/bias"}
     pixels = (images.astype(np.float32) / 255 - 0.5) / 0.5
-    answers = np.asarray(jax.jit(functools.partial(backbone_lib.logits, vit))(params, pixels))
+    answers = np.asarray(jax.jit(functools.partial(backbone_lib.features_and_logits, vit))(params, pixels)[1])
     assert np.abs(answers - logits).max() < 1e-3 and (answers.argmax(axis=1) == labels).all()
     named = convert.load(Backbone(name="vit-ti", weights=str(path)), 224)[0]
     assert np.abs(features(named.config, named.params, pixels) - cls).max() < 1e-3
