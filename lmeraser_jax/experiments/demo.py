@@ -30,7 +30,9 @@ class Demo:
     seconds: float
 
     def values(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"ok": self.verdict.ok}
+        values = dataclasses.asdict(self)
+        requests = [dict(zip(("name", "records", "outcome"), row, strict=True)) for row in values["requests"]]
+        return values | {"requests": requests, "ok": self.verdict.ok}
 
     def table(self) -> str:
         columns = ("clusters", "re-tuned", "reused", "images", "ratio", "seconds")

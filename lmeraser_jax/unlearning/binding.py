@@ -133,7 +133,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differences(a, b, f"{name}.")
-        elif a != b and not (name.removeprefix("config.") in PATHS and same(a, b)):
+        elif a != b and not (name.removeprefix("config.") in PATHS and same(str(a), str(b))):
             lines.append(f"{name}: {a!r} -> {b!r}")
     return lines
 

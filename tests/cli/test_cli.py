@@ -65,9 +65,10 @@ def test_the_job_as_separate_commands(workdir, capsys, tmp_path):
     estimate = json.loads(call(capsys, "unlearn", at, f"--records={name}", "--dry_run", "--json=-")[1])
     rates = ["--rate=5", "--window=2", f"--devices={jax.device_count()}"]
     planned = json.loads(call(capsys, "forecast", at, *rates, "--json=-")[1])
-    assert (planned["records"], planned["sampled"], planned["clusters"]) == (sum(sizes), 30, len(sizes))
-    assert planned["images_full"] == estimate["images_full"] + 2, "one record more, seen in 2 epochs"
-    assert planned["images_per_second"] == pytest.approx(estimate["images"] / estimate["seconds"])
+    clusters = planned["workload"]["clusters"]
+    assert sorted(clusters["members"]) == sorted(sizes) and sum(clusters["sampled"]) == 30
+    assert sum(clusters["images"]) == estimate["images_full"] + 2, "one record more, seen in 2 epochs"
+    assert planned["workload"]["speed"] == pytest.approx(estimate["images"] / estimate["seconds"])
     assert json.loads(call(capsys, "inspect", at, "--json=-")[1]) == before, "neither changes anything"
     code, out, _ = call(capsys, "unlearn", at, f"--records={name}")
     assert code == 0 and "erased 1 records" in out
@@ -302,13 +303,14 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys, work
 def test_damaged_files_are_messages(capsys, workdir, tmp_path):
     run = shutil.copytree(workdir, tmp_path / "run")
     at, config, images = f"--workdir={run}", run / "config.json", run / "records" / "images.u8"
-    good, whole = config.read_text(), images.read_bytes()
+    good = config.read_text()
     config.write_text("{")
     for command in ("train", "evaluate", "audit", "inspect"):
         assert "config.json is damaged" in refused(capsys, command, at)
     config.unlink()
     assert call(capsys, "train", *TINY, at)[0] == 0, "as the message says"
     assert json.loads(config.read_text()) == json.loads(good)
+    whole = images.read_bytes()
     images.write_bytes(whole[:1000])
     for command, *flags in (["train"], ["audit"], ["unlearn", "--records=digit-0018", "--dry_run"]):
         assert "the workdir is damaged" in refused(capsys, command, at, *flags)
