@@ -14,6 +14,7 @@ from lmeraser_jax import paths
 from lmeraser_jax.cli import common, main
 from lmeraser_jax.config import Backbone, Config, Data, Public, settings_of
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.models import weight_files
 
 PATH_FLAGS = {"workdir", "json", "profile", "out", "source", "labels", "records_file", "like", "weights", "data_dir"}
 PATH_FLAGS |= {"merge"}
@@ -85,6 +86,9 @@ def test_homes_of_others_and_no_home(home, monkeypatch):
         monkeypatch.delenv("HOME") if own is None else monkeypatch.setenv("HOME", own)
         with pytest.raises(UserError, match="no home folder is known, set HOME"):
             paths.absolute("~/x")
+        if own is None and not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & os.environ.keys():
+            with pytest.raises(UserError, match="no home folder is known to keep a/b in; set HF_HOME"):
+                weight_files.read("hub:a/b")
         monkeypatch.setenv("HOME", str(home))
     assert not os.listdir()
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lmeraser_jax.errors import UserError, join_limited, raise_all, stand_in
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.architectures import Architecture
 from lmeraser_jax.models.weight_settings import Normalisation
+from lmeraser_jax.paths import home
 from lmeraser_jax.storage import checkpoints
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".joblib")
@@ -180,6 +182,8 @@ def _download(hub_id: str, revision: str) -> Path:
             "the hub's names are OWNER/NAME, such as hub:google/vit-base-patch16-224-in21k;"
             " hub alone takes that of --config.backbone.name"
         )
+    if not home() and not {"HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"} & os.environ.keys():
+        raise UserError(f"no home folder is known to keep {hub_id} in; set HF_HOME to a folder")
     from huggingface_hub import snapshot_download
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # a line for every attempt
