@@ -122,10 +122,13 @@ def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsy
         for flags, message in (
             ([f"--records={first}", "--records=nobody", "--records=none"], "unknown records: nobody, none"),
             ([f"--records={first},{second}"], f"unknown records: '{first},{second}'; a flag or line is one name"),
-            ([f"--records={first}", "--owner=hand-005", "--owner=nobody"], "--owner=nobody"),
-            ([f"--records={first}", "--records_file=none"], "no such file"),
+            ([f"--records={first}", "--owner=nobody", "--owner=hand-005"], "--owner=nobody"),
+            ([f"--records={first}", "--records_file=none", f"--records_file={tmp_path}/bad.jsonl"], "no such file"),
             ([f"--records_file={tmp_path}/bad.jsonl"], "line 2: must be an object"),
-            ([f"--records={first}", f"--like={noise}"], "no live record has exactly these pixels"),
+            (
+                [f"--like={noise}", f"--like={picture(tmp_path / 'ok.png', first)}"],
+                "no live record has exactly these pixels",
+            ),
             ([f"--like={picture(tmp_path / 'big.png', first, 2)}"], "has 16 x 16 pixels; must have 8 x 8"),
             ([f"--records={first}", "--defer", "--dry_run"], "use one of them"),
             ([f"--records={first}", "--request=a b"], "--request=a b: must be"),
