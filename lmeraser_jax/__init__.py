@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax.config import Config, from_dict
+from lmeraser_jax.config.paths import expand
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.paths import expand
 
 if TYPE_CHECKING:
     import numpy as np

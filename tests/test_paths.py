@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 import lmeraser_jax as lm
-from lmeraser_jax import paths
 from lmeraser_jax.cli import common, main
-from lmeraser_jax.config import Backbone, Config, Data, Public, settings_of
+from lmeraser_jax.config import Backbone, Config, Data, Public, paths, settings_of
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import weight_files
 

@@ -14,9 +14,9 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.backbone import output_folder, show
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import zoo
-from lmeraser_jax.paths import absolute
 
 FLAGS = (Flag("out", absolute, "new folder for the adapted backbone"),)
 

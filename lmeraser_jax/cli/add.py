@@ -10,7 +10,7 @@ import dataclasses
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
-from lmeraser_jax.paths import absolute
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.unlearning import add
 
 STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.config.paths import absolute, absolute_weights
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.models import architectures, zoo
-from lmeraser_jax.paths import absolute, absolute_weights
 
 if TYPE_CHECKING:
     from lmeraser_jax.models.backbone import Backbone

@@ -14,10 +14,10 @@ from absl import flags as absl_flags
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
+from lmeraser_jax.config.paths import absolute, expand
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.models import zoo
-from lmeraser_jax.paths import absolute, expand
 from lmeraser_jax.progress import warn
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog

@@ -17,9 +17,9 @@ from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
-from lmeraser_jax.paths import absolute
 from lmeraser_jax.storage.workdir import Layout
 
 FLAGS = (

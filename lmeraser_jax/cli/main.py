@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 from lmeraser_jax import __version__, interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import PLACE, SHARED
+from lmeraser_jax.config.paths import expand, home
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.paths import expand, home
 
 if TYPE_CHECKING:
     from lmeraser_jax.training.multihost import Processes

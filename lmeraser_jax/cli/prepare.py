@@ -17,9 +17,9 @@ from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.errors import UserError, join_limited
-from lmeraser_jax.paths import absolute
 
 NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.paths import absolute
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request

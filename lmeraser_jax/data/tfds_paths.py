@@ -11,8 +11,8 @@ import re
 import shlex
 from pathlib import Path
 
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, join_limited
-from lmeraser_jax.paths import absolute
 
 PATTERN = re.compile(r"([A-Za-z]\w*)(?:/([\w.+-]+))?(?::((?:\d+|\*)(?:\.(?:\d+|\*)){2}))?", re.ASCII)
 VERSION = re.compile(r"\d+\.\d+\.\d+", re.ASCII)

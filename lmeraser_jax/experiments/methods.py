@@ -11,8 +11,8 @@ from typing import Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.paths import absolute
 
 GROUPS = ("clustering", "tuning", "common", "inference", "checkpoints")  # methods may differ in these groups
 OTHER_SETTINGS = ("data.augment",)  # and in these settings of other groups

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax.config.paths import home
 from lmeraser_jax.errors import UserError, join_limited, raise_all, stand_in
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.architectures import Architecture
 from lmeraser_jax.models.weight_settings import Normalisation
-from lmeraser_jax.paths import home
 from lmeraser_jax.storage import checkpoints
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".joblib")

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmeraser_jax import interrupt
+from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, join_limited
-from lmeraser_jax.paths import absolute
 from lmeraser_jax.storage.atomic_files import entries, is_there
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images

@@ -10,8 +10,8 @@ from typing import Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import NOT_IN_RECIPE, Config, Tuning, parse_cut
+from lmeraser_jax.config.paths import same
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.paths import same
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import import_settings

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
+from lmeraser_jax.config.paths import same
 from lmeraser_jax.data import load
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
@@ -30,7 +31,6 @@ from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
-from lmeraser_jax.paths import same
 from lmeraser_jax.storage.atomic_files import is_there, write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source

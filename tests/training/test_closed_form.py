@@ -257,10 +257,12 @@ def change_feature(run):
 
 def change_fingerprint(run):
     run.catalog.db.execute("UPDATE slices SET fingerprint='another'")
+    run.catalog._slices = None  # it was read before
 
 
 def change_settings(run):
     run.catalog.db.execute("UPDATE slices SET tuning=replace(tuning, '\"penalty\":0.1', '\"penalty\":0.2')")
+    run.catalog._slices = None
 
 
 @pytest.mark.parametrize(

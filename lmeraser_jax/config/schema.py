@@ -1,19 +1,14 @@
-"""Every setting of a run: its default, what it means, which values are legal, and the rules between settings.
+"""The schema: every setting with its default, its meaning and its legal values, as a tree of frozen dataclasses.
 
-An experiment file (`configs/*.py`) fills a `ConfigDict`, which `from_dict` turns into a checked `Config`.
 The defaults are the embedded experiment: scikit-learn's digits, split into a public and a private half.
 """
 
 import dataclasses
-import difflib
 import math
-import re
-import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lmeraser_jax.errors import UserError, raise_all, shorten
-from lmeraser_jax.paths import WithPaths, absolute, absolute_weights
+from lmeraser_jax.config.paths import WithPaths, absolute, absolute_weights
 
 AUGMENTS = ("none", "crop", "flip", "paper")
 PROMPTED = ("prompt+head", "prompt")
@@ -21,8 +16,6 @@ CLOSED_FORMS = ("ridge", "ncm", "linear")
 METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
 INTEGER_LIMIT = 2**63  # whole numbers lie below it
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings of `tuning` that never reach the numbers
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-Rule = tuple[str, bool, str]  # a setting's dotted name, whether its value is legal, what would be legal
 
 
 def setting(default: Any, text: str, choices: tuple[str, ...] = (), **limits: Any) -> Any:
@@ -216,84 +209,6 @@ def settings_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mappin
             yield f"{prefix}{field.name}", value, field.metadata
 
 
-def to_dict(config: Config) -> dict[str, Any]:
-    """The config as nested dicts of plain values."""
-    return dataclasses.asdict(config)
-
-
-def default_config() -> Any:
-    """The defaults as an `ml_collections.ConfigDict`, for experiment files to change."""
-    from ml_collections import config_dict
-
-    return config_dict.ConfigDict(to_dict(Config()))
-
-
-def from_dict(tree: Any) -> Config:
-    """Checks a tree of settings, a mapping or a `ConfigDict`, and freezes it.
-
-    Raises `UserError` with every unknown key and wrong type at once; where there are none, with every illegal value.
-    """
-    tree = tree.to_dict() if hasattr(tree, "to_dict") else tree
-    if not isinstance(tree, Mapping):
-        raise UserError(f"the config must be a group of settings, is {type(tree).__name__}")
-    problems: list[str] = []
-    config = _build(Config, tree, "", problems)
-    raise_all(problems)
-    raise_all(validate(config))
-    return config
-
-
-def _build(cls: type, tree: Mapping[str, Any], prefix: str, problems: list[str]) -> Any:
-    """One dataclass of the schema from one level of the tree; problems are collected."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    problems += [unknown(prefix, key, fields) for key in tree if key not in fields]
-    values = {}
-    for name in fields.keys() & tree.keys():
-        value, default, flag = tree[name], fields[name].default, f"{prefix}{name}"
-        if dataclasses.is_dataclass(default) and isinstance(value, Mapping):
-            values[name] = _build(type(default), value, f"{flag}.", problems)
-        elif isinstance(value, int) and not -INTEGER_LIMIT < value < INTEGER_LIMIT:
-            problems.append(f"{flag}={_shown(value)}: must lie between -2^63 and 2^63")
-        elif type(default) is float and type(value) is int:
-            values[name] = float(value)
-        elif type(value) is not type(default):
-            problems.append(f"{flag}={_shown(value)}: must be {legal_values(flag)}, is {type(value).__name__}")
-        else:
-            values[name] = value
-    return cls(**values)
-
-
-def _shown(value: object) -> str:
-    """A value as Python writes it, for a message."""
-    return shorten(repr(value) if isinstance(value, str) else value, 400)
-
-
-def legal_values(name: str) -> str:
-    """What a setting such as tuning.epochs may be, whatever the others are."""
-    for dotted, default, metadata in settings_of(Config()):
-        if dotted == name:
-            return ", ".join(filter(None, (KINDS[type(default)], _range(default, metadata))))
-    return "a group of settings"
-
-
-def _range(default: object, metadata: Mapping[str, Any]) -> str:
-    """The legal texts or numbers of a setting; "" where every value of its kind is legal."""
-    low, below = metadata["low"], metadata["below"]
-    if metadata["choices"]:
-        return "one of " + ", ".join(metadata["choices"])
-    if type(default) not in (int, float):
-        return ""
-    return f"in [{low}, {below})" if below < math.inf else f"at least {low}" if low else "0 or more"
-
-
-def unknown(prefix: str, name: object, legal: Collection[str]) -> str:
-    """What to say of a name that is no setting of a group, or no group."""
-    name = shorten(name)
-    near = difflib.get_close_matches(name, legal, 1)
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"legal: {', '.join(legal)}"
-    return f"unknown setting {prefix}{name}; {hint}"
-
-
 def parse_cut(cut: str) -> tuple[str, float]:
     """Reads `clustering.cut`: ("auto", K) or ("threshold", t). Raises ValueError for anything else."""
     kind = "auto" if cut.startswith("auto:") else "threshold"
@@ -307,93 +222,3 @@ def parse_cut(cut: str) -> tuple[str, float]:
 def parse_numbers(text: str) -> tuple[float, ...]:
     """The numbers of a list such as "0.5" or "0.485,0.456,0.406". Raises ValueError for anything else."""
     return tuple(float(number) for number in text.split(",")) if text else ()
-
-
-def validate(config: Config) -> list[str]:
-    """One line per illegal value: the value, what is legal, the flag to change."""
-    rules = (_ranges, _rules_of_data, _rules_of_backbone, _rules_of_pretraining, _rules_of_tuning)
-    broken = [(name, legal) for rule in rules for name, holds, legal in rule(config) if not holds]
-    values = {name: value for name, value, _ in settings_of(config)}
-    return [f"--config.{name}={_shown(values[name])}: must be {legal}" for name, legal in broken]
-
-
-def _ranges(config: Config) -> Iterator[Rule]:
-    """What each value must be whatever the others are, as its field says."""
-    for name, value, metadata in settings_of(config):
-        choices, low, below = metadata["choices"], metadata["low"], metadata["below"]
-        if legal := _range(value, metadata):
-            yield name, value in choices if choices else low <= value < below, legal
-
-
-def _rules_of_data(config: Config) -> Iterator[Rule]:
-    data = config.data
-    fits = data.resize_size == 0 or data.resize_size >= data.image_size
-    yield "data.resize_size", fits, f"0 or at least --config.data.image_size={data.image_size}"
-    for name, group in (("data", data), ("public", config.public)):
-        if group.source in ("npz", "folder"):
-            yield f"{name}.path", bool(group.path), f"set for {name}.source={group.source}"
-    if data.source == "tfds":
-        yield "data.dataset", bool(data.dataset), "the name of a TFDS data set, such as cifar10"
-    if data.owner_pattern:
-        yield "data.owner_pattern", _has_group(data.owner_pattern), "a regular expression with a group"
-    yield "data.csv_columns", data.csv_columns.count(",") in (1, 2), "two or three column names: file,label[,owner]"
-
-
-def _has_group(pattern: str) -> bool:
-    """Whether a pattern is a regular expression with at least one group."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what a later Python will read differently
-            return re.compile(pattern).groups > 0
-    except (re.error, RecursionError, OverflowError):
-        return False
-
-
-def _rules_of_backbone(config: Config) -> Iterator[Rule]:
-    backbone = config.backbone
-    yield "backbone.mean", _is_normalisation(backbone.mean, -math.inf), "empty, or one number or three, finite"
-    yield "backbone.std", _is_normalisation(backbone.std, 0), "empty, or one number or three, finite and above 0"
-    if backbone.name:
-        weights = f"a file, a folder or hub (see lmeraser backbone --name={backbone.name})"
-        yield "backbone.weights", bool(backbone.weights), weights
-    if not backbone.weights and min(backbone.patch, backbone.width) > 0:  # else the weights decide
-        fits = config.data.image_size % backbone.patch == 0
-        yield "data.image_size", fits, f"a multiple of the patch size {backbone.patch}"
-        heads = backbone.heads or max(1, backbone.width // 16)
-        yield "backbone.heads", backbone.width % heads == 0, f"a divisor of the width {backbone.width} (0: {heads})"
-
-
-def _rules_of_pretraining(config: Config) -> Iterator[Rule]:
-    pretraining = config.pretraining
-    adapts = pretraining.start == "weights"
-    yield "pretraining.start", not adapts or bool(config.backbone.weights), "scratch without --config.backbone.weights"
-    yield "pretraining.epochs", not adapts or pretraining.epochs > 0, "at least 1 for pretraining.start=weights"
-    yield "pretraining.distill", adapts or not pretraining.distill, "0 without pretraining.start=weights"
-    yield "pretraining.supervise", pretraining.supervise + pretraining.distill > 0, "above 0, or distill is"
-
-
-def _is_normalisation(text: str, low: float) -> bool:
-    """Whether a text is empty, or one finite number or three, all above `low`."""
-    try:
-        numbers = parse_numbers(text)
-    except ValueError:
-        return False
-    return len(numbers) in (0, 1, 3) and all(low < number < math.inf for number in numbers)
-
-
-def _rules_of_tuning(config: Config) -> Iterator[Rule]:
-    clustering, tuning, size = config.clustering, config.tuning, config.data.image_size
-    fits = clustering.max_members == 0 or clustering.min_members <= clustering.max_members
-    yield "clustering.min_members", fits, f"at most --config.clustering.max_members={clustering.max_members}"
-    try:
-        parse_cut(clustering.cut)
-    except ValueError:
-        yield "clustering.cut", False, "a distance of 0 or more, or auto:K with K >= 1"
-    yield "tuning.prompt_width", 2 * tuning.prompt_width <= size, f"at most half of --config.data.image_size={size}"
-    prompted = tuning.method != "prompt" or tuning.prompt_width > 0
-    yield "tuning.prompt_width", prompted, "above 0 for tuning.method=prompt"
-    for name, head in (("tuning", tuning), ("common", config.common)):
-        yield f"{name}.penalty", head.method not in ("ridge", "linear") or head.penalty > 0, "above 0"
-        yield f"{name}.balanced", head.method == "linear" or not head.balanced, f"false without {name}.method=linear"
-    yield "tuning.expand", tuning.closed or not tuning.expand, f"0 for tuning.method={tuning.method}"
-    yield "inference.common_weight", config.inference.common_weight <= 1, "at most 1"
