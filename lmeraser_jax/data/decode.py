@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import struct
 import sys
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +15,13 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lmeraser_jax.config import Data
-from lmeraser_jax.data.pixel_bytes import pixels_only
 from lmeraser_jax.data.source import Pixels
 from lmeraser_jax.errors import stand_in
 
 THREADS = min(16, os.cpu_count() or 1)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # whatever a file's name says; others run programs
 MAX_PIXELS = Data().max_pixels
+PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
 TURNS = dict(zip(range(2, 9), (Image.Transpose(method) for method in (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF
 
 
@@ -76,7 +78,7 @@ def _quiet() -> Iterator[None]:
 def _upright(file: Path | bytes, max_pixels: int) -> Image.Image:
     """The first picture of a file, with the side up that its camera noted. Raises nearly every kind.
 
-    Metadata are no reason to refuse an image: what Pillow cannot open or load is tried again without them.
+    Metadata are no reason to refuse an image: a PNG that Pillow cannot open or load is tried again without them.
     """
     if isinstance(file, Path) and file.exists() and not file.is_file():
         raise ValueError("not a regular file")  # a pipe would be waited for
@@ -84,24 +86,34 @@ def _upright(file: Path | bytes, max_pixels: int) -> Image.Image:
         return _load(file, max_pixels)
     except Exception:
         raw = file if isinstance(file, bytes) else file.read_bytes()
-        bare, exif = pixels_only(raw)
-        if bare == raw:
+        if not raw.startswith(PNG):
             raise
-        return _load(bare, max_pixels, exif)
+        return _load(_bare_png(raw), max_pixels)
 
 
-def _load(file: Path | bytes, max_pixels: int, exif: bytes = b"") -> Image.Image:
-    """Opens and decodes with Pillow, and turns the image as its EXIF block says: its own, or a given one."""
+def _load(file: Path | bytes, max_pixels: int) -> Image.Image:
+    """Opens and decodes with Pillow, and turns the image as its EXIF block says."""
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
         _check_size(image.size, max_pixels)
         image.load()
         turn = None
         with contextlib.suppress(Exception):  # a block that cannot be read; Pillow raises nearly every kind
-            tags = image.getexif()
-            if exif:
-                tags.load(exif)
-            turn = TURNS.get(tags.get(ExifTags.Base.Orientation, 1))
+            turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         return image.copy() if turn is None else image.transpose(turn)
+
+
+def _bare_png(raw: bytes) -> bytes:
+    """A PNG without its optional chunks but for transparency and EXIF, whose checksum is mended."""
+    chunks, start = [PNG], len(PNG)
+    while start < len(raw):
+        size, kind = struct.unpack(">I4s", raw[start : start + 8].ljust(8, b"\0"))
+        chunk = raw[start : start + 12 + size]
+        if kind == b"eXIf":
+            chunk = chunk[:-4] + struct.pack(">I", zlib.crc32(chunk[4:-4]))
+        if not kind[:1].islower() or kind in (b"tRNS", b"eXIf"):
+            chunks.append(chunk)
+        start += 12 + size
+    return b"".join(chunks)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int, condition: str = "") -> None:
