@@ -21,7 +21,6 @@ from lmeraser_jax.errors import UserError, raise_all
 
 TAKES_FILES = True
 FLAGS = (Flag("format", "table", "how to print", choices=("table", "csv", "json")),)
-COLUMNS: tuple[str, ...] = ("file", "label", "probability", "cluster")
 
 
 def run(arguments: common.Arguments) -> int:
@@ -58,16 +57,17 @@ def _files(arguments: list[str]) -> tuple[list[Path], dict[str, str]]:
         raise UserError("name image files or a folder: lmeraser predict --workdir=DIR FILE ...")
     files, failures = [], {}
     for path in map(Path, arguments):
-        if not path.is_dir():
-            files += [path] if path.exists() else []
-            failures |= {} if path.exists() else {_printable(path): "no such file or folder"}
-            continue
-        images, others = folder.list_images(path)
-        files += [path / name for name in images]
-        if not images:
-            failures[_printable(path)] = f"holds no images ({', '.join(folder.SUFFIXES)})"
-        if others:
-            common.warn(f"{path}: not used: {folder.count_files(others)}")
+        if path.is_dir():
+            images, others = folder.list_images(path)
+            files += [path / name for name in images]
+            if not images:
+                failures[_printable(path)] = f"holds no images ({', '.join(folder.SUFFIXES)})"
+            if others:
+                common.warn(f"{path}: not used: {folder.count_files(others)}")
+        elif path.exists():
+            files.append(path)
+        else:
+            failures[_printable(path)] = "no such file or folder"
     if not files:
         raise_all([f"{name}: {reason}" for name, reason in failures.items()])
     return files, failures
@@ -83,7 +83,7 @@ def _text(rows: list[dict[str, Any]], format_: str) -> str:
         return json.dumps(rows, indent=2)
     if format_ == "csv":
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, list(COLUMNS), lineterminator="\n")
+        writer = csv.DictWriter(buffer, ["file", "label", "probability", "cluster"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return buffer.getvalue().rstrip("\n")

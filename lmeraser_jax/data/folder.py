@@ -153,12 +153,12 @@ def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str,
     labels = []
     for name, folder in zip(names, folders, strict=True):
         class_folder, slash, _ = label_csv.path_below(name, folder).partition("/")
-        named = rows[name].label if name in rows else ""
-        labels.append(named or (class_folder if slash else ""))
+        labels.append((rows[name].label if name in rows else "") or (class_folder if slash else ""))
     unnamed = [name for name, folder in zip(names, folders, strict=True) if folder == "." and name not in rows]
     if unnamed and any(row.label for row in rows.values()):
-        table = f"{data.labels} (--config.data.labels)"
-        raise UserError(f"{table} has labels, but none for these images: {join_limited(unnamed)}")
+        raise UserError(
+            f"{data.labels} (--config.data.labels) has labels, but none for these images: {join_limited(unnamed)}"
+        )
     without = [name for name, label in zip(names, labels, strict=True) if not label]
     if len(without) == len(names):
         train = data.train_split or DEFAULTS["train"]

@@ -35,17 +35,14 @@ def read(path: str, columns: str, names: Sequence[str], folders: Sequence[str], 
 
     A row's file is a path below the data folder, else below a role's folder, else a file name, else a file
     name without its suffix; it has to match one image only. What matches nothing as it stands is read as a path that
-    may have backslashes.
+    may have backslashes or be absolute.
 
     Args:
-        path: the CSV.
-        columns: names of its columns for file, label and owner; the owner may be left out.
-        names: image files, as paths below the data folder.
+        columns: names of the columns for file, label and owner; the owner may be left out.
+        names: image files, as paths below the data folder `root`.
         folders: for each, its role's folder below the data folder ("." for the data folder itself).
-        root: the data folder; files may be absolute paths below it.
 
-    Raises:
-        UserError: no such file, wrong columns, or all rows that do not name one image of their own.
+    Raises `UserError`: no such file, wrong columns, or all rows that do not name one image of their own.
     """
     rows = _rows(path, columns)
     counts = Counter(row.file for row in rows)
@@ -91,7 +88,7 @@ def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str
         lambda name, folder: PurePosixPath(name).stem,
     )
     matches: dict[str, list[str]] = {}
-    for read_file, key_of in itertools.product((str, _as_path, functools.partial(_below, root)), ways):
+    for read_file, key_of in itertools.product((str, functools.partial(_below, root)), ways):
         left, new = defaultdict(list), defaultdict(list)
         for file in set(files) - matches.keys():
             left[read_file(file)].append(file)
@@ -102,17 +99,13 @@ def _matches(files: Collection[str], names: Sequence[str], folders: Sequence[str
     return matches
 
 
-def _as_path(file: str) -> str:
-    return str(PurePosixPath(file.replace("\\", "/")))
-
-
 def _below(root: str, file: str) -> str:
-    """An absolute path as a path below the data folder, if it lies there."""
+    """A path that may have backslashes; an absolute one as a path below the data folder, if it lies there."""
     path = PurePosixPath(os.path.normpath(file))
     for folder in (root, os.path.realpath(root)):
         if root and path.is_relative_to(folder):
             return str(path.relative_to(folder))
-    return _as_path(file)
+    return str(PurePosixPath(file.replace("\\", "/")))
 
 
 def _rows(path: str, columns: str) -> list[Row]:
@@ -123,7 +116,16 @@ def _rows(path: str, columns: str) -> list[Row]:
     try:
         stream = io.StringIO(as_text(Path(path).read_bytes()), newline="")
         header, delimiter, _ = read_header(stream, wanted)
-        _check_columns(path, header, wanted)
+        needed = wanted[:2] if wanted[2:] == ["owner"] else wanted  # the config's default: owners are optional
+        missing = [name for name in needed if name not in header]
+        if missing:
+            raise UserError(
+                f"{path} lacks the columns {', '.join(missing)}; it has {join_limited(map(shorten, header)) or 'none'};"
+                f" name its columns for file,label[,owner] with --config.data.csv_columns (now {','.join(wanted)})"
+            )
+        twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
+        if twice:
+            raise UserError(f"{path} has several columns named {', '.join(twice)} (--config.data.csv_columns)")
         reader = csv.reader(stream, delimiter=delimiter, strict=True)  # an open quote would swallow rows
         cells = [row for row in reader if any(map(str.strip, row))]
     except (ValueError, csv.Error) as error:
@@ -165,17 +167,3 @@ def read_header(stream: IO[str], wanted: Iterable[str]) -> tuple[list[str], str,
     headers = {mark: [name.strip() for name in next(csv.reader([line], delimiter=mark), [])] for mark in marks}
     delimiter = max(marks, key=lambda mark: len(known & {name.lower() for name in headers[mark]}))
     return headers[delimiter], delimiter, 2 if said else 1
-
-
-def _check_columns(path: str, header: list[str], wanted: list[str]) -> None:
-    """Refuses a CSV that lacks columns or has one twice; one without owners is fine unless the config names them."""
-    needed = wanted[:2] if wanted[2:] == ["owner"] else wanted
-    missing = [name for name in needed if name not in header]
-    if missing:
-        raise UserError(
-            f"{path} lacks the columns {', '.join(missing)}; it has {join_limited(map(shorten, header)) or 'none'};"
-            f" name its columns for file,label[,owner] with --config.data.csv_columns (now {','.join(wanted)})"
-        )
-    twice = [name for name in dict.fromkeys(wanted) if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{path} has several columns named {', '.join(twice)} (--config.data.csv_columns)")

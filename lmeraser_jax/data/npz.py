@@ -39,10 +39,9 @@ RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # NumPy's compressions, and bytes t
 
 
 def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) -> Source:
-    """Reads the file but for its images, of which only shape and type are looked at; nothing is unpickled.
+    """Reads the file but for its images; `own_test` requires test images. Nothing is unpickled.
 
-    Shapes and types of all arrays are checked before any of them is read; `own_test` requires test images. Raises
-    `UserError`: the file is missing or no .npz, or its arrays have wrong keys, shapes or dtypes.
+    Raises `UserError`: the file is missing or no .npz, or its arrays have wrong keys, shapes or dtypes.
     """
     if not Path(path).is_file():
         raise UserError(f"--config.data.path={path}: no such file")
@@ -51,11 +50,8 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     splits = ("train", "test") if own_test else ("train",)
     missing = [key for split in splits for key in (f"{split}_images", f"{split}_labels") if key not in members]
     if missing:
-        contents = [_described(path, member) for member in ZipFile(path).namelist()[:50]]
-        raise UserError(
-            f"{path} lacks {', '.join(missing)}; it has {join_limited(contents, 50) or 'nothing'}"
-            f"{_renamed(others)} (--config.data.path)"
-        )
+        has = _contents(path) + _renamed(others)
+        raise UserError(f"{path} lacks {', '.join(missing)}; it has {has} (--config.data.path)")
     splits = [split for split in SPLITS if f"{split}_images" in members]
     problems = [line for split in splits for line in _problems_of_split(members, split, max_pixels)]
     raise_all(problems + _problems_of_texts(members), f"{path} cannot be used:")
@@ -113,12 +109,16 @@ def _open_members(path: str) -> tuple[dict[str, "Rows"], list[str]]:
     return members, others
 
 
-def _described(path: str, member: str) -> str:
-    """Name, type and shape of an array, or the name of what is none."""
-    with ZipFile(path) as file, contextlib.suppress(*ZIP_ERRORS):
-        rows = Rows(path, member, file)
-        return f"{shorten(member.removesuffix('.npy'))} {rows.kind} {list(rows.shape)}"
-    return shorten(member)
+def _contents(path: str) -> str:
+    """Name, type and shape of the arrays, and the names of what is none."""
+    contents = []
+    with ZipFile(path) as file:
+        for member in file.namelist()[:50]:
+            contents.append(shorten(member.removesuffix(".npy")))
+            with contextlib.suppress(*ZIP_ERRORS):
+                rows = Rows(path, member, file)
+                contents[-1] += f" {rows.kind} {list(rows.shape)}"
+    return join_limited(contents, 50) or "nothing"
 
 
 def _renamed(others: list[str]) -> str:
@@ -236,7 +236,6 @@ class Rows:
             raise ValueError(f"text with numbers that are no characters: {error}") from error
 
     def close(self) -> None:
-        """Lets go of the file."""
         if self.stream is not None:
             self.stream.close()
         self.stream = None
@@ -260,9 +259,6 @@ def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a small .npz that the project has written; nothing is unpickled. Raises nearly every kind.
-
-    NumPy evaluates headers as Python source, and zipfile's errors have no one kind either.
-    """
+    """All arrays of a small .npz that the project has written; nothing is unpickled. Raises nearly every kind."""
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
         return dict(file)

@@ -84,14 +84,9 @@ def problems(source: Source, first: bool = True) -> list[str]:
 def _illegal_names(source: Source) -> list[str]:
     """Each name that is illegal, with what it names and why."""
     owners = {item.owner: item.id for item in reversed(source.items) if item.owner}  # the first record of each
-    ids = [f"{quoted(item.id)} ({fault(item.id)})" for item in source.items if item.id and fault(item.id)]
     return [
-        *ids,
-        *(
-            f"owner {quoted(owner)} of {quoted(name)} ({fault(owner)})"
-            for owner, name in owners.items()
-            if fault(owner)
-        ),
+        *(f"{quoted(item.id)} ({fault(item.id)})" for item in source.items if item.id and fault(item.id)),
+        *(f"owner {quoted(name)} of {quoted(owners[name])} ({fault(name)})" for name in owners if fault(name)),
         *(f"class {quoted(name)} ({class_fault(name)})" for name in source.class_names if class_fault(name)),
     ]
 
