@@ -64,6 +64,7 @@ METHODS: dict[str, Method] = {  # docs/reproduce.md says what each does
         Method("heads-ridge", "heads + ridge", ADAPTIVE | HEAD | {"common.method": "ridge"}),
         Method("ridge", "ridge", ONE_CLUSTER | {"tuning.method": "ridge"}),
         Method("ridge-cosines", "ridge + cosines", ONE_CLUSTER | {"tuning.method": "ridge", "tuning.expand": 512}),
+        Method("logistic", "logistic head", ONE_CLUSTER | {"tuning.method": "linear", "tuning.penalty": 0.03}),
         Method("ncm", "nearest class mean", ONE_CLUSTER | {"tuning.method": "ncm"}),
     )
 }
