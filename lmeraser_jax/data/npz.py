@@ -8,6 +8,7 @@ file will ever lose or gain images.
 import contextlib
 import io
 import itertools
+import lzma
 import math
 import os
 import struct
@@ -32,10 +33,12 @@ KEYS = TEXT_KEYS | {f"{split}_{column}" for split in SPLITS for column in ("imag
 CLASS_LIMIT = 100_000
 IMAGE_LIMIT = 100_000  # images that a file may hold whatever its size; more only if it has a byte for each
 ZIP_ERRORS = (  # what zipfile raises over a damaged file, and `_read_header` over a header
-    *(BadZipFile, zlib.error, struct.error, EOFError, OSError),
+    *(BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError),
     *(ValueError, RuntimeError, OverflowError),  # over a name or size, a compression or encryption, a place in the file
 )
-RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # NumPy's compressions, and bytes that a byte of the file can stand for
+RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for, by compression
+OTHER_RATIO = 10_000  # of LZMA and bzip2: more than photographs, labels or names ever give
+PIECE = 1 << 12  # bytes asked for at a time of these: zipfile unpacks whatever so many packed bytes hold
 
 
 def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) -> Source:
@@ -60,7 +63,9 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     if len(shapes) > 1:
         raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _refuse_damage(path):
-        columns = {key: rows.values() for key, rows in members.items() if not key.endswith("_images")}
+        columns = {
+            key: _values(rows.read_all().reshape(-1)) for key, rows in members.items() if not key.endswith("_images")
+        }
     items = [item for split in splits for item in _items(columns, split)]
     top = max((item.label for item in items), default=0)
     if "class_names" not in columns and top >= CLASS_LIMIT:
@@ -186,16 +191,22 @@ def _items(columns: Mapping[str, list], split: str) -> Iterator[Item]:
         yield Item(as_name(name), split, label, sys.intern(as_name(owner)))
 
 
+def _values(array: np.ndarray) -> list:
+    """The numbers, texts or bytes of an array."""
+    try:
+        return array.tolist()
+    except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
+        raise ValueError(f"text with numbers that are no characters: {error}") from error
+
+
 class Rows:
     """The rows of one array of an .npz. Reading on costs the rows alone; an earlier row starts the array again."""
 
     def __init__(self, path: str, member: str, file: ZipFile):
         """Reads the header. Raises one of `ZIP_ERRORS` where it is damaged or does not fit the size of the member."""
         self.path, self.member, info = path, member, file.getinfo(member)
-        if info.compress_type not in RATIO:
-            raise ValueError(f"{member} is packed in a way that NumPy does not use; save it with np.savez_compressed")
         packed = min(info.compress_size, os.path.getsize(path))
-        if info.file_size > packed * RATIO[info.compress_type]:
+        if info.file_size > packed * RATIO.get(info.compress_type, OTHER_RATIO):
             raise ValueError(f"{member} calls for {info.file_size} bytes, more than its {packed} bytes can hold")
         with file.open(member) as stream:
             self.shape, self.fortran, self.dtype = _read_header(stream)
@@ -203,6 +214,7 @@ class Rows:
         wanted = self.start + math.prod(self.shape) * self.dtype.itemsize
         if info.file_size != wanted and not self.dtype.hasobject:
             raise ValueError(f"{member} holds {info.file_size} bytes, its header calls for {wanted}")
+        self.whole_reads = info.compress_type in RATIO
         self.stream: IO[bytes] | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -215,7 +227,9 @@ class Rows:
                 if _read_header(self.stream) != (self.shape, self.fortran, self.dtype):
                     raise ValueError("it has changed since it was opened")
             self.stream.seek(self.start + start * row_bytes)
-            raw = self.stream.read((stop - start) * row_bytes)
+            count = (stop - start) * row_bytes
+            pieces = [count] if self.whole_reads else [PIECE] * (count // PIECE) + [count % PIECE]
+            raw = b"".join([self.stream.read(size) for size in pieces])
             if stop == self.shape[0]:
                 self.close()
             return np.frombuffer(raw, self.dtype).reshape(stop - start, *self.shape[1:])  # refuses too few bytes
@@ -225,15 +239,11 @@ class Rows:
                 f"--config.data.path={self.path} is damaged: rows {start} to {stop} of {self.member}: {error}"
             ) from error
 
-    def values(self) -> list:
-        """The numbers, texts or bytes of a small array. Raises one of `ZIP_ERRORS`; nothing is unpickled."""
+    def read_all(self) -> np.ndarray:
+        """All of a small array. Raises one of `ZIP_ERRORS`; nothing is unpickled."""
         with ZipFile(self.path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            array = np.lib.format.read_array(io.BytesIO(file.read(self.member)), allow_pickle=False)
-        try:
-            return array.reshape(-1).tolist()
-        except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
-            raise ValueError(f"text with numbers that are no characters: {error}") from error
+            return np.lib.format.read_array(io.BytesIO(file.read(self.member)), allow_pickle=False)
 
     def close(self) -> None:
         if self.stream is not None:
@@ -251,6 +261,8 @@ def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, of headers that it reads all the same
             shape, fortran, dtype = readers[version](stream)
+    except ZIP_ERRORS:
+        raise
     except Exception as error:  # NumPy evaluates the header as Python source, which raises nearly every kind
         raise ValueError(f"its header is damaged: {type(error).__name__}: {error}") from error
     if min(shape, default=0) < 0:

@@ -16,7 +16,7 @@ from lmeraser_jax.data import load, npz
 from lmeraser_jax.data.source import Item, problems
 from lmeraser_jax.errors import UserError
 
-COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
 def arrays(rng, shape=(5, 6, 3), count=6, **changes) -> dict:
@@ -153,7 +153,7 @@ def test_images_are_never_in_memory_together(tmp_path, rng, compression):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 3e6
+    assert peak < 15e6, "LZMA alone keeps a window of megabytes"
 
 
 def test_reading_on_does_not_start_again(tmp_path, rng, monkeypatch):
@@ -173,7 +173,7 @@ def test_reading_on_does_not_start_again(tmp_path, rng, monkeypatch):
 
 
 # damage
-@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("compression", COMPRESSIONS[:2])  # the others hide where a row lies
 def test_damage_behind_the_first_images_is_named_when_it_is_read(tmp_path, rng, compression):
     columns = arrays(rng, count=400)
     pack(tmp_path / "a.npz", compression, columns)
@@ -219,8 +219,6 @@ def test_what_is_no_npz_is_refused(tmp_path, rng):
     for raw in (b"", rng.bytes(200), b"PK\x03\x04" + rng.bytes(60), b"\x80\x04K\x01.", member(np.zeros(3))):
         (tmp_path / "bad.npz").write_bytes(raw)
         assert "is not a readable .npz" in refusal(tmp_path / "bad.npz")
-    pack(tmp_path / "bad.npz", zipfile.ZIP_LZMA, arrays(rng))
-    assert "is packed in a way that NumPy does not use" in refusal(tmp_path / "bad.npz")
 
 
 # wrong arrays
