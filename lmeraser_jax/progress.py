@@ -15,9 +15,9 @@ def silence() -> None:
     _silent = True
 
 
-def warn(message: str) -> None:
-    """Warns on standard error, while long work goes on."""
-    if not _silent:
+def warn(*messages: str) -> None:
+    """Warns on standard error, while long work goes on; a line for each message."""
+    for message in () if _silent else messages:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 

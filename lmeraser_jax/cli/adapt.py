@@ -13,12 +13,11 @@ import shutil
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.backbone import output_folder, show
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import zoo
 
-FLAGS = (Flag("out", absolute, "new folder for the adapted backbone"),)
+FLAGS = (common.Flag("out", absolute, "new folder for the adapted backbone"),)
 
 
 def run(arguments: common.Arguments) -> int:

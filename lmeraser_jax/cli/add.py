@@ -9,14 +9,13 @@ same. It adds the training images and leaves out test and public images. The sam
 import dataclasses
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.unlearning import add
 
 STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
 FLAGS = (
-    Flag("source", absolute, ".npz file or folder with the images to add"),
-    Flag("labels", absolute, "CSV that names files, labels and owners of a folder"),
+    common.Flag("source", absolute, ".npz file or folder with the images to add"),
+    common.Flag("labels", absolute, "CSV that names files, labels and owners of a folder"),
     *common.WRITING,
     *common.SHARED,
 )

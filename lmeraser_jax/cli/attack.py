@@ -14,16 +14,15 @@ compares every bit. See docs/verification.md.
 """
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.evaluation.attacks.options import ATTACKS, Options, check
 
 STRAY = "ids are given as --records=ID, once for each"
 FLAGS = (
-    Flag("targets", 64, "number of records to erase in memory"),
-    Flag("records", (), "id of a record to erase in memory, in place of --targets; may be repeated"),
-    Flag("shadows", 64, "shadow models for each cluster and each kind of slice, tuned on random halves"),
-    Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing, joined by commas; empty: all"),
-    Flag("seed", 0, "seed of the random targets, halves and permutations"),
+    common.Flag("targets", 64, "number of records to erase in memory"),
+    common.Flag("records", (), "id of a record to erase in memory, in place of --targets; may be repeated"),
+    common.Flag("shadows", 64, "shadow models for each cluster and each kind of slice, tuned on random halves"),
+    common.Flag("attacks", [], "loss, lira, ulira, klom, relearn, routing, joined by commas; empty: all"),
+    common.Flag("seed", 0, "seed of the random targets, halves and permutations"),
 )
 
 

@@ -11,11 +11,10 @@ counted apart.
 import dataclasses
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 
 FLAGS = (
     *common.WRITING,
-    Flag("sample", 0, "rebuild only this many clusters, drawn at random; 0: all", low=0),
+    common.Flag("sample", 0, "rebuild only this many clusters, drawn at random; 0: all", low=0),
 )
 
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute, absolute_weights
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.models import architectures, zoo
@@ -25,11 +24,11 @@ if TYPE_CHECKING:
 
 STRAY = "name them as --weights=FILE_OR_FOLDER"
 FLAGS = (
-    Flag("list", False, "list the published backbones that --name accepts"),
-    Flag("name", "", "name of a published backbone"),
-    Flag("weights", absolute_weights, "file, folder, hub:OWNER/NAME, or hub"),
-    Flag("out", absolute, "new folder for the converted backbone"),
-    Flag("image_size", 0, "side of the input in pixels; 0: as published", low=0),
+    common.Flag("list", False, "list the published backbones that --name accepts"),
+    common.Flag("name", "", "name of a published backbone"),
+    common.Flag("weights", absolute_weights, "file, folder, hub:OWNER/NAME, or hub"),
+    common.Flag("out", absolute, "new folder for the converted backbone"),
+    common.Flag("image_size", 0, "side of the input in pixels; 0: as published", low=0),
 )
 
 

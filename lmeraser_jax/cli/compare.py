@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.storage.workdir import Layout
 
 FLAGS = (
-    Flag("methods", [], "names or config files FILE.py, joined by commas; empty: all"),
-    Flag("experiments", ["methods"], "some of: methods, removal (0 to 50 %), cut, epochs, sequence (of requests)"),
-    Flag("cuts", [], "experiment cut: values of clustering.cut, joined by commas"),
-    Flag("sequences", [], "experiment sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
-    Flag("merge", (absolute,), "folder of another comparison to include in the report; may be repeated"),
-    Flag("seeds", 1, "number of runs of each method, with seeds 0, 1, ...", low=1),
-    Flag("length", 10, "experiment sequence: number of batches of requests", low=1),
-    Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),
-    Flag("requests", 2, "erasures to serve and time, of this many sampled and this many other records", low=0),
-    Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
+    common.Flag("methods", [], "names or config files FILE.py, joined by commas; empty: all"),
+    common.Flag(
+        "experiments", ["methods"], "some of: methods, removal (0 to 50 %), cut, epochs, sequence (of requests)"
+    ),
+    common.Flag("cuts", [], "experiment cut: values of clustering.cut, joined by commas"),
+    common.Flag("sequences", [], "experiment sequence: uniform, burst, pareto, class, half, adaptive; empty: all"),
+    common.Flag("merge", (absolute,), "folder of another comparison to include in the report; may be repeated"),
+    common.Flag("seeds", 1, "number of runs of each method, with seeds 0, 1, ...", low=1),
+    common.Flag("length", 10, "experiment sequence: number of batches of requests", low=1),
+    common.Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),
+    common.Flag("requests", 2, "erasures to serve and time, of this many sampled and this many other records", low=0),
+    common.Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
 )
 
 

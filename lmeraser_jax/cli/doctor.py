@@ -10,11 +10,10 @@ check something.
 """
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.unlearning import doctor
 
 TAKES_CONFIG = False  # it may be damaged
-FLAGS = (Flag("fix", False, "remove leftovers, and drop what lmeraser train can make again"),)
+FLAGS = (common.Flag("fix", False, "remove leftovers, and drop what lmeraser train can make again"),)
 DAMAGED, UNCHECKED = 1, 3  # exit codes
 
 

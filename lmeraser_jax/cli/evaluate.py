@@ -4,11 +4,10 @@ lmeraser evaluate --workdir=runs/digits [--split=test|holdout|train] [--config.i
 """
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 
 FLAGS = (
-    Flag("split", "test", "images to evaluate on", choices=("test", "holdout", "train")),
-    Flag("linear", True, "also fit and evaluate the plain linear head"),
+    common.Flag("split", "test", "images to evaluate on", choices=("test", "holdout", "train")),
+    common.Flag("linear", True, "also fit and evaluate the plain linear head"),
 )
 
 

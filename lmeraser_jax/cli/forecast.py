@@ -8,17 +8,18 @@ changes nothing and does not wait for the lock. docs/theory.md has the formulas.
 """
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.experiments.cost_model import Batch, Workload, forecast, read_workload
 
 TAKES_CONFIG = False  # the workdir's config counts
 LEAST, MOST = 1e-9, 1e9  # of a rate or a window
 FLAGS = (
-    Flag("rate", float, "requests a day, above 0"),
-    Flag("window", float, "days in which requests are collected, above 0"),
-    Flag("requests", int, "in place of --window: requests that are collected, 1 to the number of records", low=1),
-    Flag("devices", 1, "number of devices that tune, over all processes", low=1),
+    common.Flag("rate", float, "requests a day, above 0"),
+    common.Flag("window", float, "days in which requests are collected, above 0"),
+    common.Flag(
+        "requests", int, "in place of --window: requests that are collected, 1 to the number of records", low=1
+    ),
+    common.Flag("devices", 1, "number of devices that tune, over all processes", low=1),
 )
 
 

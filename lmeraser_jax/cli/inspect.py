@@ -5,12 +5,13 @@ lmeraser inspect --workdir=DIR [--records]
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 
 TAKES_CONFIG = False
 FLAGS = (
-    Flag("records", False, "list the live private records instead: id and owner as a shell reads them, class, cluster"),
+    common.Flag(
+        "records", False, "list the live private records instead: id and owner as a shell reads them, class, cluster"
+    ),
 )
 
 

@@ -13,13 +13,12 @@ import sys
 from datetime import timedelta
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Due
 
 FLAGS = (
-    Flag("max_wait", float, "serve if the oldest request has waited for this many seconds", low=0),
-    Flag("max_batch", int, "serve if this many requests wait", low=1),
+    common.Flag("max_wait", float, "serve if the oldest request has waited for this many seconds", low=0),
+    common.Flag("max_batch", int, "serve if this many requests wait", low=1),
     *common.WRITING,
     *common.SHARED,
 )

@@ -9,12 +9,11 @@ from datetime import timedelta
 from typing import Any
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.workdir import Layout
 
-FLAGS = (Flag("open", False, "only requests that are not finished"),)
+FLAGS = (common.Flag("open", False, "only requests that are not finished"),)
 COLUMNS = ("id", "state", "age", "records", "tuned", "requester", "reason", "receipt")
 TEXT_WIDTH = 32  # characters of requester and reason in the table
 

@@ -13,16 +13,15 @@ import time
 from collections.abc import Sequence
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.unlearning import rollback
 from lmeraser_jax.unlearning.rollback import Version
 
 FLAGS = (
-    Flag("cluster", "", "key of the cluster, or its beginning"),
-    Flag("to", "", "number of a published state, epoch:E, or a slice; empty: the version before"),
-    Flag("list", False, "only list the versions of the cluster"),
-    Flag("unpin", False, "remove the pin: give the cluster the slice of its current records again"),
+    common.Flag("cluster", "", "key of the cluster, or its beginning"),
+    common.Flag("to", "", "number of a published state, epoch:E, or a slice; empty: the version before"),
+    common.Flag("list", False, "only list the versions of the cluster"),
+    common.Flag("unpin", False, "remove the pin: give the cluster the slice of its current records again"),
     *common.WRITING,
     *common.SHARED,
 )

@@ -9,11 +9,10 @@ erasure requests that wait.
 import dataclasses
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 
 FLAGS = (
-    Flag("reimport", False, "read the source again: add its new records, leave erased ones out"),
-    Flag("retune", False, "tune every cluster with other --config.tuning settings; rollback can go back"),
+    common.Flag("reimport", False, "read the source again: add its new records, leave erased ones out"),
+    common.Flag("retune", False, "tune every cluster with other --config.tuning settings; rollback can go back"),
     *common.WRITING,
     *common.SHARED,
 )
@@ -33,12 +32,10 @@ def run(arguments: common.Arguments) -> int:
         prepare_run(workdir, config, processes=arguments.processes, **options) as (run_, imported),
     ):
         lines = [common.imported_text(imported, "lmeraser train --reimport")] if imported else []
-        for message in repair(run_):
-            common.warn(message)
+        common.warn(*repair(run_))
         report = build(run_)
         summary = overview.overview(run_.layout, run_.catalog, run_.config)
-    for message in summary.warnings:
-        common.warn(message)
+    common.warn(*summary.warnings)
     lines += [common.build_text(report), summary.class_table(), summary.cost()]
     values = dataclasses.asdict(report)
     shown = summary.values()

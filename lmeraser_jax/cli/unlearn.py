@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.errors import UserError
@@ -40,16 +39,18 @@ if TYPE_CHECKING:
 NOTHING_TO_ERASE = "nothing to erase: all that the request names was erased before or is being erased already"
 STRAY = "ids are given as --records=ID, once for each"
 FLAGS = (
-    Flag("records", (), "id of a record to erase (lmeraser inspect --records lists them); may be repeated"),
-    Flag("records_file", (absolute,), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
-    Flag("owner", (), "erase all private records of this owner; may be repeated"),
-    Flag("like", (absolute,), "erase the records with the pixels of this image file; may be repeated"),
-    Flag("request", "", "id of the request: a second call with the same id repeats nothing"),
-    Flag("requester", "", "who asks; kept in the receipt for good"),
-    Flag("reason", "", "why; kept in the receipt for good"),
-    Flag("quarantine", False, "from now until they are tuned again, keep the touched clusters out of predictions"),
-    Flag("defer", False, "only accept the request; lmeraser process serves it later"),
-    Flag("dry_run", False, "only say what the request would cost"),
+    common.Flag("records", (), "id of a record to erase (lmeraser inspect --records lists them); may be repeated"),
+    common.Flag("records_file", (absolute,), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
+    common.Flag("owner", (), "erase all private records of this owner; may be repeated"),
+    common.Flag("like", (absolute,), "erase the records with the pixels of this image file; may be repeated"),
+    common.Flag("request", "", "id of the request: a second call with the same id repeats nothing"),
+    common.Flag("requester", "", "who asks; kept in the receipt for good"),
+    common.Flag("reason", "", "why; kept in the receipt for good"),
+    common.Flag(
+        "quarantine", False, "from now until they are tuned again, keep the touched clusters out of predictions"
+    ),
+    common.Flag("defer", False, "only accept the request; lmeraser process serves it later"),
+    common.Flag("dry_run", False, "only say what the request would cost"),
     *common.WRITING,
     *common.SHARED,
 )
@@ -65,11 +66,11 @@ def run(arguments: common.Arguments) -> int:
             requests.resolve(catalog, *targets)  # refuses unknown ones first
             common.require_device()
         if arguments["dry_run"]:
-            _warn_of_lookalikes(catalog, ids, owners)
+            common.warn(*requests.still_live(catalog, ids, owners))
             return _estimate(arguments, *targets)
         details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
         request = requests.accept(catalog, ids, owners, contents=contents, **details)
-        _warn_of_lookalikes(catalog, ids, owners)
+        common.warn(*requests.still_live(catalog, ids, owners))
         quarantined = requests.quarantine_size(catalog, request.id)
     if request.open and not arguments["defer"]:
         return _serve(arguments, request)
@@ -89,11 +90,6 @@ def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], 
         same = list_names(catalog.same_pixels(contents[-1])) or "no live record"
         print(f"{path} has the pixels of: {same}", file=sys.stderr, flush=True)
     return ids, owners, contents
-
-
-def _warn_of_lookalikes(catalog: Catalog, ids: list[str], owners: list[str]) -> None:
-    for line in requests.still_live(catalog, ids, owners):
-        common.warn(line)
 
 
 def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:

@@ -12,13 +12,12 @@ import dataclasses
 from pathlib import Path
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.unlearning import verify
 from lmeraser_jax.unlearning.verify import Verdict
 
 TAKES_FILES = True
-FLAGS = (Flag("all", False, "check all receipts of the workdir, and that none is missing"),)
+FLAGS = (common.Flag("all", False, "check all receipts of the workdir, and that none is missing"),)
 
 
 def run(arguments: common.Arguments) -> int:

@@ -49,10 +49,8 @@ class Evaluation:
 def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | None = None) -> Evaluation:
     """Evaluates the published state, or another `model`, on a split: test | holdout | train.
 
-    With `linear` also a plain linear head, fitted on the features of the live training records.
-
-    Raises:
-        UserError: the split has no images, or nothing is published.
+    With `linear` also a plain linear head, fitted on the features of the live training records. Raises `UserError`
+    where the split has no images, or nothing is published.
     """
     records, train = run.catalog.live(split), run.catalog.live("train")
     if not len(records):

@@ -134,10 +134,8 @@ class _Snapshot(NamedTuple):
 def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
     """Reads a workdir's catalog and clustering, both of one published state, and its disk use.
 
-    The config says what the warnings and the common head are about.
-
-    Raises:
-        UserError: nothing is published yet, or the clustering or the backbone's description cannot be read.
+    The config says what the warnings and the common head are about. Raises `UserError` where nothing is published yet,
+    or the clustering or the backbone's description cannot be read.
     """
     snapshot, clustering = _read(layout, catalog)
     classes = _class_rows(catalog.get("dataset")["classes"], snapshot.private.labels)

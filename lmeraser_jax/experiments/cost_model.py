@@ -125,10 +125,8 @@ class Workload:
 def read_workload(layout: Layout, catalog: Catalog, devices: int = 1) -> Workload:
     """Reads a workdir's published state from its catalog, as of one moment, and the log of past work.
 
-    Each device is as fast as those that made the slices of the published program.
-
-    Raises:
-        UserError: nothing is published, no live record is in a cluster, slices are closed forms, or none was timed.
+    Each device is as fast as those that made the slices of the published program. Raises `UserError` where nothing is
+    published, no live record is in a cluster, slices are closed forms, or none was timed.
     """
     tree = read_config(layout)
     with catalog.snapshot():

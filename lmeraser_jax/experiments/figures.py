@@ -205,11 +205,7 @@ FIGURES: dict[str, tuple[str, "Callable[[Rows, Titles], Figure | None]"]] = {
 def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path], list[tuple[str, bytes]]]:
     """Writes figures/NAME.png and .svg, each completely or not at all; removes figures that the rows do not hold.
 
-    Returns:
-        The files, and the figures for the report as (heading, SVG).
-
-    Raises:
-        Stopped: the process was asked to stop.
+    Returns the files, and the figures for the report as (heading, SVG). Raises `Stopped` as soon as it is asked for.
     """
     paths, pictures = [], []
     with progress("figures", len(FIGURES)) as shown:

@@ -35,11 +35,8 @@ REMOVED_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the records (paper Fig. 6, left
 def run_task(task: Task, options: Options, base: Path, folder: Path, tuned: Path | None = None) -> list[Measurement]:
     """Does a task in the workdir `folder` and returns its rows; an interrupted try carries on there.
 
-    Args:
-        task, options: what to measure.
-        base: a workdir with images and a backbone, which the task's workdir begins as.
-        folder: the task's workdir.
-        tuned: a workdir that this and later tasks with the same `tuning_digest` begin as; made here if it is missing.
+    It begins as a copy of `base`, which has images and a backbone, or of `tuned`, which later tasks with the same
+    `tuning_digest` begin as, too; that is made here if it is missing.
     """
     if folder.exists():
         with prepare_run(folder, task.config, retune=True) as (run, _):

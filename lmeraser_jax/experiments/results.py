@@ -107,8 +107,7 @@ def collect(folder: Path) -> Results:
 def merge(results: Results, others: Mapping[str, Results]) -> Results:
     """Results with the rows of other comparisons, {folder: results}; the first row of each point is kept.
 
-    Raises:
-        UserError: two of them have different numbers at the same point, times apart.
+    Raises `UserError` where two of them have different numbers at the same point, times apart.
     """
     rows, clashes = {row.point: row for row in results.rows}, []
     for folder, other in others.items():

@@ -29,9 +29,8 @@ from lmeraser_jax.unlearning.run import Run, prepare_run
 def compare(comparison: Comparison, command: str) -> Results:
     """Does the tasks that are not done yet; results.json holds every finished task's rows at any time.
 
-    Raises:
-        UserError: see `check`; or data with too few records for a shard or a class.
-        Stopped: the process was asked to stop; the same command carries on.
+    Raises `UserError` as `check` does and for data with too few records for a shard or a class; and `Stopped`, after
+    which the same command carries on.
     """
     check(comparison)
     _bind(comparison)

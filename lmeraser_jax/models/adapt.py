@@ -36,14 +36,9 @@ BATCH = 32  # images per device and call of the network at its own image size
 
 
 def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
-    """Reads the public set that `config.public` names.
+    """Reads the public set that `config.public` names. Raises `UserError` where that fails or nothing is left of it.
 
-    Args:
-        is_private: whether an image with this content hash is a private or a test image; such images are left out
-            with a warning.
-
-    Raises:
-        UserError: it cannot be read, or nothing is left of it.
+    Images with whose content hash `is_private` is true, private and test images, are left out with a warning.
     """
     public = config.public
     data = Data(
@@ -57,8 +52,7 @@ def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
     )
     source = sources.load(data, own_test=False)
     raise_all(problems(source), f"the public set {source.name} cannot be used:")
-    for note in source.notes:
-        warn(f"the public set {source.name}: {note}")
+    warn(*(f"the public set {source.name}: {note}" for note in source.notes))
     positions = [i for i in limit_positions(source.items, data.train_limit, 0) if source.items[i].split == "train"]
     images, labels, left_out, unreadable = [], [], [], []
     with progress("public", len(positions)) as shown:
@@ -100,12 +94,9 @@ def private_contents(data: Data) -> frozenset[str]:
 def adapt(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> tuple[Backbone, dict[str, Any], float]:
     """Trains the published weights that the config names on a public set; checkpoints lie in `folder`.
 
-    Returns:
-        (Backbone, provenance, accuracy): accuracy as `pretrain.train` gives it.
-
-    Raises:
-        UserError: the weights or the settings do not fit, or the loss is not finite.
-        Stopped: the process was asked to stop; the same call goes on.
+    Also returns the provenance, and the accuracy as `pretrain.train` gives it. Raises `UserError` where the weights or
+    the settings do not fit or the loss is not finite, and `Stopped` where the process was asked to stop; the same call
+    goes on.
     """
     backbone, provenance = convert.load(config.backbone, config.data.image_size)
     spec = image_spec(config, public.images.shape[1:], backbone.config.channels, backbone.mean, backbone.std)

@@ -50,10 +50,8 @@ class Provenance:
 def load(chosen: settings.Backbone, image_size: int = 0, note: bool = True) -> tuple[Backbone, Provenance]:
     """The backbone that the config names, for inputs of `image_size` pixels a side; 0: of its published size.
 
-    With `note`, a line on standard error says what was assumed, and what beside the weights was not used.
-
-    Raises:
-        UserError: an unknown name, unreadable weights, or anything in them that does not fit.
+    With `note`, a line on standard error says what was assumed, and what beside the weights was not used. Raises
+    `UserError` for an unknown name, unreadable weights, or anything in them that does not fit.
     """
     weights = _read(chosen)
     backbone, provenance = freeze(weights, chosen, image_size)

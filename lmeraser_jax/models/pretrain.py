@@ -5,6 +5,7 @@ optimizer are replicated, the batch is split over the mesh. Orders and augmentat
 step), so a training that resumes from a checkpoint computes what an uninterrupted one would have.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -133,12 +134,8 @@ def train(folder: Path, start: Start, public: PublicSet, config: Config, mesh: M
     The loss is pretraining.supervise times the cross-entropy of the labels (Eq. 2) plus pretraining.distill times the
     mean squared distance of the features from `public.features`.
 
-    Returns:
-        (Backbone, accuracy): accuracy in [0, 1] on augmented public images in the last epoch.
-
-    Raises:
-        UserError: the loss is not finite.
-        Stopped: the process was asked to stop; a checkpoint is written.
+    Also returns the accuracy, in [0, 1], on augmented public images in the last epoch. Raises `UserError` for a loss that
+    is not finite, and `Stopped`, with a checkpoint written, where the process was asked to stop.
     """
     p, count = config.pretraining, len(public.images)
     batch = -(-p.batch // mesh.size) * mesh.size
@@ -175,15 +172,11 @@ def train(folder: Path, start: Start, public: PublicSet, config: Config, mesh: M
 
 def _resume(folder: Path, state: State, identity: str) -> tuple[State, int, int]:
     """What to go on with: state, calls made, hits of the epoch; from the same training's newest checkpoint, if any."""
-    if not folder.exists():
-        return state, 0, 0
-    try:
+    with contextlib.suppress(Damaged):  # there is none, or the first save was cut short
         arrays, notes, calls = checkpoints.load(folder)
         if notes["identity"] == identity:
             return checkpoints.unflatten(arrays, state), calls, notes["right"]
-    except Damaged:
-        pass  # the first save was cut short
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return state, 0, 0
 
 

@@ -46,25 +46,18 @@ class Weights:
 def read(weights: str, hub_id: str = "", revision: str = "main") -> Weights:
     """Reads what `backbone.weights` names: a path, `hub:OWNER/NAME[@REVISION]`, or `hub` for the named backbone's id.
 
-    Raises:
-        UserError: not readable, a pickle, or no network for a hub id.
+    Raises `UserError` for what is not readable, a pickle, or a hub id without a network.
     """
     try:
         if weights.startswith("hub:"):
             hub_id, _, revision = weights.removeprefix("hub:").partition("@")
-        if weights == "hub" or weights.startswith("hub:"):
-            return _read_path(_download(hub_id, revision or "main"))
-        return _read_path(Path(weights))
+        of_hub = weights == "hub" or weights.startswith("hub:")
+        path = _download(hub_id, revision or "main") if of_hub else Path(weights)
+        if (path / "0").is_dir():
+            return _read_own(path)
+        return _read_folder(path, _file_of(path)) if path.is_dir() else _read_folder(path.parent, path)
     except UserError as error:
         raise UserError(f"--config.backbone.weights={weights}: {error}") from error
-
-
-def _read_path(path: Path) -> Weights:
-    if (path / "0").is_dir():
-        return _read_own(path)
-    if path.is_dir():
-        return _read_folder(path, _file_of(path))
-    return _read_folder(path.parent, path)
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:

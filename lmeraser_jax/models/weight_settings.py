@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from lmeraser_jax.errors import raise_all, shorten
@@ -95,7 +95,14 @@ def architecture_settings(config: Json, family: str, pooled: bool = True) -> Sta
     args = (config.get("model_args") or {}) if timm else config
     if not isinstance(args, Mapping):
         return Stated({}, problems=(f"model_args={shorten(args)}; must be an object",))
-    problems, gelu = _illegal(args), None
+    problems = _illegal(args)
+
+    def legal(key: str, value: Any, good: Callable[[Any], bool], text: str) -> Any:
+        if value is None or good(value):
+            return value
+        problems.append(f"{key}={shorten(value)}; {text}")
+        return None
+
     if not timm and kind not in (None, family):
         problems.append(f"config.json says model_type={shorten(kind)}, the arrays are those of a {family}")
     sizes = {ours: (key, args[key]) for ours, key in SIZES[timm, family].items() if args.get(key) is not None}
@@ -106,26 +113,19 @@ def architecture_settings(config: Json, family: str, pooled: bool = True) -> Sta
         sizes = ({"channels": ("input_size", channels)} if sides else {}) | sizes
         sizes |= {"feature_size": ("num_features", config["num_features"])} if config.get("num_features") else {}
         size, heads, act_key = size or sides or None, _heads_of(config), "act_layer"
-    heads_key, heads = sizes.get("heads", ("", heads))
-    act, epsilon, bias = args.get(act_key), None if timm else args.get("layer_norm_eps"), args.get("qkv_bias")
-    if act and isinstance(act, str) and act in GELUS:
-        gelu = GELUS[act]
-    elif act:
-        problems.append(f"{act_key}={shorten(act)}; known: {', '.join(GELUS)}")
-    if epsilon is not None and not (_is_number(epsilon) and epsilon > 0):
-        problems.append(f"layer_norm_eps={shorten(epsilon)}; must be a number above 0")
-        epsilon = None
-    if family == "vit" and not (heads is None or _is_number(heads) and heads == int(heads) >= 1):
-        problems.append(f"{heads_key}={shorten(heads)}; must be a whole number above 0")
-        heads, sizes = None, {ours: pair for ours, pair in sizes.items() if ours != "heads"}
-    if not isinstance(bias, bool | None):
-        problems.append(f"qkv_bias={shorten(bias)}; must be true or false")
-        bias = None
-    pool, usual = args.get("global_pool", config.get("global_pool")), "token" if family == "vit" else "avg"
-    if timm and pooled and pool not in (None, usual):
-        flag = "; --config.backbone.feature=cls takes the class token" if family == "vit" else ""
-        problems.append(f"global_pool={shorten(pool)}; known: {usual}{flag}")
-    heads = int(heads) if family == "vit" and heads else None
+    act = legal(act_key, args.get(act_key) or None, [*GELUS].__contains__, f"known: {', '.join(GELUS)}")
+    epsilon, bias = None if timm else args.get("layer_norm_eps"), args.get("qkv_bias")
+    epsilon = legal("layer_norm_eps", epsilon, lambda e: _is_number(e) and e > 0, "must be a number above 0")
+    bias = legal("qkv_bias", bias, lambda b: isinstance(b, bool), "must be true or false")
+    pool, usual = args.get("global_pool", config.get("global_pool")), "avg"
+    if family == "vit":
+        usual = "token; --config.backbone.feature=cls takes the class token"
+        key, heads = sizes.get("heads", ("", heads))
+        heads = legal(key, heads, lambda h: _is_number(h) and h == int(h) >= 1, "must be a whole number above 0")
+        sizes = sizes if heads else {ours: pair for ours, pair in sizes.items() if ours != "heads"}
+    if timm and pooled:
+        legal("global_pool", pool, lambda p: p == usual.partition(";")[0], f"known: {usual}")
+    heads, gelu = int(heads) if family == "vit" and heads else None, GELUS[act] if act else None
     return Stated(sizes, heads, gelu, epsilon, bias, size, pool is not None, tuple(problems))
 
 
@@ -167,11 +167,8 @@ def _illegal(values: Json) -> list[str]:
 def normalisation(config: Json, processor: Json, given: Collection[str] = ()) -> Normalisation | None:
     """Mean and standard deviation as the files say them in any of their blocks; None where they do not say.
 
-    Args:
-        given: "mean" or "std" where the user sets it, so that the files need not.
-
-    Raises:
-        UserError: they say what cannot be honoured, or two things.
+    `given` names "mean" or "std" where the user sets it, so that the files need not. Raises `UserError` where they say
+    what cannot be honoured, or two things.
     """
     problems, stated = _illegal(processor), {}
     for name, block in (*_blocks(config, "config.json"), *_blocks(processor, "preprocessor_config.json")):

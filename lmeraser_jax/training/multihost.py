@@ -65,8 +65,7 @@ def local_devices() -> list[Any]:
 def start(coordinator: str | None = None, count: int | None = None, index: int | None = None) -> Processes:
     """Joins the processes of a command. What is None is detected by JAX (Slurm, Open MPI, Kubernetes).
 
-    Raises:
-        UserError: nothing tells where this process stands, or the others did not come.
+    Raises `UserError` where nothing tells where this process stands, or the others did not come.
     """
     jax.config.update("jax_enable_recoverability", True)  # else JAX aborts before `_watch` can say what to do
     jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is `interrupt`'s

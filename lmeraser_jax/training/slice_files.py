@@ -46,10 +46,8 @@ def write_slices(
     """Writes each slice of `targets`, with its snapshots, as soon as it is finished; yields what is on disk, in order.
 
     In `results` the snapshots of a slice come before it. Closing the generator waits for what is being written: the
-    writer lock must not be given up before.
-
-    Raises:
-        Stopped: the process was asked to stop; what was finished is written and was yielded before.
+    writer lock must not be given up before. Raises `Stopped` where the process was asked to stop; what was finished is
+    written and was yielded before.
     """
     by_key = {target.job.key: target for target in targets}
     snapshots: dict[str, list[Tuned]] = {key: [] for key in by_key}

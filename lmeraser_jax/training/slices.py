@@ -40,8 +40,7 @@ class Slice(NamedTuple):
 def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None) -> Slice:
     """The slice of a checkpoint's arrays, on the host; `architecture` is that of its own backbone, if it has one.
 
-    Raises:
-        Damaged: names the slice, and every array that is missing, left over or of another dtype or shape.
+    Raises `Damaged` with every array that is missing, left over or of another dtype or shape.
     """
     problems = slice_arrays.array_problems(arrays, architecture is not None)
     own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if field.startswith(OWN)}
@@ -97,9 +96,7 @@ def noise_activation(backbone: Backbone, classes: int) -> tuple[int, ...]:
 
     The Y features with the largest standard deviation over 512 normalised inputs of noise, N(0, 1), in ascending order.
     No label is looked at and nothing is learnt: a prompt has to move the image until the right one is the largest.
-
-    Raises:
-        UserError: the backbone has fewer features than there are classes.
+    Raises `UserError` where the backbone has fewer features than there are classes.
     """
     config = backbone.config
     if classes > config.feature_size:

@@ -35,10 +35,8 @@ def make_slices(
     """Makes slices by all processes, in waves. Called at process 0; the others call `do_share`.
 
     `tune_own` makes the slices of some jobs on this process's devices (`tune.make_slices`); from the JSON values of
-    `context` the other processes find theirs. `labels` int32 [N] are those of all image rows.
-
-    Raises:
-        Stopped: a process was asked to stop; what all had finished was yielded before.
+    `context` the other processes find theirs. `labels` int32 [N] are those of all image rows. Raises `Stopped` where a
+    process was asked to stop; what all had finished was yielded before.
     """
     if processes.count == 1 or tuning_spec.tuning.closed:
         yield from tune_own(jobs)
@@ -102,8 +100,7 @@ def extract(
 ) -> np.ndarray:
     """Features of image rows int64 [k], computed by all processes: float32 [k, D]. Called at process 0.
 
-    Raises:
-        Stopped: a process was asked to stop.
+    Raises `Stopped` where a process was asked to stop.
     """
     if processes.count == 1:
         return extract_own(rows)

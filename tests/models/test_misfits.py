@@ -55,17 +55,6 @@ def test_a_config_json_that_contradicts_the_arrays():
         assert f"{name} is {value} in config.json" in message and message.count("in the arrays") == 1
 
 
-@FAMILIES
-def test_a_config_json_that_calls_for_what_is_not_supported(make, config):
-    values = {"hidden_act": ["gelu"], "pooler_act": "gelu", "layer_norm_eps": "small"}
-    lines = [("hidden_act=['gelu']",), ("pooler_act=gelu; known: tanh",), ("layer_norm_eps=small",)]
-    if config is VIT:
-        values["num_attention_heads"], line = 2.5, ("num_attention_heads=2.5",)
-    else:
-        values["use_absolute_embeddings"], line = True, ("use_absolute_embeddings=true is not supported",)
-    assert_lines(refusal(make(), settings_of(config) | values), [*lines, line])
-
-
 def test_an_unknown_layout_lists_the_known_ones_and_what_is_lacking():
     names = [f"img/Transformer/encoderblock/{name}/kernel" for name in "abcdefghijklmn"]
     message = refusal({name: np.zeros((2, 2), np.float32) for name in names})
@@ -158,12 +147,16 @@ def test_one_parameter_under_two_names():
     assert "norm/scale" in refusal(arrays) and "so does another array" in refusal(arrays)
 
 
-def test_arrays_that_are_not_floating_point_are_all_named():
-    for dtype in ("int32", "uint8", "bool", "complex64"):
+def test_arrays_that_are_not_floating_point_or_not_finite_are_all_named():
+    cases = [(dtype, 1, f"must be floating point, is {dtype}") for dtype in ("int32", "uint8", "bool", "complex64")]
+    finite = "must be finite, has 1 inf or NaN of"
+    for dtype, value, words in (*cases, ("f4", np.nan, finite), ("f2", np.inf, finite), ("f8", 1e300, finite)):
         arrays = hugging_face_vit()
-        for name in ("layernorm.bias", "layernorm.weight"):
+        for name in ("layernorm.bias", "encoder.layer.1.output.dense.weight"):
             arrays[name] = arrays[name].astype(dtype)
-        assert refusal(arrays).count(f"must be floating point, is {dtype}") == 2
+            arrays[name].flat[3] = value
+        message = refusal(arrays)
+        assert message.count(words) == 2 and "layernorm.bias" in message and "1.output.dense.weight" in message, dtype
 
 
 def test_settings_that_the_weights_cannot_serve():

@@ -124,12 +124,6 @@ def stopped(tmp_path_factory, public) -> Path:
     return folder
 
 
-def assert_same(backbone: backbone_lib.Backbone, expected: backbone_lib.Backbone) -> None:
-    for name, array in flatten(expected.params).items():
-        np.testing.assert_array_equal(flatten(backbone.params)[name], array, err_msg=name)
-    assert backbone.digest == expected.digest
-
-
 def test_the_loss_falls_and_the_accuracy_rises(whole):
     assert len(whole.epochs) == EPOCHS and whole.accuracy == whole.epochs[-1][1] / 390
     assert abs(whole.epochs[0][0] - np.log(CLASSES)) < 1.0  # starts at about chance
@@ -159,8 +153,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, public, whole, st
     assert not layout.backbone.exists() and checkpoints.load(layout.pretraining)[2] == 1
     assert first_epoch(layout.root, public, config_with()) == 1
     backbone, accuracy = train(layout.root, public, config_with())
-    assert_same(backbone, whole.backbone)
-    assert accuracy == whole.accuracy
+    assert (backbone.digest, accuracy) == (whole.backbone.digest, whole.accuracy)
 
 
 def test_a_checkpoint_of_another_training_is_not_used(tmp_path, public, stopped):
@@ -205,7 +198,7 @@ def test_a_saved_backbone_is_the_same_backbone(whole):
     read, inputs = backbone_lib.load(Layout(whole.folder).backbone)
     assert read.config == backbone.config and inputs == {"seed": 0}
     assert (read.mean, read.std) == (backbone.mean, backbone.std)
-    assert_same(read, backbone)
+    assert read.digest == backbone.digest
     with pytest.raises(UserError, match="does not exist"):
         backbone_lib.load(Layout(whole.folder / "elsewhere").backbone)
 
@@ -229,7 +222,7 @@ def test_a_damaged_backbone_is_refused(tmp_path, whole):
             assert "backbone" in str(error)
             noticed += source.stat().st_size
         else:  # this byte does not reach the parameters
-            assert_same(read, whole.backbone)
+            assert read.digest == whole.backbone.digest
     assert noticed > sum(array.nbytes for array in flatten(whole.backbone.params).values()) / 2
     gc.collect()
 
@@ -248,7 +241,7 @@ def test_a_backbone_with_other_contents_under_its_digest_is_refused(tmp_path, wh
         with pytest.raises(UserError, match=r"--config\.backbone\.weights=.*b is (damaged|no backbone)"):
             convert.load(settings.Backbone(weights=str(tmp_path / "b")))
     checkpoints.save(tmp_path / "b", flatten(backbone.params), good)
-    assert_same(backbone_lib.load(tmp_path / "b")[0], backbone)
+    assert backbone_lib.load(tmp_path / "b")[0].digest == backbone.digest
 
 
 def test_a_loss_that_is_not_finite_names_the_flag(tmp_path, public):

@@ -17,19 +17,9 @@ from lmeraser_jax.training.train_step import mesh_of
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.audit import audit, differences, state
 
-PINS = {  # other values than the program's
-    "enable_x64": True,
-    "default_prng_impl": "rbg",
-    "threefry_partitionable": False,
-    "enable_custom_prng": True,
-    "default_matmul_precision": "bfloat16",
-    "default_device": "cpu",
-    "disable_jit": True,
-    "softmax_custom_jvp": True,
-    "debug_nans": True,
-    "debug_infs": True,
-    "transfer_guard": "disallow",
-}
+PINS = {name: not value for name, value in PINNED.items() if isinstance(value, bool)}  # other values than the program's
+PINS |= {"default_prng_impl": "rbg", "default_matmul_precision": "bfloat16"}
+PINS |= {"default_device": "cpu", "transfer_guard": "disallow"}
 HARMLESS = """
 log_* *logging* *debug_log* explain_cache_misses distributed_debug pprint_* *traceback* source_url_schema dump_ir_*
 hlo_source_file_canonicalization_regex include_debug_info_in_dumps captured_constants_* *compilation_cache*
