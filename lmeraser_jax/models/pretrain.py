@@ -134,8 +134,8 @@ def train(folder: Path, start: Start, public: PublicSet, config: Config, mesh: M
     The loss is pretraining.supervise times the cross-entropy of the labels (Eq. 2) plus pretraining.distill times the
     mean squared distance of the features from `public.features`.
 
-    Also returns the accuracy, in [0, 1], on augmented public images in the last epoch. Raises `UserError` for a loss that
-    is not finite, and `Stopped`, with a checkpoint written, where the process was asked to stop.
+    Also returns the accuracy, in [0, 1], on augmented public images in the last epoch. Raises `UserError` for a loss
+    that is not finite, and `Stopped`, with a checkpoint written, where the process was asked to stop.
     """
     p, count = config.pretraining, len(public.images)
     batch = -(-p.batch // mesh.size) * mesh.size
