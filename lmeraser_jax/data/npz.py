@@ -37,7 +37,7 @@ ZIP_ERRORS = (  # what zipfile raises over a damaged file, and `_read_header` ov
     *(ValueError, RuntimeError, OverflowError),  # over a name or size, a compression or encryption, a place in the file
 )
 RATIO = {ZIP_STORED: 1, ZIP_DEFLATED: 1032}  # bytes that one byte of the file can stand for, by compression
-OTHER_RATIO = 10_000  # of LZMA and bzip2: more than photographs, labels or names ever give
+OTHER_RATIO = 10_000  # of LZMA, in which packs of photographs come, and bzip2: more than these, labels or names give
 PIECE = 1 << 12  # bytes asked for at a time of these: zipfile unpacks whatever so many packed bytes hold
 
 
