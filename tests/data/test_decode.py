@@ -183,13 +183,6 @@ def exif(tag: int = 0x11A, kind: int = 5, count: int = 1, value: int = 38, data:
     return head + struct.pack("<HHII", tag, kind, count, value) + bytes(4) + data
 
 
-def with_metadata(form: str, *pieces: bytes, late: bool = False) -> bytes:
-    """The sample with pieces of metadata behind its head or, in a PNG, behind its pixels."""
-    raw = FILES[form]
-    start = {"JPEG": 2, "PNG": len(raw) - 12 if late else 33}[form]
-    return raw[:start] + b"".join(pieces) + raw[start:]
-
-
 BIG = bytes(3_000_000)
 TURNED = [exif(), exif(data=bytes(8)), exif(data=struct.pack("<II", 5, 0)), exif(kind=1), exif(kind=2)]
 TURNED += [exif(tag, kind, value=30) for tag in (0x128, 0x8769, 0x8825, 0x9003, 0xA005) for kind in (1, 2, 3, 5, 7, 16)]
@@ -198,32 +191,36 @@ BROKEN = [b"", b"MM\0*\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff" + bytes(60_0
 
 def odd_files() -> dict[str, list[bytes]]:
     """{what is odd: files with the sample's pixels}; those named "turned" have it turned by a quarter."""
+
+    def png(*chunks: bytes, late: bool = False) -> bytes:
+        start = -12 if late else 33  # behind the pixels or before them
+        return FILES["PNG"][:start] + b"".join(chunks) + FILES["PNG"][start:]
+
+    def jpeg(marker: int, body: bytes) -> bytes:
+        return FILES["JPEG"][:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + FILES["JPEG"][2:]
+
     texts = [b"k\0" + BIG, b"k\0\0" + zlib.compress(BIG), b"k\0\0torn", b"k\0\x07method", b"k", b""]
     texts += [b"k\0\1\0\0\0" + zlib.compress(BIG), b"k\0\0\0\xff\0\xff\0\xff"]
     kinds = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
     small = (b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"tIME", b"acTL", b"fcTL", b"prVt")
     profile = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n zz\nzz\n"))
-    odd = {
-        "text": [with_metadata("PNG", chunk(k, text), late=late) for k in kinds for text in texts for late in (0, 1)],
-        "much text": [with_metadata("PNG", *[chunk(b"tEXt", b"k\0" + BIG[:500_000])] * 150)],
-        "checksum": [with_metadata("PNG", chunk(kind, b"k\0v", crc=1)) for kind in (*kinds, b"prVt", b"eXIf")],
-        "short": [with_metadata("PNG", chunk(kind, b"\xff" * size)) for kind in small for size in (0, 1, 3)],
-        "exif": [with_metadata("PNG", chunk(b"eXIf", block)) for block in BROKEN] + [with_metadata("PNG", profile)],
-        "turned": [with_metadata("PNG", chunk(b"eXIf", block)) for block in TURNED],
-        "turned, text": [with_metadata("PNG", chunk(b"eXIf", exif(), crc), chunk(b"tEXt", BIG)) for crc in (0, 1)],
-        "webp turned": [encoded(SAMPLE, "WEBP", lossless=True, exif=exif(), icc_profile=b"x", xmp=b"<torn")],
-    }
-    for name, blocks in (("jpeg exif", BROKEN), ("jpeg turned", TURNED)):
-        odd[name] = [segment(0xE1, b"Exif\0\0" + block) for block in blocks]
     bodies = [(0xE2, b"ICC_PROFILE\0\1\5x"), (0xE2, b"MPF\0II*\0"), (0xED, b"Photoshop 3.0\x008BIM")]
     bodies += [(0xE1, b"http://ns.adobe.com/xap/1.0/\0\xff"), (0xFE, BIG[:65_000])]
-    odd["jpeg"] = [segment(marker, body) for marker, body in bodies]
-    return odd
-
-
-def segment(marker: int, body: bytes) -> bytes:
-    """The sample's JPEG with a segment of metadata."""
-    return with_metadata("JPEG", struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body)
+    webp = {"lossless": True, "icc_profile": b"x", "xmp": b"<torn"}
+    return {
+        "text": [png(chunk(k, text), late=late) for k in kinds for text in texts for late in (False, True)],
+        "much text": [png(*[chunk(b"tEXt", b"k\0" + BIG[:500_000])] * 150)],
+        "checksum": [png(chunk(kind, b"k\0v", crc=1)) for kind in (*kinds, b"prVt", b"eXIf")],
+        "short": [png(chunk(kind, b"\xff" * size)) for kind in small for size in (0, 1, 3)],
+        "exif": [png(chunk(b"eXIf", block)) for block in BROKEN] + [png(profile)],
+        "turned": [png(chunk(b"eXIf", block)) for block in TURNED],
+        "turned, text": [png(chunk(b"eXIf", exif(), crc), chunk(b"tEXt", BIG)) for crc in (0, 1)],
+        "webp": [encoded(SAMPLE, "WEBP", exif=b"Exif\0\0" + block, **webp) for block in BROKEN],
+        "webp turned": [encoded(SAMPLE, "WEBP", exif=b"Exif\0\0" + block, **webp) for block in TURNED],
+        "jpeg": [jpeg(marker, body) for marker, body in bodies],
+        "jpeg exif": [jpeg(0xE1, b"Exif\0\0" + block) for block in BROKEN],
+        "jpeg turned": [jpeg(0xE1, b"Exif\0\0" + block) for block in TURNED],
+    }
 
 
 def test_metadata_change_no_pixel_and_refuse_none(tmp_path):

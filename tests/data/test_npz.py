@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data import load, npz
@@ -277,14 +275,11 @@ HUGE = 10**15
 
 
 def message_of(path, compression: int = zipfile.ZIP_STORED, max_pixels: int = 10**6, **changes: bytes) -> str:
-    """Writes, loads, checks and reads a file; the message of a refusal, or "". Little is ever allocated."""
-    with zipfile.ZipFile(path, "w", compression) as file:
-        for key, raw in (GOOD | changes).items():
-            file.writestr(f"{key}.npy", raw)
-    return message_of_file(path, max_pixels)
-
-
-def message_of_file(path, max_pixels: int = 10**6) -> str:
+    """Writes (if any array is given), loads, checks and reads a file; a refusal's message, or "", in little memory."""
+    if changes:
+        with zipfile.ZipFile(path, "w", compression) as file:
+            for key, raw in (GOOD | changes).items():
+                file.writestr(f"{key}.npy", raw)
     tracemalloc.start()
     try:
         source = npz.load(str(path), own_test=False, max_pixels=max_pixels)
@@ -302,7 +297,6 @@ def message_of_file(path, max_pixels: int = 10**6) -> str:
 
 def test_hostile_arrays_are_refused_in_few_words_and_little_memory(tmp_path):
     path = tmp_path / "a.npz"
-    assert message_of(path) == ""
     assert message_of(path, **{"../../train_ids": b"x", "/etc/train_ids": b"x"}) == ""
     assert [file.name for file in tmp_path.iterdir()] == ["a.npz"]
     for key, raw, reason in (
@@ -333,7 +327,7 @@ def test_members_that_share_a_name_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
         for name in ("train_images.npy", "train_labels.npy", "train_labels"):
             file.writestr(name, GOOD[name.removesuffix(".npy")])
-    assert "it holds train_labels twice" in message_of_file(tmp_path / "a.npz")
+    assert "it holds train_labels twice" in message_of(tmp_path / "a.npz")
 
 
 def test_sizes_that_lie_are_refused_before_anything_is_allocated(tmp_path):
@@ -345,7 +339,7 @@ def test_sizes_that_lie_are_refused_before_anything_is_allocated(tmp_path):
             stream.write(raw)
         file.getinfo("train_labels.npy").file_size = count * 8 + len(raw)
         file.getinfo("train_labels.npy").compress_size = count * 8 + len(raw)
-    assert f"calls for {count * 8 + len(raw)} bytes, more than its" in message_of_file(path)
+    assert f"calls for {count * 8 + len(raw)} bytes, more than its" in message_of(path)
 
 
 def test_a_small_file_that_unpacks_to_a_lot_is_refused(tmp_path):
@@ -363,26 +357,6 @@ def test_the_limit_of_pixels_is_that_of_the_settings(tmp_path):
     assert "1 to --config.data.max_pixels=2499 pixels" in message
     with pytest.raises(UserError, match="max_pixels=3"):
         load.load(Data(source="npz", path=str(tmp_path / "a.npz"), test_share=0.5, max_pixels=3))
-
-
-HEADERS = st.binary(max_size=12) | st.text(alphabet="{}[]()'\",:0123456789<>|uifUSOVM-Leandrsw ", max_size=30).map(
-    str.encode
-)
-
-
-@settings(max_examples=200)
-@given(
-    key=st.sampled_from(["train_images", "train_labels", "train_ids", "class_names"]),
-    place=st.integers(0, 160),
-    patch=HEADERS,
-    compression=st.sampled_from(COMPRESSIONS),
-)
-def test_any_member_is_read_or_refused(tmp_path, key, place, patch, compression):
-    """Bytes of one .npy replaced, in its header or its values; the zip around it is whole."""
-    names = {"train_ids": member(np.array(["a", "b", "c", "d"])), "class_names": member(np.array(["a", "b"]))}
-    raw = bytearray((names | GOOD)[key])
-    raw[place : place + len(patch)] = patch
-    message_of(tmp_path / "a.npz", compression, **{key: bytes(raw)})
 
 
 def test_arrays_of_the_project_are_read_or_refused(tmp_path, rng):

@@ -180,6 +180,3 @@ def test_nothing_needs_tensorflow(folder, monkeypatch):
     pixels = source.read(range(len(source.items)))
     total = sum(int(pixels_of(split, i).sum()) for split, count in RECORDS.items() for i in range(count))
     assert (len(source.items), int(pixels.images.sum()), len(pixels.unreadable)) == (60, total, 0)
-
-
-# the whole path
