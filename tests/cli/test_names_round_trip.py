@@ -22,6 +22,7 @@ from lmeraser_jax.storage.requests import accept
 
 PIECES = [*",;\"'\\ -@=#$*~&|!aA0\u00a0", *"-- é e\u0301 ﬁ 🙂 07 nan true null 1e3".split(" ")]
 FIXED = ["Roe, Jane", "Roe", "Jane", "Jane,Roe", "-x", "--records=a", "@file", "=1+1", "007", "7", "nan", "None", '"7"']
+FIXED += ["../../canary", "/etc/passwd", "'; DROP TABLE records; --", "%s{0}"]
 FIXED += ["x" * 1024, "'", '"', "a\\nb", "../a", "C:\\a", "é", "e\u0301", "$(id)", "#1", "a\u00a0b", "a b", "a  b"]
 ILLEGAL = [" a", "a ", "\u00a0a", "a\n", "\ufeffa"]
 
@@ -100,6 +101,7 @@ def written(path, kind: str, name: str) -> list[str]:
 
 
 def test_each_way_of_asking_erases_the_named_record_alone(new_workdir, tmp_path, capsys):
+    """Record ids never become paths either: no file is named after one, and none beside the workdir changes."""
     layout, catalog = new_workdir
     names = nasty(54, limit=1000)
     imported(new_workdir, source="npz", path=npz(tmp_path / "a.npz", names, [f"{name}'s" for name in names]))
@@ -119,6 +121,8 @@ def test_each_way_of_asking_erases_the_named_record_alone(new_workdir, tmp_path,
         assert call(capsys, "unlearn", *flags)[0] == 0, (way, name)
         assert list(catalog.erased([f"r{i}"])) == [name], way
     assert len(catalog.live("train")) == 0
+    files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
+    assert not [path for path in files for name in names if len(name) > 4 and name in path], files
 
 
 def test_what_is_listed_can_be_pasted_behind_a_flag(new_workdir, tmp_path, capsys):
