@@ -25,11 +25,7 @@ NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"
 FLAGS = (
     Flag("dataset", "", "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; by default --config.data.dataset"),
-    Flag(
-        "data_dir",
-        absolute,
-        "TFDS's data folder; else --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets",
-    ),
+    Flag("data_dir", absolute, "TFDS's data folder; else --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets"),
 )
 
 
@@ -94,9 +90,7 @@ def _prepare(dataset: str, root: Path) -> Path:
         advice = f"run the same command again, downloads are kept in {root}"
         text = f"{dataset} could not be prepared: {_one_line(error)}; {advice}"
         raise UserError(text + _instructions(dataset, root, builder)) from error
-    folder = tfds_paths.find(dataset, str(root), FLAG)
-    assert folder is not None, builder.data_dir
-    return folder
+    return Path(builder.data_dir)
 
 
 def _builder(dataset: str, root: Path) -> Any:

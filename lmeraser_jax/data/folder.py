@@ -75,10 +75,8 @@ def _list_roles(root: Path, roles: Mapping[str, str], data: Data) -> tuple[list[
 def list_images(folder: Path) -> tuple[list[str], Counter[str]]:
     """The images in a folder and its subfolders, and what else lies there.
 
-    Links are followed, unless one leads back to a folder on the way to it: that would never end.
-
-    Returns:
-        Paths below the folder, sorted by their parts, and {suffix, "hidden" or "without a suffix": number of files}.
+    Returns paths below the folder, sorted by their parts, and {suffix, "hidden" or "without a suffix": number of
+    files}. Links are followed, unless one leads back to a folder on the way to it: that would never end.
     """
     images, others = [], Counter()
     waiting: list[tuple[str, tuple[Path, ...]]] = [("", (folder.resolve(),))]  # with the real folders on the way

@@ -253,16 +253,11 @@ class Rows:
 
 def _read_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, Fortran order and dtype in the header of an .npy file; the stream stands behind it afterwards."""
-    version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    if version not in readers:
-        raise ValueError(f".npy version {version} is not known here")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # NumPy's, of headers that it reads all the same
-            shape, fortran, dtype = readers[version](stream)
-    except ZIP_ERRORS:
-        raise
+            shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
     except Exception as error:  # NumPy evaluates the header as Python source, which raises nearly every kind
         raise ValueError(f"its header is damaged: {type(error).__name__}: {error}") from error
     if min(shape, default=0) < 0:

@@ -93,9 +93,8 @@ class Prepared:
 def load(data: Data) -> Source:
     """Finds the prepared data set, and reads its labels and ids; pixels are decoded when they are read.
 
-    Raises:
-        UserError: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
-            labels that are hidden.
+    Raises `UserError`: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
+    labels that are hidden.
     """
     prepared = open_prepared(tfds_paths.require(data.dataset, data.path))
     fields = prepared.fields

@@ -92,9 +92,8 @@ def load_model(run: Run, before: Model | None = None) -> Model:
     earlier model of the same run, only slices whose reference changed are read. It is returned where nothing changed;
     else its arrays are used up and it cannot predict any more.
 
-    Raises:
-        UserError: nothing is published, every cluster is quarantined, a slice cannot be read, or the state changed
-            `ATTEMPTS` times while it was read. `before` can still predict then.
+    Raises `UserError`, after which `before` can still predict: nothing is published, every cluster is quarantined, a
+    slice cannot be read, or the state changed `ATTEMPTS` times while it was read.
     """
     held = {*before.refs, before.common_ref} if before else set()
     slices: dict[str, Slice] = {}  # by reference; a further attempt goes on where the last one stopped
@@ -190,8 +189,7 @@ def _with_slices(model: Model, refs: tuple[str, ...], common_ref: str, slices: M
     common = arrays.common
     if common_ref != model.common_ref:
         common = jax.device_put(slices[common_ref], _on_all(mesh)) if common_ref else None
-    present = jax.device_put(present, _on_all(mesh))
-    arrays = arrays._replace(stack=stack, present=present, common=common)
+    arrays = arrays._replace(stack=stack, present=jax.device_put(present, _on_all(mesh)), common=common)
     return dataclasses.replace(model, refs=refs, common_ref=common_ref, arrays=arrays)
 
 
@@ -220,14 +218,11 @@ def routed_probabilities(
     """Class probabilities from the prompts and heads of the m nearest clusters that are present (Eq. 4, Fig. 2).
 
     Args:
-        tuning_spec, config: static settings.
         nearest: m.
-        arrays: the published state.
         images: uint8 [B, h, w, c].
         draws: float32 [B, K], used in place of distances where shards have no place in the feature space; else None.
 
-    Returns:
-        (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
+    Returns (float32 [B, Y], int32 [B, m]; -1 where fewer than m clusters are present).
     """
     all_clusters = config.inference.nearest == 0  # in their own order
     pixels = centred(images, tuning_spec.image_spec)  # [B, H, W, C]
