@@ -63,9 +63,7 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
     if len(shapes) > 1:
         raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _refuse_damage(path):
-        columns = {
-            key: _values(rows.read_all().reshape(-1)) for key, rows in members.items() if not key.endswith("_images")
-        }
+        columns = {key: rows.values() for key, rows in members.items() if not key.endswith("_images")}
     items = [item for split in splits for item in _items(columns, split)]
     top = max((item.label for item in items), default=0)
     if "class_names" not in columns and top >= CLASS_LIMIT:
@@ -191,14 +189,6 @@ def _items(columns: Mapping[str, list], split: str) -> Iterator[Item]:
         yield Item(as_name(name), split, label, sys.intern(as_name(owner)))
 
 
-def _values(array: np.ndarray) -> list:
-    """The numbers, texts or bytes of an array."""
-    try:
-        return array.tolist()
-    except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
-        raise ValueError(f"text with numbers that are no characters: {error}") from error
-
-
 class Rows:
     """The rows of one array of an .npz. Reading on costs the rows alone; an earlier row starts the array again."""
 
@@ -239,11 +229,15 @@ class Rows:
                 f"--config.data.path={self.path} is damaged: rows {start} to {stop} of {self.member}: {error}"
             ) from error
 
-    def read_all(self) -> np.ndarray:
-        """All of a small array. Raises one of `ZIP_ERRORS`; nothing is unpickled."""
+    def values(self) -> list:
+        """The numbers, texts or bytes of a small array. Raises one of `ZIP_ERRORS`; nothing is unpickled."""
         with ZipFile(self.path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return np.lib.format.read_array(io.BytesIO(file.read(self.member)), allow_pickle=False)
+            array = np.lib.format.read_array(io.BytesIO(file.read(self.member)), allow_pickle=False)
+        try:
+            return array.reshape(-1).tolist()
+        except SystemError as error:  # NumPy's, over strings made of numbers that are no characters
+            raise ValueError(f"text with numbers that are no characters: {error}") from error
 
     def close(self) -> None:
         if self.stream is not None:
