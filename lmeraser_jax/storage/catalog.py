@@ -250,13 +250,7 @@ class Catalog:
 
     # slices and manifests
     def add_slice(self, row: SliceRow, rows: Iterable[int], epochs: Mapping[int, str] = MappingProxyType({})) -> None:
-        """Registers a slice whose checkpoint is on disk.
-
-        Args:
-            row: what is known of it.
-            rows: image rows of its members.
-            epochs: {step: digest of the parameters' bytes} of its earlier epochs.
-        """
+        """Registers a slice on disk, the image rows of its members, {step: digest of parameters} of earlier epochs."""
         self._slices = None
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
@@ -313,15 +307,10 @@ class Catalog:
         return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads]
 
     def publish(
-        self,
-        clustering: str,
-        fingerprint: str,
-        constants: str,
-        entries: dict[str, str],
-        moved: Iterable[tuple[str, str]],
+        self, clustering: str, program: str, constants: str, entries: dict[str, str], moved: Iterable[tuple[str, str]]
     ) -> int:
         """Makes a state the current one; `moved` has the (id, key) of each record that changed its cluster."""
-        head = (None, time.time(), clustering, fingerprint, constants)
+        head = (None, time.time(), clustering, program, constants)
         version = int(self.db.execute("INSERT INTO manifests VALUES(?,?,?,?,?)", head).lastrowid or 0)
         rows = [(version, *entry) for entry in sorted(entries.items())]
         self.db.executemany("INSERT INTO entries VALUES(?,?,?)", rows)

@@ -7,7 +7,6 @@ import contextlib
 import json
 import logging
 import math
-import operator
 import os
 import re
 import shutil
@@ -78,13 +77,13 @@ def save(
         UserError: it cannot be written.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary, trees = folder.with_name(f".{folder.name}.tmp"), {**earlier, step: arrays}
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with _manager(temporary) as manager:
-            for number, tree in sorted({**earlier, step: arrays}.items(), key=operator.itemgetter(0)):
-                _write(manager, number, tree, metadata)
-        for number, tree in {**earlier, step: arrays}.items():
+            for number in sorted(trees):
+                _write(manager, number, trees[number], metadata)
+        for number, tree in trees.items():
             _read_back(temporary, number, tree)
         atomic_files.publish_folder(temporary, folder)
     except BaseException:

@@ -106,12 +106,8 @@ def import_source(
     alike = similar(source.class_names)
     notes = source.notes + ((f"class names that look alike: {join_limited(alike)}",) if alike else ())
     raise_all([*lines, *notes] if lines else [], heading)
-    dataset = before or {
-        "settings": import_settings(config),
-        "classes": list(source.class_names),
-        "shape": list(source.shape),
-        "name": source.name,
-    }
+    facts = {"classes": list(source.class_names), "shape": list(source.shape), "name": source.name}
+    dataset = before or {"settings": import_settings(config), **facts}
     file = RowFile(layout.images, source.shape, np.uint8)
     file.truncate(catalog.rows_used())
     start = len(file)
@@ -121,11 +117,9 @@ def import_source(
         intake.read(source, positions, dataset["classes"])
         classes = {item.label for item in intake.items if item.split == "train"}
         if before is None and not intake.problems and len(classes) < 2:
-            intake.problems.append(
-                f"--config.data.test_share={data.test_share}, --config.data.holdout={data.holdout} and"
-                f" {len(intake.unreadable)} images that cannot be read leave {len(classes)} of"
-                f" {len(source.class_names)} classes to train on; at least 2 are needed"
-            )
+            causes = f"--config.data.test_share={data.test_share}, --config.data.holdout={data.holdout}"
+            rest = f"leave {len(classes)} of {len(source.class_names)} classes to train on; at least 2 are needed"
+            intake.problems.append(f"{causes} and {len(intake.unreadable)} images that cannot be read {rest}")
         if moved and not join and intake.items:
             new = join_limited(item.id for item in intake.items)
             intake.problems.append(f"{len(intake.items)} images are not in the workdir: {new}; --reimport adds them")
@@ -233,9 +227,8 @@ class _Intake:
             self.counts["erased"] += len(late)
             added = [i for i in range(len(self.items)) if i not in late]
             self.catalog.set("dataset", dataset)
-            self.catalog.add_records(
-                [self.items[i] for i in added], [start + i for i in added], [self.contents[i] for i in added]
-            )
+            contents = [self.contents[i] for i in added]
+            self.catalog.add_records([self.items[i] for i in added], [start + i for i in added], contents)
             self.catalog.set("rows", start + len(self.items))
             skipped = len(self.unreadable)  # only their number: events outlive erasures
             self.catalog.event("import", source=source, added=len(added), unreadable=skipped, **self.counts)
@@ -251,16 +244,13 @@ def _check_shares(source: Source, data: Data) -> list[str]:
         folder = getattr(data, f"{split}_split") or split
         where = f" (--config.data.{split}_split={folder})" if data.source in ("folder", "tfds") else ""
         if count and share:
-            lines.append(
-                f"--config.data.{name}={share} would mix drawn images with the {count} {split} images that the source"
-                f" has{where}; use one of them"
-            )
+            images = f"the {count} {split} images that the source has{where}"
+            lines.append(f"--config.data.{name}={share} would mix drawn images with {images}; use one of them")
     return lines
 
 
 def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]:
     """What keeps owners in one split each: training images without an owner, owners in two splits."""
-    flag = "--config.data.split_by=owner"
     if config.data.split_by != "owner":
         return []
     without = [item.id for item in source.items if item.split == "train" and not item.owner]
@@ -268,21 +258,16 @@ def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]
     for item in source.items:
         if item.owner and item.split != "public":
             splits.setdefault(item.owner, set()).add(assign_split(item, config.data, config.seed).split)
-    both = [
-        f"{quoted(owner)} ({' and '.join(sorted(names))})" for owner, names in sorted(splits.items()) if len(names) > 1
-    ]
-    lines = []
+    torn = {owner: sorted(names) for owner, names in sorted(splits.items()) if len(names) > 1}
+    both = [f"{quoted(owner)} ({' and '.join(names)})" for owner, names in torn.items()]
+    lines, remedy = [], "or set --config.data.split_by=record"
     if without:
-        lines.append(
-            f"{flag}: training images without an owner: {list_names(without)}; name owners with"
-            " --config.data.owner_pattern or --config.data.labels, or set --config.data.split_by=record"
-        )
+        reason = f"training images without an owner: {list_names(without)}"
+        lines.append(f"{reason}; name owners with --config.data.owner_pattern or --config.data.labels, {remedy}")
     if both:
-        lines.append(
-            f"{flag}: owners in two splits of the workdir and the source: {join_limited(both)}; let"
-            " --config.data.test_share or holdout draw them, or set --config.data.split_by=record"
-        )
-    return lines
+        reason = f"owners in two splits of the workdir and the source: {join_limited(both)}"
+        lines.append(f"{reason}; let --config.data.test_share or holdout draw them, {remedy}")
+    return [f"--config.data.split_by=owner: {line}" for line in lines]
 
 
 def _check_moved(catalog: Catalog, source: Source) -> list[str]:

@@ -21,11 +21,18 @@ from lmeraser_jax.storage.catalog import Catalog
 STATES = ("accepted", "planned", "re-tuning", "published", "purged")
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
-COUNTS = ("images", "images_full", "steps", "clusters_tuned")
 EMPTY: dict[str, Any] = {  # what a publication fills in
     "states": [],
     "clusters": [],
-    "work": dict.fromkeys(COUNTS, 0) | {"seconds": 0.0, "program": "", "batch": []},
+    "work": {
+        "images": 0,
+        "images_full": 0,
+        "steps": 0,
+        "clusters_tuned": 0,
+        "seconds": 0.0,
+        "program": "",
+        "batch": [],
+    },
     "manifest": {"before": 0, "after": 0},
     "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
 }
@@ -81,16 +88,14 @@ def resolve(catalog: Catalog, ids: Iterable[str], owners: Iterable[str] = (), co
     if unknown:
         problems.append(f"unknown records: {list_names(unknown)}{_hint(unknown, catalog.private_ids())}")
     if strangers:
-        reason = "unknown, erased record by record, or the owner of public images only"
-        hint = _hint(strangers, catalog.owner_splits())
-        problems.append(f"--owner={list_names(strangers)}: owns no live private record ({reason}){hint}")
+        reason = "owns no live private record (unknown, erased record by record, or the owner of public images only)"
+        problems.append(f"--owner={list_names(strangers)}: {reason}{_hint(strangers, catalog.owner_splits())}")
     if not all(alike.values()):
         problems.append("--like: no live record has exactly these pixels")
     if public:
         problems.append(f"public records trained the backbone and cannot be erased: {list_names(public)}")
     raise_all(problems, "nothing is erased:")
-    pending = tuple(name for name in names if name in known and known[name][3])
-    live = tuple(name for name in names if name in known and not known[name][3])
+    live, pending = (tuple(name for name in known if known[name][3] == erased) for erased in (False, True))
     return Targets(live, tuple(absent), pending)
 
 
@@ -122,6 +127,7 @@ def accept(
     raise_all(_check_names(ids, owners, contents) + _check_request(request, requester, reason))
     name = request or f"r-{uuid.uuid4().hex[:20]}"
     given = catalog.salted("targets", digest([sorted(set(names)) for names in (ids, owners, contents)]))
+
     with catalog.transaction():
         earlier = get(catalog, name)
         if earlier is not None:
@@ -237,12 +243,8 @@ def still_live(catalog: Catalog, ids: Sequence[str], owners: Sequence[str]) -> l
     """Says which live private records and owners a request does not erase although they look like what it names."""
     records = list_lookalikes(ids, catalog.private_ids()) if ids else ""
     others = list_lookalikes(owners, catalog.owner_splits()) if owners else ""
-    alike = {"records": records, "owners": others}
-    return [
-        f"{kind} that look like those of the request are live and stay: {names}"
-        for kind, names in alike.items()
-        if names
-    ]
+    alike = [f"{kind} that look like those of the request are live and stay: " for kind in ("records", "owners")]
+    return [text + names for text, names in zip(alike, (records, others), strict=True) if names]
 
 
 def get(catalog: Catalog, name: str) -> Request | None:

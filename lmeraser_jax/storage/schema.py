@@ -147,12 +147,10 @@ def damages(path: Path) -> list[str]:
             for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type='table'").fetchall():
                 for _ in db.execute(f"SELECT * FROM {table}"):  # raises at text that is no UTF-8
                     pass
-            lines = []
+            counts = {}
             for table, column in (("meta", "value"), ("requests", "body"), ("events", "body")):
-                (count,) = db.execute(f"SELECT count(*) FROM {table} WHERE NOT json_valid({column})").fetchone()
-                if count:
-                    lines.append(f"{count} rows of {table} hold no JSON")
-            return lines
+                (counts[table],) = db.execute(f"SELECT count(*) FROM {table} WHERE NOT json_valid({column})").fetchone()
+            return [f"{count} rows of {table} hold no JSON" for table, count in counts.items() if count]
     except sqlite3.DatabaseError as error:
         if isinstance(error, sqlite3.OperationalError) and "UTF-8" not in str(error):
             raise

@@ -109,12 +109,10 @@ def refuse_links(layout: Layout) -> None:
     """
     entries = list(os.scandir(layout.root))
     entries += [inner for entry in entries if entry.is_dir(follow_symlinks=False) for inner in os.scandir(entry)]
-    links = sorted(os.path.relpath(entry.path, layout.root) for entry in entries if entry.is_symlink())
+    links = [ascii(os.path.relpath(entry.path, layout.root)) for entry in entries if entry.is_symlink()]
     if links:
-        raise UserError(
-            f"{layout.root} holds symbolic links, through which files outside could be overwritten or deleted:"
-            f" {join_limited(map(ascii, links))}; put the files themselves there"
-        )
+        reason = "symbolic links, through which files outside could be overwritten or deleted"
+        raise UserError(f"{layout.root} holds {reason}: {join_limited(sorted(links))}; put the files themselves there")
 
 
 @contextlib.contextmanager

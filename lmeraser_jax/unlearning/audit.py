@@ -101,8 +101,8 @@ def differences(published: State, rebuilt: State) -> list[str]:
     lines = []
     for section, name in _differing(published, rebuilt):
         value = published[section].get(name)
-        unreadable = section == "parameters" and isinstance(value, str)
-        lines.append(f"{section} {name}: {value}" if unreadable else f"{section} {name}")
+        reason = f": {value}" if section == "parameters" and isinstance(value, str) else ""
+        lines.append(f"{section} {name}{reason}")
     return lines
 
 
@@ -189,8 +189,8 @@ def _is_near(run: Run, manifest: Manifest, published: State, rebuilt: State, sec
     if section not in ("prototypes", "parameters"):
         return False
     fingerprint = manifest.fingerprint
-    if section == "parameters" and key in published["slices"]:
-        row = run.catalog.slices().get(slice_of(published["slices"][key]))
+    if section == "parameters":
+        row = run.catalog.slices().get(slice_of(published["slices"].get(key, "")))
         fingerprint = row.fingerprint if row is not None else run.fingerprint
     numbers, others = (_numbers(state_[section].get(key, "")) for state_ in (published, rebuilt))
     if fingerprint == run.fingerprint or numbers.shape != others.shape:

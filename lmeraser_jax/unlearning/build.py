@@ -25,13 +25,7 @@ from lmeraser_jax.training.lanes import efficiency
 from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
 from lmeraser_jax.training.train_step import TuningSpec
 from lmeraser_jax.training.tune import solved
-from lmeraser_jax.unlearning.artifacts import (
-    AGAIN,
-    load_slice,
-    reference,
-    save_clustering,
-    slice_of,
-)
+from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, reference, save_clustering, slice_of
 from lmeraser_jax.unlearning.plan import Plan, current_plan
 from lmeraser_jax.unlearning.publish import publish
 from lmeraser_jax.unlearning.purge import purge
@@ -104,11 +98,8 @@ def _report(
 ) -> BuildReport:
     jobs = [target.job for target in missing.values()]
     clusters = wanted.entries.keys() - {SliceKind.COMMON}
-    changed = before is None or (before.clustering, before.recipe_constants_digest, before.entries) != (
-        wanted.clustering.digest,
-        wanted.recipe_constants_digest,
-        wanted.entries,
-    )
+    new = (wanted.clustering.digest, wanted.recipe_constants_digest, wanted.entries)
+    changed = before is None or (before.clustering, before.recipe_constants_digest, before.entries) != new
     lanes = run.processes.count * run.mesh.size * run.config.tuning.lanes
     spared, altered = _spared(run, wanted, before)
     return BuildReport(
@@ -150,26 +141,20 @@ def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:
     A slice's digest names its members, so one that an erased record helped to make is never called for. Returns the
     plan without what is no longer missing, and the number of slices registered.
     """
-    orphans = {}
+    slices, missing = dict(wanted.slices), dict(wanted.missing)
     for key, target in wanted.missing.items():
-        orphan = load_orphan(
-            run.layout.slices, target, run.fingerprint, run.common_spec if key == SliceKind.COMMON else run.tuning_spec
-        )
+        tuning_spec = run.common_spec if key == SliceKind.COMMON else run.tuning_spec
+        orphan = load_orphan(run.layout.slices, target, run.fingerprint, tuning_spec)
         if orphan is not None:
             register(run, wanted, orphan)
-            orphans[key] = orphan.row
-    slices = {**wanted.slices, **{row.digest: row for row in orphans.values()}}
+            slices[orphan.row.digest] = orphan.row
+            del missing[key]
     remove_others(run.layout.slices, set(slices))
-    missing = {key: target for key, target in wanted.missing.items() if key not in orphans}
-    return dataclasses.replace(wanted, missing=missing, slices=slices), len(orphans)
+    return dataclasses.replace(wanted, missing=missing, slices=slices), len(wanted.missing) - len(missing)
 
 
 def register(run: Run, wanted: Plan, written: WrittenSlice) -> None:
-    """Registers a slice that is on disk, and its snapshots, if readers can read them.
-
-    Raises:
-        Damaged: what was written is not what is read; nothing is registered.
-    """
+    """Registers a slice on disk, and its snapshots. Raises `Damaged`, and registers nothing, if it cannot be read."""
     with run.catalog.transaction():
         row = written.row._replace(clustering=wanted.clustering.digest)
         run.catalog.add_slice(row, written.rows, written.epochs)
@@ -178,11 +163,7 @@ def register(run: Run, wanted: Plan, written: WrittenSlice) -> None:
 
 
 def tune_missing(run: Run, wanted: Plan, missing: Mapping[str, Target]) -> None:
-    """Makes slices; each finished one is saved and registered at once, so that a kill loses little.
-
-    Raises:
-        UserError: names every cluster whose numbers are not finite.
-    """
+    """Makes slices, each saved and registered at once. Raises `UserError` that names clusters with infinite numbers."""
     clusters = {key: target for key, target in missing.items() if key != SliceKind.COMMON}
     failures = _tune(run, wanted, run.tuning_spec, clusters)
     if SliceKind.COMMON in missing:

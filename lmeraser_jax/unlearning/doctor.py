@@ -12,13 +12,12 @@ import functools
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.data.row_file import RowFile
@@ -30,8 +29,9 @@ from lmeraser_jax.storage.atomic_files import entries, is_there, replace_folder,
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
-from lmeraser_jax.storage.workdir import Layout, current_writer, read_config, refuse_links, writer_lock
+from lmeraser_jax.storage.workdir import Layout, current_writer, refuse_links, writer_lock
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of
+from lmeraser_jax.unlearning.binding import stored_config
 
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run  # loads JAX; a damaged catalog or config is named without
@@ -83,9 +83,8 @@ class Diagnosis(NamedTuple):
         """The problems for people, a line or two each, and the verdict."""
         lines = []
         for problem in self.problems:
-            lines.append(f"{problem.state:<13}{problem.component:<12}{problem.message}")
-            if problem.remedy:
-                lines.append(f"{'':25}{problem.remedy}")
+            remedy = f"\n{'':25}{problem.remedy}" if problem.remedy else ""
+            lines.append(f"{problem.state:<13}{problem.component:<12}{problem.message}{remedy}")
         verdict = "healthy" if self.healthy else "damaged" if self.damaged else "not all of it could be checked"
         return "\n".join([*lines, verdict])
 
@@ -144,9 +143,8 @@ def _check(component: str, check: Check, workdir: _Workdir) -> list[Problem]:
                 state, remedy = (State.DROPPED, AGAIN) if problem.remedy == DROP else (State.FIXED, "")
                 problems[-1] = problems[-1]._replace(remedy=remedy, state=state)
     except Exception as error:  # it says nothing about the workdir
-        problems.append(
-            _unchecked(component, str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
-        )
+        message = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        problems.append(_unchecked(component, message))
     return problems
 
 
@@ -180,14 +178,14 @@ def _folder(workdir: _Workdir) -> Findings:
 
 def _config(workdir: _Workdir) -> Findings:
     try:
-        tree = read_config(workdir.layout)
-        workdir.config = settings.from_dict(tree or {})
-        reason = "" if tree else "it is missing"
+        config, reason = stored_config(workdir.layout), "it is missing"
     except UserError as error:
-        reason = str(error)
-    if reason:
-        remedy = "restore it, or delete it and run lmeraser train with the experiment's --config=FILE.py"
-        yield Problem(f"config.json cannot be used: {reason}", remedy)
+        config, reason = None, str(error)
+    if config is not None:
+        workdir.config = config
+        return
+    remedy = "restore it, or delete it and run lmeraser train with the experiment's --config=FILE.py"
+    yield Problem(f"config.json cannot be used: {reason}", remedy)
 
 
 def _catalog(workdir: _Workdir) -> Findings:
@@ -272,9 +270,8 @@ def _state(workdir: _Workdir) -> Findings:
     """Checked before the slices: under another config than theirs nobody knows what they must be."""
     from lmeraser_jax.unlearning import plan
 
-    for line in plan.contradictions(workdir.run):
-        remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
-        yield Problem(line, remedy)
+    remedy = "restore config.json and catalog.db from a copy; if they are right, lmeraser train tunes again"
+    return (Problem(line, remedy) for line in plan.contradictions(workdir.run))
 
 
 def _features(workdir: _Workdir) -> Findings:
@@ -313,17 +310,18 @@ def _differing_features(run: "Run", file: RowFile) -> str:
 
 def _slices(workdir: _Workdir) -> Findings:
     """The slices of all states, and those that wait for their first one."""
-    catalog, folder = workdir.catalog, workdir.layout.slices
-    waiting = {name for name in catalog.slices() if is_there(folder / name)}
-    refs = {ref for manifest in _states(catalog) for ref in manifest.entries.values()} | waiting
-    yield from _artifacts(catalog, folder, refs, set(), functools.partial(load_slice, workdir.run))
+    folder = workdir.layout.slices
+    waiting = {name for name in workdir.catalog.slices() if is_there(folder / name)}
+    refs = {ref for manifest in _states(workdir.catalog) for ref in manifest.entries.values()} | waiting
+    return _artifacts(workdir.catalog, folder, refs, set(), functools.partial(load_slice, workdir.run))
 
 
 def _clusterings(workdir: _Workdir) -> Findings:
-    catalog, folder = workdir.catalog, workdir.layout.clusterings
-    names = {manifest.clustering for manifest in _states(catalog)}
-    known = {row.clustering for row in catalog.slices().values()}
-    yield from _artifacts(catalog, folder, names, known, functools.partial(load_clustering, workdir.layout))
+    names = {manifest.clustering for manifest in _states(workdir.catalog)}
+    known, load = {row.clustering for row in workdir.catalog.slices().values()}, load_clustering
+    return _artifacts(
+        workdir.catalog, workdir.layout.clusterings, names, known, functools.partial(load, workdir.layout)
+    )
 
 
 def _states(catalog: Catalog) -> list[Manifest]:
@@ -333,7 +331,7 @@ def _states(catalog: Catalog) -> list[Manifest]:
 
 
 def _artifacts(
-    catalog: Catalog, folder: Path, refs: Collection[str], known: Collection[str], load: Callable[[str], object]
+    catalog: Catalog, folder: Path, refs: set[str], known: set[str], load: Callable[[str], object]
 ) -> Findings:
     """Slices or clusterings: each can be read by the loader that readers use; others were left by a killed command."""
     with progress(folder.name, len(refs)) as shown:
@@ -344,7 +342,7 @@ def _artifacts(
                 drop = functools.partial(_drop, catalog, folder / slice_of(ref))
                 yield Problem(shorten(str(error), 300), DROP, drop)
             shown.advance(1)
-    names = {path.name for path in entries(folder) if path.name[0] != "."} - {*known, *map(slice_of, refs)}
+    names = {path.name for path in entries(folder) if path.name[0] != "."} - known - set(map(slice_of, refs))
     if names:
         listed = join_limited(sorted(name[:12] for name in names))
         message = f"{folder.name} that an interrupted command wrote, unknown to the catalog: {listed}"

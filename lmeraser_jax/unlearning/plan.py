@@ -7,7 +7,7 @@ a plan follows the request and not the number of records.
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -37,9 +37,11 @@ class LiveState:
     tainted: Tainted  # slices that were made with a record that is leaving
     clustering: Clustering  # that the live records call for
     clustering_unchanged: bool  # it is the published one and lies on disk
-    members: Mapping[str, RecordTable]  # {cluster key: its live records} of the clusters to look at
-    untouched: Mapping[str, int]  # {cluster key: number of members} of the others
-    moved: list[tuple[str, str]]  # (record id, cluster key) of records in another cluster than published
+    members: Mapping[str, RecordTable] = dataclasses.field(default_factory=dict)  # of the clusters to look at
+    untouched: Mapping[str, int] = dataclasses.field(
+        default_factory=dict
+    )  # {cluster key: number of members} of the others
+    moved: Sequence[tuple[str, str]] = ()  # (record id, cluster key) of records in another cluster than published
     private: RecordTable | None  # all live private records where there is a common head
     constants: RecipeConstants  # what every recipe depends on beside its members
     common_constants: RecipeConstants  # the same of the common head
@@ -59,7 +61,7 @@ class Plan:
     missing: Mapping[str, Target]  # those of the targets that do not exist yet
     members: Mapping[str, RecordTable]  # {cluster key: its records} of what is missing
     slices: Mapping[str, SliceRow]  # {digest: row} of the slices in the catalog
-    moved: list[tuple[str, str]]
+    moved: Sequence[tuple[str, str]]
     pinned: frozenset[str]  # clusters that stay at the slice they are pinned to
     unpinned: tuple[str, ...]  # clusters whose pin ends
     requests: tuple[str, ...]
@@ -97,9 +99,6 @@ def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
             tainted=tainted(run, catalog.erased() | catalog.rows(ids)),
             clustering=clustering,
             clustering_unchanged=unchanged,
-            members={},
-            untouched={},
-            moved=[],
             private=catalog.live("train").without(ids) if run.config.common.method != "none" else None,
             constants=run.recipe_constants,
             common_constants=run.common_constants,
@@ -143,23 +142,15 @@ def _with_all_clusters(run: Run, state: LiveState, leaving: frozenset[str]) -> L
     assignment = _assignment(run, records, state.clustering, state.clustering_unchanged)
     order = np.argsort(assignment, kind="stable")
     bounds = np.searchsorted(assignment[order], np.arange(len(keys) + 1))
-    members = {}
-    for k, key in enumerate(keys):
-        if bounds[k] < bounds[k + 1]:
-            members[key] = records.take(order[bounds[k] : bounds[k + 1]])
-    moved = [
-        (name, keys[k])
-        for name, k, published in zip(records.ids, assignment, records.clusters, strict=True)
-        if keys[k] != published
-    ]
+    rows = {key: order[bounds[k] : bounds[k + 1]] for k, key in enumerate(keys)}
+    members = {key: records.take(rows[key]) for key in keys if len(rows[key])}
+    assigned = zip(records.ids, (keys[k] for k in assignment), records.clusters, strict=True)
+    moved = [(name, key) for name, key, published in assigned if key != published]
     return dataclasses.replace(state, members=members, moved=moved)
 
 
 def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leaving: frozenset[str]) -> LiveState:
-    """The state with the members of clusters to which something happened, under the published clustering.
-
-    That is an erased or a new record, a slice that is not on disk, or a pin that may end.
-    """
+    """The state with the members of clusters with an erased or a new record, a lost slice, or a pin that may end."""
     catalog, keys = run.catalog, state.clustering.keys
     new = catalog.members("", leaving)
     clusters_hit = [keys[k] for k in _assignment(run, new, state.clustering, True)]
@@ -242,9 +233,8 @@ def plan(state: LiveState) -> Plan:
         targets[SliceKind.COMMON] = _target(state, SliceKind.COMMON, state.private)
         entries[SliceKind.COMMON] = targets[SliceKind.COMMON].digest
         members[SliceKind.COMMON] = state.private
-    missing = {
-        key: target for key, target in targets.items() if key not in pinned and target.digest not in state.on_disk
-    }
+    unpinned = {key: target for key, target in targets.items() if key not in pinned}
+    missing = {key: target for key, target in unpinned.items() if target.digest not in state.on_disk}
     return Plan(
         clustering=state.clustering,
         clustering_unchanged=state.clustering_unchanged,

@@ -90,9 +90,8 @@ class Run:
     def recipe_constants(self) -> RecipeConstants:
         """What the recipes of all clusters' slices share."""
         batch = self.config.clustering.feature_batch if self.tuning_spec.on_features else 0
-        return RecipeConstants(
-            self.config.tuning, self.backbone.digest, self.image_spec, len(self.classes), self.config.seed, batch
-        )
+        tuning, backbone, classes = self.config.tuning, self.backbone.digest, len(self.classes)
+        return RecipeConstants(tuning, backbone, self.image_spec, classes, self.config.seed, batch)
 
     @functools.cached_property
     def common_constants(self) -> RecipeConstants:
@@ -111,10 +110,9 @@ class Run:
         They are of images that are not augmented: all settings of `augment` share it.
         """
         spec = dataclasses.asdict(dataclasses.replace(self.image_spec, augment="none"))
-        identity = digest(
-            [self.backbone.digest, spec, self.config.clustering.feature_batch, fingerprint or self.fingerprint]
-        )
-        return RowFile(self.layout.features(identity), (self.backbone.config.feature_size,), np.float32)
+        batch, program = self.config.clustering.feature_batch, fingerprint or self.fingerprint
+        path = self.layout.features(digest([self.backbone.digest, spec, batch, program]))
+        return RowFile(path, (self.backbone.config.feature_size,), np.float32)
 
     @functools.cached_property
     def extractor(self) -> Extractor:
@@ -165,20 +163,12 @@ class Run:
 
 def image_spec(config: Config, shape: Sequence[int], backbone: Backbone) -> ImageSpec:
     """The image pipeline for stored images [h, w, c] and a backbone."""
-    channels = backbone.config.channels
+    data, channels = config.data, backbone.config.channels
     if shape[2] > channels:
-        raise UserError(
-            f"the images have {shape[2]} channels, the backbone takes {channels}; convert the images to grey"
-        )
-    return ImageSpec(
-        *shape,
-        size=config.data.image_size,
-        resize=config.data.resize_size or config.data.image_size,
-        out_channels=channels,
-        mean=backbone.mean,
-        std=backbone.std,
-        augment=config.data.augment,
-    )
+        legal = f"the backbone takes {channels}; convert the images to grey"
+        raise UserError(f"the images have {shape[2]} channels, {legal}")
+    size, resize, mean, std = data.image_size, data.resize_size or data.image_size, backbone.mean, backbone.std
+    return ImageSpec(*shape, size=size, resize=resize, out_channels=channels, mean=mean, std=std, augment=data.augment)
 
 
 @contextlib.contextmanager

@@ -16,16 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from damages import (
-    IRREPARABLE,
-    REPAIRABLE,
-    clustering_file,
-    feature_file,
-    flip,
-    published_slice,
-    slice_flipped,
-    sql,
-)
+from damages import IRREPARABLE, REPAIRABLE, clustering_file, feature_file, flip, published_slice, slice_flipped, sql
 from helpers import small_config, small_run, small_source
 
 from lmeraser_jax.cli.main import main
