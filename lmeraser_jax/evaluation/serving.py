@@ -55,15 +55,10 @@ def _unanswered(model: Model, count: int) -> Predictions:
 
 
 def _still_valid(answers: Predictions, before: Model, model: Model) -> Predictions:
-    """The answers of the state before that the new one would give too; the others are unanswered (-1).
-
-    Taking clusters away, or replacing their slices, changes only the answers that used them; a cluster that joins
-    may be the nearest of any image.
-    """
-    if (before.clustering, before.common_ref) != (model.clustering, model.common_ref):
-        return _unanswered(model, len(answers.clusters))
-    pairs = list(zip(before.refs, model.refs, strict=True))
-    if any(new and not old for old, new in pairs):
+    """The answers of the state before that the new one would give too; the others are unanswered (-1)."""
+    same = (before.clustering, before.common_ref) == (model.clustering, model.common_ref)
+    pairs = list(zip(before.refs, model.refs, strict=same))
+    if not same or any(new and not old for old, new in pairs):  # what joins may be the nearest of any image
         return _unanswered(model, len(answers.clusters))
     replaced = np.array([old != new for old, new in pairs])
     answers.clusters[(replaced[answers.clusters] & (answers.clusters >= 0)).any(axis=1)] = -1

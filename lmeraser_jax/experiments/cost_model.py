@@ -162,11 +162,10 @@ def read_workload(layout: Layout, catalog: Catalog, devices: int = 1) -> Workloa
 
 
 def _read_reclusterings(layout: Layout) -> list[tuple[float, float]]:
-    """Images of the clusters without an erased member, and of those among them that were tuned again, for each past
-    erasure that changed the clustering."""
+    """For each past erasure that changed the clustering: images of the clusters that no record was erased from, and of
+    those that were tuned again among them."""
     pairs, path = [], layout.metrics
-    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
-    for line in lines:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):  # torn by a crash, or edited
             values = parse_strict_json(line)
             spared, changed = values["images_spared"], values["images_changed"]

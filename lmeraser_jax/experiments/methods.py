@@ -85,10 +85,7 @@ def load(names: Sequence[str]) -> tuple[Method, ...]:
 
 
 def _load_file(path: Path) -> Method:
-    """A method from a config file, whose `get_config()` returns settings: all of them, or those to change.
-
-    Settings that all methods share count only where they are not the defaults: `Method.configure` refuses these.
-    """
+    """A method from a config file, whose `get_config()` returns settings: all of them, or those to change."""
     if not path.is_file():
         raise UserError("no such file")
     if path.stem in METHODS:
@@ -106,9 +103,8 @@ def _load_file(path: Path) -> Method:
     if not isinstance(tree, Mapping) or not all(isinstance(name, str) for name in tree):
         raise UserError(f"get_config() returns {type(tree).__name__}; must be a ConfigDict or a dict of settings")
     changes, defaults = _flatten(tree), _flatten(settings.to_dict(Config()))
-    for name in [name for name in changes.keys() & defaults.keys() if not _may_differ(name)]:
-        if changes[name] == defaults[name]:
-            del changes[name]
+    shared = {name: value for name, value in defaults.items() if not _may_differ(name)}  # count where they are others
+    changes = {name: value for name, value in changes.items() if name not in shared or value != shared[name]}
     return Method(path.stem, path.stem, changes)
 
 

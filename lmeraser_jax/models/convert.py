@@ -264,7 +264,9 @@ def published_architecture(
     shared: dict[str, Any] = {"patch": patch, "channels": channels, "width": width}
     shared["classes"] = flat["head/kernel"].shape[-1] if "head/kernel" in flat else 0
     shared |= {"gelu": stated.gelu or origin.gelu, "epsilon": float(stated.epsilon or origin.epsilon)}
-    heads = _heads_axis(weights) or stated.heads or chosen.heads
+    kernels = [array for name, array in weights.arrays.items() if name.endswith("query/kernel")]
+    axis = next((array.shape[1] for array in kernels if array.ndim == 3), 0)  # Flax keeps heads apart
+    heads = axis or stated.heads or chosen.heads
     config = _vit_of(flat, heads, shared) if family == "vit" else _swin_of(stated.image_size, flat, shared)
     for ours, (theirs, value) in stated.sizes.items():
         expected = getattr(config, ours)
@@ -285,20 +287,12 @@ def published_architecture(
     if isinstance(config, ViTConfig) and not heads and not chosen.name:
         assumed.append(f"{config.heads} heads of {config.width // config.heads} (--config.backbone.heads)")
     if not weight_settings.names_program(weights.settings):
-        assumed += [f"GELU {config.gelu}"] * (not stated.gelu) + [f"epsilon {config.epsilon}"] * (not stated.epsilon)
-        if (
-            family == "vit"
-            and chosen.feature == "auto"
-            and not (chosen.name or stated.pooled or "pooler/kernel" in flat)
-        ):
+        numerics = {f"GELU {config.gelu}": stated.gelu, f"epsilon {config.epsilon}": stated.epsilon}
+        assumed += [text for text, value in numerics.items() if not value]
+        known = chosen.name or stated.pooled or "pooler/kernel" in flat
+        if family == "vit" and chosen.feature == "auto" and not known:
             assumed.append("the class token as the published feature")
     return config, ([f"assumed, as no config.json says it: {', '.join(assumed)}"] if assumed else []) + notes
-
-
-def _heads_axis(weights: Weights) -> int:
-    """Heads where the arrays have an axis for them, as Flax keeps them; else 0."""
-    kernels = (array for name, array in weights.arrays.items() if name.endswith("query/kernel"))
-    return next((array.shape[1] for array in kernels if array.ndim == 3), 0)
 
 
 def _vit_of(flat: Flat, heads: int, shared: Mapping[str, Any]) -> ViTConfig:

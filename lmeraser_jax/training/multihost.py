@@ -145,11 +145,8 @@ def exchange(arrays: Mapping[str, np.ndarray]) -> list[Arrays]:
 
 @contextlib.contextmanager
 def _together() -> Iterator[None]:
-    """Waits for all processes, then runs a collective; one that fails means that a process is lost.
-
-    The collective itself would not wait longer than half an hour for a process that imports, pretrains or tunes.
-    """
-    try:
+    """Waits for all processes, then runs a collective; one that fails means that a process is lost."""
+    try:  # a collective alone waits half an hour at most for a process that imports, pretrains or tunes
         _service().wait_at_barrier(f"lmeraser_jax/{next(_rounds)}", LONGEST_WAIT)
         with jax.transfer_guard("allow"):  # a collective moves arrays of the host to the devices
             yield

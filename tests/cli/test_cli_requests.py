@@ -125,10 +125,7 @@ def test_what_is_refused_and_a_dry_run_change_nothing(at, trained_workdir, capsy
             ([f"--records={first}", "--owner=nobody", "--owner=hand-005"], "--owner=nobody"),
             ([f"--records={first}", "--records_file=none", f"--records_file={tmp_path}/bad.jsonl"], "no such file"),
             ([f"--records_file={tmp_path}/bad.jsonl"], "line 2: must be an object"),
-            (
-                [f"--like={noise}", f"--like={picture(tmp_path / 'ok.png', first)}"],
-                "no live record has exactly these pixels",
-            ),
+            ([f"--like={picture(tmp_path / 'ok.png', first)}", f"--like={noise}"], "no live record has exactly these"),
             ([f"--like={picture(tmp_path / 'big.png', first, 2)}"], "has 16 x 16 pixels; must have 8 x 8"),
             ([f"--records={first}", "--defer", "--dry_run"], "use one of them"),
             ([f"--records={first}", "--request=a b"], "--request=a b: must be"),

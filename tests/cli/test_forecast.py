@@ -9,10 +9,10 @@ import time
 
 import numpy as np
 import pytest
+from commands import call, refused
 from helpers import small_config
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.cli.main import main
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.experiments import cost_model
 from lmeraser_jax.storage import requests
@@ -60,16 +60,10 @@ def catalog_of(layout):
     return contextlib.closing(Catalog(layout.catalog))
 
 
-def call(capsys, *arguments):
-    """(exit code, standard output, standard error) of a command."""
-    code = main(["forecast", *(str(argument) for argument in arguments)])
-    return code, *capsys.readouterr()
-
-
 def forecast_of(capsys, layout, *flags, rate=3.0, window=2.0):
     """The JSON of a forecast."""
     flags = [*flags, f"--window={window}"] if window is not None else flags
-    code, out, err = call(capsys, f"--workdir={layout.root}", f"--rate={rate}", "--json=-", *flags)
+    code, out, err = call(capsys, "forecast", f"--workdir={layout.root}", f"--rate={rate}", "--json=-", *flags)
     assert code == 0 and not err, err
     return json.loads(out)
 
@@ -137,7 +131,7 @@ def test_so_many_requests_at_a_time(capsys, layout):
 
 
 def test_the_table_says_that_it_is_an_estimate(capsys, layout, tmp_path):
-    code, out, _ = call(capsys, f"--workdir={layout.root}", *GOOD, f"--json={tmp_path}/values.json")
+    code, out, _ = call(capsys, "forecast", f"--workdir={layout.root}", *GOOD, f"--json={tmp_path}/values.json")
     values = json.loads((tmp_path / "values.json").read_text())
     assert code == 0 and "100 records (12 of them sampled) in 4 clusters; 3 requests a day" in out
     lines = {line[:28].strip(): line[28:].split() for line in out.splitlines()[1:]}
@@ -162,24 +156,18 @@ def test_only_slices_of_the_published_program_measure_the_speed(capsys, tmp_path
 
 
 def test_without_a_private_sample_nothing_re_clusters(capsys, tmp_path):
+    own = np.mean([IMAGES[key] for key, size in SIZES.items() for _ in range(size)])
     for overrides in ({"clustering__sample_from": "public"}, {"clustering__partition": "random"}):
         forecast = forecast_of(capsys, make_workdir(tmp_path / "-".join(overrides), **overrides))
         assert all(policy["reclustering"] == 0 for policy in forecast["policies"])
-        own = np.mean([IMAGES[key] for key, size in SIZES.items() for _ in range(size)])
         assert forecast["policies"][0]["images"] == pytest.approx(own)
         assert not any("new clustering" in line for line in forecast["estimates"])
 
 
 def test_the_share_of_a_re_clustering_is_measured_where_there_was_one(capsys, tmp_path):
     layout = make_workdir(tmp_path / "run")
-    cases = (
-        ("build", False, 300, 0),
-        ("build", True, 50, 10),
-        ("build", True, 250, 80),
-        ("build", True, 0, 0),  # every cluster was hit, or nothing was erased
-        ("build", True, 5, 6),
-        ("other", True, 300, 300),
-    )
+    cases = [("build", True, *images) for images in ((50, 10), (250, 80), (0, 0), (5, 6))]  # two that count, two not
+    cases += [("build", False, 300, 0), ("other", True, 300, 300)]
     names = ("kind", "reclustered", "images_spared", "images_changed")
     lines = [dict(zip(names, case)) for case in cases] + [["no object"], {"kind": "build", "reclustered": True}]
     bound = forecast_of(capsys, layout)
@@ -199,7 +187,7 @@ def test_erased_records_and_empty_clusters_do_not_count(capsys, tmp_path):
     assert (columns["members"], sum(columns["sampled"])) == ([49, 30, 15], SAMPLE)
     with catalog_of(layout) as catalog:
         requests.accept(catalog, list(catalog.live("train").ids))
-    code, _, err = call(capsys, f"--workdir={layout.root}", *GOOD)
+    code, _, err = call(capsys, "forecast", f"--workdir={layout.root}", *GOOD)
     assert code == 2 and "no live private record in a published cluster" in err
 
 
@@ -216,10 +204,7 @@ def test_each_bad_flag_is_named_with_its_legal_values(capsys, layout):
     for flags, message in (
         (["--rate=0", "--window=2"], f"--rate=0: requests a day, {numbers}"),
         (["--rate=inf", "--window=2"], f"--rate=inf: requests a day, {numbers}"),
-        (
-            ["--rate=3", "--window=nan"],
-            f"--window=nan: days of collecting (or give --requests=K), {numbers}",
-        ),
+        (["--rate=3", "--window=nan"], f"--window=nan: days of collecting (or give --requests=K), {numbers}"),
         ([*GOOD, "--devices=0"], "--devices=0: 0 is not a positive integer"),
         (["--rate=3", "--requests=0"], "--requests=0: 0 is not a positive integer"),
         (["--rate=3", "--requests=101"], "--requests=101: must be at most the 100 records"),
@@ -228,22 +213,22 @@ def test_each_bad_flag_is_named_with_its_legal_values(capsys, layout):
         (["--rate=3", "--requests=few"], "requests"),
         ([*GOOD, "--config.tuning.epochs=3"], "config"),  # the workdir's own counts
     ):
-        code, out, err = call(capsys, f"--workdir={layout.root}", *flags)
+        code, out, err = call(capsys, "forecast", f"--workdir={layout.root}", *flags)
         assert code == 2 and not out and message in err and "several" not in err, (flags, err)
 
 
 def test_everything_that_is_wrong_is_said_at_once(capsys, tmp_path):
     flags = ["--rate=0", "--window=-1"]
-    code, _, err = call(capsys, f"--workdir={tmp_path}/none", *flags)
+    code, _, err = call(capsys, "forecast", f"--workdir={tmp_path}/none", *flags)
     assert code == 2 and err.count("\n- ") == 3 and f"--workdir={tmp_path}/none does not exist" in err
     assert all(flag.partition("=")[0] in err for flag in flags)
-    assert all(f"--{name}=" in call(capsys)[2] for name in ("rate", "window", "workdir"))
+    assert all(f"--{name}=" in refused(capsys, "forecast") for name in ("rate", "window", "workdir"))
 
 
 def test_workdirs_without_anything_to_forecast_are_refused(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
-    assert "is no workdir" in call(capsys, f"--workdir={tmp_path}/mine", *GOOD)[2]
+    assert "is no workdir" in call(capsys, "forecast", f"--workdir={tmp_path}/mine", *GOOD)[2]
     layout = make_workdir(tmp_path / "run")
     for statement, message in (
         ("UPDATE slices SET seconds=0", "has no slice of this program that was timed"),
@@ -252,7 +237,7 @@ def test_workdirs_without_anything_to_forecast_are_refused(capsys, tmp_path):
     ):
         with catalog_of(layout) as catalog:
             catalog.db.execute(statement)
-        assert message in call(capsys, f"--workdir={layout.root}", *GOOD)[2]
+        assert message in call(capsys, "forecast", f"--workdir={layout.root}", *GOOD)[2]
 
 
 def test_a_forecast_waits_for_no_lock_writes_nothing_and_needs_no_jax(capsys, layout):

@@ -44,14 +44,8 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["train", at, "--config.tuning.epoch=3"], 2),
         (["train", at, "--config.tuning.epochs=0"], 2),
         (["audit", at, "--wait=-1"], 2),
-        *(
-            ([name, "--workdir=/nowhere"], 2)
-            for name in ("evaluate", "attack", "audit", "unlearn", "process", "doctor")
-        ),
-        *(
-            ([name, at, "--config.tuning.epochs=99"], 2)
-            for name in ("train", "pretrain", "evaluate", "attack", "audit")
-        ),
+        *(([name, "--workdir=/nowhere"], 2) for name in "evaluate attack audit unlearn process doctor".split()),
+        *(([name, at, "--config.tuning.epochs=99"], 2) for name in "train pretrain evaluate attack audit".split()),
         (["predict", at], 2),
         (["predict", at, "none.png"], 2),
         (["predict", at, str(ROOT / "README.md"), "--config.seed=1"], 2),
@@ -63,10 +57,7 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["rollback", at, f"--cluster={cluster}", "--unpin"], 2),
         (["rollback", at, f"--cluster={cluster}", "--list"], 0),
         (["demo", at], 2),
-        *(
-            (["compare", f"--workdir={workdir}-new", flag], 2)
-            for flag in ("--methods=x", "--experiments=x", "--seeds=0")
-        ),
+        *((["compare", f"{at}-new", flag], 2) for flag in ("--methods=x", "--experiments=x", "--seeds=0")),
         (["compare", at], 2),
         (["add", at, f"--source={ROOT}", "--config.seed=1"], 2),
         (["add", at, "--source=none.npz"], 2),
@@ -84,23 +75,25 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
     return commands
 
 
-def test_light_commands_load_neither_jax_nor_orbax(erased_workdir):
-    commands = light_commands(erased_workdir)
+def without_jax(commands) -> str:
+    """Runs command lines, each with its exit code, in a process in which JAX must not be loaded: its error output."""
     run = [sys.executable, "-c", RUN, json.dumps(commands)]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    return result.stderr
+
+
+def test_light_commands_load_neither_jax_nor_orbax(erased_workdir):
+    without_jax(light_commands(erased_workdir))
 
 
 def test_a_locked_workdir_and_a_sample_larger_than_the_data_are_refused_without_jax(new_workdir):
     layout, catalog = new_workdir
     catalog.set("dataset", {"settings": import_settings(Config()), "classes": [], "shape": [8, 8, 1], "name": "x"})
     tasks = [(["train", f"--workdir={layout.root}", "--config.clustering.sample_size=99"], 2)]
-    run = [sys.executable, "-c", RUN, json.dumps(tasks)]
-    result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "at most the number of private records, 0" in result.stderr, result.stderr
+    assert "at most the number of private records, 0" in without_jax(tasks)
     with writer_lock(layout):
-        result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0 and "is being written by process" in result.stderr, result.stderr
+        assert "is being written by process" in without_jax(tasks)
 
 
 WITHOUT_DEVICE = """
@@ -156,11 +149,8 @@ def test_no_device_is_one_line_before_anything_is_accepted_or_made(erased_workdi
         before = rows(catalog)
     needing = [["train", at], ["train", new], ["pretrain", new], ["demo", new], ["compare", new, "--methods=ridge"]]
     needing += [[name, at] for name in ("evaluate", "audit", "process")] + [["predict", at, str(more / "i.png")]]
-    needing += [["unlearn", at, "--records=digit-0019"], ["unlearn", at, "--records=digit-0019", "--dry_run"]]
-    needing += [
-        ["rollback", at, f"--cluster={cluster}", f"--to={slice_}"],
-        ["add", at, f"--source={tmp_path / 'more'}"],
-    ]
+    needing += [["unlearn", at, "--records=digit-0019", *dry] for dry in ([], ["--dry_run"])]
+    needing += [["rollback", at, f"--cluster={cluster}", f"--to={slice_}"], ["add", at, f"--source={tmp_path}/more"]]
     needing += [["backbone", f"--weights={erased_workdir}/backbone", f"--out={tmp_path}/out"]]
     light = [["requests", at], ["inspect", at], ["verify", at, "--all"], ["process", at, "--max_wait=1000"]]
     environment = os.environ | {"JAX_PLATFORMS": platforms.partition(" ")[0], "CUDA_VISIBLE_DEVICES": ""}

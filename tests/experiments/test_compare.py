@@ -85,8 +85,9 @@ def test_every_task_gives_its_rows(done):
     lines = (first.folder / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + len(outcome.rows) and lines[0].startswith("experiment,dataset,backbone,method,seed")
     assert {path.name for path in first.folder.iterdir() if path.is_dir()} == {"base_0", "rows"}
-    removed = [row.records for row in rows_of(outcome, "removal", "ridge")]
-    assert removed == [80 - round(share * 80) for share in (0, *measure.REMOVED_SHARES)]
+    assert [row.records for row in rows_of(outcome, "removal", "ridge")] == [
+        80 - round(share * 80) for share in (0, *measure.REMOVED_SHARES)
+    ]
     burst = [(row.x, row.records) for row in rows_of(outcome, "sequence", "ridge")]
     assert burst == [(x, 80 - x * sequences.BATCH) for x in range(3)]
 
@@ -145,8 +146,8 @@ def test_seeds_share_images_where_nothing_depends_on_the_seed(tmp_path):
 @pytest.mark.slow
 def test_experiments_of_lmeraser_give_their_rows(tmp_path):
     outcome = runner.compare(comparison(tmp_path / "c", ("lmeraser",), ("cut", "epochs", "sequence")), "x")
-    clusters = {row.x: row.clusters for row in rows_of(outcome, "cut", "lmeraser")}
-    assert clusters[2.0] < clusters[10.0]
+    few, many = rows_of(outcome, "cut", "lmeraser")
+    assert (few.x, many.x) == (2, 10) and few.clusters < many.clusters
     assert [row.x for row in rows_of(outcome, "epochs", "lmeraser")] == list(range(1, CONFIG.tuning.epochs + 1))
     spent = [row.spent for row in rows_of(outcome, "sequence", "lmeraser")]
     assert spent[0] == 0 < spent[1] < spent[2]
@@ -231,15 +232,14 @@ def test_tries_that_finished_nothing_do_not_bind_a_folder(tmp_path, monkeypatch)
     assert row.records == 70
 
 
-def test_other_settings_and_foreign_folders_are_refused(done, tmp_path):
+def test_other_settings_and_foreign_folders_are_refused(done):
     first, _ = done
     other = dataclasses.replace(CONFIG, tuning=dataclasses.replace(CONFIG.tuning, epochs=7))
     longer = dataclasses.replace(SHORT, length=3)
     with pytest.raises(UserError, match=r"other settings.*\n.*config.tuning.epochs: 2 -> 7\n- --length: 2 -> 3$"):
         runner.compare(dataclasses.replace(first, config=other, options=longer), "x")
-    (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(UserError, match="holds other files and no comparison"):
-        runner.compare(comparison(tmp_path), "x")
+        runner.compare(comparison(first.folder.parent), "x")
 
 
 def test_everything_that_cannot_work_is_said_at_once(tmp_path):
@@ -257,7 +257,7 @@ def test_everything_that_cannot_work_is_said_at_once(tmp_path):
             check(comparison(tmp_path / "c", **changes))
         assert all(message in str(caught.value) for message in messages), caught.value
     assert not (tmp_path / "c").exists()
-    with pytest.raises(UserError, match="--workdir=/dev/null/x cannot be made: Not a directory"):
+    with pytest.raises(UserError, match="null/x cannot be made: Not a directory"):
         runner.compare(comparison(Path("/dev/null/x")), "x")
 
 
@@ -283,8 +283,7 @@ def test_a_method_of_one_s_own_is_a_config_file(tmp_path):
     (method,) = methods.load([str(file)])
     config = method.configure(CONFIG)
     assert method.name == "two_nearest" and (config.inference.nearest, config.tuning.batch) == (2, 3)
-    changed = dataclasses.replace(CONFIG, inference=config.inference, tuning=config.tuning)
-    assert config == changed, "these settings and no other"
+    assert config == dataclasses.replace(CONFIG, inference=config.inference, tuning=config.tuning), "no other setting"
     whole = "from lmeraser_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
     file.write_text(whole + "    config.tuning.epochs = 5\n    return config\n")
     config = methods.load([str(file)])[0].configure(CONFIG)
@@ -383,16 +382,13 @@ def test_the_command_from_end_to_end(tmp_path, capsys, monkeypatch):
 def test_damaged_files_are_named(done, tmp_path, capsys):
     path = tmp_path / "results.json"
     whole = json.loads((done[0].folder / "results.json").read_text())
-    row = whole["rows"][0]
     damaged = {
         "'rows' is missing": {"sources": {}},
         ".* missing 9 required keyword-only arguments: 'dataset',": whole | {"rows": [{"experiment": "methods"}]},
-        ".* got an unexpected keyword argument 'speed'": whole | {"rows": [row | {"speed": 1}]},
-        "accuracy is 'high'": whole | {"rows": [row | {"accuracy": "high"}]},
+        "accuracy is 'high'": whole | {"rows": [whole["rows"][0] | {"accuracy": "high"}]},
     }
-    texts = {"Expecting property name": "{"} | {reason: json.dumps(tree) for reason, tree in damaged.items()}
-    for reason, text in texts.items():
-        path.write_text(text)
+    for reason, tree in damaged.items():
+        path.write_text(json.dumps(tree))
         with pytest.raises(UserError, match=f"is not the results.json of a comparison: {reason}"):
             results.load(path)
     for text, reason in (("{", "Expecting"), ('{"config": {}}', "'options' is missing"), ("3", "not subscriptable")):

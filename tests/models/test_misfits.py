@@ -9,10 +9,6 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.weight_files import Weights
 
-FAMILIES = pytest.mark.parametrize(
-    ("make", "config"), [(hugging_face_vit, VIT), (hugging_face_swin, SWIN)], ids=["vit", "swin"]
-)
-
 
 def refusal(arrays, settings=None, image_size: int = 0, **chosen) -> str:
     """The message for arrays that were read."""
@@ -30,15 +26,15 @@ def assert_lines(message: str, lines: list[tuple[str, ...]]) -> None:
         assert sum(all(word in line for word in words) for line in found) == 1, (words, message)
 
 
-@FAMILIES
-def test_weights_of_another_backbone_than_the_named_one(make, config):
-    arrays, settings = make(config), settings_of(config)
-    message = refusal(arrays, settings, name="vit-b-22k" if config is VIT else "swin-b-1k")
-    heading, *lines = message.splitlines()
-    assert heading.startswith("FILE is not ") and "--config.backbone.name" in heading and len(lines) >= 4
-    assert any("width is 16" in line for line in lines) and any("patch is" in line for line in lines)
-    message = refusal(arrays, settings, name="swin-b-22k" if config is VIT else "vit-b-1k")
-    assert ("swin-b-22k is a Swin, the weights are a ViT" if config is VIT else "the weights are a Swin") in message
+def test_weights_of_another_backbone_than_the_named_one():
+    other = "swin-b-22k is a Swin, the weights are a ViT"
+    cases = [(hugging_face_vit, VIT, "vit-b-22k", other), (hugging_face_swin, SWIN, "swin-b-1k", "weights are a Swin")]
+    for make, config, name, kinds in cases:
+        heading, *lines = refusal(make(config), settings_of(config), name=name).splitlines()
+        assert heading.startswith("FILE is not ") and "--config.backbone.name" in heading and len(lines) >= 4
+        assert any("width is 16" in line for line in lines) and any("patch is" in line for line in lines)
+        another = "swin-b-22k" if config is VIT else "vit-b-1k"
+        assert kinds in refusal(make(config), settings_of(config), name=another)
 
 
 def test_a_config_json_that_contradicts_the_arrays():

@@ -167,11 +167,9 @@ def test_a_pickle_is_refused_and_not_read(tmp_path, malicious):
             assert FLAG in message and "is a pickle, which can run any code" in message
             assert "model.safetensors" in message and "weights_only=True" in message
     for name in ("pytorch_model.bin", "model.PTH"):  # alone in a folder
-        folder = tmp_path / name[:3]
-        folder.mkdir()
-        (folder / name).write_bytes(content)
-        (folder / "config.json").write_text(json.dumps(settings_of(VIT)))
-        message = refusal(folder)
+        (tmp_path / name[:3]).mkdir()
+        (tmp_path / name[:3] / name).write_bytes(content)
+        message = refusal(tmp_path / name[:3])
         assert f"{name} is a pickle" in message and "weights_only=True" in message
     assert not owned.exists()
 
