@@ -1,5 +1,6 @@
 """Closed-form heads: against scikit-learn, and sums that are the same bits in any order and after any removal."""
 
+import contextlib
 import dataclasses
 import shutil
 
@@ -15,6 +16,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.row_file import RowFile
+from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.training import closed_form
 from lmeraser_jax.unlearning import erase, purge
 from lmeraser_jax.unlearning.audit import audit, differences, state
@@ -244,7 +246,8 @@ def test_sums_from_which_nothing_can_be_subtracted_exactly_are_added_up_again(wo
         elif change in others:
             closed_form.save_sums(path.parent, dataclasses.replace(sums, total=others[change]))
         elif change in columns:
-            run.catalog.db.execute(f"UPDATE slices SET {columns[change]}")
+            with contextlib.closing(Catalog(run.layout.catalog)) as other:
+                other.db.execute(f"UPDATE slices SET {columns[change]}")
         else:  # the feature of the record that is going to be erased
             (features,) = run.layout.records.glob("features-*.f32")
             view = RowFile(features, (16,), np.float32).view("r+")
