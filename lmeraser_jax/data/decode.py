@@ -41,7 +41,7 @@ def decode(
         """Decodes one image in its place: (why it cannot be read or "", whether the colour mode was converted)."""
         try:
             image = _upright(files[position], max_pixels)
-            fitted = _fit(_to_eight_bit(image).convert(mode), height, width, max_pixels)
+            fitted = _fit(image.convert(mode), height, width, max_pixels)  # without transparency
             images[position] = np.asarray(fitted).reshape(height, width, channels)
             return "", image.mode != mode
         except UnidentifiedImageError:  # its own text names the file again, or an address in memory
@@ -96,6 +96,8 @@ def _load(file: Path | bytes, max_pixels: int) -> Image.Image:
     with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
         _check_size(image.size, max_pixels)
         image.load()
+        if image.mode.startswith(("I", "F")):  # a conversion would lose range
+            raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
         turn = None
         with contextlib.suppress(Exception):  # a block that cannot be read; Pillow raises nearly every kind
             turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -103,14 +105,14 @@ def _load(file: Path | bytes, max_pixels: int) -> Image.Image:
 
 
 def _bare_png(raw: bytes) -> bytes:
-    """A PNG without its optional chunks but for transparency and EXIF, whose checksum is mended."""
+    """A PNG without its optional chunks but for EXIF, whose checksum is mended."""
     chunks, start = [PNG], len(PNG)
     while start < len(raw):
         size, kind = struct.unpack(">I4s", raw[start : start + 8].ljust(8, b"\0"))
         chunk = raw[start : start + 12 + size]
         if kind == b"eXIf":
             chunk = chunk[:-4] + struct.pack(">I", zlib.crc32(chunk[4:-4]))
-        if not kind[:1].islower() or kind in (b"tRNS", b"eXIf"):
+        if kind == b"eXIf" or not kind[:1].islower():
             chunks.append(chunk)
         start += 12 + size
     return b"".join(chunks)
@@ -125,13 +127,6 @@ def _check_size(size: tuple[int, int], max_pixels: int, condition: str = "") -> 
         raise ValueError(
             f"it has {width} x {height} pixels{condition}, more than --config.data.max_pixels={max_pixels}"
         )
-
-
-def _to_eight_bit(image: Image.Image) -> Image.Image:
-    """The image in a mode that converts to grey or RGB without loss of range; transparency is dropped later."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits per channel")
-    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
 
 
 def _fit(image: Image.Image, height: int, width: int, max_pixels: int) -> Image.Image:
