@@ -63,15 +63,14 @@ def test_a_folder_and_its_csv_give_their_names_as_they_are(new_workdir, tmp_path
     names = [name for name in nasty(100, limit=200) if "/" not in name and name[0] != "."]
     paths = [f"train/{'ab'[i % 2]}/{name}.png" for i, name in enumerate(names)]
     with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(
-            [("file", "label", "owner"), *((p, p[6], n) for p, n in zip(paths, names, strict=True))]
-        )
+        rows = [("file", "label", "owner"), *((p, p[6], n) for p, n in zip(paths, names, strict=True))]
+        csv.writer(file).writerows(rows)
     for path in paths:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (4, 4)).save(tmp_path / path)
     settings = {"source": "folder", "path": str(tmp_path), "image_size": 4}
-    rows = imported(new_workdir, labels=str(tmp_path / "a.csv"), **settings)
-    assert rows == dict(zip(paths, names, strict=True))
+    records = imported(new_workdir, labels=str(tmp_path / "a.csv"), **settings)
+    assert records == dict(zip(paths, names, strict=True))
 
 
 def test_an_import_refuses_what_nobody_could_name_and_says_where(new_workdir, tmp_path):

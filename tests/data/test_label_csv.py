@@ -69,9 +69,8 @@ def test_empty_rows_are_left_out_and_cells_count_as_they_stand(tmp_path):
 
 
 def test_files_that_are_not_there_have_lookalikes(tmp_path):
-    message = read(
-        tmp_path / "a.csv", "file,label\nA.PNG,x\ne\u0301.png,y\nnone.png,z\n".encode(), [*NAMES, "train/é.png"]
-    )
+    raw = "file,label\nA.PNG,x\ne\u0301.png,y\nnone.png,z\n".encode()
+    message = read(tmp_path / "a.csv", raw, [*NAMES, "train/é.png"])
     for alike in ("a.png (differs from A.PNG in case)", "(differs from 'e\u0301.png' in Unicode form)"):
         assert alike in message, message
     assert "not there: A.PNG, 'e\u0301.png', none.png" in message
@@ -121,11 +120,7 @@ def test_a_csv_that_cannot_be_used_is_refused(tmp_path):
         (b"file,label\na.png," + b"x" * 200_000, "file,label", "field larger than field limit"),
         (b"file,label\n" + b"x" * 100_000 + b",1\n", "file,label", "names files that are not there"),
         ("file,label\n".encode("utf-16"), "file,label", "iconv -f UTF-16 -t UTF-8"),
-        (
-            "file,label\n".encode("utf-16-le"),
-            "file,label",
-            "perhaps it is UTF-16, Excel's Unicode text: save",
-        ),
+        ("file,label\n".encode("utf-16-le"), "file,label", "perhaps it is UTF-16, Excel's Unicode text: save"),
         ("file,label\na.png,dög\n".encode("cp1252"), "file,label", "in line 2; perhaps it is Windows-1252"),
     ):
         message = read(tmp_path / "a.csv", raw, columns=columns)

@@ -233,10 +233,7 @@ def test_wrong_shapes_and_types_are_all_named(saved):
     for changes, messages in (
         ({"train_images": np.zeros((6, 5, 6, 4), np.uint8)}, ["train_images must be [N, H, W] or [N, H, W, 1 or 3]"]),
         ({"train_images": np.zeros((6, 90), np.uint8)}, ["train_images must be [N, H, W]", "are [6, 90]"]),
-        (
-            {"train_images": np.zeros((3, 6, 5, 6), np.uint8).T},
-            ["Fortran order; save np.ascontiguousarray(train_images)"],
-        ),
+        ({"train_images": np.zeros((3, 6, 5, 6), np.uint8).T}, ["Fortran order; save np.ascontiguousarray(train_"]),
         ({"train_images": np.full((6, 5, 6, 3), None)}, ["train_images must be uint8, are object"]),
         ({"train_images": np.uint8(3)}, ["train_images must be [N, H, W]", "are []"]),
         ({"test_images": np.zeros((3, 5, 5, 3), np.uint8)}, ["must have one shape", "(5, 6, 3)", "(5, 5, 3)"]),
@@ -246,10 +243,7 @@ def test_wrong_shapes_and_types_are_all_named(saved):
         ({"train_owners": np.array("ann")}, ["train_owners must have 6 entries, has shape []"]),
         ({"public_images": np.zeros((1, 5, 6, 3), np.uint8)}, ["public_labels is missing"]),
         ({"class_names": np.array("cat")}, ["class_names must be a list, has shape []"]),
-        (
-            {"train_images": np.zeros((6, 5, 6, 2)), "test_labels": np.zeros(9)},
-            ["be uint8", "1 or 3]", "be 3 integers"],
-        ),
+        ({"train_images": np.zeros((6, 5, 6, 2)), "test_labels": np.zeros(9)}, ["uint8", "1 or 3]", "be 3 integers"]),
     ):
         message = refusal(saved(**changes))
         assert all(words in message for words in messages), message

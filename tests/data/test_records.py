@@ -44,10 +44,7 @@ def test_everything_that_makes_items_unusable_is_named():
         ([GOOD[0], GOOD[2], GOOD[3]], "only one class is present (0); a classifier needs at least 2"),
         (GOOD[2:], "there is no training image"),
         ([], "there is no training image"),
-        (
-            [*GOOD, Item("5", "test", 0, "o "), Item("6", "train", 0, "o ")],
-            "not: owner 'o ' of 5 (has white space at an end)",
-        ),
+        ([*GOOD, Item("5", "test", 0, "o "), Item("6", "train", 0, "o ")], "not: owner 'o ' of 5 (has white space at"),
         ([*GOOD, Item("", "test", 0)], "ids must not be empty; these items (counted from 0) have none: 1 of test"),
     ):
         (line,) = problems(blank_source(items))

@@ -96,11 +96,10 @@ def candidates(image: np.ndarray, spec: ImageSpec) -> dict[tuple[int, int, bool]
         if spec.augment == "flip":
             starts.append([slack // 2])
         elif slack:
-            starts.append(list(range(slack + 1)))
+            starts.append(range(slack + 1))
         else:
-            pad = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
-            full = np.pad(full, pad, mode="edge")
-            starts.append(list(range(2 * reach + 1)))
+            full = np.pad(full, [(reach, reach) if a == axis else (0, 0) for a in range(3)], mode="edge")
+            starts.append(range(2 * reach + 1))
     crops = {}
     for top, left in itertools.product(*starts):
         crops[top, left, False] = full[top : top + size, left : left + size]
