@@ -297,8 +297,7 @@ class Catalog:
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""
-        newest = self.manifests(limit=1)
-        return newest[0] if newest else None
+        return next(iter(self.manifests(limit=1)), None)
 
     def manifests(self, limit: int = -1) -> list[Manifest]:
         """The states that are still there, newest first; with a limit only so many."""

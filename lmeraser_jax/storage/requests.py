@@ -248,8 +248,7 @@ def still_live(catalog: Catalog, ids: Sequence[str], owners: Sequence[str]) -> l
 
 
 def get(catalog: Catalog, name: str) -> Request | None:
-    requests = _select(catalog, "WHERE id=?", name)
-    return requests[0] if requests else None
+    return next(iter(_select(catalog, "WHERE id=?", name)), None)
 
 
 def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:

@@ -21,6 +21,7 @@ FREE = ("inference", "checkpoints")  # groups that no published number depends o
 LISTED = 10  # slices in a message
 PATHS = ("data.path", "data.labels", "public.path", "backbone.weights")
 MOVABLE = ("data.path", "data.labels", "backbone.weights")  # `run.prepare_run` compares what lies there
+Settings = Mapping[str, Any]
 UNBOUND = {"data": ("skip_unreadable", "max_pixels"), "tuning": NOT_IN_RECIPE}  # they change neither records nor slices
 
 
@@ -57,7 +58,7 @@ def check_training(layout: Layout, catalog: Catalog, config: Config, retune: boo
         _check_unchanged(layout, "images", dataset["settings"], import_settings(config), "data.")
 
 
-def check_backbone(layout: Layout, inputs: Mapping[str, Any], config: Config) -> None:
+def check_backbone(layout: Layout, inputs: Settings, config: Config) -> None:
     """Refuses a config that contradicts the `backbone_inputs` that a workdir's backbone was made with."""
     _check_unchanged(layout, "backbone", inputs, backbone_inputs(config), movable=MOVABLE)
 
@@ -103,31 +104,19 @@ def _check_state(
 
 
 def _check_unchanged(
-    layout: Layout,
-    thing: str,
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    prefix: str = "",
-    movable: tuple[str, ...] = (),
+    layout: Layout, thing: str, old: Settings, new: Settings, prefix: str = "", movable: tuple[str, ...] = ()
 ) -> None:
-    heading = (
-        f"the {thing} in {layout.root} was made with another config (workdir -> flags); use a new --workdir or drop:"
-    )
-    lines = []
+    reason = "was made with another config (workdir -> flags); use a new --workdir or drop:"
+    hint, lines = f"; if it has moved, lmeraser train {layout.flag} with this flag compares what lies there", []
     for line in differences(old, new, prefix):
         name = line.partition(":")[0]
-        if name in movable and line.count("''") == 0:
-            continue
-        moved = f"; if it has moved, lmeraser train {layout.flag} with this flag compares what lies there"
-        lines.append(line + moved if name in MOVABLE else line)
-    raise_all(lines, heading)
+        if name not in movable or "''" in line:
+            lines.append(line + hint if name in MOVABLE else line)
+    raise_all(lines, f"the {thing} in {layout.root} {reason}")
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Lines "key: old -> new" for every leaf that differs between two trees of settings.
-
-    Two paths to one place do not differ.
-    """
+def differences(old: Settings, new: Settings, prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for every leaf that differs between two trees; two paths to one place do not."""
     lines = []
     for key in sorted(set(old) | set(new)):
         a, b, name = old.get(key), new.get(key), f"{prefix}{key}"

@@ -28,8 +28,8 @@ def publish(run: Run, wanted: Plan, before: Manifest | None, changed: bool, seco
             version = catalog.publish(wanted.clustering.digest, run.fingerprint, constants, entries, wanted.moved)
             catalog.set_clustering(wanted.clustering.digest, wanted.required_slices)
             catalog.event("publish", version=version, clusters=len(wanted.entries))
-        waiting = [request for request in requests.listed(catalog, only_open=True) if request.id in served]
-        waiting = [request for request in waiting if request.state != "published"]
+        opened = requests.listed(catalog, only_open=True)
+        waiting = [request for request in opened if request.id in served and request.state != "published"]
         work = _work(run, wanted, waiting) | {"seconds": round(seconds, 3)}
         removed = removal_summary(run, [request.id for request in waiting])
         for request in waiting:

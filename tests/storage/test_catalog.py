@@ -14,14 +14,8 @@ from lmeraser_jax.storage import schema
 from lmeraser_jax.storage.catalog import Catalog, sample_rank
 from lmeraser_jax.storage.rows import SliceRow
 
-ITEMS = [
-    Item("b", "train", 1, "ann"),
-    Item("a", "train", 0, "ann"),
-    Item("é", "train", 0),
-    Item("Z", "holdout", 1, "ann"),
-    Item("t", "test", 1, "ann"),
-    Item("p", "public", 0, "ann"),
-]
+ITEMS = [Item("b", "train", 1, "ann"), Item("a", "train", 0, "ann"), Item("é", "train", 0)]
+ITEMS += [Item("Z", "holdout", 1, "ann"), Item("t", "test", 1, "ann"), Item("p", "public", 0, "ann")]
 
 
 @pytest.fixture

@@ -80,6 +80,12 @@ def test_a_request_that_is_made_twice_is_accepted_once(catalog):
         with pytest.raises(UserError, match="--request=a: was used for another erasure"):
             accept(catalog, ids, request="a")
     assert dump(catalog) == before
+    image = accept(catalog, request="like", contents=["hash-r3"])
+    assert len(image.body["records"]) == 1 and accept(catalog, request="like", contents=["hash-r3"]) == image
+    catalog.forget(["like"])
+    assert accept(catalog, request="like", contents=["hash-r3"]) == image, "although no record has these pixels now"
+    with pytest.raises(UserError, match="no live record has exactly these pixels"):
+        accept(catalog, contents=["hash-r3"])
 
 
 def test_a_second_request_for_a_record_that_waits(catalog):
@@ -117,21 +123,14 @@ def test_names_that_only_look_alike_are_hints_and_stay_live(catalog):
     items = [Item(name, "train", 0, f"o-{name}") for name in names]
     catalog.add_records(items, range(20, 20 + len(items)), names)
     for unknown, *hints in (
-        (
-            ["ANNA"],
-            "unknown records: ANNA; did you mean Anna (differs from ANNA in case), anna (differs from ANNA in case)?",
-        ),
+        (["ANNA"], "records: ANNA; did you mean Anna (differs from ANNA in case), anna (differs from ANNA in case)?"),
         (["anna "], "'anna '; did you mean Anna (differs from 'anna ' in case and white space), anna (differs"),
-        (
-            ["É"],
-            "'e\u0301' (differs from 'É' in Unicode form and case), 'é' (differs from 'É' in case)?",
-            "did you mean",
-        ),
+        (["É"], "did you mean 'e\u0301' (differs from 'É' in Unicode form and case), 'é' (differs from 'É' in case)?"),
         (
             ["7", '"q"'],
+            "did you mean",
             "007 (differs from 7 in leading zeros)",
             "(differs from '\"q\"' in quotes), q (",
-            "did you mean",
         ),
         (["anna, q"], "'anna, q'; a flag or line is one name as it stands, so repeat it for each of several; lmeraser"),
         (["a\u200bb", "zzz"], "unknown records: 'a\\u200bb', zzz; lmeraser inspect --records lists all names"),

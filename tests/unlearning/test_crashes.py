@@ -19,14 +19,7 @@ from pathlib import Path
 import pytest
 from crash_checks import Trial
 from crash_points import Points
-from crash_scenarios import SCENARIOS, install_fakes, train
-
-from lmeraser_jax.hashing import arrays_digest
-from lmeraser_jax.storage import checkpoints
-from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.run import open_run
+from crash_scenarios import SCENARIOS, install_fakes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,35 +66,6 @@ def test_killed_around_save_publish_purge_and_receipt(tmp_path):
     labels = {"after save", "after commit", "halfway overwrite", "halfway rmtree", "after flush", "halfway write_bytes"}
     sides = kill(Trial("unlearn", tmp_path), labels)
     assert sides["old"] > 3 and sides["new"] > 3, sides
-
-
-def test_a_slice_is_readable_before_it_is_registered_and_registered_before_it_is_published(tmp_path, monkeypatch):
-    """Whatever a reader finds in a published state can be loaded, and has the digest that the catalog says."""
-    layout, order = Layout(tmp_path / "run"), []
-    add_slice, publish = Catalog.add_slice, Catalog.publish
-
-    def add_and_read(catalog, row, *members):
-        assert arrays_digest(checkpoints.load(layout.slice(row.digest))[0]) == row.params_digest
-        order.append("registered")
-        add_slice(catalog, row, *members)
-
-    def publish_and_read(catalog, clustering, *args):
-        entries = next(arg for arg in args if isinstance(arg, dict))
-        for digest in entries.values():
-            params = arrays_digest(checkpoints.load(layout.slice(digest))[0])
-            assert params == catalog.slices()[digest].params_digest
-        assert (layout.clustering(clustering) / "clustering.npz").is_file()
-        order.append("published")
-        return publish(catalog, clustering, *args)
-
-    monkeypatch.setattr(Catalog, "add_slice", add_and_read)
-    monkeypatch.setattr(Catalog, "publish", publish_and_read)
-    ids = train(layout.root)
-    assert order == ["registered"] * (len(order) - 1) + ["published"] and len(order) > 3
-    order.clear()
-    with open_run(layout.root, write=True) as run:
-        erase.request_erasure(run, ids)
-    assert set(order[:-1]) == {"registered"} and order[-1] == "published"
 
 
 @pytest.mark.slow

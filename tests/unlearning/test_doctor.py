@@ -16,8 +16,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from damages import IRREPARABLE, REPAIRABLE, clustering_file, feature_file, flip, published_slice, slice_flipped, sql
+from damages import (
+    IRREPARABLE,
+    REPAIRABLE,
+    clustering_file,
+    feature_file,
+    flip,
+    published_slice,
+    slice_flipped,
+    slice_of_another_cluster,
+    sql,
+)
 from helpers import small_config, small_run, small_source
+from PIL import Image
 
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.data.source import content_hash
@@ -261,10 +272,53 @@ def test_a_workdir_or_catalog_that_another_process_holds_is_not_checked(copy, mo
     with contextlib.closing(sqlite3.connect(layout.catalog, isolation_level=None)) as other:
         other.execute("PRAGMA locking_mode=EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(UserError, match="locked by another process"):
-            Catalog(layout.catalog)
         (problem,) = examined(layout).problems
         assert (problem.component, problem.state) == ("catalog", State.UNCHECKED) and "locked" in problem.message
+
+
+def test_commands_name_damage_and_train_mends_it_to_the_last_bit(copy, template, tmp_path, capsys):
+    layout, image = copy(), tmp_path / "image.png"
+    Image.fromarray(np.full((8, 8), 99, np.uint8)).save(image)
+    flag = f"--workdir={layout.root}"
+    for damage, message, tuned in (
+        (lambda layout: feature_file(layout).unlink(), "", 0),
+        (slice_flipped, str(layout.root), 1),
+        (slice_of_another_cluster, "is damaged", 1),
+        (lambda layout: shutil.rmtree(published_slice(layout)), str(layout.root), 1),
+        (lambda layout: shutil.rmtree(layout.clusterings), str(layout.root), 0),
+    ):
+        damage(layout)
+        capsys.readouterr()
+        assert main(["predict", str(image), flag]) == (2 if message else 0)
+        assert not message or message in error_line(capsys)
+        assert main(["train", flag]) == 0
+        out, err = capsys.readouterr()
+        assert err.count("; it is tuned again") == tuned and ("tuned 1 clusters" in out) == bool(tuned)
+        with open_run(layout.root) as run:
+            assert differences(state(run), template[1]) == [] and leftovers(run) == []
+    assert main(["predict", str(image), flag]) == 0 and main(["audit", flag]) == 0
+
+
+def error_line(capsys) -> str:
+    """The one error message of the last command."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_locked_catalog_or_a_deleted_receipts_folder_stops_no_erasure(copy, template, monkeypatch, capsys):
+    """Somebody's sqlite3 shell holds a transaction: writers wait, then say so; readers do not care."""
+    layout = copy()
+    shutil.rmtree(layout.receipts)
+    monkeypatch.setattr(schema, "LONGEST_WAIT", 0.1)
+    with open_run(layout.root) as run:
+        unlearn = ["unlearn", f"--workdir={layout.root}", f"--records={run.catalog.live('train').ids[0]}"]
+    with contextlib.closing(sqlite3.connect(layout.catalog, isolation_level=None)) as shell:
+        shell.execute("BEGIN IMMEDIATE")
+        assert main(unlearn) == 2 and "catalog.db is locked by another process" in error_line(capsys)
+        assert main(["inspect", f"--workdir={layout.root}"]) == 0
+        with open_run(layout.root) as run:
+            assert differences(state(run), template[1]) == []
+    assert main(unlearn) == 0 and len(list(layout.receipts.iterdir())) == 1
 
 
 def test_erasures_that_wait_are_noted(copy):

@@ -14,24 +14,10 @@ from lmeraser_jax.storage.ingest import Imported, import_settings
 from lmeraser_jax.storage.workdir import Layout, read_config
 from lmeraser_jax.unlearning.run import prepare_run
 
-CHANGES = {
-    "source": "npz",
-    "dataset": "cifar10",
-    "train_split": "test",
-    "holdout_split": "test",
-    "test_split": "public",
-    "public_split": "test",
-    "test_share": 0.1,
-    "holdout": 0.1,
-    "split_by": "owner",
-    "owner_pattern": "(a)",
-    "csv_columns": "a,b",
-    "store_size": 9,
-    "store_width": 9,
-    "train_limit": 5,
-    "test_limit": 5,
-    "limit_by": "class",
-}
+CHANGES = {"source": "npz", "dataset": "cifar10", "split_by": "owner", "owner_pattern": "(a)", "limit_by": "class"}
+CHANGES |= {"train_split": "test", "holdout_split": "test", "test_split": "public", "public_split": "test"}
+CHANGES |= {"test_share": 0.1, "holdout": 0.1, "csv_columns": "a,b", "store_size": 9, "store_width": 9}
+CHANGES |= {"train_limit": 5, "test_limit": 5}
 PLACES = {"path", "labels"}  # what lies there binds
 FREE = {"skip_unreadable", "max_pixels", "image_size", "resize_size", "augment"}  # change no record and no stored pixel
 

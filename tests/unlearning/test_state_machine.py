@@ -28,13 +28,8 @@ from lmeraser_jax.unlearning import run as runs
 from lmeraser_jax.unlearning.run import prepare_run
 from lmeraser_jax.unlearning.verify import verify_all
 
-CONFIG = small_config(
-    clustering__sample_size=10,
-    clustering__cut="auto:3",
-    clustering__min_members=0,
-    tuning__epochs=4,
-    checkpoints__every_epochs=1,
-)
+CLUSTERING = {"clustering__sample_size": 10, "clustering__cut": "auto:3", "clustering__min_members": 0}
+CONFIG = small_config(**CLUSTERING, tuning__epochs=4, checkpoints__every_epochs=1)
 MEMORY = Path("/dev/shm")  # thousands of small files are synced, which costs nothing there
 POOL = small_source(train=60, test=2, public=2)
 ITEMS = [item for item in POOL.items if item.split == "train"]

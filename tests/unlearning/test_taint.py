@@ -236,18 +236,6 @@ def test_a_receipt_counts_the_work_of_interrupted_attempts(run, monkeypatch):
     sound(run)
 
 
-def test_the_same_image_asks_for_the_same_erasure_once(run):
-    name = run.catalog.live("train").ids[4]
-    content = content_hash(run.images[run.catalog.rows([name])[name]])
-    done = erase.request_erasure(run, request="like", contents=[content], defer=True)
-    assert done.request.body["records"]
-    assert erase.request_erasure(run, request="like", contents=[content], defer=True) == done
-    erase.process(run)
-    assert not erase.request_erasure(run, request="like", contents=[content]).request.open
-    with pytest.raises(UserError, match="no live record has exactly these pixels"):
-        erase.request_erasure(run, request="again", contents=[content])
-
-
 def test_a_clustering_goes_with_a_record_that_only_it_has_sampled(tmp_path):
     """Its slices live on where the present clustering calls for them, too."""
 
