@@ -14,11 +14,9 @@ request; with --defer the next lmeraser process does. With --dry_run it only say
 id or an owner is unknown, it erases nothing. It names the live records and owners that only look like those named.
 """
 
-import contextlib
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,23 +101,16 @@ def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
 
 def _serve(arguments: common.Arguments, request: Request) -> int:
     """Serves an accepted request as soon as the workdir is free."""
+    flag = Layout(arguments["workdir"]).flag
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
-    with _say_accepted(request, Layout(arguments["workdir"]).flag), common.opened(arguments, write=True) as run_:
-        from lmeraser_jax.unlearning import erase
-
-        others = len(requests.listed(run_.catalog, only_open=True)) - 1
-        if others > 0:
-            common.warn(f"{others} other requests wait; they are served with this one")
-        erasure = erase.serve(run_, request.id)
-    common.show(arguments, _erasure_text(erasure), dataclasses.asdict(erasure))
-    return 0
-
-
-@contextlib.contextmanager
-def _say_accepted(request: Request, flag: str) -> Iterator[None]:
-    """Adds to the message of a failure that the request stays accepted, and what serves it."""
     try:
-        yield
+        with common.opened(arguments, write=True) as run_:
+            from lmeraser_jax.unlearning import erase
+
+            others = len(requests.listed(run_.catalog, only_open=True)) - 1
+            if others > 0:
+                common.warn(f"{others} other requests wait; they are served with this one")
+            erasure = erase.serve(run_, request.id)
     except UserError as error:
         raise UserError(
             f"{error}\nrequest {request.id} is accepted all the same: it will be served by the writer's next command"
@@ -127,6 +118,8 @@ def _say_accepted(request: Request, flag: str) -> Iterator[None]:
         ) from error
     except interrupt.Stopped:
         raise interrupt.Stopped(f"process {flag}") from None
+    common.show(arguments, _erasure_text(erasure), dataclasses.asdict(erasure))
+    return 0
 
 
 def _accepted_text(request: Request, receipt: Path, quarantined: int) -> str:

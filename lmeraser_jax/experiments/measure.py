@@ -161,11 +161,7 @@ def sequence(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
 
 
 EXPERIMENTS: dict[str, Callable[[Run, Task, Options], Iterator[Measurement]]] = {
-    "methods": methods,
-    "removal": removal,
-    "cut": cut,
-    "epochs": epochs,
-    "sequence": sequence,
+    experiment.__name__: experiment for experiment in (methods, removal, cut, epochs, sequence)
 }
 
 
