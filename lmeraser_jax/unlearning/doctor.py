@@ -115,21 +115,19 @@ def examine(workdir: str | Path, fix: bool = False, devices: Sequence[Any] | Non
     """
     layout = Layout(workdir)
     layout.require()
-    problems: dict[str, list[Problem]] = {}
-
-    def passed(component: str) -> bool:
-        """Whether a component is there as it must be, so that what builds on it can be judged."""
-        states = [problem.state for problem in problems.get(component, [])]
-        return component in problems and {State.FIXED, State.LEFTOVER}.issuperset(states)
-
+    problems: list[Problem] = []
+    sound: set[str] = set()  # components that are there as they must be, so that what builds on them can be judged
     with contextlib.ExitStack() as opened:
         examined = _Workdir(layout, fix, devices, opened)
         for component, (check, needs) in CHECKS.items():
-            if all(map(passed, needs)):
-                problems[component] = _check(component, check, examined)
-        if passed("catalog") and not fix and (current_writer(layout) or examined.catalog.stamp() != examined.stamp):
+            if sound.issuperset(needs):
+                listed = _check(component, check, examined)
+                problems += listed
+                if {State.FIXED, State.LEFTOVER}.issuperset(problem.state for problem in listed):
+                    sound.add(component)
+        if "catalog" in sound and not fix and (current_writer(layout) or examined.catalog.stamp() != examined.stamp):
             return Diagnosis((_unchecked("folder", "another process wrote to the workdir meanwhile"),))
-    return Diagnosis(tuple(problem for listed in problems.values() for problem in listed))
+    return Diagnosis(tuple(problems))
 
 
 def _check(component: str, check: Check, workdir: _Workdir) -> list[Problem]:

@@ -85,10 +85,8 @@ def rollback(run: "Run", key: str, to: str = "") -> "tuple[Version, BuildReport]
     version = choose(run.catalog, key, to)
     if slice_of(version.ref) in tainted(run, run.catalog.erased()).all:
         waiting = join_limited((request.id for request in requests.listed(run.catalog, only_open=True)), 5)
-        raise UserError(
-            f"--to={to}: slice {version.ref[:12]} was made with records that a waiting erasure removes ({waiting});"
-            " serve it first: lmeraser process"
-        )
+        reason = f"was made with records that a waiting erasure removes ({waiting}); serve it first: lmeraser process"
+        raise UserError(f"--to={to}: slice {version.ref[:12]} {reason}")
     refuse_misfits(run.catalog, run.config.tuning, [version.ref])
     load_slice(run, version.ref)
     with run.catalog.transaction():

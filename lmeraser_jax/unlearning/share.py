@@ -32,10 +32,8 @@ def serve(processes: Processes) -> None:
             if run is None:
                 run = stack.enter_context(open_run(task["workdir"]))
             if run.fingerprint != task["fingerprint"]:
-                raise UserError(
-                    "this process would compute other bits than process 0: its program or devices are"
-                    f" {run.fingerprint}, not {task['fingerprint']}"
-                )
+                programs = f"its program or devices are {run.fingerprint}, not {task['fingerprint']}"
+                raise UserError(f"this process would compute other bits than process 0: {programs}")
             with contextlib.suppress(Stopped):  # process 0 ends the command
                 if task["name"] == "features":
                     _extract(run, processes, arrays)

@@ -126,12 +126,7 @@ def test_names_that_only_look_alike_are_hints_and_stay_live(catalog):
         (["ANNA"], "records: ANNA; did you mean Anna (differs from ANNA in case), anna (differs from ANNA in case)?"),
         (["anna "], "'anna '; did you mean Anna (differs from 'anna ' in case and white space), anna (differs"),
         (["É"], "did you mean 'e\u0301' (differs from 'É' in Unicode form and case), 'é' (differs from 'É' in case)?"),
-        (
-            ["7", '"q"'],
-            "did you mean",
-            "007 (differs from 7 in leading zeros)",
-            "(differs from '\"q\"' in quotes), q (",
-        ),
+        (["7", '"q"'], "did you mean", "007 (differs from 7 in leading zeros)", "from '\"q\"' in quotes), q ("),
         (["anna, q"], "'anna, q'; a flag or line is one name as it stands, so repeat it for each of several; lmeraser"),
         (["a\u200bb", "zzz"], "unknown records: 'a\\u200bb', zzz; lmeraser inspect --records lists all names"),
     ):
