@@ -196,12 +196,13 @@ def test_settings_that_do_not_fit_each_other_or_the_data(capsys, tmp_path):
 
 
 def test_extreme_cuts_work_with_a_warning(capsys, tmp_path):
-    free = ["--config.clustering.max_members=0", "--config.clustering.min_members=0", "--config.data.train_limit=40"]
-    code, _, err = call(capsys, "train", *TINY, *free, "--config.clustering.cut=1e9", f"--workdir={tmp_path}/one")
-    assert code == 0 and "gives one cluster" in err
-    small = ["--config.clustering.cut=0.0", "--config.clustering.sample_size=12"]
-    code, _, err = call(capsys, "train", *TINY, *free, *small, f"--workdir={tmp_path}/all")
-    assert code == 0 and "a cluster for every sampled record (12)" in err
+    free = [
+        f"--config.{name}" for name in ("clustering.max_members=0", "clustering.min_members=0", "data.train_limit=40")
+    ]
+    for cut, sample, message in (("1e9", 30, "gives one cluster"), ("0.0", 12, "for every sampled record (12)")):
+        flags = [*free, f"--config.clustering.cut={cut}", f"--config.clustering.sample_size={sample}"]
+        code, _, err = call(capsys, "train", *TINY, *flags, f"--workdir={tmp_path}/{cut}")
+        assert code == 0 and message in err
 
 
 def npz(path, **changes):
@@ -213,15 +214,6 @@ def npz(path, **changes):
         arrays |= {f"{split}_images": images[rows], f"{split}_labels": digits.target[rows]}
     np.savez(path, **{name: array for name, array in (arrays | changes).items() if array is not None})
     return ["--config.data.source=npz", f"--config.data.path={path}"]
-
-
-def test_a_users_npz_works(capsys, tmp_path):
-    owners = np.array([f"person-{i // 8}" for i in range(80)])
-    data = npz(tmp_path / "mine.npz", train_owners=owners, train_ids=np.array([f"img-{i}" for i in range(80)]))
-    assert call(capsys, "train", *TINY, *data, f"--workdir={tmp_path}/run")[0] == 0
-    code, out, _ = call(capsys, "unlearn", f"--workdir={tmp_path}/run", "--owner=person-3")
-    assert code == 0 and "erased 8 records" in out
-    assert call(capsys, "audit", f"--workdir={tmp_path}/run")[0] == 0
 
 
 def test_bad_data_is_refused_and_leaves_the_workdir_usable(capsys, tmp_path):
@@ -237,7 +229,10 @@ def test_bad_data_is_refused_and_leaves_the_workdir_usable(capsys, tmp_path):
         bad = npz(tmp_path / "bad.npz", **changes)
         assert message in refused(capsys, "train", *TINY, *bad, f"--workdir={tmp_path}/run")
         assert not (tmp_path / "run" / "records").exists() and not (tmp_path / "run" / "backbone").exists()
-    assert call(capsys, "train", *TINY, *npz(tmp_path / "bad.npz"), f"--workdir={tmp_path}/run")[0] == 0
+    names = {"train_owners": np.arange(80).astype(str), "train_ids": np.array([f"img-{i}" for i in range(80)])}
+    at = f"--workdir={tmp_path}/run"
+    assert call(capsys, "train", *TINY, *npz(tmp_path / "bad.npz", **names), at)[0] == 0
+    assert "erased 1 records" in call(capsys, "unlearn", at, "--owner=3")[1] and call(capsys, "audit", at)[0] == 0
 
 
 def test_a_device_without_memory_is_a_message(capsys, monkeypatch, workdir):
@@ -282,8 +277,8 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_work(capsys, work
     records = call(capsys, "inspect", f"--workdir={workdir}", "--records")[1]
     name = records.split()[0]
     for target in (tmp_path, "/proc/nowhere/x.json"):
-        message = refused(capsys, "unlearn", f"--workdir={workdir}", f"--records={name}", f"--json={target}")
-        assert "cannot be written" in message
+        flags = f"--workdir={workdir}", f"--records={name}", f"--json={target}"
+        assert "cannot be written" in refused(capsys, "unlearn", *flags)
     assert call(capsys, "inspect", f"--workdir={workdir}", "--records")[1] == records
 
 
