@@ -40,6 +40,9 @@ def test_every_setting_that_makes_the_records_binds(tmp_path, rng):
         message = rf"(?s)the images in .* was made with another config.*data\.{name}: "
         with pytest.raises(UserError, match=message), prepare_run(tmp_path / "run", with_data(**{name: value})):
             pass
+    weights = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="x.safetensors"))
+    with pytest.raises(UserError, match=r"backbone.weights: '' -> "), prepare_run(tmp_path / "run", weights):
+        pass
     free = with_data(skip_unreadable=True, max_pixels=10_000, augment="flip")
     with prepare_run(tmp_path / "run", free, reimport=True) as (_, imported):
         assert imported == Imported(0, 4, 0, 0)
