@@ -102,7 +102,8 @@ def test_a_config_is_frozen():
 def test_every_choice_is_legal_and_another_is_refused_with_all_of_them():
     for name, choices in CHOICES.items():
         for value in choices:
-            from_dict(tree(**{name: value, "data.path": "x", "data.dataset": "cifar10"}))
+            source = {"data.source": "npz", "data.path": "x"} if value != "digits" else {}
+            from_dict(tree(**{**source, "data.dataset": "cifar10", name: value}))
         message = refusal(tree(**{name: "zzz"}))
         assert f"--config.{name}='zzz': must be one of {', '.join(choices)}" in message, name
 
@@ -118,6 +119,7 @@ def test_every_number_has_a_least_value_and_shares_a_limit():
             "data.image_size",
             "backbone.width",
             "pretraining.supervise",
+            "clustering.sample_size",
         ):  # where other settings call for more
             from_dict(with_low)
         legal = "in [0, 1)" if name in SHARES else "at least 1" if low else "0 or more"
@@ -134,6 +136,12 @@ def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
     for message, changes in (
         ("data.path='': must be set for data.source=npz", {"data.source": "npz"}),
         ("data.path='': must be set for data.source=folder", {"data.source": "folder"}),
+        ("data.path='/x': must be empty for --config.data.source=digits", {"data.path": "/x"}),
+        ("public.path='/x': must be empty for --config.public.source=data", {"public.path": "/x"}),
+        (
+            "clustering.cut='auto:9': must be auto:K with K at most --config.clustering.sample_size=8",
+            {"clustering.cut": "auto:9", "clustering.sample_size": 8},
+        ),
         ("data.dataset='': must be the name of a TFDS data set, such as cifar10", {"data.source": "tfds"}),
         ("data.owner_pattern='a(b': must be a regular expression with a group", {"data.owner_pattern": "a(b"}),
         ("data.owner_pattern='ab': must be a regular expression with a group", {"data.owner_pattern": "ab"}),
@@ -241,10 +249,11 @@ def test_a_value_of_another_type_is_refused():
 
 def test_differences_name_every_leaf_that_differs():
     old = to_dict(Config())
-    new = to_dict(from_dict(tree(seed=3, tuning__dtype="float32", data__path="x")))
+    new = to_dict(from_dict(tree(seed=3, tuning__dtype="float32", data__path="x", data__source="npz")))
     assert differences(old, old) == []
     assert differences(old, new) == [
         f"data.path: '' -> '{Path.cwd()}/x'",
+        "data.source: 'digits' -> 'npz'",
         "seed: 0 -> 3",
         "tuning.dtype: 'auto' -> 'float32'",
     ]

@@ -58,6 +58,7 @@ MENDABLE = frozenset(  # errors of disks, folders and limits
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
 )
+JAX_SETTINGS = ("jax/_src/config.py", "jaxlib/_config.py")  # what refuses a value of a variable JAX_...
 MEND = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
 SMALLER = "lower --config.data.image_size, or the batch and lanes of --config.tuning, .pretraining or .clustering"
 DAMAGED = "it may be damaged: lmeraser doctor says what is wrong, and what can be done"
@@ -157,6 +158,8 @@ def _message(error: Exception) -> str:
         return f"{error.strerror}{where}; {MEND}"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
         return f"{(str(error) or 'out of memory').splitlines()[0]}; {SMALLER}"  # JAX's is a RuntimeError
+    if traceback.extract_tb(error.__traceback__)[-1].filename.endswith(JAX_SETTINGS):
+        return f"a setting of JAX in the environment (JAX_...): {error}"
     return ""
 
 

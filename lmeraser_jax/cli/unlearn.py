@@ -103,6 +103,8 @@ def _serve(arguments: common.Arguments, request: Request) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     flag = Layout(arguments["workdir"]).flag
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
+    waits = f"request {request.id} is accepted all the same: it will be served by the writer's next command"
+    waits += f" or by lmeraser process {flag}"
     try:
         with common.opened(arguments, write=True) as run_:
             from lmeraser_jax.unlearning import erase
@@ -112,10 +114,10 @@ def _serve(arguments: common.Arguments, request: Request) -> int:
                 common.warn(f"{others} other requests wait; they are served with this one")
             erasure = erase.serve(run_, request.id)
     except UserError as error:
-        raise UserError(
-            f"{error}\nrequest {request.id} is accepted all the same: it will be served by the writer's next command"
-            f" or by lmeraser process {flag}"
-        ) from error
+        raise UserError(f"{error}\n{waits}") from error
+    except OSError:
+        print(waits, file=sys.stderr)
+        raise
     except interrupt.Stopped:
         raise interrupt.Stopped(f"process {flag}") from None
     common.show(arguments, _erasure_text(erasure), dataclasses.asdict(erasure))

@@ -33,9 +33,11 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
     data = config.data
     fits = data.resize_size == 0 or data.resize_size >= data.image_size
     yield "data.resize_size", fits, f"0 or at least --config.data.image_size={data.image_size}"
-    for name, group in (("data", data), ("public", config.public)):
+    for name, group, without in (("data", data, "digits"), ("public", config.public, "data")):
         if group.source in ("npz", "folder"):
             yield f"{name}.path", bool(group.path), f"set for {name}.source={group.source}"
+        unused = group.source == without and group.path
+        yield f"{name}.path", not unused, f"empty for --config.{name}.source={without}: name the source of these data"
     if data.source == "tfds":
         yield "data.dataset", bool(data.dataset), "the name of a TFDS data set, such as cifar10"
     if data.owner_pattern:
@@ -90,7 +92,9 @@ def _rules_of_tuning(config: Config) -> Iterator[Rule]:
     fits = clustering.max_members == 0 or clustering.min_members <= clustering.max_members
     yield "clustering.min_members", fits, f"at most --config.clustering.max_members={clustering.max_members}"
     try:
-        parse_cut(clustering.cut)
+        kind, value = parse_cut(clustering.cut)
+        fits = kind != "auto" or value <= clustering.sample_size or clustering.partition != "adaptive"
+        yield "clustering.cut", fits, f"auto:K with K at most --config.clustering.sample_size={clustering.sample_size}"
     except ValueError:
         yield "clustering.cut", False, "a distance of 0 or more, or auto:K with K >= 1"
     yield "tuning.prompt_width", 2 * tuning.prompt_width <= size, f"at most half of --config.data.image_size={size}"

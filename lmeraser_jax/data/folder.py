@@ -66,8 +66,13 @@ def _list_roles(root: Path, roles: Mapping[str, str], data: Data) -> tuple[list[
         names += [str(PurePosixPath(folder, name)) for name in images]
         splits += [split] * len(images)
         others += passed
+        if not images:
+            empty.append(folder)
         with_images = {name.partition("/")[0] for name in images}
         empty += [str(PurePosixPath(folder, name)) for name in _subfolders(root / folder) if name not in with_images]
+    if "." not in roles.values():
+        beside = [path.suffix.lower() for path in root.iterdir() if path.is_file() and path.name[0] != "."]
+        others += Counter(suffix for suffix in beside if suffix in SUFFIXES)
     kinds = {"class folders without images": empty, "folders without a role": _without_role(root, roles.values())}
     return names, splits, not_used(kinds, count_files(others))
 

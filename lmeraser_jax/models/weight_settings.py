@@ -112,6 +112,7 @@ def architecture_settings(config: Json, family: str, pooled: bool = True) -> Sta
         channels, *sides = _input_size(config)
         sizes = ({"channels": ("input_size", channels)} if sides else {}) | sizes
         sizes |= {"feature_size": ("num_features", config["num_features"])} if config.get("num_features") else {}
+        sizes = _sizes_of_name(str(config.get("architecture"))) | sizes
         size, heads, act_key = size or sides or None, _heads_of(config), "act_layer"
     act = legal(act_key, args.get(act_key) or None, [*GELUS].__contains__, f"known: {', '.join(GELUS)}")
     epsilon, bias = None if timm else args.get("layer_norm_eps"), args.get("qkv_bias")
@@ -144,6 +145,14 @@ def _heads_of(config: Json) -> int | None:
     """Heads of a ViT by the name that timm has for it."""
     name = re.match(r"(?:vit|deit|flexivit)_([a-z]+)(?![a-z0-9])|test_vit$", str(config.get("architecture")))
     return HEADS.get(name[1] or "test") if name else None
+
+
+def _sizes_of_name(name: str) -> dict[str, tuple[str, Any]]:
+    """Width and patch of a ViT by the name that timm has for it, as `Stated.sizes`."""
+    match = re.match(r"(?:vit|deit)_(tiny|small|base|large)_patch(\d+)", name)
+    if not match:
+        return {}
+    return {"width": (f"architecture={name}: width", 64 * HEADS[match[1]]), "patch": ("its patch", int(match[2]))}
 
 
 def _input_size(config: Json) -> list[Any]:

@@ -101,10 +101,18 @@ def import_source(
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
     lines = problems(picked, first=before is None) + _check_shares(picked, data)
     lines += _check_owners(catalog, picked, config) + _check_dataset(picked, before)
+    alike, notes = similar(source.class_names), source.notes
+    if alike:
+        notes += (f"class names that look alike: {join_limited(alike)}",)
+    present, left = ({(item.split, item.label) for item in each.items} for each in (source, picked))
+    if not adding and (dropped := sorted(present - left)):
+        names = join_limited(f"{source.class_names[label]} ({split})" for split, label in dropped)
+        notes += (f"the limits leave no image of these classes: {names}",)
     if moved:
         lines += _check_moved(catalog, picked)
-    alike = similar(source.class_names)
-    notes = source.notes + ((f"class names that look alike: {join_limited(alike)}",) if alike else ())
+        absent = sorted({*catalog.live("train").ids} - {item.id for item in source.items})
+        if absent:
+            notes += (f"{len(absent)} live records are not there; they stay until unlearn: {list_names(absent)}",)
     raise_all([*lines, *notes] if lines else [], heading)
     facts = {"classes": list(source.class_names), "shape": list(source.shape), "name": source.name}
     dataset = before or {"settings": import_settings(config), **facts}

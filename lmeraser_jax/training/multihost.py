@@ -29,6 +29,7 @@ LONGEST_WAIT = 30 * 24 * 3600 * 1000  # milliseconds
 WATCH = 1.0  # seconds between two looks at the others
 LOST = 2  # exit code
 AGAIN = "start the same command again, with any number of processes: it goes on from the slices that are written"
+CHOOSING = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME", "JAX_NUM_CPU_DEVICES", "CUDA_VISIBLE_DEVICES")  # of devices
 NO_PLUGIN = "it sees none, or the plugin does not load or is not installed (for NVIDIA GPUs: pip install 'jax[cuda13]')"
 Arrays = dict[str, np.ndarray]
 _ended = threading.Event()
@@ -48,7 +49,7 @@ ALONE = Processes()
 
 def local_devices() -> list[Any]:
     """The devices of this process. Raises `UserError` where JAX has none: it names what chose them."""
-    chosen = {name: os.environ[name] for name in ("JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES") if name in os.environ}
+    chosen = {name: os.environ[name] for name in CHOOSING if name in os.environ}
     logger = logging.getLogger("jax._src.xla_bridge")
     logger.disabled = "JAX_PLATFORMS" in chosen  # a plugin that fails is reported with a traceback
     try:
@@ -56,7 +57,7 @@ def local_devices() -> list[Any]:
     except Exception as error:  # RuntimeError, or AssertionError where there is no plugin or no GPU
         reason = str(error).partition(" (set JAX_PLATFORMS")[0].partition("\n")[0].rstrip(".") or NO_PLUGIN
         names = " ".join(f"{name}={value or repr(value)}" for name, value in chosen.items())
-        remedy = "set JAX_PLATFORMS=cpu, or unset it, and JAX takes what there is"
+        remedy = f"set JAX_PLATFORMS=cpu alone, or unset {' and '.join(chosen)}, and JAX takes what there is"
         raise UserError(f"{names}: JAX has no such device here: {reason}; {remedy}") from error
     finally:
         logger.disabled = False

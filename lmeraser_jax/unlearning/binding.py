@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.config import NOT_IN_RECIPE, Config, Tuning, parse_cut
+from lmeraser_jax.config import NOT_IN_RECIPE, Config, Tuning
 from lmeraser_jax.config.paths import same
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.storage import requests
@@ -64,20 +64,15 @@ def check_backbone(layout: Layout, inputs: Settings, config: Config) -> None:
 
 
 def check_sample(catalog: Catalog, config: Config) -> None:
-    """Refuses a sample or a cut that the imported records cannot give; erasures may shrink them later."""
-    clustering, problems = config.clustering, []
+    """Refuses a sample that the imported records cannot give; erasures may shrink it later."""
+    clustering = config.clustering
     if clustering.partition != "adaptive" or catalog.get("dataset") is None:
         return
     count = catalog.counts().get("train" if clustering.sample_from == "private" else "public", 0)
     first = catalog.manifest() is None and not requests.any_open(catalog)
     if first and clustering.sample_size > count:
         legal = f"at most the number of {clustering.sample_from} records, {count}"
-        problems.append(f"--config.clustering.sample_size={clustering.sample_size}: must be {legal}")
-    kind, value = parse_cut(clustering.cut)
-    if kind == "auto" and value > clustering.sample_size:
-        legal = f"K must be at most clustering.sample_size={clustering.sample_size}"
-        problems.append(f"--config.clustering.cut={clustering.cut}: {legal}")
-    raise_all(problems)
+        raise UserError(f"--config.clustering.sample_size={clustering.sample_size}: must be {legal}")
 
 
 def backbone_inputs(config: Config) -> dict[str, Any]:

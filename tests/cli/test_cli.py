@@ -185,7 +185,7 @@ def test_settings_that_do_not_fit_each_other_or_the_data(capsys, tmp_path):
         ("tuning.optimizer=lion", "one of sgd, adam"),
         ("data.train_limit=1", "only one class is present"),
         ("clustering.sample_size=5000", "at most the number of private records"),
-        ("clustering.cut=auto:31", "at most clustering.sample_size=30"),
+        ("clustering.cut=auto:31", "at most --config.clustering.sample_size=30"),
         ("backbone.weights=none.npz", "no such file"),
     ):
         assert message in refused(capsys, "train", *TINY, f"--config.{flag}", f"--workdir={tmp_path}/run"), flag

@@ -182,3 +182,13 @@ def processor_time(arguments: list[str], code: int) -> float:
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == code, arguments
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("variable, value", [("JAX_ENABLE_X64", "maybe"), ("JAX_PLATFORM_NAME", "gpu")])
+def test_a_variable_that_jax_refuses_is_one_line(erased_workdir, variable, value):
+    environment = {name: text for name, text in os.environ.items() if name != "JAX_PLATFORMS"} | {variable: value}
+    run = [sys.executable, "-m", "lmeraser_jax.cli.main", "evaluate", f"--workdir={erased_workdir}"]
+    result = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (line,) = result.stderr.splitlines()
+    assert result.returncode == 2 and line.startswith("error: ") and value in line
+    assert variable in line or "JAX_..." in line

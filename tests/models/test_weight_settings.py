@@ -120,6 +120,8 @@ def test_what_the_networks_do_not_have_is_refused_by_name(read, wide):
     _, message = read(wide, TIMM | {"global_pool": "avg", "num_features": 8, "model_args": args})
     for key in ("global_pool=avg", "num_features", *args):
         assert key in message, key
+    _, message = read(wide, {"architecture": "vit_base_patch32_224"})
+    assert "architecture=vit_base_patch32_224: width is 768" in message and "its patch is 32" in message
     huge = {"architecture": "vit_huge_patch14_224"}  # 16 heads, whatever the width
     assert (
         "avg" in read(wide, TIMM | {"model_args": {"global_pool": "avg"}})[1] and read(wide, huge)[0].config.heads == 16

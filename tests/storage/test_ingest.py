@@ -99,6 +99,15 @@ def test_a_source_without_an_erased_class_still_joins(new_workdir):
     assert [table.labels[table.ids.index(item.id)] for item in items] == [1, 2]
 
 
+def test_classes_that_limits_leave_out_are_named(new_workdir):
+    source = numbered_source()
+    imported = import_source(*new_workdir, source, Config(data=Data(train_limit=2, limit_by="class")))
+    left = {source.class_names[label] for label in new_workdir[1].live("train").labels}
+    lost = sorted({source.class_names[item.label] for item in source.items if item.split == "train"} - left)
+    names = ", ".join(f"{name} (train)" for name in lost)
+    assert lost and imported.notes[0] == f"the limits leave no image of these classes: {names}"
+
+
 def test_duplicates_counted(new_workdir):
     items = list(numbered_source(10).items)
 

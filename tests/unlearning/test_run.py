@@ -70,7 +70,8 @@ def test_data_bind_wherever_they_lie(tmp_path, rng, monkeypatch):
         assert opened(path)[1] == (Imported(24, 0, 0, 0) if path == "a.npz" else None), path
     fewer = {key: value[:7] for key, value in (images | labels | names).items() if key.startswith("train")}
     write("b.npz", **fewer)  # whoever deletes the file of an erased record keeps the data
-    assert opened("b.npz") == (f"{tmp_path}/b.npz", Imported(0, 23, 0, 0))
+    note = "1 live records are not there; they stay until unlearn: r7"
+    assert opened("b.npz") == (f"{tmp_path}/b.npz", Imported(0, 23, 0, 0, notes=(note,)))
     more = {"train_ids": np.array([f"r{i}" for i in range(1, 9)]), "train_owners": np.array([*"abbccddx"])}
     more |= {key: np.roll((images | labels)[key], -1, 0) for key in ("train_images", "train_labels")}
     for changes, message in (
