@@ -28,7 +28,10 @@ def test_a_users_photographs_need_three_flags_and_unlearn_exactly(shared, capsys
     assert main(["evaluate", workdir, f"--json={tmp_path}/e.json"]) == 0
     found = json.loads((tmp_path / "e.json").read_text())
     assert found["images"] == 40 and found["linear"] > 0.2, "the frozen features of a real backbone say something"
-    assert main(["unlearn", workdir, "--records=train/17", "--records=train/101"]) == 0
+    capsys.readouterr()
+    assert main(["inspect", workdir, "--records"]) == 0
+    first, second, *_ = (line.split()[0] for line in capsys.readouterr().out.splitlines())
+    assert main(["unlearn", workdir, f"--records={first}", f"--records={second}"]) == 0
     capsys.readouterr()
     assert main(["audit", workdir, "--sample=3"]) == 0
     assert capsys.readouterr().out.startswith("bit-identical: 3 of 3 slices")

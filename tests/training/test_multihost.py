@@ -31,8 +31,8 @@ def get_config():
     config = default_config()
     config.data.train_limit, config.data.test_limit = 90, 10
     config.pretraining.epochs = 0
-    config.clustering.sample_size, config.clustering.cut = 40, "auto:8"
-    config.clustering.max_members, config.clustering.min_members = 8, 2
+    config.clustering.sample_size, config.clustering.cut = 40, "auto:12"  # two waves of two processes
+    config.clustering.max_members, config.clustering.min_members = 4, 1
     config.tuning.epochs, config.tuning.min_steps, config.tuning.scan_steps = EPOCHS, 8, 4
     return config
 """
