@@ -162,7 +162,7 @@ def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert "lmeraser prepare --dataset=imagenette" in refused("config.public.source=data")
+    assert "lmeraser prepare --dataset=imagenette" in refused("config.public.source=data", "config.public.path=")
     assert "scratch without --config.backbone.weights" in refused("config.backbone.weights=")
     assert "--config.pretraining.epochs=0: must be at least 1" in refused("config.pretraining.epochs=0")
     assert "above 0, or distill is" in refused("config.pretraining.supervise=0")
