@@ -19,6 +19,7 @@ from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.pretrain import PublicSet
 from lmeraser_jax.models.vit import ViT, ViTConfig
+from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.train_step import mesh_of
 
@@ -135,7 +136,9 @@ def files(tmp_path_factory, public):
     return folder
 
 
-def test_the_command_and_a_workdir_make_the_same_backbone_without_private_images(tmp_path, weights, files, capsys):
+def test_the_command_and_a_workdir_make_the_same_backbone_without_private_images(
+    tmp_path, weights, public, files, capsys
+):
     given = {"public.source": "npz", "public.path": files / "public.npz", "backbone.weights": weights}
     given |= {"data.source": "npz", "data.path": files / "private.npz", "data.image_size": SIZE}
     given |= {"clustering.sample_size": 4, "clustering.cut": "auto:2", "pretraining.epochs": 1}
@@ -144,7 +147,9 @@ def test_the_command_and_a_workdir_make_the_same_backbone_without_private_images
     out, err = capsys.readouterr()
     assert "2 public images are private or test images too; left out: train/5, train/9" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapted"], "no checkpoint is left"
-    adapted, facts = convert.load(settings.Backbone(weights=f"{tmp_path}/adapted"), SIZE)
+    adapted, _ = convert.load(settings.Backbone(weights=f"{tmp_path}/adapted"), SIZE)
+    record = checkpoints.load(tmp_path / "adapted")[1]["provenance"]["adapted"]
+    assert record["images"] == len(public.images) - 2, "they are not trained on"
     assert adapted.digest in out
     assert main(["pretrain", *flags, "--config.pretraining.start=weights", f"--workdir={tmp_path}/run"]) == 0
     assert not (tmp_path / "run" / "pretraining").exists()
