@@ -19,6 +19,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.data import tfds_paths
+from lmeraser_jax.data.source import WITHOUT_LABELS
 from lmeraser_jax.errors import UserError, join_limited
 
 NEEDED = ("tensorflow", "importlib_resources")
@@ -39,13 +40,13 @@ def run(arguments: common.Arguments) -> int:
     folder = before or _prepare(dataset, tfds_paths.data_folder(data_dir))
     from lmeraser_jax.data import tfds  # loads TensorFlow Datasets
 
-    prepared = tfds.open_prepared(folder)
+    prepared = tfds.open_prepared(folder, labelled=False)
     classes = list(prepared.fields.class_names)
-    next_command = _train_command(dataset, data_dir, prepared.name)
+    next_command = _next_command(dataset, data_dir, prepared.name, bool(classes))
     lines = [
         f"{prepared.name} {'was prepared before, nothing changed' if before else 'is prepared'}: {folder}",
         *(f"  {split:<12}{count:>9} images" for split, count in prepared.sizes.items()),
-        f"  {len(classes)} classes: {join_limited(classes)}",
+        f"  {len(classes)} classes: {join_limited(classes) or 'it can be a public set only'}",
         f"next: {next_command}",
     ]
     values = {"dataset": prepared.name, "folder": str(folder), "new": before is None, "splits": prepared.sizes}
@@ -53,14 +54,17 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _train_command(dataset: str, data_dir: str, full: str) -> str:
-    """What trains on the data set; its config is named even where it is TFDS's default."""
+def _next_command(dataset: str, data_dir: str, full: str, labelled: bool) -> str:
+    """What trains on the data set, or adapts a backbone; its config is named even where it is TFDS's default."""
     name, _, version = full.rpartition("/")
     short = name.replace("/", "-")
     if ":" in dataset:
         name = f"{name}:{version}"
-    path = f" --config.data.path={shlex.quote(data_dir)}" if data_dir else ""
-    settings = f"--config.data.source=tfds --config.data.dataset={name}{path} --config.backbone.weights=FILE"
+    group = "data" if labelled else "public"
+    path = f" --config.{group}.path={shlex.quote(data_dir)}" if data_dir else ""
+    settings = f"--config.{group}.source=tfds --config.{group}.dataset={name}{path} --config.backbone.weights=FILE"
+    if not labelled:
+        return f"lmeraser adapt --out={short} {settings} {WITHOUT_LABELS}"
     return f"lmeraser train --workdir=runs/{short} {settings}"
 
 
@@ -77,7 +81,7 @@ def _prepare(dataset: str, root: Path) -> Path:
     from lmeraser_jax.data import tfds
 
     builder = _builder(dataset, root)
-    tfds.find_fields(dataset, builder.info)  # before hours of download
+    tfds.find_fields(dataset, builder.info, labelled=False)  # before hours of download
     print(f"preparing {dataset} in {root}; a server that does not answer is tried for minutes", file=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a line for every attempt
     if not sys.stderr.isatty():

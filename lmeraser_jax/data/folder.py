@@ -25,8 +25,11 @@ DEFAULTS = {"train": "train", "test": "test", "holdout": "", "public": "public"}
 CHANNELS = 3
 
 
-def load(data: Data) -> Source:
-    """Lists the folder and reads the CSV. Raises `UserError` where images or labels are missing or roles overlap."""
+def load(data: Data, labelled: bool = True) -> Source:
+    """Lists the folder and reads the CSV. Raises `UserError` where images are missing or roles overlap.
+
+    Also where labels are missing, if `labelled`.
+    """
     root = Path(data.path)
     if not root.is_dir():
         raise UserError(f"--config.data.path={data.path}: no such folder")
@@ -34,10 +37,10 @@ def load(data: Data) -> Source:
     names, splits, notes = _list_roles(root, roles, data)
     folders = [roles[split] for split in splits]
     rows = label_csv.read(data.labels, data.csv_columns, names, folders, data.path) if data.labels else {}
-    labels = _labels(data, names, folders, rows)
-    classes, numbers = _number_classes(set(labels))
+    labels = _labels(data, names, folders, rows, labelled)
+    classes, numbers = _number_classes(set(labels) - {""})
     items = [
-        Item(name, split, numbers[label], rows[name].owner if name in rows else "")
+        Item(name, split, numbers.get(label, -1), rows[name].owner if name in rows else "")
         for name, split, label in zip(names, splits, labels, strict=True)
     ]
     height = data.store_size or data.image_size
@@ -148,8 +151,12 @@ def _roles(root: Path, data: Data) -> dict[str, str]:
     return roles
 
 
-def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str, label_csv.Row]) -> list[str]:
-    """For each image the label in the CSV, else the name of its class folder. Raises `UserError` if one has neither.
+def _labels(
+    data: Data, names: list[str], folders: list[str], rows: Mapping[str, label_csv.Row], labelled: bool
+) -> list[str]:
+    """For each image the label in the CSV, else the name of its class folder.
+
+    One that has neither gets "" or, if `labelled`, raises `UserError`.
 
     Beside a CSV with labels the subfolders of the whole folder may be parts of an archive: they are no classes.
     """
@@ -157,6 +164,8 @@ def _labels(data: Data, names: list[str], folders: list[str], rows: Mapping[str,
     for name, folder in zip(names, folders, strict=True):
         class_folder, slash, _ = label_csv.path_below(name, folder).partition("/")
         labels.append((rows[name].label if name in rows else "") or (class_folder if slash else ""))
+    if not labelled:
+        return labels
     unnamed = [name for name, folder in zip(names, folders, strict=True) if folder == "." and name not in rows]
     if unnamed and any(row.label for row in rows.values()):
         raise UserError(

@@ -12,11 +12,12 @@ IN_FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "sto
 SOURCES_OF = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(IN_FOLDERS, ("folder", "tfds"))
 
 
-def load(data: Data, own_test: bool = True) -> Source:
+def load(data: Data, own_test: bool = True, labelled: bool = True) -> Source:
     """Opens the source that `data.source` names, with the owners that `data.owner_pattern` finds.
 
-    With `own_test` an .npz must have test images unless `data.test_share` draws some. Raises `UserError` for a source
-    that cannot be used, a setting that it would ignore, a pattern without a match.
+    With `own_test` an .npz must have test images unless `data.test_share` draws some. Unless `labelled`, images may
+    have no label, which is -1 then. Raises `UserError` for a source that cannot be used, a setting that it would
+    ignore, a pattern without a match.
     """
     raise_all(
         [
@@ -25,24 +26,24 @@ def load(data: Data, own_test: bool = True) -> Source:
             if (value := getattr(data, name)) and data.source not in sources
         ]
     )
-    source = _open(data, own_test and not data.test_share)
+    source = _open(data, own_test and not data.test_share, labelled)
     return _with_owners(source, data.owner_pattern) if data.owner_pattern else source
 
 
-def _open(data: Data, own_test: bool) -> Source:
+def _open(data: Data, own_test: bool, labelled: bool) -> Source:
     """Imports the source's module when it is used: TFDS and scikit-learn take a while."""
     if data.source == "npz":
         from lmeraser_jax.data import npz
 
-        return npz.load(data.path, own_test=own_test, max_pixels=data.max_pixels)
+        return npz.load(data.path, own_test, data.max_pixels, labelled)
     if data.source == "folder":
         from lmeraser_jax.data import folder
 
-        return folder.load(data)
+        return folder.load(data, labelled)
     if data.source == "tfds":
         from lmeraser_jax.data import tfds
 
-        return tfds.load(data)
+        return tfds.load(data, labelled)
     from lmeraser_jax.data import digits
 
     return digits.load()

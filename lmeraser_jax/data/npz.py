@@ -41,8 +41,8 @@ OTHER_RATIO = 10_000  # of LZMA, in which packs of photographs come, and bzip2: 
 PIECE = 1 << 12  # bytes asked for at a time of these: zipfile unpacks whatever so many packed bytes hold
 
 
-def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) -> Source:
-    """Reads the file but for its images; `own_test` requires test images. Nothing is unpickled.
+def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels, labelled: bool = True) -> Source:
+    """Reads the file but for its images; `own_test` requires test images, `labelled` labels. Nothing is unpickled.
 
     Raises `UserError`: the file is missing or no .npz, or its arrays have wrong keys, shapes or dtypes.
     """
@@ -50,13 +50,13 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
         raise UserError(f"--config.data.path={path}: no such file")
     with _refuse_damage(path):
         members, others = _open_members(path)
-    splits = ("train", "test") if own_test else ("train",)
-    missing = [key for split in splits for key in (f"{split}_images", f"{split}_labels") if key not in members]
+    required = [f"{split}_{column}" for split in SPLITS[: 1 + own_test] for column in ("images", "labels")]
+    missing = [key for key in required if key not in members and (labelled or key.endswith("_images"))]
     if missing:
         has = _contents(path) + _renamed(others)
         raise UserError(f"{path} lacks {', '.join(missing)}; it has {has} (--config.data.path)")
     splits = [split for split in SPLITS if f"{split}_images" in members]
-    problems = [line for split in splits for line in _problems_of_split(members, split, max_pixels)]
+    problems = [line for split in splits for line in _problems_of_split(members, split, max_pixels, labelled)]
     raise_all(problems + _problems_of_texts(members), f"{path} cannot be used:")
     streams = [members[f"{split}_images"] for split in splits]
     shapes = {(*stream.shape[1:], 1)[:3] for stream in streams}  # grey images need no axis for their one channel
@@ -64,7 +64,7 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels) 
         raise UserError(f"{path}: all images must have one shape; found {join_limited(sorted(shapes))}")
     with _refuse_damage(path):
         columns = {key: rows.values() for key, rows in members.items() if not key.endswith("_images")}
-    items = [item for split in splits for item in _items(columns, split)]
+    items = [item for split in splits for item in _items(columns, split, members[f"{split}_images"].shape[0])]
     top = max((item.label for item in items), default=0)
     if "class_names" not in columns and top >= CLASS_LIMIT:
         raise UserError(f"{path}: a label of {top} without class_names; name the classes or number them from 0")
@@ -136,7 +136,7 @@ def _renamed(others: list[str]) -> str:
     return f"; rename {join_limited(pairs)}, perhaps" if pairs else ""
 
 
-def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: int) -> list[str]:
+def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: int, labelled: bool) -> list[str]:
     """What is wrong with the arrays of one split."""
     images, labels = members[f"{split}_images"], members.get(f"{split}_labels")
     problems, shape, size = [], images.shape, os.path.getsize(images.path)
@@ -154,7 +154,7 @@ def _problems_of_split(members: Mapping[str, "Rows"], split: str, max_pixels: in
     if images.fortran:
         problems.append(f"{split}_images is stored in Fortran order; save np.ascontiguousarray({split}_images)")
     if labels is None:
-        problems.append(f"{split}_labels is missing")
+        problems += [f"{split}_labels is missing"] if labelled else []
     elif labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
         problems.append(f"{split}_labels must be {count} integers, are {labels.kind} {list(labels.shape)}")
     for key in (f"{split}_ids", f"{split}_owners"):
@@ -181,10 +181,10 @@ def _problems_of_texts(members: Mapping[str, "Rows"]) -> list[str]:
     return problems
 
 
-def _items(columns: Mapping[str, list], split: str) -> Iterator[Item]:
-    labels = columns[f"{split}_labels"]
-    ids = columns.get(f"{split}_ids", (f"{split}/{i}" for i in range(len(labels))))
-    owners = columns.get(f"{split}_owners", itertools.repeat("", len(labels)))
+def _items(columns: Mapping[str, list], split: str, count: int) -> Iterator[Item]:
+    labels = columns.get(f"{split}_labels", itertools.repeat(-1, count))
+    ids = columns.get(f"{split}_ids", (f"{split}/{i}" for i in range(count)))
+    owners = columns.get(f"{split}_owners", itertools.repeat("", count))
     for name, label, owner in zip(ids, labels, owners, strict=True):
         yield Item(as_name(name), split, label, sys.intern(as_name(owner)))
 

@@ -15,6 +15,7 @@ from lmeraser_jax.errors import join_limited
 from lmeraser_jax.hashing import keyed_hash
 
 SPLITS = ("train", "holdout", "test", "public")
+WITHOUT_LABELS = "--config.pretraining.supervise=0 --config.pretraining.distill=1"  # what a set without labels can do
 
 
 class Item(NamedTuple):
@@ -22,7 +23,7 @@ class Item(NamedTuple):
 
     id: str
     split: str
-    label: int
+    label: int  # -1: none; only public sets, from which features are learned, may lack labels
     owner: str = ""
 
 
@@ -53,18 +54,18 @@ def not_used(names: Mapping[str, Collection[str]], files: str = "") -> tuple[str
     return (f"not used: {', '.join(parts)}",) if parts else ()
 
 
-def problems(source: Source, first: bool = True) -> list[str]:
-    """A line for everything that makes the source unusable; the first source of a workdir must have two classes."""
+def problems(source: Source, classes: int = 2) -> list[str]:
+    """A line for everything that makes the source unusable: so many classes must be there; 0: labels may be missing."""
     items, last, lines = source.items, len(source.class_names) - 1, []
     labels = {item.label for item in items if item.split == "train"}
     if not labels:
         lines.append("there is no training image")
-    elif first and len(labels) < 2:
+    elif len(labels) < classes:
         lines.append(f"only one class is present ({join_limited(labels)}); a classifier needs at least 2")
     counts = Counter(item.id for item in items)
     offenders = {
         f"labels must lie in 0..{last} (the class names)": [
-            f"{quoted(item.id)}={item.label}" for item in items if not 0 <= item.label <= last
+            f"{quoted(item.id)}={item.label}" for item in items if not min(classes, 1) - 1 <= item.label <= last
         ],
         "ids must be unique; these occur more than once": [quoted(name) for name in counts if counts[name] > 1],
         "ids (file names), owners and class names must be plain text; these are not": _illegal_names(source),

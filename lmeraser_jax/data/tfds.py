@@ -49,7 +49,7 @@ class Fields(NamedTuple):
     """Which features hold image and label."""
 
     image: str
-    label: str
+    label: str  # "": the set has none
     shape: tuple[int | None, int | None, int | None]  # height, width, channels; None where images differ
     class_names: tuple[str, ...]
 
@@ -61,6 +61,7 @@ class Prepared:
     name: str  # in full, such as cifar10/3.0.2
     folder: Path
     builder: Any  # TFDS's
+    labelled: bool  # it must have labels
     readers: dict[str, Any] = dataclasses.field(default_factory=dict)  # one for each base split that has been read
 
     @property
@@ -70,7 +71,7 @@ class Prepared:
 
     @functools.cached_property
     def fields(self) -> Fields:
-        return find_fields(self.name, self.builder.info)
+        return find_fields(self.name, self.builder.info, self.labelled)
 
     def records(self, split: str, indices: Sequence[int]) -> Sequence[bytes]:
         """Serialized records of a base split; no file stays open: large sets have too many."""
@@ -90,13 +91,13 @@ class Prepared:
         )
 
 
-def load(data: Data) -> Source:
+def load(data: Data, labelled: bool = True) -> Source:
     """Finds the prepared data set, and reads its labels and ids; pixels are decoded when they are read.
 
     Raises `UserError`: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
-    labels that are hidden.
+    labels that are hidden or not there, if `labelled`.
     """
-    prepared = open_prepared(tfds_paths.require(data.dataset, data.path))
+    prepared = open_prepared(tfds_paths.require(data.dataset, data.path), labelled)
     fields = prepared.fields
     spans = _spans(prepared, data)
     places = [(span, index) for span in spans for index in span.images]
@@ -116,7 +117,7 @@ def load(data: Data) -> Source:
     return Source(prepared.name, fields.class_names, (height, width, channels), items, read, notes)
 
 
-def open_prepared(folder: Path) -> Prepared:
+def open_prepared(folder: Path, labelled: bool = True) -> Prepared:
     """Opens a prepared data set. Raises `UserError`: not readable, or in another format than array_record."""
     try:
         builder = tfds.builder_from_directory(str(folder))
@@ -130,11 +131,14 @@ def open_prepared(folder: Path) -> Prepared:
             " TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as array_record with:"
             f" {tfds_paths.command(name.rpartition('/')[0])}"
         )
-    return Prepared(name, folder, builder)
+    return Prepared(name, folder, builder, labelled)
 
 
-def find_fields(name: str, info: Any) -> Fields:
-    """Finds image and label among a set's features. Raises `UserError` where one is missing or none the main one."""
+def find_fields(name: str, info: Any, labelled: bool = True) -> Fields:
+    """Finds image and label among a set's features. Raises `UserError` where one is missing or none the main one.
+
+    A label may be missing unless `labelled`.
+    """
     features, problems, chosen = dict(info.features), [], []
     supervised = [key for key in (info.supervised_keys or ()) if isinstance(key, str)]
     images = [key for key, kind in features.items() if isinstance(kind, tfds.features.Image)]
@@ -142,11 +146,11 @@ def find_fields(name: str, info: Any) -> Fields:
     labels = [key for key, kind in features.items() if isinstance(kind, tfds.features.ClassLabel)]
     for kind, keys, usual in (("image", plain, "image"), ("class label", labels, "label")):
         ranked = [key for key in (*supervised, usual) if key in keys]
-        if not ranked and len(keys) != 1:
+        if not ranked and len(keys) != 1 and (labelled or kind == "image"):
             has = join_limited(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
             fault = f"several features of the kind {kind}, none the main one" if keys else f"no {kind}"
             problems.append(f"{name} is no image classification set: it has {fault}; its features: {has}")
-        chosen += (ranked or keys)[:1]
+        chosen.append((ranked or keys)[0] if ranked or len(keys) == 1 else "")
     raise_all(problems)
     image, label = chosen
     shape, dtype = features[image].shape, np.dtype(features[image].np_dtype)
@@ -155,7 +159,7 @@ def find_fields(name: str, info: Any) -> Fields:
             f"{name} cannot be used: its images (feature {image}) are {dtype} {list(shape)};"
             " uint8 [height, width, channels] is needed"
         )
-    return Fields(image, label, (shape[0], shape[1], shape[2]), tuple(features[label].names))
+    return Fields(image, label, (shape[0], shape[1], shape[2]), tuple(features[label].names) if label else ())
 
 
 def _stored_size(fields: Fields, data: Data) -> tuple[int, int]:
@@ -239,14 +243,15 @@ def _items(prepared: Prepared, places: list[Place], data: Data) -> list[Item]:
                 if values is None:
                     damaged.append(f"{span.split}[{index}]")
                     continue
-                label = int(values[label_feature])
+                label = int(values[label_feature]) if label_feature else -1
                 hidden[span] += label < 0
                 name = as_name(values[id_feature]) if id_feature else index
                 items.append(Item(f"{span.split}/{name}", span.role, label))
             shown.advance(len(piece))
     if damaged:
         raise prepared.damaged(f"no whole records: {join_limited(damaged)}")
-    raise_all([_hidden_labels(prepared, span, count, data) for span, count in hidden.items() if count])
+    if prepared.labelled:
+        raise_all([_hidden_labels(prepared, span, count, data) for span, count in hidden.items() if count])
     return items
 
 

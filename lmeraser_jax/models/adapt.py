@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data import load as sources
-from lmeraser_jax.data.source import content_hash, limit_positions, problems
+from lmeraser_jax.data.source import WITHOUT_LABELS, content_hash, limit_positions, problems
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import Damaged, UserError, join_limited, raise_all
 from lmeraser_jax.hashing import digest
@@ -38,9 +38,10 @@ BATCH = 32  # images per device and call of the network at its own image size
 def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
     """Reads the public set that `config.public` names. Raises `UserError` where that fails or nothing is left of it.
 
-    Images with whose content hash `is_private` is true, private and test images, are left out with a warning.
+    Images with whose content hash `is_private` is true, private and test images, are left out with a warning. Where
+    labels are not learned they may be missing: then all images are of one class.
     """
-    public = config.public
+    public, supervise = config.public, config.pretraining.supervise
     data = Data(
         source=public.source,
         path=public.path,
@@ -50,8 +51,18 @@ def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
         image_size=config.data.image_size,
         train_limit=public.limit,
     )
-    source = sources.load(data, own_test=False)
-    raise_all(problems(source), f"the public set {source.name} cannot be used:")
+    try:
+        source = sources.load(data, own_test=False, labelled=False)
+    except UserError as error:  # the flags are those of the public set
+        text = str(error).replace("--config.data.train_split", "--config.public.split")
+        raise UserError(text.replace("--config.data.", "--config.public.")) from error
+    unlabelled = [item.id for item in source.items if item.split == "train" and item.label < 0]
+    if unlabelled and supervise:
+        raise UserError(
+            f"the public set {source.name} lacks labels, which --config.pretraining.supervise={supervise} learns, of"
+            f" {len(unlabelled)} images: {join_limited(unlabelled)}; learn features alone with {WITHOUT_LABELS}"
+        )
+    raise_all(problems(source, classes=2 if supervise else 0), f"the public set {source.name} cannot be used:")
     warn(*(f"the public set {source.name}: {note}" for note in source.notes))
     positions = [i for i in limit_positions(source.items, data.train_limit, 0) if source.items[i].split == "train"]
     images, labels, left_out, unreadable = [], [], [], []
@@ -74,6 +85,8 @@ def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
         raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
     if left_out:
         warn(f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}")
+    if unlabelled:
+        return PublicSet(np.stack(images), np.zeros(len(images), np.int32), 1)
     return PublicSet(np.stack(images), np.array(labels, np.int32), len(source.class_names))
 
 
@@ -112,7 +125,7 @@ def adapt(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> tuple[
         "images": len(public.images),
         "pretraining": dataclasses.asdict(config.pretraining),
         "seed": config.seed,
-        "accuracy": accuracy,
+        "accuracy": accuracy if config.pretraining.supervise else None,
     }
     facts = dataclasses.asdict(provenance) | {"published_size": config.data.image_size, "adapted": record}
     return adapted, facts, accuracy

@@ -99,7 +99,7 @@ def import_source(
     else:
         positions = limit_positions(source.items, data.train_limit, data.test_limit, data.limit_by)
     picked = dataclasses.replace(source, items=[source.items[i] for i in positions])
-    lines = problems(picked, first=before is None) + _check_shares(picked, data)
+    lines = problems(picked, classes=2 if before is None else 1) + _check_shares(picked, data)
     lines += _check_owners(catalog, picked, config) + _check_dataset(picked, before)
     alike, notes = similar(source.class_names), source.notes
     if alike:

@@ -50,7 +50,7 @@ def test_everything_that_makes_items_unusable_is_named():
         (line,) = problems(blank_source(items))
         assert message in line
     assert len(problems(blank_source([Item("1", "test", 9), Item("1", "test", 0)], shape=(2, 2, 4)))) == 4
-    assert problems(blank_source([GOOD[0]]), first=False) == []  # a later import may bring one class
+    assert problems(blank_source([GOOD[0]]), classes=1) == []  # a later import may bring one class
 
 
 def test_limits_draw_the_same_items_whatever_their_order_is(rng):

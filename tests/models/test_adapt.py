@@ -1,6 +1,7 @@
 """Public adaptation of a small ViT: what it learns, what it leaves out, and that it can be stopped anywhere."""
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 
@@ -9,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tfds_sets
 from flax import nnx
+from PIL import Image
 
 from lmeraser_jax import config as settings
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli.main import main
+from lmeraser_jax.data import load as sources
 from lmeraser_jax.data.transforms import centred
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import adapt, convert, pretrain
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.pretrain import PublicSet
@@ -156,6 +161,42 @@ def test_the_command_and_a_workdir_make_the_same_backbone_without_private_images
     assert backbone_lib.load(tmp_path / "run" / "backbone")[0].digest == adapted.digest
     assert main(["pretrain", "--config.pretraining.epochs=2", f"--workdir={tmp_path}/run"]) == 2
     assert "pretraining.epochs: 1 -> 2" in capsys.readouterr().err
+
+
+def write_unlabelled(source, folder, images):
+    """Writes images without labels; returns the settings that name them as a public set."""
+    if source == "npz":
+        np.savez(folder / "a.npz", train_images=images)
+        return {"path": f"{folder}/a.npz"}
+    if source == "folder":
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / f"{number}.png")
+        return {"path": str(folder), "split": ".", "store_size": 2 * SIZE}
+    examples = [{"image": tfds_sets.encoded(image)} for image in images]
+    features = {"image": tfds_sets.KINDS.Image(shape=images.shape[1:])}
+    tfds_sets.write(folder, "plain", features, {"train": examples}, supervised=None)
+    return {"path": str(folder), "dataset": "plain"}
+
+
+@pytest.mark.parametrize("source", ["npz", "folder", "tfds"])
+def test_a_public_set_needs_labels_only_where_they_are_learned(tmp_path, public, weights, source):
+    images = public.images[:9]
+    named = write_unlabelled(source, tmp_path, images)
+    config = config_with(weights, supervise=0.0, distill=1.0)
+    config = dataclasses.replace(config, public=settings.Public(source=source, **named))
+    read = adapt.read_public(config, lambda _: False)
+    np.testing.assert_array_equal(read.images, images)
+    assert (read.labels == 0).all() and read.classes == 1
+    with pytest.raises(
+        UserError, match="lacks labels.* 9 images.*--config.pretraining.supervise=0 --config.*distill=1"
+    ):
+        adapt.read_public(dataclasses.replace(config, pretraining=settings.Pretraining()), lambda _: False)
+    split = named.pop("split", "")
+    with pytest.raises(UserError, match="label"):  # private records need them as before
+        sources.load(settings.Data(source=source, train_split=split, image_size=SIZE, **named), own_test=False)
+    wrong = dataclasses.replace(config, public=settings.Public(source=source, path=f"{tmp_path}/absent"))
+    with pytest.raises(UserError, match=r"--config\.public\.(path|dataset)="):
+        adapt.read_public(wrong, lambda _: False)
 
 
 def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):
