@@ -31,13 +31,13 @@ def run(arguments: common.Arguments) -> int:
         )
     zoo.refuse_absent(config.backbone)
     common.log_devices()
-    from lmeraser_jax.models import adapt
+    from lmeraser_jax.models import adapt, public_sets
     from lmeraser_jax.models import backbone as backbone_lib
     from lmeraser_jax.training.fingerprint import pinned
     from lmeraser_jax.training.train_step import mesh_of
     from lmeraser_jax.unlearning import binding
 
-    public = adapt.read_public(config, adapt.private_contents(config.data).__contains__)
+    public = public_sets.read_public(config, public_sets.private_contents(config.data).__contains__)
     checkpoints = out.with_name(f"{out.name}-checkpoints")
     with pinned():
         backbone, provenance, _ = adapt.adapt(checkpoints, public, config, mesh_of())

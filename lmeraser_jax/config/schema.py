@@ -72,7 +72,7 @@ class Backbone(WithPaths):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Public(WithPaths):
-    """Public records of their own, to train the backbone on; no private record, and no erasure, ever reaches them."""
+    """Public records, to train the backbone on and to sample for clusters: never private, and reached by no erasure."""
 
     source: str = setting("data", "data: the public records of data.source", ("data", "npz", "folder", "tfds"))
     path: str = setting("", "as data.path", path=absolute)
@@ -105,7 +105,7 @@ class Clustering:
     partition: str = setting("adaptive", "clusters by feature, S random shards, or one", ("adaptive", "random", "one"))
     shards: int = setting(10, "S, shards of the random partition", low=1)
     sample_size: int = setting(200, "n_s, number of records that are sampled to make the clusters", low=1)
-    sample_from: str = setting("private", "which records are sampled", ("private", "public"))
+    sample_from: str = setting("private", "which records are sampled; public: see public.source", ("private", "public"))
     cut: str = setting("auto:10", "where to cut the tree: distance t such as 10.0, or auto:K for K clusters")
     max_members: int = setting(30, "most sampled members of a cluster; 0: no limit (paper)")
     min_members: int = setting(8, "fewest sampled members of a cluster; 0: no limit (paper)")
@@ -197,6 +197,12 @@ class Config:
     common: Common = Common()
     checkpoints: Checkpoints = Checkpoints()
     inference: Inference = Inference()
+
+    @property
+    def samples_public_set(self) -> bool:
+        """Whether the clustering samples the set that `public` names, not records of `data`."""
+        sampled = self.clustering.partition == "adaptive" and self.clustering.sample_from == "public"
+        return sampled and self.public.source != "data"
 
 
 def settings_of(group: Any, prefix: str = "") -> Iterator[tuple[str, Any, Mapping[str, Any]]]:

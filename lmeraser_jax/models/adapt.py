@@ -8,7 +8,6 @@ erasure nothing.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,90 +17,18 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax import interrupt
-from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data import load as sources
-from lmeraser_jax.data.source import WITHOUT_LABELS, content_hash, limit_positions, problems
+from lmeraser_jax.config import Config
 from lmeraser_jax.data.transforms import centred
-from lmeraser_jax.errors import Damaged, UserError, join_limited, raise_all
+from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet, Start, image_spec, train
-from lmeraser_jax.progress import progress, warn
+from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 
-PIECE = 1024  # images that are read at a time
 BATCH = 32  # images per device and call of the network at its own image size
-
-
-def read_public(config: Config, is_private: Callable[[str], bool]) -> PublicSet:
-    """Reads the public set that `config.public` names. Raises `UserError` where that fails or nothing is left of it.
-
-    Images with whose content hash `is_private` is true, private and test images, are left out with a warning. Where
-    labels are not learned they may be missing: then all images are of one class.
-    """
-    public, supervise = config.public, config.pretraining.supervise
-    data = Data(
-        source=public.source,
-        path=public.path,
-        dataset=public.dataset if public.source == "tfds" else "",
-        train_split=public.split,
-        store_size=public.store_size,
-        image_size=config.data.image_size,
-        train_limit=public.limit,
-    )
-    try:
-        source = sources.load(data, own_test=False, labelled=False)
-    except UserError as error:  # the flags are those of the public set
-        text = str(error).replace("--config.data.train_split", "--config.public.split")
-        raise UserError(text.replace("--config.data.", "--config.public.")) from error
-    unlabelled = [item.id for item in source.items if item.split == "train" and item.label < 0]
-    if unlabelled and supervise:
-        raise UserError(
-            f"the public set {source.name} lacks labels, which --config.pretraining.supervise={supervise} learns, of"
-            f" {len(unlabelled)} images: {join_limited(unlabelled)}; learn features alone with {WITHOUT_LABELS}"
-        )
-    raise_all(problems(source, classes=2 if supervise else 0), f"the public set {source.name} cannot be used:")
-    warn(*(f"the public set {source.name}: {note}" for note in source.notes))
-    positions = [i for i in limit_positions(source.items, data.train_limit, 0) if source.items[i].split == "train"]
-    images, labels, left_out, unreadable = [], [], [], []
-    with progress("public", len(positions)) as shown:
-        for start in range(0, len(positions), PIECE):
-            piece = positions[start : start + PIECE]
-            pixels = source.read(piece)
-            for place, (position, image) in enumerate(zip(piece, pixels.images, strict=True)):
-                item = source.items[position]
-                if place in pixels.unreadable:
-                    unreadable.append(f"{item.id}: {pixels.unreadable[place]}")
-                elif is_private(content_hash(image)):
-                    left_out.append(item.id)
-                else:
-                    images.append(image)
-                    labels.append(item.label)
-            shown.advance(len(piece))
-    raise_all(unreadable, f"the public set {source.name} cannot be used:")
-    if not images:
-        raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
-    if left_out:
-        warn(f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}")
-    if unlabelled:
-        return PublicSet(np.stack(images), np.zeros(len(images), np.int32), 1)
-    return PublicSet(np.stack(images), np.array(labels, np.int32), len(source.class_names))
-
-
-def private_contents(data: Data) -> frozenset[str]:
-    """Content hashes of all private and test images that the config names."""
-    source, contents = sources.load(data, own_test=False), set()
-    with progress("private", len(source.items)) as shown:
-        for start in range(0, len(source.items), PIECE):
-            items = source.items[start : start + PIECE]
-            images = source.read(range(start, start + len(items))).images
-            contents.update(
-                content_hash(image) for item, image in zip(items, images, strict=True) if item.split != "public"
-            )
-            shown.advance(len(items))
-    return frozenset(contents)
 
 
 def adapt(folder: Path, public: PublicSet, config: Config, mesh: Mesh) -> tuple[Backbone, dict[str, Any], float]:

@@ -35,6 +35,7 @@ class Layout:
         self.catalog = self.root / "catalog.db"
         self.backbone = self.root / "backbone"
         self.pretraining = self.root / "pretraining"
+        self.public_sample = self.root / "public" / "sample"
         self.records = self.root / "records"
         self.images = self.records / "images.u8"
         self.clusterings = self.root / "clusterings"

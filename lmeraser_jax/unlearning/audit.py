@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import random
+import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -206,9 +207,11 @@ def _numbers(value: bytes | dict[str, bytes] | str) -> np.ndarray:
 
 
 def _copy_live(run: Run, scratch: Run) -> None:
-    """Copies live private and public records in the order of their ids: rows get new numbers."""
+    """Copies live private and public records in the order of their ids, and the public sample: rows get new numbers."""
     catalog, images = scratch.catalog, run.images
     catalog.set("dataset", run.catalog.get("dataset"))
+    if run.public_sample is not None:
+        shutil.copytree(run.layout.public_sample, scratch.layout.public_sample)
     file = RowFile(scratch.layout.images, images.shape[1:], np.uint8)
     for split in ("train", "public"):
         records, start, contents = run.catalog.live(split), len(file), []

@@ -66,7 +66,7 @@ def check_backbone(layout: Layout, inputs: Settings, config: Config) -> None:
 def check_sample(catalog: Catalog, config: Config) -> None:
     """Refuses a sample that the imported records cannot give; erasures may shrink it later."""
     clustering = config.clustering
-    if clustering.partition != "adaptive" or catalog.get("dataset") is None:
+    if clustering.partition != "adaptive" or config.samples_public_set or catalog.get("dataset") is None:
         return
     count = catalog.counts().get("train" if clustering.sample_from == "private" else "public", 0)
     first = catalog.manifest() is None and not requests.any_open(catalog)

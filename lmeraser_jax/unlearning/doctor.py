@@ -264,6 +264,15 @@ def _backbone(workdir: _Workdir) -> Findings:
     workdir.run = Run(workdir.layout, workdir.config, workdir.catalog, backbone, mesh, workdir.fix)
 
 
+def _public(workdir: _Workdir) -> Findings:
+    """What the clustering samples of the public set."""
+    try:
+        _ = workdir.run.public_sample
+    except Damaged as error:
+        folder = workdir.layout.public_sample
+        yield Problem(str(error), DROP, functools.partial(shutil.rmtree, folder) if is_there(folder) else None)
+
+
 def _state(workdir: _Workdir) -> Findings:
     """Checked before the slices: under another config than theirs nobody knows what they must be."""
     from lmeraser_jax.unlearning import plan
@@ -364,7 +373,8 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {  # component: its check, wh
     "requests": (_requests, ("catalog",)),
     "images": (_images, ("catalog",)),
     "backbone": (_backbone, ("config", "catalog")),
-    "state": (_state, ("backbone",)),
+    "public": (_public, ("backbone",)),
+    "state": (_state, ("public",)),
     "features": (_features, ("images", "state")),
     "slices": (_slices, ("state",)),
     "clusterings": (_clusterings, ("state",)),

@@ -116,8 +116,11 @@ def sampled(run: Run, leaving: Collection[str] = ()) -> tuple[RecordTable, str]:
     config = run.config.clustering
     if config.partition != "adaptive":
         return RecordTable.empty(), digest(["shards", config.parts, run.config.seed, run.backbone.digest])
-    private = config.sample_from == "private"
-    records = run.catalog.sample("train" if private else "public", config.sample_size, leaving if private else ())
+    if run.public_sample is not None:
+        records = run.public_sample.records
+    else:
+        private = config.sample_from == "private"
+        records = run.catalog.sample("train" if private else "public", config.sample_size, leaving if private else ())
     inputs = [dataclasses.asdict(config), dataclasses.asdict(run.image_spec), run.backbone.digest]
     return records, digest([*inputs, records.ids, records.contents])
 
@@ -133,7 +136,8 @@ def _clustering(run: Run, manifest: Manifest | None, leaving: frozenset[str]) ->
         return clustering_lib.shards(config.parts, width, name), False
     if not records.ids:
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
-    return clustering_lib.cluster(records.ids, run.features(records), config, name), False
+    features = run.public_features(run.public_sample) if run.public_sample is not None else run.features(records)
+    return clustering_lib.cluster(records.ids, features, config, name), False
 
 
 def _with_all_clusters(run: Run, state: LiveState, leaving: frozenset[str]) -> LiveState:

@@ -25,12 +25,13 @@ from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.data.transforms import ImageSpec
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.models import adapt, convert, pretrain
+from lmeraser_jax.models import adapt, convert, pretrain, public_sets
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
+from lmeraser_jax.models.public_sets import PublicSample
 from lmeraser_jax.storage.atomic_files import is_there, write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
@@ -117,8 +118,22 @@ class Run:
     @functools.cached_property
     def extractor(self) -> Extractor:
         """Un-prompted features of images."""
+        return self._extractor(self.image_spec)
+
+    def _extractor(self, spec: ImageSpec) -> Extractor:
         dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
-        return Extractor(self.backbone, self.image_spec, self.config.clustering.feature_batch, self.mesh, dtype)
+        return Extractor(self.backbone, spec, self.config.clustering.feature_batch, self.mesh, dtype)
+
+    @functools.cached_property
+    def public_sample(self) -> PublicSample | None:
+        """What the clustering samples of the set that `config.public` names, if it does. Raises `Damaged`."""
+        if not self.config.samples_public_set:
+            return None
+        return public_sets.load_sample(self.layout.public_sample)[0]
+
+    def public_features(self, sample: PublicSample) -> np.ndarray:
+        """Un-prompted features of a public sample, computed anew: float32 [S, D]."""
+        return self._extractor(image_spec(self.config, sample.images.shape[1:], self.backbone))(sample.images)
 
     def features(self, records: RecordTable) -> np.ndarray:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
@@ -256,6 +271,8 @@ def prepare_run(
         if not has_data or (reimport and not moved):
             imported = import_source(layout, catalog, source or load.load(config.data), config)
         binding.check_sample(catalog, config)
+        if config.samples_public_set:
+            _draw_public_sample(config, layout, catalog)
         if not has_backbone:
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
@@ -289,4 +306,20 @@ def _public_set(config: Config, layout: Layout, catalog: Catalog) -> PublicSet:
     if config.public.source == "data":
         records, classes = catalog.live("public"), catalog.get("dataset")["classes"]
         return PublicSet(image_file(layout, catalog).view()[records.rows], records.labels, len(classes))
-    return adapt.read_public(config, lambda content: bool(catalog.same_pixels(content)))
+    return public_sets.read_public(config, lambda content: bool(catalog.same_pixels(content)))
+
+
+def _draw_public_sample(config: Config, layout: Layout, catalog: Catalog) -> None:
+    """Draws the sample of the public set, unless it is there. A published state stays with the one it has."""
+    folder, drawn_with = layout.public_sample, public_sets.sample_settings(config)
+    with contextlib.suppress(Damaged):  # not there yet, or damaged
+        if public_sets.load_sample(folder)[1] == drawn_with:
+            return
+    sample = public_sets.draw_sample(config, lambda content: bool(catalog.same_pixels(content)))
+    if catalog.manifest() is not None and catalog.get("public_sample") != sample.digest:
+        raise UserError(
+            f"{folder} is missing or damaged, and --config.public names other images now than those it was drawn from;"
+            " restore the folder or the public set, or use a new --workdir"
+        )
+    public_sets.save_sample(folder, sample, drawn_with)
+    catalog.set("public_sample", sample.digest)

@@ -20,7 +20,7 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.data import load as sources
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import adapt, convert, pretrain
+from lmeraser_jax.models import adapt, convert, pretrain, public_sets
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.pretrain import PublicSet
 from lmeraser_jax.models.vit import ViT, ViTConfig
@@ -184,19 +184,19 @@ def test_a_public_set_needs_labels_only_where_they_are_learned(tmp_path, public,
     named = write_unlabelled(source, tmp_path, images)
     config = config_with(weights, supervise=0.0, distill=1.0)
     config = dataclasses.replace(config, public=settings.Public(source=source, **named))
-    read = adapt.read_public(config, lambda _: False)
+    read = public_sets.read_public(config, lambda _: False)
     np.testing.assert_array_equal(read.images, images)
     assert (read.labels == 0).all() and read.classes == 1
     with pytest.raises(
         UserError, match="lacks labels.* 9 images.*--config.pretraining.supervise=0 --config.*distill=1"
     ):
-        adapt.read_public(dataclasses.replace(config, pretraining=settings.Pretraining()), lambda _: False)
+        public_sets.read_public(dataclasses.replace(config, pretraining=settings.Pretraining()), lambda _: False)
     split = named.pop("split", "")
     with pytest.raises(UserError, match="label"):  # private records need them as before
         sources.load(settings.Data(source=source, train_split=split, image_size=SIZE, **named), own_test=False)
     wrong = dataclasses.replace(config, public=settings.Public(source=source, path=f"{tmp_path}/absent"))
     with pytest.raises(UserError, match=r"--config\.public\.(path|dataset)="):
-        adapt.read_public(wrong, lambda _: False)
+        public_sets.read_public(wrong, lambda _: False)
 
 
 def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):

@@ -1,0 +1,175 @@
+"""Public records of their own, which `config.public` names: all of them, or a sample for the clustering.
+
+No private record is among them, and no erasure reaches them. Images that are private or test images too, pixel for
+pixel, are named and left out.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.config import Config, Data
+from lmeraser_jax.data import load as sources
+from lmeraser_jax.data.record_table import RecordTable
+from lmeraser_jax.data.source import WITHOUT_LABELS, Item, Source, content_hash, limit_positions, problems
+from lmeraser_jax.errors import Damaged, UserError, join_limited, raise_all
+from lmeraser_jax.hashing import digest
+from lmeraser_jax.models.pretrain import PublicSet
+from lmeraser_jax.progress import progress, warn
+from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage.catalog import sample_rank
+
+PIECE = 1024  # images that are read at a time
+IsPrivate = Callable[[str], bool]  # whether an image with this content hash is a private or a test image
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PublicSample:
+    """Public images that are sampled for the clustering in the place of private ones."""
+
+    records: RecordTable  # [S]; digests stand for ids, no record of the workdir has such an id; rows are in `images`
+    images: np.ndarray  # uint8 [S, h, w, c]
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 over ids and pixels."""
+        return digest([self.records.ids, self.records.contents])
+
+
+def read_public(config: Config, is_private: IsPrivate) -> PublicSet:
+    """Reads the public set. Raises `UserError` where that fails or nothing is left of it.
+
+    Where labels are not learned they may be missing: then all images are of one class.
+    """
+    supervise = config.pretraining.supervise
+    source, positions = _open(config, classes=2 if supervise else 0)
+    chosen = _take(source, positions, is_private, len(positions))
+    if not chosen:
+        raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
+    images, labels = np.stack([image for _, image in chosen]), np.array([item.label for item, _ in chosen], np.int32)
+    if labels.min() < 0:
+        return PublicSet(images, np.zeros(len(images), np.int32), 1)
+    return PublicSet(images, labels, len(source.class_names))
+
+
+def draw_sample(config: Config, is_private: IsPrivate) -> PublicSample:
+    """The `clustering.sample_size` images with the smallest keyed hashes. Raises `UserError` where there are fewer."""
+    size = config.clustering.sample_size
+    source, positions = _open(config, classes=0)
+    ranked = sorted(positions, key=lambda position: sample_rank(config.seed, _sample_id(source.items[position])))
+    chosen = _take(source, ranked, is_private, size)
+    if len(chosen) < size:
+        raise UserError(
+            f"--config.clustering.sample_size={size}: must be at most {len(chosen)}, the number of images of the public"
+            f" set {source.name} that are no private or test images"
+        )
+    chosen.sort(key=lambda pair: _sample_id(pair[0]))
+    return _sample([_sample_id(item) for item, _ in chosen], np.stack([image for _, image in chosen]))
+
+
+def save_sample(folder: Path, sample: PublicSample, settings: dict[str, Any]) -> None:
+    """Writes a sample with the settings that it was drawn with."""
+    notes = {"ids": list(sample.records.ids), "digest": sample.digest, "settings": settings}
+    checkpoints.save(folder, {"images": sample.images}, notes)
+
+
+def load_sample(folder: Path) -> tuple[PublicSample, dict[str, Any]]:
+    """A saved sample and its settings. Raises `Damaged` where it is missing or has another digest than it had."""
+    again = "lmeraser train draws it again from the public set"
+    try:
+        arrays, notes, _ = checkpoints.load(folder)
+    except Damaged as error:
+        raise Damaged(f"{error}; {again}") from error
+    sample = _sample(notes["ids"], arrays["images"])
+    if sample.digest != notes["digest"]:
+        raise Damaged(f"{folder} is damaged: its images are not those that were drawn; {again}")
+    return sample, notes["settings"]
+
+
+def sample_settings(config: Config) -> dict[str, Any]:
+    """The settings that a sample depends on."""
+    size = {"sample_size": config.clustering.sample_size, "image_size": config.data.image_size}
+    return {"public": dataclasses.asdict(config.public), "seed": config.seed, **size}
+
+
+def private_contents(data: Data) -> frozenset[str]:
+    """Content hashes of all private and test images that the config names."""
+    source, contents = sources.load(data, own_test=False), set()
+    with progress("private", len(source.items)) as shown:
+        for start in range(0, len(source.items), PIECE):
+            items = source.items[start : start + PIECE]
+            images = source.read(range(start, start + len(items))).images
+            contents.update(
+                content_hash(image) for item, image in zip(items, images, strict=True) if item.split != "public"
+            )
+            shown.advance(len(items))
+    return frozenset(contents)
+
+
+def _sample_id(item: Item) -> str:
+    return digest(["public", item.id])
+
+
+def _sample(ids: Sequence[str], images: np.ndarray) -> PublicSample:
+    count, contents = len(ids), tuple(map(content_hash, images))
+    none = ("",) * count
+    return PublicSample(
+        RecordTable(tuple(ids), np.arange(count), np.zeros(count, np.int32), none, contents, none), images
+    )
+
+
+def _open(config: Config, classes: int) -> tuple[Source, list[int]]:
+    """The public set, and the positions of its images; so many classes must be there, 0: labels may be missing."""
+    public = config.public
+    data = Data(
+        source=public.source,
+        path=public.path,
+        dataset=public.dataset if public.source == "tfds" else "",
+        train_split=public.split,
+        store_size=public.store_size,
+        image_size=config.data.image_size,
+        train_limit=public.limit,
+    )
+    try:
+        source = sources.load(data, own_test=False, labelled=False)
+    except UserError as error:  # the flags are those of the public set
+        text = str(error).replace("--config.data.train_split", "--config.public.split")
+        raise UserError(text.replace("--config.data.", "--config.public.")) from error
+    unlabelled = [item.id for item in source.items if item.split == "train" and item.label < 0]
+    if unlabelled and classes:
+        learned = f"which --config.pretraining.supervise={config.pretraining.supervise} learns"
+        raise UserError(
+            f"the public set {source.name} lacks labels, {learned}, of {len(unlabelled)} images:"
+            f" {join_limited(unlabelled)}; learn features alone with {WITHOUT_LABELS}"
+        )
+    raise_all(problems(source, classes), f"the public set {source.name} cannot be used:")
+    warn(*(f"the public set {source.name}: {note}" for note in source.notes))
+    positions = limit_positions(source.items, data.train_limit, 0)
+    return source, [position for position in positions if source.items[position].split == "train"]
+
+
+def _take(source: Source, positions: Sequence[int], is_private: IsPrivate, count: int) -> list[tuple[Item, np.ndarray]]:
+    """The first `count` images at some positions that are not private. Raises `UserError` for unreadable ones."""
+    chosen, left_out, unreadable, start = [], [], [], 0
+    with progress("public", count) as shown:
+        while len(chosen) < count and start < len(positions):
+            before, piece = len(chosen), sorted(positions[start : start + min(PIECE, count - len(chosen))])
+            start += len(piece)
+            pixels = source.read(piece)
+            for place, (position, image) in enumerate(zip(piece, pixels.images, strict=True)):
+                item = source.items[position]
+                if place in pixels.unreadable:
+                    unreadable.append(f"{item.id}: {pixels.unreadable[place]}")
+                elif is_private(content_hash(image)):
+                    left_out.append(item.id)
+                else:
+                    chosen.append((item, image))
+            shown.advance(len(chosen) - before)
+    raise_all(unreadable, f"the public set {source.name} cannot be used:")
+    if left_out and chosen:
+        warn(f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}")
+    return chosen
