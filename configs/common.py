@@ -9,7 +9,8 @@ from typing import Any
 from lmeraser_jax.config import default_config
 
 BACKBONES = ("vit-b-22k", "vit-b-1k", "swin-b-22k", "swin-b-1k")
-OTHER_BACKBONES = ("vit-ti", "vit-s", "vit-l", "swin-t", "swin-s")
+OTHER_BACKBONES = ("vit-ti", "vit-s", "vit-l", "swin-t", "swin-s", "dinov2-s", "dinov2-b", "dinov2-l")
+OTHER_BACKBONES += ("dinov2-s-reg", "dinov2-b-reg", "dinov2-l-reg", "clip-b-32", "clip-b-16", "clip-l-14")
 # Threshold of the cut, where the paper's code states no number of clusters: 10 in the text, for features of
 # vit-b-22k, whose numbers lie in [-1, 1]; for the others those that the code it was built on gives.
 THRESHOLDS = {"vit-b-22k": "10.0", "vit-b-1k": "31.0", "swin-b-22k": "20.0", "swin-b-1k": "20.0"}

@@ -112,7 +112,7 @@ def _list(arguments: common.Arguments) -> int:
         }
         for name, entry in zoo.ZOO.items()
     }
-    lines = [f"{'name':<12}{'feature':<9}{'hub':<50}{'about'}"]
-    lines += [f"{name:<12}{row['feature']:<9}{row['hub']:<50}{row['about']}" for name, row in rows.items()]
+    lines = [f"{'name':<14}{'feature':<9}{'hub':<50}{'about'}"]
+    lines += [f"{name:<14}{row['feature']:<9}{row['hub']:<50}{row['about']}" for name, row in rows.items()]
     common.show(arguments, "\n".join(lines), rows)
     return 0

@@ -22,6 +22,8 @@ class ViTConfig:
     classes: int = 0  # outputs of the public classifier; 0 leaves it out
     epsilon: float = 1e-6  # of every LayerNorm, as the checkpoint's origin has it
     gelu: Gelu = "erf"  # exact, or one of its approximations, as the checkpoint's origin has it
+    registers: int = 0  # R, further tokens beside the class token, without positions (DINOv2)
+    pre_norm: bool = False  # a LayerNorm of all tokens before the first block (CLIP)
 
     @property
     def grid(self) -> int:
@@ -62,13 +64,15 @@ class SwinConfig:
 
 
 Architecture = ViTConfig | SwinConfig
+LATER = ("registers", "pre_norm")  # not described at their defaults: the digests of older backbones stay as they are
 FAMILIES: dict[str, type[Architecture]] = {"vit": ViTConfig, "swin": SwinConfig}
 
 
 def describe(config: Architecture) -> dict[str, Any]:
     """An architecture as plain values, which `architecture_from` reads."""
     family = next(name for name, kind in FAMILIES.items() if isinstance(config, kind))
-    return {"family": family, **dataclasses.asdict(config)}
+    values = dataclasses.asdict(config)
+    return {"family": family, **{name: value for name, value in values.items() if value or name not in LATER}}
 
 
 def architecture_from(values: Mapping[str, Any]) -> Architecture:

@@ -20,11 +20,12 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import weight_settings, zoo
 from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
 from lmeraser_jax.models.backbone import Backbone, Params
-from lmeraser_jax.models.key_maps import ORIGINS, Origin
+from lmeraser_jax.models.key_maps import BY_NAME, Origin
 from lmeraser_jax.models.translate import TABLE, Flat, translate
 from lmeraser_jax.models.vit import interpolate_positions
 from lmeraser_jax.models.weight_files import Weights, read
-from lmeraser_jax.models.weight_settings import Normalisation, square
+from lmeraser_jax.models.weight_settings import square
+from lmeraser_jax.models.zoo import Normalisation
 from lmeraser_jax.storage import checkpoints
 
 
@@ -74,7 +75,7 @@ def _read(chosen: settings.Backbone) -> Weights:
 def freeze(weights: Weights, chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:
     """A frozen backbone from arrays; arguments and errors as in `load`."""
     config, params, provenance = parameters(weights, chosen, image_size)
-    mean, std, notes = normalisation(weights, chosen, config)
+    mean, std, notes = normalisation(weights, chosen, config.channels, provenance.origin)
     provenance = dataclasses.replace(provenance, notes=(*provenance.notes, *notes))
     return backbone_lib.make(config, params, mean, std), provenance
 
@@ -99,7 +100,7 @@ def parameters(
         feature = next(kind for kind in (chosen.feature, named, of_file) if kind != "auto")
         wanted = dataclasses.replace(wanted, feature=feature)
     raise_all(_setting_problems(wanted, weights, chosen), f"{weights.name} cannot be used with these settings:")
-    antialias = all(known.antialias for known in ORIGINS if known.name == origin)
+    antialias = BY_NAME[origin].antialias if origin in BY_NAME else True
     params, dropped = fit(flat, wanted, weights.name, antialias)
     unused = (*ignored, *dropped, *(name for name in flat if name.startswith("head/")))
     size = weights.published_size or published.image_size
@@ -127,7 +128,8 @@ def size_problems(config: Architecture) -> list[str]:
     problems = []
     if config.image_size % config.patch:
         size = f"--config.data.image_size={config.image_size}"
-        problems.append(f"{size}: must be a multiple of the patch size {config.patch}")
+        near = max(1, round(config.image_size / config.patch)) * config.patch
+        problems.append(f"{size}: must be a multiple of the patch size {config.patch}, such as {near}")
     if isinstance(config, ViTConfig):
         if config.heads < 1 or config.width % config.heads:
             problems.append(f"--config.backbone.heads={config.heads}: must divide the width {config.width}")
@@ -149,7 +151,8 @@ def published_architecture(
     `UserError` where config.json contradicts the shapes or calls for what is not supported.
     """
     family, heading = origin.family, f"{weights.name} and the config.json beside it do not belong together:"
-    stated = weight_settings.architecture_settings(weights.settings, family, chosen.feature == "auto")
+    model_type, pooled = origin.model_type or family, chosen.feature == "auto"
+    stated = weight_settings.architecture_settings(weights.settings, family, model_type, pooled)
     problems = list(stated.problems)
     patch, _, channels, width = flat["embed/kernel"].shape
     shared: dict[str, Any] = {"patch": patch, "channels": channels, "width": width}
@@ -192,6 +195,8 @@ def _vit_of(flat: Flat, heads: int, shared: Mapping[str, Any]) -> ViTConfig:
         depth=1 + max(block for (block,) in _indices(flat, r"blocks/(\d+)/")),
         heads=heads or max(1, shared["width"] // 64),
         mlp=flat["blocks/0/mlp/fc1/kernel"].shape[1],
+        registers=flat["registers"].shape[1] if "registers" in flat else 0,
+        pre_norm="pre_norm/scale" in flat,
         **shared,
     )
 
@@ -234,14 +239,15 @@ def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> 
 
 
 def normalisation(
-    weights: Weights, chosen: settings.Backbone, config: Architecture
+    weights: Weights, chosen: settings.Backbone, channels: int, origin: str
 ) -> tuple[tuple[float, ...], tuple[float, ...], list[str]]:
-    """Mean, deviation and notes: from the config, else as a folder of ours was made, the name's, the file's, the usual.
+    """Mean, deviation, notes: from the config, else as a folder of ours was made, the name's, the file's, the origin's.
 
     Raises `UserError` for what the files beside the weights say and cannot be honoured, unless the config says both.
     """
     given = {key: settings.parse_numbers(getattr(chosen, key)) for key in ("mean", "std")}
-    stated, usual, notes = weights.normalisation, zoo.IMAGENET if isinstance(config, SwinConfig) else zoo.HALF, []
+    usual = BY_NAME[origin].normalisation if origin in BY_NAME else zoo.HALF
+    stated, notes = weights.normalisation, []
     if not all(given.values()) and not weights.normalisation:
         stated = weight_settings.normalisation(
             weights.settings, weights.processor, [key for key in given if given[key]]
@@ -254,9 +260,9 @@ def normalisation(
         elif stated is None:
             notes.append(f"assumed, as no file beside the weights says it: mean {usual[0]}, std {usual[1]}")
     mean, std = stated or usual
-    if config.channels == 1 and len(given["mean"] or mean) + len(given["std"] or std) > 2:
+    if channels == 1 and len(given["mean"] or mean) + len(given["std"] or std) > 2:
         notes.append("mean and std of the one channel are the means of those of the colours")
-    return *per_channel(given["mean"] or mean, given["std"] or std, config.channels), notes
+    return *per_channel(given["mean"] or mean, given["std"] or std, channels), notes
 
 
 def per_channel(mean: tuple[float, ...], std: tuple[float, ...], channels: int) -> Normalisation:

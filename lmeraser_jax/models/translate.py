@@ -50,8 +50,8 @@ def translate(weights: Weights) -> tuple[Origin, Flat, tuple[str, ...]]:
         else:
             flat[new] = _input_first(new, array, torch=old.endswith(".weight"))
     raise_all(problems, f"{weights.name} cannot be used:")
-    flat = _join_attention(flat)
-    raise_all(_shape_problems(origin.family, flat), f"{weights.name} looks like {origin.name}, but:")
+    flat, problems = _fold_layer_scale(_complete(_join_attention(flat)))
+    raise_all(problems + _shape_problems(origin.family, flat), f"{weights.name} looks like {origin.name}, but:")
     return origin, flat, tuple(ignored)
 
 
@@ -79,6 +79,8 @@ def _input_first(name: str, array: np.ndarray, torch: bool) -> np.ndarray:
         return array.reshape(*array.shape[:-2], -1)
     if name.endswith("/attention/out/kernel") and array.ndim == 3:
         return array.reshape(-1, array.shape[-1])
+    if name in ("cls", "positions"):  # CLIP's have no axis for the batch
+        return array.reshape((1,) * (3 - array.ndim) + array.shape)
     return array
 
 
@@ -98,12 +100,45 @@ def _join_attention(flat: Flat) -> Flat:
     return joined
 
 
+def _complete(flat: Flat) -> Flat:
+    """Adds the zeros that an origin leaves out: the embedding's bias (CLIP), the position of the class token (timm)."""
+    flat = dict(flat)
+    if "pre_norm/scale" in flat and "embed/kernel" in flat:
+        flat.setdefault("embed/bias", np.zeros(flat["embed/kernel"].shape[-1:], np.float32))
+    positions = flat.get("positions", np.zeros(()))
+    if positions.ndim == 3 and positions.shape[1] > 1 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
+        flat["positions"] = np.pad(positions, ((0, 0), (1, 0), (0, 0)))  # a square of patches alone
+    return flat
+
+
+def _fold_layer_scale(flat: Flat) -> tuple[Flat, list[str]]:
+    """LayerScale, which multiplies what a layer adds, as part of that layer: exact but for the rounding of float32.
+
+    Also returns a line for each layer that has none where others have it.
+    """
+    layers = [name.removesuffix("kernel") for name in flat if re.search(r"/(attention/out|mlp/fc2)/kernel$", name)]
+    if not any(name.endswith("/gamma") for name in flat):
+        return flat, []
+    folded, problems = dict(flat), []
+    for layer in layers:
+        scale = folded.pop(f"{layer}gamma", None)
+        if scale is None:
+            problems.append(f"missing: {layer}gamma (LayerScale)")
+            continue
+        for leaf in (f"{layer}kernel", f"{layer}bias"):
+            if leaf in flat and scale.shape != flat[leaf].shape[-1:]:
+                problems.append(f"{layer}gamma {list(scale.shape)}: does not fit {leaf} {list(flat[leaf].shape)}")
+            elif leaf in flat:
+                folded[leaf] = flat[leaf] * scale
+    return folded, problems
+
+
 def _shape_problems(family: str, flat: Flat) -> list[str]:
     """Arrays that no architecture can be read from."""
     required = REQUIRED[family]
-    matrices = {key: 2 for key in flat if key == "head/kernel" or key.endswith("/attention/table")}
+    optional = {key: 2 for key in flat if key == "head/kernel" or key.endswith("/attention/table")} | {"registers": 3}
     problems = [f"missing: {key}" for key in required if key not in flat]
-    for key, ndim in (matrices | required).items():
+    for key, ndim in (optional | required).items():
         if key in flat and (flat[key].ndim != ndim or not flat[key].size):
             problems.append(f"{key} {list(flat[key].shape)}: must have {ndim} dimensions, none of them 0")
     if problems:
@@ -112,6 +147,9 @@ def _shape_problems(family: str, flat: Flat) -> list[str]:
     if shape[0] != shape[1]:
         problems.append(f"embed/kernel {shape}: patches must be square")
     if family == "vit":
+        hidden, second = flat["blocks/0/mlp/fc1/kernel"].shape[1], flat.get("blocks/0/mlp/fc2/kernel")
+        if second is not None and second.shape[:1] == (hidden / 2,):
+            problems.append("its MLP is gated (SwiGLU, as in DINOv2's giant), which is not supported: take S, B or L")
         shape = list(flat["positions"].shape)
         if shape[1] < 2 or math.isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
             problems.append(f"positions {shape}: must hold one class token and a square of patches")

@@ -1,9 +1,10 @@
 """Vision Transformer (Dosovitskiy et al., 2020) as a Flax NNX module.
 
-Pre-norm blocks, class token, learned position embedding. The patch embedding is a reshape and one matrix product, so
-that a `vmap` over lanes leaves a single large product for the whole device.
+Pre-norm blocks, class token, learned position embedding; registers as DINOv2 may have (Darcet et al., 2023), and the
+LayerNorm before the first block that CLIP's vision tower has (Radford et al., 2021). The patch embedding is a reshape
+and one matrix product, so that a `vmap` over lanes leaves a single large product for the whole device.
 
-Shapes: B batch, H W C image, N tokens (1 + number of patches), D width, A heads.
+Shapes: B batch, H W C image, R registers, N tokens (1 + R + number of patches), D width, A heads.
 """
 
 import math
@@ -59,6 +60,10 @@ class ViT(nnx.Module):
         self.embed = nnx.Linear(config.patch**2 * config.channels, config.width, rngs=rngs)
         self.cls = nnx.Param(jnp.zeros((1, 1, config.width), jnp.float32))
         self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (1, tokens, config.width), jnp.float32))
+        if config.registers:
+            self.registers = nnx.Param(jnp.zeros((1, config.registers, config.width), jnp.float32))
+        if config.pre_norm:
+            self.pre_norm = LayerNorm(config.width, config.epsilon, rngs)
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.depth)])
         self.norm = LayerNorm(config.width, config.epsilon, rngs)
         if config.feature == "pooler":
@@ -69,9 +74,13 @@ class ViT(nnx.Module):
     def hidden_states(self, images: jax.Array, blocks: int | None = None) -> list[jax.Array]:
         """Tokens [B, N, D] before the first block and after each of the first `blocks`; images as in `features`."""
         x = self.embed(extract_patches(images, self.config.patch))
-        x = x.reshape(len(x), -1, x.shape[-1])  # [B, N-1, D]
+        x = x.reshape(len(x), -1, x.shape[-1])  # [B, N-1-R, D]
         cls = jnp.broadcast_to(self.cls[...].astype(x.dtype), (x.shape[0], 1, x.shape[-1]))
-        states = [jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)]  # [B, N, D]
+        x = jnp.concatenate([cls, x], axis=1) + self.positions[...].astype(x.dtype)  # [B, N-R, D]
+        if self.config.registers:
+            registers = jnp.broadcast_to(self.registers[...].astype(x.dtype), (x.shape[0], *self.registers.shape[1:]))
+            x = jnp.concatenate([x[:, :1], registers, x[:, 1:]], axis=1)  # [B, N, D]
+        states = [self.pre_norm(x) if self.config.pre_norm else x]
         for block in list(self.blocks)[:blocks]:
             states.append(block(states[-1]))
         return states

@@ -19,7 +19,8 @@ from lmeraser_jax.config.paths import home
 from lmeraser_jax.errors import UserError, join_limited, raise_all, stand_in
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.architectures import Architecture
-from lmeraser_jax.models.weight_settings import Normalisation
+from lmeraser_jax.models.weight_settings import of_images
+from lmeraser_jax.models.zoo import Normalisation
 from lmeraser_jax.storage import checkpoints
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".joblib")
@@ -129,7 +130,7 @@ def _read_folder(folder: Path, file: Path) -> Weights:
         files += shards
     arrays = {name: array for path in shards for name, array in read_file(path).items()}
     processor = {key: value for name in reversed(PROCESSORS) for key, value in _read_json(folder / name).items()}
-    return Weights(str(file), arrays, _sha256(files), _read_json(folder / "config.json"), processor)
+    return Weights(str(file), arrays, _sha256(files), of_images(_read_json(folder / "config.json")), processor)
 
 
 def _read_own(folder: Path) -> Weights:

@@ -13,9 +13,9 @@ from typing import Any
 
 from lmeraser_jax.errors import raise_all, shorten
 from lmeraser_jax.models.architectures import Gelu
+from lmeraser_jax.models.zoo import Normalisation
 
 Json = Mapping[str, Any]
-Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std) of pixels in [0, 1]
 
 GELUS: dict[str, Gelu] = {  # of transformers' hidden_act and timm's act_layer
     **dict.fromkeys(("gelu", "gelu_python"), "erf"),
@@ -26,25 +26,24 @@ COMMON = {"patch": "patch_size", "channels": "num_channels", "image_size": "imag
 TIMM = {"width": "embed_dim", "heads": "num_heads", "patch": "patch_size", "channels": "in_chans"}
 VIT = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads", "mlp": "intermediate_size"}
 SIZES = {  # (timm's form, family): our setting -> the key of what the shapes of the arrays show as well
-    (False, "vit"): VIT | COMMON,
+    (False, "vit"): VIT | COMMON | {"registers": "num_register_tokens"},
     (False, "swin"): {"width": "embed_dim", "depths": "depths", "heads": "num_heads", "window": "window_size"} | COMMON,
-    (True, "vit"): {"depth": "depth", "image_size": "img_size"} | TIMM,
+    (True, "vit"): {"depth": "depth", "image_size": "img_size"}
+    | TIMM
+    | {"registers": "reg_tokens", "pre_norm": "pre_norm"},
     (True, "swin"): {"depths": "depths", "window": "window_size", "image_size": "img_size"} | TIMM,
 }
-VIT_HEADS = 12  # of transformers' ViT where config.json names no other number
+VIT_HEADS = 12  # of transformers' ViT, DINOv2 and CLIP where config.json names no other number
 HEADS = {"test": 2, "tiny": 3, "small": 6, "base": 12, "large": 16, "huge": 16, "giant": 16, "gigantic": 16}  # timm's
 LEGAL = {  # key -> what it may say; anything else calls for what the networks, or the images' way to them, do not have
     "pooler_act": ("tanh",),
     "pos_embed": ("learn",),
-    "reg_tokens": (0,),
     **dict.fromkeys(("class_token", "final_norm"), (True,)),
-    **dict.fromkeys(
-        ("no_embed_class", "pre_norm", "fc_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm"), (False,)
-    ),
+    **dict.fromkeys(("fc_norm", "qk_norm", "scale_attn_norm", "scale_mlp_norm", "use_swiglu_ffn"), (False,)),
     **dict.fromkeys(("use_absolute_embeddings", "pool_include_prefix", "always_partition"), (False,)),
     **dict.fromkeys(("do_flip_channel_order", "do_grayscale", "rescale_offset", "offset"), (False,)),
     **dict.fromkeys(("norm_layer", "embed_norm_layer", "embed_layer", "block_fn", "mlp_layer", "attn_layer"), ("",)),
-    **dict.fromkeys(("init_values", "head_dim"), ("",)),
+    "head_dim": ("",),
 }
 NORMALISING = {"image_mean", "image_std", "mean", "std", "do_normalize", "do_rescale", "rescale_factor"}
 RESIZING = {  # key -> values of what is done to the images here in any case
@@ -55,7 +54,7 @@ RESIZING = {  # key -> values of what is done to the images here in any case
     "do_pad": (False,),
 }
 LABELS = {"id2label", "label2id", "label_names", "label_descriptions", "labels"}
-INERT = set(  # names, training, classifiers, output formats: they change no feature
+INERT = set(  # names, training, classifiers, output formats, texts, what the arrays show: they change no feature
     """_name_or_path _commit_hash architecture architectures model_type torch_dtype dtype auto_map transformers_version
     num_labels num_classes problem_type finetuning_task initializer_range encoder_stride hidden_dropout_prob
     attention_probs_dropout_prob classifier_dropout drop_rate pos_drop_rate patch_drop_rate proj_drop_rate
@@ -66,7 +65,12 @@ INERT = set(  # names, training, classifiers, output formats: they change no fea
     first_conv classifier license description origin_url paper_name paper_ids notes input_size fixed_input_size
     min_input_size test_input_size test_crop_pct feature_extractor_type image_processor_type processor_class
     _valid_processor_keys use_fast do_convert_rgb data_format input_data_format return_tensors device disable_grouping
-    default_to_square do_resize do_center_crop size crop_size chunk_size_feed_forward""".split()
+    default_to_square do_resize do_center_crop size crop_size chunk_size_feed_forward init_values no_embed_class
+    layerscale_value apply_layernorm reshape_hidden_states projection_dim attention_dropout dropout initializer_factor
+    add_cross_attention diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size is_decoder
+    length_penalty max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_scores pruned_heads remove_invalid_values repetition_penalty return_dict_in_generate temperature
+    tie_encoder_decoder top_k top_p typical_p use_bfloat16 tf_legacy_loss""".split()
 )
 KNOWN = {  # beside those of `SIZES` and `LEGAL`
     "transformers": {"hidden_act", "layer_norm_eps", "qkv_bias"},
@@ -89,7 +93,16 @@ class Stated:
     problems: tuple[str, ...] = ()  # what cannot be honoured
 
 
-def architecture_settings(config: Json, family: str, pooled: bool = True) -> Stated:
+def of_images(config: Json) -> Json:
+    """A config.json as it is, or of CLIP's what it says of the network for images, not of that for texts."""
+    if config.get("model_type") != "clip":
+        return config
+    blocks = [config.get(key) for key in ("vision_config", "vision_config_dict")]  # of two values the last holds
+    vision = {key: value for block in blocks if isinstance(block, Mapping) for key, value in block.items()}
+    return {"model_type": "clip_vision_model"} | vision
+
+
+def architecture_settings(config: Json, family: str, model_type: str, pooled: bool = True) -> Stated:
     """What config.json says; `pooled`: the feature is to be the published one, not one of the user's choice."""
     timm, kind = is_timm(config), config.get("model_type")
     args = (config.get("model_args") or {}) if timm else config
@@ -103,8 +116,8 @@ def architecture_settings(config: Json, family: str, pooled: bool = True) -> Sta
         problems.append(f"{key}={shorten(value)}; {text}")
         return None
 
-    if not timm and kind not in (None, family):
-        problems.append(f"config.json says model_type={shorten(kind)}, the arrays are those of a {family}")
+    if not timm and kind not in (None, model_type):
+        problems.append(f"config.json says model_type={shorten(kind)}, the arrays are those of a {model_type}")
     sizes = {ours: (key, args[key]) for ours, key in SIZES[timm, family].items() if args.get(key) is not None}
     _, size = sizes.get("image_size", ("", None))
     heads, act_key = VIT_HEADS if kind else None, "hidden_act"
@@ -114,7 +127,8 @@ def architecture_settings(config: Json, family: str, pooled: bool = True) -> Sta
         sizes |= {"feature_size": ("num_features", config["num_features"])} if config.get("num_features") else {}
         sizes = _sizes_of_name(str(config.get("architecture"))) | sizes
         size, heads, act_key = size or sides or None, _heads_of(config), "act_layer"
-    act = legal(act_key, args.get(act_key) or None, [*GELUS].__contains__, f"known: {', '.join(GELUS)}")
+    act = args.get(act_key) or (_clip_act(config) if timm else None)
+    act = legal(act_key, act, [*GELUS].__contains__, f"known: {', '.join(GELUS)}")
     epsilon, bias = None if timm else args.get("layer_norm_eps"), args.get("qkv_bias")
     epsilon = legal("layer_norm_eps", epsilon, lambda e: _is_number(e) and e > 0, "must be a number above 0")
     bias = legal("qkv_bias", bias, lambda b: isinstance(b, bool), "must be true or false")
@@ -145,6 +159,15 @@ def _heads_of(config: Json) -> int | None:
     """Heads of a ViT by the name that timm has for it."""
     name = re.match(r"(?:vit|deit|flexivit)_([a-z]+)(?![a-z0-9])|test_vit$", str(config.get("architecture")))
     return HEADS.get(name[1] or "test") if name else None
+
+
+def _clip_act(config: Json) -> str | None:
+    """Activation of a CLIP vision tower by timm's name for it; quick GELU also where timm notes that it is native."""
+    name, block = str(config.get("architecture")), config.get("pretrained_cfg", config)
+    if "_clip_" not in name or not isinstance(block, Mapping):
+        return None
+    quick = "quickgelu" in f"{name} {block.get('notes')}".lower() or block.get("tag") == "openai"
+    return "quick_gelu" if quick else "gelu"
 
 
 def _sizes_of_name(name: str) -> dict[str, tuple[str, Any]]:

@@ -2,7 +2,8 @@
 
 The four of the paper (5.1) are vit-b-22k, vit-b-1k, swin-b-22k and swin-b-1k, with the feature that its code takes:
 tanh of the pooler's dense layer for vit-b-22k, the class token after the last LayerNorm for vit-b-1k, the mean token
-for Swin. The revision "main" is the newest one; every workdir records the digest of what was read.
+for Swin. The feature of DINOv2 and CLIP is the class token after the last LayerNorm, before CLIP's projection. The
+revision "main" is the newest one; every workdir records the digest of what was read.
 """
 
 import dataclasses
@@ -14,8 +15,10 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
 
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std) of pixels in [0, 1]
 HALF = (0.5,) * 3, (0.5,) * 3
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FREE = ("image_size", "classes", "feature", "epsilon", "gelu")  # may differ: the numerics follow the file's origin
 
 
@@ -27,7 +30,7 @@ class Entry:
     hub: str  # id on the Hugging Face hub
     about: str  # what it was trained on
     revision: str = "main"  # commit on the hub
-    normalisation: tuple[tuple[float, ...], tuple[float, ...]] = HALF  # (mean, std) of pixels in [0, 1]
+    normalisation: Normalisation = HALF
     licence: str = "Apache-2.0"  # of the weights, as their publisher states it
 
 
@@ -36,9 +39,22 @@ def _vit(size: str, short: str, width: int, depth: int = 12) -> Entry:
     return Entry(_vit_config(width, depth), hub, f"ViT-{short}/16, ImageNet-22K, then fine-tuned on ImageNet-1K")
 
 
-def _vit_config(width: int, depth: int = 12, **numerics: Any) -> ViTConfig:
+def _vit_config(width: int, depth: int = 12, image_size: int = 224, patch: int = 16, **others: Any) -> ViTConfig:
     sizes = {"width": width, "depth": depth, "heads": width // 64, "mlp": 4 * width}
-    return ViTConfig(image_size=224, patch=16, **sizes, **numerics)
+    return ViTConfig(image_size=image_size, patch=patch, **sizes, **others)
+
+
+def _dinov2(size: str, short: str, width: int, depth: int = 12, registers: int = 0) -> Entry:
+    config = _vit_config(width, depth, 518, 14, registers=registers)
+    kind = "-with-registers" if registers else ""
+    about = f"DINOv2 ViT-{short}/14{f', {registers} registers' if registers else ''}, LVD-142M, no labels"
+    return Entry(config, f"facebook/dinov2{kind}-{size}", about, normalisation=IMAGENET)
+
+
+def _clip(size: str, short: str, patch: int, width: int, depth: int = 12) -> Entry:
+    config = _vit_config(width, depth, patch=patch, epsilon=1e-5, gelu="sigmoid", pre_norm=True)
+    about = f"CLIP's vision tower, ViT-{short}/{patch}, 400 million images with texts"
+    return Entry(config, f"openai/clip-vit-{size}-patch{patch}", about, normalisation=CLIP, licence="MIT")
 
 
 def _swin(hub: str, about: str, width: int, third: int) -> Entry:
@@ -67,6 +83,15 @@ ZOO = {
     "vit-l": _vit("large", "L", 1024, depth=24),
     "swin-t": _swin("tiny-patch4-window7-224", "Swin-T, ImageNet-1K", 96, 6),
     "swin-s": _swin("small-patch4-window7-224", "Swin-S, ImageNet-1K", 96, 18),
+    "dinov2-s": _dinov2("small", "S", 384),
+    "dinov2-b": _dinov2("base", "B", 768),
+    "dinov2-l": _dinov2("large", "L", 1024, depth=24),
+    "dinov2-s-reg": _dinov2("small", "S", 384, registers=4),
+    "dinov2-b-reg": _dinov2("base", "B", 768, registers=4),
+    "dinov2-l-reg": _dinov2("large", "L", 1024, depth=24, registers=4),
+    "clip-b-32": _clip("base", "B", 32, 768),
+    "clip-b-16": _clip("base", "B", 16, 768),
+    "clip-l-14": _clip("large", "L", 14, 1024, depth=24),
 }
 
 

@@ -104,7 +104,7 @@ def test_shapes_from_which_no_architecture_can_be_read():
         ("pos_embed", (1, 11, 16), "positions [1, 11, 16]"),  # class and distillation token: no square grid
         ("pos_embed", (1, 0, 16), "positions [1, 0, 16]"),
         ("pos_embed", (1, 1, 16), "positions [1, 1, 16]"),
-        ("pos_embed", (10, 16), "positions [10, 16]"),
+        ("pos_embed", (11, 16), "positions [1, 11, 16]"),
         ("patch_embed.proj.weight", (16, 16), "embed/kernel [16, 16]"),
         ("patch_embed.proj.weight", (16, 3, 0, 0), "embed/kernel [0, 0, 3, 16]"),
         ("patch_embed.proj.weight", (16, 1, 4, 2), "embed/kernel [4, 2, 1, 16]: patches must be square"),

@@ -11,14 +11,13 @@ import jax
 import numpy as np
 import pytest
 from helpers import small_config, small_source, with_items
-from published import SWIN, VIT, settings_of, spread
-from timm_reference import ACTS, NO_TIMM, SIZES
+from published import CLIP, DINOV2, REGISTERS, SWIN, VIT, settings_of, spread
+from timm_reference import ACTS, NAMED, NO_TIMM, SIZES
 from transcriptions import TOLERANCE, coefficients, features, gradient, outputs, pictures, relative_error
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.models import convert, weight_files, zoo
-from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
@@ -32,12 +31,19 @@ CASES = {  # transformers' class, its options, architecture, sizes: native, enla
     "ViT of quick GELU": ("ViTModel", {}, dataclasses.replace(VIT, classes=0, gelu="sigmoid"), (16,)),
     # window == grid in the last stage; then padding, a padded shift, an odd grid to merge
     "Swin classifier": ("SwinForImageClassification", {}, SWIN, (32, 36)),
+    "DINOv2": ("Dinov2Model", {}, DINOV2, (16, 24, 8)),
+    "DINOv2 with registers": ("Dinov2WithRegistersModel", {}, REGISTERS, (16, 24, 8)),
+    "CLIP's vision tower": ("CLIPVisionModel", {}, CLIP, (16, 24, 8)),
+    "CLIP of images and texts": ("CLIPModel", {}, dataclasses.replace(CLIP, gelu="erf"), (16,)),
 }
-PAPERS = {
+PUBLISHED = {
     "vit-b-22k": "ViTModel",
     "vit-b-1k": "ViTForImageClassification",
     "swin-b-22k": "SwinModel",
     "swin-b-1k": "SwinForImageClassification",
+    "dinov2-s": "Dinov2Model",
+    "dinov2-s-reg": "Dinov2WithRegistersModel",
+    "clip-b-32": "CLIPVisionModel",
 }
 
 
@@ -51,9 +57,10 @@ def random_model(name: str, options, architecture, folder: Path):
     torch = pytest.importorskip("torch", reason="parity with PyTorch needs torch")
     transformers = pytest.importorskip("transformers", reason="parity with PyTorch needs transformers")
     transformers.utils.logging.disable_progress_bar()
-    kind = transformers.SwinConfig if isinstance(architecture, SwinConfig) else transformers.ViTConfig
+    kind = getattr(transformers, name).config_class
     labels = {"num_labels": architecture.classes} if architecture.classes else {}
-    model = getattr(transformers, name)(kind(**settings_of(architecture), **labels), **options).eval()
+    values = {key: value for key, value in settings_of(architecture, kind.model_type).items() if key != "model_type"}
+    model = getattr(transformers, name)(kind(**values, **labels), **options).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -61,7 +68,7 @@ def random_model(name: str, options, architecture, folder: Path):
             if parameter.ndim > 1 and architecture.width > 100:  # so wide that float32 itself would differ from float64
                 parameter.mul_(4 / parameter[0].numel() ** 0.5)
     model.save_pretrained(folder)
-    return model
+    return getattr(model, "vision_model", model)
 
 
 def pytorch_outputs(model, images: np.ndarray, native: int):
@@ -70,7 +77,8 @@ def pytorch_outputs(model, images: np.ndarray, native: int):
 
     model = copy.deepcopy(model)
     x = torch.tensor(images.transpose(0, 3, 1, 2), requires_grad=True)
-    options = {"interpolate_pos_encoding": True} if images.shape[1] != native else {}
+    resizes = images.shape[1] != native and "dinov2" not in model.config.model_type  # which does it unasked
+    options = {"interpolate_pos_encoding": True} if resizes else {}
     result = model(x, output_hidden_states=True, **options)
     base = getattr(model, model.base_model_prefix, model)(x, **options)
     pooled = getattr(base, "pooler_output", None)
@@ -118,9 +126,15 @@ def test_timms_features_and_logits(timm, family, size):
     """Swin at sizes that need no padding: timm shifts before it pads, transformers and we pad before we shift."""
     file = timm / f"{family}.safetensors"
     config, params, provenance = convert.parameters(weight_files.read(str(file)), Backbone(heads=VIT.heads), size)
-    native = SWIN if family == "swin" else dataclasses.replace(CLS, epsilon=1e-6)
+    native, origin = {
+        "vit": (dataclasses.replace(CLS, epsilon=1e-6), "timm ViT"),
+        "dinov2": (dataclasses.replace(CLS, epsilon=1e-6), "timm DINOv2"),
+        "registers": (dataclasses.replace(CLS, epsilon=1e-6, registers=3), "timm DINOv2"),
+        "clip": (dataclasses.replace(CLIP, epsilon=1e-5, classes=CLS.classes), "timm CLIP"),
+        "swin": (SWIN, "timm Swin"),
+    }[family]
     assert config == dataclasses.replace(native, image_size=size)
-    assert provenance.origin == f"timm {'ViT' if family == 'vit' else 'Swin'}"
+    assert provenance.origin == origin
     ours = outputs(config, params, pictures(2, size))
     with np.load(timm / f"{family}.npz") as answers:
         assert relative_error(ours["features"], answers[f"features{size}"]) < TOLERANCE
@@ -136,14 +150,26 @@ def test_a_folder_that_timm_saved_has_timms_heads_and_gelu(timm, act):
         assert relative_error(ours, answers["features"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", PAPERS)
-def test_a_backbone_of_the_papers_size_is_pytorchs(tmp_path, name):
+@pytest.mark.parametrize("name", NAMED)
+def test_a_folder_of_timms_name_is_as_timm_has_it(timm, name):
+    """One block of the published width; at the published size and at another."""
+    chosen = Backbone(weights=str(timm / name))
+    with np.load(timm / f"{name}.npz") as answers:
+        for size in NAMED[name]:
+            backbone, provenance = convert.load(chosen, size)
+            assert not [note for note in provenance.notes if "assumed" in note or "not known" in note]
+            ours = features(backbone.config, backbone.params, pictures(1, size))
+            assert relative_error(ours, answers[str(size)]) < TOLERANCE, size
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_backbone_of_the_published_size_is_pytorchs(tmp_path, name):
     import torch
 
     entry = zoo.entry(name)
-    model = random_model(PAPERS[name], {}, entry.architecture, tmp_path / "model")
+    model = random_model(PUBLISHED[name], {}, entry.architecture, tmp_path / "model")
     backbone, _ = convert.load(Backbone(name=name, weights=str(tmp_path / "model")), 224)
-    assert backbone.config == entry.architecture
+    assert backbone.config == dataclasses.replace(entry.architecture, image_size=224)
     assert (backbone.mean, backbone.std) == entry.normalisation
     images = pictures(2, 224)
     with torch.no_grad():
@@ -153,11 +179,11 @@ def test_a_backbone_of_the_papers_size_is_pytorchs(tmp_path, name):
     assert relative_error(features(backbone.config, backbone.params, images), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["vit-b-22k", "swin-b-1k"])
+@pytest.mark.parametrize("name", ["vit-b-22k", "swin-b-1k", "dinov2-s-reg"])
 def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
-    """ViT-B and Swin-B at 224 px with random weights: convert, train, predict, erase; two steps of two images."""
+    """At 224 px with random weights: convert, train, predict, erase; two steps of two images."""
     entry = zoo.entry(name)
-    random_model(PAPERS[name], {}, entry.architecture, tmp_path / "weights")
+    random_model(PUBLISHED[name], {}, entry.architecture, tmp_path / "weights")
     digits = small_source(train=6, test=2, public=0)
     images = np.repeat(digits.read(range(len(digits.items))).images, 28, axis=1).repeat(28, axis=2)  # 224 x 224
     source = dataclasses.replace(with_items(digits, digits.items, images), shape=(224, 224, 1))
@@ -170,7 +196,7 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
     )
     with prepare_run(tmp_path / "run", config, devices=jax.devices()[:1], source=source) as (run, imported):
         assert imported.added == 8
-        assert run.backbone.config == entry.architecture
+        assert run.backbone.config == dataclasses.replace(entry.architecture, image_size=224)
         assert (run.image_spec.mean, run.image_spec.std) == entry.normalisation
         report = build(run)
         assert report.retuned == report.clusters == 2

@@ -115,7 +115,7 @@ def test_a_timm_config_is_read_wherever_it_says_something(read, wide):
 
 
 def test_what_the_networks_do_not_have_is_refused_by_name(read, wide):
-    args = {"act_layer": "relu", "qk_norm": True, "init_values": 1e-5, "norm_layer": "rmsnorm", "num_heads": 2.5}
+    args = {"act_layer": "relu", "qk_norm": True, "mlp_layer": "swiglu", "norm_layer": "rmsnorm", "num_heads": 2.5}
     args |= {"qkv_bias": False, "img_size": 32, "reg_tokens": 4, "class_token": False}
     _, message = read(wide, TIMM | {"global_pool": "avg", "num_features": 8, "model_args": args})
     for key in ("global_pool=avg", "num_features", *args):

@@ -1,5 +1,6 @@
 """Random weights under the names and in the layouts in which checkpoints are published. NumPy only."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from lmeraser_jax.models.vit import ViTConfig
 Arrays = dict[str, np.ndarray]
 ACTS = {"erf": "gelu", "tanh": "gelu_new", "sigmoid": "quick_gelu"}  # transformers' names
 VIT = ViTConfig(image_size=16, patch=4, width=16, depth=2, heads=2, mlp=24, feature="pooler", epsilon=1e-5, classes=5)
+DINOV2 = dataclasses.replace(VIT, mlp=32, feature="cls", epsilon=1e-3, classes=0)
+REGISTERS = dataclasses.replace(DINOV2, registers=3)
+CLIP = dataclasses.replace(DINOV2, mlp=24, gelu="sigmoid", pre_norm=True)
 # 3 stages of odd and even depths. At 32 px the last grid is as large as the window.
 SWIN = SwinConfig(image_size=32, patch=2, width=16, depths=(2, 1, 2), heads=(2, 4, 4), window=4, mlp_ratio=2, classes=5)
 
@@ -54,6 +58,43 @@ def hugging_face_vit(c: ViTConfig = VIT, prefix: str = "", seed: int = 0) -> Arr
     return _with_classifier(shapes, prefix, c.width, c.classes, seed)
 
 
+def hugging_face_dinov2(c: ViTConfig = DINOV2, seed: int = 0) -> Arrays:
+    """As transformers saves a Dinov2Model, or with registers a Dinov2WithRegistersModel."""
+    shapes = {name: array.shape for name, array in hugging_face_vit(c).items() if not name.startswith("encoder")}
+    shapes |= {"embeddings.mask_token": (1, c.width)}
+    shapes |= {"embeddings.register_tokens": (1, c.registers, c.width)} if c.registers else {}
+    for i in range(c.depth):
+        stem = f"encoder.layer.{i}"
+        for role in ("attention.query", "attention.key", "attention.value", "output.dense"):
+            shapes |= _dense(f"{stem}.attention.{role}", c.width, c.width)
+        shapes |= _tail(stem, ("norm1", "norm2"), c)
+        shapes |= {f"{stem}.layer_scale{j}.lambda1": (c.width,) for j in (1, 2)}
+    return draw(shapes, seed)
+
+
+def hugging_face_clip(c: ViTConfig = CLIP, seed: int = 0) -> Arrays:
+    """As transformers saves a CLIPModel, most of whose network for texts is left out here."""
+    shapes = {
+        "embeddings.class_embedding": (c.width,),
+        "embeddings.position_embedding.weight": (1 + c.grid**2, c.width),
+        "embeddings.patch_embedding.weight": (c.width, c.channels, c.patch, c.patch),
+    }
+    for i in range(c.depth):
+        for role in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _dense(f"encoder.layers.{i}.self_attn.{role}", c.width, c.width)
+        shapes |= _tail(f"encoder.layers.{i}", ("layer_norm1", "layer_norm2"), c)
+    shapes |= _norm("pre_layrnorm", c.width) | _norm("post_layernorm", c.width)
+    shapes = {f"vision_model.{name}": shape for name, shape in shapes.items()}
+    shapes |= {"text_model.embeddings.token_embedding.weight": (7, 5), "text_projection.weight": (4, 5)}
+    shapes |= {"visual_projection.weight": (4, c.width), "logit_scale": ()}
+    return draw(shapes, seed) | {"vision_model.embeddings.position_ids": np.arange(1 + c.grid**2)[None]}
+
+
+def _tail(stem: str, norms: tuple[str, str], c: ViTConfig) -> dict[str, tuple[int, ...]]:
+    shapes = _norm(f"{stem}.{norms[0]}", c.width) | _norm(f"{stem}.{norms[1]}", c.width)
+    return shapes | _dense(f"{stem}.mlp.fc1", c.width, c.mlp) | _dense(f"{stem}.mlp.fc2", c.mlp, c.width)
+
+
 def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> Arrays:
     """As transformers saves a SwinModel."""
     shapes = {
@@ -87,13 +128,18 @@ def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[i
     return shapes | _dense(f"{stem}.intermediate.dense", width, mlp) | _dense(f"{stem}.output.dense", mlp, width)
 
 
-def settings_of(c: ViTConfig | SwinConfig) -> dict[str, Any]:
-    """config.json of a transformers folder."""
+def settings_of(c: ViTConfig | SwinConfig, kind: str = "vit") -> dict[str, Any]:
+    """config.json of a transformers folder; `kind` is the model_type of a ViT."""
     shared = {"image_size": c.image_size, "patch_size": c.patch, "num_channels": c.channels}
     shared |= {"layer_norm_eps": c.epsilon, "hidden_act": ACTS[c.gelu]}
     if isinstance(c, ViTConfig):
         sizes = {"hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.heads}
-        return {"model_type": "vit", "intermediate_size": c.mlp, **sizes, **shared}
+        sizes |= {"mlp_ratio": c.mlp // c.width} if kind.startswith("dinov2") else {"intermediate_size": c.mlp}
+        sizes |= {"num_register_tokens": c.registers} if kind == "dinov2_with_registers" else {}
+        if kind == "clip":
+            texts = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+            return {"model_type": kind, "vision_config": sizes | shared, "text_config": texts | {"vocab_size": 9}}
+        return {"model_type": kind, **sizes, **shared}
     sizes = {"embed_dim": c.width, "depths": list(c.depths), "num_heads": list(c.heads), "window_size": c.window}
     return {"model_type": "swin", "mlp_ratio": c.mlp_ratio, **sizes, **shared}
 
@@ -133,6 +179,9 @@ def flax_tree(arrays: Arrays) -> dict[str, Any]:
 
 
 TIMM_NAMES = (
+    ("embeddings.register_tokens", "reg_token"),
+    ("layer_scale1.lambda1", "ls1.gamma"),
+    ("layer_scale2.lambda1", "ls2.gamma"),
     ("embeddings.patch_embeddings.projection", "patch_embed.proj"),
     ("embeddings.norm", "patch_embed.norm"),
     ("embeddings.cls_token", "cls_token"),
