@@ -21,7 +21,7 @@ from lmeraser_jax.unlearning.binding import differences
 AT_LEAST_1 = (
     "data.image_size data.max_pixels backbone.patch backbone.width backbone.depth pretraining.batch "
     "pretraining.checkpoint_epochs clustering.sample_size clustering.feature_batch clustering.shards tuning.epochs "
-    "tuning.batch tuning.lanes tuning.scan_steps checkpoints.keep inference.batch"
+    "tuning.batch tuning.lanes tuning.scan_steps tuning.rank checkpoints.keep inference.batch"
 ).split()
 SHARES = "data.holdout data.test_share tuning.warmup pretraining.warmup tuning.momentum".split()
 CHOICES = {
@@ -33,7 +33,7 @@ CHOICES = {
     "pretraining.augment": ("none", "crop", "flip", "paper"),
     "clustering.partition": ("adaptive", "random", "one"),
     "clustering.sample_from": ("private", "public"),
-    "tuning.method": ("prompt+head", "prompt", "head", "backbone", "ridge", "ncm", "linear"),
+    "tuning.method": ("prompt+head", "prompt", "head", "backbone", "lora", "ridge", "ncm", "linear"),
     "tuning.optimizer": ("sgd", "adam"),
     "tuning.dtype": ("auto", "float32", "bfloat16"),
     "common.method": ("none", "ridge", "ncm", "linear"),

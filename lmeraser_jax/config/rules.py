@@ -100,6 +100,7 @@ def _rules_of_tuning(config: Config) -> Iterator[Rule]:
     yield "tuning.prompt_width", 2 * tuning.prompt_width <= size, f"at most half of --config.data.image_size={size}"
     prompted = tuning.method != "prompt" or tuning.prompt_width > 0
     yield "tuning.prompt_width", prompted, "above 0 for tuning.method=prompt"
+    yield "tuning.alpha", tuning.method != "lora" or tuning.alpha > 0, "above 0 for tuning.method=lora"
     for name, head in (("tuning", tuning), ("common", config.common)):
         yield f"{name}.penalty", head.method not in ("ridge", "linear") or head.penalty > 0, "above 0"
         yield f"{name}.balanced", head.method == "linear" or not head.balanced, f"false without {name}.method=linear"

@@ -13,7 +13,7 @@ from lmeraser_jax.config.paths import WithPaths, absolute, absolute_weights
 AUGMENTS = ("none", "crop", "flip", "paper")
 PROMPTED = ("prompt+head", "prompt")
 CLOSED_FORMS = ("ridge", "ncm", "linear")
-METHODS = (*PROMPTED, "head", "backbone", *CLOSED_FORMS)
+METHODS = (*PROMPTED, "head", "backbone", "lora", *CLOSED_FORMS)
 INTEGER_LIMIT = 2**63  # whole numbers lie below it
 NOT_IN_RECIPE = ("scan_steps", "device_bytes")  # settings of `tuning` that never reach the numbers
 
@@ -130,6 +130,10 @@ class Tuning:
     prompt_rate: float = setting(3e-2, "learning rate of the prompt")
     head_rate: float = setting(1e-2, "learning rate of the head")
     backbone_rate: float = setting(1e-4, "learning rate of the backbone, method backbone only")
+    lora_rate: float = setting(1e-3, "learning rate of the adapters, method lora only")
+    lora_layers: int = setting(0, "the last so many blocks of the backbone have adapters; 0: all")
+    rank: int = setting(8, "R, rank of the adapters", low=1)
+    alpha: float = setting(16.0, "what an adapter adds to its layer is multiplied by alpha / rank")
     penalty: float = setting(0.1, "ridge: added to the variance of standardised features; linear: to squared weights")
     expand: int = setting(0, "closed forms: number of random cosines to append to the feature; 0: none")
     balanced: bool = setting(False, "linear: every class counts alike, however many records it has")
@@ -148,6 +152,11 @@ class Tuning:
     def active_prompt_width(self) -> int:
         """Width of the prompt that is tuned: 0 where there is none."""
         return self.prompt_width if self.method in PROMPTED else 0
+
+    @property
+    def shares_feature(self) -> bool:
+        """Whether all slices read the same feature of an image: they have heads and nothing else."""
+        return self.active_prompt_width == 0 and self.method not in ("backbone", "lora")
 
     @property
     def closed(self) -> bool:

@@ -30,7 +30,7 @@ from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.fingerprint import pinned
-from lmeraser_jax.training.slices import Slice, place_prompt
+from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.train_step import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.binding import refuse_misfits
@@ -239,11 +239,10 @@ def routed_probabilities(
         distances = squared_distances(bare_feature(), arrays.prototypes, arrays.present)
     distances = jnp.where(arrays.present[None], distances, jnp.inf)  # [B, K]
     index = jax.lax.top_k(-distances, nearest)[1]  # [B, m]; of equal ones the first
-    own_backbones = arrays.stack.backbone is not None
-    if tuning_spec.tuning.active_prompt_width == 0 and not own_backbones:
-        feature = expand(bare_feature(), tuning_spec.tuning.expand)  # the same for all heads
+    if tuning_spec.tuning.shares_feature:
+        feature = expand(bare_feature(), tuning_spec.tuning.expand)
         logits = jnp.einsum("bd,bmdy->bmy", feature, arrays.stack.kernel[index]) + arrays.stack.bias[index]
-    elif all_clusters or own_backbones:
+    elif all_clusters or tuning_spec.tuning.method == "backbone":
         logits = jnp.take_along_axis(_logits_of_all(tuning_spec, arrays, pixels), index[..., None], axis=1)
     else:
         logits = _logits_of_chosen(tuning_spec, arrays, pixels, index)
@@ -262,20 +261,19 @@ def routed_probabilities(
 
 def _logits_of_chosen(tuning_spec: TuningSpec, arrays: ModelArrays, pixels: jax.Array, index: jax.Array) -> jax.Array:
     """Logits [B, m, Y] of the clusters chosen for each image, index int32 [B, m]: one pass of B * m images."""
-    architecture, stack = tuning_spec.architecture, arrays.stack
-    width = tuning_spec.tuning.active_prompt_width
-    place = functools.partial(place_prompt, size=architecture.image_size, width=width, channels=architecture.channels)
-    prompts = jax.vmap(jax.vmap(place))(stack.prompt[index])  # [B, m, H, W, C]
-    prompted = (pixels[:, None] + prompts).reshape(-1, *pixels.shape[1:])  # [B * m, H, W, C]
-    features = backbone_lib.features(architecture, arrays.params, prompted).reshape(*index.shape, -1)  # [B, m, D]
-    return jnp.einsum("bmd,bmdy->bmy", features, stack.kernel[index]) + stack.bias[index]
+
+    def answer(slice_: Slice, image: jax.Array) -> jax.Array:
+        return _logits(slice_, tuning_spec, arrays.params, image[None])[0]
+
+    chosen = jax.tree.map(lambda leaf: leaf[index], arrays.stack)  # [B, m, ...]
+    return jax.vmap(jax.vmap(answer, (0, None)))(chosen, pixels)
 
 
 def _logits_of_all(tuning_spec: TuningSpec, arrays: ModelArrays, pixels: jax.Array) -> jax.Array:
     """Logits [B, K, Y] of all clusters that are present, one after the other; zeros of the others."""
 
     def answer(slice_: Slice) -> jax.Array:
-        return features_of(slice_, tuning_spec, arrays.params, pixels) @ slice_.kernel + slice_.bias[None]
+        return _logits(slice_, tuning_spec, arrays.params, pixels)
 
     def zeros(slice_: Slice) -> jax.Array:
         return jnp.zeros((len(pixels), slice_.bias.shape[-1]), slice_.bias.dtype)
@@ -284,6 +282,11 @@ def _logits_of_all(tuning_spec: TuningSpec, arrays: ModelArrays, pixels: jax.Arr
         return jax.lax.cond(cluster[1], answer, zeros, cluster[0])
 
     return jnp.swapaxes(jax.lax.map(answer_if_present, (arrays.stack, arrays.present)), 0, 1)
+
+
+def _logits(slice_: Slice, tuning_spec: TuningSpec, params: Any, pixels: jax.Array) -> jax.Array:
+    """Logits [B, Y] of one slice."""
+    return features_of(slice_, tuning_spec, params, pixels) @ slice_.kernel + slice_.bias[None]
 
 
 @functools.lru_cache(maxsize=8)

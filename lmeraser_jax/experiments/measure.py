@@ -231,10 +231,11 @@ def forward_passes(run: Run, clusters: int) -> float:
 
     Padding of a batch or of the stack of clusters does not count.
     """
-    routing, own_backbone = run.config.inference, run.tuning_spec.own_architecture
-    if run.config.tuning.active_prompt_width == 0 and not own_backbone:
-        return 1.0  # all heads read the same feature
-    prompted = clusters if routing.nearest == 0 or own_backbone else min(routing.nearest, clusters)
+    routing, tuning = run.config.inference, run.config.tuning
+    if tuning.shares_feature:
+        return 1.0
+    everyone = routing.nearest == 0 or tuning.method == "backbone"
+    prompted = clusters if everyone else min(routing.nearest, clusters)
     routed = run.config.clustering.partition == "adaptive" and routing.nearest > 0
     common_head = routing.common_weight > 0 and run.config.common.method != "none"
     return float(prompted + (routed or common_head))

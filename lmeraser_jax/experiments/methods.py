@@ -21,6 +21,7 @@ ADAPTIVE = {"clustering.partition": "adaptive", "tuning.method": "prompt+head"}
 RANDOM = {"clustering.partition": "random", "tuning.method": "prompt+head"}
 ONE_CLUSTER = {"clustering.partition": "one"}
 HEAD = {"tuning.method": "head", "data.augment": "none"}
+LORA = {"tuning.method": "lora"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,12 @@ METHODS: dict[str, Method] = {  # docs/reproduce.md says what each does
         Method("sisa-vote", "SISA, vote", RANDOM | {"inference.nearest": 0, "inference.aggregate": "vote"}),
         Method("sisa-mean", "SISA, mean", RANDOM | {"inference.nearest": 0, "inference.aggregate": "mean"}),
         Method("retrain", "retrain all", ONE_CLUSTER | {"tuning.method": "backbone"}),
+        Method("lora", "LoRA, one adapter", ONE_CLUSTER | LORA),
+        Method(
+            "sisa-lora-mean",
+            "SISA, LoRA, mean",
+            RANDOM | LORA | {"inference.nearest": 0, "inference.aggregate": "mean"},
+        ),
         Method("linear-head", "linear head", ONE_CLUSTER | HEAD),
         Method("heads-ridge", "heads + ridge", ADAPTIVE | HEAD | {"common.method": "ridge"}),
         Method("ridge", "ridge", ONE_CLUSTER | {"tuning.method": "ridge"}),

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmeraser_jax.errors import Damaged, raise_all, shorten
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models.architectures import Architecture, ViTConfig, architecture_from, describe
+from lmeraser_jax.models.lora import LoraSpec, adapt
 from lmeraser_jax.models.swin import Swin
 from lmeraser_jax.models.vit import ViT
 from lmeraser_jax.storage import checkpoints
@@ -42,16 +44,33 @@ def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin:
 
 
 @functools.lru_cache(maxsize=16)
-def graph(config: Architecture) -> tuple[Any, Params]:
-    """Static graph and abstract parameters (shapes only) of an architecture."""
-    model = nnx.eval_shape(lambda: build(config, nnx.Rngs(0)))
-    graphdef, state = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(state)
+def graph(config: Architecture, lora: LoraSpec | None = None) -> tuple[Any, Params, Params]:
+    """Static graph of an architecture, abstract parameters (shapes only), and those of its adapters, if it has any."""
+
+    def model() -> ViT | Swin:
+        plain = build(config, nnx.Rngs(0))
+        return adapt(plain, lora) if lora else plain
+
+    graphdef, adapters, params = nnx.split(nnx.eval_shape(model), nnx.LoRAParam, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(adapters)
 
 
-def features(config: Architecture, params: Params, images: jax.Array) -> jax.Array:
-    """Features of normalised images, [B, H, W, C] -> [B, D] float32, computed in the dtype of `params`."""
-    model = nnx.merge(graph(config)[0], params)
+def with_own(params: Params, own: Params) -> Params:
+    """The frozen parameters with those of a slice's own in their places or, if they are adapters, beside them.
+
+    All have the dtype of the frozen ones then.
+    """
+    dtype = jax.tree.leaves(params)[0].dtype
+    own = jax.tree.map(lambda leaf: leaf.astype(dtype), own)
+    return unflatten_dict(flatten_dict(params) | flatten_dict(own))
+
+
+def features(config: Architecture, params: Params, images: jax.Array, lora: LoraSpec | None = None) -> jax.Array:
+    """Features of normalised images, [B, H, W, C] -> [B, D] float32, computed in the dtype of `params`.
+
+    With `lora`, adapters are among `params`.
+    """
+    model = nnx.merge(graph(config, lora)[0], params)
     return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
 
 
@@ -71,9 +90,9 @@ def make(config: Architecture, params: Params, mean: tuple[float, ...], std: tup
     return Backbone(config, params, mean, std, name)
 
 
-def array_problems(config: Architecture, arrays: Mapping[str, np.ndarray]) -> list[str]:
-    """Every array that is missing, left over or of another shape than the architecture has, by its flat name."""
-    shapes = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), graph(config)[1])
+def array_problems(like: Params, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    """Every array that is missing, left over or of another shape than in a tree such as `graph` gives, by flat name."""
+    shapes = jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), like)
     expected = {name: leaf.shape for name, leaf in checkpoints.flatten(shapes).items()}
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in arrays]
     problems += [f"not used: {name} {list(arrays[name].shape)}" for name in arrays if name not in expected]
@@ -83,10 +102,13 @@ def array_problems(config: Architecture, arrays: Mapping[str, np.ndarray]) -> li
     return problems
 
 
-def from_flat(config: Architecture, arrays: Mapping[str, np.ndarray], name: str) -> Params:
-    """Nested parameters from flat ones. Raises `UserError` with all mismatches at once; `name` is the file's."""
-    raise_all(array_problems(config, arrays), f"the weights {name} do not fit the backbone:")
-    return checkpoints.unflatten(arrays, graph(config)[1])
+def from_flat(like: Params, arrays: Mapping[str, np.ndarray], name: str) -> Params:
+    """Nested parameters from flat ones, in the form of a tree such as `graph` gives; `name` is the file's.
+
+    Raises `UserError` with all mismatches at once.
+    """
+    raise_all(array_problems(like, arrays), f"the weights {name} do not fit the backbone:")
+    return checkpoints.unflatten(arrays, like)
 
 
 def save(folder: Path, backbone: Backbone, inputs: dict[str, Any], provenance: dict[str, Any]) -> None:
@@ -126,5 +148,5 @@ def restore(folder: Path, arrays: Mapping[str, np.ndarray], metadata: dict[str, 
             " restore the folder, or delete it and make it again"
         ) from error
     config = architecture_from(metadata["config"])
-    params = from_flat(config, arrays, str(folder))
+    params = from_flat(graph(config)[1], arrays, str(folder))
     return make(config, params, tuple(metadata["mean"]), tuple(metadata["std"]))

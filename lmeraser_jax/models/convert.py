@@ -234,7 +234,9 @@ def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> 
         flat["positions"] = interpolate_positions(flat["positions"], wanted.grid, antialias)
         if wanted.feature == "cls":
             dropped = tuple(key for key in flat if key.startswith("pooler/"))
-    params = backbone_lib.from_flat(wanted, {key: leaf for key, leaf in flat.items() if key not in dropped}, name)
+    params = backbone_lib.from_flat(
+        backbone_lib.graph(wanted)[1], {key: leaf for key, leaf in flat.items() if key not in dropped}, name
+    )
     return params, dropped
 
 

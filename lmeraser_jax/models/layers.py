@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lmeraser_jax.models.architectures import Gelu
+from lmeraser_jax.models.lora import Linear
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -23,8 +24,8 @@ class MLP(nnx.Module):
 
     def __init__(self, width: int, hidden: int, gelu: Gelu, rngs: nnx.Rngs):
         self.gelu: Gelu = gelu
-        self.fc1 = nnx.Linear(width, hidden, rngs=rngs)
-        self.fc2 = nnx.Linear(hidden, width, rngs=rngs)
+        self.fc1 = Linear(width, hidden, rngs=rngs)
+        self.fc2 = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
         x = self.fc1(x)
@@ -50,13 +51,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None =
         scores = scores + jnp.broadcast_to(bias, scores.shape)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     return jnp.einsum("baqk,bkad->bqad", weights, v).reshape(*q.shape[:2], -1)
-
-
-def linear_columns(layer: nnx.Linear, x: jax.Array, columns: slice) -> jax.Array:
-    """The chosen outputs of a dense layer: [B, N, D] -> [B, N, number of columns]."""
-    assert layer.bias is not None
-    kernel, bias = layer.kernel[...].astype(x.dtype), layer.bias[...].astype(x.dtype)
-    return x @ kernel[:, columns] + bias[None, None, columns]
 
 
 def extract_patches(images: jax.Array, patch: int) -> jax.Array:

@@ -16,6 +16,7 @@ from flax import nnx
 
 from lmeraser_jax.models.architectures import SwinConfig
 from lmeraser_jax.models.layers import MLP, LayerNorm, extract_patches, self_attention
+from lmeraser_jax.models.lora import Linear
 
 OUTSIDE = -100.0  # added to the score of a pair that only the shift brought into one window; as in the public code
 MERGE_EPSILON = 1e-5  # of the LayerNorms around embedding and merging, whatever epsilon the blocks have
@@ -26,8 +27,8 @@ class WindowAttention(nnx.Module):
 
     def __init__(self, config: SwinConfig, width: int, heads: int, rngs: nnx.Rngs):
         self.heads, self.window = heads, config.window
-        self.qkv = nnx.Linear(width, 3 * width, rngs=rngs)
-        self.out = nnx.Linear(width, width, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, rngs=rngs)
+        self.out = Linear(width, width, rngs=rngs)
         self.table = nnx.Param(jnp.zeros(((2 * config.window - 1) ** 2, heads), jnp.float32))
 
     def __call__(self, x: jax.Array, side: int, mask: np.ndarray | None) -> jax.Array:

@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from lmeraser_jax.models.architectures import ViTConfig
-from lmeraser_jax.models.layers import MLP, LayerNorm, attention, extract_patches, linear_columns, self_attention
+from lmeraser_jax.models.layers import MLP, LayerNorm, attention, extract_patches, self_attention
+from lmeraser_jax.models.lora import Linear
 
 
 class Attention(nnx.Module):
@@ -23,16 +24,16 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
         self.heads = config.heads
-        self.qkv = nnx.Linear(config.width, 3 * config.width, rngs=rngs)
-        self.out = nnx.Linear(config.width, config.width, rngs=rngs)
+        self.qkv = Linear(config.width, 3 * config.width, rngs=rngs)
+        self.out = Linear(config.width, config.width, rngs=rngs)
 
     def __call__(self, x: jax.Array, queries: int | None = None) -> jax.Array:
         """Tokens [B, N, D] -> [B, N, D]; or only the first `queries` of them, which still attend to all."""
         if queries is None:
             return self.out(self_attention(self.qkv(x), self.heads))
         b, n, d = x.shape
-        q = linear_columns(self.qkv, x[:, :queries], slice(d)).reshape(b, queries, self.heads, -1)
-        k, v = jnp.moveaxis(linear_columns(self.qkv, x, slice(d, None)).reshape(b, n, 2, self.heads, -1), 2, 0)
+        q = self.qkv.columns(x[:, :queries], slice(d)).reshape(b, queries, self.heads, -1)
+        k, v = jnp.moveaxis(self.qkv.columns(x, slice(d, None)).reshape(b, n, 2, self.heads, -1), 2, 0)
         return self.out(attention(q, k, v))
 
 

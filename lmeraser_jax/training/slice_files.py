@@ -97,7 +97,7 @@ def load_orphan(folder: Path, target: Target, fingerprint: str, tuning_spec: Tun
         return None
     try:
         arrays, facts, step = checkpoints.load(path)
-        as_slice(arrays, target.digest[:12], tuning_spec.own_architecture)
+        as_slice(arrays, target.digest[:12], tuning_spec.own_parameters)
         epochs = {snapshot: arrays_digest(checkpoints.load(path, snapshot)[0]) for snapshot in job.snapshots}
     except Damaged:
         return None

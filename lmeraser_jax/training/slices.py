@@ -17,7 +17,7 @@ from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import Damaged, UserError, raise_all
 from lmeraser_jax.hashing import digest, philox
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models.backbone import Architecture, Backbone, array_problems, from_flat
+from lmeraser_jax.models.backbone import Architecture, Backbone, Params, array_problems, from_flat
 from lmeraser_jax.training import slice_arrays
 from lmeraser_jax.training.slice_arrays import OWN
 
@@ -28,7 +28,8 @@ NOISE_IMAGES, NOISE_BATCH = 512, 64  # of `noise_activation`
 class Slice(NamedTuple):
     """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host.
 
-    `backbone` are the parameters of a backbone of the slice's own (`tuning.method=backbone`), None elsewhere.
+    `backbone` are the parameters of the backbone that are the slice's own, in its nested form: all of them
+    (`tuning.method=backbone`), or low-rank adapters of its layers (`lora`); None where there are none.
     """
 
     prompt: Any
@@ -37,17 +38,17 @@ class Slice(NamedTuple):
     backbone: Any = None
 
 
-def as_slice(arrays: Mapping[str, np.ndarray], name: str, architecture: Architecture | None = None) -> Slice:
-    """The slice of a checkpoint's arrays, on the host; `architecture` is that of its own backbone, if it has one.
+def as_slice(arrays: Mapping[str, np.ndarray], name: str, own_parameters: Params | None = None) -> Slice:
+    """The slice of a checkpoint's arrays, on the host; `own_parameters` are as in `TuningSpec`.
 
     Raises `Damaged` with every array that is missing, left over or of another dtype or shape.
     """
-    problems = slice_arrays.array_problems(arrays, architecture is not None)
+    problems = slice_arrays.array_problems(arrays, own_parameters is not None)
     own = {field.removeprefix(OWN): leaf for field, leaf in arrays.items() if field.startswith(OWN)}
-    if architecture:
-        problems += [f"backbone: {line}" for line in array_problems(architecture, own)]
+    if own_parameters is not None:
+        problems += [f"backbone: {line}" for line in array_problems(own_parameters, own)]
     raise_all(sorted(problems), f"slice {name} is damaged:", kind=Damaged)
-    backbone = from_flat(architecture, own, name) if architecture else None
+    backbone = from_flat(own_parameters, own, name) if own_parameters is not None else None
     return Slice(arrays["prompt"], arrays["kernel"], arrays["bias"], backbone)
 
 

@@ -24,7 +24,8 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec, augmented
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models.backbone import Architecture
+from lmeraser_jax.models.backbone import Architecture, Params
+from lmeraser_jax.models.lora import LoraSpec, init_adapters
 from lmeraser_jax.training.multihost import local_devices
 from lmeraser_jax.training.slices import Slice, init_slice, place_prompt
 
@@ -64,9 +65,19 @@ class TuningSpec:
         return self.tuning.closed or self.tuning.method == "head" and self.image_spec.augment == "none"
 
     @property
-    def own_architecture(self) -> Architecture | None:
-        """The architecture of a backbone that every slice has of its own; None where all share the frozen backbone."""
-        return self.architecture if self.tuning.method == "backbone" else None
+    def lora(self) -> LoraSpec | None:
+        """The adapters of a slice; None where it has none."""
+        tuning = self.tuning
+        return LoraSpec(tuning.rank, tuning.alpha, tuning.lora_layers) if tuning.method == "lora" else None
+
+    @property
+    def own_parameters(self) -> Params | None:
+        """Shapes of the backbone's parameters that every slice has of its own; None where all share the frozen ones.
+
+        Raises `UserError` where the backbone has fewer blocks than are to have adapters.
+        """
+        _, params, adapters = backbone_lib.graph(self.architecture, self.lora)
+        return {"backbone": params, "lora": adapters}.get(self.tuning.method)
 
     @property
     def slots(self) -> int:
@@ -91,14 +102,14 @@ def optimizer(tuning: Tuning) -> optax.GradientTransformation:
 
 def _groups(tree: Slice) -> Slice:
     """Names the group of each leaf, for optax."""
-    return Slice("prompt", "head", "head", jax.tree.map(lambda _: "backbone", tree.backbone))
+    return Slice("prompt", "head", "head", jax.tree.map(lambda _: "own", tree.backbone))
 
 
 def _by_group(tuning: Tuning, kind: str) -> dict[str, float]:
     """Rates or decays; of a fixed head none."""
     head = getattr(tuning, f"head_{kind}") if tuning.method != "prompt" else 0.0
-    backbone = tuning.backbone_rate if kind == "rate" else 0.0
-    return {"prompt": getattr(tuning, f"prompt_{kind}"), "head": head, "backbone": backbone}
+    own = (tuning.lora_rate if tuning.method == "lora" else tuning.backbone_rate) if kind == "rate" else 0.0
+    return {"prompt": getattr(tuning, f"prompt_{kind}"), "head": head, "own": own}
 
 
 def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Array:
@@ -111,7 +122,7 @@ def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Arra
 
 
 def features_of(slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array) -> jax.Array:
-    """Features float32 [B, D] of a batch as a slice sees it: with its prompt (Def. 1), or its own backbone.
+    """Features float32 [B, D] of a batch as a slice sees it: with its prompt (Def. 1), adapters, or own backbone.
 
     `inputs` are normalised images, float32 [B, H, W, C], or [B, D] where `tuning_spec.on_features`; the dtype of
     `params` is the compute dtype.
@@ -120,11 +131,11 @@ def features_of(slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax
         return inputs
     architecture, width = tuning_spec.architecture, tuning_spec.tuning.active_prompt_width
     if slice_.backbone is not None:
-        params = jax.tree.map(lambda own, given: own.astype(given.dtype), slice_.backbone, params)
+        params = backbone_lib.with_own(params, slice_.backbone)
     if width:
         prompt = place_prompt(slice_.prompt, architecture.image_size, width, architecture.channels)  # [H, W, C]
         inputs = inputs + prompt[None]
-    return backbone_lib.features(architecture, params, inputs)
+    return backbone_lib.features(architecture, params, inputs, tuning_spec.lora)
 
 
 def cluster_loss(
@@ -171,11 +182,13 @@ def cluster_step(
 
 
 def _fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
-    """A fresh slice; a backbone of its own begins as the frozen one."""
+    """A fresh slice; a backbone of its own begins as the frozen one, and adapters change nothing at first."""
     first = init_slice(key, tuning_spec.tuning, tuning_spec.architecture, tuning_spec.classes, tuning_spec.mapping)
-    if tuning_spec.tuning.method != "backbone":
-        return first
-    return first._replace(backbone=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    if tuning_spec.tuning.method == "lora":
+        return first._replace(backbone=init_adapters(key, tuning_spec.own_parameters))
+    if tuning_spec.tuning.method == "backbone":
+        return first._replace(backbone=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params))
+    return first
 
 
 def device_program(

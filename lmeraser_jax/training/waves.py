@@ -89,7 +89,7 @@ def do_share(
         for i, (position, step, loss, failed_at, seconds) in enumerate(arrays["numbers"].tolist()):
             leaves = {name.partition("/")[2]: leaf for name, leaf in arrays.items() if name.startswith(f"{i}/")}
             job = wave[int(position)]
-            slice_ = as_slice(leaves, job.key[:12], tuning_spec.own_architecture)
+            slice_ = as_slice(leaves, job.key[:12], tuning_spec.own_parameters)
             yield Tuned(job, int(step), slice_, loss, None if failed_at < 0 else int(failed_at), seconds)
     if any(arrays["stopped"] for arrays in results):
         raise Stopped

@@ -74,7 +74,7 @@ def load_slice(run: "Run", ref: str) -> "Slice":
         raise Damaged(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
     row = run.catalog.slices().get(name)
     common = row is not None and row.cluster == SliceKind.COMMON
-    return as_slice(arrays, name[:12], None if common else run.tuning_spec.own_architecture)
+    return as_slice(arrays, name[:12], None if common else run.tuning_spec.own_parameters)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

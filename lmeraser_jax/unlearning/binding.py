@@ -135,9 +135,10 @@ def refuse_misfits(catalog: Catalog, tuning: Tuning, refs: Iterable[str]) -> Non
 
 
 def _shape(tuning: Tuning) -> dict[str, Any]:
-    """What the shapes of a slice's arrays depend on, given the backbone and the classes."""
-    own = tuning.method == "backbone"
-    return {"prompt_width": tuning.active_prompt_width, "expand": tuning.expand, "own backbone": own}
+    """What slices that answer together must have in common, beside the backbone and the classes: above all, shapes."""
+    own = {name: getattr(tuning, name) if tuning.method == "lora" else 0 for name in ("rank", "alpha", "lora_layers")}
+    own["own backbone"] = tuning.method == "backbone"
+    return {"prompt_width": tuning.active_prompt_width, "expand": tuning.expand, **own}
 
 
 def without_paths(config: Config) -> dict[str, Any]:

@@ -79,7 +79,9 @@ class Run:
         """The static part of the tuning program."""
         tuning, classes = self.config.tuning, len(self.classes)
         mapping = noise_activation(self.backbone, classes) if tuning.method == "prompt" else ()
-        return TuningSpec(self.backbone.config, self.image_spec, tuning, classes, self.config.seed, mapping)
+        spec = TuningSpec(self.backbone.config, self.image_spec, tuning, classes, self.config.seed, mapping)
+        backbone_lib.graph(spec.architecture, spec.lora)  # refuses adapters of more blocks than there are
+        return spec
 
     @functools.cached_property
     def common_spec(self) -> TuningSpec:

@@ -244,7 +244,7 @@ def _check_published(values: Mapping[str, Any], snapshot: _Snapshot) -> tuple[li
             arrays, _, _ = checkpoints.load(snapshot.layout.slice(name), step or None)
             if snapshot.salted("params", arrays_digest(arrays)) != cluster["params"]:
                 findings.append(f"the slice of cluster {key[:12]} has other bytes than it says")
-            problems = array_problems(arrays, own_backbone=True)
+            problems = array_problems(arrays, has_own=True)
             findings += (f"the slice of cluster {key[:12]} cannot be used: {line}" for line in problems)
         except Damaged as error:
             findings.append(f"the slice of cluster {key[:12]} cannot be read: {error}")

@@ -65,7 +65,7 @@ class ShadowSets:
 
 def with_lanes(tuning_spec: TuningSpec) -> TuningSpec:
     """Settings for shadows, whose bits need not be those published: many lanes, except of whole backbones."""
-    if tuning_spec.own_architecture:
+    if tuning_spec.tuning.method == "backbone":
         return tuning_spec
     lanes = max(LANES, tuning_spec.tuning.lanes)
     return dataclasses.replace(tuning_spec, tuning=dataclasses.replace(tuning_spec.tuning, lanes=lanes))
