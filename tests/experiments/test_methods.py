@@ -30,9 +30,11 @@ from lmeraser_jax.unlearning.build import build
 
 ONE = {"clustering__partition": "one"}
 SHARDS = {"clustering__partition": "random", "clustering__shards": 3}
+LORA = {"tuning__method": "lora", "tuning__rank": 2, "tuning__lora_rate": 0.01}
 QUICK = {
     "DAM-VP": {"tuning__method": "prompt"},
     "retrain": ONE | {"tuning__method": "backbone", "tuning__epochs": 1},
+    "LoRA": LORA,
     "linear head": ONE | {"tuning__method": "head"},
     "a common head beside shards": SHARDS | {"common__method": "linear", "inference__nearest": 0},
     "expanded ridge of clusters": {"tuning__method": "ridge", "tuning__expand": 24, "inference__nearest": 0},
@@ -42,6 +44,7 @@ SLOW = {
     "random parts": SHARDS,
     "SISA": SHARDS | {"inference__nearest": 0, "inference__aggregate": "vote"},
     "SISA of whole networks": SHARDS | {"tuning__method": "backbone", "tuning__epochs": 1, "inference__nearest": 0},
+    "SISA of adapters": SHARDS | LORA | {"inference__nearest": 0},
     "heads of clusters": {"tuning__method": "head", "inference__nearest": 2},
     "augmented heads": {"tuning__method": "head", "data__augment": "crop"},
     "ridge": ONE | {"tuning__method": "ridge"},
@@ -118,6 +121,18 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path, monkeypatch):
     np.testing.assert_allclose(slice_.bias, tuned.slice.bias, atol=2e-5)
 
 
+def merged(params, adapters, scale):
+    """A copy of nested parameters with W + scale A B in place of each kernel that has an adapter."""
+    copied = dict(params)
+    for name, below in adapters.items():
+        if "lora_a" in below:
+            change = scale * below["lora_a"].astype(np.float64) @ below["lora_b"]
+            copied[name] = params[name] | {"kernel": (params[name]["kernel"] + change).astype(np.float32)}
+        else:
+            copied[name] = merged(params[name], below, scale)
+    return copied
+
+
 def literal_answers(run, images) -> np.ndarray:
     """Probabilities [K, N, Y] of every published slice, one at a time, without the prediction program."""
     manifest, architecture = run.catalog.manifest(), run.backbone.config
@@ -127,7 +142,11 @@ def literal_answers(run, images) -> np.ndarray:
         if width := run.config.tuning.active_prompt_width:
             size, channels = architecture.image_size, architecture.channels
             prompt = place_prompt(jnp.asarray(slice_.prompt), size, width, channels)[None]
-        params = slice_.backbone if slice_.backbone is not None else run.backbone.params
+        params = run.backbone.params
+        if run.config.tuning.method == "backbone":
+            params = slice_.backbone
+        if run.config.tuning.method == "lora":
+            params = merged(params, slice_.backbone, run.config.tuning.alpha / run.config.tuning.rank)
         features = backbone_lib.features(architecture, params, pixels + prompt)
         features = closed_form.expand(features, run.config.tuning.expand)
         answers.append(np.asarray(jax.nn.softmax(features @ slice_.kernel + slice_.bias[None], axis=-1)))
@@ -140,7 +159,7 @@ def answering(run, **inference):
     return dataclasses.replace(run, config=dataclasses.replace(run.config, inference=routing))
 
 
-@pytest.mark.parametrize("name", _with_slow("DAM-VP", "expanded ridge of clusters"))
+@pytest.mark.parametrize("name", _with_slow("DAM-VP", "LoRA", "expanded ridge of clusters"))
 def test_all_clusters_answer_together(name, built, tmp_path):
     """Mean and vote of every slice's answer; of equal shares of votes the first class wins."""
     with built(name, tmp_path / "run") as run:
@@ -265,13 +284,20 @@ def test_every_method_changes_its_settings_and_no_other():
             assert tree[group][leaf] == value, name
 
 
-SLOW_PASSES = (("DAM-VP", 0, 5), ("retrain", 1, 1), ("single prompt", 1, 1), ("a common head beside clusters", 2, 3))
+SLOW_PASSES = (
+    ("DAM-VP", 0, 5),
+    ("LoRA", 0, 5),
+    ("retrain", 1, 1),
+    ("single prompt", 1, 1),
+    ("a common head beside clusters", 2, 3),
+)
 
 
 @pytest.mark.parametrize(
     ("name", "nearest", "expected"),
     [
         ("DAM-VP", 1, 2),
+        ("LoRA", 1, 2),
         ("expanded ridge of clusters", 0, 1),
         ("a common head beside shards", 0, 4),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PASSES),
@@ -282,9 +308,9 @@ def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
 ):
     passed, real, routed = [], backbone_lib.features, predict_module.routed_probabilities
 
-    def features(architecture, params, pixels):
-        passed.append(len(pixels))
-        return real(architecture, params, pixels)
+    def features(architecture, params, pixels, lora=None):
+        jax.debug.callback(lambda batch: passed.append(len(batch)), pixels)  # under vmap once for each image
+        return real(architecture, params, pixels, lora)
 
     with built(name, tmp_path / "run", inference__nearest=nearest) as run:
         model, pixels = load_model(run), run.images[:2]
@@ -292,6 +318,6 @@ def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
         if run.config.clustering.partition != "adaptive":
             draws = np.zeros((2, len(model.arrays.present)), np.float32)
         monkeypatch.setattr(backbone_lib, "features", features)
-        with jax.disable_jit():
-            routed(run.tuning_spec, run.config, model.nearest, model.arrays, pixels, draws)
+        routed(run.tuning_spec, run.config, model.nearest, model.arrays, pixels, draws)
+        jax.effects_barrier()
         assert sum(passed) / 2 == forward_passes(run, len(model.keys)) == expected
