@@ -205,13 +205,13 @@ def test_rows_and_order_of_import_do_not_reach_the_numbers(scratch, tmp_path):
 
 @pytest.mark.parametrize("own_set", [False, True], ids=["of the data", "a set of its own"])
 def test_public_sampling_never_reclusters(tmp_path, own_set):
-    """A set of its own has images of another size, and classes and ids that say nothing about private ones."""
+    """A set of its own has images of another size, and its own classes and ids; prompts may begin with it, too."""
     overrides = {"clustering__sample_from": "public"}
     if own_set:
         images, ids = np.random.default_rng(0).integers(0, 256, (40, 12, 10)), [f"digit-{i:04d}" for i in range(40)]
         columns = {"train_images": images.astype(np.uint8), "train_labels": np.arange(40) % 3, "train_ids": ids}
         np.savez(tmp_path / "public.npz", **columns)
-        overrides |= {"public__source": "npz", "public__path": f"{tmp_path}/public.npz"}
+        overrides |= {"public__source": "npz", "public__path": f"{tmp_path}/public.npz", "tuning__start": "public"}
     config = small_config(**overrides)
     before = train_from_scratch(tmp_path / "run", small_source(), config=config)
     erased = list(before["records"])[:40]

@@ -37,7 +37,8 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.training.train_step import mesh_of
     from lmeraser_jax.unlearning import binding
 
-    public = public_sets.read_public(config, public_sets.private_contents(config.data).__contains__)
+    is_private = public_sets.private_contents(config.data).__contains__
+    public = public_sets.read_public(config, is_private, public_sets.labels_learned(config))
     checkpoints = out.with_name(f"{out.name}-checkpoints")
     with pinned():
         backbone, provenance, _ = adapt.adapt(checkpoints, public, config, mesh_of())

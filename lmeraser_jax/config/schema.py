@@ -123,6 +123,7 @@ class Tuning:
 
     method: str = setting("prompt+head", "what is tuned (prompt: the head is fixed), or a closed form", METHODS)
     prompt_width: int = setting(2, "P, width of the border prompt in pixels of the backbone's input")
+    start: str = setting("fresh", "where prompts begin; public: at one that is tuned on public.*", ("fresh", "public"))
     prompt_init: float = setting(0.0, "standard deviation of the initial prompt, in normalised pixels; 0: zeros")
     head_init: float = setting(0.0, "standard deviation of the initial head; 0: zeros")
     optimizer: str = setting("adam", "optimizer of prompt and head", ("sgd", "adam"))
@@ -157,6 +158,11 @@ class Tuning:
     def shares_feature(self) -> bool:
         """Whether all slices read the same feature of an image: they have heads and nothing else."""
         return self.active_prompt_width == 0 and self.method not in ("backbone", "lora")
+
+    @property
+    def starts_public(self) -> bool:
+        """Whether prompts begin at the one that is tuned on public records."""
+        return self.start == "public" and self.active_prompt_width > 0
 
     @property
     def closed(self) -> bool:

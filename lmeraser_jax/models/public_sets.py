@@ -40,13 +40,13 @@ class PublicSample:
         return digest([self.records.ids, self.records.contents])
 
 
-def read_public(config: Config, is_private: IsPrivate) -> PublicSet:
+def read_public(config: Config, is_private: IsPrivate, learned: str) -> PublicSet:
     """Reads the public set. Raises `UserError` where that fails or nothing is left of it.
 
-    Where labels are not learned they may be missing: then all images are of one class.
+    `learned` says for a message which setting learns labels; where it is empty they may be missing, and then all images
+    are of one class.
     """
-    supervise = config.pretraining.supervise
-    source, positions = _open(config, classes=2 if supervise else 0)
+    source, positions = _open(config, learned)
     chosen = _take(source, positions, is_private, len(positions))
     if not chosen:
         raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
@@ -56,10 +56,16 @@ def read_public(config: Config, is_private: IsPrivate) -> PublicSet:
     return PublicSet(images, labels, len(source.class_names))
 
 
+def labels_learned(config: Config) -> str:
+    """The `learned` of `read_public` for the training of a backbone."""
+    supervise = config.pretraining.supervise
+    return f"--config.pretraining.supervise={supervise} learns them, {WITHOUT_LABELS} features" if supervise else ""
+
+
 def draw_sample(config: Config, is_private: IsPrivate) -> PublicSample:
     """The `clustering.sample_size` images with the smallest keyed hashes. Raises `UserError` where there are fewer."""
     size = config.clustering.sample_size
-    source, positions = _open(config, classes=0)
+    source, positions = _open(config)
     ranked = sorted(positions, key=lambda position: sample_rank(config.seed, _sample_id(source.items[position])))
     chosen = _take(source, ranked, is_private, size)
     if len(chosen) < size:
@@ -122,8 +128,8 @@ def _sample(ids: Sequence[str], images: np.ndarray) -> PublicSample:
     )
 
 
-def _open(config: Config, classes: int) -> tuple[Source, list[int]]:
-    """The public set, and the positions of its images; so many classes must be there, 0: labels may be missing."""
+def _open(config: Config, learned: str = "") -> tuple[Source, list[int]]:
+    """The public set, and the positions of its images; `learned` is as in `read_public`."""
     public = config.public
     data = Data(
         source=public.source,
@@ -140,13 +146,12 @@ def _open(config: Config, classes: int) -> tuple[Source, list[int]]:
         text = str(error).replace("--config.data.train_split", "--config.public.split")
         raise UserError(text.replace("--config.data.", "--config.public.")) from error
     unlabelled = [item.id for item in source.items if item.split == "train" and item.label < 0]
-    if unlabelled and classes:
-        learned = f"which --config.pretraining.supervise={config.pretraining.supervise} learns"
+    if unlabelled and learned:
         raise UserError(
-            f"the public set {source.name} lacks labels, {learned}, of {len(unlabelled)} images:"
-            f" {join_limited(unlabelled)}; learn features alone with {WITHOUT_LABELS}"
+            f"the public set {source.name} lacks the labels of {len(unlabelled)} images: {join_limited(unlabelled)};"
+            f" {learned}"
         )
-    raise_all(problems(source, classes), f"the public set {source.name} cannot be used:")
+    raise_all(problems(source, classes=2 if learned else 0), f"the public set {source.name} cannot be used:")
     warn(*(f"the public set {source.name}: {note}" for note in source.notes))
     positions = limit_positions(source.items, data.train_limit, 0)
     return source, [position for position in positions if source.items[position].split == "train"]

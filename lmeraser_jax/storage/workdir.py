@@ -35,7 +35,8 @@ class Layout:
         self.catalog = self.root / "catalog.db"
         self.backbone = self.root / "backbone"
         self.pretraining = self.root / "pretraining"
-        self.public_sample = self.root / "public" / "sample"
+        self.public = self.root / "public"
+        self.public_sample = self.public / "sample"
         self.records = self.root / "records"
         self.images = self.records / "images.u8"
         self.clusterings = self.root / "clusterings"
@@ -52,6 +53,9 @@ class Layout:
     def feature_files(self) -> list[Path]:
         """The cached features of all backbones and programs."""
         return [path for path in entries(self.records) if path.match("features-*.f32")]
+
+    def public_prompt(self, digest: str) -> Path:
+        return self.public / f"prompt-{digest[:16]}"
 
     def slice(self, digest: str) -> Path:
         return self.slices / digest

@@ -124,6 +124,12 @@ class RecipeConstants:
     classes: int  # Y
     seed: int
     feature_batch: int = 0  # images per call that computed the features that slices are made of; 0: made of images
+    start: str = ""  # digest of the prompt that prompts begin with; empty: they begin fresh
+
+
+def recipe_settings(tuning: Tuning) -> dict[str, Any]:
+    """The settings that reach the numbers."""
+    return {name: value for name, value in dataclasses.asdict(tuning).items() if name not in NOT_IN_RECIPE}
 
 
 def recipe(key: str, members: Sequence[tuple[str, str, int]], constants: RecipeConstants) -> dict[str, Any]:
@@ -131,12 +137,12 @@ def recipe(key: str, members: Sequence[tuple[str, str, int]], constants: RecipeC
 
     `key` is the cluster's; `members` are (id, content hash, label) of each member, sorted by id.
     """
-    tuning = {name: value for name, value in dataclasses.asdict(constants.tuning).items() if name not in NOT_IN_RECIPE}
     return {
         "version": RECIPE_VERSION,
         "cluster": key,
         "members": digest(list(members)),
-        "tuning": tuning,
+        "tuning": recipe_settings(constants.tuning),
+        "start": constants.start,
         "backbone": constants.backbone,
         "images": dataclasses.asdict(constants.image_spec),
         "classes": constants.classes,

@@ -58,6 +58,7 @@ class TuningSpec:
     classes: int
     seed: int
     mapping: tuple[int, ...] = ()  # the feature that is each class's logit; empty: heads are tuned
+    start: bytes = b""  # float32 [n], what prompts begin with; empty: they begin fresh
 
     @property
     def on_features(self) -> bool:
@@ -182,8 +183,10 @@ def cluster_step(
 
 
 def _fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
-    """A fresh slice; a backbone of its own begins as the frozen one, and adapters change nothing at first."""
+    """A slice before its first step; a backbone of its own begins as the frozen one, adapters change nothing at first."""
     first = init_slice(key, tuning_spec.tuning, tuning_spec.architecture, tuning_spec.classes, tuning_spec.mapping)
+    if tuning_spec.start:
+        return first._replace(prompt=jnp.array(np.frombuffer(tuning_spec.start, np.float32)))
     if tuning_spec.tuning.method == "lora":
         return first._replace(backbone=init_adapters(key, tuning_spec.own_parameters))
     if tuning_spec.tuning.method == "backbone":

@@ -22,6 +22,7 @@ from lmeraser_jax.data.source import Item, content_hash
 from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.atomic_files import is_there
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.storage.workdir import Layout
@@ -207,11 +208,11 @@ def _numbers(value: bytes | dict[str, bytes] | str) -> np.ndarray:
 
 
 def _copy_live(run: Run, scratch: Run) -> None:
-    """Copies live private and public records in the order of their ids, and the public sample: rows get new numbers."""
+    """Copies live private and public records in the order of their ids: rows get new numbers."""
     catalog, images = scratch.catalog, run.images
     catalog.set("dataset", run.catalog.get("dataset"))
-    if run.public_sample is not None:
-        shutil.copytree(run.layout.public_sample, scratch.layout.public_sample)
+    if is_there(run.layout.public):
+        shutil.copytree(run.layout.public, scratch.layout.public)
     file = RowFile(scratch.layout.images, images.shape[1:], np.uint8)
     for split in ("train", "public"):
         records, start, contents = run.catalog.live(split), len(file), []

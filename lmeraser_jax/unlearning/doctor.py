@@ -265,12 +265,20 @@ def _backbone(workdir: _Workdir) -> Findings:
 
 
 def _public(workdir: _Workdir) -> Findings:
-    """What the clustering samples of the public set."""
-    try:
-        _ = workdir.run.public_sample
-    except Damaged as error:
-        folder = workdir.layout.public_sample
-        yield Problem(str(error), DROP, functools.partial(shutil.rmtree, folder) if is_there(folder) else None)
+    """What a published state has of the public set: the sample of its clustering, and what prompts begin with."""
+    from lmeraser_jax.models import public_sets
+    from lmeraser_jax.training import public_prompt
+
+    run, loads = workdir.run, {}
+    if run.catalog.manifest() is not None and run.config.samples_public_set:
+        loads[run.layout.public_sample] = public_sets.load_sample
+    if run.catalog.manifest() is not None and run.config.tuning.starts_public:
+        loads[run.layout.public_prompt(public_prompt.name_of(run.config, run.backbone))] = public_prompt.load
+    for folder, load in loads.items():
+        try:
+            load(folder)
+        except Damaged as error:
+            yield Problem(str(error), DROP, functools.partial(shutil.rmtree, folder) if is_there(folder) else None)
 
 
 def _state(workdir: _Workdir) -> Findings:

@@ -36,7 +36,7 @@ from lmeraser_jax.storage.atomic_files import is_there, write_json
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
 from lmeraser_jax.storage.workdir import Layout, writer_lock
-from lmeraser_jax.training import tune, waves
+from lmeraser_jax.training import public_prompt, tune, waves
 from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
 from lmeraser_jax.training.fingerprint import fingerprint, pinned
 from lmeraser_jax.training.multihost import ALONE, Processes
@@ -79,7 +79,8 @@ class Run:
         """The static part of the tuning program."""
         tuning, classes = self.config.tuning, len(self.classes)
         mapping = noise_activation(self.backbone, classes) if tuning.method == "prompt" else ()
-        spec = TuningSpec(self.backbone.config, self.image_spec, tuning, classes, self.config.seed, mapping)
+        start = self.public_prompt[0].tobytes() if tuning.starts_public else b""
+        spec = TuningSpec(self.backbone.config, self.image_spec, tuning, classes, self.config.seed, mapping, start)
         backbone_lib.graph(spec.architecture, spec.lora)  # refuses adapters of more blocks than there are
         return spec
 
@@ -87,20 +88,21 @@ class Run:
     def common_spec(self) -> TuningSpec:
         """The static part of how the common head is made."""
         tuning = dataclasses.replace(self.config.tuning, **dataclasses.asdict(self.config.common))
-        return dataclasses.replace(self.tuning_spec, tuning=tuning, mapping=())
+        return dataclasses.replace(self.tuning_spec, tuning=tuning, mapping=(), start=b"")
 
     @functools.cached_property
     def recipe_constants(self) -> RecipeConstants:
         """What the recipes of all clusters' slices share."""
         batch = self.config.clustering.feature_batch if self.tuning_spec.on_features else 0
         tuning, backbone, classes = self.config.tuning, self.backbone.digest, len(self.classes)
-        return RecipeConstants(tuning, backbone, self.image_spec, classes, self.config.seed, batch)
+        start = self.public_prompt[1] if tuning.starts_public else ""
+        return RecipeConstants(tuning, backbone, self.image_spec, classes, self.config.seed, batch, start)
 
     @functools.cached_property
     def common_constants(self) -> RecipeConstants:
         """The same for the common head, which is made of features."""
         batch = self.config.clustering.feature_batch
-        return dataclasses.replace(self.recipe_constants, tuning=self.common_spec.tuning, feature_batch=batch)
+        return dataclasses.replace(self.recipe_constants, tuning=self.common_spec.tuning, feature_batch=batch, start="")
 
     @property
     def images(self) -> np.ndarray:
@@ -125,6 +127,14 @@ class Run:
     def _extractor(self, spec: ImageSpec) -> Extractor:
         dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
         return Extractor(self.backbone, spec, self.config.clustering.feature_batch, self.mesh, dtype)
+
+    @functools.cached_property
+    def public_prompt(self) -> tuple[np.ndarray, str]:
+        """The prompt that prompts begin with, float32 [n], and its digest. Raises `UserError` where it is damaged."""
+        try:
+            return public_prompt.load(self.layout.public_prompt(public_prompt.name_of(self.config, self.backbone)))
+        except Damaged as error:
+            raise UserError(str(error)) from error  # whoever reads a slice must not take that for damage of the slice
 
     @functools.cached_property
     def public_sample(self) -> PublicSample | None:
@@ -278,7 +288,10 @@ def prepare_run(
         if not has_backbone:
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
-        yield Run(layout, config, catalog, backbone, mesh, True, processes or ALONE), imported
+        run = Run(layout, config, catalog, backbone, mesh, True, processes or ALONE)
+        if config.tuning.starts_public:
+            _tune_public_prompt(run)
+        yield run, imported
 
 
 def _make_backbone(
@@ -292,7 +305,7 @@ def _make_backbone(
         backbone, provenance = converted
         backbone_lib.save(layout.backbone, backbone, inputs, dataclasses.asdict(provenance))
         return
-    public = _public_set(config, layout, catalog)
+    public = _public_set(config, layout, catalog, public_sets.labels_learned(config))
     facts: dict[str, Any] = {"origin": "pretrained in the workdir"}
     if converted is not None:
         backbone, facts, accuracy = adapt.adapt(layout.pretraining, public, config, mesh)
@@ -303,12 +316,26 @@ def _make_backbone(
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)
 
 
-def _public_set(config: Config, layout: Layout, catalog: Catalog) -> PublicSet:
-    """What the backbone is trained on: the public records of the data, or a set of its own."""
+def _public_set(config: Config, layout: Layout, catalog: Catalog, learned: str) -> PublicSet:
+    """All public records: those of the data, or a set of its own; `learned` is as in `read_public`."""
     if config.public.source == "data":
         records, classes = catalog.live("public"), catalog.get("dataset")["classes"]
         return PublicSet(image_file(layout, catalog).view()[records.rows], records.labels, len(classes))
-    return public_sets.read_public(config, lambda content: bool(catalog.same_pixels(content)))
+    return public_sets.read_public(config, lambda content: bool(catalog.same_pixels(content)), learned)
+
+
+def _tune_public_prompt(run: Run) -> None:
+    """Tunes the prompt that prompts begin with, unless it is there."""
+    config, folder = run.config, run.layout.public_prompt(public_prompt.name_of(run.config, run.backbone))
+    with contextlib.suppress(Damaged):  # not there yet, or damaged
+        public_prompt.load(folder)
+        return
+    learned = "--config.tuning.start=public learns them; --config.tuning.start=fresh does not"
+    public = _public_set(config, run.layout, run.catalog, learned)
+    if not len(public.images):
+        raise UserError("--config.tuning.start=public: there are no public images; name a set with --config.public")
+    spec = image_spec(config, public.images.shape[1:], run.backbone)
+    public_prompt.save(folder, public_prompt.tune_prompt(config, public, run.backbone, spec, run.mesh))
 
 
 def _draw_public_sample(config: Config, layout: Layout, catalog: Catalog) -> None:

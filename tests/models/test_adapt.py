@@ -184,19 +184,18 @@ def test_a_public_set_needs_labels_only_where_they_are_learned(tmp_path, public,
     named = write_unlabelled(source, tmp_path, images)
     config = config_with(weights, supervise=0.0, distill=1.0)
     config = dataclasses.replace(config, public=settings.Public(source=source, **named))
-    read = public_sets.read_public(config, lambda _: False)
+    read = public_sets.read_public(config, lambda _: False, public_sets.labels_learned(config))
     np.testing.assert_array_equal(read.images, images)
     assert (read.labels == 0).all() and read.classes == 1
-    with pytest.raises(
-        UserError, match="lacks labels.* 9 images.*--config.pretraining.supervise=0 --config.*distill=1"
-    ):
-        public_sets.read_public(dataclasses.replace(config, pretraining=settings.Pretraining()), lambda _: False)
+    supervised = dataclasses.replace(config, pretraining=settings.Pretraining())
+    with pytest.raises(UserError, match="lacks the labels of 9 images.*--config.pretraining.supervise=0 --config.*=1"):
+        public_sets.read_public(supervised, lambda _: False, public_sets.labels_learned(supervised))
     split = named.pop("split", "")
     with pytest.raises(UserError, match="label"):  # private records need them as before
         sources.load(settings.Data(source=source, train_split=split, image_size=SIZE, **named), own_test=False)
     wrong = dataclasses.replace(config, public=settings.Public(source=source, path=f"{tmp_path}/absent"))
     with pytest.raises(UserError, match=r"--config\.public\.(path|dataset)="):
-        public_sets.read_public(wrong, lambda _: False)
+        public_sets.read_public(wrong, lambda _: False, "")
 
 
 def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):

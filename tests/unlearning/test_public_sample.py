@@ -1,4 +1,4 @@
-"""The clustering samples a public set: no erasure reaches its prototypes, and the set is read once."""
+"""The clustering samples a public set and prompts begin with it: no erasure reaches them, and the set is read once."""
 
 import collections
 import shutil
@@ -15,6 +15,7 @@ from lmeraser_jax.unlearning import doctor, erase
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import audit, state
 from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.run import open_run
 
 pytestmark = pytest.mark.usefixtures("fast_files")
 
@@ -34,6 +35,7 @@ def public(tmp_path_factory):
 
 def config_with(public, **overrides):
     chosen = {"clustering__sample_from": "public", "public__source": "npz", "public__path": str(public)}
+    chosen["tuning__start"] = "public"
     return small_config(**chosen | overrides)
 
 
@@ -111,7 +113,13 @@ def test_a_lost_sample_is_drawn_again_from_the_same_set_only(workdir, public, tm
     with pytest.raises(UserError, match="names other images now"), small_run(workdir, config=config):
         pass
     kept.rename(public)
+    prompt = next((workdir / "public").glob("prompt-*"))
+    before = {path.name: path.read_bytes() for path in prompt.rglob("*.npz")}
+    np.savez(prompt / "0" / "arrays.npz", prompt=np.zeros(3, np.float32))
+    with pytest.raises(UserError, match="not the one that was tuned; lmeraser train"), open_run(workdir) as run:
+        _ = run.tuning_spec
     with small_run(workdir, config=config) as run:
+        assert {path.name: path.read_bytes() for path in prompt.rglob("*.npz")} == before
         assert not build(run).published
         named = load_clustering(run.layout, run.catalog.manifest().clustering)
         assert run.public_sample.records.ids == named.sample
