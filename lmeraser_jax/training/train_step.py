@@ -183,7 +183,7 @@ def cluster_step(
 
 
 def _fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
-    """A slice before its first step; a backbone of its own begins as the frozen one, adapters change nothing at first."""
+    """A slice before its first step: a backbone of its own as the frozen one, adapters that change nothing."""
     first = init_slice(key, tuning_spec.tuning, tuning_spec.architecture, tuning_spec.classes, tuning_spec.mapping)
     if tuning_spec.start:
         return first._replace(prompt=jnp.array(np.frombuffer(tuning_spec.start, np.float32)))
