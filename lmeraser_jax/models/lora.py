@@ -33,7 +33,9 @@ class LoraSpec:
 class Linear(nnx.Linear):
     """A dense layer of a block's attention or MLP, to which `adapt` can give an adapter."""
 
-    scale: float = 0.0  # alpha / R
+    scale: float = 0.0  # alpha / R; 0: no adapter
+    lora_a: nnx.LoRAParam  # A, if there is an adapter
+    lora_b: nnx.LoRAParam  # B, likewise
 
     def __call__(self, x: jax.Array, out_sharding: Any = None) -> jax.Array:  # [..., D] -> [..., E]
         return self._adapted(super().__call__(x, out_sharding), x, slice(None))

@@ -167,7 +167,7 @@ def cluster_step(
     for i in range(2):
         key = jax.random.fold_in(key, batch.words[i])
     key_init, key_augment = jax.random.split(key)
-    first = _fresh_slice(tuning_spec, key_init, params)
+    first = fresh_slice(tuning_spec, key_init, params)
     fresh = LaneState(first, tx.init(first))
     slice_, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
     inputs = images[batch.rows]
@@ -182,7 +182,7 @@ def cluster_step(
     return LaneState(slice_, opt), loss
 
 
-def _fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
+def fresh_slice(tuning_spec: TuningSpec, key: jax.Array, params: Any) -> Slice:
     """A slice before its first step: a backbone of its own as the frozen one, adapters that change nothing."""
     first = init_slice(key, tuning_spec.tuning, tuning_spec.architecture, tuning_spec.classes, tuning_spec.mapping)
     if tuning_spec.start:
@@ -233,7 +233,7 @@ def initial_state(tuning_spec: TuningSpec, mesh: Mesh) -> LaneState:
     """Zeros in the shape of all lanes' states, split over the mesh."""
 
     def lane_state(params: Any) -> LaneState:
-        slice_ = _fresh_slice(tuning_spec, jax.random.key(0), params)
+        slice_ = fresh_slice(tuning_spec, jax.random.key(0), params)
         return LaneState(slice_, optimizer(tuning_spec.tuning).init(slice_))
 
     lanes = mesh.size * tuning_spec.tuning.lanes

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import small_config, small_run, small_source, without
+from helpers import merged, small_config, small_run, small_source, without
 from tuning_problem import small_backbone
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.transforms import centred
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import predict as predict_module
 from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.evaluation.predict import load_model, predict
@@ -20,6 +21,7 @@ from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.experiments import methods
 from lmeraser_jax.experiments.measure import forward_passes
 from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training import closed_form, clustering, train_step, tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import noise_activation, place_prompt
@@ -90,7 +92,12 @@ def test_an_erasure_gives_the_state_of_never_having_had_the_records(name, built,
     assert changed
     if run.config.clustering.partition == "random":
         assert changed - {"common"} == {records.clusters[3]}
-    if name in ("DAM-VP", "SISA", "a common head beside clusters"):  # once more, from a source without the records
+    if name in (
+        "DAM-VP",
+        "SISA",
+        "SISA of adapters",
+        "a common head beside clusters",
+    ):  # once more, from a source without the records
         with small_run(tmp_path / "fresh", without(small_source(), set(chosen)), run.config) as fresh:
             build(fresh)
             assert differences(after, state(fresh)) == []
@@ -119,18 +126,6 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path, monkeypatch):
         (tuned,) = tune.make_slices(on_images, run.backbone, jobs, run.images, labels, run.mesh)
     np.testing.assert_allclose(slice_.kernel, tuned.slice.kernel, atol=2e-5)
     np.testing.assert_allclose(slice_.bias, tuned.slice.bias, atol=2e-5)
-
-
-def merged(params, adapters, scale):
-    """A copy of nested parameters with W + scale A B in place of each kernel that has an adapter."""
-    copied = dict(params)
-    for name, below in adapters.items():
-        if "lora_a" in below:
-            change = scale * below["lora_a"].astype(np.float64) @ below["lora_b"]
-            copied[name] = params[name] | {"kernel": (params[name]["kernel"] + change).astype(np.float32)}
-        else:
-            copied[name] = merged(params[name], below, scale)
-    return copied
 
 
 def literal_answers(run, images) -> np.ndarray:
@@ -244,19 +239,27 @@ def test_noise_activation_is_the_literal_rule():
     assert spread[list(mapping)].mean() > 0.97 * np.sort(spread)[-5:].mean()
 
 
-def test_more_classes_than_features_are_refused(tmp_path):
-    config = small_config(tuning__method="prompt", backbone__width=8, backbone__heads=2)
-    with (
-        small_run(tmp_path / "run", config=config) as run,
-        pytest.raises(ValueError, match="10 classes need a feature"),
-    ):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tuning__method": "prompt", "backbone__width": 8, "backbone__heads": 2}, "10 classes need a feature"),
+        ({"tuning__method": "lora", "tuning__lora_layers": 2}, "lora_layers=2: the backbone has 1 blocks"),
+    ],
+)
+def test_more_than_the_backbone_has_is_refused(settings, message, tmp_path):
+    with small_run(tmp_path / "run", config=small_config(**settings)) as run, pytest.raises(UserError, match=message):
         build(run)
 
 
-def test_the_backbone_is_tuned_and_the_frozen_one_stays(built, tmp_path):
-    with built("retrain", tmp_path / "run") as run:
+@pytest.mark.parametrize("name", ["retrain", "LoRA"])
+def test_the_backbone_or_its_adapters_are_tuned_and_the_frozen_one_stays(name, built, tmp_path):
+    with built(name, tmp_path / "run") as run:
         slice_ = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
-        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), slice_.backbone, run.backbone.params)
+        first = run.backbone.params
+        if name == "LoRA":  # each B is tuned from zeros, and nothing of the network but adapters is the slice's
+            assert {path.split("/")[-1] for path in flatten(slice_.backbone)} == {"lora_a", "lora_b"}
+            first = jax.tree.map(np.zeros_like, slice_.backbone)
+        moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), slice_.backbone, first)
         assert min(jax.tree.leaves(moved)) > 0, "every parameter gets a gradient"
         assert backbone_lib.load(run.layout.backbone)[0].digest == run.backbone.digest
 
@@ -287,6 +290,7 @@ def test_every_method_changes_its_settings_and_no_other():
 SLOW_PASSES = (
     ("DAM-VP", 0, 5),
     ("LoRA", 0, 5),
+    ("LoRA", 2, 3),
     ("retrain", 1, 1),
     ("single prompt", 1, 1),
     ("a common head beside clusters", 2, 3),
@@ -297,7 +301,6 @@ SLOW_PASSES = (
     ("name", "nearest", "expected"),
     [
         ("DAM-VP", 1, 2),
-        ("LoRA", 1, 2),
         ("expanded ridge of clusters", 0, 1),
         ("a common head beside shards", 0, 4),
         *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_PASSES),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 
+import chex
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,6 +19,7 @@ import pytest
 from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import weight_files
+from lmeraser_jax.models.lora import LoraSpec
 from lmeraser_jax.models.vit import ViTConfig
 from lmeraser_jax.storage import atomic_files, checkpoints
 from lmeraser_jax.training.slices import Slice, as_slice
@@ -285,6 +287,22 @@ def test_arrays_that_are_no_slice_are_refused_with_all_reasons():
             as_slice({name: leaf for name, leaf in (SLICE | changes).items() if leaf is not None}, "abc")
         message = str(caught.value)
         assert all(line in message for line in lines) and len(message) < 500
+
+
+def test_adapters_that_do_not_fit_the_backbone_are_named():
+    shapes = backbone_lib.graph(TINY, LoraSpec(2, 1.0))[2]
+    adapters = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), shapes)
+    arrays = checkpoints.flatten(Slice(**SLICE, backbone=adapters))
+    chex.assert_trees_all_equal(as_slice(arrays, "abc", shapes).backbone, adapters)
+    name = "backbone/blocks/0/attention/qkv/lora_a"
+    cases = [(None, "missing: blocks/0/attention/qkv/lora_a"), (arrays[name].astype("f8"), f"{name} must be float32")]
+    cases.append((arrays[name][:, :1], "blocks/0/attention/qkv/lora_a: the file has"))
+    for leaf, line in cases:
+        changed = {field: value for field, value in (arrays | {name: leaf}).items() if value is not None}
+        with pytest.raises(UserError, match=line):
+            as_slice(changed, "abc", shapes)
+    with pytest.raises(UserError, match="is no part of a slice"):
+        as_slice(arrays, "abc")
 
 
 def test_a_backbone_of_other_metadata_or_arrays_is_refused(tmp_path):

@@ -80,3 +80,15 @@ def files_of(run: Run, name: str) -> dict[str, tuple[int, int]]:
     """{file: (inode, time of change)} below a slice: equal only if nothing was written again."""
     files = {path: path.stat() for path in run.layout.slice(name).rglob("*") if path.is_file()}
     return {str(path): (status.st_ino, status.st_mtime_ns) for path, status in files.items()}
+
+
+def merged(params, adapters, scale):
+    """A copy of nested parameters with W + scale A B in place of each kernel that has an adapter."""
+    copied = dict(params)
+    for name, below in adapters.items():
+        if "lora_a" in below:
+            change = scale * below["lora_a"].astype(np.float64) @ below["lora_b"]
+            copied[name] = params[name] | {"kernel": (params[name]["kernel"] + change).astype(np.float32)}
+        else:
+            copied[name] = merged(params[name], below, scale)
+    return copied

@@ -70,10 +70,12 @@ def test_the_loss_is_the_masked_mean_cross_entropy():
         np.testing.assert_allclose(loss, (losses * valid).sum() / max(sum(valid), 1), rtol=1e-5)
 
 
-def test_bits_do_not_depend_on_lane_neighbours_or_their_number(together):
-    backwards = tune_groups(small_spec("flip"), dict(reversed(GROUPS.items())))
+@pytest.mark.parametrize("method", ["prompt+head", "lora"])
+def test_bits_do_not_depend_on_lane_neighbours_or_their_number(method):
+    spec = small_spec("flip", method=method, rank=2)
+    together, backwards = tune_groups(spec), tune_groups(spec, dict(reversed(GROUPS.items())))
     for key, rows in GROUPS.items():
-        alone = tune_groups(small_spec("flip"), {key: rows})[key].slice
+        alone = tune_groups(spec, {key: rows})[key].slice
         assert same_bits(alone, together[key].slice) and same_bits(alone, backwards[key].slice)
 
 
@@ -93,10 +95,11 @@ def test_bits_do_not_depend_on_which_of_many_devices(together):
 
 
 @pytest.mark.slow
-def test_bits_do_not_depend_on_how_many_devices():
+@pytest.mark.parametrize("method", ["prompt+head", "lora"])
+def test_bits_do_not_depend_on_how_many_devices(method):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    two, eight = (tune_groups(small_spec("flip"), devices=devices) for devices in (2, 8))
+    two, eight = (tune_groups(small_spec("flip", method=method), devices=devices) for devices in (2, 8))
     assert all(same_bits(two[key].slice, eight[key].slice) for key in GROUPS)
 
 
@@ -120,9 +123,10 @@ def shapes_of_products(jaxpr):
     return shapes
 
 
-def test_no_backbone_gradient_exists_in_the_program():
+@pytest.mark.parametrize("method", ["prompt+head", "lora"])
+def test_no_backbone_gradient_exists_in_the_program(method):
     """A gradient of a weight is a matrix product with the weight's shape; the program has none."""
-    spec, params = small_spec(), small_backbone().params
+    spec, params = small_spec(method=method, rank=2), small_backbone().params
     weights = {leaf.shape for leaf in jax.tree.leaves(params) if leaf.ndim == 2 and 1 not in leaf.shape}
     weights |= {shape[::-1] for shape in weights}
 
@@ -130,7 +134,7 @@ def test_no_backbone_gradient_exists_in_the_program():
         labels, valid = jnp.zeros(4, jnp.int32), jnp.ones(4, bool)
         return train_step.cluster_loss(slice_, spec, params, jnp.zeros((4, 8, 8, 1)), labels, valid)
 
-    slice_ = init_slice(jax.random.key(0), spec.tuning, spec.architecture, CLASSES)
+    slice_ = train_step.fresh_slice(spec, jax.random.key(0), params)
     with_gradient = jax.make_jaxpr(jax.grad(loss, argnums=1))(slice_, params)
     assert weights & shapes_of_products(with_gradient.jaxpr), "control: with a backbone gradient one is there"
     state = train_step.initial_state(spec, mesh_of(jax.devices()[:1]))
@@ -170,10 +174,11 @@ def test_a_call_sends_no_image_where_all_fit_on_the_device(monkeypatch):
         jax.jit(jnp.sum)(np.ones(3))  # control: the guard works on this backend
 
 
-def test_snapshots_change_neither_the_end_nor_the_program(monkeypatch):
+@pytest.mark.parametrize("method", ["prompt+head", pytest.param("lora", marks=pytest.mark.slow)])
+def test_snapshots_change_neither_the_end_nor_the_program(method, monkeypatch):
     chex.clear_trace_counter()
     monkeypatch.setattr(train_step, "device_program", chex.assert_max_traces(train_step.device_program, n=1))
-    spec = small_spec(seed=101)  # new to this process
+    spec = small_spec(seed=101, method=method)  # new to this process
     plain, results = tune_groups(spec), tune_jobs(spec, snapped_jobs(spec))
     for job in snapped_jobs(spec):
         own = [tuned for tuned in results if tuned.job.key == job.key]

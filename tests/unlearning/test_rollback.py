@@ -1,16 +1,22 @@
 """Rollback of one cluster: what it can go back to, that it stays there, and that an erasure ends it."""
 
+import dataclasses
+import json
 import shutil
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import pytest
 from helpers import small_config, small_run, small_source, without
 
+from lmeraser_jax.config import Tuning
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import predict
 from lmeraser_jax.unlearning import erase, purge, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, split_reference
 from lmeraser_jax.unlearning.audit import audit, differences, leaves, rebuild_slice, state
+from lmeraser_jax.unlearning.binding import refuse_misfits
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
 
@@ -135,6 +141,19 @@ def test_another_config_can_be_taken_back(grown, tmp_path):
         with pytest.raises(UserError, match=f"cluster {key[:12]}, prompt_width: 1 -> 2"):
             rollback.rollback(run, key, version.ref)
         assert not run.catalog.pins() and not build(run).published and predict.load_model(run)
+
+
+def test_adapters_of_another_rank_or_scale_cannot_answer_together():
+    old = Tuning(method="lora")
+    row = SimpleNamespace(cluster="k", tuning=json.dumps(dataclasses.asdict(old)))
+    catalog: Any = SimpleNamespace(slices=lambda: {"a": row})
+    changes = [("rank", 4, "8 -> 4"), ("alpha", 8.0, "16.0 -> 8.0"), ("lora_layers", 1, "0 -> 1")]
+    for name, value, change in changes:
+        with pytest.raises(UserError, match=f"cluster k, {name}: {change}"):
+            refuse_misfits(catalog, dataclasses.replace(old, **{name: value}), ["a"])
+    with pytest.raises(UserError, match="cluster k, rank: 8 -> 0"):
+        refuse_misfits(catalog, Tuning(method="head"), ["a"])
+    refuse_misfits(catalog, dataclasses.replace(old, lora_rate=1.0), ["a"])
 
 
 def test_an_erased_member_ends_the_rollback_and_takes_its_versions(run, tmp_path):
