@@ -12,13 +12,16 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.config import Config
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
+from lmeraser_jax.experiments.results import Measurement
 from lmeraser_jax.storage.workdir import Layout
 
 FLAGS = (
@@ -55,23 +58,33 @@ def run(arguments: common.Arguments) -> int:
     rows = results.merge(runner.compare(comparison, command), others)
     results.save(folder, rows)
     titles = {method.name: method.title for method in (*methods.METHODS.values(), *comparison.methods)}
-    missing = figures.missing()
-    if missing:
-        common.warn(f"no figures: {missing}")
-    figure_files, pictures = ([], []) if missing else figures.write_figures(folder, rows.rows, titles)
+    figure_files, pictures = drawn(folder, rows.rows, titles)
     written = [*summary.write_report(folder, rows, titles, pictures), *figure_files]
     lines = [(folder / "report.md").read_text("utf-8"), *(f"wrote {os.path.relpath(path)}" for path in written)]
     common.show(arguments, "\n".join(lines), dataclasses.asdict(rows))
     return 0
 
 
+def names_of(config: Config, split: str) -> dict[str, str]:
+    """What people call the data set and the backbone."""
+    dataset = config.data.dataset or (Path(config.data.path).stem if config.data.path else config.data.source)
+    backbone = config.backbone.name or Path(config.backbone.weights).name or "small ViT"
+    return {"dataset": dataset + (", held out" if split == "holdout" else ""), "backbone": backbone}
+
+
+def drawn(folder: Path, rows: Sequence[Measurement], titles: Mapping[str, str]) -> tuple[list[Path], list]:
+    """The figures as `figures.write_figures` gives them; none, and a warning, without matplotlib."""
+    if missing := figures.missing():
+        common.warn(f"no figures: {missing}")
+        return [], []
+    return figures.write_figures(folder, rows, titles)
+
+
 def _comparison(arguments: common.Arguments) -> Comparison:
     folder = Path(common.workdir_of(arguments, must_exist=False))  # refuses a missing one first
     config = common.config_of(arguments)
-    dataset = config.data.dataset or (Path(config.data.path).stem if config.data.path else config.data.source)
     options = Options(
-        dataset=dataset + (", held out" if arguments["split"] == "holdout" else ""),
-        backbone=config.backbone.name or Path(config.backbone.weights).name or "small ViT",
+        **names_of(config, arguments["split"]),
         cuts=tuple(dict.fromkeys(arguments["cuts"])),
         sequences=tuple(dict.fromkeys(arguments["sequences"])) or tuple(sequences.KINDS),
         **{name: arguments[name] for name in ("split", "probes", "requests", "length")},

@@ -47,11 +47,12 @@ COMMANDS = {
     "audit": "rebuild the workdir from its live records and compare every bit",
     "attack": "try to find erased records in an unlearned model",
     "doctor": "report damage in a workdir; with --fix drop what train can make again",
+    "choose": "choose a method on a private hold-out, within a budget for an erasure",
     "compare": "compare methods: accuracy, cost of an erasure, figures",
     "inspect": "show clusters, slices, versions and disk use; list record ids",
 }
 CHECKS = frozenset({"audit", "attack", "doctor", "verify"})  # exit code 1 is their verdict
-RESUMABLE = frozenset({"adapt", "train", "add", "unlearn", "process", "rollback", "pretrain", "compare"})
+RESUMABLE = frozenset({"adapt", "train", "add", "unlearn", "process", "rollback", "pretrain", "choose", "compare"})
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
 MENDABLE = frozenset(  # errors of disks, folders and limits

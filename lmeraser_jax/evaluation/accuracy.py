@@ -8,7 +8,7 @@ import numpy as np
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import linear_head
-from lmeraser_jax.evaluation.predict import Model, load_model, predict
+from lmeraser_jax.evaluation.predict import Predictions, load_model, predict
 from lmeraser_jax.unlearning.run import Run
 
 HINTS = {"holdout": "--config.data.holdout", "test": "--config.data.test_share"}
@@ -22,6 +22,7 @@ class Evaluation:
     images: int
     accuracy: float  # of the published state
     balanced: float
+    balanced_error: float  # its standard error, from the number of images of each class
     linear: float | None  # of the plain linear head, None where it was not asked for
     linear_balanced: float | None
     largest: str  # the class with the most training records; the first of several
@@ -46,8 +47,8 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | None = None) -> Evaluation:
-    """Evaluates the published state, or another `model`, on a split: test | holdout | train.
+def evaluate(run: Run, split: str = "test", linear: bool = True, answers: Predictions | None = None) -> Evaluation:
+    """Evaluates the published state, or other `answers` to the images of a split: test | holdout | train.
 
     With `linear` also a plain linear head, fitted on the features of the live training records. Raises `UserError`
     where the split has no images, or nothing is published.
@@ -56,7 +57,7 @@ def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | 
     if not len(records):
         hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
         raise UserError(f"--split={split}: the workdir has no such images{hint}")
-    labels, answers = records.labels, predict(model or load_model(run), run.images[records.rows])
+    labels, answers = records.labels, answers or predict(load_model(run), run.images[records.rows])
     right, nearest = answers.labels == labels, answers.clusters[:, 0]
     clusters = [
         (answers.keys[k], int((nearest == k).sum()), float(right[nearest == k].mean())) for k in np.unique(nearest)
@@ -71,6 +72,7 @@ def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | 
         images=len(records),
         accuracy=float(right.mean()),
         balanced=balanced_accuracy(labels, answers.labels),
+        balanced_error=balanced_error(labels, answers.labels),
         linear=None if linear_answers is None else float((linear_answers == labels).mean()),
         linear_balanced=None if linear_answers is None else balanced_accuracy(labels, linear_answers),
         largest=run.classes[largest],
@@ -84,6 +86,18 @@ def evaluate(run: Run, split: str = "test", linear: bool = True, model: Model | 
 def balanced_accuracy(labels: np.ndarray, answers: np.ndarray) -> float:
     """Mean over the classes that occur of the share of right answers; both int [N], N > 0."""
     return float(np.mean([(answers[labels == label] == label).mean() for label in np.unique(labels)]))
+
+
+def balanced_error(labels: np.ndarray, answers: np.ndarray) -> float:
+    """Standard error of `balanced_accuracy`, sqrt(sum_y p_y (1 - p_y) / n_y) / Y, for the same arrays.
+
+    p_y and n_y are of a class with one right and one wrong answer added (Agresti and Caffo, 2000): a class with few
+    images, all of them right, is not certain.
+    """
+    hits = [answers[labels == label] == label for label in np.unique(labels)]
+    rates = np.array([(right.sum() + 1) / (len(right) + 2) for right in hits])
+    counts = np.array([len(right) + 2 for right in hits])
+    return float(np.sqrt((rates * (1 - rates) / counts).sum()) / len(hits))
 
 
 def class_scores(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -239,6 +239,13 @@ def routed_probabilities(
         distances = squared_distances(bare_feature(), arrays.prototypes, arrays.present)
     distances = jnp.where(arrays.present[None], distances, jnp.inf)  # [B, K]
     index = jax.lax.top_k(-distances, nearest)[1]  # [B, m]; of equal ones the first
+    chosen = arrays.present[index]  # [B, m]
+    weight, common = config.inference.common_weight, None
+    if arrays.common is not None:
+        feature = expand(bare_feature(), config.common.expand)
+        common = jax.nn.softmax(feature @ arrays.common.kernel + arrays.common.bias[None], axis=-1)
+        if weight == 1:  # it answers alone: no image passes through a slice
+            return common, jnp.where(chosen, index, -1)
     if tuning_spec.tuning.shares_feature:
         feature = expand(bare_feature(), tuning_spec.tuning.expand)
         logits = jnp.einsum("bd,bmdy->bmy", feature, arrays.stack.kernel[index]) + arrays.stack.bias[index]
@@ -246,15 +253,12 @@ def routed_probabilities(
         logits = jnp.take_along_axis(_logits_of_all(tuning_spec, arrays, pixels), index[..., None], axis=1)
     else:
         logits = _logits_of_chosen(tuning_spec, arrays, pixels, index)
-    chosen = arrays.present[index]  # [B, m]
     probabilities = jax.nn.softmax(logits, axis=-1)  # [B, m, Y]
     if config.inference.aggregate == "vote":
         probabilities = jax.nn.one_hot(probabilities.argmax(axis=-1), logits.shape[-1], dtype=logits.dtype)
     probabilities = jnp.where(chosen[..., None], probabilities, 0.0).sum(axis=1)
     probabilities /= chosen.sum(axis=1, keepdims=True, dtype=logits.dtype)  # [B, Y]
-    if arrays.common is not None:
-        feature, weight = expand(bare_feature(), config.common.expand), config.inference.common_weight
-        common = jax.nn.softmax(feature @ arrays.common.kernel + arrays.common.bias[None], axis=-1)
+    if common is not None:
         probabilities = (1 - weight) * probabilities + weight * common
     return probabilities, jnp.where(chosen, index, -1)
 

@@ -32,6 +32,7 @@ class Options:
     cuts: tuple[str, ...] = ()  # values of clustering.cut
     sequences: tuple[str, ...] = tuple(sequences.KINDS)
     length: int = 10  # batches of a sequence
+    by: str = ""  # accuracy or balanced: the split chooses the weight of the common head by it; "": the config's weight
 
 
 @dataclasses.dataclass(frozen=True)

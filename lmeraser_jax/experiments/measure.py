@@ -15,7 +15,8 @@ import numpy as np
 
 from lmeraser_jax.evaluation import overview
 from lmeraser_jax.evaluation.accuracy import evaluate
-from lmeraser_jax.evaluation.predict import Model, load_model, with_slices
+from lmeraser_jax.evaluation.common_weight import best_weight, with_weight
+from lmeraser_jax.evaluation.predict import Predictions, load_model, predict, with_slices
 from lmeraser_jax.experiments import sequences
 from lmeraser_jax.experiments.comparison import Options, Task
 from lmeraser_jax.experiments.results import Measurement
@@ -61,9 +62,9 @@ def _copy(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _measure(run: Run, task: Task, options: Options, model: Model | None = None, **point: Any) -> Measurement:
-    """A row of the published state, or of `model`, at a point of the experiment, without the costs of requests."""
-    evaluation = evaluate(run, options.split, linear=False, model=model)
+def _measure(run: Run, task: Task, options: Options, answers: Predictions | None = None, **point: Any) -> Measurement:
+    """A row of the published state, or of other answers, at a point of the experiment, without costs of requests."""
+    evaluation = evaluate(run, options.split, linear=False, answers=answers)
     shown, (per_cluster, common) = overview.overview(run.layout, run.catalog, run.config), _parameter_counts(run)
     return Measurement(
         experiment=task.experiment,
@@ -75,6 +76,8 @@ def _measure(run: Run, task: Task, options: Options, model: Model | None = None,
         clusters=len(shown.clusters),
         accuracy=evaluation.accuracy,
         balanced=evaluation.balanced,
+        balanced_error=evaluation.balanced_error,
+        common_weight=run.config.inference.common_weight if run.config.common.method != "none" else 0.0,
         majority=evaluation.majority,
         images_full=_passed(run, sum(row.images for row in run.catalog.slices().values())),
         parameters=per_cluster * len({cluster.slice for cluster in shown.clusters}) + common,
@@ -93,8 +96,12 @@ def _passed(run: Run, images: int) -> int:
 
 def methods(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     """Accuracy, and what a request costs: planned for many records, served for a few (Figs. 3, 7, Table 3)."""
-    seconds_full, row = full_tuning_seconds(run), _measure(run, task, options)
-    images, records, parameters = planned_costs(run, options.probes).T
+    seconds_full, answers = full_tuning_seconds(run), None
+    if options.by and run.config.common.method != "none":
+        weight, answers = best_weight(run, options.split, options.by)
+        run = with_weight(run, weight)
+    row = _measure(run, task, options, answers)
+    images, records, passed, parameters = planned_costs(run, options.probes).T
     always_full = row.images_full > 0 and images.min() > 0.999 * row.images_full * (1 - 1 / row.records)
     count = min(options.requests, 1) if always_full else options.requests  # such requests last long and are all alike
     unsampled, sampled_ = served_seconds(run, count)
@@ -104,6 +111,7 @@ def methods(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
         images_request=float(images.mean()),
         images_worst=float(images.max()),
         records_request=float(records.mean()),
+        share_request=float(passed.mean()) / row.records,
         parameters_request=float(parameters.mean()),
         seconds_request=(1 - row.sampled_share) * unsampled + row.sampled_share * sampled_,
         seconds_unsampled=unsampled,
@@ -137,10 +145,11 @@ def epochs(run: Run, task: Task, options: Options) -> Iterator[Measurement]:
     """
     manifest, slices, every = run.catalog.manifest(), run.catalog.slices(), run.config.checkpoints.every_epochs
     assert manifest is not None
-    last = run.config.tuning.epochs
+    images, last = run.images[run.catalog.live(options.split).rows], run.config.tuning.epochs
     for x in range(every, last, every):
         earlier = {key: nearest_snapshot(run, slices[name], x / last) for key, name in manifest.clusters.items()}
-        yield _measure(run, task, options, with_slices(load_model(run), earlier), x=float(x))
+        answers = predict(with_slices(load_model(run), earlier), images)
+        yield _measure(run, task, options, answers, x=float(x))
     yield _measure(run, task, options, x=float(last))
 
 
@@ -174,7 +183,8 @@ def _erase(run: Run, ids: list[str]) -> BuildReport:
 def planned_costs(run: Run, count: int) -> np.ndarray:
     """Plans the erasures of n = `count` live records, drawn uniformly, each on its own. Changes nothing.
 
-    float64 [n, 3]: images passed forward and backward; members and parameters of all slices that are tuned again.
+    float64 [n, 4]: images passed forward and backward; members of all slices that are made again, and of those whose
+    images pass; parameters of all of them.
     """
     ids = run.catalog.live("train").ids
     chosen = philox(run.config.seed, "probe").choice(len(ids), min(count, len(ids)), replace=False)
@@ -182,10 +192,11 @@ def planned_costs(run: Run, count: int) -> np.ndarray:
     with progress("plan", len(chosen)) as shown:
         for index in chosen:
             build_plan = current_plan(run, {ids[index]})
-            members = [build_plan.members[key].rows for key in build_plan.missing]
-            records = np.unique(np.concatenate([np.empty(0), *members]))
+            members = {key: build_plan.members[key].rows for key in build_plan.missing}
+            records = np.unique(np.concatenate([np.empty(0), *members.values()]))
+            passed = _passed(run, sum(len(rows) for key, rows in members.items() if key != SliceKind.COMMON))
             parameters = sum(common if key == SliceKind.COMMON else per_cluster for key in build_plan.missing)
-            costs.append((_passed(run, build_plan.images_missing), len(records), parameters))
+            costs.append((_passed(run, build_plan.images_missing), len(records), passed, parameters))
             shown.advance(1)
     return np.array(costs, np.float64)
 
@@ -232,10 +243,10 @@ def forward_passes(run: Run, clusters: int) -> float:
     Padding of a batch or of the stack of clusters does not count.
     """
     routing, tuning = run.config.inference, run.config.tuning
-    if tuning.shares_feature:
+    common_head = routing.common_weight > 0 and run.config.common.method != "none"
+    if tuning.shares_feature or common_head and routing.common_weight == 1:
         return 1.0
     everyone = routing.nearest == 0 or tuning.method == "backbone"
     prompted = clusters if everyone else min(routing.nearest, clusters)
     routed = run.config.clustering.partition == "adaptive" and routing.nearest > 0
-    common_head = routing.common_weight > 0 and run.config.common.method != "none"
     return float(prompted + (routed or common_head))

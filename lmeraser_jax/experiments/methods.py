@@ -72,21 +72,26 @@ METHODS: dict[str, Method] = {  # docs/reproduce.md says what each does
         Method("ridge", "ridge", ONE_CLUSTER | {"tuning.method": "ridge"}),
         Method("ridge-cosines", "ridge + cosines", ONE_CLUSTER | {"tuning.method": "ridge", "tuning.expand": 512}),
         Method("logistic", "logistic head", ONE_CLUSTER | {"tuning.method": "linear", "tuning.penalty": 0.03}),
+        Method(
+            "logistic-balanced",
+            "balanced logistic head",
+            ONE_CLUSTER | {"tuning.method": "linear", "tuning.penalty": 0.03, "tuning.balanced": True},
+        ),
         Method("ncm", "nearest class mean", ONE_CLUSTER | {"tuning.method": "ncm"}),
     )
 }
 
 
-def load(names: Sequence[str]) -> tuple[Method, ...]:
+def load(names: Sequence[str], known: Mapping[str, Method] = METHODS, flag: str = "methods") -> tuple[Method, ...]:
     """Methods by name, or by the path of a config file (*.py). Raises `UserError` with all that are none."""
     methods, problems = [], []
     for name in names:
         try:
-            methods.append(_load_file(Path(absolute(name))) if name.endswith(".py") else METHODS[name])
+            methods.append(_load_file(Path(absolute(name))) if name.endswith(".py") else known[name])
         except UserError as error:
-            problems.append(f"--methods={name}: {error}")
+            problems.append(f"--{flag}={name}: {error}")
         except KeyError:
-            problems.append(f"--methods={name}: no such method; legal: {', '.join(METHODS)}, or a config file FILE.py")
+            problems.append(f"--{flag}={name}: no such method; legal: {', '.join(known)}, or a config file FILE.py")
     raise_all(problems)
     return tuple(methods)
 

@@ -56,6 +56,9 @@ class Measurement:
     passes: float = 0.0  # images passed forward through the backbone for one prediction
     seconds_unsampled: float = 0.0  # mean of the requests that were served for records that are not sampled
     seconds_sampled: float = 0.0  # mean of those for sampled records
+    share_request: float = 0.0  # mean share of the records that a request passes again, with all of their slices
+    common_weight: float = 0.0  # of the common head among the answers; 0 without one
+    balanced_error: float = 0.0  # standard error of `balanced`
     majority: float = 0.0  # accuracy of always naming the class with the most training records; 0: not known
     source: str = ""  # key of the entry of `Results.sources` that says where the row comes from
 

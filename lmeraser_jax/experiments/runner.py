@@ -23,7 +23,7 @@ from lmeraser_jax.experiments.measure import run_task
 from lmeraser_jax.experiments.results import FinishedTask, Results
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.training import clustering
-from lmeraser_jax.unlearning.run import Run, prepare_run
+from lmeraser_jax.unlearning.run import Run, open_run, prepare_run
 
 
 def compare(comparison: Comparison, command: str) -> Results:
@@ -32,11 +32,8 @@ def compare(comparison: Comparison, command: str) -> Results:
     Raises `UserError` as `check` does and for data with too few records for a shard or a class; and `Stopped`, after
     which the same command carries on.
     """
-    check(comparison)
-    _bind(comparison)
-    tasks = comparison.tasks
-    waiting = [task for task in tasks if not comparison.rows_file(task).is_file()]
-    _make_bases(comparison, waiting)
+    tasks, waiting = comparison.tasks, prepare(comparison)
+    _refuse_few_records(comparison, waiting)
     to_come = collections.Counter(task.tuning_digest for task in waiting)
     for number, task in enumerate(waiting, 1 + len(tasks) - len(waiting)):
         start, folder, tuned = time.perf_counter(), comparison.folder / task.name, comparison.tuned(task)
@@ -54,6 +51,16 @@ def compare(comparison: Comparison, command: str) -> Results:
         results.save(comparison.folder, results.collect(comparison.folder))
     _remove(comparison.folder, "tuned_*")  # of an interrupted command that had more tasks
     return results.collect(comparison.folder)
+
+
+def prepare(comparison: Comparison) -> list[Task]:
+    """Makes the workdirs that the tasks begin as. Returns the tasks that are not done yet; raises as `check` does."""
+    check(comparison)
+    _bind(comparison)
+    waiting = [task for task in comparison.tasks if not comparison.rows_file(task).is_file()]
+    for seed in sorted({task.seed for task in waiting}):
+        _make_base(comparison.base(seed), dataclasses.replace(comparison.config, seed=seed))
+    return waiting
 
 
 def _remove(folder: Path, *patterns: str) -> None:
@@ -84,13 +91,11 @@ def _source(command: str) -> dict[str, str]:
     return {"command": command, "machine": machine, "version": __version__, "date": today}
 
 
-def _make_bases(comparison: Comparison, waiting: Sequence[Task]) -> None:
-    """Makes the workdirs that the tasks begin as, and refuses data that are too few for a task."""
+def _refuse_few_records(comparison: Comparison, waiting: Sequence[Task]) -> None:
+    """Refuses data that are too few for a task."""
     split, problems = comparison.options.split, []
     for seed in sorted({task.seed for task in waiting}):
-        base, config = comparison.base(seed), dataclasses.replace(comparison.config, seed=seed)
-        _make_base(base, config)
-        with prepare_run(base, config) as (run, _):
+        with open_run(comparison.base(seed)) as run:
             if not len(run.catalog.live(split)):
                 holdout = "--config.data.holdout or holdout_split must leave some"
                 remedy = holdout if split == "holdout" else "use more data"

@@ -1,0 +1,90 @@
+"""What `lmeraser choose` tries by default for a budget, what that costs, and the config file that it writes. No JAX."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lmeraser_jax.config import Config, parse_cut, settings_of
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.experiments.methods import ADAPTIVE, METHODS, RANDOM, Method
+from lmeraser_jax.experiments.summary import printable
+from lmeraser_jax.storage.atomic_files import write_bytes
+
+COMMON = {"common.method": "linear", "common.penalty": 0.03, "common.expand": 0, "common.balanced": False}
+FINEST = {"clustering.cut": "0", "clustering.max_members": 0, "clustering.min_members": 0}  # a cluster a sampled record
+CLOSED = ("logistic", "logistic-balanced", "ridge")
+SAMPLED = 2.4  # measured: of n clusters, one for each sampled record, the mean request passes at most this many again
+FEWEST = 5  # records of a shard, or for each sampled record, in the mean
+FORWARD_AND_BACKWARD = 3  # times the work of a forward pass
+LEGAL_BUDGET = "a share above 0 %, at most 100 %, such as 3% or 0.03"
+
+
+def parse_budget(text: str) -> float:
+    """A share of the data and of the images of a full tuning, from a text such as 3% or 0.03."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise UserError(f"--budget={text}: must be {LEGAL_BUDGET}" if text else f"--budget is missing: {LEGAL_BUDGET}")
+    return value
+
+
+def candidates(budget: float) -> dict[str, Method]:
+    """The methods to try for a budget, the cheapest first: {name: method}.
+
+    Heads of all records in closed form; as many clusters, and as few shards, as keep the mean request within the
+    budget, each beside a common logistic head. The mean request passes the share 1/S of S random shards.
+    """
+    shards, sample = math.ceil(1 / budget), math.ceil(SAMPLED / budget)
+    clusters = ADAPTIVE | FINEST | COMMON | {"clustering.sample_size": sample, "inference.nearest": min(8, sample)}
+    parts = RANDOM | COMMON | {"clustering.shards": shards, "inference.nearest": 0, "inference.aggregate": "mean"}
+    methods = [METHODS[name] for name in CLOSED]
+    methods.append(Method(f"lmeraser-{sample}", f"{sample} clusters, prompt + head, logistic", clusters))
+    methods.append(Method(f"shards-{shards}", f"{shards} shards, prompt + head, logistic", parts))
+    return {method.name: method for method in methods}
+
+
+def with_enough_records(methods: Sequence[Method], config: Config, records: int) -> tuple[Method, ...]:
+    """The methods without those whose shards, or clusters, would have hardly a record in so many."""
+    return tuple(method for method in methods if FEWEST * _most_clusters(method.configure(config)) <= records)
+
+
+def _most_clusters(config: Config) -> int:
+    clustering = config.clustering
+    return clustering.sample_size if clustering.partition == "adaptive" else clustering.parts
+
+
+def expected_passes(config: Config, records: int, held_out: int, requests: int) -> float:
+    """Roughly, in images that pass forward: the work of tuning, of some requests and of answers to the hold-out."""
+    tuning, clusters = config.tuning, _most_clusters(config)
+    if tuning.closed or tuning.method == "head" and config.data.augment == "none":
+        return 0.0
+    if config.clustering.partition == "adaptive":
+        kind, value = parse_cut(config.clustering.cut)
+        clusters = int(value) if kind == "auto" else clusters
+    tuned = max(tuning.epochs * records, clusters * tuning.min_steps * tuning.batch)
+    again = min(1.0, 2 * requests / clusters)  # of sampled and of other records
+    answering = 1 + min(config.inference.nearest or clusters, clusters)
+    return FORWARD_AND_BACKWARD * tuned * (1 + again) + held_out * answering
+
+
+def write_config(path: Path, config: Config, comments: Sequence[str]) -> None:
+    """Writes all settings as an experiment file, with comments above; completely or not at all."""
+    lines = [
+        '"""The settings that lmeraser choose found best within its budget: all of them.',
+        "",
+        f"  lmeraser train --config={path.name} --workdir=DIR",
+        '"""',
+        "",
+        *(f"# {printable(comment)}" for comment in comments),
+        "from lmeraser_jax.config import default_config",
+        "",
+        "",
+        "def get_config():",
+        "    config = default_config()",
+        *(f"    config.{name} = {value!r}" for name, value, _ in settings_of(config)),
+        "    return config",
+        "",
+    ]
+    write_bytes(path, "\n".join(lines).encode())
