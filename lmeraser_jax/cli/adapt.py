@@ -5,7 +5,7 @@
 
 Any number of workdirs can use the backbone; train adapts one of its own with --config.pretraining.start=weights. Public
 images that are private or test images of --config.data too are named and left out. The same command resumes after an
-interruption.
+interruption, from .DIR.checkpoints beside DIR.
 """
 
 import shutil
@@ -39,7 +39,8 @@ def run(arguments: common.Arguments) -> int:
 
     is_private = public_sets.private_contents(config.data).__contains__
     public = public_sets.read_public(config, is_private, public_sets.labels_learned(config))
-    checkpoints = out.with_name(f"{out.name}-checkpoints")
+    checkpoints = out.with_name(f".{out.name}.checkpoints")  # hidden: what a user keeps beside it is not touched
+    checkpoints.mkdir(parents=True, exist_ok=True)  # fails before the training where it cannot be written
     with pinned():
         backbone, provenance, _ = adapt.adapt(checkpoints, public, config, mesh_of())
     backbone_lib.save(out, backbone, binding.backbone_inputs(config), provenance)

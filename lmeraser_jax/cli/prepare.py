@@ -1,6 +1,7 @@
 """lmeraser prepare: download a data set of TensorFlow Datasets and write it as array_record files.
 
   lmeraser prepare --dataset=cifar10 [--data_dir=DIR]
+  lmeraser prepare --config.public.source=tfds
 
 Only this command needs TensorFlow: python -m pip install 'lmeraser_jax[prepare]'. The other commands read the files
 without it.
@@ -25,28 +26,31 @@ from lmeraser_jax.errors import UserError, join_limited
 NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"
 FLAGS = (
-    Flag("dataset", "", "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; by default --config.data.dataset"),
-    Flag("data_dir", absolute, "TFDS's data folder; else --config.data.path, $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+    Flag("dataset", "", "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; else data.dataset or public.dataset"),
+    Flag("data_dir", absolute, "TFDS's data folder; else the set's path, $TFDS_DATA_DIR or ~/tensorflow_datasets"),
 )
 
 
 def run(arguments: common.Arguments) -> int:
-    data = common.config_of(arguments).data
+    config = common.config_of(arguments)
+    public = config.public.source == "tfds" and not (arguments["dataset"] or config.data.dataset)
+    data = config.public if public else config.data
     dataset = arguments["dataset"] or data.dataset
     data_dir = arguments["data_dir"] or (data.path if data.source == "tfds" else "")
     if not dataset:
-        raise UserError(f"{FLAG}=NAME is missing: the name of a TFDS data set, such as cifar10")
+        default = f"--config.public.source=tfds stands for {config.public.dataset}, public photographs"
+        raise UserError(f"{FLAG}=NAME is missing: the name of a TFDS data set, such as cifar10; {default}")
     before = tfds_paths.find(dataset, data_dir, FLAG)
     folder = before or _prepare(dataset, tfds_paths.data_folder(data_dir))
     from lmeraser_jax.data import tfds  # loads TensorFlow Datasets
 
     prepared = tfds.open_prepared(folder, labelled=False)
     classes = list(prepared.fields.class_names)
-    next_command = _next_command(dataset, data_dir, prepared.name, bool(classes))
+    next_command = _next_command(dataset, data_dir, prepared.name, public or not classes)
     lines = [
         f"{prepared.name} {'was prepared before, nothing changed' if before else 'is prepared'}: {folder}",
         *(f"  {split:<12}{count:>9} images" for split, count in prepared.sizes.items()),
-        f"  {len(classes)} classes: {join_limited(classes) or 'it can be a public set only'}",
+        f"  {len(classes)} classes: {join_limited(classes) or 'a public set for ' + WITHOUT_LABELS}",
         f"next: {next_command}",
     ]
     values = {"dataset": prepared.name, "folder": str(folder), "new": before is None, "splits": prepared.sizes}
@@ -54,18 +58,16 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def _next_command(dataset: str, data_dir: str, full: str, labelled: bool) -> str:
+def _next_command(dataset: str, data_dir: str, full: str, public: bool) -> str:
     """What trains on the data set, or adapts a backbone; its config is named even where it is TFDS's default."""
     name, _, version = full.rpartition("/")
     short = name.replace("/", "-")
     if ":" in dataset:
         name = f"{name}:{version}"
-    group = "data" if labelled else "public"
+    group = "public" if public else "data"
     path = f" --config.{group}.path={shlex.quote(data_dir)}" if data_dir else ""
     settings = f"--config.{group}.source=tfds --config.{group}.dataset={name}{path} --config.backbone.weights=FILE"
-    if not labelled:
-        return f"lmeraser adapt --out={short} {settings} {WITHOUT_LABELS}"
-    return f"lmeraser train --workdir=runs/{short} {settings}"
+    return f"lmeraser {f'adapt --out={short}' if public else f'train --workdir=runs/{short}'} {settings}"
 
 
 def missing() -> list[str]:

@@ -95,7 +95,7 @@ class Pretraining:
     weight_decay: float = setting(0.05, "decoupled weight decay")
     warmup: float = setting(0.1, "share of all steps during which the rate rises", below=1)
     augment: str = setting("crop", "as data.augment", AUGMENTS)
-    checkpoint_epochs: int = setting(20, "epochs between checkpoints", low=1)
+    checkpoint_epochs: int = setting(20, "epochs between checkpoints, beside one every five minutes", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

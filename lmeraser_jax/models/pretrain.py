@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 
 State = tuple[Any, Any]  # (parameters, optimizer state)
+CHECKPOINT_SECONDS = 300.0  # between checkpoints, at most, whatever pretraining.checkpoint_epochs says
 CALL_STEPS = 64  # steps of one call of the compiled program, at most: between calls a training can stop
 
 
@@ -150,6 +152,7 @@ def train(folder: Path, start: Start, public: PublicSet, config: Config, mesh: M
     identity = digest([str(start.config), str(start.spec), str(p), config.seed, batch, initial, arrays_digest(data)])
     state, first, right = _resume(folder, (start.params, tx.init(start.params)), identity)
     state, data = jax.device_put((state, data), NamedSharding(mesh, P()))
+    saved = time.monotonic()
     with progress("pretrain", p.epochs * len(calls)) as shown:
         shown.advance(first)
         for number in range(first, p.epochs * len(calls)):
@@ -163,9 +166,11 @@ def train(folder: Path, start: Start, public: PublicSet, config: Config, mesh: M
                 raise UserError(f"pretraining: the loss is {loss} in epoch {epoch}; lower --config.pretraining.rate")
             shown.advance(1, f"loss {float(loss):.3f}")
             ended, end = number + 1, p.epochs * len(calls)
-            if ended < end and (interrupt.stop_requested() or ended % (p.checkpoint_epochs * len(calls)) == 0):
+            due = ended % (p.checkpoint_epochs * len(calls)) == 0 or time.monotonic() - saved >= CHECKPOINT_SECONDS
+            if ended < end and (interrupt.stop_requested() or due):
                 notes = {"identity": identity, "right": right}
                 checkpoints.save_step(folder, checkpoints.flatten(state), notes, ended)
+                saved = time.monotonic()
                 interrupt.raise_if_stopped()
     return backbone_lib.make(start.config, jax.device_get(state[0]), start.spec.mean, start.spec.std), right / count
 

@@ -24,6 +24,11 @@ from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.catalog import sample_rank
 
 PIECE = 1024  # images that are read at a time
+FLAGS = {  # in messages of a source, {its own: that of the public set}
+    "--config.data.train_split": "--config.public.split",
+    "--config.data.": "--config.public.",
+    "with data.source": "with public.source",
+}
 IsPrivate = Callable[[str], bool]  # whether an image with this content hash is a private or a test image
 
 
@@ -49,7 +54,8 @@ def read_public(config: Config, is_private: IsPrivate, learned: str) -> PublicSe
     source, positions = _open(config, learned)
     chosen = _take(source, positions, is_private, len(positions))
     if not chosen:
-        raise UserError(f"the public set {source.name} holds no image that is not a private or a test image too")
+        count = len(positions)
+        raise UserError(f"all {count} images of the public set {source.name} are private or test images; use another")
     images, labels = np.stack([image for _, image in chosen]), np.array([item.label for item, _ in chosen], np.int32)
     if labels.min() < 0:
         return PublicSet(images, np.zeros(len(images), np.int32), 1)
@@ -143,8 +149,10 @@ def _open(config: Config, learned: str = "") -> tuple[Source, list[int]]:
     try:
         source = sources.load(data, own_test=False, labelled=False)
     except UserError as error:  # the flags are those of the public set
-        text = str(error).replace("--config.data.train_split", "--config.public.split")
-        raise UserError(text.replace("--config.data.", "--config.public.")) from error
+        text = str(error)
+        for private, own in FLAGS.items():
+            text = text.replace(private, own)
+        raise UserError(text) from error
     unlabelled = [item.id for item in source.items if item.split == "train" and item.label < 0]
     if unlabelled and learned:
         raise UserError(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import requests
 import tensorflow_datasets as tf_datasets
-from tfds_sets import KINDS, encoded, labelled, load, pixels_of, refusal, write_standard
+from tfds_sets import KINDS, encoded, labelled, load, pixels_of, refusal, write, write_standard
 
 from lmeraser_jax.cli import prepare
 from lmeraser_jax.cli.main import main
@@ -160,6 +160,20 @@ def test_prepare_writes_and_then_changes_nothing(tmp_path, capsys, can_write, mo
         f"next: {following}",
     ]
     assert files_in(tmp_path) == before
+
+
+def test_prepare_takes_the_public_set_of_the_config(tmp_path, capsys):
+    examples = {"train": [{"image": encoded(pixels_of("train", 0))}]}
+    write(tmp_path, "bare", {"image": KINDS.Image(shape=(8, 6, 3))}, examples, supervised=None)
+    chosen = ["--config.public.source=tfds", f"--config.public.path={tmp_path}"]
+    assert main(["prepare", *chosen, "--config.public.dataset=bare"]) == 0
+    out = capsys.readouterr().out
+    assert "0 classes: a public set for --config.pretraining.supervise=0" in out
+    assert "next: lmeraser adapt --out=bare --config.public.source=tfds --config.public.dataset=bare" in out
+    absent = ["adapt", *chosen, f"--config.backbone.weights={tmp_path}", f"--out={tmp_path}/out"]
+    assert main(absent) == 2
+    wanted = f"prepare it with: lmeraser prepare --dataset=imagenette/160px-v2 --data_dir={tmp_path}\n"
+    assert capsys.readouterr().err.endswith(wanted)
 
 
 def test_prepare_says_what_to_install_without_tensorflow(tmp_path, capsys, monkeypatch):

@@ -3,7 +3,12 @@
 import contextlib
 import dataclasses
 import functools
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +168,37 @@ def test_the_command_and_a_workdir_make_the_same_backbone_without_private_images
     assert "pretraining.epochs: 1 -> 2" in capsys.readouterr().err
 
 
+COMMAND = """
+import sys
+from lmeraser_jax.models import pretrain
+pretrain.CHECKPOINT_SECONDS, pretrain.CALL_STEPS = 0.0, 2
+from lmeraser_jax.cli.main import main
+sys.exit(main(["adapt", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path, weights, files):
+    given = {"public.source": "npz", "public.path": files / "public.npz", "backbone.weights": weights}
+    given |= {"data.image_size": SIZE, "pretraining.epochs": 2, "pretraining.batch": 16, "pretraining.distill": 0.3}
+    command = [sys.executable, "-c", COMMAND, *(f"--config.{name}={value}" for name, value in given.items())]
+    start = time.monotonic()
+    subprocess.run([*command, f"--out={tmp_path}/whole"], check=True, capture_output=True)
+    seconds, draw, killed = time.monotonic() - start, random.Random(0), 0
+    for _ in range(4):
+        with subprocess.Popen([*command, f"--out={tmp_path}/killed"], stderr=subprocess.DEVNULL) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(draw.uniform(0.3, 0.9) * seconds)
+            process.kill()
+            killed += process.wait() == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    subprocess.run([*command, f"--out={tmp_path}/killed"], capture_output=True)
+    digests = {backbone_lib.load(tmp_path / name)[0].digest for name in ("whole", "killed")}
+    assert killed > 1 and len(digests) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
+
+
 def write_unlabelled(source, folder, images):
     """Writes images without labels; returns the settings that name them as a public set."""
     if source == "npz":
@@ -213,4 +249,14 @@ def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):
     assert "above 0, or distill is" in refused("config.pretraining.supervise=0")
     assert "16 px, which must be more than" in refused("config.data.image_size=16", "config.pretraining.distill=1")
     message = refused("config.data.source=npz", f"config.data.path={files}/public.npz")
-    assert "no image that is not a private or a test image too" in message
+    assert f"all 270 images of the public set {files}/public.npz are private or test images" in message
+    (tmp_path / "file").write_text("mine")
+    assert "exists already" in refused(f"out={tmp_path}/file")
+    assert "Not a directory" in refused(f"out={tmp_path}/file/out")
+    assert "goes with public.source=folder or tfds, not npz" in refused("config.public.store_size=9")
+    assert "is not vit-s" in refused("config.backbone.name=vit-s")
+    assert "must be a multiple of the patch size 4" in refused("config.data.image_size=9")
+    changed = shutil.copytree(weights, tmp_path / "changed")
+    arrays, notes, _ = checkpoints.load(changed)
+    checkpoints.save(changed, {name: leaf + 1 for name, leaf in arrays.items()}, notes)
+    assert "recorded is" in refused(f"config.backbone.weights={changed}")
