@@ -32,14 +32,14 @@ stored_config = compare.stored_config
 def run(arguments: common.Arguments) -> int:
     folder = Path(common.workdir_of(arguments, must_exist=False))
     budget, config = candidates.parse_budget(arguments["budget"] or ""), common.config_of(arguments)
-    proposed, names = candidates.candidates(budget), arguments["candidates"]
+    names = arguments["candidates"]
     options = Options(
         **compare.names_of(config, "holdout"), split="holdout", by=arguments["by"], requests=arguments["requests"]
     )
     comparison = Comparison(
         folder=folder,
         config=config,
-        methods=methods.load(names or tuple(proposed), methods.METHODS | proposed, "candidates"),
+        methods=candidates.load(names) if names else candidates.candidates(budget),
         seeds=(config.seed,),
         experiments=("methods",),
         options=options,

@@ -65,7 +65,7 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-def names_of(config: Config, split: str) -> dict[str, str]:
+def names_of(config: Config, split: str) -> dict[str, Any]:
     """What people call the data set and the backbone."""
     dataset = config.data.dataset or (Path(config.data.path).stem if config.data.path else config.data.source)
     backbone = config.backbone.name or Path(config.backbone.weights).name or "small ViT"

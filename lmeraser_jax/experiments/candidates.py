@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lmeraser_jax.config import Config, parse_cut, settings_of
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.experiments import methods
 from lmeraser_jax.experiments.methods import ADAPTIVE, METHODS, RANDOM, Method
 from lmeraser_jax.experiments.summary import printable
 from lmeraser_jax.storage.atomic_files import write_bytes
@@ -30,19 +31,40 @@ def parse_budget(text: str) -> float:
     return value
 
 
-def candidates(budget: float) -> dict[str, Method]:
-    """The methods to try for a budget, the cheapest first: {name: method}.
+def _clusters(count: int) -> Method:
+    """LMEraser with a cluster for each of so many sampled records, beside a common logistic head."""
+    changes = {"clustering.sample_size": count, "inference.nearest": min(8, count)}
+    return Method(
+        f"lmeraser-{count}", f"{count} clusters, prompt + head, logistic", ADAPTIVE | FINEST | COMMON | changes
+    )
 
-    Heads of all records in closed form; as many clusters, and as few shards, as keep the mean request within the
-    budget, each beside a common logistic head. The mean request passes the share 1/S of S random shards.
+
+def _shards(count: int) -> Method:
+    """Random shards, of which the mean request passes the share 1 / count again, beside a common logistic head."""
+    changes = {"clustering.shards": count, "inference.nearest": 0, "inference.aggregate": "mean"}
+    return Method(f"shards-{count}", f"{count} shards, prompt + head, logistic", RANDOM | COMMON | changes)
+
+
+SIZED = {"lmeraser": _clusters, "shards": _shards}
+
+
+def candidates(budget: float) -> tuple[Method, ...]:
+    """The methods to try for a budget, the cheapest first.
+
+    Heads of all records in closed form; as many clusters, and as few shards, as keep the mean request within it.
     """
-    shards, sample = math.ceil(1 / budget), math.ceil(SAMPLED / budget)
-    clusters = ADAPTIVE | FINEST | COMMON | {"clustering.sample_size": sample, "inference.nearest": min(8, sample)}
-    parts = RANDOM | COMMON | {"clustering.shards": shards, "inference.nearest": 0, "inference.aggregate": "mean"}
-    methods = [METHODS[name] for name in CLOSED]
-    methods.append(Method(f"lmeraser-{sample}", f"{sample} clusters, prompt + head, logistic", clusters))
-    methods.append(Method(f"shards-{shards}", f"{shards} shards, prompt + head, logistic", parts))
-    return {method.name: method for method in methods}
+    sized = (_clusters(math.ceil(SAMPLED / budget)), _shards(math.ceil(1 / budget)))
+    return (*(METHODS[name] for name in CLOSED), *sized)
+
+
+def load(names: Sequence[str]) -> tuple[Method, ...]:
+    """Methods as `methods.load`, and lmeraser-N and shards-N for any number N > 0."""
+    known = dict(METHODS)
+    for name in names:
+        kind, _, count = name.rpartition("-")
+        if kind in SIZED and count.isdecimal() and int(count) > 0:
+            known[name] = SIZED[kind](int(count))
+    return methods.load(names, known, "candidates", "lmeraser-N, shards-N, ")
 
 
 def with_enough_records(methods: Sequence[Method], config: Config, records: int) -> tuple[Method, ...]:

@@ -24,6 +24,7 @@ from lmeraser_jax.unlearning.run import Run, open_run
 
 CHOSEN = "chosen.py"
 SLACK = 1.02  # shards that a hash deals are equal but for chance: a cost so little beyond the budget is within it
+STARTING = 10  # seconds of a candidate on two cores beside its forward passes
 NORMAL = 1.96  # standard errors in half a 95 % interval
 
 
@@ -166,18 +167,20 @@ def _without_small(comparison: Comparison, records: int) -> Comparison:
 def _expectation(run: Run, comparison: Comparison) -> str:
     """The expected seconds of the candidates that are not done yet, from the measured time of a forward pass."""
     records, held_out = (run.catalog.live(split) for split in ("train", "holdout"))
-    images = run.images[records.rows[: run.extractor.size]]
+    size = run.config.clustering.feature_batch * run.mesh.size
+    images = run.images[records.rows[:size]]
     run.extractor(images)  # compiles
     start = time.perf_counter()
     run.extractor(images)
-    per_image = (time.perf_counter() - start) / run.extractor.size
+    per_image = (time.perf_counter() - start) / size
     tasks = [task for task in comparison.tasks if not comparison.rows_file(task).is_file()]
     sizes = len(records), len(held_out), comparison.options.requests
     passes = sum(expected_passes(task.config, *sizes) for task in tasks)
+    seconds = passes * per_image + STARTING * len(tasks)
     return (
-        f"{len(tasks)} of {len(comparison.tasks)} candidates to do: about {passes * per_image:.0f} s, an estimate:"
-        f" {passes:.2g} forward passes of an image at {1 / per_image:.0f} a second, as measured now; compiling and"
-        " closed forms come on top"
+        f"{len(tasks)} of {len(comparison.tasks)} candidates to do, in about {seconds:.0f} s. This is an estimate:"
+        f" {passes:.2g} forward passes of an image at {1 / per_image:.0f} a second, as measured now, and {STARTING} s a"
+        " candidate for compiling and files"
     )
 
 
@@ -188,8 +191,8 @@ def _best_within(budget: float, tried: list[Candidate]) -> Candidate:
             return candidate
     cheapest = min(tried, key=lambda candidate: candidate.cost)
     raise UserError(
-        f"--budget={budget:.3%}: no candidate is within it; the cheapest, {cheapest.title}, passes {cheapest.cost:.1%}"
-        f" a request; raise --budget, or add a closed form such as --candidates={cheapest.name},logistic"
+        f"--budget={100 * budget:.3g}%: no candidate is within it; the cheapest, {cheapest.title}, passes"
+        f" {100 * cheapest.cost:.3g} % a request; raise --budget, or add logistic to --candidates, which passes nothing"
     )
 
 

@@ -82,8 +82,13 @@ METHODS: dict[str, Method] = {  # docs/reproduce.md says what each does
 }
 
 
-def load(names: Sequence[str], known: Mapping[str, Method] = METHODS, flag: str = "methods") -> tuple[Method, ...]:
-    """Methods by name, or by the path of a config file (*.py). Raises `UserError` with all that are none."""
+def load(
+    names: Sequence[str], known: Mapping[str, Method] = METHODS, flag: str = "methods", also: str = ""
+) -> tuple[Method, ...]:
+    """Methods by name, or by the path of a config file (*.py).
+
+    Raises `UserError` with all that are none; its message names the flag, and `also` what else is legal.
+    """
     methods, problems = [], []
     for name in names:
         try:
@@ -91,7 +96,9 @@ def load(names: Sequence[str], known: Mapping[str, Method] = METHODS, flag: str 
         except UserError as error:
             problems.append(f"--{flag}={name}: {error}")
         except KeyError:
-            problems.append(f"--{flag}={name}: no such method; legal: {', '.join(known)}, or a config file FILE.py")
+            problems.append(
+                f"--{flag}={name}: no such method; legal: {also}{', '.join(METHODS)}, or a config file FILE.py"
+            )
     raise_all(problems)
     return tuple(methods)
 

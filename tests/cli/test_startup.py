@@ -59,6 +59,8 @@ def light_commands(workdir) -> list[tuple[list[str], int]]:
         (["demo", at], 2),
         *((["compare", f"{at}-new", flag], 2) for flag in ("--methods=x", "--experiments=x", "--seeds=0")),
         (["compare", at], 2),
+        *((["choose", f"{at}-new", *flags.split()], 2) for flags in ("", "--budget=0", "--budget=3% --candidates=x")),
+        (["choose", f"{at}-new", "--budget=3%"], 2),  # no hold-out
         (["add", at, f"--source={ROOT}", "--config.seed=1"], 2),
         (["add", at, "--source=none.npz"], 2),
         (["unlearn", at, "--records_file=none.txt"], 2),

@@ -14,6 +14,7 @@ from tuning_problem import small_backbone
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.evaluation import common_weight
 from lmeraser_jax.evaluation import predict as predict_module
 from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.evaluation.predict import load_model, predict
@@ -182,6 +183,10 @@ def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
         weights = (0.0, 0.3, 1.0)
         models = [load_model(answering(run, common_weight=weight)) for weight in weights]
         none, some, all_ = (predict(model, images).probabilities for model in models)
+        grid = dict(common_weight.answers_by_weight(run, images))
+    assert sorted(grid) == [step / 10 for step in range(11)]
+    for weight, direct in zip(weights, (none, some, all_)):
+        np.testing.assert_allclose(grid[weight].probabilities, direct, atol=1e-6)
     np.testing.assert_allclose(all_, common, atol=2e-4)
     np.testing.assert_allclose(some, 0.7 * none + 0.3 * common, atol=2e-4)
     assert np.abs(none - common).max() > 0.05
@@ -321,6 +326,9 @@ def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
         if run.config.clustering.partition != "adaptive":
             draws = np.zeros((2, len(model.arrays.present)), np.float32)
         monkeypatch.setattr(backbone_lib, "features", features)
-        routed(run.tuning_spec, run.config, model.nearest, model.arrays, pixels, draws)
-        jax.effects_barrier()
-        assert sum(passed) / 2 == forward_passes(run, len(model.keys)) == expected
+        alone = common_weight.with_weight(run, 1.0)  # the common head answers alone, where there is one
+        for asked, passes in ((run, expected), (alone, 1 if model.common_ref else expected)):
+            passed.clear()
+            routed(run.tuning_spec, asked.config, model.nearest, model.arrays, pixels, draws)
+            jax.effects_barrier()
+            assert sum(passed) / 2 == forward_passes(asked, len(model.keys)) == passes
