@@ -7,7 +7,7 @@ from pathlib import Path
 from lmeraser_jax.config import Config, parse_cut, settings_of
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import methods
-from lmeraser_jax.experiments.methods import ADAPTIVE, METHODS, RANDOM, Method
+from lmeraser_jax.experiments.methods import ADAPTIVE, LORA, METHODS, RANDOM, Method
 from lmeraser_jax.experiments.summary import printable
 from lmeraser_jax.storage.atomic_files import write_bytes
 
@@ -45,7 +45,12 @@ def _shards(count: int) -> Method:
     return Method(f"shards-{count}", f"{count} shards, prompt + head, logistic", RANDOM | COMMON | changes)
 
 
-SIZED = {"lmeraser": _clusters, "shards": _shards}
+def _lora_shards(count: int) -> Method:
+    """The same with adapters of the backbone in place of the prompt."""
+    return Method(f"lora-shards-{count}", f"{count} shards, LoRA, logistic", _shards(count).changes | LORA)
+
+
+SIZED = {"lmeraser": _clusters, "shards": _shards, "lora-shards": _lora_shards}
 
 
 def candidates(budget: float) -> tuple[Method, ...]:
@@ -53,18 +58,19 @@ def candidates(budget: float) -> tuple[Method, ...]:
 
     Heads of all records in closed form; as many clusters, and as few shards, as keep the mean request within it.
     """
-    sized = (_clusters(math.ceil(SAMPLED / budget)), _shards(math.ceil(1 / budget)))
+    shards = math.ceil(1 / budget)
+    sized = (_clusters(math.ceil(SAMPLED / budget)), _shards(shards), _lora_shards(shards))
     return (*(METHODS[name] for name in CLOSED), *sized)
 
 
 def load(names: Sequence[str]) -> tuple[Method, ...]:
-    """Methods as `methods.load`, and lmeraser-N and shards-N for any number N > 0."""
+    """Methods as `methods.load`, and those of `SIZED` for any number, such as shards-4."""
     known = dict(METHODS)
     for name in names:
         kind, _, count = name.rpartition("-")
         if kind in SIZED and count.isdecimal() and int(count) > 0:
             known[name] = SIZED[kind](int(count))
-    return methods.load(names, known, "candidates", "lmeraser-N, shards-N, ")
+    return methods.load(names, known, "candidates", "".join(f"{kind}-N, " for kind in SIZED))
 
 
 def with_enough_records(methods: Sequence[Method], config: Config, records: int) -> tuple[Method, ...]:

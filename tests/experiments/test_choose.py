@@ -131,11 +131,14 @@ def test_the_verdict_names_a_simple_head_that_is_as_good():
 
 
 def test_the_default_candidates_fit_the_budget_and_the_records():
-    for budget, names in ((0.03, ("lmeraser-80", "shards-34")), (0.25, ("lmeraser-10", "shards-4"))):
-        assert tuple(method.name for method in candidates.candidates(budget)[-2:]) == names
+    for budget, names in (
+        (0.03, ("lmeraser-80", "shards-34", "lora-shards-34")),
+        (0.25, ("lmeraser-10", "shards-4", "lora-shards-4")),
+    ):
+        assert tuple(method.name for method in candidates.candidates(budget)[-3:]) == names
     tried, config = candidates.candidates(0.1), small_config()
     counted = {records: candidates.with_enough_records(tried, config, records) for records in (1000, 100, 10)}
-    assert [len(methods) for methods in counted.values()] == [5, 4, 3]
+    assert [len(methods) for methods in counted.values()] == [6, 5, 3]
 
 
 def test_bad_input_is_said_in_a_line(done, undrawn, capsys, tmp_path):
@@ -143,7 +146,10 @@ def test_bad_input_is_said_in_a_line(done, undrawn, capsys, tmp_path):
     for flags, message in (
         ([], "--budget is missing: a share above 0 %, at most 100 %, such as 3% or 0.03"),
         *(([f"--budget={text}"], f"--budget={text}: must be a share") for text in ("0", "101%", "3", "nan", "much")),
-        (["--budget=3%", "--candidates=best"], "--candidates=best: no such method; legal: lmeraser-N, shards-N, "),
+        (
+            ["--budget=3%", "--candidates=best"],
+            "--candidates=best: no such method; legal: lmeraser-N, shards-N, lora-shards-N, ",
+        ),
         (["--budget=3%", "--candidates=shards-0"], "--candidates=shards-0: no such method"),
         (["--budget=3%", "--config.data.holdout=0"], "--split=holdout: there is none; set --config.data.holdout"),
         (["--budget=3%", f"--workdir={tmp_path}"], "holds other files and no comparison"),
