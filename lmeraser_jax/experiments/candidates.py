@@ -47,7 +47,7 @@ def _shards(count: int) -> Method:
 
 def _lora_shards(count: int) -> Method:
     """The same with adapters of the backbone in place of the prompt."""
-    return Method(f"lora-shards-{count}", f"{count} shards, LoRA, logistic", _shards(count).changes | LORA)
+    return Method(f"lora-shards-{count}", f"{count} shards, LoRA, logistic", {**_shards(count).changes, **LORA})
 
 
 SIZED = {"lmeraser": _clusters, "shards": _shards, "lora-shards": _lora_shards}
