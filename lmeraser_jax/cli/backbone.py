@@ -4,8 +4,9 @@
   lmeraser backbone --weights=FILE_OR_FOLDER --out=DIR
   lmeraser backbone --name=vit-b-22k --weights=FOLDER --out=DIR [--image_size=224]
 
-The command reads .safetensors, .npz, Flax .msgpack and folders as on the Hugging Face hub; only hub:OWNER/NAME (or hub,
-with a name) uses a network. With a name the weights must be of that backbone, whose feature and normalisation are used.
+The command reads .safetensors, .gguf, .npz, Flax .msgpack and folders as on the Hugging Face hub: ViT and Swin, and the
+language models Llama and Qwen2. Only hub:OWNER/NAME (or hub, with a name) uses a network. With a name the weights must
+be of that backbone, whose feature and normalisation are used.
 """
 
 import dataclasses
@@ -90,12 +91,14 @@ def output_folder(out: str) -> Path:
 
 def _text(values: dict[str, Any]) -> str:
     sizes = [f"{k} {v}" for k, v in values["architecture"].items() if k not in ("family", "classes", "feature")]
+    images = f"  normalisation  mean {values['mean']}, std {values['std']}"
+    text = "  licence        unknown here; as the publisher states it"
     lines = [
         f"{values['source_name']}: {values['source_origin']}, sha256 {values['source_sha256'][:12]}",
         f"  {values['architecture']['family']}: {', '.join(sizes)}",
         f"  parameters     {values['parameters']:,}",
         f"  feature        {values['feature']}, {values['feature_size']} numbers",
-        f"  normalisation  mean {values['mean']}, std {values['std']}",
+        images if values["mean"] else text,
         f"  left out       {join_limited(values['source_left_out']) or 'nothing'}",
         f"  digest         {values['digest']}",
         f"use it with: --config.backbone.weights={values['folder']}",

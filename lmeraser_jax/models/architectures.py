@@ -1,8 +1,8 @@
-"""Sizes and numerics of ViT and Swin as plain values. Nothing here imports JAX: refusals of flags must be quick."""
+"""Sizes and numerics of the networks as plain values. Nothing here imports JAX: refusals of flags must be quick."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Gelu = Literal["erf", "tanh", "sigmoid"]
 
@@ -63,9 +63,37 @@ class SwinConfig:
         return self.width * 2 ** (len(self.depths) - 1)
 
 
-Architecture = ViTConfig | SwinConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Architecture of one Llama or Qwen2."""
+
+    vocabulary: int  # V, rows of the embedding
+    context: int  # tokens of a row, at most
+    width: int  # D
+    depth: int  # number of blocks
+    heads: int  # of the queries, a multiple of `kv_heads`
+    kv_heads: int  # of the keys and values
+    head_size: int  # width of a head, even
+    mlp: int  # hidden width of a block's MLP
+    theta: float  # base of the rotary embedding's wavelengths
+    epsilon: float  # of every RMSNorm
+    tied: bool  # the output matrix is the embedding
+    biased: bool = False  # queries, keys and values have a bias (Qwen2)
+
+    image_size: ClassVar[int] = 0  # it reads no images
+    channels: ClassVar[int] = 0
+    feature: ClassVar[str] = "mean"  # the mean token after the last RMSNorm
+
+    @property
+    def feature_size(self) -> int:
+        """D of the feature."""
+        return self.width
+
+
+ImageArchitecture = ViTConfig | SwinConfig
+Architecture = ImageArchitecture | DecoderConfig
 LATER = ("registers", "pre_norm")  # not described at their defaults: the digests of older backbones stay as they are
-FAMILIES: dict[str, type[Architecture]] = {"vit": ViTConfig, "swin": SwinConfig}
+FAMILIES: dict[str, type[Architecture]] = {"vit": ViTConfig, "swin": SwinConfig, "decoder": DecoderConfig}
 
 
 def describe(config: Architecture) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from lmeraser_jax.errors import Damaged, raise_all, shorten
 from lmeraser_jax.hashing import arrays_digest, digest
-from lmeraser_jax.models.architectures import Architecture, ViTConfig, architecture_from, describe
+from lmeraser_jax.models.architectures import Architecture, DecoderConfig, ViTConfig, architecture_from, describe
+from lmeraser_jax.models.decoder import Decoder
 from lmeraser_jax.models.lora import LoraSpec, adapt
 from lmeraser_jax.models.swin import Swin
 from lmeraser_jax.models.vit import ViT
@@ -38,8 +39,10 @@ class Backbone:
     digest: str  # SHA-256 over architecture, normalisation and parameters
 
 
-def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin:
+def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin | Decoder:
     """The module with random parameters."""
+    if isinstance(config, DecoderConfig):
+        return Decoder(config, rngs)
     return ViT(config, rngs) if isinstance(config, ViTConfig) else Swin(config, rngs)
 
 
@@ -47,7 +50,7 @@ def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin:
 def graph(config: Architecture, lora: LoraSpec | None = None) -> tuple[Any, Params, Params]:
     """Static graph of an architecture, abstract parameters (shapes only), and those of its adapters, if it has any."""
 
-    def model() -> ViT | Swin:
+    def model() -> ViT | Swin | Decoder:
         plain = build(config, nnx.Rngs(0))
         return adapt(plain, lora) if lora else plain
 
@@ -83,7 +86,7 @@ def features_and_logits(config: Architecture, params: Params, images: jax.Array)
 
 def make(config: Architecture, params: Params, mean: tuple[float, ...], std: tuple[float, ...]) -> Backbone:
     """Freezes parameters into a backbone; a public classifier among them is dropped."""
-    config = dataclasses.replace(config, classes=0)
+    config = config if isinstance(config, DecoderConfig) else dataclasses.replace(config, classes=0)
     params = {name: leaf for name, leaf in params.items() if name != "head"}
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), params)
     name = digest([describe(config), mean, std, arrays_digest(checkpoints.flatten(params))])

@@ -17,8 +17,8 @@ import numpy as np
 from lmeraser_jax import config as settings
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import weight_settings, zoo
-from lmeraser_jax.models.architectures import Architecture, SwinConfig, ViTConfig
+from lmeraser_jax.models import decoder_weights, weight_settings, zoo
+from lmeraser_jax.models.architectures import DecoderConfig, ImageArchitecture, SwinConfig, ViTConfig
 from lmeraser_jax.models.backbone import Backbone, Params
 from lmeraser_jax.models.key_maps import BY_NAME, Origin
 from lmeraser_jax.models.translate import TABLE, Flat, translate
@@ -74,6 +74,10 @@ def _read(chosen: settings.Backbone) -> Weights:
 
 def freeze(weights: Weights, chosen: settings.Backbone, image_size: int = 0) -> tuple[Backbone, Provenance]:
     """A frozen backbone from arrays; arguments and errors as in `load`."""
+    if not image_size and decoder_weights.is_decoder(weights):
+        config, params, origin, left_out, notes = decoder_weights.parameters(weights, chosen)
+        facts = Provenance(weights.name, origin, weights.sha256, left_out, 0, notes)
+        return backbone_lib.make(config, params, (), ()), facts
     config, params, provenance = parameters(weights, chosen, image_size)
     mean, std, notes = normalisation(weights, chosen, config.channels, provenance.origin)
     provenance = dataclasses.replace(provenance, notes=(*provenance.notes, *notes))
@@ -82,8 +86,11 @@ def freeze(weights: Weights, chosen: settings.Backbone, image_size: int = 0) -> 
 
 def parameters(
     weights: Weights, chosen: settings.Backbone, image_size: int = 0
-) -> tuple[Architecture, Params, Provenance]:
+) -> tuple[ImageArchitecture, Params, Provenance]:
     """Architecture and parameters, the public classifier among them; arguments and errors as in `load`."""
+    if decoder_weights.is_decoder(weights):
+        raise UserError(f"{weights.name} is a language model, which reads no images; take weights of a ViT or a Swin")
+    assert not isinstance(weights.own, DecoderConfig)
     if weights.own:
         published, flat, origin, ignored, notes = weights.own, dict(weights.arrays), weights.origin, (), []
     else:
@@ -107,7 +114,7 @@ def parameters(
     return wanted, params, Provenance(weights.name, origin, weights.sha256, unused, size, tuple(notes))
 
 
-def _setting_problems(wanted: Architecture, weights: Weights, chosen: settings.Backbone) -> list[str]:
+def _setting_problems(wanted: ImageArchitecture, weights: Weights, chosen: settings.Backbone) -> list[str]:
     """What keeps the weights from the settings of the run."""
     problems = size_problems(wanted)
     if isinstance(wanted, SwinConfig):
@@ -123,7 +130,7 @@ def _setting_problems(wanted: Architecture, weights: Weights, chosen: settings.B
     return problems
 
 
-def size_problems(config: Architecture) -> list[str]:
+def size_problems(config: ImageArchitecture) -> list[str]:
     """What keeps an architecture's numbers from each other."""
     problems = []
     if config.image_size % config.patch:
@@ -144,7 +151,7 @@ def size_problems(config: Architecture) -> list[str]:
 
 def published_architecture(
     weights: Weights, origin: Origin, flat: Flat, chosen: settings.Backbone
-) -> tuple[Architecture, list[str]]:
+) -> tuple[ImageArchitecture, list[str]]:
     """The architecture as published: from the shapes, and from config.json what shapes do not show.
 
     `origin` and `flat` are as `translate` returns them. Also says what was assumed and what was not used. Raises
@@ -223,7 +230,7 @@ def _indices(flat: Flat, pattern: str) -> list[tuple[int, ...]]:
     return [tuple(map(int, match.groups())) for match in matches if match]
 
 
-def fit(flat: Flat, wanted: Architecture, name: str, antialias: bool = True) -> tuple[Params, tuple[str, ...]]:
+def fit(flat: Flat, wanted: ImageArchitecture, name: str, antialias: bool = True) -> tuple[Params, tuple[str, ...]]:
     """Nested parameters of `wanted`, positions resized to its grid; also the names of the arrays that were left out.
 
     Raises `UserError` that lists every missing, unused or misshapen array.

@@ -17,7 +17,7 @@ class Origin:
     """One way of naming; the numerics are those of its code, where no file beside the weights says otherwise."""
 
     name: str  # for messages
-    family: str  # vit | swin
+    family: str  # vit | swin | decoder
     markers: tuple[str, ...]  # names that all files of this origin have
     rules: Rules  # (pattern, replacement), applied in order
     ignored: tuple[str, ...] = ()  # patterns of names that are no parameters of ours
@@ -212,6 +212,21 @@ ORIGINS = (  # the first whose markers are all there
             (r"^pre_logits\.", "pooler."),
         ),
         gelu="tanh",
+    ),
+    Origin(
+        "Llama or Qwen2",
+        "decoder",
+        ("norm.weight", "layers.0.self_attn.q_proj.weight", "layers.0.mlp.gate_proj.weight"),
+        (
+            (r"^embed_tokens\.weight$", "embedding"),
+            (r"^lm_head\.weight$", "output"),
+            (r"^layers\.", "blocks."),
+            (r"\.self_attn\.([qkvo])_proj\.", r".attention.\1."),
+            (r"\.mlp\.(gate|up|down)_proj\.", r".mlp.\1."),
+            (r"\.input_layernorm\.", ".norm1."),
+            (r"\.post_attention_layernorm\.", ".norm2."),
+        ),
+        ignored=(r"\.rotary_emb\.inv_freq$",),
     ),
 )
 BY_NAME = {origin.name: origin for origin in ORIGINS}

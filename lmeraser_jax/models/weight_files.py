@@ -1,7 +1,7 @@
 """Files of published weights -> arrays by name. Nothing here unpickles, and only a hub id touches a network.
 
-Read are .npz, .safetensors (also in shards), Flax .msgpack, the hub's folders, which hold one of the latter two beside
-a config.json, and folders that `lmeraser backbone` wrote.
+Read are .npz, .safetensors (also in shards), Flax .msgpack, .gguf, the hub's folders, which hold one of these beside a
+config.json, and folders that `lmeraser backbone` wrote.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import numpy as np
 from lmeraser_jax.config.paths import home
 from lmeraser_jax.errors import UserError, join_limited, raise_all, stand_in
 from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models import gguf_files
 from lmeraser_jax.models.architectures import Architecture
 from lmeraser_jax.models.weight_settings import of_images
 from lmeraser_jax.models.zoo import Normalisation
@@ -26,7 +27,7 @@ from lmeraser_jax.storage import checkpoints
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".joblib")
 IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-FROM_THE_HUB = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json"]
+FROM_THE_HUB = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ def read(weights: str, hub_id: str = "", revision: str = "main") -> Weights:
         path = _download(hub_id, revision or "main") if of_hub else Path(weights)
         if (path / "0").is_dir():
             return _read_own(path)
-        return _read_folder(path, _file_of(path)) if path.is_dir() else _read_folder(path.parent, path)
+        return _read_folder(path, file_of(path)) if path.is_dir() else _read_folder(path.parent, path)
     except UserError as error:
         raise UserError(f"--config.backbone.weights={weights}: {error}") from error
 
@@ -71,7 +72,9 @@ def read_file(path: Path) -> dict[str, np.ndarray]:
             " safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         )
     if suffix not in READERS:
-        raise UserError(f"{path}: weights are read from {', '.join(READERS)} and folders of them, not from {suffix!r}")
+        raise UserError(
+            f"{path}: weights are read from {', '.join(READERS)}, .gguf and folders of them, not from {suffix!r}"
+        )
     try:
         return READERS[suffix](path)
     except Exception as error:  # the libraries raise nearly every kind over damaged bytes
@@ -105,10 +108,10 @@ def _read_msgpack(path: Path) -> dict[str, np.ndarray]:
 READERS = {".safetensors": _read_safetensors, ".npz": _read_npz, ".msgpack": _read_msgpack}
 
 
-def _file_of(folder: Path) -> Path:
+def file_of(folder: Path) -> Path:
     """The file of weights, or the index of shards, in a folder of the hub's form."""
     candidates = [folder / name for name in IN_A_FOLDER if (folder / name).is_file()][:1]
-    candidates = candidates or sorted(folder.glob("*.safetensors"))
+    candidates = candidates or sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
     if len(candidates) == 1:
         return candidates[0]
     names = sorted(path.name for path in folder.iterdir())
@@ -128,6 +131,9 @@ def _read_folder(folder: Path, file: Path) -> Weights:
         shards = [folder / name for name in sorted(set(names.values()))]
         raise_all([f"{path} is missing; {file.name} names it" for path in shards if not path.is_file()])
         files += shards
+    if file.suffix.lower() == ".gguf":
+        arrays, values = gguf_files.read(file)
+        return Weights(str(file), arrays, _sha256(files), values)
     arrays = {name: array for path in shards for name, array in read_file(path).items()}
     processor = {key: value for name in reversed(PROCESSORS) for key, value in _read_json(folder / name).items()}
     return Weights(str(file), arrays, _sha256(files), of_images(_read_json(folder / "config.json")), processor)

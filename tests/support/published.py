@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax.models.architectures import Architecture, DecoderConfig
+from lmeraser_jax.models.decoder_weights import COUNTS
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
 
@@ -19,6 +21,10 @@ REGISTERS = dataclasses.replace(DINOV2, registers=3)
 CLIP = dataclasses.replace(DINOV2, mlp=24, gelu="sigmoid", pre_norm=True)
 # 3 stages of odd and even depths. At 32 px the last grid is as large as the window.
 SWIN = SwinConfig(image_size=32, patch=2, width=16, depths=(2, 1, 2), heads=(2, 4, 4), window=4, mlp_ratio=2, classes=5)
+
+SIZES = {"vocabulary": 40, "context": 32, "width": 16, "depth": 2, "heads": 4, "kv_heads": 2, "head_size": 4, "mlp": 24}
+LLAMA = DecoderConfig(**SIZES, theta=50.0, epsilon=0.03, tied=False)
+QWEN2 = DecoderConfig(**SIZES, theta=50.0, epsilon=0.03, tied=True, biased=True)
 
 
 def draw(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> Arrays:
@@ -114,6 +120,23 @@ def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> 
     return _with_classifier(shapes, prefix, c.feature_size, c.classes, seed)
 
 
+def hugging_face_decoder(c: DecoderConfig = LLAMA, seed: int = 0) -> Arrays:
+    """As transformers saves a LlamaForCausalLM, or with biases a Qwen2ForCausalLM."""
+    inner, outer = c.kv_heads * c.head_size, c.heads * c.head_size
+    shapes = {"model.embed_tokens.weight": (c.vocabulary, c.width)}
+    for i in range(c.depth):
+        stem = f"model.layers.{i}"
+        shapes |= {f"{stem}.{norm}.weight": (c.width,) for norm in ("input_layernorm", "post_attention_layernorm")}
+        for role, size in (("q", outer), ("k", inner), ("v", inner)):
+            dense = _dense(f"{stem}.self_attn.{role}_proj", c.width, size)
+            shapes |= {name: shape for name, shape in dense.items() if c.biased or name.endswith("weight")}
+        shapes[f"{stem}.self_attn.o_proj.weight"] = c.width, outer
+        shapes |= {f"{stem}.mlp.{role}_proj.weight": (c.mlp, c.width) for role in ("gate", "up")}
+        shapes[f"{stem}.mlp.down_proj.weight"] = c.width, c.mlp
+    shapes["model.norm.weight"] = (c.width,)
+    return draw(shapes if c.tied else shapes | {"lm_head.weight": (c.vocabulary, c.width)}, seed)
+
+
 def _with_classifier(shapes, prefix: str, width: int, classes: int, seed: int) -> Arrays:
     """The arrays under a prefix, with a classifier where there is a prefix."""
     arrays = {prefix + name: array for name, array in draw(shapes, seed).items()}
@@ -128,8 +151,12 @@ def _block(stem: str, attention: str, width: int, mlp: int) -> dict[str, tuple[i
     return shapes | _dense(f"{stem}.intermediate.dense", width, mlp) | _dense(f"{stem}.output.dense", mlp, width)
 
 
-def settings_of(c: ViTConfig | SwinConfig, kind: str = "vit") -> dict[str, Any]:
+def settings_of(c: Architecture, kind: str = "vit") -> dict[str, Any]:
     """config.json of a transformers folder; `kind` is the model_type of a ViT."""
+    if isinstance(c, DecoderConfig):
+        sizes = {key: getattr(c, field) for field, key in COUNTS.items()}
+        rest = {"rope_theta": c.theta, "rms_norm_eps": c.epsilon, "tie_word_embeddings": c.tied, "hidden_act": "silu"}
+        return {"model_type": "qwen2" if c.biased else "llama", **sizes, **rest}
     shared = {"image_size": c.image_size, "patch_size": c.patch, "num_channels": c.channels}
     shared |= {"layer_norm_eps": c.epsilon, "hidden_act": ACTS[c.gelu]}
     if isinstance(c, ViTConfig):

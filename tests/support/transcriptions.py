@@ -16,6 +16,7 @@ from flax import nnx
 from scipy import special
 
 from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.models.vit import ViTConfig
 
@@ -248,3 +249,45 @@ def dinov2_or_clip(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> tupl
         hidden = hidden * special.expit(1.702 * hidden) if config.gelu == "sigmoid" else exact_gelu(hidden)
         states.append(x + dense(hidden, f"{stem}.mlp.fc2") * p.get(f"{stem}.layer_scale2.lambda1", 1))
     return states, norm(states[-1], names["norm"])[0]
+
+
+def language_model(arrays: Arrays, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
+    """Logits [T, V] of a transformers Llama or Qwen2, for one row of tokens [T]: one token and one head at a time.
+
+    The rotary embedding turns the complex number of a head's halves (Su et al., 2021, Eq. 12).
+    """
+    p = {name.removeprefix("model."): array.astype(np.float64) for name, array in arrays.items()}
+    x = p["embed_tokens.weight"][tokens]
+    for i in range(config.depth):
+        x = x + _attend(
+            p, f"layers.{i}.self_attn", config, rms_norm(x, p[f"layers.{i}.input_layernorm.weight"], config)
+        )
+        hidden = rms_norm(x, p[f"layers.{i}.post_attention_layernorm.weight"], config)
+        gate, up = (hidden @ p[f"layers.{i}.mlp.{role}_proj.weight"].T for role in ("gate", "up"))
+        x = x + (gate / (1 + np.exp(-gate)) * up) @ p[f"layers.{i}.mlp.down_proj.weight"].T
+    return rms_norm(x, p["norm.weight"], config) @ p["embed_tokens.weight" if config.tied else "lm_head.weight"].T
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, config: DecoderConfig) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.epsilon) * scale
+
+
+def _attend(p: Arrays, name: str, config: DecoderConfig, x: np.ndarray) -> np.ndarray:
+    def heads(role: str) -> np.ndarray:
+        values = x @ p[f"{name}.{role}_proj.weight"].T + p.get(f"{name}.{role}_proj.bias", 0.0)
+        return values.reshape(len(x), -1, config.head_size)  # [T, A or G, H]
+
+    def turned(values: np.ndarray, position: int) -> np.ndarray:
+        half = config.head_size // 2
+        angles = position * config.theta ** (-np.arange(half) / half)
+        rotated = (values[:half] + 1j * values[half:]) * np.exp(1j * angles)
+        return np.concatenate([rotated.real, rotated.imag])
+
+    q, k, v = heads("q"), heads("k"), heads("v")
+    result = np.zeros_like(q)
+    for t, head in itertools.product(range(len(x)), range(config.heads)):
+        group = head * config.kv_heads // config.heads
+        query = turned(q[t, head], t)
+        scores = [query @ turned(k[s, group], s) / math.sqrt(config.head_size) for s in range(t + 1)]
+        result[t, head] = special.softmax(scores) @ v[: t + 1, group]
+    return result.reshape(len(x), -1) @ p[f"{name}.o_proj.weight"].T
