@@ -1,7 +1,8 @@
 """Weights of language models: settings that are refused by name, tied matrices, shards, GGUF, tokenizers."""
 
 import dataclasses
-import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -190,17 +191,24 @@ def test_gguf_files_that_cannot_be_used(tmp_path):
     assert "cut.gguf is not a readable .gguf: perhaps cut short" in refusal(tmp_path / "cut.gguf")
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     folder = hub_folder(tmp_path / "text", hugging_face_decoder(), settings_of(LLAMA))
-    with pytest.raises(UserError, match="transformers can read no tokenizer there"):
-        decoder_weights.load_tokenizer(folder, LLAMA)
-    for size in (LLAMA.vocabulary, LLAMA.vocabulary + 1):
-        model = tokenizers.models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")
-        tokenizers.Tokenizer(model).save(str(folder / "tokenizer.json"))
-        values = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "w0"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(values))
-        if size == LLAMA.vocabulary:
-            assert len(decoder_weights.load_tokenizer(folder, LLAMA)) == size
+
+    class AutoTokenizer:
+        size = LLAMA.vocabulary
+
+        @classmethod
+        def from_pretrained(cls, place, **options):
+            assert place == folder and options == {"local_files_only": True}
+            if not cls.size:
+                raise OSError("no file named tokenizer.json")
+            return types.SimpleNamespace(get_vocab=lambda: {f"w{i}": i for i in range(cls.size)})
+
+    monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoTokenizer=AutoTokenizer))
+    assert len(decoder_weights.load_tokenizer(folder, LLAMA).get_vocab()) == LLAMA.vocabulary
+    AutoTokenizer.size += 1
     with pytest.raises(UserError, match="has tokens up to 40, the model's embedding has 40 rows; take the tokenizer"):
         decoder_weights.load_tokenizer(folder / "model.safetensors", LLAMA)
+    AutoTokenizer.size = 0
+    with pytest.raises(UserError, match="can read no tokenizer there .OSError: no file named tokenizer.json"):
+        decoder_weights.load_tokenizer(folder, LLAMA)
