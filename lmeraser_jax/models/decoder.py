@@ -17,6 +17,7 @@ from flax import nnx
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models.architectures import DecoderConfig
+from lmeraser_jax.models.lora import Linear
 
 UNSEEN = -1e9  # the score of a token that comes later; infinity would give NaN in second derivatives
 Cache = tuple[jax.Array, jax.Array]  # keys and values of a block, [B, S, G, H]
@@ -39,10 +40,10 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
         outer, inner = config.heads * config.head_size, config.kv_heads * config.head_size
-        self.q = nnx.Linear(config.width, outer, use_bias=config.biased, rngs=rngs)
-        self.k = nnx.Linear(config.width, inner, use_bias=config.biased, rngs=rngs)
-        self.v = nnx.Linear(config.width, inner, use_bias=config.biased, rngs=rngs)
-        self.o = nnx.Linear(outer, config.width, use_bias=False, rngs=rngs)
+        self.q = Linear(config.width, outer, use_bias=config.biased, rngs=rngs)
+        self.k = Linear(config.width, inner, use_bias=config.biased, rngs=rngs)
+        self.v = Linear(config.width, inner, use_bias=config.biased, rngs=rngs)
+        self.o = Linear(outer, config.width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache]:
         """States [B, T, D] of tokens at `positions`, int32 [B, T] or [1, T] -> [B, T, D] and all keys and values.
@@ -66,9 +67,9 @@ class GatedMLP(nnx.Module):
     """down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
+        self.gate = Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
+        self.up = Linear(config.width, config.mlp, use_bias=False, rngs=rngs)
+        self.down = Linear(config.mlp, config.width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [B, T, D] -> [B, T, D]
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -159,15 +160,14 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def token_log_likelihoods(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """log p(token | all before it), from logits [B, T, V] of tokens [B, T]: float32 [B, T], 0 for the first token."""
-    chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    return jnp.pad(chosen - jax.nn.logsumexp(logits[:, :-1], axis=-1), ((0, 0), (1, 0)))
-
-
 def log_likelihood(logits: jax.Array, tokens: jax.Array, response: jax.Array) -> jax.Array:
-    """log p(response | what stands before it) of each row, float32 [B]; `response` bool [B, T] marks its tokens."""
-    return jnp.sum(jnp.where(response, token_log_likelihoods(logits, tokens), 0), axis=1)
+    """log p(response | what stands before it) of each row, float32 [B].
+
+    `logits` [B, T, V] are those of `tokens` [B, T]; `response` bool [B, T] marks its tokens, none of them the first.
+    """
+    chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    values = chosen - jax.nn.logsumexp(logits[:, :-1], axis=-1)  # [B, T - 1]
+    return jnp.sum(jnp.where(response[:, 1:], values, 0), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "new"))

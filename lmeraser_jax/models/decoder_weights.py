@@ -87,7 +87,7 @@ def parameters(
         config, notes = architecture(weights.settings, weights.name)
         names, flat, ignored = translate(weights)
         origin, flat = names.name, _tie(flat, config.tied, weights.name)
-    return config, backbone_lib.from_flat(config, flat, weights.name), origin, ignored, notes
+    return config, backbone_lib.from_flat(backbone_lib.graph(config)[1], flat, weights.name), origin, ignored, notes
 
 
 def architecture(config: Json, name: str) -> tuple[DecoderConfig, tuple[str, ...]]:

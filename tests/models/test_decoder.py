@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from published import LLAMA, QWEN2, hugging_face_decoder, settings_of
 from transcriptions import QUICKLY, TOLERANCE, language_model, relative_error
 
@@ -15,6 +16,7 @@ from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, decoder
+from lmeraser_jax.models.lora import LoraSpec, init_adapters
 from lmeraser_jax.models.weight_files import Weights
 
 OTHER = dataclasses.replace(LLAMA, theta=9.0)
@@ -114,6 +116,29 @@ def test_the_likelihood_of_a_response():
         places = np.flatnonzero(response[row])
         expected = sum(np.log(probabilities[row, place - 1, TOKENS[row, place]]) for place in places)
         assert ours[row] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_adapter_starts_as_the_model_and_is_the_merged_kernel():
+    """All seven dense layers of the last block have one; the first block is the frozen prefix of every adapter."""
+    params, spec = frozen(QWEN2).params, LoraSpec(rank=2, alpha=6.0, layers=1)
+    graph, _, shapes = backbone_lib.graph(QWEN2, spec)
+    adapters = init_adapters(jax.random.key(0), shapes)
+    assert list(adapters["blocks"]) == [1] and len(jax.tree.leaves(adapters)) == 14
+
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
+    def logits(adapters):
+        return nnx.merge(graph, backbone_lib.with_own(params, adapters))(TOKENS)
+
+    np.testing.assert_allclose(logits(adapters), call(QWEN2, params, TOKENS), atol=1e-5)
+    draws = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda leaf: jnp.asarray(0.3 * draws.normal(size=leaf.shape), jnp.float32), adapters)
+    merged = flatten_dict(params)
+    for path, leaf in flatten_dict(adapters).items():
+        if path[-1] == "lora_a":
+            kernel = (*path[:-1], "kernel")
+            merged[kernel] = merged[kernel] + 3.0 * leaf @ flatten_dict(adapters)[*path[:-1], "lora_b"]
+    assert relative_error(logits(adapters), call(QWEN2, unflatten_dict(merged), TOKENS)) < 1e-5
+    assert relative_error(logits(adapters), call(QWEN2, params, TOKENS)) > 0.01
 
 
 def test_bfloat16_computes_norms_and_scores_in_float32():
