@@ -1,7 +1,7 @@
 """Accuracy of a published state, overall, per class and per cluster, beside a plain linear head."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from lmeraser_jax.evaluation import linear_head
 from lmeraser_jax.evaluation.predict import Predictions, load_model, predict
 from lmeraser_jax.unlearning.run import Run
 
+WEIGHTS = tuple(step / 10 for step in range(11))  # of the common head, to choose from
 HINTS = {"holdout": "--config.data.holdout", "test": "--config.data.test_share"}
 
 
@@ -98,6 +99,41 @@ def balanced_error(labels: np.ndarray, answers: np.ndarray) -> float:
     rates = np.array([(right.sum() + 1) / (len(right) + 2) for right in hits])
     counts = np.array([len(right) + 2 for right in hits])
     return float(np.sqrt((rates * (1 - rates) / counts).sum()) / len(hits))
+
+
+def with_weight(run: Run, weight: float) -> Run:
+    """The run with another `inference.common_weight`."""
+    inference = dataclasses.replace(run.config.inference, common_weight=weight)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, inference=inference))
+
+
+def answers_by_weight(run: Run, images: np.ndarray) -> Iterator[tuple[float, Predictions]]:
+    """The published state's answers to images, uint8 [N, h, w, c], with each of `WEIGHTS` of the common head.
+
+    The images pass once: answers are linear in the weight, p = (1 - w) p_clusters + w p_common.
+    """
+    model = load_model(with_weight(run, 1.0))
+    common = predict(model, images).probabilities  # [N, Y]
+    clusters = predict(dataclasses.replace(model, arrays=model.arrays._replace(common=None)), images)
+    for weight in WEIGHTS:
+        yield (
+            weight,
+            dataclasses.replace(clusters, probabilities=(1 - weight) * clusters.probabilities + weight * common),
+        )
+
+
+def best_weight(run: Run, split: str, by: str) -> tuple[float, Predictions]:
+    """The weight with the best answers to the images of a split, and these answers; by: accuracy | balanced.
+
+    Of equally good weights the largest: the common head of all records is cheaper to ask, and the safer choice.
+    """
+    records, best = run.catalog.live(split), (-1.0, 0.0, None)
+    for weight, answers in answers_by_weight(run, run.images[records.rows]):
+        right = float((answers.labels == records.labels).mean())
+        score = right if by == "accuracy" else balanced_accuracy(records.labels, answers.labels)
+        best = max(best, (score, weight, answers), key=lambda entry: entry[:2])
+    assert best[2] is not None
+    return best[1:]
 
 
 def class_scores(labels: np.ndarray, answers: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmeraser_jax.config import Config, parse_cut, settings_of
+from lmeraser_jax.config import Config, settings_of
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import methods
 from lmeraser_jax.experiments.methods import ADAPTIVE, LORA, METHODS, RANDOM, Method
@@ -13,21 +13,20 @@ from lmeraser_jax.storage.atomic_files import write_bytes
 
 COMMON = {"common.method": "linear", "common.penalty": 0.03, "common.expand": 0, "common.balanced": False}
 FINEST = {"clustering.cut": "0", "clustering.max_members": 0, "clustering.min_members": 0}  # a cluster a sampled record
-CLOSED = ("logistic", "logistic-balanced", "ridge")
+EVERYONE = {"inference.nearest": 0, "inference.aggregate": "mean"}
 SAMPLED = 2.4  # measured: of n clusters, one for each sampled record, the mean request passes at most this many again
-FEWEST = 5  # records of a shard, or for each sampled record, in the mean
-FORWARD_AND_BACKWARD = 3  # times the work of a forward pass
-LEGAL_BUDGET = "a share above 0 %, at most 100 %, such as 3% or 0.03"
+BACKWARD = 3  # forward passes that cost as much as one forward and backward
 
 
 def parse_budget(text: str) -> float:
     """A share of the data and of the images of a full tuning, from a text such as 3% or 0.03."""
+    legal = "a share above 0 %, at most 100 %, such as 3% or 0.03"
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = math.nan
     if not 0 < value <= 1:
-        raise UserError(f"--budget={text}: must be {LEGAL_BUDGET}" if text else f"--budget is missing: {LEGAL_BUDGET}")
+        raise UserError(f"--budget={text}: must be {legal}" if text else f"--budget is missing: {legal}")
     return value
 
 
@@ -41,8 +40,8 @@ def _clusters(count: int) -> Method:
 
 def _shards(count: int) -> Method:
     """Random shards, of which the mean request passes the share 1 / count again, beside a common logistic head."""
-    changes = {"clustering.shards": count, "inference.nearest": 0, "inference.aggregate": "mean"}
-    return Method(f"shards-{count}", f"{count} shards, prompt + head, logistic", RANDOM | COMMON | changes)
+    changes = RANDOM | COMMON | EVERYONE | {"clustering.shards": count}
+    return Method(f"shards-{count}", f"{count} shards, prompt + head, logistic", changes)
 
 
 def _lora_shards(count: int) -> Method:
@@ -58,9 +57,8 @@ def candidates(budget: float) -> tuple[Method, ...]:
 
     Heads of all records in closed form; as many clusters, and as few shards, as keep the mean request within it.
     """
-    shards = math.ceil(1 / budget)
-    sized = (_clusters(math.ceil(SAMPLED / budget)), _shards(shards), _lora_shards(shards))
-    return (*(METHODS[name] for name in CLOSED), *sized)
+    closed, shards = (METHODS[name] for name in ("logistic", "logistic-balanced", "ridge")), math.ceil(1 / budget)
+    return (*closed, _clusters(math.ceil(SAMPLED / budget)), _shards(shards), _lora_shards(shards))
 
 
 def load(names: Sequence[str]) -> tuple[Method, ...]:
@@ -73,46 +71,31 @@ def load(names: Sequence[str]) -> tuple[Method, ...]:
     return methods.load(names, known, "candidates", "".join(f"{kind}-N, " for kind in SIZED))
 
 
-def with_enough_records(methods: Sequence[Method], config: Config, records: int) -> tuple[Method, ...]:
-    """The methods without those whose shards, or clusters, would have hardly a record in so many."""
-    return tuple(method for method in methods if FEWEST * _most_clusters(method.configure(config)) <= records)
-
-
-def _most_clusters(config: Config) -> int:
+def most_clusters(config: Config) -> int:
+    """Shards, or sampled records, each of which may become a cluster."""
     clustering = config.clustering
     return clustering.sample_size if clustering.partition == "adaptive" else clustering.parts
 
 
 def expected_passes(config: Config, records: int, held_out: int, requests: int) -> float:
     """Roughly, in images that pass forward: the work of tuning, of some requests and of answers to the hold-out."""
-    tuning, clusters = config.tuning, _most_clusters(config)
+    tuning, clusters = config.tuning, most_clusters(config)
     if tuning.closed or tuning.method == "head" and config.data.augment == "none":
         return 0.0
-    if config.clustering.partition == "adaptive":
-        kind, value = parse_cut(config.clustering.cut)
-        clusters = int(value) if kind == "auto" else clusters
     tuned = max(tuning.epochs * records, clusters * tuning.min_steps * tuning.batch)
     again = min(1.0, 2 * requests / clusters)  # of sampled and of other records
     answering = 1 + min(config.inference.nearest or clusters, clusters)
-    return FORWARD_AND_BACKWARD * tuned * (1 + again) + held_out * answering
+    return BACKWARD * tuned * (1 + again) + held_out * answering
 
 
 def write_config(path: Path, config: Config, comments: Sequence[str]) -> None:
     """Writes all settings as an experiment file, with comments above; completely or not at all."""
+    header = f'"""Chosen by lmeraser choose.\n\n  lmeraser train --config={path.name} --workdir=DIR\n"""\n'
     lines = [
-        '"""The settings that lmeraser choose found best within its budget: all of them.',
-        "",
-        f"  lmeraser train --config={path.name} --workdir=DIR",
-        '"""',
-        "",
         *(f"# {printable(comment)}" for comment in comments),
-        "from lmeraser_jax.config import default_config",
-        "",
-        "",
-        "def get_config():",
-        "    config = default_config()",
+        "from lmeraser_jax.config import default_config\n\n",
+        "def get_config():\n    config = default_config()",
         *(f"    config.{name} = {value!r}" for name, value, _ in settings_of(config)),
-        "    return config",
-        "",
+        "    return config\n",
     ]
-    write_bytes(path, "\n".join(lines).encode())
+    write_bytes(path, "\n".join([header, *lines]).encode())

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.evaluation import overview
-from lmeraser_jax.evaluation.accuracy import evaluate
-from lmeraser_jax.evaluation.common_weight import best_weight, with_weight
+from lmeraser_jax.evaluation.accuracy import best_weight, evaluate, with_weight
 from lmeraser_jax.evaluation.predict import Predictions, load_model, predict, with_slices
 from lmeraser_jax.experiments import sequences
 from lmeraser_jax.experiments.comparison import Options, Task

@@ -14,9 +14,10 @@ from lmeraser_jax.cli import compare
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.data import digits
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.evaluation import common_weight
+from lmeraser_jax.evaluation import accuracy
 from lmeraser_jax.experiments import candidates, choosing, measure, runner
-from lmeraser_jax.experiments.choosing import Candidate
+from lmeraser_jax.experiments.comparison import Comparison, Options
+from lmeraser_jax.experiments.results import Measurement
 
 pytestmark = pytest.mark.usefixtures("fast_files")
 FLAGS = [flag for flag in TINY if "sample_size" not in flag]
@@ -45,7 +46,8 @@ def undrawn(monkeypatch):
 
 
 def without_times(values):
-    return [{name: row[name] for name in row if not name.startswith("seconds")} for row in values["candidates"]]
+    measured = [name for name in values["candidates"][0] if not name.startswith(("seconds", "source"))]
+    return [[row[name] for name in measured] for row in values["candidates"]]
 
 
 def test_the_best_within_the_budget_is_chosen_by_the_rows_of_the_hold_out(done, undrawn, monkeypatch):
@@ -61,10 +63,8 @@ def test_the_best_within_the_budget_is_chosen_by_the_rows_of_the_hold_out(done, 
         values = choose(folder, f"--budget={budget}")
         within = [name for name, cost in costs.items() if cost <= choosing.SLACK * candidates.parse_budget(budget)]
         best = max(within, key=lambda name: (rows[name]["accuracy"], -costs[name]))
-        assert values["chosen"]["name"] == best and without_times(values) == without_times(first), budget
-    assert {row["name"]: row["accuracy"] for row in first["candidates"]} == {
-        name: row["accuracy"] for name, row in rows.items()
-    }
+        assert values["chosen"] == best and without_times(values) == without_times(first), budget
+    assert {row["method"]: row["cost"] for row in first["candidates"]} == costs
 
 
 def test_the_chosen_config_trains_what_was_measured(done, undrawn, tmp_path):
@@ -73,11 +73,11 @@ def test_the_chosen_config_trains_what_was_measured(done, undrawn, tmp_path):
     values = choose(folder, "--candidates=shards-4", "--budget=100%")
     assert "lmeraser train --config=chosen.py" in (folder / "chosen.py").read_text()
     assert main(["train", f"--config={folder / 'chosen.py'}", f"--workdir={tmp_path / 'run'}"]) == 0
-    tree, chosen = json.loads((tmp_path / "run" / "config.json").read_text()), values["chosen"]
+    tree, chosen = json.loads((tmp_path / "run" / "config.json").read_text()), values["candidates"][0]
     assert tree["data"]["holdout"] == 0.4 and tree["clustering"]["shards"] == 4 and tree["common"]["method"] == "linear"
     assert tree["inference"]["common_weight"] == chosen["common_weight"]
     measured = lm.evaluate(tmp_path / "run", split="holdout")
-    assert (measured.accuracy, measured.images) == (chosen["accuracy"], values["images"])
+    assert (measured.accuracy, measured.images) == (chosen["accuracy"], chosen["tested"])
     assert measured.balanced_error == pytest.approx(chosen["balanced_reach"] / choosing.NORMAL)
 
 
@@ -104,41 +104,47 @@ def test_of_equally_good_weights_the_largest_is_taken(monkeypatch):
     labels = np.array([0, 0, 0, 1])
     answers = {0.0: [0, 0, 0, 0], 0.1: [0, 0, 0, 0], 0.2: [0, 1, 1, 1], 0.3: [1, 1, 1, 1]}
     by_weight = [(weight, types.SimpleNamespace(labels=np.array(given))) for weight, given in answers.items()]
-    monkeypatch.setattr(common_weight, "answers_by_weight", lambda *_: iter(by_weight))
+    monkeypatch.setattr(accuracy, "answers_by_weight", lambda *_: iter(by_weight))
     run = types.SimpleNamespace(
         catalog=types.SimpleNamespace(live=lambda split: types.SimpleNamespace(labels=labels, rows=[0])), images=labels
     )
-    assert common_weight.best_weight(run, "holdout", "accuracy")[0] == 0.1
-    assert common_weight.best_weight(run, "holdout", "balanced")[0] == 0.2
+    assert accuracy.best_weight(run, "holdout", "accuracy")[0] == 0.1
+    assert accuracy.best_weight(run, "holdout", "balanced")[0] == 0.2
 
 
-def candidate(name, accuracy, cost, reach=0.02):
-    return Candidate(name, name, accuracy, reach, accuracy / 2, reach, cost, cost / 2, 1.0, 1.0, 1.0, 0.0)
+def row(method, accuracy, share):
+    """A row of 1,000 images, whose accuracy is within 2.7 points."""
+    values = {"experiment": "methods", "dataset": "", "backbone": "", "seed": 0, "records": 100, "clusters": 5}
+    values |= {"balanced": accuracy, "images_full": 100, "images_request": 50 * share, "tested": 1000}
+    return Measurement(method=method, accuracy=accuracy, share_request=share, **values)
 
 
-def test_the_verdict_names_a_simple_head_that_is_as_good():
-    simple, near, far = candidate("head", 0.75, 0), candidate("near", 0.76, 0.2), candidate("far", 0.85, 0.2)
-    for tried, chosen, words in (
-        ([near, simple], near, "1.0 ± 2.8 points above head: within the noise of the hold-out that is as good"),
-        ([far, simple], far, "far, 10.0 ± 2.8 points above head, whose erasures pass no image"),
-        ([simple, near], simple, "The simplest wins: head."),
-        ([far], far, "No candidate does without passing images"),
+def test_the_verdict_names_a_simple_head_that_is_as_good(tmp_path):
+    simple, near, far = row("head", 0.75, 0), row("near", 0.76, 0.2), row("far", 0.85, 0.2)
+    titles = {method: method for method in ("head", "near", "far", "worse")}
+    for rows, words in (
+        ((near, simple), "near, 1.0 ± 3.8 points above head: within the noise that is as good"),
+        ((far, near, simple), "far, 10.0 ± 3.5 points above head, whose erasures pass no image"),
+        ((simple, row("worse", 0.7, 0.1)), "The simplest wins: head."),
+        ((far,), "No candidate does without passing images"),
     ):
-        assert words in choosing._verdict(chosen, tried, "accuracy")
-    assert choosing._best_within(0.197, [far, simple]) is far, "a hash deals shards of nearly equal size"
+        choice = choosing.Choice(0.2, "accuracy", rows, rows[0], titles, tmp_path)
+        assert words in choice.verdict and choice.table().endswith(choice.verdict)
+        assert choice.front == {r.method for r in rows if r is rows[0] or r is simple}
+    assert choosing.best_within(0.197, [far, simple], titles) is far, "a hash deals shards of nearly equal size"
     with pytest.raises(UserError, match="--budget=10%: no candidate is within it; the cheapest, far, passes 20 %"):
-        choosing._best_within(0.1, [far])
+        choosing.best_within(0.1, [far], titles)
 
 
-def test_the_default_candidates_fit_the_budget_and_the_records():
+def test_the_default_candidates_fit_the_budget_and_the_records(tmp_path):
     for budget, names in (
         (0.03, ("lmeraser-80", "shards-34", "lora-shards-34")),
         (0.25, ("lmeraser-10", "shards-4", "lora-shards-4")),
     ):
         assert tuple(method.name for method in candidates.candidates(budget)[-3:]) == names
-    tried, config = candidates.candidates(0.1), small_config()
-    counted = {records: candidates.with_enough_records(tried, config, records) for records in (1000, 100, 10)}
-    assert [len(methods) for methods in counted.values()] == [6, 5, 3]
+    for records, count in ((1000, 6), (100, 5), (10, 3)):
+        tried = Comparison(tmp_path, small_config(), candidates.candidates(0.1), (0,), ("methods",), Options("", ""))
+        assert len(choosing._with_enough_records(tried, records).methods) == count
 
 
 def test_bad_input_is_said_in_a_line(done, undrawn, capsys, tmp_path):

@@ -14,7 +14,7 @@ from tuning_problem import small_backbone
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.evaluation import common_weight
+from lmeraser_jax.evaluation import accuracy
 from lmeraser_jax.evaluation import predict as predict_module
 from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.evaluation.predict import load_model, predict
@@ -183,7 +183,7 @@ def test_the_common_head_joins_with_its_weight(name, built, tmp_path):
         weights = (0.0, 0.3, 1.0)
         models = [load_model(answering(run, common_weight=weight)) for weight in weights]
         none, some, all_ = (predict(model, images).probabilities for model in models)
-        grid = dict(common_weight.answers_by_weight(run, images))
+        grid = dict(accuracy.answers_by_weight(run, images))
     assert sorted(grid) == [step / 10 for step in range(11)]
     for weight, direct in zip(weights, (none, some, all_)):
         np.testing.assert_allclose(grid[weight].probabilities, direct, atol=1e-6)
@@ -328,7 +328,7 @@ def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
         monkeypatch.setattr(backbone_lib, "features", features)
         cases = [(run, expected)]
         if model.common_ref:  # at weight 1 it answers alone
-            cases.append((common_weight.with_weight(run, 1.0), 1))
+            cases.append((accuracy.with_weight(run, 1.0), 1))
         for asked, passes in cases:
             passed.clear()
             routed(run.tuning_spec, asked.config, model.nearest, model.arrays, pixels, draws)
