@@ -70,8 +70,8 @@ class Choice:
             costs += f" {row.passes:>7.0f} {row.common_weight:>7.1f}"
             lines.append(f"{mark} {self.titles[row.method]:<{width}}  {scores}  {costs}")
         lines += [
-            "> chosen; * on the front: no other is cheaper and as good. Data, images (the larger counts) and seconds: of",
-            "the mean request. Passes: of one prediction. Weight: of the common head.",
+            "> chosen; * on the front: no other is cheaper and as good. Data, images (the larger counts), seconds:",
+            "of the mean request. Passes: of one prediction. Weight: of the common head.",
             self.verdict,
         ]
         return "\n".join(lines)
