@@ -108,7 +108,7 @@ def architecture(config: Json, name: str) -> tuple[DecoderConfig, tuple[str, ...
     problems += [f"{key} is missing" for key in sorted(needed - stated.keys())]
     if "sliding_window" in stated and stated.get("model_type") != "qwen2":  # Qwen2 has a switch for it
         problems.append(f"sliding_window={shorten(stated['sliding_window'])} is not supported")
-    heading = f"{name} cannot be used, because of its config.json:"
+    heading = f"{name} cannot be used, because of what its config.json or its metadata say:"
     raise_all(problems, heading)
     values = USUAL | {"num_key_value_heads": stated["num_attention_heads"]} | stated
     heads, kv_heads, width = (values[COUNTS[field]] for field in ("heads", "kv_heads", "width"))
@@ -146,10 +146,10 @@ def _tie(flat: Flat, tied: bool, name: str) -> Flat:
     """A tied matrix under the embedding's name: files hold it under that name, the output's, or both."""
     if not tied or "output" not in flat:
         return flat
-    output = flat.pop("output")
-    if not np.array_equal(flat.setdefault("embedding", output), output):
+    output, embedding = flat["output"], flat.get("embedding", flat["output"])
+    if not np.array_equal(embedding, output):
         raise UserError(f"{name}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
-    return flat
+    return {key: array for key, array in flat.items() if key != "output"} | {"embedding": embedding}
 
 
 def load_tokenizer(weights: Path, config: DecoderConfig) -> Any:

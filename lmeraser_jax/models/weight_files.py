@@ -27,7 +27,8 @@ from lmeraser_jax.storage import checkpoints
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".tar", ".joblib")
 IN_A_FOLDER = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-FROM_THE_HUB = ["config.json", *PROCESSORS, "*.safetensors", "*.safetensors.index.json", "tokenizer*"]
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")
+FROM_THE_HUB = ["config.json", *PROCESSORS, *TOKENIZERS, "*.safetensors", "*.safetensors.index.json"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

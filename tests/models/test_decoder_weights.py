@@ -42,7 +42,7 @@ def test_everything_that_is_not_supported_is_refused_at_once_by_name(tmp_path):
     changes |= {"layer_types": ["full_attention", "sliding_attention"], "vocab_size": None}
     changes |= {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0, "partial_rotary_factor": 0.5}}
     lines = refusal(with_settings(tmp_path, **changes)).splitlines()
-    assert "cannot be used, because of its config.json:" in lines[0]
+    assert "cannot be used, because of what its config.json or its metadata say:" in lines[0]
     assert sorted(lines[1:]) == [
         "- attention_bias=True; known: false",
         '- hidden_act=gelu; known: "silu", "swish"',
