@@ -9,29 +9,37 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published import (
+    CLIP,
+    DINOV2,
+    REGISTERS,
     SWIN,
     VIT,
     Arrays,
     flax_tree,
     hub_folder,
+    hugging_face_clip,
+    hugging_face_dinov2,
     hugging_face_swin,
     hugging_face_vit,
     settings_of,
     timm,
     vision_transformer,
 )
-from transcriptions import TOLERANCE, features, pictures, relative_error
+from transcriptions import TOLERANCE, dinov2_or_clip, features, outputs, pictures, relative_error
 from transcriptions import vision_transformer as transcription
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, weight_settings, zoo
+from lmeraser_jax.models.architectures import architecture_from, describe
+from lmeraser_jax.models.key_maps import BY_NAME
 from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.models.weight_files import Weights, read
 from lmeraser_jax.storage.checkpoints import flatten
 
 FAMILIES = {"vit": (hugging_face_vit, VIT), "swin": (hugging_face_swin, SWIN)}
+KINDS = {"dinov2": DINOV2, "dinov2_with_registers": REGISTERS, "clip": CLIP}
 
 
 def params_of(path, image_size: int = 0, **settings) -> Arrays:
@@ -170,15 +178,23 @@ def test_epsilon_gelu_and_heads_come_from_config_json(arrays):
 @pytest.mark.slow
 def test_what_config_json_leaves_out_is_transformers_default():
     transformers = pytest.importorskip("transformers")
-    assert transformers.ViTConfig().num_attention_heads == weight_settings.VIT_HEADS
-    for kind, epsilon in ((transformers.ViTConfig, 1e-12), (transformers.SwinConfig, 1e-5)):
-        assert (kind().layer_norm_eps, kind().hidden_act) == (epsilon, "gelu")
+    kinds = {"Hugging Face ViT": transformers.ViTConfig, "Hugging Face DINOv2": transformers.Dinov2Config}
+    kinds |= {"Hugging Face Swin": transformers.SwinConfig, "Hugging Face CLIP": transformers.CLIPVisionConfig}
+    kinds |= {"Hugging Face DINOv2 with registers": transformers.Dinov2WithRegistersConfig}
+    for name, kind in kinds.items():
+        origin, gelu = BY_NAME[name], weight_settings.GELUS[kind().hidden_act]
+        assert (kind().layer_norm_eps, gelu) == (origin.epsilon, origin.gelu)
+        assert kind.model_type == (origin.model_type or origin.family)
+        assert name == "Hugging Face Swin" or kind().num_attention_heads == weight_settings.VIT_HEADS
 
 
 def test_positions_are_resized_as_the_origin_does_it(arrays):
-    """transformers resizes without antialiasing, timm with it."""
-    positions = arrays["embeddings.position_embeddings"]
-    for published, antialias in ((arrays, False), (timm(arrays), True)):
+    """transformers resizes without antialiasing, but for DINOv2 with registers; timm with it."""
+    name, clip = "embeddings.position_embeddings", "vision_model.embeddings.position_embedding.weight"
+    cases = [(arrays, name, False), (timm(arrays), "pos_embed", True), (hugging_face_clip(), clip, False)]
+    cases += [(hugging_face_dinov2(), name, False), (hugging_face_dinov2(REGISTERS), name, True)]
+    for published, name, antialias in cases:
+        positions = published[name].reshape(1, -1, VIT.width)
         resized = freeze(published, image_size=8)[0].params["positions"]
         np.testing.assert_array_equal(resized, interpolate_positions(positions, 2, antialias))
         assert np.abs(resized - interpolate_positions(positions, 2, not antialias)).max() > 0.01
@@ -230,6 +246,55 @@ def test_the_feature_is_that_of_the_settings_the_name_or_the_file(monkeypatch, f
     assert feature(feature="cls") == feature(name="vit-ti") == "cls"
     backbone, provenance = convert.load(Backbone(weights=str(folder), feature="cls"))
     assert "pooler" not in backbone.params and {"pooler/kernel", "pooler/bias"} <= set(provenance.left_out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_state_of_dinov2_and_clip_matches_the_transcription(tmp_path, kind):
+    config = KINDS[kind]
+    arrays = hugging_face_clip() if kind == "clip" else hugging_face_dinov2(config)
+    backbone, provenance = convert.load(Backbone(weights=str(hub_folder(tmp_path, arrays, settings_of(config, kind)))))
+    assert backbone.config == config and architecture_from(describe(config)) == config
+    assert backbone.mean == (zoo.CLIP if kind == "clip" else zoo.IMAGENET)[0]
+    image = pictures(1, config.image_size)
+    ours = outputs(config, backbone.params, image)
+    states, feature = dinov2_or_clip(arrays, config, image[0])
+    for ours_state, expected in zip(ours["states"], states, strict=True):
+        assert relative_error(ours_state[0], expected) < TOLERANCE
+    assert relative_error(ours["features"][0], feature) < TOLERANCE
+    left_out = {"clip": "text_projection.weight", "dinov2": "embeddings.mask_token"}[kind[:6]]
+    assert left_out in provenance.left_out and provenance.notes[0].startswith("assumed, as no file beside the weights")
+
+
+def test_timms_names_of_dinov2_and_clip_give_the_same_features():
+    """timm keeps no position for the class token beside registers: it is added to the token."""
+    for config, authors in ((DINOV2, True), (REGISTERS, False), (REGISTERS, True)):
+        arrays = hugging_face_dinov2(config)
+        renamed = {name.removeprefix("embeddings."): array for name, array in timm(arrays).items()}
+        if config.registers and authors:
+            renamed["register_tokens"] = renamed.pop("reg_token")
+        elif config.registers:
+            renamed["cls_token"] = renamed["cls_token"] + renamed["pos_embed"][:, :1]
+            renamed["pos_embed"] = renamed["pos_embed"][:, 1:]
+        backbone, provenance = freeze(renamed, heads=2)
+        wanted = dataclasses.replace(config, epsilon=1e-6)
+        assert (provenance.origin, backbone.config, backbone.mean) == ("timm DINOv2", wanted, zoo.IMAGENET[0])
+        expected = dinov2_or_clip(arrays, wanted, pictures(1, 16)[0])[1]
+        assert relative_error(features(wanted, backbone.params, pictures(1, 16))[0], expected) < TOLERANCE
+    arrays = timm(hugging_face_vit(dataclasses.replace(CLIP, pre_norm=False)))
+    del arrays["patch_embed.proj.bias"]
+    arrays |= {"norm_pre.weight": np.full(16, 2, np.float32), "norm_pre.bias": np.full(16, 3, np.float32)}
+    backbone, provenance = freeze(arrays, heads=2)
+    assert provenance.origin == "timm CLIP" and backbone.config == dataclasses.replace(CLIP, epsilon=1e-5)
+    assert backbone.mean == zoo.CLIP[0] and "GELU sigmoid" in provenance.notes[0]
+    assert (backbone.params["pre_norm"]["scale"] == 2).all() and (backbone.params["pre_norm"]["bias"] == 3).all()
+    assert not backbone.params["embed"]["bias"].any()
+
+
+def test_flax_names_of_dinov2_and_clip_give_the_parameters_of_the_safetensors():
+    for arrays in (hugging_face_clip(), hugging_face_dinov2(REGISTERS)):
+        name = "vision_model.embeddings.position_embedding."
+        tree = flax_tree({key.replace(f"{name}weight", f"{name}embedding"): a for key, a in arrays.items()})
+        assert freeze(flatten(tree), heads=2)[0].digest == freeze(arrays, heads=2)[0].digest
 
 
 @pytest.mark.slow

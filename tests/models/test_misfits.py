@@ -2,7 +2,18 @@
 
 import numpy as np
 import pytest
-from published import SWIN, VIT, hugging_face_swin, hugging_face_vit, settings_of, timm
+from published import (
+    DINOV2,
+    REGISTERS,
+    SWIN,
+    VIT,
+    hugging_face_clip,
+    hugging_face_dinov2,
+    hugging_face_swin,
+    hugging_face_vit,
+    settings_of,
+    timm,
+)
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
@@ -167,3 +178,47 @@ def test_settings_that_the_weights_cannot_serve():
     without = {name: array for name, array in hugging_face_vit().items() if "pooler" not in name}
     message = refusal(without, feature="pooler")
     assert "missing: pooler/kernel" in message and "missing: pooler/bias" in message
+
+
+def test_a_gated_mlp_is_refused_by_name():
+    arrays = hugging_face_dinov2()
+    for name in [name for name in arrays if ".mlp.fc" in name]:
+        arrays[name.replace("fc1", "weights_in").replace("fc2", "weights_out")] = arrays.pop(name)
+    gated = {"encoder.layer.0.mlp.weights_in.weight": np.zeros((64, 16), np.float32)}
+    assert "SwiGLU" in refusal(arrays | gated, settings_of(DINOV2, "dinov2"))
+    assert "SwiGLU" in refusal(
+        timm(hugging_face_dinov2()) | {"blocks.0.mlp.fc1.weight": np.zeros((64, 16), np.float32)}
+    )
+    stated = settings_of(DINOV2, "dinov2") | {"use_swiglu_ffn": True, "hidden_act": "relu"}
+    message = refusal(hugging_face_dinov2(), stated)
+    assert "use_swiglu_ffn=true is not supported" in message and "hidden_act=relu; known: gelu" in message
+
+
+def test_layer_scale_is_complete_and_fits_or_is_named():
+    arrays = hugging_face_dinov2()
+    del arrays["encoder.layer.1.layer_scale1.lambda1"]
+    arrays["encoder.layer.1.layer_scale2.lambda1"] = np.ones(5, np.float32)
+    arrays["encoder.layer.7.layer_scale2.lambda1"] = np.ones(16, np.float32)
+    message = refusal(arrays)
+    assert "missing: blocks/1/attention/out/gamma" in message
+    assert "blocks/1/mlp/fc2/gamma [5]: does not fit blocks/1/mlp/fc2/kernel [32, 16]" in message
+    arrays = hugging_face_dinov2() | {"encoder.layer.1.layer_scale3.lambda1": np.ones(16, np.float32)}
+    assert "not used: blocks/1/layer_scale3/lambda1" in refusal(arrays, settings_of(DINOV2, "dinov2"))
+
+
+def test_what_contradicts_the_arrays_of_dinov2_and_clip():
+    settings = settings_of(REGISTERS, "dinov2_with_registers")
+    message = refusal(hugging_face_dinov2(REGISTERS), settings | {"num_register_tokens": 4, "patch_size": 16})
+    assert "num_register_tokens is 4 in config.json, 3 in the arrays" in message
+    assert "patch_size is 16 in config.json, 4 in the arrays" in message
+    for arrays, kind in ((hugging_face_dinov2(), "dinov2"), (hugging_face_clip(), "clip_vision_model")):
+        message = refusal(arrays, settings_of(VIT))
+        assert f"config.json says model_type=vit, the arrays are those of a {kind}" in message
+    args = {"architecture": "vit_small_patch14_reg4_dinov2", "model_args": {"reg_tokens": 4, "pre_norm": True}}
+    message = refusal(timm(hugging_face_dinov2()), args)
+    assert "reg_tokens is 4 in config.json, 0 in the arrays" in message and "pre_norm is True" in message
+    message = refusal(hugging_face_dinov2(REGISTERS), settings, name="dinov2-s")
+    assert "registers is 3, dinov2-s has 0" in message and "patch is 4, dinov2-s has 14" in message
+    assert "pre_norm is False, clip-b-32 has True" in refusal(hugging_face_dinov2(), heads=2, name="clip-b-32")
+    message = refusal(hugging_face_dinov2(), image_size=35, heads=2)
+    assert "--config.data.image_size=35: must be a multiple of the patch size 4, such as 36" in message

@@ -2,17 +2,19 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from published import VIT, vision_transformer
+from published import SWIN, VIT, vision_transformer
 from transcriptions import TOLERANCE, outputs, pictures, relative_error
 from transcriptions import vision_transformer as transcription
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert
+from lmeraser_jax.models.architectures import describe
 from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.models.weight_files import Weights
 
@@ -81,3 +83,14 @@ def test_a_backbone_has_no_classifier_and_its_digest_covers_the_rest():
     others += [backbone_lib.make(CLS, params, other, half), backbone_lib.make(CLS, params, half, other)]
     others += [backbone_lib.make(CLS, params_of(CLS, seed=1)[0], half, half)]
     assert len({backbone.digest, *(each.digest for each in others)}) == 7
+
+
+def test_the_digests_of_older_backbones_stay():
+    """A workdir records its backbone's digest: new settings of an architecture do not count at their defaults."""
+    known = {VIT: "a47f763e69d3bf92010d14aef95e9ecf9c3bc8ac33dbe9c8d921280c9311d09e"}
+    known |= {SWIN: "327f565b8c5ca0370d2b33cd51e5093e4ea00f0f1add132ecba2908f708c536b"}
+    for config, expected in known.items():
+        ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), backbone_lib.graph(config)[1])
+        assert backbone_lib.make(config, ones, (0.5,), (0.5,)).digest == expected
+    kinds = [{"registers": 1}, {"registers": 2}, {"pre_norm": True}, {}]
+    assert len({str(describe(dataclasses.replace(VIT, **kind))) for kind in kinds}) == 4

@@ -5,7 +5,17 @@ import json
 
 import numpy as np
 import pytest
-from published import SWIN, VIT, hub_folder, hugging_face_swin, hugging_face_vit, settings_of, timm
+from published import (
+    CLIP,
+    SWIN,
+    VIT,
+    hub_folder,
+    hugging_face_clip,
+    hugging_face_swin,
+    hugging_face_vit,
+    settings_of,
+    timm,
+)
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
@@ -159,3 +169,28 @@ def test_what_was_assumed_and_what_is_not_known_is_one_line(read, wide):
     assert read(hugging_face_vit(), settings_of(VIT) | known, GREY | usual)[1] == ""
     _, printed = read(hugging_face_swin(), settings_of(SWIN), GREY | {"magic": 1})
     assert "not known here: magic" in printed
+
+
+def test_timms_name_and_notes_say_which_gelu_a_clip_tower_has(read):
+    arrays = timm(hugging_face_vit(dataclasses.replace(CLIP, width=64, heads=1)))
+    arrays |= {"norm_pre.weight": np.ones(64, np.float32), "norm_pre.bias": np.ones(64, np.float32)}
+    notes = ["natively QuickGELU, use quickgelu model variant for original results"]
+    cases = [("vit_x_clip_224", {}, "erf"), ("vit_x_clip_quickgelu_224", {}, "sigmoid")]
+    cases += [("vit_x_clip_224", {"tag": "openai"}, "sigmoid"), ("vit_x_clip_224", {"notes": notes}, "sigmoid")]
+    cases += [("vit_x_clip_224", {"tag": "openai_ft_in1k"}, "erf")]
+    for name, block, gelu in cases:
+        backbone, _ = read(arrays, {"architecture": name, "pretrained_cfg": block})
+        assert backbone.config.gelu == gelu, (name, block)
+    args = {"architecture": "vit_x_clip_224", "model_args": {"act_layer": "gelu_tanh", "pre_norm": True}}
+    assert read(arrays, args)[0].config.gelu == "tanh"
+
+
+def test_of_a_config_json_for_images_and_texts_the_images_count(read):
+    """As OpenAI's repositories have it: every setting of generation, and an older block that has the last word."""
+    vision = settings_of(CLIP, "clip")["vision_config"] | {"num_beams": 1, "top_p": 1.0, "id2label": {"0": "a"}}
+    settings = {"model_type": "clip", "projection_dim": 4, "text_config": {"hidden_act": "relu", "hidden_size": 1}}
+    settings |= {"vision_config": vision, "vision_config_dict": {"hidden_act": "gelu"}}
+    backbone, printed = read(hugging_face_clip(), settings, GREY)
+    assert backbone.config == dataclasses.replace(CLIP, gelu="erf") and not printed
+    backbone, _ = read(hugging_face_clip(), {"model_type": "clip_vision_model", "num_attention_heads": 2})
+    assert backbone.config == dataclasses.replace(CLIP, epsilon=1e-5)
