@@ -7,6 +7,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import published
 import pytest
 from published import (
     CLIP,
@@ -193,9 +194,9 @@ def test_positions_are_resized_as_the_origin_does_it(arrays):
     name, clip = "embeddings.position_embeddings", "vision_model.embeddings.position_embedding.weight"
     cases = [(arrays, name, False), (timm(arrays), "pos_embed", True), (hugging_face_clip(), clip, False)]
     cases += [(hugging_face_dinov2(), name, False), (hugging_face_dinov2(REGISTERS), name, True)]
-    for published, name, antialias in cases:
-        positions = published[name].reshape(1, -1, VIT.width)
-        resized = freeze(published, image_size=8)[0].params["positions"]
+    for saved, name, antialias in cases:
+        positions = saved[name].reshape(1, -1, VIT.width)
+        resized = freeze(saved, image_size=8)[0].params["positions"]
         np.testing.assert_array_equal(resized, interpolate_positions(positions, 2, antialias))
         assert np.abs(resized - interpolate_positions(positions, 2, not antialias)).max() > 0.01
 
@@ -257,19 +258,19 @@ def test_every_state_of_dinov2_and_clip_matches_the_transcription(tmp_path, kind
     assert backbone.mean == (zoo.CLIP if kind == "clip" else zoo.IMAGENET)[0]
     image = pictures(1, config.image_size)
     ours = outputs(config, backbone.params, image)
-    states, feature = dinov2_or_clip(arrays, config, image[0])
+    states, feature = dinov2_or_clip(published.dinov2_or_clip(config), config, image[0])
     for ours_state, expected in zip(ours["states"], states, strict=True):
         assert relative_error(ours_state[0], expected) < TOLERANCE
     assert relative_error(ours["features"][0], feature) < TOLERANCE
-    left_out = {"clip": "text_projection.weight", "dinov2": "embeddings.mask_token"}[kind[:6]]
+    left_out = {"clip": "visual_projection.weight", "dinov2": "embeddings.mask_token"}[kind[:6]]
     assert left_out in provenance.left_out and provenance.notes[0].startswith("assumed, as no file beside the weights")
 
 
 def test_timms_names_of_dinov2_and_clip_give_the_same_features():
     """timm keeps no position for the class token beside registers: it is added to the token."""
     for config, authors in ((DINOV2, True), (REGISTERS, False), (REGISTERS, True)):
-        arrays = hugging_face_dinov2(config)
-        renamed = {name.removeprefix("embeddings."): array for name, array in timm(arrays).items()}
+        arrays = published.dinov2_or_clip(config)
+        renamed = timm(arrays) | {"mask_token": np.zeros((1, 16), np.float32)}
         if config.registers and authors:
             renamed["register_tokens"] = renamed.pop("reg_token")
         elif config.registers:
@@ -280,14 +281,10 @@ def test_timms_names_of_dinov2_and_clip_give_the_same_features():
         assert (provenance.origin, backbone.config, backbone.mean) == ("timm DINOv2", wanted, zoo.IMAGENET[0])
         expected = dinov2_or_clip(arrays, wanted, pictures(1, 16)[0])[1]
         assert relative_error(features(wanted, backbone.params, pictures(1, 16))[0], expected) < TOLERANCE
-    arrays = timm(hugging_face_vit(dataclasses.replace(CLIP, pre_norm=False)))
-    del arrays["patch_embed.proj.bias"]
-    arrays |= {"norm_pre.weight": np.full(16, 2, np.float32), "norm_pre.bias": np.full(16, 3, np.float32)}
-    backbone, provenance = freeze(arrays, heads=2)
+    backbone, provenance = freeze(timm(published.dinov2_or_clip(CLIP)), heads=2)
     assert provenance.origin == "timm CLIP" and backbone.config == dataclasses.replace(CLIP, epsilon=1e-5)
     assert backbone.mean == zoo.CLIP[0] and "GELU sigmoid" in provenance.notes[0]
-    assert (backbone.params["pre_norm"]["scale"] == 2).all() and (backbone.params["pre_norm"]["bias"] == 3).all()
-    assert not backbone.params["embed"]["bias"].any()
+    assert_same(flatten(backbone.params), flatten(freeze(hugging_face_clip())[0].params))
 
 
 def test_flax_names_of_dinov2_and_clip_give_the_parameters_of_the_safetensors():

@@ -9,6 +9,7 @@ from published import (
     CLIP,
     SWIN,
     VIT,
+    dinov2_or_clip,
     hub_folder,
     hugging_face_clip,
     hugging_face_swin,
@@ -172,8 +173,7 @@ def test_what_was_assumed_and_what_is_not_known_is_one_line(read, wide):
 
 
 def test_timms_name_and_notes_say_which_gelu_a_clip_tower_has(read):
-    arrays = timm(hugging_face_vit(dataclasses.replace(CLIP, width=64, heads=1)))
-    arrays |= {"norm_pre.weight": np.ones(64, np.float32), "norm_pre.bias": np.ones(64, np.float32)}
+    arrays = timm(dinov2_or_clip(dataclasses.replace(CLIP, width=64, heads=1)))
     notes = ["natively QuickGELU, use quickgelu model variant for original results"]
     cases = [("vit_x_clip_224", {}, "erf"), ("vit_x_clip_quickgelu_224", {}, "sigmoid")]
     cases += [("vit_x_clip_224", {"tag": "openai"}, "sigmoid"), ("vit_x_clip_224", {"notes": notes}, "sigmoid")]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,41 +65,58 @@ def hugging_face_vit(c: ViTConfig = VIT, prefix: str = "", seed: int = 0) -> Arr
     return _with_classifier(shapes, prefix, c.width, c.classes, seed)
 
 
-def hugging_face_dinov2(c: ViTConfig = DINOV2, seed: int = 0) -> Arrays:
+DINOV2_NAMES = (  # pattern in the name of an array of transformers' ViT, replacement
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"(layer\.\d+)\.output\.dense", r"\1.mlp.fc2"),
+)
+CLIP_NAMES = (
+    *DINOV2_NAMES,
+    (r"^", "vision_model."),
+    (r"cls_token", "class_embedding"),
+    (r"position_embeddings", "position_embedding.weight"),
+    (r"patch_embeddings\.projection", "patch_embedding"),
+    (r"encoder\.layer", "encoder.layers"),
+    (r"attention\.attention\.(.)[a-z]*", r"self_attn.\1_proj"),
+    (r"attention\.output\.dense", "self_attn.out_proj"),
+    (r"\.norm(\d)", r".layer_norm\1"),
+    (r"\.layernorm", ".post_layernorm"),
+)
+
+
+def dinov2_or_clip(c: ViTConfig) -> Arrays:
+    """DINOv2 or, with `pre_norm`, CLIP's vision tower under the names of transformers' ViT as far as it has them."""
+    arrays = hugging_face_vit(c)
+    if c.pre_norm:
+        del arrays["embeddings.patch_embeddings.projection.bias"]
+        return arrays | draw(_norm("pre_layrnorm", c.width))
+    shapes = {f"encoder.layer.{i}.layer_scale{j}.lambda1": (c.width,) for i in range(c.depth) for j in (1, 2)}
+    return arrays | draw(shapes | ({"embeddings.register_tokens": (1, c.registers, c.width)} if c.registers else {}))
+
+
+def _renamed(arrays: Arrays, names: tuple[tuple[str, str], ...]) -> Arrays:
+    renamed = {}
+    for name, array in arrays.items():
+        for pattern, replacement in names:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = array
+    return renamed
+
+
+def hugging_face_dinov2(c: ViTConfig = DINOV2) -> Arrays:
     """As transformers saves a Dinov2Model, or with registers a Dinov2WithRegistersModel."""
-    shapes = {name: array.shape for name, array in hugging_face_vit(c).items() if not name.startswith("encoder")}
-    shapes |= {"embeddings.mask_token": (1, c.width)}
-    shapes |= {"embeddings.register_tokens": (1, c.registers, c.width)} if c.registers else {}
-    for i in range(c.depth):
-        stem = f"encoder.layer.{i}"
-        for role in ("attention.query", "attention.key", "attention.value", "output.dense"):
-            shapes |= _dense(f"{stem}.attention.{role}", c.width, c.width)
-        shapes |= _tail(stem, ("norm1", "norm2"), c)
-        shapes |= {f"{stem}.layer_scale{j}.lambda1": (c.width,) for j in (1, 2)}
-    return draw(shapes, seed)
+    mask = np.zeros((1, c.width), np.float32)
+    return _renamed(dinov2_or_clip(c), DINOV2_NAMES) | {"embeddings.mask_token": mask}
 
 
-def hugging_face_clip(c: ViTConfig = CLIP, seed: int = 0) -> Arrays:
+def hugging_face_clip(c: ViTConfig = CLIP) -> Arrays:
     """As transformers saves a CLIPModel, most of whose network for texts is left out here."""
-    shapes = {
-        "embeddings.class_embedding": (c.width,),
-        "embeddings.position_embedding.weight": (1 + c.grid**2, c.width),
-        "embeddings.patch_embedding.weight": (c.width, c.channels, c.patch, c.patch),
-    }
-    for i in range(c.depth):
-        for role in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _dense(f"encoder.layers.{i}.self_attn.{role}", c.width, c.width)
-        shapes |= _tail(f"encoder.layers.{i}", ("layer_norm1", "layer_norm2"), c)
-    shapes |= _norm("pre_layrnorm", c.width) | _norm("post_layernorm", c.width)
-    shapes = {f"vision_model.{name}": shape for name, shape in shapes.items()}
-    shapes |= {"text_model.embeddings.token_embedding.weight": (7, 5), "text_projection.weight": (4, 5)}
-    shapes |= {"visual_projection.weight": (4, c.width), "logit_scale": ()}
-    return draw(shapes, seed) | {"vision_model.embeddings.position_ids": np.arange(1 + c.grid**2)[None]}
-
-
-def _tail(stem: str, norms: tuple[str, str], c: ViTConfig) -> dict[str, tuple[int, ...]]:
-    shapes = _norm(f"{stem}.{norms[0]}", c.width) | _norm(f"{stem}.{norms[1]}", c.width)
-    return shapes | _dense(f"{stem}.mlp.fc1", c.width, c.mlp) | _dense(f"{stem}.mlp.fc2", c.mlp, c.width)
+    arrays = _renamed(dinov2_or_clip(c), CLIP_NAMES)
+    arrays |= {name: array.reshape(array.shape[-2:]) for name, array in arrays.items() if "position" in name}
+    arrays |= {name: array.reshape(-1) for name, array in arrays.items() if "class_embedding" in name}
+    arrays |= draw({"text_model.final_layer_norm.weight": (5,), "visual_projection.weight": (4, c.width)})
+    return arrays | {"vision_model.embeddings.position_ids": np.arange(1 + c.grid**2)[None]}
 
 
 def hugging_face_swin(c: SwinConfig = SWIN, prefix: str = "", seed: int = 0) -> Arrays:
@@ -207,6 +225,7 @@ def flax_tree(arrays: Arrays) -> dict[str, Any]:
 
 TIMM_NAMES = (
     ("embeddings.register_tokens", "reg_token"),
+    ("pre_layrnorm", "norm_pre"),
     ("layer_scale1.lambda1", "ls1.gamma"),
     ("layer_scale2.lambda1", "ls2.gamma"),
     ("embeddings.patch_embeddings.projection", "patch_embed.proj"),

@@ -12,8 +12,7 @@ from unittest import mock
 
 import numpy as np
 
-SIZES = {"swin": (32,), **dict.fromkeys(("vit", "dinov2", "registers", "clip"), (16, 24, 8))}  # of the images;
-# other than the first: positions interpolated
+SIZES = {"vit": (16, 24, 8), "swin": (32,)}  # of the images; other than the first: positions interpolated
 NAMED = {"vit_small_patch14_dinov2": (518, 70), "vit_small_patch14_reg4_dinov2": (518, 70)}  # timm's names, sizes
 NAMED |= {"vit_base_patch32_clip_quickgelu_224.openai": (224, 64), "vit_base_patch32_clip_224": (224, 64)}
 ACTS = ("gelu", "gelu_tanh", "quick_gelu")
@@ -61,12 +60,7 @@ def main(folder: Path) -> int:
     shared = {"img_size": SWIN.image_size, "patch_size": SWIN.patch, "embed_dim": SWIN.width}
     swin = {**shared, "depths": SWIN.depths, "num_heads": SWIN.heads, "num_classes": SWIN.classes}
     swin |= {"window_size": SWIN.window, "mlp_ratio": SWIN.mlp_ratio}
-    kinds = {"vit": {}, "dinov2": {"init_values": 1}}
-    kinds["registers"] = {"init_values": 1, "reg_tokens": 3, "no_embed_class": True}
-    kinds["clip"] = {"pre_norm": True, "norm_layer": "layernorm", "act_layer": "quick_gelu"}
-    models = {name: VisionTransformer(**vit, **kind) for name, kind in kinds.items()} | {
-        "swin": SwinTransformer(**swin)
-    }
+    models = {"vit": VisionTransformer(**vit), "swin": SwinTransformer(**swin)}
     for name, model in models.items():
         with torch.no_grad():
             for key, parameter in model.named_parameters():
@@ -76,9 +70,8 @@ def main(folder: Path) -> int:
         answers = {}
         for size in SIZES[name]:
             if size != SIZES[name][0]:
-                grid, alone = [size // VIT.patch] * 2, "no_embed_class" in kinds[name]
-                positions = resample_abs_pos_embed(weights["pos_embed"], grid, num_prefix_tokens=0 if alone else 1)
-                model = VisionTransformer(**{**vit, **kinds[name], "img_size": size})
+                positions = resample_abs_pos_embed(weights["pos_embed"], [size // VIT.patch, size // VIT.patch])
+                model = VisionTransformer(**{**vit, "img_size": size})
                 model.load_state_dict({**weights, "pos_embed": positions})
             model.eval()
             with torch.no_grad():
@@ -95,7 +88,7 @@ def main(folder: Path) -> int:
             np.savez(folder / f"{act}.npz", features=model.forward_head(tokens, pre_logits=True).numpy())
         timm.models.save_for_hf(model, folder / act, safe_serialization=True)
     for name, sizes in NAMED.items():
-        model = timm.create_model(name, depth=1, dynamic_img_size=True, num_classes=0).eval()
+        model = timm.create_model(name, depth=2, dynamic_img_size=True, num_classes=0).eval()
         with torch.no_grad():
             for key, parameter in model.named_parameters():
                 parameter.normal_(*spread(key))

@@ -203,23 +203,13 @@ def vision_transformer(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> 
     return np.tanh(x @ p["pre_logits/kernel"] + p["pre_logits/bias"]) if "pre_logits/kernel" in p else x
 
 
-DINOV2_NAMES = {"cls": "embeddings.cls_token", "positions": "embeddings.position_embeddings", "block": "encoder.layer."}
-DINOV2_NAMES |= {"embed": "embeddings.patch_embeddings.projection", "norm": "layernorm", "norm_": "norm"}
-DINOV2_NAMES |= {role: f"attention.attention.{role}" for role in ("query", "key", "value")}
-DINOV2_NAMES |= {"out": "attention.output.dense"}
-CLIP_NAMES = {"cls": "embeddings.class_embedding", "positions": "embeddings.position_embedding.weight"}
-CLIP_NAMES |= {"embed": "embeddings.patch_embedding", "norm": "post_layernorm", "norm_": "layer_norm"}
-CLIP_NAMES |= {role: f"self_attn.{role[0]}_proj" for role in ("query", "key", "value")}
-CLIP_NAMES |= {"out": "self_attn.out_proj", "block": "encoder.layers."}
-
-
 def dinov2_or_clip(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """(states [N, D], feature [D]) of transformers' DINOv2 (Oquab et al., 2023) or of CLIP's vision tower.
+    """(states [N, D], feature [D]) of DINOv2 (Oquab et al., 2023) or of CLIP's vision tower (Radford et al., 2021).
 
-    Registers stand between the class token and the patches; LayerScale multiplies what a layer adds.
+    Takes `published.dinov2_or_clip`. Registers stand between the class token and the patches; LayerScale multiplies
+    what a layer adds.
     """
-    names = CLIP_NAMES if config.pre_norm else DINOV2_NAMES
-    p = {name.removeprefix("vision_model."): array.astype(np.float64) for name, array in arrays.items()}
+    p = {name: array.astype(np.float64) for name, array in arrays.items()}
 
     def dense(x, name):
         return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
@@ -227,28 +217,26 @@ def dinov2_or_clip(arrays: Arrays, config: ViTConfig, image: np.ndarray) -> tupl
     def norm(x, name):
         return layer_norm(x, p[f"{name}.weight"], p[f"{name}.bias"], config.epsilon)
 
-    tokens = [p[names["cls"]].reshape(-1)]
+    tokens, embed = [p["embeddings.cls_token"][0, 0]], "embeddings.patch_embeddings.projection"
     for y, x in itertools.product(range(0, len(image), config.patch), repeat=2):
-        patch = np.einsum("oihw,hwi->o", p[f"{names['embed']}.weight"], image[y:, x:][: config.patch, : config.patch])
-        tokens.append(patch + p.get(f"{names['embed']}.bias", 0))
-    tokens = list(np.stack(tokens) + p[names["positions"]].reshape(-1, config.width))
-    x = np.stack([tokens[0], *p.get("embeddings.register_tokens", np.zeros((1, 0, 0)))[0], *tokens[1:]])
+        patch = np.einsum("oihw,hwi->o", p[f"{embed}.weight"], image[y : y + config.patch, x : x + config.patch])
+        tokens.append(patch + p.get(f"{embed}.bias", 0))
+    tokens = np.stack(tokens) + p["embeddings.position_embeddings"][0]
+    x = np.stack([tokens[0], *p.get("embeddings.register_tokens", [[]])[0], *tokens[1:]])
     states = [norm(x, "pre_layrnorm") if config.pre_norm else x]
     for i in range(config.depth):
-        x, stem = states[-1], f"{names['block']}{i}"
-        q, k, v = (
-            np.split(dense(norm(x, f"{stem}.{names['norm_']}1"), f"{stem}.{names[role]}"), config.heads, axis=1)
-            for role in ("query", "key", "value")
-        )
-        size = config.width // config.heads
-        mixed = [special.softmax(a @ b.T / math.sqrt(size), axis=1) @ c for a, b, c in zip(q, k, v, strict=True)]
-        x = x + dense(np.concatenate(mixed, axis=1), f"{stem}.{names['out']}") * p.get(
-            f"{stem}.layer_scale1.lambda1", 1
-        )
-        hidden = dense(norm(x, f"{stem}.{names['norm_']}2"), f"{stem}.mlp.fc1")
+        x, stem = states[-1], f"encoder.layer.{i}"
+        normed, mixed = norm(x, f"{stem}.layernorm_before"), []
+        for columns in np.split(np.arange(config.width), config.heads):
+            roles = [f"{stem}.attention.attention.{role}" for role in ("query", "key", "value")]
+            q, k, v = (dense(normed, role)[:, columns] for role in roles)
+            mixed.append(special.softmax(q @ k.T / math.sqrt(len(columns)), axis=1) @ v)
+        added = dense(np.concatenate(mixed, axis=1), f"{stem}.attention.output.dense")
+        x = x + added * p.get(f"{stem}.layer_scale1.lambda1", 1)
+        hidden = dense(norm(x, f"{stem}.layernorm_after"), f"{stem}.intermediate.dense")
         hidden = hidden * special.expit(1.702 * hidden) if config.gelu == "sigmoid" else exact_gelu(hidden)
-        states.append(x + dense(hidden, f"{stem}.mlp.fc2") * p.get(f"{stem}.layer_scale2.lambda1", 1))
-    return states, norm(states[-1], names["norm"])[0]
+        states.append(x + dense(hidden, f"{stem}.output.dense") * p.get(f"{stem}.layer_scale2.lambda1", 1))
+    return states, norm(states[-1], "layernorm")[0]
 
 
 def language_model(arrays: Arrays, config: DecoderConfig, tokens: np.ndarray) -> np.ndarray:
