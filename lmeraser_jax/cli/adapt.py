@@ -40,7 +40,6 @@ def run(arguments: common.Arguments) -> int:
     is_private = public_sets.private_contents(config.data).__contains__
     public = public_sets.read_public(config, is_private, public_sets.labels_learned(config))
     checkpoints = out.with_name(f".{out.name}.checkpoints")  # hidden: what a user keeps beside it is not touched
-    checkpoints.mkdir(parents=True, exist_ok=True)  # fails before the training where it cannot be written
     with pinned():
         backbone, provenance, _ = adapt.adapt(checkpoints, public, config, mesh_of())
     backbone_lib.save(out, backbone, binding.backbone_inputs(config), provenance)

@@ -10,6 +10,7 @@ be of that backbone, whose feature and normalisation are used.
 """
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,11 +82,14 @@ def _backbone_settings(arguments: common.Arguments) -> settings.Backbone:
 
 
 def output_folder(out: str) -> Path:
-    """The folder to write. Raises `UserError` when it is missing or already holds something."""
+    """The folder to write. Raises `UserError` when it is missing, already holds something or cannot be made."""
     if not out:
         raise UserError("--out=DIR is missing: a new folder for the backbone")
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"--out={out} exists already; name a new folder")
+    place = next(path for path in Path(out).parents if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UserError(f"--out={out} cannot be made: {place} is no folder, or may not be written to")
     return Path(out)
 
 

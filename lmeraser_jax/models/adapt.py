@@ -16,7 +16,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import Damaged, UserError
@@ -25,7 +24,6 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet, Start, image_spec, train
-from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 
 BATCH = 32  # images per device and call of the network at its own image size
@@ -95,12 +93,5 @@ def _features(teacher: Backbone, images: np.ndarray, config: Config, mesh: Mesh)
     def compute(params, pixels):
         return backbone_lib.features(teacher.config, params, centred(pixels, spec))
 
-    batch, pieces = BATCH * mesh.size, []
-    with progress("teacher", len(images)) as shown:
-        for start in range(0, len(images), batch):
-            interrupt.raise_if_stopped()
-            piece = images[start : start + batch]
-            padded = np.resize(piece, (batch, *piece.shape[1:]))
-            pieces.append(np.asarray(compute(params, padded))[: len(piece)])
-            shown.advance(len(piece))
-    return np.concatenate(pieces)
+    program, width = functools.partial(compute, params), teacher.config.feature_size
+    return backbone_lib.features_of_all(program, images, BATCH * mesh.size, width, "teacher")

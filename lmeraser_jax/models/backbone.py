@@ -6,7 +6,7 @@ function, so no optimizer and no gradient ever meets the backbone's parameters.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from lmeraser_jax import interrupt
 from lmeraser_jax.errors import Damaged, raise_all, shorten
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.models.architectures import Architecture, DecoderConfig, ViTConfig, architecture_from, describe
@@ -23,6 +24,7 @@ from lmeraser_jax.models.decoder import Decoder
 from lmeraser_jax.models.lora import LoraSpec, adapt
 from lmeraser_jax.models.swin import Swin
 from lmeraser_jax.models.vit import ViT
+from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 
 Params = Any  # nested dict of arrays
@@ -75,6 +77,26 @@ def features(config: Architecture, params: Params, images: jax.Array, lora: Lora
     """
     model = nnx.merge(graph(config, lora)[0], params)
     return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
+
+
+def features_of_all(
+    program: Callable[[np.ndarray], jax.Array], images: np.ndarray, size: int, width: int, title: str
+) -> np.ndarray:
+    """Features of any number of images, uint8 [N, h, w, c] -> float32 [N, D], at one fixed shape.
+
+    `program` maps `size` images to as many features of `width` numbers; short batches are padded, so a feature has the
+    same bits whatever stands beside it. `title` names the progress line. Raises `Stopped`.
+    """
+    features = np.zeros((len(images), width), np.float32)
+    with progress(title, len(images)) as shown:
+        for start in range(0, len(images), size):
+            interrupt.raise_if_stopped()
+            piece = images[start : start + size]
+            padded = np.zeros((size, *images.shape[1:]), np.uint8)
+            padded[: len(piece)] = piece
+            features[start : start + size] = np.asarray(program(padded))[: len(piece)]
+            shown.advance(len(piece))
+    return features
 
 
 def features_and_logits(config: Architecture, params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:

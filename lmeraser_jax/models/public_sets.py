@@ -46,16 +46,13 @@ class PublicSample:
 
 
 def read_public(config: Config, is_private: IsPrivate, learned: str) -> PublicSet:
-    """Reads the public set. Raises `UserError` where that fails or nothing is left of it.
+    """Reads the public set. Raises `UserError` where that fails or all its images are private.
 
     `learned` says for a message which setting learns labels; where it is empty they may be missing, and then all images
     are of one class.
     """
     source, positions = _open(config, learned)
     chosen = _take(source, positions, is_private, len(positions))
-    if not chosen:
-        count = len(positions)
-        raise UserError(f"all {count} images of the public set {source.name} are private or test images; use another")
     images, labels = np.stack([image for _, image in chosen]), np.array([item.label for item, _ in chosen], np.int32)
     if labels.min() < 0:
         return PublicSet(images, np.zeros(len(images), np.int32), 1)
@@ -166,7 +163,10 @@ def _open(config: Config, learned: str = "") -> tuple[Source, list[int]]:
 
 
 def _take(source: Source, positions: Sequence[int], is_private: IsPrivate, count: int) -> list[tuple[Item, np.ndarray]]:
-    """The first `count` images at some positions that are not private. Raises `UserError` for unreadable ones."""
+    """The first `count` images at some positions that are not private.
+
+    Raises `UserError` for unreadable ones, and where all are private.
+    """
     chosen, left_out, unreadable, start = [], [], [], 0
     with progress("public", count) as shown:
         while len(chosen) < count and start < len(positions):
@@ -183,6 +183,9 @@ def _take(source: Source, positions: Sequence[int], is_private: IsPrivate, count
                     chosen.append((item, image))
             shown.advance(len(chosen) - before)
     raise_all(unreadable, f"the public set {source.name} cannot be used:")
-    if left_out and chosen:
+    if not chosen:
+        count = len(positions)
+        raise UserError(f"all {count} images of the public set {source.name} are private or test images; use another")
+    if left_out:
         warn(f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}")
     return chosen

@@ -14,13 +14,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from lmeraser_jax import interrupt
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.transforms import ImageSpec, centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
-from lmeraser_jax.progress import progress
 
 PIECE = 16_384  # images in memory at a time
 
@@ -58,16 +56,8 @@ class Extractor:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """uint8 [N, h, w, c] -> float32 [N, D]."""
-        features = np.zeros((len(images), self.width), np.float32)
-        with progress("features", len(images)) as bar:
-            for start in range(0, len(images), self.size):
-                interrupt.raise_if_stopped()
-                piece = images[start : start + self.size]
-                padded = np.zeros((self.size, *images.shape[1:]), np.uint8)
-                padded[: len(piece)] = piece
-                features[start : start + self.size] = np.asarray(self.function(self.params, padded))[: len(piece)]
-                bar.advance(len(piece))
-        return features
+        program = functools.partial(self.function, self.params)
+        return backbone_lib.features_of_all(program, images, self.size, self.width, "features")
 
 
 def cached(

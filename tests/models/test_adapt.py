@@ -252,7 +252,7 @@ def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):
     assert f"all 270 images of the public set {files}/public.npz are private or test images" in message
     (tmp_path / "file").write_text("mine")
     assert "exists already" in refused(f"out={tmp_path}/file")
-    assert "Not a directory" in refused(f"out={tmp_path}/file/out")
+    assert f"{tmp_path}/file is no folder" in refused(f"out={tmp_path}/file/out")
     assert "goes with public.source=folder or tfds, not npz" in refused("config.public.store_size=9")
     assert "is not vit-s" in refused("config.backbone.name=vit-s")
     assert "must be a multiple of the patch size 4" in refused("config.data.image_size=9")
