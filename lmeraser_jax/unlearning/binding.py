@@ -131,7 +131,7 @@ def refuse_misfits(catalog: Catalog, tuning: Tuning, refs: Iterable[str]) -> Non
     for row in rows:
         problems += (f"cluster {row.cluster[:12]}, {line}" for line in changed.get(row.tuning, ()))
     remedy = "tune all clusters with lmeraser train --retune, and unpin those that lmeraser rollback has pinned"
-    raise_all(problems, f"some slices have another shape than the tuning settings give; {remedy}:", LISTED)
+    raise_all(problems, f"some slices are of another form than the tuning settings give; {remedy}:", LISTED)
 
 
 def _shape(tuning: Tuning) -> dict[str, Any]:
