@@ -21,7 +21,9 @@ from lmeraser_jax.experiments.comparison import Comparison, Options, check
 FLAGS = (
     common.Flag("budget", str, "share of the data and of a full tuning that a mean erasure may cost, such as 3%"),
     common.Flag(
-        "candidates", [], "methods of compare or config files FILE.py, joined by commas; empty: some for the budget"
+        "candidates",
+        [],
+        "methods of compare, lmeraser-N, shards-N, lora-shards-N, or files FILE.py, with commas; empty: by budget",
     ),
     common.Flag("by", "accuracy", "what decides on the hold-out", choices=("accuracy", "balanced")),
     common.Flag("requests", 1, "erasures to serve and time, of this many sampled and this many other records", low=0),
