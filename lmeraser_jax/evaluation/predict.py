@@ -215,7 +215,7 @@ def routed_probabilities(
     images: jax.Array,
     draws: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Class probabilities from the prompts and heads of the m nearest clusters that are present (Eq. 4, Fig. 2).
+    """Class probabilities from the slices of the m nearest clusters that are present (Eq. 4, Fig. 2).
 
     Args:
         nearest: m.

@@ -123,6 +123,7 @@ METHODS = {
     "heads": {"tuning__method": "head"},
     "shards": SHARDS,
     "backbones": {"clustering__partition": "one", "tuning__method": "backbone", "tuning__epochs": 1},
+    "adapters": {"tuning__method": "lora", "tuning__rank": 2},
 }
 
 
