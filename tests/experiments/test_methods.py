@@ -317,8 +317,9 @@ def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
     passed, real, routed = [], backbone_lib.features, predict_module.routed_probabilities
 
     def features(architecture, params, pixels, lora=None):
-        jax.debug.callback(lambda batch: passed.append(len(batch)), pixels)  # under vmap once for each image
-        return real(architecture, params, pixels, lora)
+        values = real(architecture, params, pixels, lora)
+        jax.debug.callback(lambda batch: passed.append(len(batch)), values)  # under vmap once for each image and slice
+        return values
 
     with built(name, tmp_path / "run", inference__nearest=nearest) as run:
         model, pixels = load_model(run), run.images[:2]
