@@ -147,7 +147,7 @@ def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
         ("data.owner_pattern='ab': must be a regular expression with a group", {"data.owner_pattern": "ab"}),
         ("data.csv_columns='file': must be two or three column names", {"data.csv_columns": "file"}),
         ("data.resize_size=15: must be 0 or at least --config.data.image_size=16", {"data.resize_size": 15}),
-        ("pretraining.start='weights': must be scratch without --config.backbone.w", {"pretraining.start": "weights"}),
+        ("backbone.weights='': must be named for pretraining.start=weights", {"pretraining.start": "weights"}),
         ("pretraining.distill=1.0: must be 0 without pretraining.start=weights", {"pretraining.distill": 1.0}),
         ("pretraining.supervise=0.0: must be above 0, or distill is", {"pretraining.supervise": 0.0}),
         ("public.path='': must be set for public.source=folder", {"public.source": "folder"}),

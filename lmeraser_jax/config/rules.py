@@ -72,7 +72,7 @@ def _rules_of_backbone(config: Config) -> Iterator[Rule]:
 def _rules_of_pretraining(config: Config) -> Iterator[Rule]:
     pretraining = config.pretraining
     adapts = pretraining.start == "weights"
-    yield "pretraining.start", not adapts or bool(config.backbone.weights), "scratch without --config.backbone.weights"
+    yield "backbone.weights", not adapts or bool(config.backbone.weights), "named for pretraining.start=weights"
     yield "pretraining.epochs", not adapts or pretraining.epochs > 0, "at least 1 for pretraining.start=weights"
     yield "pretraining.distill", adapts or not pretraining.distill, "0 without pretraining.start=weights"
     yield "pretraining.supervise", pretraining.supervise + pretraining.distill > 0, "above 0, or distill is"
@@ -100,6 +100,9 @@ def _rules_of_tuning(config: Config) -> Iterator[Rule]:
     yield "tuning.prompt_width", 2 * tuning.prompt_width <= size, f"at most half of --config.data.image_size={size}"
     prompted = tuning.method != "prompt" or tuning.prompt_width > 0
     yield "tuning.prompt_width", prompted, "above 0 for tuning.method=prompt"
+    depth, adapted = config.backbone.depth, tuning.method == "lora" and not config.backbone.weights
+    fits = not adapted or tuning.lora_layers <= depth
+    yield "tuning.lora_layers", fits, f"at most --config.backbone.depth={depth} (0: all blocks)"
     yield "tuning.alpha", tuning.method != "lora" or tuning.alpha > 0, "above 0 for tuning.method=lora"
     for name, head in (("tuning", tuning), ("common", config.common)):
         yield f"{name}.penalty", head.method not in ("ridge", "linear") or head.penalty > 0, "above 0"

@@ -173,7 +173,9 @@ def best_within(budget: float, rows: Sequence[Measurement], titles: Mapping[str,
         if cost(row) <= SLACK * budget:
             return row
     least = min(rows, key=cost)
+    measured = (f"- {titles[row.method]}: {100 * cost(row):.3g} %, accuracy {row.accuracy:.4f}" for row in rows)
     raise UserError(
         f"--budget={100 * budget:.3g}%: no candidate is within it; the cheapest, {titles[least.method]}, passes"
-        f" {100 * cost(least):.3g} % a request; raise --budget, or add logistic to --candidates, which passes nothing"
+        f" {100 * cost(least):.3g} % a request; raise --budget, or add logistic to --candidates, which passes nothing."
+        f" Measured, and kept for the next try:\n{chr(10).join(measured)}"
     )

@@ -117,8 +117,9 @@ class Comparison:
 def check(comparison: Comparison) -> None:
     """Raises `UserError` with everything that cannot work, before anything is done."""
     options, config, problems = comparison.options, comparison.config, []
+    named = "candidates" if options.by else "methods"  # the flag
     for flag, values, legal in (
-        ("methods", [method.name for method in comparison.methods], ()),
+        (named, [method.name for method in comparison.methods], ()),
         ("experiments", comparison.experiments, EXPERIMENTS),
         ("sequences", options.sequences, sequences.KINDS),
     ):
@@ -134,10 +135,13 @@ def check(comparison: Comparison) -> None:
     if "cut" in comparison.experiments and not options.cuts:
         problems.append("--cuts is missing: the values of clustering.cut to try, such as auto:5,auto:10,auto:20")
     if options.split == "holdout" and not (config.data.holdout or config.data.holdout_split):
-        problems.append("--split=holdout: there is none; set --config.data.holdout, the share that is held out")
+        problems.append(
+            f"there is no hold-out: --config.data.holdout={config.data.holdout:g} must be above 0, the share that is"
+            " held out, or name one with --config.data.holdout_split"
+        )
     for name, count in collections.Counter(method.name for method in comparison.methods).items():
         if count > 1:
-            problems.append(f"--methods: {count} methods are called {name}; a file's name is its method's")
+            problems.append(f"--{named}: {count} are called {name}; name each once (a file's name is its method's)")
     for method in comparison.methods:
         problems += _method_problems(method, comparison)
     raise_all(problems)

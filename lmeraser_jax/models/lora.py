@@ -58,7 +58,7 @@ def adapt(model: Model, spec: LoraSpec) -> Model:
     """Gives every `Linear` in the last `spec.layers` blocks of a network an adapter of zeros, in place.
 
     Blocks are the members of lists named `blocks`, in the order of the forward pass. Raises `UserError` where there are
-    fewer of them.
+    fewer of them, or where the rank is larger than a layer is wide.
     """
     layers = {path: layer for path, layer in nnx.iter_modules(model) if isinstance(layer, Linear)}
     block_of = {path: path[: path.index("blocks") + 2] for path in layers}
@@ -66,6 +66,11 @@ def adapt(model: Model, spec: LoraSpec) -> Model:
     if spec.layers > len(blocks):
         raise UserError(f"--config.tuning.lora_layers={spec.layers}: the backbone has {len(blocks)} blocks; 0: all")
     adapted = blocks[-spec.layers :]
+    smallest = min(min(layer.in_features, layer.out_features) for layer in layers.values())
+    if spec.rank > smallest:
+        raise UserError(
+            f"--config.tuning.rank={spec.rank}: must be at most {smallest}, the width of the smallest layer"
+        )
     for path, layer in layers.items():
         if block_of[path] in adapted:
             layer.scale = spec.alpha / spec.rank

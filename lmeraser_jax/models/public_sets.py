@@ -1,7 +1,7 @@
 """Public records of their own, which `config.public` names: all of them, or a sample for the clustering.
 
-No private record is among them, and no erasure reaches them. Images that are private or test images too, pixel for
-pixel, are named and left out.
+No erasure reaches them. Images that are private or test images too, pixel for pixel, are named. They are left out of
+the training of a backbone; a sample has them, because erasures must not show in it.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class PublicSample:
 
 
 def read_public(config: Config, is_private: IsPrivate, learned: str) -> PublicSet:
-    """Reads the public set. Raises `UserError` where that fails or all its images are private.
+    """Reads the public set without private images. Raises `UserError` where that fails or all its images are private.
 
     `learned` says for a message which setting learns labels; where it is empty they may be missing, and then all images
     are of one class.
@@ -66,15 +66,27 @@ def labels_learned(config: Config) -> str:
 
 
 def draw_sample(config: Config, is_private: IsPrivate) -> PublicSample:
-    """The `clustering.sample_size` images with the smallest keyed hashes. Raises `UserError` where there are fewer."""
+    """The `clustering.sample_size` images with the smallest keyed hashes: a function of the public set alone.
+
+    Were private images left out, the sample would show that there was a record which is erased now. Raises `UserError`
+    where there are fewer images, or where all that are drawn are private.
+    """
     size = config.clustering.sample_size
     source, positions = _open(config)
     ranked = sorted(positions, key=lambda position: sample_rank(config.seed, _sample_id(source.items[position])))
-    chosen = _take(source, ranked, is_private, size)
+    chosen = _take(source, ranked, lambda _: False, size)
     if len(chosen) < size:
         raise UserError(
             f"--config.clustering.sample_size={size}: must be at most {len(chosen)}, the number of images of the public"
-            f" set {source.name} that are no private or test images"
+            f" set {source.name}"
+        )
+    twins = [item.id for item, image in chosen if is_private(content_hash(image))]
+    if len(twins) == size:
+        raise UserError(f"all images drawn from the public set {source.name} are private or test images; use another")
+    if twins:
+        warn(
+            f"{len(twins)} images of the public sample are private or test images too: {join_limited(twins)}. They stay"
+            " in it as public images: a sample that depended on private records would show that an erased one existed"
         )
     chosen.sort(key=lambda pair: _sample_id(pair[0]))
     return _sample([_sample_id(item) for item, _ in chosen], np.stack([image for _, image in chosen]))
@@ -184,8 +196,8 @@ def _take(source: Source, positions: Sequence[int], is_private: IsPrivate, count
             shown.advance(len(chosen) - before)
     raise_all(unreadable, f"the public set {source.name} cannot be used:")
     if not chosen:
-        count = len(positions)
-        raise UserError(f"all {count} images of the public set {source.name} are private or test images; use another")
+        every = f"all {len(positions)} images of the public set {source.name}"
+        raise UserError(f"{every} are private or test images; use another")
     if left_out:
         warn(f"{len(left_out)} public images are private or test images too; left out: {join_limited(left_out)}")
     return chosen

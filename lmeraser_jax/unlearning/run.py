@@ -305,7 +305,11 @@ def _make_backbone(
         backbone, provenance = converted
         backbone_lib.save(layout.backbone, backbone, inputs, dataclasses.asdict(provenance))
         return
-    public = _public_set(config, layout, catalog, public_sets.labels_learned(config))
+
+    def is_private(content: str) -> bool:
+        return bool(catalog.same_pixels(content))
+
+    public = _public_set(config, layout, catalog, is_private, public_sets.labels_learned(config))
     facts: dict[str, Any] = {"origin": "pretrained in the workdir"}
     if converted is not None:
         backbone, facts, accuracy = adapt.adapt(layout.pretraining, public, config, mesh)
@@ -316,12 +320,14 @@ def _make_backbone(
     catalog.event("pretrained", accuracy=accuracy, digest=backbone.digest)
 
 
-def _public_set(config: Config, layout: Layout, catalog: Catalog, learned: str) -> PublicSet:
-    """All public records: those of the data, or a set of its own; `learned` is as in `read_public`."""
+def _public_set(
+    config: Config, layout: Layout, catalog: Catalog, is_private: public_sets.IsPrivate, learned: str
+) -> PublicSet:
+    """All public records: those of the data, or a set of its own; other arguments are as in `read_public`."""
     if config.public.source == "data":
         records, classes = catalog.live("public"), catalog.get("dataset")["classes"]
         return PublicSet(image_file(layout, catalog).view()[records.rows], records.labels, len(classes))
-    return public_sets.read_public(config, lambda content: bool(catalog.same_pixels(content)), learned)
+    return public_sets.read_public(config, is_private, learned)
 
 
 def _tune_public_prompt(run: Run) -> None:
@@ -331,7 +337,8 @@ def _tune_public_prompt(run: Run) -> None:
         public_prompt.load(folder)
         return
     learned = "--config.tuning.start=public learns them; --config.tuning.start=fresh does not"
-    public = _public_set(config, run.layout, run.catalog, learned)
+    # The prompt is in every slice: it is a function of the public set alone, so that no erased record shows in it.
+    public = _public_set(config, run.layout, run.catalog, lambda _: False, learned)
     if not len(public.images):
         raise UserError("--config.tuning.start=public: there are no public images; name a set with --config.public")
     spec = image_spec(config, public.images.shape[1:], run.backbone)

@@ -157,7 +157,7 @@ def test_bad_input_is_said_in_a_line(done, undrawn, capsys, tmp_path):
             "--candidates=best: no such method; legal: lmeraser-N, shards-N, lora-shards-N, ",
         ),
         (["--budget=3%", "--candidates=shards-0"], "--candidates=shards-0: no such method"),
-        (["--budget=3%", "--config.data.holdout=0"], "--split=holdout: there is none; set --config.data.holdout"),
+        (["--budget=3%", "--config.data.holdout=0"], "there is no hold-out: --config.data.holdout=0 must be above 0"),
         (["--budget=3%", f"--workdir={tmp_path}"], "holds other files and no comparison"),
         (["--budget=3%", f"--workdir={done[0]}", "--by=balanced"], "--by: 'accuracy' -> 'balanced'"),
     ):

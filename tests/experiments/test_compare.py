@@ -249,8 +249,8 @@ def test_everything_that_cannot_work_is_said_at_once(tmp_path):
         ({"names": ("lmeraser",), "experiments": ("cut",), "cuts": ()}, "--cuts is missing"),
         ({"experiments": ("cut",)}, "--experiments=cut: ridge cuts no tree; its partition is one"),
         ({"names": ("ncm",), "experiments": ("epochs",)}, "--experiments=epochs: ncm has a closed form and no epochs"),
-        ({"names": ("ridge", "ridge")}, "2 methods are called ridge"),
-        ({"split": "holdout"}, "--split=holdout: there is none; set --config.data.holdout"),
+        ({"names": ("ridge", "ridge")}, "--methods: 2 are called ridge"),
+        ({"split": "holdout"}, "there is no hold-out: --config.data.holdout=0 must be above 0"),
         ({"experiments": ()}, "--experiments: name at least one"),
     ):
         with pytest.raises(UserError) as caught:

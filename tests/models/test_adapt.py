@@ -244,7 +244,7 @@ def test_what_cannot_be_adapted_is_refused(tmp_path, weights, files, capsys):
         return capsys.readouterr().err
 
     assert "lmeraser prepare --dataset=imagenette" in refused("config.public.source=data", "config.public.path=")
-    assert "scratch without --config.backbone.weights" in refused("config.backbone.weights=")
+    assert "backbone.weights='': must be named for pretraining.start=weights" in refused("config.backbone.weights=")
     assert "--config.pretraining.epochs=0: must be at least 1" in refused("config.pretraining.epochs=0")
     assert "above 0, or distill is" in refused("config.pretraining.supervise=0")
     assert "16 px, which must be more than" in refused("config.data.image_size=16", "config.pretraining.distill=1")

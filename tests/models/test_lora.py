@@ -91,6 +91,8 @@ def test_the_backward_pass_ends_at_the_first_adapter():
     assert products[2][0] > products[1][0] and products[2][1] == products[1][1] > 0
 
 
-def test_more_layers_than_the_network_has_are_refused():
+def test_more_layers_and_ranks_than_the_network_has_are_refused():
     with pytest.raises(UserError, match="--config.tuning.lora_layers=3: the backbone has 2 blocks; 0: all"):
         graph(VIT, LoraSpec(2, 3.0, 3))
+    with pytest.raises(UserError, match=f"--config.tuning.rank=1000: must be at most {VIT.width}, the width"):
+        graph(VIT, LoraSpec(1000, 3.0))
