@@ -3,12 +3,10 @@
 import contextlib
 import dataclasses
 import functools
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -169,33 +167,42 @@ def test_the_command_and_a_workdir_make_the_same_backbone_without_private_images
 
 
 COMMAND = """
-import sys
+import os, signal, sys
 from lmeraser_jax.models import pretrain
+from lmeraser_jax.storage import checkpoints
+moment, save, saves = sys.argv.pop(1), checkpoints.save_step, []
 pretrain.CHECKPOINT_SECONDS, pretrain.CALL_STEPS = 0.0, 2
+
+def save_and_die(*arguments):
+    for when in ("before", "after"):
+        if when == "after":
+            save(*arguments)
+            saves.append(arguments)
+        if moment == f"{when} {len(saves)}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints.save_step = save_and_die
 from lmeraser_jax.cli.main import main
 sys.exit(main(["adapt", *sys.argv[1:]]))
 """
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_at_any_moment_goes_on(tmp_path, weights, files):
+def test_a_process_that_is_killed_goes_on(tmp_path, weights, files):
     given = {"public.source": "npz", "public.path": files / "public.npz", "backbone.weights": weights}
     given |= {"data.image_size": SIZE, "pretraining.epochs": 2, "pretraining.batch": 16, "pretraining.distill": 0.3}
-    command = [sys.executable, "-c", COMMAND, *(f"--config.{name}={value}" for name, value in given.items())]
-    start = time.monotonic()
-    subprocess.run([*command, f"--out={tmp_path}/whole"], check=True, capture_output=True)
-    seconds, draw, killed = time.monotonic() - start, random.Random(0), 0
-    for _ in range(4):
-        with subprocess.Popen([*command, f"--out={tmp_path}/killed"], stderr=subprocess.DEVNULL) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(draw.uniform(0.3, 0.9) * seconds)
-            process.kill()
-            killed += process.wait() == -signal.SIGKILL
-        if process.returncode == 0:
-            break
-    subprocess.run([*command, f"--out={tmp_path}/killed"], capture_output=True)
+    flags = [f"--config.{name}={value}" for name, value in given.items()]
+
+    def adapt(moment, name):
+        command = [sys.executable, "-c", COMMAND, moment, *flags, f"--out={tmp_path}/{name}"]
+        return subprocess.run(command, capture_output=True).returncode
+
+    assert adapt("never", "whole") == 0
+    for moment in ("before 0", "after 1", "before 3", "after 5"):  # of the checkpoints of this process
+        assert adapt(moment, "killed") == -signal.SIGKILL, moment
+    assert adapt("never", "killed") == 0
     digests = {backbone_lib.load(tmp_path / name)[0].digest for name in ("whole", "killed")}
-    assert killed > 1 and len(digests) == 1
+    assert len(digests) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
