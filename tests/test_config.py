@@ -148,6 +148,10 @@ def test_conflicts_between_settings_are_refused_with_what_would_be_legal():
         ("data.csv_columns='file': must be two or three column names", {"data.csv_columns": "file"}),
         ("data.resize_size=15: must be 0 or at least --config.data.image_size=16", {"data.resize_size": 15}),
         ("backbone.weights='': must be named for pretraining.start=weights", {"pretraining.start": "weights"}),
+        (
+            "tuning.lora_layers=5: must be at most --config.backbone.depth=4 (0: all blocks)",
+            {"tuning.method": "lora", "tuning.lora_layers": 5},
+        ),
         ("pretraining.distill=1.0: must be 0 without pretraining.start=weights", {"pretraining.distill": 1.0}),
         ("pretraining.supervise=0.0: must be above 0, or distill is", {"pretraining.supervise": 0.0}),
         ("public.path='': must be set for public.source=folder", {"public.source": "folder"}),
