@@ -57,7 +57,8 @@ def candidates(budget: float) -> tuple[Method, ...]:
 
     Heads of all records in closed form; as many clusters, and as few shards, as keep the mean request within it.
     """
-    closed, shards = (METHODS[name] for name in ("logistic", "logistic-balanced", "ridge")), math.ceil(1 / budget)
+    closed = (METHODS[name] for name in ("logistic", "logistic-weak", "logistic-balanced", "ridge"))
+    shards = math.ceil(1 / budget)
     return (*closed, _clusters(math.ceil(SAMPLED / budget)), _shards(shards), _lora_shards(shards))
 
 

@@ -21,6 +21,7 @@ ADAPTIVE = {"clustering.partition": "adaptive", "tuning.method": "prompt+head"}
 RANDOM = {"clustering.partition": "random", "tuning.method": "prompt+head"}
 ONE_CLUSTER = {"clustering.partition": "one"}
 HEAD = {"tuning.method": "head", "data.augment": "none"}
+LOGISTIC = ONE_CLUSTER | {"tuning.method": "linear"}
 LORA = {"tuning.method": "lora"}
 
 
@@ -71,11 +72,12 @@ METHODS: dict[str, Method] = {  # docs/reproduce.md says what each does
         Method("heads-ridge", "heads + ridge", ADAPTIVE | HEAD | {"common.method": "ridge"}),
         Method("ridge", "ridge", ONE_CLUSTER | {"tuning.method": "ridge"}),
         Method("ridge-cosines", "ridge + cosines", ONE_CLUSTER | {"tuning.method": "ridge", "tuning.expand": 512}),
-        Method("logistic", "logistic head", ONE_CLUSTER | {"tuning.method": "linear", "tuning.penalty": 0.03}),
+        Method("logistic", "logistic head", LOGISTIC | {"tuning.penalty": 0.03}),
+        Method("logistic-weak", "logistic head, weak penalty", LOGISTIC | {"tuning.penalty": 0.001}),
         Method(
             "logistic-balanced",
             "balanced logistic head",
-            ONE_CLUSTER | {"tuning.method": "linear", "tuning.penalty": 0.03, "tuning.balanced": True},
+            LOGISTIC | {"tuning.penalty": 0.03, "tuning.balanced": True},
         ),
         Method("ncm", "nearest class mean", ONE_CLUSTER | {"tuning.method": "ncm"}),
     )

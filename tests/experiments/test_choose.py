@@ -142,7 +142,7 @@ def test_the_default_candidates_fit_the_budget_and_the_records(tmp_path):
         (0.25, ("lmeraser-10", "shards-4", "lora-shards-4")),
     ):
         assert tuple(method.name for method in candidates.candidates(budget)[-3:]) == names
-    for records, count in ((1000, 6), (100, 5), (10, 3)):
+    for records, count in ((1000, 7), (100, 6), (10, 4)):
         tried = Comparison(tmp_path, small_config(), candidates.candidates(0.1), (0,), ("methods",), Options("", ""))
         assert len(choosing._with_enough_records(tried, records).methods) == count
 
@@ -169,4 +169,4 @@ def test_bad_input_is_said_in_a_line(done, undrawn, capsys, tmp_path):
     assert "--by=balanced: the hold-out has no image of 1, 4" in text and "raise --config.data.holdout" in text
     code, _, err = call(capsys, "choose", *FLAGS, at, "--budget=0.5%", "--config.data.holdout=0.05")
     assert code == 0 and "the balanced accuracy is of the other classes" in err
-    assert "too few for 200 shards" in err and "of 3 candidates to do, in about 30 s. This is an estimate" in err
+    assert "too few for 200 shards" in err and "of 4 candidates to do, in about 40 s. This is an estimate" in err
