@@ -19,14 +19,15 @@ from lmeraser_jax.unlearning.binding import differences
 
 # An independent list of what is legal; the numbers that are not named here may be 0 or more.
 AT_LEAST_1 = (
-    "data.image_size data.max_pixels backbone.patch backbone.width backbone.depth pretraining.batch "
+    "data.image_size data.max_pixels text.context backbone.patch backbone.width backbone.depth pretraining.batch "
     "pretraining.checkpoint_epochs clustering.sample_size clustering.feature_batch clustering.shards tuning.epochs "
     "tuning.batch tuning.lanes tuning.scan_steps tuning.rank checkpoints.keep inference.batch"
 ).split()
 SHARES = "data.holdout data.test_share tuning.warmup pretraining.warmup tuning.momentum".split()
 CHOICES = {
-    "data.source": ("digits", "npz", "folder", "tfds"),
+    "data.source": ("digits", "npz", "folder", "tfds", "text"),
     "data.split_by": ("record", "owner"),
+    "text.long": ("refuse", "cut"),
     "data.limit_by": ("record", "class"),
     "data.augment": ("none", "crop", "flip", "paper"),
     "backbone.feature": ("auto", "cls", "pooler"),
@@ -103,6 +104,8 @@ def test_every_choice_is_legal_and_another_is_refused_with_all_of_them():
     for name, choices in CHOICES.items():
         for value in choices:
             source = {"data.source": "npz", "data.path": "x"} if value != "digits" else {}
+            if "text" in (value, name.partition(".")[0]):
+                source |= {"data.source": "text", "backbone.weights": "x", "tuning.method": "lora"}
             from_dict(tree(**{**source, "data.dataset": "cifar10", name: value}))
         message = refusal(tree(**{name: "zzz"}))
         assert f"--config.{name}='zzz': must be one of {', '.join(choices)}" in message, name
@@ -117,6 +120,7 @@ def test_every_number_has_a_least_value_and_shares_a_limit():
             with_low["clustering"]["min_members"] = 10**6  # 0 is no limit, so there is no conflict
         if name not in (
             "data.image_size",
+            "text.context",
             "backbone.width",
             "pretraining.supervise",
             "clustering.sample_size",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from helpers import changed, files_of, small_config, small_run, small_source, without
 
-from lmeraser_jax.data.source import Pixels
+from lmeraser_jax.data.source import Contents
 from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.requests import any_open
@@ -196,9 +196,9 @@ def test_pixels_and_labels_of_an_erased_record_change_nothing_at_all(trained_tem
 def test_rows_and_order_of_import_do_not_reach_the_numbers(scratch, tmp_path):
     source = small_source()
     order = np.random.default_rng(1).permutation(len(source.items))
-    images = source.read(range(len(source.items))).images[order]
+    images = source.read(range(len(source.items))).rows[order]
     shuffled = dataclasses.replace(
-        source, items=[source.items[i] for i in order], read=lambda positions: Pixels(images[list(positions)])
+        source, items=[source.items[i] for i in order], read=lambda positions: Contents(images[list(positions)])
     )
     assert differences(train_from_scratch(tmp_path / "run", shuffled), scratch(frozenset())) == []
 

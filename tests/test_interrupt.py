@@ -98,7 +98,7 @@ def test_pretraining_writes_a_checkpoint_first(tmp_path, monkeypatch):
     source, mesh = small_source(), mesh_of(jax.devices()[:1])
     rows = [i for i, item in enumerate(source.items) if item.split == "public"]
     labels = np.array([source.items[i].label for i in rows], np.int32)
-    public = PublicSet(source.read(range(len(source.items))).images[rows], labels, 10)
+    public = PublicSet(source.read(range(len(source.items))).rows[rows], labels, 10)
     folder = Layout(tmp_path / "run").pretraining
     epochs = sigterm_before(monkeypatch, pretrain, "_epoch_rows", call=2)
     with interrupt.handle_sigterm(), pytest.raises(interrupt.Stopped):

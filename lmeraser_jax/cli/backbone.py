@@ -42,12 +42,21 @@ def run(arguments: common.Arguments) -> int:
     zoo.refuse_absent(config)
     common.require_device()
     from lmeraser_jax.models import backbone as backbone_lib
-    from lmeraser_jax.models import convert
+    from lmeraser_jax.models import convert, tokenizers
+    from lmeraser_jax.models.architectures import DecoderConfig
 
     backbone, provenance = convert.load(config, arguments["image_size"])
+    tokenizer = None
+    if isinstance(backbone.config, DecoderConfig):
+        try:
+            tokenizer = tokenizers.beside(config.weights, backbone.config)
+        except UserError as error:
+            common.warn(f"no tokenizer is kept with the model: {error}")
     inputs = {"backbone": dataclasses.asdict(config), "image_size": arguments["image_size"]}
     facts = dataclasses.asdict(provenance)
     backbone_lib.save(out, backbone, inputs, facts)
+    if tokenizer is not None:
+        tokenizers.save(out / tokenizers.KEPT, tokenizer)
     show(arguments, out, backbone, facts)
     return 0
 

@@ -41,5 +41,5 @@ def run(arguments: common.Arguments) -> int:
     shown = summary.values()
     values |= {name: shown[name] for name in ("expected_share", "sampled_share", "classes", "imbalance")}
     values["imported"] = dataclasses.asdict(imported) if imported else None
-    common.show(arguments, "\n".join(lines), values)
+    common.show(arguments, "\n".join(filter(None, lines)), values)
     return 0

@@ -38,6 +38,9 @@ from lmeraser_jax.config.schema import (
     Public as Public,
 )
 from lmeraser_jax.config.schema import (
+    Text as Text,
+)
+from lmeraser_jax.config.schema import (
     Tuning as Tuning,
 )
 from lmeraser_jax.config.schema import (

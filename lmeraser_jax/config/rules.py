@@ -15,7 +15,7 @@ Rule = tuple[str, bool, str]  # a setting's dotted name, whether its value is le
 
 def validate(config: Config) -> list[str]:
     """One line per illegal value: the value, what is legal, the flag to change."""
-    rules = (_ranges, _rules_of_data, _rules_of_backbone, _rules_of_pretraining, _rules_of_tuning)
+    rules = (_ranges, _rules_of_data, _rules_of_text, _rules_of_backbone, _rules_of_pretraining, _rules_of_tuning)
     broken = [(name, legal) for rule in rules for name, holds, legal in rule(config) if not holds]
     values = {name: value for name, value, _ in settings_of(config)}
     return [f"--config.{name}={shown(values[name])}: must be {legal}" for name, legal in broken]
@@ -34,7 +34,7 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
     fits = data.resize_size == 0 or data.resize_size >= data.image_size
     yield "data.resize_size", fits, f"0 or at least --config.data.image_size={data.image_size}"
     for name, group, without in (("data", data, "digits"), ("public", config.public, "data")):
-        if group.source in ("npz", "folder"):
+        if group.source in ("npz", "folder", "text"):
             yield f"{name}.path", bool(group.path), f"set for {name}.source={group.source}"
         unused = group.source == without and group.path
         yield f"{name}.path", not unused, f"empty for --config.{name}.source={without}: name the source of these data"
@@ -43,6 +43,27 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
     if data.owner_pattern:
         yield "data.owner_pattern", _has_group(data.owner_pattern), "a regular expression with a group"
     yield "data.csv_columns", data.csv_columns.count(",") in (1, 2), "two or three column names: file,label[,owner]"
+
+
+def _rules_of_text(config: Config) -> Iterator[Rule]:
+    text, tuning, clustering = config.text, config.tuning, config.clustering
+    if not config.is_text:
+        for name, value, _ in settings_of(text):
+            yield f"text.{name}", value == getattr(type(text), name), "left as it is without data.source=text"
+        return
+    keys = text.keys.split(",")
+    distinct = len(keys) in (4, 5) and len(set(keys)) == len(keys) and all(keys[:1] + keys[2:])
+    yield "text.keys", distinct, "four or five names of keys: id,owner,query,response[,split]"
+    yield "text.query", "{query}" in text.query, "a template with {query} in it"
+    yield "text.response", "{response}" in text.response, "a template with {response} in it"
+    yield "backbone.weights", bool(config.backbone.weights), "a language model's file or folder for data.source=text"
+    yield "tuning.method", tuning.method == "lora", "lora for data.source=text"
+    yield "common.method", config.common.method == "none", "none for data.source=text"
+    yield "tuning.start", tuning.start == "fresh", "fresh for data.source=text"
+    yield "data.augment", config.data.augment == "none", "none for data.source=text"
+    yield "pretraining.start", config.pretraining.start == "scratch", "scratch for data.source=text"
+    yield "clustering.sample_from", clustering.sample_from == "private", "private for data.source=text"
+    yield "inference.nearest", config.inference.nearest == 1, "1 for data.source=text"
 
 
 def _has_group(pattern: str) -> bool:
@@ -103,6 +124,7 @@ def _rules_of_tuning(config: Config) -> Iterator[Rule]:
     depth, adapted = config.backbone.depth, tuning.method == "lora" and not config.backbone.weights
     fits = not adapted or tuning.lora_layers <= depth
     yield "tuning.lora_layers", fits, f"at most --config.backbone.depth={depth} (0: all blocks)"
+    yield "tuning.lora_l2", tuning.method == "lora" or not tuning.lora_l2, "0 without tuning.method=lora"
     yield "tuning.alpha", tuning.method != "lora" or tuning.alpha > 0, "above 0 for tuning.method=lora"
     for name, head in (("tuning", tuning), ("common", config.common)):
         yield f"{name}.penalty", head.method not in ("ridge", "linear") or head.penalty > 0, "above 0"

@@ -29,8 +29,12 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = (), **limits: An
 class Data(WithPaths):
     """Where the images come from and what the backbone sees of them."""
 
-    source: str = setting("digits", "where images come from", choices=("digits", "npz", "folder", "tfds"))
-    path: str = setting("", "npz file or image folder; tfds: its data folder, empty for TFDS's own", path=absolute)
+    source: str = setting("digits", "where records come from", choices=("digits", "npz", "folder", "tfds", "text"))
+    path: str = setting(
+        "",
+        "npz file, image folder, file of JSON lines; tfds: its data folder, empty for TFDS's own",
+        path=absolute,
+    )
     dataset: str = setting("", "tfds: name such as cifar10 or visual_domain_decathlon/gtsrb")
     train_split: str = setting("", "folder: subfolder, tfds: split such as train[:40000]; empty: train")
     holdout_split: str = setting("", "as train_split, for the hold-out; empty: none")
@@ -52,6 +56,21 @@ class Data(WithPaths):
     train_limit: int = setting(0, "use only so many private records, drawn by a hash of the id; 0: all")
     test_limit: int = setting(0, "use only so many test images, drawn as train_limit draws; 0: all")
     limit_by: str = setting("record", "draw them from all, or of every class its share", ("record", "class"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """How lines of data.source=text become rows of tokens."""
+
+    keys: str = setting(
+        "id,owner,query,response,split",
+        "keys of a line for these; the owner's may be empty, the split's left out",
+    )
+    query: str = setting("Question: {query}\nAnswer:", "template of a query")
+    response: str = setting(" {response}", "template of a response")
+    chat: bool = setting(False, "use the tokenizer's chat template instead of these")
+    context: int = setting(256, "T, tokens of a row at most; shorter rows are padded", low=1)
+    long: str = setting("refuse", "longer rows: count as unreadable, or lose the response's end", ("refuse", "cut"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +154,7 @@ class Tuning:
     lora_layers: int = setting(0, "the last so many blocks of the backbone have adapters; 0: all")
     rank: int = setting(8, "R, rank of the adapters", low=1)
     alpha: float = setting(16.0, "what an adapter adds to its layer is multiplied by alpha / rank")
+    lora_l2: float = setting(0.0, "lambda: the loss has lambda / 2 times the squared adapters, method lora only")
     penalty: float = setting(0.1, "ridge: added to the variance of standardised features; linear: to squared weights")
     expand: int = setting(0, "closed forms: number of random cosines to append to the feature; 0: none")
     balanced: bool = setting(False, "linear: every class counts alike, however many records it has")
@@ -204,6 +224,7 @@ class Config:
 
     seed: int = setting(0, "determines every random choice: sample, order, augmentation, initial values")
     data: Data = Data()
+    text: Text = Text()
     public: Public = Public()
     backbone: Backbone = Backbone()
     pretraining: Pretraining = Pretraining()
@@ -212,6 +233,11 @@ class Config:
     common: Common = Common()
     checkpoints: Checkpoints = Checkpoints()
     inference: Inference = Inference()
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the records are queries and responses, and the backbone a language model."""
+        return self.data.source == "text"
 
     @property
     def samples_public_set(self) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lmeraser_jax.config import Data
-from lmeraser_jax.data.source import Pixels
+from lmeraser_jax.data.source import Contents
 from lmeraser_jax.errors import stand_in
 
 THREADS = min(16, os.cpu_count() or 1)
@@ -27,7 +27,7 @@ TURNS = dict(zip(range(2, 9), (Image.Transpose(method) for method in (0, 3, 1, 5
 
 def decode(
     files: Sequence[Path | bytes], height: int, width: int, channels: int, max_pixels: int = MAX_PIXELS
-) -> Pixels:
+) -> Contents:
     """Decodes image files, or their bytes: resized (bilinear, antialiased) to just cover height x width, then cropped.
 
     Args:
@@ -53,7 +53,7 @@ def decode(
     with _quiet(), ThreadPoolExecutor(THREADS) as pool:
         results = list(pool.map(fill, range(len(files))))
     unreadable = {position: reason for position, (reason, _) in enumerate(results) if reason}
-    return Pixels(images, unreadable, sum(converted for _, converted in results))
+    return Contents(images, unreadable, sum(converted for _, converted in results))
 
 
 def upright_size(path: Path) -> tuple[int, int]:

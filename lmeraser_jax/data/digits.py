@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.data.source import Contents, Item, Source
 
 RUN = 16
 
@@ -27,4 +27,4 @@ def load() -> Source:
         split = "public" if run % 2 == 0 else private
         items.append(Item(f"digit-{i:04d}", split, int(label), f"hand-{run:03d}"))
     names = tuple(str(name) for name in digits.target_names)
-    return Source("digits", names, (8, 8, 1), items, lambda positions: Pixels(images[list(positions)]))
+    return Source("digits", names, (8, 8, 1), items, lambda positions: Contents(images[list(positions)]))

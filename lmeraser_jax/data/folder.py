@@ -14,7 +14,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import label_csv
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.names import similar
-from lmeraser_jax.data.source import Item, Pixels, Source, not_used
+from lmeraser_jax.data.source import Contents, Item, Source, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 
 SUFFIXES = (
@@ -46,7 +46,7 @@ def load(data: Data, labelled: bool = True) -> Source:
     height = data.store_size or data.image_size
     width = data.store_width or height
 
-    def read(positions: Sequence[int]) -> Pixels:
+    def read(positions: Sequence[int]) -> Contents:
         return decode([root / names[position] for position in positions], height, width, CHANNELS, data.max_pixels)
 
     if len(classes) < len(numbers):

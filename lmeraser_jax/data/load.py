@@ -4,20 +4,22 @@ import dataclasses
 import re
 
 from lmeraser_jax.config import Data
+from lmeraser_jax.data import text
 from lmeraser_jax.data.names import list_names
 from lmeraser_jax.data.source import Source
+from lmeraser_jax.data.text import Encoder
 from lmeraser_jax.errors import UserError, raise_all
 
 IN_FOLDERS = ("train_split", "holdout_split", "test_split", "public_split", "store_size", "store_width")
 SOURCES_OF = {"dataset": ("tfds",), "labels": ("folder",)} | dict.fromkeys(IN_FOLDERS, ("folder", "tfds"))
 
 
-def load(data: Data, own_test: bool = True, labelled: bool = True) -> Source:
+def load(data: Data, own_test: bool = True, labelled: bool = True, encoder: Encoder | None = None) -> Source:
     """Opens the source that `data.source` names, with the owners that `data.owner_pattern` finds.
 
     With `own_test` an .npz must have test images unless `data.test_share` draws some. Unless `labelled`, images may
-    have no label, which is -1 then. Raises `UserError` for a source that cannot be used, a setting that it would
-    ignore, a pattern without a match.
+    have no label, which is -1 then. Text needs an `encoder`. Raises `UserError` for a source that cannot be used, a
+    setting that it would ignore, a pattern without a match.
     """
     raise_all(
         [
@@ -26,7 +28,11 @@ def load(data: Data, own_test: bool = True, labelled: bool = True) -> Source:
             if (value := getattr(data, name)) and data.source not in sources
         ]
     )
-    source = _open(data, own_test and not data.test_share, labelled)
+    if data.source == "text":
+        assert encoder is not None
+        source = text.load(data, encoder)
+    else:
+        source = _open(data, own_test and not data.test_share, labelled)
     return _with_owners(source, data.owner_pattern) if data.owner_pattern else source
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.names import LONGEST, as_name
-from lmeraser_jax.data.source import Item, Pixels, Source, not_used
+from lmeraser_jax.data.source import Contents, Item, Source, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten, stand_in
 
 SPLITS = ("train", "test", "public")
@@ -72,7 +72,7 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels, 
     ((height, width, channels),) = shapes
     shape = height, width, channels
 
-    def read(positions: Sequence[int]) -> Pixels:
+    def read(positions: Sequence[int]) -> Contents:
         pieces, offset = [np.zeros((0, *shape), np.uint8)], 0
         for stream in streams:
             rows = [position - offset for position in positions if 0 <= position - offset < stream.shape[0]]
@@ -80,7 +80,7 @@ def load(path: str, own_test: bool = True, max_pixels: int = Data().max_pixels, 
                 run = [row for _, row in run]
                 pieces.append(stream.read(run[0], run[-1] + 1).reshape(-1, *shape))
             offset += stream.shape[0]
-        return Pixels(np.concatenate(pieces))
+        return Contents(np.concatenate(pieces))
 
     others += [key for key in members if key != "class_names" and key.partition("_")[0] not in splits]
     return Source(path, tuple(map(as_name, names)), shape, items, read, not_used({"arrays": others}))

@@ -1,4 +1,4 @@
-"""What every source of images delivers: items with stable ids, and pixels read in bounded pieces."""
+"""What every source delivers: items with stable ids, and their contents, images or rows of text, in bounded pieces."""
 
 import dataclasses
 import hashlib
@@ -19,20 +19,20 @@ WITHOUT_LABELS = "--config.pretraining.supervise=0 --config.pretraining.distill=
 
 
 class Item(NamedTuple):
-    """One image without its pixels. Splits: train (private), holdout (private, never tuned on), test, public."""
+    """One record without its content. Splits: train (private), holdout (private, never tuned on), test, public."""
 
     id: str
     split: str
-    label: int  # -1: none; only public sets, from which features are learned, may lack labels
+    label: int  # -1: none; of text, and of public sets, from which features are learned
     owner: str = ""
 
 
-class Pixels(NamedTuple):
-    """A piece of a source's images."""
+class Contents(NamedTuple):
+    """A piece of a source's contents."""
 
-    images: np.ndarray  # uint8 [n, h, w, c]; zeros where an image could not be read
+    rows: np.ndarray  # uint8 [n, h, w, c], images, or int32 [n, 2 + T], text; zeros where one could not be read
     unreadable: Mapping[int, str] = MappingProxyType({})  # {position in the piece: what is wrong with it}
-    converted: int = 0  # images that had another colour mode and were converted
+    converted: int = 0  # images that had another colour mode and were converted; texts that were cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Source:
 
     name: str  # what messages call it
     class_names: tuple[str, ...]  # index = label; fixed at import, so that erasing a whole class keeps its logit
-    shape: tuple[int, int, int]  # (h, w, c) of a stored image
+    shape: tuple[int, ...]  # (h, w, c) of a stored image, (2 + T,) of a row of text (`text_rows`)
     items: Sequence[Item]  # all, in any order
-    read: Callable[[Sequence[int]], Pixels]  # of the items at some positions, which rise
+    read: Callable[[Sequence[int]], Contents]  # of the items at some positions, which rise
     notes: tuple[str, ...] = ()  # what an import tells about it, such as what it has that is not used
 
 
@@ -56,10 +56,11 @@ def not_used(names: Mapping[str, Collection[str]], files: str = "") -> tuple[str
 
 def problems(source: Source, classes: int = 2) -> list[str]:
     """A line for everything that makes the source unusable: so many classes must be there; 0: labels may be missing."""
-    items, last, lines = source.items, len(source.class_names) - 1, []
+    items, last, lines, text = source.items, len(source.class_names) - 1, [], is_text(source.shape)
+    classes = 0 if text else classes
     labels = {item.label for item in items if item.split == "train"}
     if not labels:
-        lines.append("there is no training image")
+        lines.append("there is no training record")
     elif len(labels) < classes:
         lines.append(f"only one class is present ({join_limited(labels)}); a classifier needs at least 2")
     counts = Counter(item.id for item in items)
@@ -77,7 +78,7 @@ def problems(source: Source, classes: int = 2) -> list[str]:
         ],
     }
     lines += [f"{rule}: {join_limited(names)}" for rule, names in offenders.items() if names]
-    if min(source.shape) < 1 or source.shape[2] not in (1, 3):
+    if not text and (min(source.shape) < 1 or source.shape[2] not in (1, 3)):
         lines.append(f"images must be [height, width, 1 or 3 channels], not {list(source.shape)}")
     return lines
 
@@ -92,10 +93,20 @@ def _illegal_names(source: Source) -> list[str]:
     ]
 
 
-def content_hash(image: np.ndarray) -> str:
-    """SHA-256 over shape and pixels of one uint8 image; equal images have equal hashes."""
-    sha = hashlib.sha256(str(image.shape).encode())
-    sha.update(np.ascontiguousarray(image).tobytes())
+def is_text(shape: Sequence[int]) -> bool:
+    """Whether stored contents of a shape are rows of text."""
+    return len(shape) == 1
+
+
+def dtype_of(shape: Sequence[int]) -> np.dtype:
+    """The dtype of stored contents of a shape."""
+    return np.dtype(np.int32 if is_text(shape) else np.uint8)
+
+
+def content_hash(row: np.ndarray) -> str:
+    """SHA-256 over shape and bytes of one image or row of text; equal ones have equal hashes."""
+    sha = hashlib.sha256(str(row.shape).encode())
+    sha.update(np.ascontiguousarray(row).tobytes())
     return sha.hexdigest()
 
 

@@ -20,7 +20,7 @@ from lmeraser_jax.config import Data
 from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.names import as_name
-from lmeraser_jax.data.source import Item, Pixels, Source, limit_positions, not_used
+from lmeraser_jax.data.source import Contents, Item, Source, limit_positions, not_used
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 
@@ -106,7 +106,7 @@ def load(data: Data, labelled: bool = True) -> Source:
     channels = 1 if fields.shape[2] == 1 else 3
     parse = _parser(prepared, (fields.image,))
 
-    def read(positions: Sequence[int]) -> Pixels:
+    def read(positions: Sequence[int]) -> Contents:
         records = _records(prepared, [places[position] for position in positions])
         files = [(parse(record) or {}).get(fields.image, b"") for record in records]
         return decode(files, height, width, channels, data.max_pixels)

@@ -82,6 +82,8 @@ class Overview:
 
     def class_table(self) -> str:
         """Classes with their records and shares; of more than `MOST_CLASSES` only the largest and the smallest."""
+        if not self.classes:
+            return ""  # text has none
         width = max(len(row.name) for row in self.classes)
         lines = [f"  {row.name:<{width}}{row.records:>9}{row.share:>8.1%}" for row in self.classes]
         if len(lines) > MOST_CLASSES:
@@ -105,7 +107,7 @@ class Overview:
         lines = [
             f"{self.workdir}: state {self.version}, backbone {self.backbone[:12]}",
             "records: " + ", ".join(f"{split} {count}" for split, count in self.records.items()),
-            self.class_table(),
+            *filter(None, [self.class_table()]),
             f"{'cluster':<14}{'slice':<14}{'members':>8}{'sampled':>9}{'versions':>10}{'steps':>8}{'loss':>9}",
             *(cluster.line() for cluster in self.clusters),
         ]
@@ -194,7 +196,7 @@ def _cluster_rows(snapshot: _Snapshot, clustering: Clustering) -> tuple[ClusterR
 
 def _class_rows(classes: list[str], labels: np.ndarray) -> tuple[ClassRow, ...]:
     """All classes, largest first; equal ones in the order of the data set. `labels` int32 [N]."""
-    counts = np.bincount(labels, minlength=len(classes)).tolist()
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes)).tolist()
     rows = [ClassRow(name, count, count / max(len(labels), 1)) for name, count in zip(classes, counts, strict=True)]
     return tuple(sorted(rows, key=lambda row: -row.records))
 
@@ -226,7 +228,7 @@ def record_list(catalog: Catalog) -> tuple[str, dict[str, Any]]:
     records = catalog.live("train", "holdout")
     columns = zip(records.ids, records.labels, records.owners, records.clusters, strict=True)
     rows = [
-        {"id": name, "class": dataset["classes"][label], "owner": owner, "cluster": cluster}
+        {"id": name, "class": dataset["classes"][label] if label >= 0 else "", "owner": owner, "cluster": cluster}
         for name, label, owner, cluster in columns
     ]
     text = "\n".join(

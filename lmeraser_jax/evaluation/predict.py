@@ -31,7 +31,7 @@ from lmeraser_jax.training.clustering import Clustering, padded, squared_distanc
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.train_step import TuningSpec, features_of
+from lmeraser_jax.training.tasks import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.binding import refuse_misfits
 from lmeraser_jax.unlearning.run import Run
@@ -323,7 +323,7 @@ def predict_files(run: Run, files: Sequence[Path], answer: Callable[[np.ndarray]
     """Predicts image files, brought to the stored shape as an import does; those that cannot be read have no answer."""
     spec = run.image_spec
     pixels = decode(files, spec.height, spec.width, spec.channels, run.config.data.max_pixels)
-    answers, lost = answer(pixels.images), list(pixels.unreadable)
+    answers, lost = answer(pixels.rows), list(pixels.unreadable)
     answers.probabilities[lost], answers.clusters[lost] = np.nan, -1
     return dataclasses.replace(answers, unreadable=pixels.unreadable)
 

@@ -79,12 +79,36 @@ def features(config: Architecture, params: Params, images: jax.Array, lora: Lora
     return model.features(images.astype(jax.tree.leaves(params)[0].dtype)).astype(jnp.float32)
 
 
+def query_features(config: Architecture, params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Mean normalised state of queries, the first `lengths` [B] tokens of rows [B, T]: float32 [B, D]."""
+    return nnx.merge(graph(config)[0], params).features(tokens, jnp.maximum(lengths, 1))
+
+
+def token_states(config: Architecture, params: Params, tokens: jax.Array, last: int) -> jax.Array:
+    """States [B, T, D] of tokens [B, T] before block `last`, in the dtype of `params`."""
+    model = nnx.merge(graph(config)[0], params)
+    return model.forward(model.embed(tokens), 0, last)
+
+
+def token_logits(
+    config: Architecture, params: Params, tokens: jax.Array, states: jax.Array | None, first: int, lora: LoraSpec | None
+) -> jax.Array:
+    """Logits of the next token at all places, [B, T] -> float32 [B, T, V]; with `lora`, adapters are among `params`.
+
+    `states` are those before block `first` (`token_states`), if they are known.
+    """
+    model = nnx.merge(graph(config, lora)[0], params)
+    if states is None:
+        states, first = model.embed(tokens), 0
+    return model.logits(model.forward(states, first))
+
+
 def features_of_all(
     program: Callable[[np.ndarray], jax.Array], images: np.ndarray, size: int, width: int, title: str
 ) -> np.ndarray:
-    """Features of any number of images, uint8 [N, h, w, c] -> float32 [N, D], at one fixed shape.
+    """Features of any number of stored rows, such as images uint8 [N, h, w, c] -> float32 [N, D], at one fixed shape.
 
-    `program` maps `size` images to as many features of `width` numbers; short batches are padded, so a feature has the
+    `program` maps `size` rows to as many features of `width` numbers; short batches are padded, so a feature has the
     same bits whatever stands beside it. `title` names the progress line. Raises `Stopped`.
     """
     features = np.zeros((len(images), width), np.float32)
@@ -92,7 +116,7 @@ def features_of_all(
         for start in range(0, len(images), size):
             interrupt.raise_if_stopped()
             piece = images[start : start + size]
-            padded = np.zeros((size, *images.shape[1:]), np.uint8)
+            padded = np.zeros((size, *images.shape[1:]), images.dtype)
             padded[: len(piece)] = piece
             features[start : start + size] = np.asarray(program(padded))[: len(piece)]
             shown.advance(len(piece))

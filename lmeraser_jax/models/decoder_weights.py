@@ -1,11 +1,10 @@
-"""Published weights of language models -> architecture and parameters; and the tokenizer that belongs to them.
+"""Published weights of language models -> architecture and parameters.
 
 The arrays show neither heads nor rotary base nor epsilon: config.json says them, or a GGUF file's own metadata.
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.models.translate import Flat, translate
-from lmeraser_jax.models.weight_files import Weights, file_of
+from lmeraser_jax.models.weight_files import Weights
 from lmeraser_jax.models.weight_settings import INERT
 
 Json = Mapping[str, Any]
@@ -150,28 +149,3 @@ def _tie(flat: Flat, tied: bool, name: str) -> Flat:
     if not np.array_equal(embedding, output):
         raise UserError(f"{name}: tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
     return {key: array for key, array in flat.items() if key != "output"} | {"embedding": embedding}
-
-
-def load_tokenizer(weights: Path, config: DecoderConfig) -> Any:
-    """The tokenizer, as transformers reads it, in the folder of a model's weights or in its GGUF file.
-
-    Raises `UserError` where there is none, or its vocabulary is larger than the model's.
-    """
-    file = file_of(weights) if weights.is_dir() else weights
-    options = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, local_files_only=True, **options)
-    except Exception as error:  # it raises nearly every kind over missing and damaged files
-        first = shorten("".join(str(error).splitlines()[:1]), 300)
-        raise UserError(
-            f"{weights}: transformers can read no tokenizer there ({type(error).__name__}: {first})"
-        ) from error
-    largest = max(tokenizer.get_vocab().values())
-    if largest >= config.vocabulary:
-        raise UserError(
-            f"{weights}: the tokenizer has tokens up to {largest}, the model's embedding has {config.vocabulary} rows;"
-            " take the tokenizer that was published with the weights"
-        )
-    return tokenizer

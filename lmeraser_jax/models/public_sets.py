@@ -123,7 +123,7 @@ def private_contents(data: Data) -> frozenset[str]:
     with progress("private", len(source.items)) as shown:
         for start in range(0, len(source.items), PIECE):
             items = source.items[start : start + PIECE]
-            images = source.read(range(start, start + len(items))).images
+            images = source.read(range(start, start + len(items))).rows
             contents.update(
                 content_hash(image) for item, image in zip(items, images, strict=True) if item.split != "public"
             )
@@ -185,7 +185,7 @@ def _take(source: Source, positions: Sequence[int], is_private: IsPrivate, count
             before, piece = len(chosen), sorted(positions[start : start + min(PIECE, count - len(chosen))])
             start += len(piece)
             pixels = source.read(piece)
-            for place, (position, image) in enumerate(zip(piece, pixels.images, strict=True)):
+            for place, (position, image) in enumerate(zip(piece, pixels.rows, strict=True)):
                 item = source.items[position]
                 if place in pixels.unreadable:
                     unreadable.append(f"{item.id}: {pixels.unreadable[place]}")

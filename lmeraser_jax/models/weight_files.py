@@ -52,15 +52,20 @@ def read(weights: str, hub_id: str = "", revision: str = "main") -> Weights:
     Raises `UserError` for what is not readable, a pickle, or a hub id without a network.
     """
     try:
-        if weights.startswith("hub:"):
-            hub_id, _, revision = weights.removeprefix("hub:").partition("@")
-        of_hub = weights == "hub" or weights.startswith("hub:")
-        path = _download(hub_id, revision or "main") if of_hub else Path(weights)
+        path = path_of(weights, hub_id, revision)
         if (path / "0").is_dir():
             return _read_own(path)
         return _read_folder(path, file_of(path)) if path.is_dir() else _read_folder(path.parent, path)
     except UserError as error:
         raise UserError(f"--config.backbone.weights={weights}: {error}") from error
+
+
+def path_of(weights: str, hub_id: str = "", revision: str = "main") -> Path:
+    """Where the weights lie; arguments and errors as in `read`. What is on the hub is fetched."""
+    if weights.startswith("hub:"):
+        hub_id, _, revision = weights.removeprefix("hub:").partition("@")
+    of_hub = weights == "hub" or weights.startswith("hub:")
+    return _download(hub_id, revision or "main") if of_hub else Path(weights)
 
 
 def read_file(path: Path) -> dict[str, np.ndarray]:

@@ -9,7 +9,18 @@ from lmeraser_jax import interrupt
 from lmeraser_jax.config import Config, Data
 from lmeraser_jax.data.names import list_names, quoted, similar
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import SPLITS, Item, Pixels, Source, assign_split, content_hash, limit_positions, problems
+from lmeraser_jax.data.source import (
+    SPLITS,
+    Contents,
+    Item,
+    Source,
+    assign_split,
+    content_hash,
+    dtype_of,
+    is_text,
+    limit_positions,
+    problems,
+)
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress, warn
 from lmeraser_jax.storage.catalog import Catalog
@@ -48,12 +59,15 @@ def import_settings(config: Config) -> dict[str, Any]:
         values["store_width"] = data.store_width or values["store_size"]
     if data.holdout or data.test_share:
         values["seed"] = config.seed
+    if config.is_text:
+        values["text"] = dataclasses.asdict(config.text)
     return values
 
 
 def image_file(layout: Layout, catalog: Catalog) -> RowFile:
     """The image file of a workdir whose shape is known."""
-    return RowFile(layout.images, tuple(catalog.get("dataset")["shape"]), np.uint8)
+    shape = tuple(catalog.get("dataset")["shape"])
+    return RowFile(layout.images, shape, dtype_of(shape))
 
 
 def check_images(layout: Layout, catalog: Catalog) -> None:
@@ -78,7 +92,7 @@ def import_source(
 ) -> Imported:
     """Brings in the records of a source that the workdir does not have yet. Erased ids stay out.
 
-    Pixels are appended and synced first; the records become live in one transaction, so an interrupted
+    Contents are appended and synced first; the records become live in one transaction, so an interrupted
     import leaves nothing but bytes that the next one truncates. Rotten pixels of known records are written again.
     Warns of what is not used.
 
@@ -105,7 +119,7 @@ def import_source(
     if alike:
         notes += (f"class names that look alike: {join_limited(alike)}",)
     present, left = ({(item.split, item.label) for item in each.items} for each in (source, picked))
-    if not adding and (dropped := sorted(present - left)):
+    if not adding and (dropped := sorted((split, label) for split, label in present - left if label >= 0)):
         names = join_limited(f"{source.class_names[label]} ({split})" for split, label in dropped)
         notes += (f"the limits leave no image of these classes: {names}",)
     if moved:
@@ -116,7 +130,7 @@ def import_source(
     raise_all([*lines, *notes] if lines else [], heading)
     facts = {"classes": list(source.class_names), "shape": list(source.shape), "name": source.name}
     dataset = before or {"settings": import_settings(config), **facts}
-    file = RowFile(layout.images, source.shape, np.uint8)
+    file = RowFile(layout.images, source.shape, dtype_of(source.shape))
     file.truncate(catalog.rows_used())
     start = len(file)
     check_images(layout, catalog)
@@ -124,10 +138,11 @@ def import_source(
     try:
         intake.read(source, positions, dataset["classes"])
         classes = {item.label for item in intake.items if item.split == "train"}
-        if before is None and not intake.problems and len(classes) < 2:
+        if before is None and not intake.problems and len(classes) < (1 if is_text(source.shape) else 2):
             causes = f"--config.data.test_share={data.test_share}, --config.data.holdout={data.holdout}"
             rest = f"leave {len(classes)} of {len(source.class_names)} classes to train on; at least 2 are needed"
-            intake.problems.append(f"{causes} and {len(intake.unreadable)} images that cannot be read {rest}")
+            rest = "leave nothing to train on" if is_text(source.shape) else rest
+            intake.problems.append(f"{causes} and {len(intake.unreadable)} records that cannot be read {rest}")
         if moved and not join and intake.items:
             new = join_limited(item.id for item in intake.items)
             intake.problems.append(f"{len(intake.items)} images are not in the workdir: {new}; --reimport adds them")
@@ -167,7 +182,7 @@ class _Intake:
                 interrupt.raise_if_stopped()
                 piece, items = positions[first : first + PIECE], []
                 for item in (source.items[position] for position in piece):
-                    label = label_of[source.class_names[item.label]]
+                    label = label_of[source.class_names[item.label]] if item.label >= 0 else item.label
                     item = assign_split(item, self.config.data, self.config.seed)
                     items.append(item if item.label == label else item._replace(label=label))  # a new one costs memory
                 new = self._take(items, source.read(piece), changed)
@@ -179,12 +194,12 @@ class _Intake:
             reason = "have other pixels or another label than in the workdir; an id may stand for one image only"
             self.problems.append(f"these records {reason}: {names}")
 
-    def _take(self, items: list[Item], pixels: Pixels, changed: list[str]) -> np.ndarray:
+    def _take(self, items: list[Item], contents: Contents, changed: list[str]) -> np.ndarray:
         """Notes the records of a piece; returns the images of those that are new."""
         known, new = self.catalog.known(item.id for item in items), []
-        self.counts["converted"] += pixels.converted
-        for position, (item, image) in enumerate(zip(items, pixels.images, strict=True)):
-            reason = pixels.unreadable.get(position)
+        self.counts["converted"] += contents.converted
+        for position, (item, image) in enumerate(zip(items, contents.rows, strict=True)):
+            reason = contents.unreadable.get(position)
             if self._is_erased(item, item.id in known):
                 self.counts["erased"] += 1
             elif reason is not None and item.id in known and self.config.data.skip_unreadable:
@@ -207,7 +222,7 @@ class _Intake:
                 self.items.append(item)
                 self.contents.append(content)
                 new.append(position)
-        return pixels.images[new]
+        return contents.rows[new]
 
     def _is_erased(self, item: Item, known: bool = False) -> bool:
         """Whether a record was erased, or everything of its owner and with it whatever may come later."""

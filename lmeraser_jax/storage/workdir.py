@@ -34,6 +34,7 @@ class Layout:
         self.config = self.root / "config.json"
         self.catalog = self.root / "catalog.db"
         self.backbone = self.root / "backbone"
+        self.tokenizer = self.root / "tokenizer"
         self.pretraining = self.root / "pretraining"
         self.public = self.root / "public"
         self.public_sample = self.public / "sample"

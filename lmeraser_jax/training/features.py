@@ -1,4 +1,4 @@
-"""Features for clustering and routing: the un-prompted, un-augmented centre crop through the backbone.
+"""Features for clustering and routing: the un-prompted, un-augmented centre crop, or the query, through the backbone.
 
 Every call has the same shape (short batches are padded), so a record's feature has the same bits whatever stands beside
 it. Features are cached in a row file beside the images.
@@ -15,10 +15,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.transforms import ImageSpec, centred
+from lmeraser_jax.data.text_rows import TextSpec, tokens_of
+from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
+from lmeraser_jax.training import tasks
 
 PIECE = 16_384  # images in memory at a time
 
@@ -36,26 +38,37 @@ def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
 
 
 @functools.lru_cache(maxsize=16)
-def feature_function(architecture: Architecture, spec: ImageSpec, mesh: Mesh):
-    """Compiled `(params, uint8 [devices * batch, h, w, c]) -> float32 [devices * batch, D]`."""
+def feature_function(architecture: Architecture, spec: ImageSpec | TextSpec, mesh: Mesh):
+    """Compiled `(params, rows [devices * batch, ...]) -> float32 [devices * batch, D]`."""
+    return _on_each(functools.partial(tasks.bare_features, architecture, spec), mesh)
+
+
+@functools.lru_cache(maxsize=16)
+def state_function(architecture: Architecture, last: int, mesh: Mesh):
+    """Compiled `(params, int32 [devices * batch, 2 + T]) -> [devices * batch, T, D]`, states before block `last`."""
+
+    def states(params: Any, rows: jax.Array) -> jax.Array:
+        return backbone_lib.token_states(architecture, params, tokens_of(rows)[0], last)
+
+    return _on_each(states, mesh)
+
+
+def _on_each(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh):
+    """The compiled function of (params, rows), the rows split over the devices."""
     axis = mesh.axis_names[0]
-
-    def one_device(params, images):
-        return backbone_lib.features(architecture, params, centred(images, spec))
-
-    return jax.jit(jax.shard_map(one_device, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
 
 
 class Extractor:
-    """Features of images in the compute dtype, at one fixed shape: `batch` images per device and call."""
+    """Features of stored rows in the compute dtype, at one fixed shape: `batch` rows per device and call."""
 
-    def __init__(self, backbone: Backbone, spec: ImageSpec, batch: int, mesh: Mesh, dtype: np.dtype):
+    def __init__(self, backbone: Backbone, spec: ImageSpec | TextSpec, batch: int, mesh: Mesh, dtype: np.dtype):
         self.function = feature_function(backbone.config, spec, mesh)
         self.params, self.width = on_device(backbone, dtype, mesh), backbone.config.feature_size
         self.size = batch * mesh.size
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [N, h, w, c] -> float32 [N, D]."""
+        """uint8 [N, h, w, c] or int32 [N, 2 + T] -> float32 [N, D]."""
         program = functools.partial(self.function, self.params)
         return backbone_lib.features_of_all(program, images, self.size, self.width, "features")
 

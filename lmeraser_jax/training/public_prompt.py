@@ -19,7 +19,8 @@ from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import recipe_settings
-from lmeraser_jax.training.train_step import TuningSpec, mesh_of
+from lmeraser_jax.training.tasks import TuningSpec
+from lmeraser_jax.training.train_step import mesh_of
 
 KEY = "public prompt"  # in the place of a cluster's key
 

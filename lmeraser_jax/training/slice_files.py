@@ -24,7 +24,7 @@ from lmeraser_jax.storage.rows import SliceRow
 from lmeraser_jax.training import closed_form
 from lmeraser_jax.training.jobs import Target
 from lmeraser_jax.training.slices import as_slice
-from lmeraser_jax.training.train_step import TuningSpec
+from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.tune import Tuned
 
 WRITERS = 4  # slices written at a time: a write is mostly waiting for the disk

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmeraser_jax.config import NOT_IN_RECIPE, Tuning
+from lmeraser_jax.data.text_rows import TextSpec
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import Damaged, UserError, raise_all
 from lmeraser_jax.hashing import digest, philox
@@ -27,6 +28,8 @@ NOISE_IMAGES, NOISE_BATCH = 512, 64  # of `noise_activation`
 
 class Slice(NamedTuple):
     """prompt float32 [n], kernel float32 [D, Y], bias float32 [Y]; on the device, or NumPy on the host.
+
+    That of a language model has no prompt and no class, so that these three are empty.
 
     `backbone` are the parameters of the backbone that are the slice's own, in its nested form: all of them
     (`tuning.method=backbone`), or low-rank adapters of its layers (`lora`); None where there are none.
@@ -120,10 +123,10 @@ class RecipeConstants:
 
     tuning: Tuning  # those settings that never reach the numbers are left out of the recipe
     backbone: str  # digest of the frozen backbone
-    image_spec: ImageSpec
+    input_spec: ImageSpec | TextSpec
     classes: int  # Y
     seed: int
-    feature_batch: int = 0  # images per call that computed the features that slices are made of; 0: made of images
+    feature_batch: int = 0  # rows per call that computed the features or states that slices are made of; 0: none
     start: str = ""  # digest of the prompt that prompts begin with; empty: they begin fresh
 
 
@@ -144,7 +147,7 @@ def recipe(key: str, members: Sequence[tuple[str, str, int]], constants: RecipeC
         "tuning": recipe_settings(constants.tuning),
         "start": constants.start,
         "backbone": constants.backbone,
-        "images": dataclasses.asdict(constants.image_spec),
+        "text" if isinstance(constants.input_spec, TextSpec) else "images": dataclasses.asdict(constants.input_spec),
         "classes": constants.classes,
         "seed": constants.seed,
         "feature_batch": constants.feature_batch,

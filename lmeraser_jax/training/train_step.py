@@ -8,7 +8,6 @@ Gradients are taken with respect to the slice only. Pure functions; `tune` is th
 Shapes: G lanes of all devices, L lanes per device, T steps of one call, B images per lane, W output slots.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -22,12 +21,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax.config import Tuning
-from lmeraser_jax.data.transforms import ImageSpec, augmented
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models.backbone import Architecture, Params
-from lmeraser_jax.models.lora import LoraSpec, init_adapters
+from lmeraser_jax.models.lora import init_adapters
 from lmeraser_jax.training.multihost import local_devices
-from lmeraser_jax.training.slices import Slice, init_slice, place_prompt
+from lmeraser_jax.training.slices import Slice, init_slice
+from lmeraser_jax.training.tasks import TuningSpec, outputs_of, row_losses, step_inputs, targets_of
 
 
 class LaneState(NamedTuple):
@@ -46,44 +44,6 @@ class Batch(NamedTuple):
     step: Any  # int32, the job's own step
     total: Any  # int32, its number of steps
     slot: Any  # int32, output slot when the slice is handed over after this step, else W
-
-
-@dataclasses.dataclass(frozen=True)
-class TuningSpec:
-    """Everything static about a tuning program."""
-
-    architecture: Architecture
-    image_spec: ImageSpec
-    tuning: Tuning
-    classes: int
-    seed: int
-    mapping: tuple[int, ...] = ()  # the feature that is each class's logit; empty: heads are tuned
-    start: bytes = b""  # float32 [n], what prompts begin with; empty: they begin fresh
-
-    @property
-    def on_features(self) -> bool:
-        """Whether slices are made of features that are computed once, not of images."""
-        return self.tuning.closed or self.tuning.method == "head" and self.image_spec.augment == "none"
-
-    @property
-    def lora(self) -> LoraSpec | None:
-        """The adapters of a slice; None where it has none."""
-        tuning = self.tuning
-        return LoraSpec(tuning.rank, tuning.alpha, tuning.lora_layers) if tuning.method == "lora" else None
-
-    @property
-    def own_parameters(self) -> Params | None:
-        """Shapes of the backbone's parameters that every slice has of its own; None where all share the frozen ones.
-
-        Raises `UserError` where the backbone has fewer blocks than are to have adapters.
-        """
-        _, params, adapters = backbone_lib.graph(self.architecture, self.lora)
-        return {"backbone": params, "lora": adapters}.get(self.tuning.method)
-
-    @property
-    def slots(self) -> int:
-        """W: slices that one call can hand over per device. Few where each is as large as a backbone."""
-        return max(16 if self.tuning.method != "backbone" else 1, 2 * self.tuning.lanes)
 
 
 def mesh_of(devices: Sequence[Any] | None = None) -> Mesh:
@@ -122,23 +82,6 @@ def learning_rate(tuning: Tuning, step: jax.Array, total: jax.Array) -> jax.Arra
     return jnp.where(at < warmup, rising, falling)
 
 
-def features_of(slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array) -> jax.Array:
-    """Features float32 [B, D] of a batch as a slice sees it: with its prompt (Def. 1), adapters, or own backbone.
-
-    `inputs` are normalised images, float32 [B, H, W, C], or [B, D] where `tuning_spec.on_features`; the dtype of
-    `params` is the compute dtype.
-    """
-    if tuning_spec.on_features:
-        return inputs
-    architecture, width = tuning_spec.architecture, tuning_spec.tuning.active_prompt_width
-    if slice_.backbone is not None:
-        params = backbone_lib.with_own(params, slice_.backbone)
-    if width:
-        prompt = place_prompt(slice_.prompt, architecture.image_size, width, architecture.channels)  # [H, W, C]
-        inputs = inputs + prompt[None]
-    return backbone_lib.features(architecture, params, inputs, tuning_spec.lora)
-
-
 def cluster_loss(
     slice_: Slice, tuning_spec: TuningSpec, params: Any, inputs: jax.Array, labels: jax.Array, valid: jax.Array
 ):
@@ -146,11 +89,14 @@ def cluster_loss(
 
     `inputs` are as in `features_of`; labels int32 [B], valid bool [B].
     """
-    features = features_of(slice_, tuning_spec, params, inputs)  # [B, D]
-    logits = features @ slice_.kernel + slice_.bias[None]  # [B, Y]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    outputs = outputs_of(slice_, tuning_spec, params, inputs)
+    losses = row_losses(outputs, targets_of(tuning_spec, inputs, labels))
     weights = valid.astype(losses.dtype)
-    return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    loss = jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0)
+    strength = tuning_spec.tuning.lora_l2
+    if not strength:
+        return loss
+    return loss + 0.5 * strength * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(slice_.backbone))
 
 
 def cluster_step(
@@ -170,9 +116,8 @@ def cluster_step(
     first = fresh_slice(tuning_spec, key_init, params)
     fresh = LaneState(first, tx.init(first))
     slice_, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
-    inputs = images[batch.rows]
-    if not tuning_spec.on_features:
-        inputs = augmented(inputs, tuning_spec.image_spec, jax.random.fold_in(key_augment, batch.step))
+    inputs = jax.tree.map(lambda leaf: leaf[batch.rows], images)
+    inputs = step_inputs(tuning_spec, inputs, jax.random.fold_in(key_augment, batch.step))
     loss, grads = jax.value_and_grad(cluster_loss)(slice_, tuning_spec, params, inputs, labels[batch.rows], batch.valid)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
         directions, opt = tx.update(grads, opt, slice_)

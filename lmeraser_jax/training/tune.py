@@ -16,15 +16,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmeraser_jax import interrupt
+from lmeraser_jax.data.text_rows import HEADER
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training import closed_form, profiling
 from lmeraser_jax.training.closed_form import KeptSums
-from lmeraser_jax.training.features import compute_dtype, on_device
+from lmeraser_jax.training.features import compute_dtype, on_device, state_function
 from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.lanes import StepBatch, step_batches
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.train_step import Batch, TuningSpec, compiled, initial_state
+from lmeraser_jax.training.tasks import TextRows, TuningSpec
+from lmeraser_jax.training.train_step import Batch, compiled, initial_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +89,9 @@ def make_slices(
 ) -> Iterator[Tuned]:
     """Makes slices, by the tuning program or by a formula. Yields each as it finishes, and its snapshots before it.
 
-    The jobs' rows point into `inputs`, images uint8 [N, h, w, c] on the host (may be a memory map), or features float32
-    [N, D] where `tuning_spec.on_features`, and into `labels` int32 [N]. `mesh` is a 1-D one of this process's devices.
+    The jobs' rows point into `inputs` on the host, which may be a memory map: images uint8 [N, h, w, c], text int32
+    [N, 2 + T] or, where `tuning_spec.on_features`, features float32 [N, D]; and into `labels` int32 [N]. `mesh` is a
+    1-D one of this process's devices.
 
     Raises:
         Stopped: the process was asked to stop; what its calls have finished was yielded before.
@@ -101,7 +104,7 @@ def make_slices(
         return
     params = on_device(backbone, compute_dtype(tuning.dtype, mesh), mesh)
     program, state = compiled(tuning_spec, mesh), initial_state(tuning_spec, mesh)
-    data = _Images(tuning_spec, inputs, labels, mesh)
+    data = _Inputs(tuning_spec, params, jobs, inputs, labels, mesh)
     tracker = Tracker(jobs, mesh.size)
     with progress("tune", sum(job.steps for job in jobs)) as bar, profiling.Trace() as trace:
         pending = None  # the call whose results were not fetched yet
@@ -146,25 +149,60 @@ def solved(job: Job, slice_: Slice, loss: float, start: float, sums: KeptSums | 
     return Tuned(job, job.steps, slice_, loss, None if finite else 0, time.perf_counter() - start, sums)
 
 
-class _Images:
-    """The images a call reads: all of them on the device when they fit, else the call's own."""
+class _Inputs:
+    """What a call reads: all images or rows of text on the device when they fit, else the call's own."""
 
-    def __init__(self, tuning_spec: TuningSpec, images: np.ndarray, labels: np.ndarray, mesh: Mesh):
+    def __init__(
+        self,
+        tuning_spec: TuningSpec,
+        params: Any,
+        jobs: Sequence[Job],
+        images: np.ndarray,
+        labels: np.ndarray,
+        mesh: Mesh,
+    ):
         self.images, self.labels, self.everywhere = images, labels, NamedSharding(mesh, P())
+        self.spec, self.params, self.mesh = tuning_spec, params, mesh
+        size, row_bytes = bucket(len(images)), images[0].nbytes
+        if tuning_spec.prefix:
+            dtype = jax.tree.leaves(params)[0].dtype
+            row_bytes += (images.shape[1] - HEADER) * tuning_spec.architecture.feature_size * dtype.itemsize
         self.resident = None
-        if bucket(len(images)) * images[0].nbytes <= tuning_spec.tuning.device_bytes:
-            size = bucket(len(images))
+        if size * row_bytes <= tuning_spec.tuning.device_bytes:
             full, targets = np.zeros((size, *images.shape[1:]), images.dtype), np.zeros(size, np.int32)
             full[: len(images)], targets[: len(images)] = _known(images), labels
-            self.resident = jax.device_put((full, targets), self.everywhere)
+            used = np.unique(np.concatenate([job.rows for job in jobs]))
+            self.resident = jax.device_put((self._inputs(full, used), targets), self.everywhere)
 
     def of(self, call: StepBatch) -> tuple[Any, Any, np.ndarray]:
-        """(images, labels, rows into them) for one call."""
+        """(inputs, labels, rows into them) for one call."""
         if self.resident is not None:
             return *self.resident, call.rows
         window = call.rows.reshape(-1)
-        pixels, targets = jax.device_put((_known(self.images[window]), self.labels[window]), self.everywhere)
-        return pixels, targets, np.arange(len(window), dtype=np.int32).reshape(call.rows.shape)
+        inputs = self._inputs(_known(self.images[window]), np.arange(len(window)))
+        inputs, targets = jax.device_put((inputs, self.labels[window]), self.everywhere)
+        return inputs, targets, np.arange(len(window), dtype=np.int32).reshape(call.rows.shape)
+
+    def _inputs(self, rows: np.ndarray, used: np.ndarray) -> Any:
+        """Rows, and of text the states of those at some places int64 [n] after the frozen blocks, zeros elsewhere.
+
+        A program of one shape computes the states, so that their bits do not depend on what else is in memory.
+        """
+        spec = self.spec
+        if not spec.is_text:
+            return rows
+        if not spec.prefix:
+            return TextRows(rows)
+        program, size = state_function(spec.architecture, spec.prefix, self.mesh), spec.state_batch * self.mesh.size
+        states = None
+        for start in range(0, len(used), size):
+            places = used[start : start + size]
+            batch = np.zeros((size, rows.shape[1]), np.int32)
+            batch[: len(places)] = rows[places]
+            piece = np.asarray(program(self.params, batch))[: len(places)]
+            states = np.zeros((len(rows), *piece.shape[1:]), piece.dtype) if states is None else states
+            states[places] = piece
+        return TextRows(rows, states)
 
 
 def _known(values: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.lanes import pack
 from lmeraser_jax.training.multihost import Processes
 from lmeraser_jax.training.slices import as_slice
-from lmeraser_jax.training.train_step import TuningSpec
+from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.tune import Tuned
 
 WAVE = 4  # jobs for each lane of all processes in one wave

@@ -213,7 +213,7 @@ def _copy_live(run: Run, scratch: Run) -> None:
     catalog.set("dataset", run.catalog.get("dataset"))
     if is_there(run.layout.public):
         shutil.copytree(run.layout.public, scratch.layout.public)
-    file = RowFile(scratch.layout.images, images.shape[1:], np.uint8)
+    file = RowFile(scratch.layout.images, images.shape[1:], images.dtype)
     for split in ("train", "public"):
         records, start, contents = run.catalog.live(split), len(file), []
         with progress("copy", len(records)) as shown:

@@ -23,7 +23,7 @@ from lmeraser_jax.training.closed_form import has_sums, load_sums, solve
 from lmeraser_jax.training.jobs import Target
 from lmeraser_jax.training.lanes import efficiency
 from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
-from lmeraser_jax.training.train_step import TuningSpec
+from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.tune import solved
 from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, reference, save_clustering, slice_of
 from lmeraser_jax.unlearning.plan import Plan, current_plan

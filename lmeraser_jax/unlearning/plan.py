@@ -121,7 +121,7 @@ def sampled(run: Run, leaving: Collection[str] = ()) -> tuple[RecordTable, str]:
     else:
         private = config.sample_from == "private"
         records = run.catalog.sample("train" if private else "public", config.sample_size, leaving if private else ())
-    inputs = [dataclasses.asdict(config), dataclasses.asdict(run.image_spec), run.backbone.digest]
+    inputs = [dataclasses.asdict(config), dataclasses.asdict(run.input_spec), run.backbone.digest]
     return records, digest([*inputs, records.ids, records.contents])
 
 

@@ -81,7 +81,7 @@ def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> st
     if source not in DECODED and size != (height, width):
         legal = f"{height} x {width} pixels, as the images of {source} are stored"
         raise UserError(f"{flag} has {size[0]} x {size[1]} pixels; must have {legal}")
-    return content_hash(pixels.images[0])
+    return content_hash(pixels.rows[0])
 
 
 def read_bytes(path: Path, name: str) -> bytes:

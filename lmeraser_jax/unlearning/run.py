@@ -23,12 +23,15 @@ from lmeraser_jax.config.paths import same
 from lmeraser_jax.data import load
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
-from lmeraser_jax.data.source import Source
+from lmeraser_jax.data.source import Source, is_text
+from lmeraser_jax.data.text import Encoder
+from lmeraser_jax.data.text_rows import HEADER, TextSpec
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.models import adapt, convert, pretrain, public_sets
+from lmeraser_jax.models import adapt, convert, pretrain, public_sets, tokenizers
 from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
 from lmeraser_jax.models.public_sets import PublicSample
@@ -41,7 +44,8 @@ from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dty
 from lmeraser_jax.training.fingerprint import fingerprint, pinned
 from lmeraser_jax.training.multihost import ALONE, Processes
 from lmeraser_jax.training.slices import RecipeConstants, noise_activation
-from lmeraser_jax.training.train_step import TuningSpec, mesh_of
+from lmeraser_jax.training.tasks import TuningSpec
+from lmeraser_jax.training.train_step import mesh_of
 from lmeraser_jax.unlearning import binding
 
 
@@ -65,9 +69,21 @@ class Run:
         return tuple(self.catalog.get("dataset")["classes"])
 
     @functools.cached_property
+    def input_spec(self) -> ImageSpec | TextSpec:
+        """How stored rows become input, in tuning, features and inference."""
+        shape = self.catalog.get("dataset")["shape"]
+        return TextSpec(shape[0] - HEADER) if is_text(shape) else image_spec(self.config, shape, self.backbone)
+
+    @property
     def image_spec(self) -> ImageSpec:
-        """The image pipeline of tuning, features and inference."""
-        return image_spec(self.config, self.catalog.get("dataset")["shape"], self.backbone)
+        """`input_spec` where the records are images."""
+        assert isinstance(self.input_spec, ImageSpec)
+        return self.input_spec
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """Queries and responses -> tokens, with the workdir's own tokenizer. Raises `UserError` where it is damaged."""
+        return Encoder(tokenizers.load(self.layout.tokenizer, self.backbone.config), self.config.text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -80,7 +96,8 @@ class Run:
         tuning, classes = self.config.tuning, len(self.classes)
         mapping = noise_activation(self.backbone, classes) if tuning.method == "prompt" else ()
         start = self.public_prompt[0].tobytes() if tuning.starts_public else b""
-        spec = TuningSpec(self.backbone.config, self.image_spec, tuning, classes, self.config.seed, mapping, start)
+        constants = tuning, classes, self.config.seed, mapping, start, self.config.clustering.feature_batch
+        spec = TuningSpec(self.backbone.config, self.input_spec, *constants)
         backbone_lib.graph(spec.architecture, spec.lora)  # refuses adapters of more blocks than there are
         return spec
 
@@ -93,10 +110,11 @@ class Run:
     @functools.cached_property
     def recipe_constants(self) -> RecipeConstants:
         """What the recipes of all clusters' slices share."""
-        batch = self.config.clustering.feature_batch if self.tuning_spec.on_features else 0
+        computed_once = self.tuning_spec.on_features or self.tuning_spec.prefix
+        batch = self.config.clustering.feature_batch if computed_once else 0
         tuning, backbone, classes = self.config.tuning, self.backbone.digest, len(self.classes)
         start = self.public_prompt[1] if tuning.starts_public else ""
-        return RecipeConstants(tuning, backbone, self.image_spec, classes, self.config.seed, batch, start)
+        return RecipeConstants(tuning, backbone, self.input_spec, classes, self.config.seed, batch, start)
 
     @functools.cached_property
     def common_constants(self) -> RecipeConstants:
@@ -114,7 +132,7 @@ class Run:
 
         They are of images that are not augmented: all settings of `augment` share it.
         """
-        spec = dataclasses.asdict(dataclasses.replace(self.image_spec, augment="none"))
+        spec = dataclasses.asdict(dataclasses.replace(self.input_spec, augment="none"))
         batch, program = self.config.clustering.feature_batch, fingerprint or self.fingerprint
         path = self.layout.features(digest([self.backbone.digest, spec, batch, program]))
         return RowFile(path, (self.backbone.config.feature_size,), np.float32)
@@ -122,9 +140,9 @@ class Run:
     @functools.cached_property
     def extractor(self) -> Extractor:
         """Un-prompted features of images."""
-        return self._extractor(self.image_spec)
+        return self._extractor(self.input_spec)
 
-    def _extractor(self, spec: ImageSpec) -> Extractor:
+    def _extractor(self, spec: ImageSpec | TextSpec) -> Extractor:
         dtype = compute_dtype(self.config.tuning.dtype, self.mesh)
         return Extractor(self.backbone, spec, self.config.clustering.feature_batch, self.mesh, dtype)
 
@@ -262,7 +280,7 @@ def prepare_run(
     with pinned(), writer_lock(layout, wait), contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         binding.check_training(layout, catalog, config, retune)
-        imported = converted = None
+        imported = converted = backbone = None
         stored, has_data = binding.stored_config(layout) or config, catalog.get("dataset") is not None
         has_backbone = is_there(layout.backbone)
         if has_backbone:
@@ -273,15 +291,16 @@ def prepare_run(
         kept = same(stored.data.path, config.data.path) and same(stored.data.labels, config.data.labels)
         moved = has_data and not kept
         if moved:
-            data = source or load.load(config.data)
+            data = source or _source(config, layout, backbone)
             imported = import_source(layout, catalog, data, config, moved=True, join=reimport)
         # Before anything can fail: the same command without --config must not mean another run.
         if stored != config or not is_there(layout.config):
             write_json(layout.config, settings.to_dict(config))
         if not has_backbone and config.backbone.weights:
-            converted = convert.load(config.backbone, config.data.image_size)
+            converted = convert.load(config.backbone, 0 if config.is_text else config.data.image_size)
+            backbone = converted[0]
         if not has_data or (reimport and not moved):
-            imported = import_source(layout, catalog, source or load.load(config.data), config)
+            imported = import_source(layout, catalog, source or _source(config, layout, backbone), config)
         binding.check_sample(catalog, config)
         if config.samples_public_set:
             _draw_public_sample(config, layout, catalog)
@@ -294,12 +313,28 @@ def prepare_run(
         yield run, imported
 
 
+def _source(config: Config, layout: Layout, backbone: Backbone | None) -> Source:
+    """The data that the config names; text with the workdir's tokenizer, which is taken from the weights at first."""
+    if not config.is_text:
+        return load.load(config.data)
+    architecture = (backbone or convert.load(config.backbone)[0]).config
+    if not isinstance(architecture, DecoderConfig):
+        weights = f"--config.backbone.weights={config.backbone.weights}"
+        raise UserError(f"{weights} are not of a language model, which data.source=text needs")
+    if config.text.context > architecture.context:
+        flag = f"--config.text.context={config.text.context}"
+        raise UserError(f"{flag}: must be at most {architecture.context}, the model's own context")
+    if not is_there(layout.tokenizer):
+        tokenizers.save(layout.tokenizer, tokenizers.beside(config.backbone.weights, architecture))
+    return load.load(config.data, encoder=Encoder(tokenizers.load(layout.tokenizer, architecture), config.text))
+
+
 def _make_backbone(
     layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: tuple[Backbone, convert.Provenance] | None
 ) -> None:
     """Saves the converted backbone, or one that is trained on the public records: from scratch, or from weights."""
     inputs = binding.backbone_inputs(config)
-    if converted is not None:
+    if converted is not None and not config.is_text:
         image_spec(config, catalog.get("dataset")["shape"], converted[0])
     if converted is not None and config.pretraining.start == "scratch":
         backbone, provenance = converted

@@ -218,7 +218,7 @@ def npz(path, **changes):
 
 def test_bad_data_is_refused_and_leaves_the_workdir_usable(capsys, tmp_path):
     for changes, message in (
-        ({"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, int)}, "no training image"),
+        ({"train_images": np.zeros((0, 8, 8), np.uint8), "train_labels": np.zeros(0, int)}, "no training record"),
         ({"train_labels": np.zeros(80, int), "test_labels": np.zeros(20, int)}, "only one class"),
         ({"train_labels": np.full(80, 10)}, "labels must lie in 0..9"),
         ({"train_images": np.zeros((80, 8, 8), np.float32)}, "must be uint8"),

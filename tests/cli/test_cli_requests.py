@@ -35,7 +35,7 @@ def picture(path, name, scale=1):
     """Writes a digit as an image file."""
     source = digits.load()
     position = [item.id for item in source.items].index(name)
-    pixels = source.read(range(position, position + 1)).images[0, ..., 0]
+    pixels = source.read(range(position, position + 1)).rows[0, ..., 0]
     Image.fromarray(pixels.repeat(scale, 0).repeat(scale, 1)).save(path)
     return path
 

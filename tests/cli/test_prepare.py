@@ -148,7 +148,7 @@ def test_prepare_writes_and_then_changes_nothing(tmp_path, capsys, can_write, mo
     }
     assert (home / f"{SHAPES}-train.array_record-00000-of-00001").is_file()
     source, before = load(tmp_path, SHAPES), files_in(tmp_path)
-    found = {image.tobytes() for image in source.read(range(6)).images}
+    found = {image.tobytes() for image in source.read(range(6)).rows}
     assert found == {pixels_of("shape", i).tobytes() for i in range(6)}
     monkeypatch.setattr(prepare, "missing", lambda: ["tensorflow"])  # not needed now
     assert main(arguments) == 0

@@ -55,11 +55,11 @@ def test_pixels_are_those_of_plain_pillow(rng, target):
     for size in [(5, 5), (8, 31), (16, 16), (40, 12), (47, 90), (10, 24)]:
         image = picture(rng, *size)
         pixels = decode.decode([encoded(image)], *target, 3)
-        assert pixels.images.shape == (1, *target, 3) and pixels.images.dtype == np.uint8
+        assert pixels.rows.shape == (1, *target, 3) and pixels.rows.dtype == np.uint8
         assert pixels.unreadable == {} and pixels.converted == 0
-        np.testing.assert_array_equal(pixels.images[0], reference(image, *target))
+        np.testing.assert_array_equal(pixels.rows[0], reference(image, *target))
         grey = decode.decode([encoded(image.convert("L"))], *target, 1)
-        np.testing.assert_array_equal(grey.images[0, ..., 0], reference(image.convert("L"), *target))
+        np.testing.assert_array_equal(grey.rows[0, ..., 0], reference(image.convert("L"), *target))
 
 
 def test_files_and_bytes_agree_whatever_the_suffix(tmp_path, rng):
@@ -67,8 +67,8 @@ def test_files_and_bytes_agree_whatever_the_suffix(tmp_path, rng):
     files = [tmp_path / "a.png", tmp_path / "b.png"]
     for file, content in zip(files, raw, strict=True):
         file.write_bytes(content)
-    np.testing.assert_array_equal(decode.decode(files, 8, 8, 3).images, decode.decode(raw, 8, 8, 3).images)
-    assert decode.decode([], 4, 6, 1).images.shape == (0, 4, 6, 1)
+    np.testing.assert_array_equal(decode.decode(files, 8, 8, 3).rows, decode.decode(raw, 8, 8, 3).rows)
+    assert decode.decode([], 4, 6, 1).rows.shape == (0, 4, 6, 1)
 
 
 def test_every_colour_mode_gives_the_same_picture_and_is_counted():
@@ -78,14 +78,14 @@ def test_every_colour_mode_gives_the_same_picture_and_is_counted():
     raw = [encoded(image.convert(mode), form) for mode, form in forms.items()]
     for channels in (1, 3):
         pixels = decode.decode(raw, 8, 8, channels)
-        np.testing.assert_array_equal(pixels.images, np.stack([np.stack([eye] * channels, -1)] * len(raw)))
+        np.testing.assert_array_equal(pixels.rows, np.stack([np.stack([eye] * channels, -1)] * len(raw)))
         assert pixels.converted == 6 and pixels.unreadable == {}
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     colours = decode.decode([encoded(red.convert(mode), forms[mode]) for mode in ("P", "RGBA", "CMYK")], 8, 8, 3)
-    assert (colours.images == [255, 0, 0]).all()
+    assert (colours.rows == [255, 0, 0]).all()
     palette = SAMPLE.convert("P")
     clear = encoded(palette, transparency=bytes(range(256)))
-    np.testing.assert_array_equal(*decode.decode([encoded(palette), clear], 8, 8, 3).images)
+    np.testing.assert_array_equal(*decode.decode([encoded(palette), clear], 8, 8, 3).rows)
 
 
 def test_deep_pixels_are_refused_with_the_remedy():
@@ -103,7 +103,7 @@ def test_cameras_note_which_side_was_up():
         block[0x0112] = side
         raw = encoded(SAMPLE, exif=block)
         upright = ImageOps.exif_transpose(Image.open(io.BytesIO(raw)))
-        pixels = decode.decode([raw], upright.height, upright.width, 3).images[0]
+        pixels = decode.decode([raw], upright.height, upright.width, 3).rows[0]
         np.testing.assert_array_equal(pixels, np.asarray(upright), err_msg=str(side))
         assert (upright.size == SAMPLE.size) == (side < 5)
 
@@ -114,7 +114,7 @@ def test_only_the_first_frame_counts():
         options = {"lossless": True} if form == "WEBP" else {}
         raw = encoded(frames[0], form, save_all=True, append_images=frames[1:], **options)
         pixels = decode.decode([raw], 8, 8, 3)
-        assert pixels.unreadable == {} and (pixels.images[0] == [200, 0, 0]).all(), form
+        assert pixels.unreadable == {} and (pixels.rows[0] == [200, 0, 0]).all(), form
 
 
 # what cannot be read
@@ -130,8 +130,8 @@ def test_unreadable_images_are_reported_by_position_and_harm_no_other(tmp_path, 
     assert set(pixels.unreadable) == {*broken, 8} and all(pixels.unreadable.values())
     assert "truncated" in pixels.unreadable[1] and "No such file" in pixels.unreadable[8]
     good = [position for position in range(10) if position not in pixels.unreadable]
-    np.testing.assert_array_equal(decode.decode([files[i] for i in good], 8, 8, 3).images, pixels.images[good])
-    assert pixels.images[good].any((1, 2, 3)).all() and not pixels.images[sorted(pixels.unreadable)].any()
+    np.testing.assert_array_equal(decode.decode([files[i] for i in good], 8, 8, 3).rows, pixels.rows[good])
+    assert pixels.rows[good].any((1, 2, 3)).all() and not pixels.rows[sorted(pixels.unreadable)].any()
 
 
 @settings(max_examples=150)
@@ -223,7 +223,7 @@ def test_metadata_change_no_pixel_and_refuse_none(tmp_path):
             upright = upright.transpose(Image.Transpose.ROTATE_270)
         pixels = decode.decode(files, upright.height, upright.width, 3)
         assert pixels.unreadable == {}, name
-        for position, image in enumerate(pixels.images):
+        for position, image in enumerate(pixels.rows):
             np.testing.assert_array_equal(image, np.asarray(upright), err_msg=f"{name} {position}")
         (tmp_path / "odd").write_bytes(files[-1])
         assert decode.upright_size(tmp_path / "odd") == (upright.height, upright.width)

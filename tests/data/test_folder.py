@@ -163,15 +163,15 @@ def test_a_folder_without_images_is_refused(tmp_path):
 # pixels
 def test_pixels_have_the_stored_size(root):
     source = load(root, store_size=6, store_width=10)
-    pixels = source.read(range(6)).images
+    pixels = source.read(range(6)).rows
     assert source.shape == (6, 10, 3) and pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels, decode.decode([root / name for name in IDS], 6, 10, 3).images)
-    np.testing.assert_array_equal(source.read(range(2, 4)).images, pixels[2:4])
+    np.testing.assert_array_equal(pixels, decode.decode([root / name for name in IDS], 6, 10, 3).rows)
+    np.testing.assert_array_equal(source.read(range(2, 4)).rows, pixels[2:4])
     sizes = {"store_size": (7, 0, 12), "image_size": (0, 0, 12), "store_width": (0, 4, 9)}
     shapes = [load(root, store_size=s, store_width=w, image_size=i).shape for s, w, i in sizes.values()]
     assert shapes == [(7, 7, 3), (12, 12, 3), (9, 4, 3)]
     with Image.open(root / "train/cat/b.png") as image:
-        np.testing.assert_array_equal(load(root).read(range(1, 2)).images[0], np.asarray(image))
+        np.testing.assert_array_equal(load(root).read(range(1, 2)).rows[0], np.asarray(image))
 
 
 # classes

@@ -11,7 +11,7 @@ from imports import check_pixels, numbered_source, refusal, with_items
 from PIL import Image
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data.source import Item, Pixels, Source, limit_positions
+from lmeraser_jax.data.source import Contents, Item, Source, limit_positions
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest
 from lmeraser_jax.storage.ingest import Imported, import_source
@@ -22,7 +22,7 @@ def unreadable(source, broken, converted=0) -> Source:
 
     def read(positions):
         found = {place: "torn" for place, i in enumerate(positions) if source.items[i].id in broken}
-        return Pixels(source.read(positions).images, found, converted)
+        return Contents(source.read(positions).rows, found, converted)
 
     return dataclasses.replace(source, read=read)
 
@@ -63,9 +63,11 @@ def test_records_of_the_workdir_need_no_readable_file(new_workdir):
 def test_an_import_needs_two_classes_that_can_be_read(new_workdir):
     names = {item.id for item in numbered_source().items if item.split == "train" and item.label}
     message = refusal(new_workdir, unreadable(numbered_source(), names), SKIP)
-    assert f"{len(names)} images that cannot be read leave 1 of 3 classes to train on; at least 2 are needed" in message
+    assert (
+        f"{len(names)} records that cannot be read leave 1 of 3 classes to train on; at least 2 are needed" in message
+    )
     message = refusal(new_workdir, numbered_source(), Config(data=Data(holdout=0.999)))
-    assert "--config.data.holdout=0.999 and 0 images that cannot be read leave 0 of 3 classes" in message
+    assert "--config.data.holdout=0.999 and 0 records that cannot be read leave 0 of 3 classes" in message
 
 
 def test_only_wanted_images_are_read(new_workdir):

@@ -64,8 +64,8 @@ def test_the_arrays_become_items_and_pixels(tmp_path, rng):
     assert source.items[:2] == [Item("train/0", "train", 0), Item("train/1", "train", 1)]
     assert source.items[6:] == [Item("test/0", "test", 2), Item("test/1", "test", 1), Item("test/2", "test", 0)]
     pixels = np.concatenate([columns["train_images"], columns["test_images"]])
-    np.testing.assert_array_equal(source.read(range(9)).images, pixels)
-    np.testing.assert_array_equal(source.read(range(7, 8)).images, pixels[7:8])
+    np.testing.assert_array_equal(source.read(range(9)).rows, pixels)
+    np.testing.assert_array_equal(source.read(range(7, 8)).rows, pixels[7:8])
 
 
 def test_ids_owners_public_images_and_names_are_optional(saved, rng):
@@ -87,7 +87,7 @@ def test_ids_owners_public_images_and_names_are_optional(saved, rng):
 
 def test_grey_images_may_have_an_axis_for_their_channel(saved, rng):
     source = npz.load(saved(shape=(5, 6), test_images=rng.integers(0, 256, (3, 5, 6, 1), np.uint8)))
-    assert source.shape == (5, 6, 1) and source.read(range(9)).images.shape == (9, 5, 6, 1)
+    assert source.shape == (5, 6, 1) and source.read(range(9)).rows.shape == (9, 5, 6, 1)
 
 
 def test_labels_are_integers_of_any_kind_below_the_number_of_names(saved):
@@ -133,8 +133,8 @@ def test_images_are_read_in_any_order_and_any_piece(tmp_path, rng, compression):
     borders = [(0, 401), (400, 401), (7, 9), (9, 300), (350, 401), (3, 3), (0, 1)]
     for start, stop in [*borders, *np.sort(rng.integers(0, 402, (20, 2))).tolist()]:
         pixels = source.read(range(start, stop))
-        np.testing.assert_array_equal(pixels.images, images[start:stop])
-        assert pixels.images.shape[1:] == (5, 6, 3) and pixels.images.dtype == np.uint8 and pixels.unreadable == {}
+        np.testing.assert_array_equal(pixels.rows, images[start:stop])
+        assert pixels.rows.shape[1:] == (5, 6, 3) and pixels.rows.dtype == np.uint8 and pixels.unreadable == {}
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -147,7 +147,7 @@ def test_images_are_never_in_memory_together(tmp_path, rng, compression):
     try:
         source = npz.load(str(tmp_path / "a.npz"))
         for start in range(0, 500, 10):
-            assert (source.read(range(start, start + 10)).images == stripes[start : start + 10]).all()
+            assert (source.read(range(start, start + 10)).rows == stripes[start : start + 10]).all()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -179,10 +179,10 @@ def test_damage_behind_the_first_images_is_named_when_it_is_read(tmp_path, rng, 
     raw[raw.index(columns["train_images"][399].tobytes()) + 5] ^= 1  # noise is not packed, so its bytes are in the file
     (tmp_path / "a.npz").write_bytes(raw)
     source = npz.load(str(tmp_path / "a.npz"))
-    np.testing.assert_array_equal(source.read(range(200)).images, columns["train_images"][:200])
+    np.testing.assert_array_equal(source.read(range(200)).rows, columns["train_images"][:200])
     with pytest.raises(UserError, match=r"a\.npz is damaged: rows 200 to 400 of train_images\.npy: Bad CRC-32"):
         source.read(range(200, 400))
-    np.testing.assert_array_equal(source.read(range(400, 403)).images, columns["test_images"])
+    np.testing.assert_array_equal(source.read(range(400, 403)).rows, columns["test_images"])
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
@@ -197,7 +197,7 @@ def test_bytes_damaged_anywhere_give_a_message_or_the_same_images(tmp_path, rng,
         path.write_bytes(torn)
         try:
             source = npz.load(str(path))
-            pieces = [source.read(range(i, i + 3)).images for i in (0, 3, 6)]
+            pieces = [source.read(range(i, i + 3)).rows for i in (0, 3, 6)]
             np.testing.assert_array_equal(np.concatenate(pieces), images)
         except UserError as error:
             refused += 1

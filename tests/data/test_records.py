@@ -24,10 +24,10 @@ def test_the_digits_are_complete_and_no_owner_is_public_and_private():
     public = {item.owner for item in scans.items if item.split == "public"}
     private = {item.owner for item in scans.items if item.split != "public"}
     assert public and private and not public & private and "" not in public | private
-    pixels = scans.read(range(1797)).images
+    pixels = scans.read(range(1797)).rows
     assert pixels.shape == (1797, 8, 8, 1) and pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255) and len(np.unique(pixels)) == 17
-    np.testing.assert_array_equal(scans.read(range(100, 103)).images, pixels[100:103])
+    np.testing.assert_array_equal(scans.read(range(100, 103)).rows, pixels[100:103])
     assert digits.load().items == scans.items == load.load(Data()).items
 
 
@@ -42,8 +42,8 @@ def test_everything_that_makes_items_unusable_is_named():
         ([*GOOD, Item("5", "train", 2)], "labels must lie in 0..1 (the class names): 5=2"),
         ([*GOOD, Item("5", "public", -1)], "labels must lie in 0..1 (the class names): 5=-1"),
         ([GOOD[0], GOOD[2], GOOD[3]], "only one class is present (0); a classifier needs at least 2"),
-        (GOOD[2:], "there is no training image"),
-        ([], "there is no training image"),
+        (GOOD[2:], "there is no training record"),
+        ([], "there is no training record"),
         ([*GOOD, Item("5", "test", 0, "o "), Item("6", "train", 0, "o ")], "not: owner 'o ' of 5 (has white space at"),
         ([*GOOD, Item("", "test", 0)], "ids must not be empty; these items (counted from 0) have none: 1 of test"),
     ):

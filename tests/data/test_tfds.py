@@ -28,7 +28,7 @@ def images_of(source: Source, step: int = 7) -> dict[str, np.ndarray]:
     """{id: pixels}, read in pieces that do not fit the splits."""
     pieces = [source.read(range(i, min(i + step, len(source.items)))) for i in range(0, len(source.items), step)]
     assert not any(piece.unreadable or piece.converted for piece in pieces)
-    return dict(zip((item.id for item in source.items), np.concatenate([p.images for p in pieces]), strict=True))
+    return dict(zip((item.id for item in source.items), np.concatenate([p.rows for p in pieces]), strict=True))
 
 
 # what was written is what is read
@@ -142,7 +142,7 @@ def test_one_small_size_is_kept_and_a_given_size_wins(tmp_path, folder):
     found = [load(folder, image_size=size, store_size=height, store_width=width) for size, height, width in sizes]
     assert [source.shape for source in found] == [(8, 6, 3), (8, 6, 3), (5, 5, 3), (5, 7, 3)]
     files = [encoded(pixels_of("train", i)).getvalue() for i in range(2)]
-    np.testing.assert_array_equal(found[3].read(range(2)).images, decode(files, 5, 7, 3).images)
+    np.testing.assert_array_equal(found[3].read(range(2)).rows, decode(files, 5, 7, 3).rows)
     large = {"image": encoded(np.zeros((70, 65, 3), np.uint8)), "label": 0}
     write(tmp_path, "large", labelled(shape=(70, 65, 3)), {"train": [large]})
     assert load(tmp_path, "large", image_size=32).shape == (32, 32, 3)
@@ -157,10 +157,10 @@ def test_corrupt_images_are_reported_not_dropped(tmp_path):
     source = load(tmp_path, "broken")
     assert len(source.items) == 6
     found = source.read(range(1, 6))
-    assert sorted(found.unreadable) == [1, 3] and not found.images[[1, 3]].any()
+    assert sorted(found.unreadable) == [1, 3] and not found.rows[[1, 3]].any()
     assert all("0x" not in reason for reason in found.unreadable.values())
     for position in (0, 2, 4):
-        np.testing.assert_array_equal(found.images[position], pixels_of("train", position + 1))
+        np.testing.assert_array_equal(found.rows[position], pixels_of("train", position + 1))
 
 
 def test_files_do_not_stay_open(tmp_path):
@@ -179,4 +179,4 @@ def test_nothing_needs_tensorflow(folder, monkeypatch):
     source = load_module.load(Data(source="tfds", dataset="named", holdout_split="validation"))
     pixels = source.read(range(len(source.items)))
     total = sum(int(pixels_of(split, i).sum()) for split, count in RECORDS.items() for i in range(count))
-    assert (len(source.items), int(pixels.images.sum()), len(pixels.unreadable)) == (60, total, 0)
+    assert (len(source.items), int(pixels.rows.sum()), len(pixels.unreadable)) == (60, total, 0)

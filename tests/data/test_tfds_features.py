@@ -40,7 +40,7 @@ def test_which_features_are_image_and_label(tmp_path):
     write(tmp_path, "told", kinds | two, records, supervised=("photo", "coarse"))
     source = load(tmp_path, "told")
     assert source.class_names == ("0", "1") and [item.label for item in source.items] == [0, 1, 0, 1]
-    np.testing.assert_array_equal(source.read(range(1, 2)).images[0], pixels_of("train", 1))
+    np.testing.assert_array_equal(source.read(range(1, 2)).rows[0], pixels_of("train", 1))
     write(tmp_path, "untold", kinds | two, records, supervised=None)
     assert refusal(tmp_path, "untold") == (
         "untold/1.2.0 is no image classification set: it has several features of the kind class label, none the main"
@@ -93,6 +93,6 @@ def test_well_known_sets_load_as_tfds_declares_them(tmp_path, dataset):
     assert source.class_names == tuple(info.features["label"].names) and source.shape == tuple(size)
     wanted = [(f"{split}/{i}{'.x' if key else ''}", split, i) for split in ("train", "test") for i in range(4)]
     assert [tuple(item[:3]) for item in source.items] == wanted and problems(source) == []
-    for item, image in zip(source.items, source.read(range(8)).images, strict=True):
+    for item, image in zip(source.items, source.read(range(8)).rows, strict=True):
         np.testing.assert_array_equal(image, pixels_of(item.split, item.label, size))
     assert "hides labels of its split hidden" in refusal(tmp_path, "copy", test_split="hidden")

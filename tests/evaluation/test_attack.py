@@ -44,7 +44,7 @@ def noisy_source():
     """Digits of which two in three, in every split, have a random label: a slice can only learn them by heart."""
     source, draw = small_source(train=100, test=100), np.random.default_rng(5)
     items = [item._replace(label=int(draw.integers(10))) if draw.random() < 0.67 else item for item in source.items]
-    return with_items(source, items, source.read(range(len(items))).images)
+    return with_items(source, items, source.read(range(len(items))).rows)
 
 
 @pytest.fixture(scope="module")

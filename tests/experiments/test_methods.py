@@ -119,7 +119,7 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path, monkeypatch):
         ((key, ref),) = run.catalog.manifest().entries.items()
         slice_, records = load_slice(run, ref), run.catalog.live("train")
         assert run.tuning_spec.on_features and run.catalog.slices()[ref].images == run.config.tuning.epochs * 100
-        on_images = dataclasses.replace(run.tuning_spec, image_spec=dataclasses.replace(run.image_spec, augment="flip"))
+        on_images = dataclasses.replace(run.tuning_spec, input_spec=dataclasses.replace(run.image_spec, augment="flip"))
         labels = np.zeros(run.catalog.rows_used(), np.int32)
         labels[records.rows] = records.labels
         monkeypatch.setattr(train_step, "augmented", lambda images, spec, key: centred(images, spec))

@@ -14,7 +14,7 @@ from published import LLAMA, QWEN2, hub_folder, hugging_face_decoder, settings_o
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import convert, decoder, decoder_weights
+from lmeraser_jax.models import convert, decoder, tokenizers
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 3e-5
@@ -65,7 +65,7 @@ def generated(backbone, prompt, new: int) -> np.ndarray:
 def test_published_models(shared, name, tmp_path):
     folder = shared / "text" / name
     backbone = convert.load(Backbone(weights=str(folder)))[0]
-    tokenizer, model = decoder_weights.load_tokenizer(folder, backbone.config), pytorch_model(folder)
+    tokenizer, model = tokenizers.load(folder, backbone.config), pytorch_model(folder)
     story = tokenizer(STORY).input_ids
     random = np.random.default_rng(0).integers(0, backbone.config.vocabulary, (2, backbone.config.context))
     for tokens in (np.array([story], np.int32), random.astype(np.int32)):
@@ -127,7 +127,7 @@ def test_a_published_gguf_file():
     model = LlamaForCausalLM(LlamaConfig(**load_gguf_checkpoint(file)["config"])).eval()
     model.load_state_dict(load_gguf_checkpoint(file, True, model_to_load=model)["tensors"], strict=False)
     model.tie_weights()
-    tokenizer = decoder_weights.load_tokenizer(file, backbone.config)
+    tokenizer = tokenizers.load(file, backbone.config)
     tokens = np.array([tokenizer(STORY).input_ids], np.int32)
     expected = pytorch_logits(model, tokens)
     np.testing.assert_allclose(logits(backbone, tokens), expected, atol=1e-5 * np.abs(expected).max(), rtol=0)

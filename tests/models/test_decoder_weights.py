@@ -12,7 +12,7 @@ from published import LLAMA, QWEN2, hub_folder, hugging_face_decoder, settings_o
 
 from lmeraser_jax.config import Backbone
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.models import convert, decoder_weights
+from lmeraser_jax.models import convert, tokenizers
 from lmeraser_jax.models.backbone import Backbone as Frozen
 from lmeraser_jax.models.gguf_files import halves_first
 
@@ -205,10 +205,10 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, monkeypatch):
             return types.SimpleNamespace(get_vocab=lambda: {f"w{i}": i for i in range(cls.size)})
 
     monkeypatch.setitem(sys.modules, "transformers", types.SimpleNamespace(AutoTokenizer=AutoTokenizer))
-    assert len(decoder_weights.load_tokenizer(folder, LLAMA).get_vocab()) == LLAMA.vocabulary
+    assert len(tokenizers.load(folder, LLAMA).get_vocab()) == LLAMA.vocabulary
     AutoTokenizer.size += 1
     with pytest.raises(UserError, match="has tokens up to 40, the model's embedding has 40 rows; take the tokenizer"):
-        decoder_weights.load_tokenizer(folder / "model.safetensors", LLAMA)
+        tokenizers.load(folder / "model.safetensors", LLAMA)
     AutoTokenizer.size = 0
     with pytest.raises(UserError, match="can read no tokenizer there .OSError: no file named tokenizer.json"):
-        decoder_weights.load_tokenizer(folder, LLAMA)
+        tokenizers.load(folder, LLAMA)

@@ -179,7 +179,7 @@ def test_a_published_backbone_from_its_folder_to_an_erasure(name, tmp_path):
     entry = zoo.entry(name)
     random_model(PUBLISHED[name], {}, entry.architecture, tmp_path / "weights")
     digits = small_source(train=6, test=2, public=0)
-    images = np.repeat(digits.read(range(len(digits.items))).images, 28, axis=1).repeat(28, axis=2)  # 224 x 224
+    images = np.repeat(digits.read(range(len(digits.items))).rows, 28, axis=1).repeat(28, axis=2)  # 224 x 224
     source = dataclasses.replace(with_items(digits, digits.items, images), shape=(224, 224, 1))
     config = small_config(
         backbone__name=name,

@@ -50,7 +50,7 @@ def public() -> tuple[np.ndarray, np.ndarray]:
     source = digits.load()
     rows = [i for i, item in enumerate(source.items) if item.split == "public"][:390]
     labels = np.array([source.items[i].label for i in rows], np.int32)
-    return source.read(range(len(source.items))).images[rows], labels
+    return source.read(range(len(source.items))).rows[rows], labels
 
 
 def config_with(seed: int = 0, **pretraining) -> settings.Config:

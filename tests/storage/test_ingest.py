@@ -8,7 +8,7 @@ import pytest
 from imports import check_pixels, numbered_source, pixels, refusal, snapshot, with_items
 
 from lmeraser_jax.config import Config, Data
-from lmeraser_jax.data.source import Item, Pixels, limit_positions
+from lmeraser_jax.data.source import Contents, Item, limit_positions
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage import ingest, requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -55,9 +55,9 @@ def test_records_that_have_changed_are_refused(new_workdir, monkeypatch):
     import_source(*new_workdir, numbered_source(), Config())
 
     def read(positions):
-        images = numbered_source(40).read(positions).images
+        images = numbered_source(40).read(positions).rows
         images[[3, 7], 0, 0] ^= 1
-        return Pixels(images)
+        return Contents(images)
 
     message = refusal(new_workdir, numbered_source(40, read=read))
     assert "have other pixels or another label" in message and message.endswith(": id-00003, id-00007")
@@ -112,7 +112,7 @@ def test_duplicates_counted(new_workdir):
     items = list(numbered_source(10).items)
 
     def read(positions):
-        return Pixels(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in positions]))
+        return Contents(np.stack([pixels(items[0 if i in (4, 8) else i]) for i in positions]))
 
     source = numbered_source(10, read=read, class_names=("cat", "Cat", "b"), notes=("a note",))
     notes = ("a note", "class names that look alike: Cat / cat (case)")
@@ -135,7 +135,7 @@ def test_interrupted_import_leaves_nothing(new_workdir, monkeypatch):
     def read(positions):
         if positions[0] >= 16:
             raise KeyboardInterrupt
-        return Pixels(255 - numbered_source(40).read(positions).images)
+        return Contents(255 - numbered_source(40).read(positions).rows)
 
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

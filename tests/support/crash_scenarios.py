@@ -30,7 +30,7 @@ RETUNED = small_config(tuning__head_rate=0.02)
 SOURCE = small_source(train=60, test=5, public=5)
 LATER = {item.id for item in SOURCE.items if item.split == "train"} - {item.id for item in small_source(45, 5, 5).items}
 ITEMS = [item._replace(owner=f"owner of {item.id}") for item in SOURCE.items]  # every record has an owner of its own
-SOURCE = with_items(SOURCE, ITEMS, SOURCE.read(range(len(ITEMS))).images)
+SOURCE = with_items(SOURCE, ITEMS, SOURCE.read(range(len(ITEMS))).rows)
 
 
 def install_fakes(patch: pytest.MonkeyPatch) -> None:

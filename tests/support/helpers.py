@@ -11,7 +11,7 @@ import numpy as np
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.data import digits
-from lmeraser_jax.data.source import Item, Pixels, Source
+from lmeraser_jax.data.source import Contents, Item, Source
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
 SMALL = {
@@ -43,22 +43,22 @@ def small_source(train: int = 100, test: int = 20, public: int = 40) -> Source:
     for split, limit in limits.items():
         chosen += [i for i, item in enumerate(source.items) if item.split == split][:limit]
     chosen.sort()
-    return with_items(source, [source.items[i] for i in chosen], source.read(range(len(source.items))).images[chosen])
+    return with_items(source, [source.items[i] for i in chosen], source.read(range(len(source.items))).rows[chosen])
 
 
 def with_items(source: Source, items: Sequence[Item], images: np.ndarray) -> Source:
-    return dataclasses.replace(source, items=list(items), read=lambda positions: Pixels(images[list(positions)]))
+    return dataclasses.replace(source, items=list(items), read=lambda positions: Contents(images[list(positions)]))
 
 
 def without(source: Source, ids: set[str]) -> Source:
     """The source as if the records had never been there."""
     rest = [i for i, item in enumerate(source.items) if item.id not in ids]
-    return with_items(source, [source.items[i] for i in rest], source.read(range(len(source.items))).images[rest])
+    return with_items(source, [source.items[i] for i in rest], source.read(range(len(source.items))).rows[rest])
 
 
 def changed(source: Source, ids: set[str], label: Callable[[int], int]) -> Source:
     """The source with other pixels and labels for some records."""
-    images = source.read(range(len(source.items))).images.copy()
+    images = source.read(range(len(source.items))).rows.copy()
     items = []
     for i, item in enumerate(source.items):
         if item.id in ids:

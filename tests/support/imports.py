@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmeraser_jax.config import Config
-from lmeraser_jax.data.source import Item, Pixels, Source, content_hash
+from lmeraser_jax.data.source import Contents, Item, Source, content_hash
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.storage.ingest import image_file, import_source
 
@@ -22,14 +22,14 @@ def numbered_source(count=30, **changes) -> Source:
 
 def with_items(items, **changes) -> Source:
     def read(positions):
-        return Pixels(np.stack([pixels(items[position]) for position in positions]))
+        return Contents(np.stack([pixels(items[position]) for position in positions]))
 
     return dataclasses.replace(Source("made", ("a", "b", "c"), SHAPE, items, read), **changes)
 
 
 def blank_source(items, classes=("a", "b"), shape=(2, 2, 1)) -> Source:
     """Items without pixels worth looking at."""
-    return Source("x", tuple(classes), shape, items, lambda rows: Pixels(np.zeros((len(rows), *shape), np.uint8)))
+    return Source("x", tuple(classes), shape, items, lambda rows: Contents(np.zeros((len(rows), *shape), np.uint8)))
 
 
 def pixels(item) -> np.ndarray:

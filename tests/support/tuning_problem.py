@@ -19,7 +19,8 @@ from lmeraser_jax.models import pretrain
 from lmeraser_jax.models.vit import ViT
 from lmeraser_jax.training.jobs import Job, batches, make_job
 from lmeraser_jax.training.slices import Slice, place_prompt
-from lmeraser_jax.training.train_step import TuningSpec, mesh_of
+from lmeraser_jax.training.tasks import TuningSpec
+from lmeraser_jax.training.train_step import mesh_of
 from lmeraser_jax.training.tune import Tuned, make_slices
 
 CLASSES = 10

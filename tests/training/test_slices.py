@@ -49,7 +49,7 @@ def test_init_depends_on_the_key_alone_and_on_the_scales():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(zero))
 
 
-CONSTANTS = RecipeConstants(Tuning(), backbone="theta", image_spec=SPEC, classes=2, seed=0)
+CONSTANTS = RecipeConstants(Tuning(), backbone="theta", input_spec=SPEC, classes=2, seed=0)
 MEMBERS = [("a", "hash-a", 0), ("b", "hash-b", 1)]
 
 
@@ -66,7 +66,7 @@ def test_the_digest_covers_everything_that_reaches_the_bits():
         {"tuning": Tuning(epochs=31)},
         {"tuning": Tuning(lanes=2)},
         {"backbone": "other"},
-        {"image_spec": dataclasses.replace(SPEC, augment="flip")},
+        {"input_spec": dataclasses.replace(SPEC, augment="flip")},
         {"classes": 3},
         {"seed": 1},
         {"feature_batch": 8},

@@ -32,7 +32,7 @@ SNAPSHOTS = small_config(tuning__epochs=6, checkpoints__every_epochs=2)
 def source_with_canary(sampled: bool):
     """The small source, one record renamed to the canary with an owner and a pattern of its own."""
     source = small_source()
-    images = source.read(range(len(source.items))).images.copy()
+    images = source.read(range(len(source.items))).rows.copy()
     place = [i for i, item in enumerate(source.items) if item.split == "train"][7]
     images[place] = np.random.default_rng(5).integers(1, 255, images[place].shape, np.uint8)
     items = list(source.items)

@@ -27,7 +27,7 @@ def public(tmp_path_factory):
     positions = [i for i, item in enumerate(source.items) if item.split == "train"]
     twins = positions[:4] + [i for i, item in enumerate(source.items) if item.split == "test"][:1]
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 1)).astype(np.uint8)
-    images[:5] = source.read(range(len(source.items))).images[sorted(twins)]
+    images[:5] = source.read(range(len(source.items))).rows[sorted(twins)]
     ids = [source.items[i].id for i in positions[:60]]
     np.savez(file, train_images=images, train_labels=np.arange(60) % 3, train_ids=ids)
     return file

@@ -141,7 +141,7 @@ def test_an_image_stands_for_the_records_it_was_imported_as(tmp_path, rng):
         pixels = rng.integers(0, 256, (30 + i, 41, 3), np.uint8)
         files.append(tmp_path / f"{i}.png")
         Image.fromarray(pixels).convert(mode).save(files[-1])
-    images = decode(files, 12, 12, 3).images
+    images = decode(files, 12, 12, 3).rows
     catalog = stored(tmp_path, "folder", (12, 12, 3), [images[0], images[1], images[0], images[2]])
     assert alike(catalog, str(files[0])) == ["a", "c"] and alike(catalog, str(files[1])) == ["b"]
     with pytest.raises(UserError, match="no live record has exactly these pixels"):

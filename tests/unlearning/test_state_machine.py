@@ -34,7 +34,7 @@ MEMORY = Path("/dev/shm")  # thousands of small files are synced, which costs no
 POOL = small_source(train=60, test=2, public=2)
 ITEMS = [item for item in POOL.items if item.split == "train"]
 OTHERS = [item for item in POOL.items if item.split != "train"]
-IMAGES = POOL.read(range(len(POOL.items))).images
+IMAGES = POOL.read(range(len(POOL.items))).rows
 PIXELS = {item.id: image for item, image in zip(POOL.items, IMAGES, strict=True)}
 OWNERS = {item.id: f"owner-{i % 7}" for i, item in enumerate(ITEMS)}
 

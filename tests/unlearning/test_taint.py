@@ -198,7 +198,7 @@ def test_images_of_an_owner_who_is_erased_during_an_import_stay_out(run, monkeyp
     larger = small_source(train=110)
     late = [item.id for item in larger.items if item.split == "train" and item.id not in TRAIN][:4]
     source = without(larger, {item.id for item in larger.items} - set(late))
-    pixels = source.read(range(len(source.items))).images
+    pixels = source.read(range(len(source.items))).rows
     items = [item._replace(owner="ann" if i % 2 else "bob") for i, item in enumerate(source.items)]
     source = with_items(source, items, pixels)
     add(run, with_items(source, [items[1]._replace(id="known")], pixels[1:2] // 2))

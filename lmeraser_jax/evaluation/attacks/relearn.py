@@ -27,7 +27,8 @@ from lmeraser_jax.hashing import seed_words
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import Job, batches
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.train_step import Batch, LaneState, TuningSpec, cluster_loss, cluster_step, optimizer
+from lmeraser_jax.training.tasks import TuningSpec
+from lmeraser_jax.training.train_step import Batch, LaneState, cluster_loss, cluster_step, optimizer
 from lmeraser_jax.unlearning.run import Run
 
 STEPS = 64  # that are tried; a slice that needs more counts as needing so many

@@ -25,7 +25,7 @@ from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.train_step import TuningSpec, features_of
+from lmeraser_jax.training.tasks import TuningSpec, features_of
 from lmeraser_jax.training.tune import make_slices
 from lmeraser_jax.unlearning.run import Run
 

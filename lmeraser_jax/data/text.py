@@ -1,0 +1,131 @@
+"""Queries and responses from JSON lines, as rows of tokens.
+
+A line is an object such as {"id": "q1", "owner": "ann", "query": "Where ...?", "response": "In ..."}; `text.keys` names
+its keys. Owner and split (train, holdout or test) may be absent. The query and the response are written into their
+templates and tokenised one by one, so that the border between them is exact: a model learns the response's tokens and
+the end token after them, and nothing before.
+"""
+
+import gzip
+import json
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lmeraser_jax.config import Data, Text
+from lmeraser_jax.data.source import Contents, Item, Source
+from lmeraser_jax.data.text_rows import HEADER, pack
+from lmeraser_jax.errors import UserError, raise_all, shorten
+
+LISTED = 100  # problems of a file in a message
+SPLITS = ("train", "holdout", "test")
+
+
+class Encoder:
+    """Queries and responses -> tokens, by a tokenizer of transformers and the templates of `text`."""
+
+    def __init__(self, tokenizer: Any, text: Text):
+        """Raises `UserError` where the tokenizer lacks what the settings need."""
+        self.tokenizer, self.text, self.end = tokenizer, text, tokenizer.eos_token_id
+        if self.end is None:
+            raise UserError("the tokenizer has no end token (eos_token), so no response could end")
+        if text.chat and not tokenizer.chat_template:
+            raise UserError("--config.text.chat: the tokenizer has no chat template; use --config.text.query instead")
+
+    def query(self, query: str) -> list[int]:
+        """The tokens of a query in its template, with the start token if the tokenizer sets one."""
+        if self.text.chat:
+            message = [{"role": "user", "content": query}]
+            return list(
+                self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
+            )
+        tokens = self.tokenizer(self.text.query.replace("{query}", query))["input_ids"]
+        return tokens[:-1] if tokens and tokens[-1] == self.end else tokens
+
+    def response(self, response: str) -> list[int]:
+        """The tokens of a response in its template, and the end token."""
+        text = response if self.text.chat else self.text.response.replace("{response}", response)
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+
+    def row(self, query: str, response: str) -> tuple[np.ndarray | None, str]:
+        """The row int32 [2 + T], or None and why there is none; a response that was cut makes a row and a reason."""
+        context, before, after = self.text.context, self.query(query), self.response(response)
+        count = len(before) + len(after)
+        if count <= context:
+            return pack(before, after, context), ""
+        reason = f"it has {count} tokens, the context {context} (--config.text.context)"
+        if self.text.long == "refuse" or len(before) >= context:
+            return None, reason if len(before) >= context else f"{reason}; --config.text.long=cut cuts responses"
+        return pack(before, after[: context - len(before)], context), reason
+
+
+def load(data: Data, encoder: Encoder) -> Source:
+    """A file of JSON lines, or a gzip of one.
+
+    Rows that are longer than the context are unreadable, or are cut and counted as converted. Raises `UserError` with
+    all lines that cannot be used.
+    """
+    text = encoder.text
+    items, pairs = read_lines(Path(data.path), text.keys)
+
+    def read(positions: Sequence[int]) -> Contents:
+        rows, unreadable = np.zeros((len(positions), HEADER + text.context), np.int32), {}
+        cut = 0
+        for place, position in enumerate(positions):
+            row, reason = encoder.row(*pairs[position])
+            if row is None:
+                unreadable[place] = reason
+            else:
+                rows[place] = row
+                cut += bool(reason)
+        return Contents(rows, unreadable, cut)
+
+    return Source(data.path, (), (HEADER + text.context,), items, read)
+
+
+def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]]:
+    """The items of a file and their queries and responses; `keys` is as `text.keys`. Raises as `load`."""
+    id_key, owner_key, query_key, response_key, *split_key = keys.split(",")
+    items, pairs, problems = [], [], []
+    for number, text in enumerate(_lines(path), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError(f"is a {type(line).__name__}, not an object")
+            name, owner, query, response = (
+                _text(line.get(key, "")) for key in (id_key, owner_key, query_key, response_key)
+            )
+            named = {id_key: name, query_key: query, response_key: response}
+            wrong = [f"{key} is {shorten(v)}" for key, v in named.items() if not isinstance(v, str) or not v.strip()]
+            split = line.get(split_key[0], "train") if split_key else "train"
+            if not isinstance(owner, str):
+                wrong.append(f"{owner_key} is {shorten(owner)}")
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)}; must be text, and not empty")
+            if split not in SPLITS:
+                raise ValueError(f"{split_key[0]} is {shorten(split)}; must be one of {', '.join(SPLITS)}")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: {shorten(str(error), 200)}")
+            continue
+        items.append(Item(name, split, -1, owner))
+        pairs.append((query, response))
+    raise_all(problems, f"{path} cannot be read (--config.text.keys={keys}):", LISTED)
+    return items, pairs
+
+
+def _text(value: Any) -> Any:
+    """A whole number as text, as ids often are; anything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig").split("\n")
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise UserError(f"--config.data.path={path} cannot be read: {error}") from error

@@ -1,0 +1,53 @@
+"""Tokenizers of language models, as transformers reads them: beside published weights, and kept in folders of ours."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lmeraser_jax.errors import UserError, shorten
+from lmeraser_jax.models.architectures import Architecture, DecoderConfig
+from lmeraser_jax.models.weight_files import TOKENIZERS, file_of, path_of
+
+KEPT = "tokenizer"  # the folder of a tokenizer in a folder that `lmeraser backbone` wrote
+
+
+def load(path: Path, config: Architecture) -> Any:
+    """The tokenizer of a model's weights, a file or a folder, or of a folder that `save` wrote.
+
+    Raises `UserError` where there is none, or its vocabulary is larger than the model's.
+    """
+    assert isinstance(config, DecoderConfig)
+    folder = path / KEPT if (path / KEPT).is_dir() else path
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
+        folder = file_of(folder)
+    options = {"gguf_file": folder.name} if folder.suffix == ".gguf" else {}
+    from transformers import AutoTokenizer
+
+    try:
+        place = folder if folder.is_dir() else folder.parent
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
+    except Exception as error:  # it raises nearly every kind over missing and damaged files
+        first = shorten("".join(str(error).splitlines()[:1]), 300)
+        raise UserError(
+            f"{path}: transformers can read no tokenizer there ({type(error).__name__}: {first})"
+        ) from error
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocabulary:
+        raise UserError(
+            f"{path}: the tokenizer has tokens up to {largest}, the model's embedding has {config.vocabulary} rows;"
+            " take the tokenizer that was published with the weights"
+        )
+    return tokenizer
+
+
+def beside(weights: str, config: Architecture) -> Any:
+    """The tokenizer that lies beside what `backbone.weights` names. Raises as `load` and `weight_files.path_of` do."""
+    return load(path_of(weights), config)
+
+
+def save(folder: Path, tokenizer: Any) -> None:
+    """Writes a tokenizer into a new folder, completely or not at all."""
+    scratch = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(scratch, ignore_errors=True)
+    tokenizer.save_pretrained(scratch)
+    scratch.rename(folder)
