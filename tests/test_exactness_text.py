@@ -1,0 +1,129 @@
+"""The contract of `test_exactness`, for language models: adapters of a decoder, tuned on queries and responses."""
+
+import dataclasses
+import functools
+import shutil
+
+import chex
+import jax
+import numpy as np
+import pytest
+from helpers import without
+from test_exactness import owner, sampled_record, unsampled_record
+from text_problem import text_config, text_folder, text_run, text_source
+
+from lmeraser_jax.training import train_step
+from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.audit import audit, differences, state
+from lmeraser_jax.unlearning.build import build
+
+PREFIXED = {"tuning__lora_layers": 1}
+
+
+def batch(run):
+    return [[*unsampled_record(run)[0], *sampled_record(run)[0], *owner(run)[0]]]
+
+
+def in_turn(run):
+    return [unsampled_record(run)[0], sampled_record(run)[0]]
+
+
+def in_other_turn(run):
+    return in_turn(run)[::-1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return text_folder(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def train(folder, tmp_path_factory):
+    """The workdir and the state of a training without some ids, given settings and a number of devices."""
+
+    @functools.cache
+    def trained(ids=frozenset(), devices=1, **overrides):
+        if len(jax.devices()) < devices:
+            pytest.skip(f"needs {devices} devices, there are {len(jax.devices())}")
+        config, workdir = text_config(folder, **overrides), tmp_path_factory.mktemp("trained") / "run"
+        with text_run(workdir, config, without(text_source(config), set(ids)), devices) as (run, _):
+            build(run)
+            return workdir, state(run)
+
+    return trained
+
+
+KINDS = (unsampled_record, sampled_record, owner, batch, in_turn, in_other_turn)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices", "overrides"),
+    [pytest.param(kind, 1, {}, id=kind.__name__) for kind in (sampled_record, in_turn)]
+    + [pytest.param(batch, 1, PREFIXED, id="batch with frozen blocks")]
+    + [pytest.param(kind, n, {}, id=f"{kind.__name__}-{n}", marks=pytest.mark.slow) for kind in KINDS for n in (1, 8)],
+)
+def test_unlearning_equals_never_having_had_the_texts(folder, train, tmp_path, kind, devices, overrides):
+    workdir = shutil.copytree(train(devices=devices, **overrides)[0], tmp_path / "run")
+    with text_run(workdir, text_config(folder, **overrides), devices=devices) as (run, _):
+        requests = kind(run)
+        reports = [erase.request_erasure(run, ids).outcome for ids in requests]
+        unlearned = state(run)
+    erased = frozenset(name for ids in requests for name in ids)
+    assert differences(unlearned, train(erased, devices, **overrides)[1]) == []
+    assert sum(report.retuned for report in reports) > 0
+
+
+def test_the_audit_agrees_and_the_texts_mattered(folder, train, tmp_path):
+    workdir = shutil.copytree(train()[0], tmp_path / "run")
+    with text_run(workdir, text_config(folder)) as (run, _):
+        verdict = audit(run)
+        assert verdict.ok and verdict.checked == verdict.clusters > 1
+        (record,) = unsampled_record(run)[0]
+        key = run.catalog.clusters_of([record])[record]
+        slices = state(run)["slices"]
+    less = train(frozenset([record]))[1]["slices"]
+    assert [name for name in slices if slices[name] != less.get(name)] == [key]
+
+
+def test_a_request_compiles_nothing_new(folder, tmp_path, monkeypatch):
+    chex.clear_trace_counter()
+    monkeypatch.setattr(train_step, "device_program", chex.assert_max_traces(train_step.device_program, n=1))
+    with text_run(tmp_path / "run", text_config(folder, seed=78)) as (run, _):
+        build(run)
+        for kind in (unsampled_record, sampled_record, owner):
+            assert erase.request_erasure(run, kind(run)[0]).outcome.retuned > 0
+
+
+def test_bits_do_not_depend_on_what_fits_into_memory(folder, train, tmp_path):
+    """The states of the frozen blocks are computed once for all rows, or for each call: by one program."""
+    config = text_config(folder, tuning__device_bytes=1, **PREFIXED)
+    with text_run(tmp_path / "run", config) as (run, _):
+        build(run)
+        assert differences(state(run), train(**PREFIXED)[1]) == []
+
+
+def test_an_erased_text_is_nowhere_in_the_records(folder, train, tmp_path):
+    workdir = shutil.copytree(train()[0], tmp_path / "run")
+    with text_run(workdir, text_config(folder)) as (run, _):
+        row = run.catalog.rows(unsampled_record(run)[0]).popitem()[1]
+        content = np.array(run.images[row])
+        erase.request_erasure(run, unsampled_record(run)[0])
+        assert not np.array(run.images[row]).any()
+    assert content[1] > 0
+    assert content.tobytes() not in (workdir / "records" / run.layout.images.name).read_bytes()
+
+
+def test_the_tokenizer_of_the_workdir_is_the_model_s(folder, train, tmp_path):
+    workdir = shutil.copytree(train()[0], tmp_path / "run")
+    moved = shutil.move(shutil.copytree(folder, tmp_path / "folder"), tmp_path / "elsewhere")
+    config = text_config(moved)
+    with text_run(workdir, dataclasses.replace(config)) as (run, imported):
+        assert imported.added == 0 and imported.known > 0  # the source was read again, from its new place
+        tokens = run.encoder.query("w3 w3 w9")
+        assert tokens == text_source_tokens(folder, "w3 w3 w9")
+
+
+def text_source_tokens(folder, query):
+    from text_problem import word_tokenizer
+
+    return word_tokenizer()(f"{query} :")["input_ids"]
