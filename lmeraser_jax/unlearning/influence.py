@@ -181,12 +181,18 @@ def _data_loss(problem: Problem, parameters: Tree, weights: jax.Array) -> jax.Ar
 
 
 def _total(problem: Problem, weights: jax.Array, function: Callable[..., Tree]) -> Tree:
-    """Sum over the chunks of a function of (inputs, labels, weights); memory is that of one chunk."""
+    """Sum over the chunks of a function of (inputs, labels, weights); memory is that of one chunk.
+
+    A chunk whose rows all have weight 0 is passed over.
+    """
     chunks = (problem.rows.inputs, problem.rows.labels, weights)
     shapes = jax.eval_shape(function, *(jax.tree.map(lambda leaf: leaf[0], part) for part in chunks))
 
     def add(total: Tree, chunk: Any) -> tuple[Tree, None]:
-        return jax.tree.map(jnp.add, total, function(*chunk)), None
+        def added() -> Tree:
+            return jax.tree.map(jnp.add, total, function(*chunk))
+
+        return jax.lax.cond(jnp.any(chunk[2] != 0), added, lambda: total), None
 
     return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), chunks)[0]
 
