@@ -19,6 +19,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.models.lora import Linear
 
+PIECES = 4  # of a row's queries in attention
 UNSEEN = -1e9  # the score of a token that comes later; infinity would give NaN in second derivatives
 Cache = tuple[jax.Array, jax.Array]  # keys and values of a block, [B, S, G, H]
 
@@ -56,11 +57,38 @@ class Attention(nnx.Module):
         if cache:
             rows = jnp.arange(b)[:, None]
             k, v = cache[0].at[rows, positions].set(k), cache[1].at[rows, positions].set(v)  # [B, S, G, H]
-        q = q.reshape(b, t, self.config.kv_heads, -1, self.config.head_size)  # [B, T, G, A / G, H]
-        scores = jnp.einsum("btgah,bsgh->bgats", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        seen = jnp.arange(k.shape[1])[None, None] <= positions[:, :, None]  # [B or 1, T, S]
-        weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, UNSEEN), axis=-1).astype(x.dtype)
-        return self.o(jnp.einsum("bgats,bsgh->btgah", weights, v).reshape(b, t, -1)), (k, v)
+        shared = q.shape[2] // k.shape[2]
+        queries = (q * q.shape[-1] ** -0.5).transpose(0, 2, 1, 3)  # [B, A, T, H]
+        keys = jnp.repeat(k, shared, axis=2).transpose(0, 2, 3, 1)  # [B, A, H, S]
+        values = jnp.repeat(v, shared, axis=2).transpose(0, 2, 1, 3)  # [B, A, S, H]
+        if cache:
+            mixed = _attend(queries, keys, values, positions)
+        else:  # a piece of the queries at a time: most of what comes after them is not computed
+            size = -(-t // PIECES)
+            ends = [(start, min(start + size, t)) for start in range(0, t, size)]
+            pieces = (_attend(queries[:, :, i:j], keys[..., :j], values[:, :, :j], positions[:, i:j]) for i, j in ends)
+            mixed = jnp.concatenate(list(pieces), axis=2)
+        return self.o(mixed.transpose(0, 2, 1, 3).reshape(b, t, -1)), (k, v)
+
+
+def _attend(queries: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array) -> jax.Array:
+    """Each query's mean of the values up to its position: [B, A, T, H], [B, A, H, S], [B, A, S, H] -> [B, A, T, H]."""
+    scores = jnp.matmul(queries, keys, preferred_element_type=jnp.float32)  # [B, A, T, S]
+    later = jnp.arange(keys.shape[-1])[None, None] > positions[:, :, None]  # [B or 1, T, S]
+    hidden = jnp.where(later, jnp.float32(UNSEEN), jnp.float32(0))[:, None]  # added, it costs no backward pass
+    return jnp.matmul(_softmax(scores + hidden).astype(values.dtype), values)
+
+
+@jax.custom_jvp
+def _softmax(scores: jax.Array) -> jax.Array:
+    """Softmax of the last axis, whose derivative reads its result alone."""
+    return jax.nn.softmax(scores, axis=-1)
+
+
+@_softmax.defjvp
+def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    weights, change = _softmax(*primals), tangents[0]
+    return weights, weights * (change - jnp.sum(weights * change, axis=-1, keepdims=True))
 
 
 class GatedMLP(nnx.Module):
