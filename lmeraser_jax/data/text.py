@@ -101,14 +101,19 @@ def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]
                 _text(line.get(key, "")) for key in (id_key, owner_key, query_key, response_key)
             )
             named = {id_key: name, query_key: query, response_key: response}
-            wrong = [f"{key} is {shorten(v)}" for key, v in named.items() if not isinstance(v, str) or not v.strip()]
+            wrong = [
+                f"{key} is {shorten(repr(v))}" for key, v in named.items() if not isinstance(v, str) or not v.strip()
+            ]
             split = line.get(split_key[0], "train") if split_key else "train"
             if not isinstance(owner, str):
-                wrong.append(f"{owner_key} is {shorten(owner)}")
+                wrong.append(f"{owner_key} is {shorten(repr(owner))}")
             if wrong:
                 raise ValueError(f"{', '.join(wrong)}; must be text, and not empty")
             if split not in SPLITS:
                 raise ValueError(f"{split_key[0]} is {shorten(split)}; must be one of {', '.join(SPLITS)}")
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number} is no JSON: {error.msg} in column {error.colno}")
+            continue
         except (ValueError, RecursionError) as error:
             problems.append(f"line {number}: {shorten(str(error), 200)}")
             continue
