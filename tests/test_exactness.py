@@ -15,6 +15,7 @@ import pytest
 from helpers import changed, files_of, small_config, small_run, small_source, without
 
 from lmeraser_jax.data.source import Contents
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.requests import any_open
@@ -219,6 +220,29 @@ def test_public_sampling_never_reclusters(tmp_path, own_set):
     expected = train_from_scratch(tmp_path / "scratch", without(small_source(), set(erased)), config=config)
     assert not report.reclustered and before["prototypes"] == after["prototypes"]
     assert differences(after, expected) == []
+
+
+def test_owners_have_clusters_of_their_own(tmp_path):
+    """One record of an owner, a whole owner, and both in turn; no other owner's slice or prototype changes."""
+    config = small_config(clustering__partition="owner")
+    before = train_from_scratch(tmp_path / "run", small_source(), config=config)
+    with small_run(tmp_path / "run", config=config) as run:
+        records = run.catalog.live("train")
+        requests = [[records.ids[0]], owner(run)[0]]
+        assert len(set(records.owners)) == len(before["slices"]) > 3
+        for ids in requests:
+            key = run.catalog.clusters_of(ids).popitem()[1]
+            former, report = state(run), erase.request_erasure(run, ids).outcome
+            assert report.retuned <= 1 and report.reclustered
+            for kind in ("slices", "prototypes"):
+                changes = {name for name in former[kind] if state(run)[kind].get(name) != former[kind][name]}
+                assert changes == {key}
+        after = state(run)
+    rest = without(small_source(), {name for ids in requests for name in ids})
+    assert differences(after, train_from_scratch(tmp_path / "scratch", rest, config=config)) == []
+    nobody = dataclasses.replace(small_source(), items=[item._replace(owner="") for item in small_source().items])
+    with pytest.raises(UserError, match="clustering.partition=owner: training records without an owner: digit-0016, "):
+        train_from_scratch(tmp_path / "nobody", nobody, config=config)
 
 
 def test_erasing_everything_leaves_an_empty_state(trained_workdir):

@@ -119,9 +119,13 @@ class Pretraining:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Clustering:
-    """How private records are parted: Algorithms 1 and 2 with a balanced cut, by a keyed hash, or not at all."""
+    """How private records are parted: Algorithms 1 and 2 with a balanced cut, by a keyed hash, by owner, or not."""
 
-    partition: str = setting("adaptive", "clusters by feature, S random shards, or one", ("adaptive", "random", "one"))
+    partition: str = setting(
+        "adaptive",
+        "clusters by feature, S random shards, one, or one an owner",
+        ("adaptive", "random", "one", "owner"),
+    )
     shards: int = setting(10, "S, shards of the random partition", low=1)
     sample_size: int = setting(200, "n_s, number of records that are sampled to make the clusters", low=1)
     sample_from: str = setting("private", "which records are sampled; public: see public.source", ("private", "public"))
@@ -129,6 +133,11 @@ class Clustering:
     max_members: int = setting(30, "most sampled members of a cluster; 0: no limit (paper)")
     min_members: int = setting(8, "fewest sampled members of a cluster; 0: no limit (paper)")
     feature_batch: int = setting(128, "images per device and call when features are computed", low=1)
+
+    @property
+    def has_prototypes(self) -> bool:
+        """Whether clusters have a place in the feature space, by which images and queries are routed."""
+        return self.partition in ("adaptive", "owner")
 
     @property
     def parts(self) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,7 +154,7 @@ def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
         common=config.common.method if SliceKind.COMMON in snapshot.manifest.entries else "",
         clusters=clusters,
         expected_share=expected_share([cluster.members for cluster in clusters], tuned_again),
-        sampled_share=len(set(clustering.sample) & set(snapshot.private.ids)) / max(len(snapshot.private), 1),
+        sampled_share=_sampled_share(config, clustering, snapshot.private.ids),
         open_requests=snapshot.open_requests,
         disk={name: disk_use(layout.root / name) for name in FOLDERS} | {"catalog": disk_use(layout.catalog)},
         warnings=_warnings(config, len(clustering.keys), len(clustering.sample)),
@@ -210,8 +210,17 @@ def _backbone_digest(layout: Layout) -> str:
         raise UserError(f"{layout.backbone} cannot be read: {error}; restore the folder") from error
 
 
+def _sampled_share(config: Config, clustering: Clustering, private: Collection[str]) -> float:
+    """Share of the private records whose erasure changes other clusters, too: of owners' clusters, none does."""
+    if config.clustering.partition == "owner":
+        return 0.0
+    return len(set(clustering.sample) & set(private)) / max(len(private), 1)
+
+
 def _warnings(config: Config, clusters: int, sample: int) -> tuple[str, ...]:
     """Names a cut that makes unlearning pointless."""
+    if config.clustering.partition != "adaptive":
+        return ()
     cut = f"--config.clustering.cut={config.clustering.cut}"
     if clusters == 1 and sample > 1:
         return (f"{cut} gives one cluster: every request re-tunes everything; lower the threshold or raise K",)

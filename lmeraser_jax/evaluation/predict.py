@@ -331,7 +331,7 @@ def predict_files(run: Run, files: Sequence[Path], answer: Callable[[np.ndarray]
 def _draws(model: Model, images: np.ndarray) -> np.ndarray | None:
     """Where clusters are shards: numbers [B, K] that choose m of them by a keyed hash of an image's content."""
     config, count = model.run.config, len(model.arrays.present)
-    if config.clustering.partition == "adaptive":
+    if config.clustering.has_prototypes:
         return None
     if len(model.keys) <= model.nearest:
         return np.zeros((len(images), count), np.float32)

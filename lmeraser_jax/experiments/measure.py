@@ -247,5 +247,5 @@ def forward_passes(run: Run, clusters: int) -> float:
         return 1.0
     everyone = routing.nearest == 0 or tuning.method == "backbone"
     prompted = clusters if everyone else min(routing.nearest, clusters)
-    routed = run.config.clustering.partition == "adaptive" and routing.nearest > 0
+    routed = run.config.clustering.has_prototypes and routing.nearest > 0
     return float(prompted + (routed or common_head))

@@ -273,24 +273,27 @@ def _check_shares(source: Source, data: Data) -> list[str]:
 
 
 def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]:
-    """What keeps owners in one split each: training images without an owner, owners in two splits."""
-    if config.data.split_by != "owner":
-        return []
+    """What keeps owners in one split or cluster each: training records without an owner, owners in two splits."""
     without = [item.id for item in source.items if item.split == "train" and not item.owner]
+    flags = {"data.split_by": config.data.split_by, "clustering.partition": config.clustering.partition}
+    lines = []
+    if without:
+        remedy = "name owners with --config.data.owner_pattern, --config.data.labels or --config.text.keys"
+        reason = f"training records without an owner: {list_names(without)}; {remedy}, or set another value"
+        lines = [f"--config.{flag}=owner: {reason}" for flag, value in flags.items() if value == "owner"]
+    if config.data.split_by != "owner":
+        return lines
     splits = {owner: {split} for owner, split in catalog.owner_splits().items()}
     for item in source.items:
         if item.owner and item.split != "public":
             splits.setdefault(item.owner, set()).add(assign_split(item, config.data, config.seed).split)
     torn = {owner: sorted(names) for owner, names in sorted(splits.items()) if len(names) > 1}
     both = [f"{quoted(owner)} ({' and '.join(names)})" for owner, names in torn.items()]
-    lines, remedy = [], "or set --config.data.split_by=record"
-    if without:
-        reason = f"training images without an owner: {list_names(without)}"
-        lines.append(f"{reason}; name owners with --config.data.owner_pattern or --config.data.labels, {remedy}")
     if both:
         reason = f"owners in two splits of the workdir and the source: {join_limited(both)}"
-        lines.append(f"{reason}; let --config.data.test_share or holdout draw them, {remedy}")
-    return [f"--config.data.split_by=owner: {line}" for line in lines]
+        remedy = "let --config.data.test_share or holdout draw them, or set another value"
+        lines.append(f"--config.data.split_by=owner: {reason}; {remedy}")
+    return lines
 
 
 def _check_moved(catalog: Catalog, source: Source) -> list[str]:

@@ -2,14 +2,14 @@
 
 Sample -> average-linkage tree -> cut -> keys and prototypes; then every other record goes to the nearest prototype.
 Only the sampled records' ids and features enter the tree, so erasing an unsampled record moves nothing here. Shards
-(SISA) look at no feature: a keyed hash of its id deals a record to one.
+(SISA) look at no feature: a keyed hash of its id deals a record to one. Clusters of owners are made of all records.
 
 Shapes: S sampled records, K clusters, D feature width, N records.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Clustering:
     labels: np.ndarray  # int32 [S], index of each sampled record's cluster
     keys: tuple[str, ...]  # K cluster keys, sorted; a key is the digest of the cluster's sampled ids
     prototypes: np.ndarray  # float32 [K, D], mean feature of the sampled members (Eq. 3)
+    owners: tuple[str, ...] = ()  # of each cluster, where a key is the digest of its owner instead
 
 
 def tree(features: np.ndarray) -> np.ndarray:
@@ -103,7 +104,26 @@ def cluster(sample: tuple[str, ...], features: np.ndarray, config: settings.Clus
     """Algorithm 1, lines 5 to 11: the partition of a sample, with features [S, D]; `name` becomes its digest."""
     groups = cut_tree(tree(features), parse_cut(config.cut), config.max_members)
     groups = merge_small(groups, features, config.min_members, config.max_members)
-    keyed = sorted((digest([sample[i] for i in members]), members) for members in groups)
+    return _keyed({key_of([sample[i] for i in members]): members for members in groups}, sample, features, name)
+
+
+def key_of(sampled: Sequence[str] = (), owner: str = "") -> str:
+    """A cluster's key: the digest of its sampled ids, or of its owner."""
+    return digest(["owner", owner] if owner else list(sampled))
+
+
+def by_owner(ids: tuple[str, ...], owners: Sequence[str], features: np.ndarray, name: str) -> Clustering:
+    """A cluster for every owner: all records are its sample, features [S, D], and its key is of the owner alone."""
+    groups: dict[str, list[int]] = {}
+    for position, owner in enumerate(owners):
+        groups.setdefault(key_of(owner=owner), []).append(position)
+    clustering = _keyed(groups, ids, features, name)
+    return dataclasses.replace(clustering, owners=tuple(owners[groups[key][0]] for key in clustering.keys))
+
+
+def _keyed(groups: Mapping[str, list[int]], sample: tuple[str, ...], features: np.ndarray, name: str) -> Clustering:
+    """The clustering of the given clusters, {key: positions in the sample}."""
+    keyed = sorted(groups.items())
     labels = np.zeros(len(sample), np.int32)
     for k, (_, members) in enumerate(keyed):
         labels[members] = k

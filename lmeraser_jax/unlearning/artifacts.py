@@ -13,13 +13,13 @@ import numpy as np
 
 from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.errors import Damaged
-from lmeraser_jax.hashing import arrays_digest, digest
+from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.storage.atomic_files import publish_folder, why_unreadable, write_bytes
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import SliceKind
 from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.training.clustering import Clustering
+from lmeraser_jax.training.clustering import Clustering, key_of
 
 if TYPE_CHECKING:
     from lmeraser_jax.training.slices import Slice
@@ -90,7 +90,8 @@ def save_clustering(layout: Layout, clustering: Clustering) -> None:
 
 def _arrays(clustering: Clustering) -> dict[str, np.ndarray]:
     sample, keys = np.array(clustering.sample, np.str_), np.array(clustering.keys, np.str_)
-    return {"sample": sample, "labels": clustering.labels, "keys": keys, "prototypes": clustering.prototypes}
+    arrays = {"sample": sample, "labels": clustering.labels, "keys": keys, "prototypes": clustering.prototypes}
+    return arrays | ({"owners": np.array(clustering.owners, np.str_)} if clustering.owners else {})
 
 
 def load_clustering(layout: Layout, name: str) -> Clustering:
@@ -105,13 +106,15 @@ def _read(folder: Path, name: str) -> Clustering:
         members: list[list[str]] = [[] for _ in keys]
         for record, label in zip(sample, arrays["labels"].tolist(), strict=True):
             members[label].append(record)
-        if sample and tuple(map(digest, members)) != keys:
-            raise ValueError("its keys are not the digests of its sampled ids")
+        owners = tuple(str(x) for x in arrays.get("owners", ()))
+        expected = tuple(key_of(owner=x) for x in owners) if owners else tuple(map(key_of, members))
+        if sample and expected != keys:
+            raise ValueError("its keys are not the digests of its sampled ids or owners")
         labels, prototypes = arrays["labels"], arrays["prototypes"]
         kinds = labels.dtype, prototypes.dtype, prototypes.ndim, len(prototypes)
         if kinds != (np.int32, np.float32, 2, len(keys)):
             raise ValueError("its labels are not int32, or its prototypes no float32 row for each key")
-        return Clustering(name, sample, labels, keys, prototypes)
+        return Clustering(name, sample, labels, keys, prototypes, owners)
     except MemoryError:
         raise
     except Exception as error:  # see `read_arrays`

@@ -112,16 +112,23 @@ def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
 
 
 def sampled(run: Run, leaving: Collection[str] = ()) -> tuple[RecordTable, str]:
-    """The sampled live records, and the digest of the clustering that they call for; shards have no sample."""
+    """The sampled live records, and the digest of the clustering that they call for; shards have no sample.
+
+    Clusters of owners depend on all live records: each prototype is a mean over its owner's.
+    """
     config = run.config.clustering
-    if config.partition != "adaptive":
+    if not config.has_prototypes:
         return RecordTable.empty(), digest(["shards", config.parts, run.config.seed, run.backbone.digest])
-    if run.public_sample is not None:
+    if config.partition == "owner":
+        records = run.catalog.live("train").without(frozenset(leaving))
+    elif run.public_sample is not None:
         records = run.public_sample.records
     else:
         private = config.sample_from == "private"
         records = run.catalog.sample("train" if private else "public", config.sample_size, leaving if private else ())
     inputs = [dataclasses.asdict(config), dataclasses.asdict(run.input_spec), run.backbone.digest]
+    if config.partition == "owner":
+        inputs.append(records.owners)
     return records, digest([*inputs, records.ids, records.contents])
 
 
@@ -132,11 +139,13 @@ def _clustering(run: Run, manifest: Manifest | None, leaving: frozenset[str]) ->
     if manifest is not None and manifest.clustering == name:
         with contextlib.suppress(Damaged):  # missing or damaged: computed again
             return load_clustering(run.layout, name), True
-    if config.partition != "adaptive":
+    if not config.has_prototypes:
         return clustering_lib.shards(config.parts, width, name), False
     if not records.ids:
         return Clustering(name, (), np.zeros(0, np.int32), (), np.zeros((0, width), np.float32)), False
     features = run.public_features(run.public_sample) if run.public_sample is not None else run.features(records)
+    if config.partition == "owner":
+        return clustering_lib.by_owner(records.ids, records.owners, features, name), False
     return clustering_lib.cluster(records.ids, features, config, name), False
 
 
@@ -191,7 +200,7 @@ def _assignment(run: Run, records: RecordTable, clustering: Clustering, unchange
 
 def assign_clusters(run: Run, records: RecordTable, clustering: Clustering) -> np.ndarray:
     """Cluster index int32 [n] of records that no tree has placed: by prototype (Eq. 4), or by a hash of the id."""
-    if run.config.clustering.partition == "adaptive":
+    if run.config.clustering.has_prototypes:
         return clustering_lib.assign(run.features(records), clustering.prototypes)
     return clustering_lib.shard_of(records.ids, len(clustering.keys), run.config.seed)
 

@@ -154,11 +154,11 @@ def test_owners_stay_together(new_workdir):
 def test_split_by_owner_needs_owners(new_workdir):
     data = Data(test_share=0.2, split_by="owner")
     message = refusal(new_workdir, plain(owners=0), Config(data=data))
-    assert "--config.data.split_by=owner: training images without an owner: id-00000, " in message
+    assert "--config.data.split_by=owner: training records without an owner: id-00000, " in message
     assert "--config.data.owner_pattern" in message and "--config.data.labels" in message
     some = [*plain().items[:-2], *(item._replace(owner="") for item in plain().items[-2:])]
     message = refusal(new_workdir, with_items(some), Config(data=data))
-    assert "training images without an owner: id-00298, id-00299;" in message
+    assert "training records without an owner: id-00298, id-00299;" in message
 
 
 def test_no_owner_is_in_two_splits_of_the_source(new_workdir):
