@@ -70,7 +70,9 @@ class Text:
     response: str = setting(" {response}", "template of a response")
     chat: bool = setting(False, "use the tokenizer's chat template instead of these")
     context: int = setting(256, "T, tokens of a row at most; shorter rows are padded", low=1)
-    long: str = setting("refuse", "longer rows: count as unreadable, or lose the response's end", ("refuse", "cut"))
+    long: str = setting(
+        "refuse", "longer rows: count as unreadable, or lose the response's end and the end token", ("refuse", "cut")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

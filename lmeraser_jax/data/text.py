@@ -2,8 +2,9 @@
 
 A line is an object such as {"id": "q1", "owner": "ann", "query": "Where ...?", "response": "In ..."}; `text.keys` names
 its keys. Owner and split (train, holdout or test) may be absent. The query and the response are written into their
-templates and tokenised one by one, so that the border between them is exact: a model learns the response's tokens and
-the end token after them, and nothing before.
+templates. The query is tokenised alone, as when a model is asked; the tokens of the response are those that follow the
+query's when both are tokenised together or, where that gives the query other tokens, its own. So the border between
+them is exact: a model learns the response's tokens and the end token after them, and nothing before.
 """
 
 import gzip
@@ -42,18 +43,29 @@ class Encoder:
             return list(
                 self.tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=True)["input_ids"]
             )
-        tokens = self.tokenizer(self.text.query.replace("{query}", query))["input_ids"]
-        return tokens[:-1] if tokens and tokens[-1] == self.end else tokens
+        return self._tokens(self.text.query.replace("{query}", query))
 
-    def response(self, response: str) -> list[int]:
-        """The tokens of a response in its template, and the end token."""
-        text = response if self.text.chat else self.text.response.replace("{response}", response)
+    def response(self, query: str, response: str) -> list[int]:
+        """The tokens of a response in its template after a query, and the end token."""
+        text, before = response, self.query(query)
+        if not self.text.chat:
+            text = self.text.response.replace("{response}", response)
+            both = self._tokens(self.text.query.replace("{query}", query) + text)
+            if both[: len(before)] == before:
+                return [*both[len(before) :], self.end]
         return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.end]
+
+    def _tokens(self, text: str) -> list[int]:
+        """The tokens of a text, with a start token but without an end token."""
+        tokens = self.tokenizer(text)["input_ids"]
+        return tokens[:-1] if tokens and tokens[-1] == self.end else tokens
 
     def row(self, query: str, response: str) -> tuple[np.ndarray | None, str]:
         """The row int32 [2 + T], or None and why there is none; a response that was cut makes a row and a reason."""
-        context, before, after = self.text.context, self.query(query), self.response(response)
+        context, before, after = self.text.context, self.query(query), self.response(query, response)
         count = len(before) + len(after)
+        if len(after) == 1:
+            return None, "the response has no token"
         if count <= context:
             return pack(before, after, context), ""
         reason = f"it has {count} tokens, the context {context} (--config.text.context)"
@@ -105,6 +117,8 @@ def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]
                 f"{key} is {shorten(repr(v))}" for key, v in named.items() if not isinstance(v, str) or not v.strip()
             ]
             split = line.get(split_key[0], "train") if split_key else "train"
+            f"{query}{response}".encode()  # raises at what is no text in UTF-8
+            owner = "" if owner is None else owner
             if not isinstance(owner, str):
                 wrong.append(f"{owner_key} is {shorten(repr(owner))}")
             if wrong:

@@ -156,7 +156,7 @@ def import_source(
     imported = intake.commit(dataset, source.name, start)
     left_out = len(source.items) - len(positions) if adding else 0
     if any(copies := catalog.copies()):
-        notes += (f"exact duplicates: {copies[0]} pictures lie in train and test, {copies[1]} carry several labels",)
+        notes += (f"exact duplicates: {copies[0]} contents lie in train and test, {copies[1]} carry several labels",)
     for note in notes:
         warn(note)
     return dataclasses.replace(imported, left_out=left_out, notes=notes)

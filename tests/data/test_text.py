@@ -68,6 +68,8 @@ def test_every_line_that_cannot_be_used_is_named(tmp_path):
             {**good, "owner": ["x"]},
             {**good, "split": "public"},
             {**good, "id": None},
+            {**good, "response": "\ud800"},
+            {**good, "owner": None},
         )
     )
     for expected in (
@@ -78,9 +80,10 @@ def test_every_line_that_cannot_be_used_is_named(tmp_path):
         "line 6: owner is ['x']",
         "line 7: split is public; must be one of train, holdout, test",
         "line 8: id is None",
+        "line 9: 'utf-8' codec can't encode",
     ):
         assert expected in message
-    assert "line 1:" not in message and f"--config.text.keys={KEYS}" in message
+    assert "line 1:" not in message and "line 10" not in message and f"--config.text.keys={KEYS}" in message
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"{}" * 99)[:20])
     assert "cannot be read" in refusal(tmp_path / "cut.gz") and "cannot be read" in refusal(tmp_path / "none")
 
@@ -106,7 +109,7 @@ def test_templates_are_literal_and_chat_uses_the_tokenizer_s(folder):
     tokenizer = word_tokenizer()
     encoder = Encoder(tokenizer, Text(query="w5 {query} {x}", response="w6 {response}"))
     assert tokenizer.convert_ids_to_tokens(encoder.query("w1"))[:3] == ["<s>", "w5", "w1"]
-    assert tokenizer.convert_ids_to_tokens(encoder.response("w2")) == ["w6", "w2", "</s>"]
+    assert tokenizer.convert_ids_to_tokens(encoder.response("w1", "w2")) == ["w6", "w2", "</s>"]
     with pytest.raises(UserError, match="no chat template"):
         Encoder(tokenizer, Text(chat=True))
     tokenizer.chat_template = (

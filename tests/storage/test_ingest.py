@@ -116,7 +116,7 @@ def test_duplicates_counted(new_workdir):
 
     source = numbered_source(10, read=read, class_names=("cat", "Cat", "b"), notes=("a note",))
     notes = ("a note", "class names that look alike: Cat / cat (case)")
-    copies = "exact duplicates: 0 pictures lie in train and test, 1 carry several labels"
+    copies = "exact duplicates: 0 contents lie in train and test, 1 carry several labels"
     imported = import_source(*new_workdir, source, Config())  # 0 is public; 4 and 8 are train, with another label each
     assert imported == Imported(10, 0, 0, 2) and imported.notes == (*notes, copies)
     new_workdir[1].db.execute("UPDATE records SET split='test', label=1 WHERE id='id-00008'")
