@@ -9,7 +9,7 @@ With R(theta) = sum_i w_i l_i(theta) + 1/2 |lambda theta|^2, where the w_i of th
     paper:   theta + (H_before + damp)^-1 (grad R_before - grad R_after)    curvature of the original data
     newton:  theta + (H_after + damp)^-1 (grad R_before - grad R_after)     curvature of the edited data
     rounds:  theta - (H_after + damp)^-1 grad R_after, repeated with a line search: for replaced records
-    warm:    Adam on R_after, starting from theta
+    warm:    Adam on R_after, starting from theta, a chunk a step
 
 Shapes: C chunks, B rows of a chunk, Y outputs. Rows of language have a token axis T: labels [C, B, T].
 """
@@ -97,7 +97,7 @@ class Settings:
     iterations: int = 25  # of CG, at most, for each solve
     tolerance: float = 1e-3  # the residual at which CG stops
     rounds: int = 0  # newton: so many rounds with line search instead of one step
-    warm_steps: int = 50  # warm: full passes
+    warm_passes: int = 20  # warm: each makes a step for every chunk
     warm_rate: float = 1e-2
 
 
@@ -135,8 +135,13 @@ def mean_loss(problem: Problem, parameters: Tree, weights: jax.Array) -> jax.Arr
 
 def risk(problem: Problem, parameters: Tree, weights: jax.Array) -> jax.Array:
     """R, with L2."""
+    return _data_loss(problem, parameters, weights) + _penalty(problem, parameters)
+
+
+def _penalty(problem: Problem, parameters: Tree) -> jax.Array:
+    """1/2 lambda |theta|^2."""
     squares = jax.tree.map(lambda leaf, lam: lam * jnp.sum(leaf**2), parameters, problem.strength)
-    return _data_loss(problem, parameters, weights) + 0.5 * sum(jax.tree.leaves(squares))
+    return 0.5 * jax.tree.reduce(jnp.add, squares)
 
 
 def gradient(problem: Problem, parameters: Tree, weights: jax.Array) -> Tree:
@@ -266,16 +271,34 @@ def _solve_at(problem: Problem, parameters: Tree, weights: jax.Array, b: Tree, s
 
 @functools.partial(jax.jit, static_argnames="settings")
 def _warm(problem: Problem, parameters: Tree, after: jax.Array, settings: Settings) -> Tree:
-    """Full-batch Adam on R_after; its rate falls to zero as half a cosine."""
-    tx, progress = optax.scale_by_adam(), np.arange(settings.warm_steps) / settings.warm_steps
-    rates = jnp.asarray(settings.warm_rate * 0.5 * (1 + np.cos(np.pi * progress)), after.dtype)
+    """Adam with the gradient of one chunk after the other; its rate falls to zero as half a cosine.
 
-    def step(state: tuple[Tree, Any], rate: jax.Array) -> tuple[tuple[Tree, Any], None]:
-        tree, opt = state
-        directions, opt = tx.update(gradient(problem, tree, after), opt)
-        return (moved(tree, -rate, directions), opt), None
+    A chunk's rows count as often as there are chunks, so that the mean gradient of a pass is that of R_after. A chunk
+    without weight makes no step.
+    """
+    tx, (inputs, labels), chunks = optax.scale_by_adam(), problem.rows, len(after)
+    used = jnp.any(after != 0, axis=1)  # [C]
+    total = settings.warm_passes * chunks
+    rates = settings.warm_rate * 0.5 * (1 + np.cos(np.pi * np.arange(total) / total))
 
-    return jax.lax.scan(step, (parameters, tx.init(parameters)), rates)[0][0]
+    def loss(tree: Tree, chunk: tuple[Any, ...]) -> jax.Array:
+        return jnp.sum(used).astype(after.dtype) * _chunk_loss(problem, tree, *chunk) + _penalty(problem, tree)
+
+    def step(state: tuple[Tree, Any], work: tuple[Any, ...]) -> tuple[tuple[Tree, Any], None]:
+        chunk, rate = work
+
+        def changed() -> tuple[Tree, Any]:
+            tree, opt = state
+            directions, opt = tx.update(jax.grad(loss)(tree, chunk), opt)
+            return moved(tree, -rate, directions), opt
+
+        return jax.lax.cond(jnp.any(chunk[2] != 0), changed, lambda: state), None
+
+    def one_pass(state: tuple[Tree, Any], pass_rates: jax.Array) -> tuple[tuple[Tree, Any], None]:
+        return jax.lax.scan(step, state, ((inputs, labels, after), pass_rates))
+
+    by_pass = jnp.asarray(rates.reshape(-1, chunks), after.dtype)
+    return jax.lax.scan(one_pass, (parameters, tx.init(parameters)), by_pass)[0][0]
 
 
 @jax.jit
