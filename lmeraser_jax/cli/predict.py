@@ -32,15 +32,16 @@ def run(arguments: common.Arguments) -> int:
 
         common.warn_if_unfinished(run_)
         answers = predict_files(run_, files, Predictor(run_))
-        columns = zip(files, answers.labels, answers.probabilities.max(axis=1), answers.clusters[:, 0], strict=True)
+        columns = zip(files, answers.labels, answers.probabilities.max(axis=1), answers.clusters, strict=True)
         rows = [
             {
                 "file": _printable(file),
                 "label": run_.classes[label],
                 "probability": round(float(probability), 6),
-                "cluster": answers.keys[cluster],
+                "cluster": answers.keys[clusters[0]],
+                "approximate": any(answers.keys[k] in answers.approximate for k in clusters if k >= 0),
             }
-            for file, label, probability, cluster in columns
+            for file, label, probability, clusters in columns
             if label >= 0
         ]
     failures |= {_printable(files[position]): reason for position, reason in answers.unreadable.items()}
@@ -83,11 +84,13 @@ def _text(rows: list[dict[str, Any]], format_: str) -> str:
         return json.dumps(rows, indent=2)
     if format_ == "csv":
         buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, ["file", "label", "probability", "cluster"], lineterminator="\n")
+        writer = csv.DictWriter(buffer, ["file", "label", "probability", "cluster", "approximate"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         return buffer.getvalue().rstrip("\n")
     width = max((len(row["file"]) for row in rows), default=4)
     lines = [f"{'file':<{width}}  {'label':<16}{'probability':>11}  cluster"]
-    lines += [f"{r['file']:<{width}}  {r['label']:<16}{r['probability']:>11.3f}  {r['cluster'][:12]}" for r in rows]
+    for row in rows:
+        line = f"{row['file']:<{width}}  {row['label']:<16}{row['probability']:>11.3f}  {row['cluster'][:12]}"
+        lines.append(line + "  approximate" * row["approximate"])
     return "\n".join(lines)

@@ -12,6 +12,9 @@ delimiter or a double quote in it stands in double quotes, with each of its own 
 The command first accepts the request, at once and for good, even while another process writes. Then it serves the
 request; with --defer the next lmeraser process does. With --dry_run it only says what the request would cost. If an
 id or an owner is unknown, it erases nothing. It names the live records and owners that only look like those named.
+
+With --mode=newton, paper or warm the command publishes an approximate update of the touched clusters and leaves the
+request open. Such an update gives no guarantee; the next lmeraser process replaces it by the exact slices.
 """
 
 import dataclasses
@@ -24,7 +27,7 @@ from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.data.names import list_names
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request
@@ -33,6 +36,8 @@ from lmeraser_jax.unlearning import request_files
 
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.erase import Erasure, Estimate
+    from lmeraser_jax.unlearning.influence import Report
+    from lmeraser_jax.unlearning.run import Run
 
 NOTHING_TO_ERASE = "nothing to erase: all that the request names was erased before or is being erased already"
 STRAY = "ids are given as --records=ID, once for each"
@@ -48,6 +53,15 @@ FLAGS = (
         "quarantine", False, "from now until they are tuned again, keep the touched clusters out of predictions"
     ),
     common.Flag("defer", False, "only accept the request; lmeraser process serves it later"),
+    common.Flag(
+        "mode",
+        "exact",
+        "newton, paper and warm answer at once with an approximate update, without any guarantee,"
+        " until lmeraser process has the exact slices",
+        choices=("exact", "newton", "paper", "warm"),
+    ),
+    common.Flag("calibrate", False, "with --mode=newton: until the erased records are as unknown as held-out ones"),
+    common.Flag("force", False, "with --mode: publish although the solver did not converge"),
     common.Flag("dry_run", False, "only say what the request would cost"),
     *common.WRITING,
     *common.SHARED,
@@ -58,6 +72,7 @@ def run(arguments: common.Arguments) -> int:
     common.config_of(arguments)  # refuses illegal settings before anything is accepted
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
+    _check_mode(arguments)
     with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
         targets = ids, owners, contents = _targets(arguments, catalog)
         if not arguments["defer"]:
@@ -66,6 +81,11 @@ def run(arguments: common.Arguments) -> int:
         if arguments["dry_run"]:
             common.warn(*requests.still_live(catalog, ids, owners))
             return _estimate(arguments, *targets)
+        if arguments["mode"] != "exact":
+            from lmeraser_jax.unlearning import approximate
+
+            tuning = common.config_of(arguments).tuning
+            approximate.refuse_unless_applicable(catalog, tuning, arguments["calibrate"])
         details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
         request = requests.accept(catalog, ids, owners, contents=contents, **details)
         common.warn(*requests.still_live(catalog, ids, owners))
@@ -90,6 +110,40 @@ def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], 
     return ids, owners, contents
 
 
+def _check_mode(arguments: common.Arguments) -> None:
+    """Refuses flags that contradict --mode."""
+    exact, problems = arguments["mode"] == "exact", []
+    if not exact:
+        reasons = {"defer": "accepts only", "dry_run": "changes nothing", "quarantine": "keeps these clusters out"}
+        problems = [f"--{flag} {reason}, and --mode answers" for flag, reason in reasons.items() if arguments[flag]]
+    if arguments["calibrate"] and arguments["mode"] not in ("newton", "paper"):
+        problems.append("--calibrate scales the step of --mode=newton or paper")
+    if exact and arguments["force"]:
+        problems.append("--force publishes an approximate slice: give --mode, too")
+    raise_all(problems)
+
+
+def _approximate(arguments: common.Arguments, run_: "Run", request: Request) -> None:
+    """Publishes approximate slices for an accepted request and says how good they are."""
+    from lmeraser_jax.unlearning import approximate, influence
+
+    settings = dataclasses.replace(influence.REMOVAL, mode=arguments["mode"])
+    reports = approximate.publish_approximate(run_, settings, arguments["calibrate"], arguments["force"])
+    if any(report.residual > influence.WARN_RESIDUAL for report in reports.values()):
+        common.warn("the solver had not converged: see residual; the exact slices do not depend on it")
+    lines = [f"request {request.id}: {len(reports)} clusters answer approximately, without any guarantee"]
+    lines += [f"  {key[:12]}  {_report_text(report)}" for key, report in reports.items()]
+    lines.append(f"the next lmeraser process {Layout(arguments['workdir']).flag} makes them exact")
+    values = {"request": dataclasses.asdict(request), "outcome": None}
+    values["approximate"] = {key: dataclasses.asdict(report) for key, report in reports.items()}
+    common.show(arguments, "\n".join(lines), values)
+
+
+def _report_text(report: "Report") -> str:
+    numbers = (f"{name} {value:.3g}" for name, value in dataclasses.asdict(report).items() if type(value) is float)
+    return f"{report.mode}: {', '.join(numbers)}, {report.iterations} iterations"
+
+
 def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
     with common.opened(arguments, write=True) as run_:
         from lmeraser_jax.unlearning import erase
@@ -109,6 +163,9 @@ def _serve(arguments: common.Arguments, request: Request) -> int:
         with common.opened(arguments, write=True) as run_:
             from lmeraser_jax.unlearning import erase
 
+            if arguments["mode"] != "exact":
+                _approximate(arguments, run_, request)
+                return 0
             others = len(requests.listed(run_.catalog, only_open=True)) - 1
             if others > 0:
                 common.warn(f"{others} other requests wait; they are served with this one")

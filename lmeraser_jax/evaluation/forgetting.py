@@ -6,7 +6,7 @@ The scores of single rows are pure functions in JAX; what is said of many rows i
 Shapes: B rows of a call, T tokens, V vocabulary, N rows, P wrong answers of a row, C candidates.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,7 @@ def forget_quality(ratios: np.ndarray, retrained: np.ndarray) -> float:
     It compares the truth ratios [N] of the forgotten rows under a model with those under one that was tuned without
     them. Near 0: the two models can be told apart; few rows can never give a small value.
     """
-    _, p = stats.ks_2samp(ratios, retrained)
+    p: Any = stats.ks_2samp(ratios, retrained)[1]
     return float(p)
 
 

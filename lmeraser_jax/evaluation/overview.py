@@ -18,7 +18,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering, expected_share
-from lmeraser_jax.unlearning.artifacts import load_clustering, slice_of, split_reference
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, slice_of, split_reference
 
 ATTEMPTS = 10  # to read a clustering that writers replace and purge meanwhile
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows only so many of the largest and of the smallest
@@ -39,12 +39,15 @@ class ClusterRow:
     loss: float
     pinned: bool
     quarantined: bool
+    approximate: bool  # its slice stands in for an exact one
 
     def line(self) -> str:
         counts = f"{self.members:>8}{self.sampled:>9}{self.versions:>10}{self.steps:>8}{self.loss:>9.4f}"
         text = f"{self.key[:12]:<14}{self.slice[:12]:<14}{counts}"
         if self.pinned:
             text += "  pinned"
+        if self.approximate:
+            text += "  approximate: no guarantee; lmeraser process makes it exact"
         if self.quarantined:
             text += "  quarantined: no prediction uses it"
         return text
@@ -190,7 +193,11 @@ def _cluster_rows(snapshot: _Snapshot, clustering: Clustering) -> tuple[ClusterR
         digest, step = split_reference(ref)
         steps, loss = step or snapshot.slices[digest].steps, snapshot.slices[digest].loss or 0.0
         counts = members[key], sampled[key], versions[key], steps
-        rows.append(ClusterRow(key, ref, *counts, loss, key in snapshot.pinned, key in snapshot.quarantined))
+        rows.append(
+            ClusterRow(
+                key, ref, *counts, loss, key in snapshot.pinned, key in snapshot.quarantined, is_approximate(ref)
+            )
+        )
     return tuple(sorted(rows, key=lambda row: (-row.members, row.key)))
 
 

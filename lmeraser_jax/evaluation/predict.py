@@ -32,7 +32,7 @@ from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TuningSpec, features_of
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, load_slice
 from lmeraser_jax.unlearning.binding import refuse_misfits
 from lmeraser_jax.unlearning.run import Run
 
@@ -65,6 +65,11 @@ class Model:
     arrays: ModelArrays
 
     @property
+    def approximate(self) -> frozenset[str]:
+        """Keys of the clusters that answer with an approximate slice."""
+        return frozenset(key for key, ref in zip(self.keys, self.refs, strict=True) if is_approximate(ref))
+
+    @property
     def nearest(self) -> int:
         """m: how many clusters answer."""
         return min(self.run.config.inference.nearest or len(self.keys), len(self.keys))
@@ -77,6 +82,7 @@ class Predictions:
     probabilities: np.ndarray  # float32 [N, Y]; NaN for an image that could not be read
     clusters: np.ndarray  # int32 [N, m], indices into `keys`, nearest first; -1 where fewer than m may be used
     keys: tuple[str, ...]  # the cluster keys of the state that answered
+    approximate: frozenset[str] = frozenset()  # keys of clusters that answered with an approximate slice
     unreadable: Mapping[int, str] = dataclasses.field(default_factory=dict)  # {position of a file: why}
 
     @property
@@ -316,7 +322,7 @@ def predict(model: Model, images: np.ndarray) -> Predictions:
         with pinned():  # also in another thread than the one that opened the run
             answers = program(model.arrays, batch, _draws(model, batch))
         probabilities[rows], clusters[rows] = (np.asarray(answer)[: rows.stop - start] for answer in answers)
-    return Predictions(probabilities, clusters, model.keys)
+    return Predictions(probabilities, clusters, model.keys, model.approximate)
 
 
 def predict_files(run: Run, files: Sequence[Path], answer: Callable[[np.ndarray], Predictions]) -> Predictions:

@@ -51,7 +51,7 @@ class Predictor:
 def _unanswered(model: Model, count: int) -> Predictions:
     """Predictions for so many images whose clusters are all -1."""
     probabilities = np.zeros((count, len(model.run.classes)), np.float32)
-    return Predictions(probabilities, np.full((count, model.nearest), -1, np.int32), model.keys)
+    return Predictions(probabilities, np.full((count, model.nearest), -1, np.int32), model.keys, model.approximate)
 
 
 def _still_valid(answers: Predictions, before: Model, model: Model) -> Predictions:

@@ -18,7 +18,7 @@ from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.catalog import Catalog
 
-STATES = ("accepted", "planned", "re-tuning", "published", "purged")
+STATES = ("accepted", "approximated", "planned", "re-tuning", "published", "purged")
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
 EMPTY: dict[str, Any] = {  # what a publication fills in
@@ -34,6 +34,7 @@ EMPTY: dict[str, Any] = {  # what a publication fills in
         "batch": [],
     },
     "manifest": {"before": 0, "after": 0},
+    "approximate": [],
     "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
 }
 

@@ -21,6 +21,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
 from lmeraser_jax.training import tasks
+from lmeraser_jax.training.tasks import TextRows, TuningSpec
 
 PIECE = 16_384  # images in memory at a time
 
@@ -57,6 +58,28 @@ def _on_each(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh):
     """The compiled function of (params, rows), the rows split over the devices."""
     axis = mesh.axis_names[0]
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
+
+
+def network_inputs(tuning_spec: TuningSpec, params: Any, rows: np.ndarray, used: np.ndarray, mesh: Mesh) -> Any:
+    """What the network reads of stored rows; of text the states after the frozen blocks, too, zeros for rows not used.
+
+    `used` int64 [n] are places in `rows`. A program of one shape computes the states, so that their bits do not depend
+    on what else is in memory.
+    """
+    if not tuning_spec.is_text:
+        return rows
+    if not tuning_spec.prefix:
+        return TextRows(rows)
+    program = state_function(tuning_spec.architecture, tuning_spec.prefix, mesh)
+    size, states = tuning_spec.state_batch * mesh.size, None
+    for start in range(0, len(used), size):
+        places = used[start : start + size]
+        batch = np.zeros((size, rows.shape[1]), np.int32)
+        batch[: len(places)] = rows[places]
+        piece = np.asarray(program(params, batch))[: len(places)]
+        states = np.zeros((len(rows), *piece.shape[1:]), piece.dtype) if states is None else states
+        states[places] = piece
+    return TextRows(rows, states)
 
 
 class Extractor:

@@ -128,7 +128,7 @@ def outputs_of(slice_: Slice, tuning_spec: TuningSpec, params: Params, inputs: A
     return features_of(slice_, tuning_spec, params, inputs) @ slice_.kernel + slice_.bias[None]
 
 
-def targets_of(tuning_spec: TuningSpec, inputs: Any, labels: jax.Array) -> jax.Array:
+def targets_of(tuning_spec: TuningSpec, inputs: Any, labels: Any) -> Any:
     """What the outputs are to say: labels int32 [B], or the next tokens int32 [B, T - 1], -1 outside the response."""
     if not tuning_spec.is_text:
         return labels

@@ -21,11 +21,11 @@ from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.progress import progress
 from lmeraser_jax.training import closed_form, profiling
 from lmeraser_jax.training.closed_form import KeptSums
-from lmeraser_jax.training.features import compute_dtype, on_device, state_function
+from lmeraser_jax.training.features import compute_dtype, network_inputs, on_device
 from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.lanes import StepBatch, step_batches
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tasks import TextRows, TuningSpec
+from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.train_step import Batch, compiled, initial_state
 
 
@@ -172,37 +172,18 @@ class _Inputs:
             full, targets = np.zeros((size, *images.shape[1:]), images.dtype), np.zeros(size, np.int32)
             full[: len(images)], targets[: len(images)] = _known(images), labels
             used = np.unique(np.concatenate([job.rows for job in jobs]))
-            self.resident = jax.device_put((self._inputs(full, used), targets), self.everywhere)
+            inputs = network_inputs(tuning_spec, params, full, used, mesh)
+            self.resident = jax.device_put((inputs, targets), self.everywhere)
 
     def of(self, call: StepBatch) -> tuple[Any, Any, np.ndarray]:
         """(inputs, labels, rows into them) for one call."""
         if self.resident is not None:
             return *self.resident, call.rows
         window = call.rows.reshape(-1)
-        inputs = self._inputs(_known(self.images[window]), np.arange(len(window)))
+        rows = _known(self.images[window])
+        inputs = network_inputs(self.spec, self.params, rows, np.arange(len(window)), self.mesh)
         inputs, targets = jax.device_put((inputs, self.labels[window]), self.everywhere)
         return inputs, targets, np.arange(len(window), dtype=np.int32).reshape(call.rows.shape)
-
-    def _inputs(self, rows: np.ndarray, used: np.ndarray) -> Any:
-        """Rows, and of text the states of those at some places int64 [n] after the frozen blocks, zeros elsewhere.
-
-        A program of one shape computes the states, so that their bits do not depend on what else is in memory.
-        """
-        spec = self.spec
-        if not spec.is_text:
-            return rows
-        if not spec.prefix:
-            return TextRows(rows)
-        program, size = state_function(spec.architecture, spec.prefix, self.mesh), spec.state_batch * self.mesh.size
-        states = None
-        for start in range(0, len(used), size):
-            places = used[start : start + size]
-            batch = np.zeros((size, rows.shape[1]), np.int32)
-            batch[: len(places)] = rows[places]
-            piece = np.asarray(program(self.params, batch))[: len(places)]
-            states = np.zeros((len(rows), *piece.shape[1:]), piece.dtype) if states is None else states
-            states[places] = piece
-        return TextRows(rows, states)
 
 
 def _known(values: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.training.slices import Slice
     from lmeraser_jax.unlearning.run import Run
 
+APPROXIMATE = "approximate-"  # begins the name of a slice that stands in for an exact one
 AGAIN = "; lmeraser train on the same workdir makes it again"
 
 
@@ -37,6 +38,11 @@ def split_reference(ref: str) -> tuple[str, int]:
     """The digest and the step of a reference; step 0 is the finished slice."""
     name, _, step = ref.partition("@")
     return name, int(step or 0)
+
+
+def is_approximate(ref: str) -> bool:
+    """Whether a reference names an approximate slice."""
+    return ref.startswith(APPROXIMATE)
 
 
 def slice_of(ref: str) -> str:

@@ -29,7 +29,7 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of, split_reference
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, load_slice, slice_of, split_reference
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.purge import leftovers
 from lmeraser_jax.unlearning.run import Run
@@ -130,7 +130,9 @@ def audit(run: Run, sample: int = 0) -> Verdict:
     if manifest is None:
         raise UserError(f"{root} has nothing to audit; run: lmeraser train {run.layout.flag}")
     if requests.any_open(run.catalog):
-        raise UserError(f"an erasure is not finished; finish it with: lmeraser process {run.layout.flag}")
+        count = sum(map(is_approximate, manifest.entries.values()))
+        served = f"; until then {count} clusters answer with approximate slices" if count else ""
+        raise UserError(f"an erasure is not finished{served}; finish it with: lmeraser process {run.layout.flag}")
     keys = sorted(manifest.entries)
     chosen = frozenset(random.sample(keys, min(sample, len(keys))) if sample else keys)
     rebuilt = _rebuild(run, chosen if sample else None)

@@ -74,7 +74,7 @@ def receipt_body(request: Request) -> dict[str, Any]:
             "states": [{"state": state, "at": iso_time(seconds)} for state, seconds in body["states"]],
         },
         "records": {name: body[name] for name in ("records", "erased_before", "shared")},
-        **{name: body[name] for name in ("clusters", "work", "manifest", "purged")},
+        **{name: body[name] for name in ("approximate", "clusters", "work", "manifest", "purged")},
     }
 
 

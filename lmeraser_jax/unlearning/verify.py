@@ -25,7 +25,7 @@ from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.slice_arrays import array_problems
-from lmeraser_jax.unlearning.artifacts import split_reference
+from lmeraser_jax.unlearning.artifacts import is_approximate, split_reference
 from lmeraser_jax.unlearning.receipts import iso_time, receipt_body
 from lmeraser_jax.unlearning.request_files import LARGEST, read_bytes
 
@@ -129,6 +129,11 @@ def _folder_verdict(layout: Layout, snapshot: _Snapshot) -> Verdict:
             notes.append(f"{name} belongs to a request that is not finished yet")
         else:
             findings.append(f"{ascii(name)} is not in the catalog")
+    approximate = sum(map(is_approximate, snapshot.published.values()))
+    if approximate:
+        notes.append(
+            f"{approximate} published slices are approximate, without any guarantee, until an erasure is served"
+        )
     return Verdict(str(layout.receipts), "", tuple(findings), tuple(notes))
 
 

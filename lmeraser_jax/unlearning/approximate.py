@@ -1,0 +1,197 @@
+"""Approximate slices: they answer for the clusters that an erasure touched until the next build has the exact ones.
+
+An approximate slice is its exact parent plus one update by influence functions. Its name says what it is, and hashes
+the parent, the settings and the records that left, so it is content-addressed and the same in any order of requests. It
+has its parent's members, so every erased record among them taints it: the purge after the exact build removes it.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
+from lmeraser_jax.data.transforms import centred
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import arrays_digest, digest
+from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.rows import SliceKind
+from lmeraser_jax.training.features import network_inputs, on_device
+from lmeraser_jax.training.slices import Slice
+from lmeraser_jax.training.tasks import TuningSpec, outputs_of, targets_of
+from lmeraser_jax.training.tune import bucket
+from lmeraser_jax.unlearning import influence
+from lmeraser_jax.unlearning.artifacts import APPROXIMATE, is_approximate, load_slice, slice_of
+from lmeraser_jax.unlearning.build import remove_leftovers, tune_missing
+from lmeraser_jax.unlearning.influence import Objective, Problem, Report, Rows, Settings
+from lmeraser_jax.unlearning.plan import current_plan
+from lmeraser_jax.unlearning.run import Run
+
+CHUNK = 64  # images
+TEXT_CHUNK = 8  # texts, whose logits are large
+VERSION = 1  # of the recipe below
+METHODS = ("prompt+head", "head", "lora")
+LEAST_STRENGTH = 1e-3  # lambda where the tuning has no weight decay: without one the curvature is singular
+
+
+def refuse_unless_applicable(catalog: Catalog, tuning: Tuning, calibrate: bool) -> None:
+    """Raises `UserError` where no approximate slice can stand in, before anything is accepted."""
+    if tuning.method not in METHODS:
+        legal = f"{', '.join(METHODS)}; closed forms are exact at once"
+        raise UserError(f"--mode: not for --config.tuning.method={tuning.method}; legal: {legal}")
+    if calibrate and not catalog.counts().get("holdout"):
+        raise UserError("--calibrate needs held-out records: none were set aside (--config.data.holdout)")
+    manifest = catalog.manifest()
+    if manifest is None:
+        raise UserError("--mode: nothing is published yet that could be updated; run lmeraser train first")
+
+
+def publish_approximate(run: Run, settings: Settings, calibrate: bool, force: bool) -> dict[str, Report]:
+    """Publishes approximate slices of all clusters that erasures which wait have touched: {cluster key: report}.
+
+    Clusters, prototypes and routes stay as they are until the next build. The common head has a closed form and becomes
+    exact at once. One transaction registers and publishes the slices, so a kill leaves the old or the new state. The
+    requests stay open: the next build replaces the slices.
+
+    Raises:
+        UserError: CG did not converge and `force` was not given, or an update is not finite. Nothing is published then.
+    """
+    remove_leftovers(run)
+    before, erased = run.catalog.manifest(), run.catalog.erased()
+    assert before is not None
+    touched = set(run.catalog.clusters_of(erased).values()) & before.clusters.keys()
+    entries = dict(before.entries)
+    updates = {}
+    for key in sorted(touched):
+        update = _update(run, key, settings, calibrate)
+        if update is None:
+            del entries[key]  # no member is left
+        else:
+            updates[key] = update
+    reports = {key: report for key, (*_, report) in updates.items()}
+    _refuse_bad(reports, settings, force)
+    if SliceKind.COMMON in entries:
+        _replace_common(run, entries)
+    with run.catalog.transaction():
+        for key, (name, arrays, _) in updates.items():
+            parent = run.catalog.slices()[slice_of(_parent(run, key))]
+            row = parent._replace(digest=name, params_digest=arrays_digest(arrays), created=time.time(), images=0)
+            if name not in run.catalog.slices():
+                run.catalog.add_slice(row, run.catalog.rows_of(parent.digest))
+            load_slice(run, name)
+            entries[key] = name
+        if entries != before.entries:
+            constants = before.recipe_constants_digest
+            run.catalog.publish(before.clustering, run.fingerprint, constants, entries, moved=())
+        facts = [
+            {"cluster": run.catalog.salted("cluster", key), **dataclasses.asdict(report)}
+            for key, report in reports.items()
+        ]
+        names = [request.id for request in requests.listed(run.catalog, only_open=True)]
+        requests.advance(run.catalog, names, "approximated", approximate=facts)
+    return reports
+
+
+def _refuse_bad(reports: Mapping[str, Report], settings: Settings, force: bool) -> None:
+    """Refuses updates that are not finite, and those of a solver that did not converge."""
+    later = "nothing is published; the request is accepted, and lmeraser process serves it exactly"
+    if not all(np.isfinite(report.change) for report in reports.values()):
+        raise UserError(f"--mode={settings.mode}: an update is not finite; {later}")
+    worst = max((report.residual for report in reports.values()), default=0.0)
+    if worst > influence.LARGEST_RESIDUAL and not force:
+        again = "the same command with --request=ID of the request and --force publishes it anyway"
+        raise UserError(f"--mode={settings.mode}: the solver ended at residual {worst:.2g}; {later}; {again}")
+
+
+def _replace_common(run: Run, entries: dict[str, str]) -> None:
+    """Makes the common head of the records that are left; without any there is none."""
+    wanted = current_plan(run)
+    tune_missing(run, wanted, {key: target for key, target in wanted.missing.items() if key == SliceKind.COMMON})
+    del entries[SliceKind.COMMON]
+    if SliceKind.COMMON in wanted.entries:
+        entries[SliceKind.COMMON] = wanted.entries[SliceKind.COMMON]
+
+
+def _parent(run: Run, key: str) -> str:
+    """The newest exact slice of a cluster: states that came before live on until the build that serves the erasure."""
+    refs = (manifest.entries.get(key, "") for manifest in run.catalog.manifests())
+    return next(ref for ref in refs if ref and not is_approximate(ref))
+
+
+def _update(
+    run: Run, key: str, settings: Settings, calibrate: bool
+) -> tuple[str, Mapping[str, np.ndarray], Report] | None:
+    """Writes the approximate slice of a cluster: its name, arrays and report; None where it has no member left."""
+    parent = _parent(run, key)
+    rows, erased = run.catalog.rows_of(slice_of(parent)), run.catalog.erased()
+    live, gone = run.catalog.at(rows), _erased_records(run.catalog, set(rows.tolist()), erased)
+    if not len(live):
+        return None
+    recipe = {"version": VERSION, "parent": parent, "settings": dataclasses.asdict(settings), "calibrate": calibrate}
+    recipe |= {"removed": digest(list(zip(gone.ids, gone.contents, gone.labels.tolist(), strict=True)))}
+    recipe |= {"program": run.fingerprint, "strength": LEAST_STRENGTH}
+    name = APPROXIMATE + digest(recipe)[: 64 - len(APPROXIMATE)]
+    heldout = run.catalog.live("holdout") if calibrate else RecordTable.empty()
+    tables = (live, gone, heldout)
+    problem, start = _problem(run, tables), load_slice(run, parent)
+    problem = dataclasses.replace(problem, strength=strengths(start, run.config.tuning))
+    weights = np.zeros((3, sum(map(len, tables))), np.float32)  # before, after, held out
+    count = len(live) + len(gone)
+    weights[0, :count], weights[1, : len(live)] = 1 / count, 1 / len(live)
+    weights[2, count:] = 1 / max(len(heldout), 1)
+    chunks, size = problem.rows.labels.shape[:2]
+    before, after, held = (influence.chunked(row, size, chunks) for row in weights)
+    new, report = influence.update(problem, jax.device_put(start), before, after, settings, held if calibrate else None)
+    arrays = checkpoints.flatten(jax.device_get(new))
+    if np.isfinite(report.change):
+        checkpoints.save(run.layout.slice(name), arrays, {"digest": name, "recipe": recipe})
+    return name, arrays, report
+
+
+def _erased_records(catalog: Catalog, rows: set[int], erased: Mapping[str, int]) -> RecordTable:
+    """The erased records in some image rows, sorted by id; their owners and clusters do not matter."""
+    ids = tuple(sorted(name for name, row in erased.items() if row in rows))
+    known, none = catalog.known(ids), ("",) * len(ids)
+    places = np.array([erased[name] for name in ids], np.int64)
+    labels = np.array([known[name][2] for name in ids], np.int32)
+    return RecordTable(ids, places, labels, none, tuple(known[name][1] for name in ids), none)
+
+
+def strengths(slice_: Slice, tuning: Tuning) -> Slice:
+    """The L2 strength lambda of each leaf: that of the adapters or the weight decay, `LEAST_STRENGTH` without one."""
+    own = jax.tree.map(lambda _: tuning.lora_l2 or LEAST_STRENGTH, slice_.backbone)
+    head = tuning.head_decay or LEAST_STRENGTH
+    return Slice(tuning.prompt_decay or LEAST_STRENGTH, head, head, own)
+
+
+def _problem(run: Run, tables: tuple[RecordTable, ...]) -> Problem:
+    """The problem over some records one after the other, padded to a size that many clusters share; no strength yet."""
+    spec, size = run.tuning_spec, TEXT_CHUNK if run.tuning_spec.is_text else CHUNK
+    for table in tables:
+        check_pixel_hashes(run.images, table)
+    stored = run.features if spec.on_features else lambda table: run.images[table.rows]
+    inputs = np.concatenate([stored(table) for table in tables if len(table)])
+    labels = np.concatenate([table.labels for table in tables])
+    params, chunks = on_device(run.backbone, np.dtype(np.float32), run.mesh), bucket(len(labels)) // size
+    values = network_inputs(spec, params, inputs, np.arange(len(labels)), run.mesh)
+    targets = np.asarray(targets_of(spec, values, labels))
+    chunk = functools.partial(influence.chunked, size=size, chunks=chunks)
+    return Problem(objective_of(spec), params, Rows(jax.tree.map(chunk, values), chunk(targets)), None)
+
+
+@functools.lru_cache(maxsize=4)
+def objective_of(tuning_spec: TuningSpec) -> Objective:
+    """The loss of a slice on un-augmented images, on features, or on texts."""
+
+    def outputs(slice_: Slice, params: Any, inputs: Any) -> jax.Array:
+        if not (tuning_spec.on_features or tuning_spec.is_text):
+            inputs = centred(inputs, tuning_spec.image_spec)
+        return outputs_of(slice_, tuning_spec, params, inputs)
+
+    return Objective(outputs)
