@@ -1,4 +1,4 @@
-"""lmeraser compare: methods side by side on one data set: accuracy, what an erasure costs, figures.
+"""lmeraser compare: methods side by side on one data set: accuracy, what an erasure costs, what is forgotten, figures.
 
   lmeraser compare --config=configs/digits.py --seeds=5 --workdir=runs/compare
   lmeraser compare --config=configs/digits.py --methods=lmeraser,sisa-vote,ridge --workdir=runs/compare
@@ -6,6 +6,10 @@
 A method is a set of settings (lmeraser_jax/experiments/methods.py). To add your own, name a config file by its path.
 The same command resumes after an interruption; a later command on the same workdir adds methods, seeds or experiments
 to the report. The workdir gets results.csv, results.json, report.html, report.md and figures (docs/reproduce.md).
+
+Of text (data.source=text) it compares how records are unlearned, exactly and approximately (docs/language.md):
+
+  lmeraser compare --config=configs/tofu_656k.py --methods=retrain,exact-owners,newton,warm,npo --workdir=runs/tofu
 """
 
 import dataclasses
@@ -19,6 +23,7 @@ from typing import Any
 from lmeraser_jax.cli import common
 from lmeraser_jax.config import Config
 from lmeraser_jax.config.paths import absolute
+from lmeraser_jax.errors import raise_all
 from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.experiments.results import Measurement
@@ -36,6 +41,10 @@ FLAGS = (
     common.Flag("length", 10, "experiment sequence: number of batches of requests", low=1),
     common.Flag("probes", 100, "number of records whose erasure is planned, to estimate the cost of a request", low=1),
     common.Flag("requests", 2, "erasures to serve and time, of this many sampled and this many other records", low=0),
+    common.Flag("edits", ["removal"], "text: some of removal, query, response (to correct either)"),
+    common.Flag("owners", 12, "text: number of owners to tune on; as many others are held out, where there are", low=2),
+    common.Flag("owner_records", 4, "text: records of each owner", low=1),
+    common.Flag("forget", 2, "text: number of owners whose records are edited", low=1),
     common.Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
 )
 
@@ -47,13 +56,15 @@ def stored_config(layout: Layout) -> dict[str, Any] | None:
 
 
 def run(arguments: common.Arguments) -> int:
+    if common.config_of(arguments).is_text:
+        return _compare_text(arguments)
     comparison = _comparison(arguments)
     check(comparison)
     others = {name: results.load(Path(name) / "results.json") for name in arguments["merge"]}
     results.merge(results.collect(comparison.folder), others)
     from lmeraser_jax.experiments import runner, summary
 
-    folder, command = comparison.folder, shlex.join(["lmeraser", "compare", *sys.argv[2:]])
+    folder, command = comparison.folder, _command()
     common.log_devices()
     rows = results.merge(runner.compare(comparison, command), others)
     results.save(folder, rows)
@@ -63,6 +74,43 @@ def run(arguments: common.Arguments) -> int:
     lines = [(folder / "report.md").read_text("utf-8"), *(f"wrote {os.path.relpath(path)}" for path in written)]
     common.show(arguments, "\n".join(lines), dataclasses.asdict(rows))
     return 0
+
+
+def _compare_text(arguments: common.Arguments) -> int:
+    """Unlearning of records of text."""
+    folder, methods_, edits = (
+        Path(common.workdir_of(arguments, must_exist=False)),
+        arguments["methods"],
+        arguments["edits"],
+    )
+    from lmeraser_jax.experiments import forgetting, forgetting_report, runner
+    from lmeraser_jax.experiments.text_draw import EDITS, DrawOptions
+
+    named = {"methods": (methods_, forgetting.METHODS), "edits": (edits, EDITS)}
+    raise_all(
+        [
+            f"--{flag}={name}: must be one of {', '.join(legal)}"
+            for flag, (names, legal) in named.items()
+            for name in names
+            if name not in legal
+        ]
+    )
+    options = DrawOptions(*(arguments[name] for name in ("owners", "owner_records", "forget")))
+    chosen = tuple(dict.fromkeys(methods_)) or forgetting.METHODS
+    config, seeds = common.config_of(arguments), arguments["seeds"]
+    comparison = forgetting.Comparison(folder, config, options, chosen, tuple(dict.fromkeys(edits)), seeds)
+    common.log_devices()
+    rows, sources = forgetting.compare(comparison, runner.source_of(_command()))
+    if missing := figures.missing():
+        common.warn(f"no figures: {missing}")
+    written = forgetting_report.write(folder, rows, sources, pictures=not missing)
+    lines = [(folder / "report.md").read_text("utf-8"), *(f"wrote {os.path.relpath(path)}" for path in written)]
+    common.show(arguments, "\n".join(lines), {"rows": [dataclasses.asdict(row) for row in rows]})
+    return 0
+
+
+def _command() -> str:
+    return shlex.join(["lmeraser", "compare", *sys.argv[2:]])
 
 
 def names_of(config: Config, split: str) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]
     """The items of a file and their queries and responses; `keys` is as `text.keys`. Raises as `load`."""
     id_key, owner_key, query_key, response_key, *split_key = keys.split(",")
     items, pairs, problems = [], [], []
-    for number, text in enumerate(_lines(path), 1):
+    for number, text in enumerate(lines_of(path), 1):
         if not text.strip():
             continue
         try:
@@ -142,7 +142,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _lines(path: Path) -> list[str]:
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, or of a gzip of one. Raises `UserError` where it cannot be read."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig").split("\n")

@@ -203,7 +203,7 @@ FIGURES: dict[str, tuple[str, "Callable[[Rows, Titles], Figure | None]"]] = {
 
 
 def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path], list[tuple[str, bytes]]]:
-    """Writes figures/NAME.png and .svg, each completely or not at all; removes figures that the rows do not hold.
+    """Writes all figures, each completely or not at all; removes those that the rows do not hold.
 
     Returns the files, and the figures for the report as (heading, SVG). Raises `Stopped` as soon as it is asked for.
     """
@@ -212,17 +212,22 @@ def write_figures(folder: Path, rows: Rows, titles: Titles) -> tuple[list[Path],
         for name, (heading, draw) in FIGURES.items():
             interrupt.raise_if_stopped()
             figure = draw(rows, titles)
-            for kind in ("png", "svg"):
-                path = folder / "figures" / f"{name}.{kind}"
-                if figure is None:
-                    path.unlink(missing_ok=True)
-                    continue
-                write_bytes(path, picture(figure, kind))
-                paths.append(path)
-                if kind == "svg":
-                    pictures.append((heading, path.read_bytes()))
+            paths += write_figure(folder, name, figure)
+            if figure is not None:
+                pictures.append((heading, paths[-1].read_bytes()))
             shown.advance(1, name)
     return paths, pictures
+
+
+def write_figure(folder: Path, name: str, figure: "Figure | None") -> list[Path]:
+    """Writes figures/NAME.png and .svg and returns them in this order; removes both where there is no figure."""
+    paths = [folder / "figures" / f"{name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        if figure is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_bytes(path, picture(figure, path.suffix[1:]))
+    return paths if figure is not None else []
 
 
 def _join(names: Iterable[str], titles: Titles) -> str:

@@ -39,7 +39,7 @@ def compare(comparison: Comparison, command: str) -> Results:
         start, folder, tuned = time.perf_counter(), comparison.folder / task.name, comparison.tuned(task)
         shared = tuned if tuned.exists() or to_come[task.tuning_digest] > 1 else None
         rows = run_task(task, comparison.options, comparison.base(task.seed), folder, shared)
-        finished = FinishedTask(task.settings, _source(command), tuple(rows))
+        finished = FinishedTask(task.settings, source_of(command), tuple(rows))
         write_json(comparison.rows_file(task), dataclasses.asdict(finished))
         to_come[task.tuning_digest] -= 1
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,7 +82,7 @@ def _bind(comparison: Comparison) -> None:
     write_json(path, binding)
 
 
-def _source(command: str) -> dict[str, str]:
+def source_of(command: str) -> dict[str, str]:
     """Where the rows come from that are made now: the command, the devices and the libraries, the day."""
     devices, today = jax.devices(), datetime.datetime.now(datetime.UTC).date().isoformat()
     cores = f", {os.cpu_count()} cores" if devices[0].platform == "cpu" else ""

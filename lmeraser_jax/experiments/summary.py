@@ -236,6 +236,18 @@ def tables(rows: Rows, titles: Titles) -> list[Table]:
 
 
 def write_report(folder: Path, results: Results, titles: Titles, pictures: Pictures = ()) -> list[Path]:
+    """Writes the report of a comparison: see `write_tables`."""
+    sources = [results.sources[row.source] for row in results.rows if row.source]
+    return write_tables(folder, NOTES, tables(results.rows, titles), sources, pictures)
+
+
+def write_tables(
+    folder: Path,
+    notes: Sequence[str],
+    shown: Sequence[Table],
+    sources: Iterable[Mapping[str, str]],
+    pictures: Pictures = (),
+) -> list[Path]:
     """Writes report.html, which needs no other file and no network, and report.md; each completely or not at all.
 
     Templates escape every text that comes from rows, titles or commands.
@@ -246,12 +258,8 @@ def write_report(folder: Path, results: Results, titles: Titles, pictures: Pictu
     environment = Environment(loader=loader, autoescape=select_autoescape(["html.jinja"]), trim_blocks=True)
     environment.filters["md"] = _escape_markdown
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    content = {
-        "notes": NOTES,
-        "tables": tables(results.rows, titles),
-        "sources": dict.fromkeys(_source_text(results.sources[row.source]) for row in results.rows if row.source),
-        "pictures": pictures,
-    }
+    texts = dict.fromkeys(map(_source_text, sources))
+    content = {"notes": notes, "tables": shown, "sources": texts, "pictures": pictures}
     paths = [folder / "report.html", folder / "report.md"]
     for path in paths:
         write_bytes(path, environment.get_template(f"{path.name}.jinja").render(content).encode())

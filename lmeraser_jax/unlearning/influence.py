@@ -102,7 +102,7 @@ class Settings:
 
 
 REMOVAL = Settings()
-EDIT = Settings(damp=1e-2, rounds=4)  # of queries; after corrected responses a warm fine-tune is better
+EDIT = Settings(damp=1e-2, rounds=4, iterations=12)  # with more iterations each a round goes too far
 MODES = ("newton", "paper", "warm")
 
 

@@ -1,0 +1,339 @@
+"""Unlearning of a language model's records, method beside method: what is left of them, what the rest loses, the cost.
+
+The exact methods are workdirs with a slice for each cluster or owner, where the request is served: their state equals
+training without the records, bit for bit. The others are models of `text_models`.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
+from lmeraser_jax.data.text import Encoder
+from lmeraser_jax.data.text_rows import HEADER, TextSpec, pack
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.evaluation import forgetting as metrics
+from lmeraser_jax.experiments import results, text_draw
+from lmeraser_jax.experiments.measure import planned_costs
+from lmeraser_jax.experiments.text_draw import Draw, DrawOptions
+from lmeraser_jax.experiments.text_models import (
+    INFLUENCE,
+    Laboratory,
+    Tuned,
+    approximate,
+    build_timed,
+    case_of,
+    common_spec,
+    objective_of,
+    one_adapter,
+    tuned,
+)
+from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models import convert, tokenizers
+from lmeraser_jax.models.decoder import generate
+from lmeraser_jax.storage.atomic_files import write_json
+from lmeraser_jax.training.clustering import squared_distances
+from lmeraser_jax.training.features import compute_dtype, on_device
+from lmeraser_jax.training.tasks import TextRows, TuningSpec, targets_of
+from lmeraser_jax.unlearning import erase, influence
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
+from lmeraser_jax.unlearning.binding import differences
+from lmeraser_jax.unlearning.run import Run
+
+SCORED = 16  # rows that are scored at a time
+STORIES = 16  # texts that the frozen model writes: what tuning does to its own language
+PROBES = 1000  # requests of one record that are planned, at most
+EXACT = {"exact-clusters": "adaptive", "exact-owners": "owner"}  # {method: partition}
+TITLES = {
+    "before": "before the edit",
+    "retrain": "tuned again",
+    "floor": "tuned again, another seed",
+    "exact-clusters": "exact, a slice per cluster",
+    "exact-owners": "exact, a slice per owner",
+    "newton": "Newton step",
+    "newton-calibrated": "Newton step, calibrated",
+    "paper": "the paper's formula",
+    "warm": "warm fine-tune",
+    "ascent": "gradient ascent",
+    "difference": "gradient difference",
+    "npo": "NPO",
+}
+REFERENCES = ("before", "retrain", "floor")  # in every table
+METHODS = tuple(name for name in TITLES if name not in ("before", "floor"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Forgetting:
+    """One row: a method after one edit with one seed. A number that does not apply is None; losses are means of rows.
+
+    Edited records count in their right form: of a removal as they were, of a correction as they are now.
+    """
+
+    edit: str
+    method: str
+    seed: int
+    records: int  # n
+    edited: int  # S
+    loss_edited: float
+    accuracy_edited: float  # of tokens
+    loss_kept: float
+    accuracy_kept: float
+    loss_heldout: float
+    accuracy_heldout: float
+    loss_base: float | None = None  # of texts that the frozen model wrote
+    kl_edited: float | None = None  # from the model that was tuned again
+    kl_kept: float | None = None
+    recognition: float | None = None  # AUC of edited against held-out records by their loss
+    truth_ratio: float | None = None  # TOFU's, the mean
+    forget_quality: float | None = None  # TOFU's
+    preference: float | None = None  # share of corrected records whose right response is likelier than the wrong one
+    seconds: float = 0.0  # of the computation, without compilation
+    processor: float = 0.0  # seconds of all threads together, likewise
+    passes: float = 0.0
+    share: float = 0.0  # of the passes of a full tuning
+    share_record: float | None = None  # exact: expected share for one record, drawn uniformly
+    residual: float | None = None  # of conjugate gradients
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """Scores models on rows; all are asked in batches of one shape."""
+
+    spec: TuningSpec
+    params: Any  # the frozen model on the device
+    base: np.ndarray  # rows of texts that the frozen model wrote
+
+    def scores(self, adapters: Any, rows: np.ndarray, reference: Any = None) -> np.ndarray:
+        """Losses, accuracies and divergences from a reference's adapters (0 without): float64 [3, N]."""
+        batches = influence.chunked(rows, SCORED, -(-len(rows) // SCORED))
+        reference = adapters if reference is None else reference
+        parts = [
+            np.asarray(_scores(self.spec, self.params, adapters, reference, jnp.asarray(batch))) for batch in batches
+        ]
+        return np.concatenate(parts, axis=1)[:, : len(rows)].astype(np.float64)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _scores(spec: TuningSpec, params: Any, adapters: Any, reference: Any, rows: jax.Array) -> jax.Array:
+    """As `Scorer.scores`: float32 [3, B]."""
+    outputs, labels = objective_of(spec).outputs, targets_of(spec, TextRows(rows), jnp.zeros(0))
+    logits = outputs(adapters, params, rows)
+    far = metrics.divergences(outputs(reference, params, rows), logits, labels)
+    return jnp.stack([*metrics.row_scores(logits, labels), far])
+
+
+def scorer_of(run: Run, seed: int, stop: int) -> Scorer:
+    """A scorer with the backbone of a run; the seed draws the base texts, which the token `stop` ends."""
+    spec, config = common_spec(run.tuning_spec), run.backbone.config
+    params = on_device(run.backbone, compute_dtype(run.config.tuning.dtype, run.mesh), run.mesh)
+    assert isinstance(spec.input_spec, TextSpec)
+    context = spec.input_spec.context
+    start = int(run.images[0, HEADER])  # the start token, where there is one
+    graph = backbone_lib.graph(config)[0]
+    prompts, lengths = jnp.full((STORIES, 1), start), jnp.ones(STORIES, jnp.int32)
+    key, temperature = jax.random.key(seed), jnp.ones(())
+    texts = np.asarray(generate(graph, params, prompts, lengths, key, temperature, jnp.int32(stop), context - 1))
+    ends = [text.tolist().index(stop) + 1 if stop in text else len(text) for text in texts]
+    return Scorer(spec, params, np.stack([pack([start], text[:end], context) for text, end in zip(texts, ends)]))
+
+
+def measure(lab: Laboratory, scorer: Scorer, edit: str, method: str, model: Tuned) -> Forgetting:
+    """The row of one adapter for all records."""
+    draw, edited = lab.draw, lab.draw.edited
+    retrained, evaluating = tuned(lab, edit, "retrain").adapters, draw.heldout[1::2]
+    loss, accuracy, far = scorer.scores(model.adapters, draw.rows, retrained)
+    heldout = scorer.scores(model.adapters, evaluating)
+    numbers: dict[str, Any] = {}
+    if edit == "response":
+        numbers["preference"] = metrics.preference(loss[:edited], scorer.scores(model.adapters, draw.wrong[edit])[0])
+    if edit == "removal":
+        numbers["recognition"] = metrics.recognition(loss[:edited], heldout[0]).value
+        if len(draw.paraphrased):
+            ratios, reference = (_truth_ratios(scorer, tree, draw) for tree in (model.adapters, retrained))
+            numbers |= {
+                "truth_ratio": float(ratios.mean()),
+                "forget_quality": metrics.forget_quality(ratios, reference),
+            }
+    return Forgetting(
+        edit=edit,
+        method=method,
+        seed=lab.config.seed,
+        **_means(loss, accuracy, heldout, edited),
+        loss_base=float(scorer.scores(model.adapters, scorer.base)[0].mean()),
+        kl_edited=float(far[:edited].mean()),
+        kl_kept=float(far[edited:].mean()),
+        seconds=model.cost.seconds,
+        processor=model.cost.processor,
+        passes=model.cost.passes,
+        share=model.cost.passes / tuned(lab, edit, "before").cost.passes,
+        residual=model.cost.residual,
+        **numbers,
+    )
+
+
+def _means(loss: np.ndarray, accuracy: np.ndarray, heldout: np.ndarray, edited: int) -> dict[str, Any]:
+    """Counts and means of the scores [N] of all records, those that were edited first, and [3, M] of held-out ones."""
+    return {
+        "records": len(loss),
+        "edited": edited,
+        "loss_edited": float(loss[:edited].mean()),
+        "accuracy_edited": float(accuracy[:edited].mean()),
+        "loss_kept": float(loss[edited:].mean()),
+        "accuracy_kept": float(accuracy[edited:].mean()),
+        "loss_heldout": float(heldout[0].mean()),
+        "accuracy_heldout": float(heldout[1].mean()),
+    }
+
+
+def _truth_ratios(scorer: Scorer, adapters: Any, draw: Draw) -> np.ndarray:
+    """TOFU's truth ratios of the edited records: float64 [S]."""
+    wrong = scorer.scores(adapters, draw.perturbed.reshape(-1, draw.perturbed.shape[-1]))[0]
+    return metrics.truth_ratios(scorer.scores(adapters, draw.paraphrased)[0], wrong.reshape(len(draw.perturbed), -1))
+
+
+def measure_exact(lab: Laboratory, scorer: Scorer, method: str) -> Forgetting:
+    """The row of a workdir with several slices, after the edited records were erased there, owner by owner."""
+    clustering = dataclasses.replace(lab.config.clustering, partition=EXACT[method])
+    config, draw = dataclasses.replace(lab.config, clustering=clustering), lab.draw
+    owners = list(dict.fromkeys(record.item.owner for record in draw.records[: draw.edited]))
+    with lab.workdir(method, config, draw.rows) as run:
+        build_timed(run)
+        full = sum(row.images for row in run.catalog.slices().values())
+        expected = planned_costs(run, PROBES)[:, 0].mean() / full
+        processor, reports = (
+            time.process_time(),
+            [erase.request_erasure(run, owners=[owner]).outcome for owner in owners],
+        )
+        processor, images = time.process_time() - processor, sum(report.images for report in reports if report)
+        losses, accuracies, _ = _routed_scores(run, scorer, draw.rows)
+        heldout = _routed_scores(run, scorer, draw.heldout[1::2])
+    return Forgetting(
+        edit="removal",
+        method=method,
+        seed=lab.config.seed,
+        **_means(losses, accuracies, heldout, draw.edited),
+        recognition=metrics.recognition(losses[: draw.edited], heldout[0]).value,
+        seconds=sum(report.seconds for report in reports if report),
+        processor=processor,
+        passes=images / lab.n,
+        share=images / full,
+        share_record=float(expected),
+    )
+
+
+def _routed_scores(run: Run, scorer: Scorer, rows: np.ndarray) -> np.ndarray:
+    """Scores [3, N] of rows, each with the slice of the cluster that its query is nearest to."""
+    manifest = run.catalog.manifest()
+    assert manifest is not None
+    clustering = load_clustering(run.layout, manifest.clustering)
+    present = np.array([key in manifest.clusters for key in clustering.keys])
+    distances = squared_distances(*map(jnp.asarray, (run.extractor(rows), clustering.prototypes, present)))
+    nearest, scores = np.asarray(distances).argmin(axis=1), np.zeros((3, len(rows)))
+    for index in np.unique(nearest):
+        here = nearest == index
+        adapters = load_slice(run, manifest.clusters[clustering.keys[index]]).backbone
+        scores[:, here] = scorer.scores(adapters, rows[here])
+    return scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where."""
+
+    folder: Path  # everything goes here
+    config: Config
+    options: DrawOptions
+    methods: tuple[str, ...]
+    edits: tuple[str, ...]
+    seeds: int
+
+    @property
+    def tasks(self) -> list[tuple[int, str, str]]:
+        """(seed, edit, method) of every row; references first, and only methods that serve an edit."""
+        chosen = (*REFERENCES, *(name for name in self.methods if name not in REFERENCES))
+        pairs = [(edit, name) for edit in self.edits for name in chosen if serves(name, edit)]
+        return [(seed, edit, name) for seed in range(self.seeds) for edit, name in pairs]
+
+    def rows_file(self, seed: int, edit: str, method: str) -> Path:
+        return self.folder / "rows" / f"{edit}_{method}_{seed}.json"
+
+
+def serves(method: str, edit: str) -> bool:
+    """Whether a method is measured with an edit."""
+    return edit == "removal" or method in REFERENCES or edit in INFLUENCE.get(method, {})
+
+
+def compare(comparison: Comparison, source: Mapping[str, str]) -> tuple[list[Forgetting], list[dict[str, str]]]:
+    """Makes the rows that are missing, each on disk as soon as it is known; returns all, and where they come from.
+
+    Raises `UserError` where the folder has rows of other settings, or too few records fit.
+    """
+    _bind(comparison)
+    for seed in range(comparison.seeds):
+        tasks = [task for task in comparison.tasks if task[0] == seed]
+        if not all(comparison.rows_file(*task).is_file() for task in tasks):
+            _compare_seed(comparison, seed, tasks, source)
+    loaded = [load_row(comparison.rows_file(*task)) for task in comparison.tasks]
+    return [row for row, _ in loaded], [origin for _, origin in loaded]
+
+
+def _bind(comparison: Comparison) -> None:
+    folder = comparison.folder
+    binding = {
+        "config": settings.to_dict(comparison.config),
+        "options": dataclasses.asdict(comparison.options),
+    }
+    earlier = results.read_binding(folder)
+    if earlier is None and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--workdir={folder} holds other files and no comparison; name a new or an empty folder")
+    problems = [f"--{line.removeprefix('options.')}" for line in differences(earlier or binding, binding)]
+    raise_all(problems, f"{folder} compares with other settings; name another --workdir or drop:")
+    write_json(folder / results.BINDING, binding)
+
+
+def _compare_seed(
+    comparison: Comparison, seed: int, tasks: list[tuple[int, str, str]], source: Mapping[str, str]
+) -> None:
+    config = dataclasses.replace(comparison.config, seed=seed)
+    architecture = convert.load(config.backbone)[0].config
+    encoder = Encoder(tokenizers.beside(config.backbone.weights, architecture), config.text)
+    draw = text_draw.draw(config, encoder, comparison.options, seed)
+    lab = Laboratory(comparison.folder / f"seed_{seed}", config, draw)
+    with lab.workdir("removal_before", one_adapter(config), draw.rows) as run:
+        scorer = scorer_of(run, seed, encoder.end)
+    for _, edit, method in tasks:
+        path = comparison.rows_file(seed, edit, method)
+        if path.is_file():
+            continue
+        if method in EXACT:
+            row = measure_exact(lab, scorer, method)
+        else:
+            if method in REFERENCES:
+                model = tuned(lab, edit, method)
+            else:
+                model = approximate(case_of(lab, edit, scorer.spec, scorer.params), edit, method)
+            row = measure(lab, scorer, edit, method, model)
+        write_json(path, {"row": dataclasses.asdict(row), "source": dict(source)})
+        shown = f"edited {row.accuracy_edited:.3f}, kept {row.accuracy_kept:.3f}, {row.seconds:.1f} s"
+        print(f"seed {seed}, {edit}, {method}: {shown}", file=sys.stderr, flush=True)
+    shutil.rmtree(lab.folder, ignore_errors=True)
+
+
+def load_row(path: Path) -> tuple[Forgetting, dict[str, str]]:
+    """Reads a row and where it comes from. Raises `UserError` where the file is damaged."""
+    try:
+        tree = json.loads(path.read_text("utf-8"))
+        return Forgetting(**tree["row"]), dict(tree["source"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} holds no row of a comparison: {error}; delete it, and it is made again") from error
