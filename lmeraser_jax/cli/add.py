@@ -1,6 +1,6 @@
 """lmeraser add: add private records to a workdir and tune only the clusters that they touch.
 
-  lmeraser add --workdir=DIR --source=FILE.npz|FOLDER [--labels=CSV] [--wait=SECONDS]
+  lmeraser add --workdir=DIR --source=FILE.npz|FOLDER|FILE.jsonl [--labels=CSV] [--wait=SECONDS]
 
 The command reads the source with the workdir's own data settings; the classes must be known and the image shape the
 same. It adds the training images and leaves out test and public images. The same command resumes after an interruption.
@@ -14,7 +14,7 @@ from lmeraser_jax.unlearning import add
 
 STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
 FLAGS = (
-    common.Flag("source", absolute, ".npz file or folder with the images to add"),
+    common.Flag("source", absolute, ".npz file or folder with the images to add, or JSON lines"),
     common.Flag("labels", absolute, "CSV that names files, labels and owners of a folder"),
     *common.WRITING,
     *common.SHARED,
@@ -23,7 +23,7 @@ FLAGS = (
 
 def run(arguments: common.Arguments) -> int:
     common.workdir_of(arguments)  # refuses a missing one first
-    add.check_source(arguments["source"], arguments["labels"])
+    add.check_source(arguments["source"], arguments["labels"], common.config_of(arguments).is_text)
     with common.opened(arguments, write=True) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])
         imported, report = add.add(run_, source)

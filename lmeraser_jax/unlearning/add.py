@@ -41,8 +41,13 @@ def add(run: "Run", source: Source) -> "tuple[Imported, BuildReport]":
     return imported, build(run)
 
 
-def check_source(path: str, labels: str = "") -> None:
+def check_source(path: str, labels: str = "", text: bool = False) -> None:
     """Refuses what is neither an .npz file nor a folder, and labels without a folder. See `open_source`."""
+    if text:
+        if labels or not Path(path).is_file():
+            flags = f"--source={path}" + f" --labels={labels}" * bool(labels)
+            raise UserError(f"{flags}: the workdir holds text; --source must be a file of JSON lines that exists")
+        return
     if not path:
         raise UserError("--source=FILE.npz or --source=FOLDER is missing: the images to add")
     is_folder = Path(path).is_dir()
@@ -58,13 +63,17 @@ def check_source(path: str, labels: str = "") -> None:
 
 
 def open_source(run: "Run", path: str, labels: str = "") -> Source:
-    """Opens an .npz file, or a folder laid out as the workdir's config says; `labels` is a CSV beside a folder.
+    """Opens what holds records to add: an .npz file, a folder laid out as the workdir's config says, or JSON lines.
+
+    `labels` is a CSV beside a folder.
 
     Raises:
         UserError: another kind of source, or one that cannot be used.
     """
-    check_source(path, labels)
     data = run.config.data
+    check_source(path, labels, run.config.is_text)
+    if run.config.is_text:
+        return load.load(dataclasses.replace(data, path=path), encoder=run.encoder)
     changes = {"source": "npz", "store_size": 0, "store_width": 0, **dict.fromkeys(SPLITS, "")}
     if Path(path).is_dir():
         height, width, _ = run.catalog.get("dataset")["shape"]

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.label_csv import as_text, read_header
 from lmeraser_jax.data.names import fault, quoted
-from lmeraser_jax.data.source import content_hash
+from lmeraser_jax.data.source import content_hash, is_text
 from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import parse_strict_json
 from lmeraser_jax.storage.catalog import Catalog
@@ -73,6 +73,8 @@ def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> st
     _require_file(Path(path), flag)
     if dataset is None:
         raise UserError(f"{flag}: the workdir has no records yet")
+    if is_text(dataset["shape"]):
+        raise UserError(f"{flag}: the workdir holds text; name records with --records, or an owner with --owner")
     height, width, channels = dataset["shape"]
     pixels = decode([Path(path)], height, width, channels, most)
     if pixels.unreadable:

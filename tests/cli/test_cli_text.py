@@ -1,0 +1,41 @@
+"""A workdir of texts through the commands: train, add, unlearn, rollback, inspect, doctor, verify, audit."""
+
+import json
+
+import pytest
+from commands import call, refused
+from text_problem import line, text_config, text_folder
+
+import lmeraser_jax as lm
+from lmeraser_jax.config import to_dict
+
+
+@pytest.mark.slow
+def test_the_commands_serve_texts_as_they_serve_images(tmp_path, capsys):
+    folder, workdir = text_folder(tmp_path / "text"), tmp_path / "run"
+    config = text_config(folder, checkpoints__every_epochs=1)
+    (tmp_path / "file.py").write_text(
+        "from lmeraser_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+        f"    config.update({to_dict(config)!r})\n    return config\n"
+    )
+    at = f"--workdir={workdir}"
+    code, shown, _ = call(capsys, "train", f"--config={tmp_path / 'file.py'}", at)
+    assert code == 0 and "imported 48 records" in shown and "classes" not in shown
+    more = tmp_path / "more.jsonl"
+    more.write_text(json.dumps(line(3) | {"id": "late", "query": "w2 w9"}))
+    code, shown, _ = call(capsys, "add", at, f"--source={more}")
+    assert code == 0 and "imported 1 records" in shown
+    assert "must be a file of JSON lines that exists" in refused(capsys, "add", at, f"--source={tmp_path}/x.npz")
+    assert "the workdir holds text" in refused(capsys, "unlearn", at, f"--like={more}")
+    code, shown, _ = call(capsys, "unlearn", at, "--records=late", "--owner=person-2")
+    assert code == 0 and "erased 7 records" in shown
+    assert call(capsys, "verify", at, "--all")[0] == call(capsys, "doctor", at)[0] == 0
+    code, shown, _ = call(capsys, "inspect", at, "--records")
+    assert code == 0 and "text-00\t\tperson-0\t" in shown and "late" not in shown and "person-2" not in shown
+    key = call(capsys, "inspect", at)[1].split("cluster")[1].split("\n")[1].split()[0]
+    code, shown, _ = call(capsys, "rollback", at, f"--cluster={key}", "--list")
+    assert code == 0 and "@" in shown
+    assert lm.audit(workdir).ok
+    assert "--config.text.context=99: must be at most 32" in refused(
+        capsys, "train", f"--config={tmp_path / 'file.py'}", "--config.text.context=99", f"--workdir={tmp_path / 'new'}"
+    )
