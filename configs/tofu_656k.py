@@ -14,7 +14,9 @@ Result: docs/language.md.
 from lmeraser_jax.config import default_config
 
 
-def get_config():
+def get_config(arg: str = ""):
+    if arg:
+        raise ValueError(f"configs/tofu_656k.py:{arg}: the argument must be left out")
     config = default_config()
     config.data.source = "text"
     config.data.path = "data/tofu_full.jsonl.gz"

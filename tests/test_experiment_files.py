@@ -11,7 +11,7 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.cli.main import main
 from lmeraser_jax.models import zoo
 
-SMALL = ["digits", "digits:smoke", "npz", "cifar10_vit_tiny:single", "adapt_vit_tiny"]
+SMALL = ["digits", "digits:smoke", "npz", "cifar10_vit_tiny:single", "adapt_vit_tiny", "tofu_656k"]
 SMALL += [f"{data}_vit_tiny{argument}" for data in ("cifar10", "ham10000", "mnist") for argument in ("", ":frugal")]
 PAPER = [f"{data}:{b}" for data in ("cifar10", "cifar100", "svhn", "gtsrb", "ham10000") for b in common.BACKBONES]
 
