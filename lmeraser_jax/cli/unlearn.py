@@ -56,12 +56,14 @@ FLAGS = (
     common.Flag(
         "mode",
         "exact",
-        "newton, paper and warm answer at once with an approximate update, without any guarantee,"
-        " until lmeraser process has the exact slices",
+        "newton, paper and warm answer at once with an approximate update, without any guarantee, until"
+        " lmeraser process has the exact slices (L2 strength: tuning.lora_l2 or the weight decay, 0.001 without one)",
         choices=("exact", "newton", "paper", "warm"),
     ),
     common.Flag("calibrate", False, "with --mode=newton: until the erased records are as unknown as held-out ones"),
-    common.Flag("force", False, "with --mode: publish although the solver did not converge"),
+    common.Flag(
+        "force", False, "with --mode: publish even if the solver ended at a residual above 1 (above 0.3 warns)"
+    ),
     common.Flag("dry_run", False, "only say what the request would cost"),
     *common.WRITING,
     *common.SHARED,

@@ -289,6 +289,13 @@ def advance(catalog: Catalog, names: Iterable[str], state: str, **facts: Any) ->
                 _write(catalog, dataclasses.replace(request, state=state, body=request.body | facts))
 
 
+def note(catalog: Catalog, name: str, **facts: Any) -> None:
+    """Sets fields of an open request's body, whatever its state is."""
+    request = get(catalog, name)
+    if request is not None and request.open:
+        _store(catalog, dataclasses.replace(request, body=request.body | facts))
+
+
 def lift_quarantine(catalog: Catalog, names: Iterable[str]) -> None:
     """Lets predictions use the clusters again that these requests put into quarantine."""
     catalog.db.executemany("DELETE FROM quarantine WHERE request=?", [(name,) for name in names])

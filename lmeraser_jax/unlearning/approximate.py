@@ -40,6 +40,16 @@ METHODS = ("prompt+head", "head", "lora")
 LEAST_STRENGTH = 1e-3  # lambda where the tuning has no weight decay: without one the curvature is singular
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Update:
+    """An approximate slice before it is written."""
+
+    name: str
+    recipe: Mapping[str, Any]  # what the name hashes
+    arrays: Mapping[str, np.ndarray]
+    report: Report
+
+
 def refuse_unless_applicable(catalog: Catalog, tuning: Tuning, calibrate: bool) -> None:
     """Raises `UserError` where no approximate slice can stand in, before anything is accepted."""
     if tuning.method not in METHODS:
@@ -74,34 +84,42 @@ def publish_approximate(run: Run, settings: Settings, calibrate: bool, force: bo
             del entries[key]  # no member is left
         else:
             updates[key] = update
-    reports = {key: report for key, (*_, report) in updates.items()}
+    reports = {key: update.report for key, update in updates.items()}
     _refuse_bad(reports, settings, force)
+    for update in updates.values():
+        facts = {"digest": update.name, "recipe": update.recipe}
+        checkpoints.save(run.layout.slice(update.name), update.arrays, facts)
     if SliceKind.COMMON in entries:
         _replace_common(run, entries)
     with run.catalog.transaction():
-        for key, (name, arrays, _) in updates.items():
-            parent = run.catalog.slices()[slice_of(_parent(run, key))]
-            row = parent._replace(digest=name, params_digest=arrays_digest(arrays), created=time.time(), images=0)
-            if name not in run.catalog.slices():
-                run.catalog.add_slice(row, run.catalog.rows_of(parent.digest))
-            load_slice(run, name)
-            entries[key] = name
+        for key, update in updates.items():
+            _register(run, key, update)
+            entries[key] = update.name
         if entries != before.entries:
             constants = before.recipe_constants_digest
             run.catalog.publish(before.clustering, run.fingerprint, constants, entries, moved=())
-        facts = [
-            {"cluster": run.catalog.salted("cluster", key), **dataclasses.asdict(report)}
-            for key, report in reports.items()
-        ]
-        names = [request.id for request in requests.listed(run.catalog, only_open=True)]
-        requests.advance(run.catalog, names, "approximated", approximate=facts)
+        for request in requests.listed(run.catalog, only_open=True):
+            own = [key for key in reports if key in request.body["members"]]
+            facts = [{"cluster": run.catalog.salted("cluster", key), **dataclasses.asdict(reports[key])} for key in own]
+            requests.advance(run.catalog, [request.id], "approximated")
+            requests.note(run.catalog, request.id, approximate=facts)
     return reports
+
+
+def _register(run: Run, key: str, update: _Update) -> None:
+    """Registers an approximate slice on disk with its parent's members, once it was read back."""
+    parent, known = run.catalog.slices()[slice_of(_parent(run, key))], run.catalog.slices()
+    if update.name not in known:
+        digests = {"digest": update.name, "params_digest": arrays_digest(update.arrays)}
+        row = parent._replace(created=time.time(), images=0, **digests)
+        run.catalog.add_slice(row, run.catalog.rows_of(parent.digest))
+    load_slice(run, update.name)
 
 
 def _refuse_bad(reports: Mapping[str, Report], settings: Settings, force: bool) -> None:
     """Refuses updates that are not finite, and those of a solver that did not converge."""
     later = "nothing is published; the request is accepted, and lmeraser process serves it exactly"
-    if not all(np.isfinite(report.change) for report in reports.values()):
+    if not all(np.isfinite([report.change, report.residual]).all() for report in reports.values()):
         raise UserError(f"--mode={settings.mode}: an update is not finite; {later}")
     worst = max((report.residual for report in reports.values()), default=0.0)
     if worst > influence.LARGEST_RESIDUAL and not force:
@@ -124,10 +142,8 @@ def _parent(run: Run, key: str) -> str:
     return next(ref for ref in refs if ref and not is_approximate(ref))
 
 
-def _update(
-    run: Run, key: str, settings: Settings, calibrate: bool
-) -> tuple[str, Mapping[str, np.ndarray], Report] | None:
-    """Writes the approximate slice of a cluster: its name, arrays and report; None where it has no member left."""
+def _update(run: Run, key: str, settings: Settings, calibrate: bool) -> _Update | None:
+    """Computes the approximate slice of a cluster; None where it has no member left."""
     parent = _parent(run, key)
     rows, erased = run.catalog.rows_of(slice_of(parent)), run.catalog.erased()
     live, gone = run.catalog.at(rows), _erased_records(run.catalog, set(rows.tolist()), erased)
@@ -148,10 +164,7 @@ def _update(
     chunks, size = problem.rows.labels.shape[:2]
     before, after, held = (influence.chunked(row, size, chunks) for row in weights)
     new, report = influence.update(problem, jax.device_put(start), before, after, settings, held if calibrate else None)
-    arrays = checkpoints.flatten(jax.device_get(new))
-    if np.isfinite(report.change):
-        checkpoints.save(run.layout.slice(name), arrays, {"digest": name, "recipe": recipe})
-    return name, arrays, report
+    return _Update(name, recipe, checkpoints.flatten(jax.device_get(new)), report)
 
 
 def _erased_records(catalog: Catalog, rows: set[int], erased: Mapping[str, int]) -> RecordTable:

@@ -45,6 +45,11 @@ def is_approximate(ref: str) -> bool:
     return ref.startswith(APPROXIMATE)
 
 
+def short(name: str) -> str:
+    """A slice's name as messages show it."""
+    return name[: len(APPROXIMATE) + 12] if is_approximate(name) else name[:12]
+
+
 def slice_of(ref: str) -> str:
     """The digest of a reference."""
     return split_reference(ref)[0]
@@ -71,16 +76,16 @@ def load_slice(run: "Run", ref: str) -> "Slice":
     name, step = split_reference(ref)
     params = expected_params(run.catalog, ref)
     if params is None:
-        raise Damaged(f"slice {name[:12]} is not in the catalog{AGAIN}")
+        raise Damaged(f"slice {short(name)} is not in the catalog{AGAIN}")
     try:
         arrays, _, _ = checkpoints.load(run.layout.slice(name), step or None)
     except Damaged as error:
         raise Damaged(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
-        raise Damaged(f"slice {name[:12]} is damaged: its bytes have another digest than the catalog says{AGAIN}")
+        raise Damaged(f"slice {short(name)} is damaged: its bytes have another digest than the catalog says{AGAIN}")
     row = run.catalog.slices().get(name)
     common = row is not None and row.cluster == SliceKind.COMMON
-    return as_slice(arrays, name[:12], None if common else run.tuning_spec.own_parameters)
+    return as_slice(arrays, short(name), None if common else run.tuning_spec.own_parameters)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

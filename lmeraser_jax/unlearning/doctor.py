@@ -30,7 +30,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.storage.workdir import Layout, current_writer, refuse_links, writer_lock
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, slice_of
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, short, slice_of
 from lmeraser_jax.unlearning.binding import stored_config
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def _artifacts(
             shown.advance(1)
     names = {path.name for path in entries(folder) if path.name[0] != "."} - known - set(map(slice_of, refs))
     if names:
-        listed = join_limited(sorted(name[:12] for name in names))
+        listed = join_limited(sorted(map(short, names)))
         message = f"{folder.name} that an interrupted command wrote, unknown to the catalog: {listed}"
         yield Problem(message, ADOPT, state=State.LEFTOVER)
 

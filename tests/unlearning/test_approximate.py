@@ -24,6 +24,8 @@ from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.influence import REMOVAL
 from lmeraser_jax.unlearning.verify import verify_all
 
+WARM = dataclasses.replace(REMOVAL, mode="warm")
+
 
 def losses(run, ref, rows):
     """Of a slice on the records in some image rows, float32 [n]."""
@@ -64,12 +66,18 @@ def test_an_approximate_slice_answers_at_once_and_leaves_no_trace(accepted, tmp_
     with pytest.raises(UserError, match="until then 1 clusters answer with approximate slices"):
         audit(run)
     assert publish_approximate(run, REMOVAL, calibrate=False, force=True) == {key: report}, "twice is once"
+    other = [r for r in run.catalog.live("train").ids if run.catalog.clusters_of([r])[r] != key][0]
+    requests.accept(run.catalog, [other], request="second")
+    (report,) = (r for k, r in publish_approximate(run, WARM, calibrate=False, force=True).items() if k == key)
     approximations = after.entries[key]
+    after = run.catalog.manifest()
+    assert approximations != after.entries[key] and len([r for r in after.entries.values() if is_approximate(r)]) == 2
     erase.process(run)
-    assert not run.layout.slice(approximations).exists() and audit(run).ok
-    expected = train_from_scratch(tmp_path / "scratch", without(small_source(), {name}))
+    assert not list(run.layout.slices.glob("approximate-*")) and audit(run).ok
+    expected = train_from_scratch(tmp_path / "scratch", without(small_source(), {name, other}))
     assert differences(state(run), expected) == []
     (fact,) = receipt_of(run)["approximate"]
+    assert fact["mode"] == "warm", "of its own cluster alone, and the last one"
     assert fact["cluster"] == run.catalog.salted("cluster", key) and fact["change"] == report.change
     assert [entry["state"] for entry in receipt_of(run)["request"]["states"]][1] == "approximated"
     assert all(verdict.ok for verdict in verify_all(run.layout, run.catalog))
@@ -84,10 +92,12 @@ def test_clusters_of_sampled_records_and_of_owners_are_updated_too(kind, tmp_pat
     config = small_config(**({"clustering__partition": "owner"} if kind is owner else {}))
     train_from_scratch(tmp_path / "run", small_source(), config=config)
     with small_run(tmp_path / "run", config=config) as run:
-        ids = kind(run)[0] if kind is sampled_record else kind(run)[0][:1]
+        ids = kind(run)[0]  # of an owner all records, so that no slice is left
         requests.accept(run.catalog, ids)
         reports = publish_approximate(run, REMOVAL, calibrate=False, force=True)
-        assert set(reports) == set(run.catalog.clusters_of(ids).values())
+        touched = set(run.catalog.clusters_of(ids).values())
+        assert set(reports) == (touched if kind is sampled_record else set())
+        assert (predict(load_model(run), run.images[:4]).clusters >= 0).all()
         erase.process(run)
         after = state(run)
     expected = train_from_scratch(tmp_path / "scratch", without(small_source(), set(ids)), config=config)
