@@ -93,7 +93,7 @@ def _backbone_settings(arguments: common.Arguments) -> settings.Backbone:
 def output_folder(out: str) -> Path:
     """The folder to write. Raises `UserError` when it is missing, already holds something or cannot be made."""
     if not out:
-        raise UserError("--out=DIR is missing: a new folder for the backbone")
+        raise UserError("--out=DIR is missing: a new folder to write")
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
         raise UserError(f"--out={out} exists already; name a new folder")
     place = next(path for path in Path(out).parents if path.exists())

@@ -1,9 +1,13 @@
-"""lmeraser predict: predict image files or folders: label, probability and cluster key.
+"""lmeraser predict: predict image files or folders: label, probability and cluster key; or let a language model answer.
 
   lmeraser predict --workdir=runs/digits scan.png folder/ [--format=table|csv|json]
+  lmeraser predict --workdir=runs/tofu --query="Where was Lily born?" [--max_tokens=64] [--temperature=0.7]
+  lmeraser predict --workdir=runs/tofu --queries=FILE.jsonl
 
-In a folder it takes the files that an import would take. A file that cannot be read stops no other: it has a line on
-standard error and a place in the JSON of --json, and the exit code is 1.
+In a folder it takes the files that an import would take. A line of FILE.jsonl is {"query": TEXT}, with "id" if you like
+(the names of --config.text.keys). With "candidates": [TEXT, ...] the answer is the likeliest of these responses, and
+all have their log-likelihoods. A file or a line that cannot be read stops no other: it has a line on standard error and
+a place in the JSON of --json, and the exit code is 1.
 """
 
 import csv
@@ -16,15 +20,27 @@ from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
-from lmeraser_jax.data import folder
+from lmeraser_jax.config.paths import absolute
+from lmeraser_jax.data import folder, queries
 from lmeraser_jax.errors import UserError, raise_all
 
 TAKES_FILES = True
-FLAGS = (Flag("format", "table", "how to print", choices=("table", "csv", "json")),)
+FLAGS = (
+    Flag("format", "table", "how to print", choices=("table", "csv", "json")),
+    Flag("query", (), "a query to a language model; may be repeated"),
+    Flag("queries", absolute, "JSON lines of queries, plain or gzip"),
+    Flag("max_tokens", 64, "most tokens of a generated response", low=1),
+    Flag("temperature", 0.0, "draw tokens from softmax(logits / temperature); 0: the likeliest", low=0),
+    Flag("sampling_seed", 0, "another number draws other responses", low=0),
+)
 
 
 def run(arguments: common.Arguments) -> int:
-    common.workdir_of(arguments)  # refuses a missing one first
+    _, config = common.finished(arguments)
+    if config.is_text:
+        return _answer_queries(arguments, config.text.keys)
+    if arguments["query"] or arguments["queries"]:
+        raise UserError("--query and --queries are for a language model; this workdir has images: name image files")
     files, failures = _files(arguments.files)
     with common.opened(arguments) as run_:
         from lmeraser_jax.evaluation.predict import predict_files
@@ -45,8 +61,43 @@ def run(arguments: common.Arguments) -> int:
             if label >= 0
         ]
     failures |= {_printable(files[position]): reason for position, reason in answers.unreadable.items()}
-    values = {"predictions": rows, "unreadable": [{"file": name, "reason": text} for name, text in failures.items()]}
-    common.show(arguments, _text(rows, arguments["format"]), values)
+    return _show(arguments, rows, failures, _table(rows), "file")
+
+
+def _answer_queries(arguments: common.Arguments, keys: str) -> int:
+    """The same for queries to a language model."""
+    if arguments.files:
+        raise UserError(f"unexpected argument {arguments.files[0]!r}; this workdir has a language model: use --query")
+    chosen = [queries.Query(f"--query {number}", text) for number, text in enumerate(arguments["query"], 1)]
+    failures = {query.name: "is empty" for query in chosen if not query.text.strip()}
+    chosen = [query for query in chosen if query.name not in failures]
+    if arguments["queries"]:
+        more, problems = queries.read_queries(Path(arguments["queries"]), keys)
+        chosen, failures = chosen + more, failures | problems
+    if not chosen:
+        raise_all([f"{name}: {reason}" for name, reason in failures.items()])
+        raise UserError("name a query: lmeraser predict --workdir=DIR --query=TEXT, or --queries=FILE.jsonl")
+    with common.opened(arguments) as run_:
+        from lmeraser_jax.evaluation.answers import answer
+        from lmeraser_jax.evaluation.language import Sampling
+
+        common.warn_if_unfinished(run_)
+        sampling = Sampling(arguments["max_tokens"], arguments["temperature"], arguments["sampling_seed"])
+        rows, problems = answer(run_, chosen, sampling)
+    lines = [
+        f"{row['query']}\n  {row['answer']}\n  cluster {row['cluster'][:12]}" + "  approximate" * row["approximate"]
+        for row in rows
+    ]
+    return _show(arguments, rows, failures | problems, "\n".join(lines), "id")
+
+
+def _show(
+    arguments: common.Arguments, rows: list[dict[str, Any]], failures: dict[str, str], table: str, key: str
+) -> int:
+    """Prints the answers, and under a key of the JSON the names of what has none; returns the exit code."""
+    unreadable = [{key: name, "reason": reason} for name, reason in failures.items()]
+    formats = {"json": lambda: json.dumps(rows, indent=2), "csv": lambda: _csv(rows), "table": lambda: table}
+    common.show(arguments, formats[arguments["format"]](), {"predictions": rows, "unreadable": unreadable})
     for name, reason in failures.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
@@ -79,15 +130,16 @@ def _printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _text(rows: list[dict[str, Any]], format_: str) -> str:
-    if format_ == "json":
-        return json.dumps(rows, indent=2)
-    if format_ == "csv":
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, ["file", "label", "probability", "cluster", "approximate"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return buffer.getvalue().rstrip("\n")
+def _csv(rows: list[dict[str, Any]]) -> str:
+    buffer = io.StringIO()
+    columns = [name for name in (rows or [{}])[0] if name != queries.CANDIDATES]
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().rstrip("\n")
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
     width = max((len(row["file"]) for row in rows), default=4)
     lines = [f"{'file':<{width}}  {'label':<16}{'probability':>11}  cluster"]
     for row in rows:

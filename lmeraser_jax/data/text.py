@@ -142,10 +142,10 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def lines_of(path: Path) -> list[str]:
+def lines_of(path: Path, flag: str = "--config.data.path") -> list[str]:
     """The lines of a text file, or of a gzip of one. Raises `UserError` where it cannot be read."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig").split("\n")
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
-        raise UserError(f"--config.data.path={path} cannot be read: {error}") from error
+        raise UserError(f"{flag}={path} cannot be read: {error}") from error

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import linear_head
 from lmeraser_jax.evaluation.predict import Predictions, load_model, predict
+from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning.run import Run
 
 WEIGHTS = tuple(step / 10 for step in range(11))  # of the common head, to choose from
@@ -54,10 +56,7 @@ def evaluate(run: Run, split: str = "test", linear: bool = True, answers: Predic
     With `linear` also a plain linear head, fitted on the features of the live training records. Raises `UserError`
     where the split has no images, or nothing is published.
     """
-    records, train = run.catalog.live(split), run.catalog.live("train")
-    if not len(records):
-        hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
-        raise UserError(f"--split={split}: the workdir has no such images{hint}")
+    records, train = split_records(run.catalog, split), run.catalog.live("train")
     labels, answers = records.labels, answers or predict(load_model(run), run.images[records.rows])
     right, nearest = answers.labels == labels, answers.clusters[:, 0]
     clusters = [
@@ -82,6 +81,15 @@ def evaluate(run: Run, split: str = "test", linear: bool = True, answers: Predic
         classes=class_scores(labels, answers.labels, run.classes),
         clusters=tuple(sorted(clusters, key=lambda row: (-row[1], row[0]))),
     )
+
+
+def split_records(catalog: Catalog, split: str) -> RecordTable:
+    """The live records of a split. Raises `UserError` where there are none."""
+    records = catalog.live(split)
+    if not len(records):
+        hint = f"; set {HINTS[split]} when the workdir is made" if split in HINTS else ""
+        raise UserError(f"--split={split}: the workdir has no such records{hint}")
+    return records
 
 
 def balanced_accuracy(labels: np.ndarray, answers: np.ndarray) -> float:

@@ -320,7 +320,7 @@ def predict(model: Model, images: np.ndarray) -> Predictions:
         batch = np.zeros((size, *images.shape[1:]), np.uint8)
         batch[: rows.stop - start] = images[rows]
         with pinned():  # also in another thread than the one that opened the run
-            answers = program(model.arrays, batch, _draws(model, batch))
+            answers = program(model.arrays, batch, draws(model, batch))
         probabilities[rows], clusters[rows] = (np.asarray(answer)[: rows.stop - start] for answer in answers)
     return Predictions(probabilities, clusters, model.keys, model.approximate)
 
@@ -334,7 +334,7 @@ def predict_files(run: Run, files: Sequence[Path], answer: Callable[[np.ndarray]
     return dataclasses.replace(answers, unreadable=pixels.unreadable)
 
 
-def _draws(model: Model, images: np.ndarray) -> np.ndarray | None:
+def draws(model: Model, images: np.ndarray) -> np.ndarray | None:
     """Where clusters are shards: numbers [B, K] that choose m of them by a keyed hash of an image's content."""
     config, count = model.run.config, len(model.arrays.present)
     if config.clustering.has_prototypes:

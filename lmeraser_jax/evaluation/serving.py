@@ -1,12 +1,18 @@
 """Prediction in a process that stays alive: answers follow quarantine and publishing as they are committed.
 
-Shapes: N images, m nearest clusters.
+Shapes: N images or rows of text, m nearest clusters.
 """
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lmeraser_jax.evaluation.predict import Model, Predictions, load_model, predict
 from lmeraser_jax.unlearning.run import Run
+
+Answers = TypeVar("Answers", bound=Any)  # a dataclass as `Predictions`: arrays [N, ...], clusters, keys, approximate
 
 
 class Predictor:
@@ -27,13 +33,18 @@ class Predictor:
 
     def __call__(self, images: np.ndarray) -> Predictions:
         """Predicts images of the stored shape: uint8 [N, h, w, c]."""
+        return self.answer(images, predict)
+
+    def answer(self, rows: np.ndarray, program: Callable[[Model, np.ndarray], Answers]) -> Answers:
+        """What a program answers to rows [N, ...] in the state of this moment."""
         size = self.run.config.inference.batch * self.run.mesh.size
         model = self.follow()
-        answers, waiting = _unanswered(model, len(images)), np.arange(len(images))
+        answers, waiting = _unanswered(program(model, rows[:0]), model, len(rows)), np.arange(len(rows))
         while len(waiting):
             batch, waiting = waiting[:size], waiting[size:]
-            new = predict(model, images[batch])
-            answers.probabilities[batch], answers.clusters[batch] = new.probabilities, new.clusters
+            new = program(model, rows[batch])
+            for name, values in _arrays(new).items():
+                getattr(answers, name)[batch] = values
             before, model = model, self.follow()
             if model is not before:
                 answers = _still_valid(answers, before, model)
@@ -48,18 +59,26 @@ class Predictor:
         return self.state
 
 
-def _unanswered(model: Model, count: int) -> Predictions:
-    """Predictions for so many images whose clusters are all -1."""
-    probabilities = np.zeros((count, len(model.run.classes)), np.float32)
-    return Predictions(probabilities, np.full((count, model.nearest), -1, np.int32), model.keys, model.approximate)
+def _arrays(answers: Any) -> dict[str, Any]:
+    """The fields of answers that have a row for each input."""
+    return {name: values for name, values in vars(answers).items() if isinstance(values, np.ndarray)}
 
 
-def _still_valid(answers: Predictions, before: Model, model: Model) -> Predictions:
+def _unanswered(like: Answers, model: Model, count: int) -> Answers:
+    """So many answers whose clusters, those of the model, are all -1."""
+    blank: dict[str, Any] = {
+        name: np.zeros((count, *values.shape[1:]), values.dtype) for name, values in _arrays(like).items()
+    }
+    blank["clusters"] = np.full((count, model.nearest), -1, np.int32)
+    return dataclasses.replace(like, keys=model.keys, approximate=model.approximate, **blank)
+
+
+def _still_valid(answers: Answers, before: Model, model: Model) -> Answers:
     """The answers of the state before that the new one would give too; the others are unanswered (-1)."""
     same = (before.clustering, before.common_ref) == (model.clustering, model.common_ref)
     pairs = list(zip(before.refs, model.refs, strict=same))
     if not same or any(new and not old for old, new in pairs):  # what joins may be the nearest of any image
-        return _unanswered(model, len(answers.clusters))
+        return _unanswered(answers, model, len(answers.clusters))
     replaced = np.array([old != new for old, new in pairs])
     answers.clusters[(replaced[answers.clusters] & (answers.clusters >= 0)).any(axis=1)] = -1
-    return answers
+    return dataclasses.replace(answers, approximate=model.approximate)

@@ -19,7 +19,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.models.lora import Linear
 
-PIECES = 4  # of a row's queries in attention
+PIECES, SMALLEST = 4, 16  # of a row's queries in attention, and tokens of a piece
 UNSEEN = -1e9  # the score of a token that comes later; infinity would give NaN in second derivatives
 Cache = tuple[jax.Array, jax.Array]  # keys and values of a block, [B, S, G, H]
 
@@ -64,7 +64,7 @@ class Attention(nnx.Module):
         if cache:
             mixed = _attend(queries, keys, values, positions)
         else:  # a piece of the queries at a time: most of what comes after them is not computed
-            size = -(-t // PIECES)
+            size = max(SMALLEST, -(-t // PIECES))
             ends = [(start, min(start + size, t)) for start in range(0, t, size)]
             pieces = (_attend(queries[:, :, i:j], keys[..., :j], values[:, :, :j], positions[:, i:j]) for i, j in ends)
             mixed = jnp.concatenate(list(pieces), axis=2)

@@ -50,6 +50,8 @@ class Linear(nnx.Linear):
         if not self.scale:
             return y
         a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
+        if a.ndim == 3:  # [B, D, R]: every row of the batch has an adapter of its own
+            return y + (x @ (self.scale * a)) @ b[..., columns]
         flat = x.reshape(-1, x.shape[-1])  # [tokens, D]: with one axis the products take two thirds of the time on CPU
         return y + ((flat @ (self.scale * a)) @ b[:, columns]).reshape(y.shape)
 
