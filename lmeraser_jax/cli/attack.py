@@ -27,7 +27,8 @@ FLAGS = (
 
 
 def run(arguments: common.Arguments) -> int:
-    workdir, _ = common.finished(arguments)
+    workdir, config = common.finished(arguments)
+    common.refuse_text(config, "lmeraser compare measures what is left of forgotten texts, lmeraser audit proves more")
     options = Options(
         attacks=tuple(dict.fromkeys(arguments["attacks"])) or ATTACKS,
         records=tuple(arguments["records"]),

@@ -34,6 +34,7 @@ stored_config = compare.stored_config
 def run(arguments: common.Arguments) -> int:
     folder = Path(common.workdir_of(arguments, must_exist=False))
     budget, config = candidates.parse_budget(arguments["budget"] or ""), common.config_of(arguments)
+    common.refuse_text(config, "lmeraser compare measures texts")
     names = arguments["candidates"]
     options = Options(
         **compare.names_of(config, "holdout"), split="holdout", by=arguments["by"], requests=arguments["requests"]

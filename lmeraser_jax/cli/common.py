@@ -205,6 +205,12 @@ def config_of(arguments: Arguments) -> Config:
     return settings.from_dict(arguments["config"])
 
 
+def refuse_text(config: Config, instead: str) -> None:
+    """Raises `UserError` where a command for images is given texts; `instead` says what serves."""
+    if config.is_text:
+        raise UserError(f"this command is for images, not for --config.data.source=text; {instead}")
+
+
 def workdir_of(arguments: Arguments, must_exist: bool = True) -> str:
     """The workdir. Raises `UserError` when none was given, or when it must exist and does not; loads no JAX."""
     workdir = arguments["workdir"]

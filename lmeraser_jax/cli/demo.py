@@ -15,6 +15,7 @@ from lmeraser_jax.storage.workdir import Layout
 
 def run(arguments: common.Arguments) -> int:
     config = common.config_of(arguments)
+    common.refuse_text(config, "lmeraser train, unlearn and audit do the same for texts")
     workdir = arguments["workdir"] or time.strftime("runs/demo-%Y%m%d-%H%M%S")
     if Layout(workdir).catalog.exists():
         raise UserError(f"--workdir={workdir} holds a run already; the demo erases records, so name a new folder")
