@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax.config import Config, from_dict
 from lmeraser_jax.config.paths import expand
-from lmeraser_jax.errors import UserError
+from lmeraser_jax.errors import UserError, raise_all
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from lmeraser_jax.evaluation import language
     from lmeraser_jax.evaluation.accuracy import Evaluation
     from lmeraser_jax.evaluation.predict import Predictions
     from lmeraser_jax.unlearning.audit import Verdict
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.unlearning.erase import Erasure
 
 __version__ = "0.1.0"
-__all__ = ["Config", "UserError", "audit", "evaluate", "predict", "train", "unlearn"]
+__all__ = ["Config", "UserError", "answer", "audit", "evaluate", "predict", "train", "unlearn"]
 
 
 def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None) -> "BuildReport":
@@ -101,6 +102,8 @@ def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") ->
     with open_run(workdir) as run:
         if isinstance(images, str | Path):
             raise UserError(f"images must be a list of files or an array, not one file: {images}")
+        if run.config.is_text:
+            raise UserError(f"{workdir} has a language model, which answers queries: lm.answer")
         answer = functools.partial(predict.predict, predict.load_model(run))
         if not isinstance(images, np.ndarray):
             return predict.predict_files(run, [Path(expand(str(file))) for file in images], answer)
@@ -111,13 +114,36 @@ def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") ->
         return answer(images)
 
 
-def evaluate(workdir: str | Path, split: str = "test") -> "Evaluation":
-    """Measures the accuracy on the test, holdout or train images, beside a linear head on the same features."""
-    from lmeraser_jax.evaluation import accuracy
+def answer(
+    workdir: str | Path, queries: Sequence[str], max_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Answers queries by a workdir's language model, as `lmeraser predict --query` does: its rows of JSON, in order.
+
+    Raises `UserError` with every query that has no answer.
+    """
+    from lmeraser_jax.data.queries import Query
+    from lmeraser_jax.evaluation import answers, language
     from lmeraser_jax.unlearning.run import open_run
 
     with open_run(workdir) as run:
-        return accuracy.evaluate(run, split)
+        if not run.config.is_text:
+            raise UserError(f"{workdir} has no language model; its images are predicted by lm.predict")
+        named = [Query(f"query {number}", text) for number, text in enumerate(queries, 1)]
+        rows, failures = answers.answer(run, named, language.Sampling(max_tokens, temperature, seed))
+    raise_all([f"{name}: {reason}" for name, reason in failures.items()])
+    return rows
+
+
+def evaluate(workdir: str | Path, split: str = "test") -> "Evaluation | language.Evaluation":
+    """Measures the accuracy on the test, holdout or train images, beside a linear head on the same features.
+
+    Of a language model it measures the loss of the responses and the share of their tokens that are the likeliest.
+    """
+    from lmeraser_jax.evaluation import accuracy, language
+    from lmeraser_jax.unlearning.run import open_run
+
+    with open_run(workdir) as run:
+        return language.evaluate(run, split) if run.config.is_text else accuracy.evaluate(run, split)
 
 
 def audit(workdir: str | Path, sample: int = 0) -> "Verdict":

@@ -112,8 +112,8 @@ def score(model: Model, rows: np.ndarray, adapted: bool = True) -> Scores:
     """Scores of stored rows, int32 [N, 2 + T], by the adapters of their clusters or by the frozen model."""
     clusters, scored = route(model, query_rows(rows)), [np.zeros((2, 0), np.float32)]
     for start in range(0, len(rows), AT_A_TIME):
-        slices = _slices(model.arrays, _padded(clusters[start : start + AT_A_TIME]))
-        batch = _trimmed(_padded(rows[start : start + AT_A_TIME]))
+        slices = _slices(model.arrays, padded(clusters[start : start + AT_A_TIME]))
+        batch = _trimmed(padded(rows[start : start + AT_A_TIME]))
         with pinned():
             own = slices if adapted else slices._replace(backbone=None)
             scored.append(np.stack(_scorer(model.run.tuning_spec)(model.arrays, own, batch)))
@@ -128,7 +128,7 @@ def route(model: Model, queries: np.ndarray) -> np.ndarray:
     """The nearest cluster of each query: rows int32 [N, 2 + T] without responses -> int32 [N]."""
     clusters = [np.zeros(0, np.int32)]
     for start in range(0, len(queries), AT_A_TIME):
-        rows = _padded(queries[start : start + AT_A_TIME])
+        rows = padded(queries[start : start + AT_A_TIME])
         with pinned():
             drawn = draws(model, rows)
             clusters.append(np.asarray(_router(model.run.tuning_spec)(model.arrays, _trimmed(rows), drawn)))
@@ -142,8 +142,8 @@ def respond(sampling: Sampling, model: Model, queries: np.ndarray) -> Texts:
     graph, key = backbone_lib.graph(spec.architecture, spec.lora)[0], jax.random.key(sampling.seed)
     width, temperature = longest_query(run, sampling.new), np.float32(sampling.temperature)
     for start in range(0, len(queries), AT_A_TIME):
-        prompts, lengths, _ = tokens_of(_trimmed(_padded(queries[start : start + AT_A_TIME])))
-        slices = _slices(model.arrays, _padded(clusters[start : start + AT_A_TIME]))
+        prompts, lengths, _ = tokens_of(_trimmed(padded(queries[start : start + AT_A_TIME])))
+        slices = _slices(model.arrays, padded(clusters[start : start + AT_A_TIME]))
         arguments = prompts[:, :width], np.maximum(lengths, 1), jax.random.fold_in(key, start), temperature
         with pinned():
             params = backbone_lib.with_own(model.arrays.params, slices.backbone)
@@ -157,7 +157,7 @@ def _slices(arrays: ModelArrays, clusters: np.ndarray) -> Slice:
     return jax.tree.map(lambda leaf: leaf[clusters], arrays.stack)
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
+def padded(values: np.ndarray) -> np.ndarray:
     """At most `AT_A_TIME` values, with zeros behind them."""
     return np.concatenate([values, np.zeros((AT_A_TIME - len(values), *values.shape[1:]), values.dtype)])
 

@@ -12,13 +12,17 @@ from helpers import merged
 from text_problem import line, text_config, text_folder, text_run
 from transcriptions import QUICKLY
 
+import lmeraser_jax as lm
 from lmeraser_jax.data.text_rows import pack, unpack
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import language
+from lmeraser_jax.evaluation.attacks import shadows, statistics
 from lmeraser_jax.evaluation.language import Sampling
 from lmeraser_jax.evaluation.predict import load_model
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.models.backbone import graph
 from lmeraser_jax.storage import requests
+from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import open_run
 
@@ -115,6 +119,7 @@ def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):
     assert known["query"] in shown and "cluster " in shown
     code, shown, _ = call(capsys, "predict", at, "--query=w1 w1 w9", "--max_tokens=4", "--format=csv")
     assert code == 0 and shown.startswith("id,query,answer,cluster,approximate\n")
+    answer = shown.splitlines()[1].split(",")[2]
     assert "name a query" in refused(capsys, "predict", at)
     assert "use --query" in refused(capsys, "predict", at, "scan.png")
     assert "must be below 32" in refused(capsys, "predict", at, "--query=w1", "--max_tokens=32")
@@ -122,9 +127,34 @@ def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):
     code, shown, _ = call(capsys, "evaluate", at, f"--json={out}")
     values = json.loads(out.read_text())
     assert code == 0 and "frozen model" in shown and values["rows"] == sum(c["rows"] for c in values["clusters"]) == 8
+    assert lm.evaluate(workdir).values() == values | {"clusters": tuple(values["clusters"])}
+    assert [row["answer"] for row in lm.answer(workdir, ["w1 w1 w9"], max_tokens=4)] == [answer]
+    with pytest.raises(UserError, match="query 2: it has 42 tokens"):
+        lm.answer(workdir, ["w1", "w1 " * 40], max_tokens=4)
+    with pytest.raises(UserError, match="has a language model, which answers queries"):
+        lm.predict(workdir, ["scan.png"])
     code, shown, _ = call(capsys, "evaluate", at, "--split=train", f"--json={out}")
     values = json.loads(out.read_text())
     assert values["loss"] < values["base_loss"] - 0.5
+
+
+def test_an_attack_reads_the_loss_that_answers_have(run):
+    model, records = load_model(run), run.catalog.live("test")
+    margins, right = shadows.score(run, [load_slice(run, ref) for ref in model.refs], records)
+    scores, places = language.score(model, rows_of(run, "test")), np.arange(len(records))
+    nearest = scores.clusters[:, 0]
+    np.testing.assert_allclose(statistics.losses(margins)[nearest, places], scores.losses, rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(right[nearest, places], scores.accuracies)
+
+
+@pytest.mark.slow
+def test_every_attack_runs_on_texts(workdir, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    code, shown, _ = call(
+        capsys, "attack", f"--workdir={workdir}", "--targets=6", "--shadows=8", "--seed=1", f"--json={out}"
+    )
+    assert code in (0, 1, 3) and all(name in shown for name in ("loss", "lira", "ulira", "klom", "relearn", "routing"))
+    assert json.loads(out.read_text())["accuracies"]
 
 
 def exported(workdir, out, capsys):

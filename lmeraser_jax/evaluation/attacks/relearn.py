@@ -27,7 +27,7 @@ from lmeraser_jax.hashing import seed_words
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import Job, batches
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tasks import TuningSpec
+from lmeraser_jax.training.tasks import TextRows, TuningSpec
 from lmeraser_jax.training.train_step import Batch, LaneState, cluster_loss, cluster_step, optimizer
 from lmeraser_jax.unlearning.run import Run
 
@@ -108,7 +108,9 @@ def _program(tuning_spec: TuningSpec):
     """Compiled `(params, slices [S], records [n], labels [n], valid [n], Batch [STEPS]) -> losses [S, STEPS + 1]`."""
 
     def relearned(params: Any, rows: Any, labels: Any, valid: Any, work: Batch, slice_: Slice) -> jax.Array:
-        inputs = rows if tuning_spec.on_features else centred(rows, tuning_spec.image_spec)
+        rows = TextRows(rows) if tuning_spec.is_text else rows
+        as_they_are = tuning_spec.is_text or tuning_spec.on_features
+        inputs: Any = rows if as_they_are else centred(rows, tuning_spec.image_spec)
 
         def step(state: LaneState, batch: Batch) -> tuple[LaneState, jax.Array]:
             before = cluster_loss(state.slice, tuning_spec, params, inputs, labels, valid)

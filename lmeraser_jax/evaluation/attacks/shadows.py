@@ -9,6 +9,7 @@ Shapes: N shadows, n records of a pool, S slices, Y classes.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,13 +20,15 @@ from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.attacks import statistics
+from lmeraser_jax.evaluation.forgetting import RowScores, row_scores
+from lmeraser_jax.evaluation.language import AT_A_TIME, padded
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tasks import TuningSpec, features_of
+from lmeraser_jax.training.tasks import TextRows, TuningSpec, features_of, outputs_of, targets_of
 from lmeraser_jax.training.tune import make_slices
 from lmeraser_jax.unlearning.run import Run
 
@@ -139,8 +142,39 @@ def logits(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> np.ndarray:
     return result
 
 
+@functools.lru_cache(maxsize=8)
+def _text_program(tuning_spec: TuningSpec):
+    """Compiled `(params, slices with a leading axis S, int32 [B, 2 + T]) -> RowScores, each [S, B]`."""
+
+    def scores_of_all(params: Any, slices: Slice, rows: jax.Array) -> RowScores:
+        inputs = TextRows(rows)
+        targets = targets_of(tuning_spec, inputs, rows)
+        return jax.lax.map(lambda own: row_scores(outputs_of(own, tuning_spec, params, inputs), targets), slices)
+
+    return jax.jit(scores_of_all)
+
+
+def text_scores(run: Run, slices: Sequence[Slice], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean losses and token accuracies of rows, int32 [n, 2 + T], under each of S slices: float32 [S, n] both."""
+    tuning_spec = run.tuning_spec
+    params = on_device(run.backbone, compute_dtype(tuning_spec.tuning.dtype, run.mesh), run.mesh)
+    stack, scored = jax.tree.map(lambda *leaves: np.stack(leaves), *slices), []
+    for start in range(0, len(rows), AT_A_TIME):
+        batch = padded(rows[start : start + AT_A_TIME])
+        scored.append(np.stack(_text_program(tuning_spec)(params, stack, batch)))  # [2, S, B]
+    losses, accuracies = np.concatenate(scored, axis=-1)[..., : len(rows)]
+    return losses, accuracies
+
+
 def score(run: Run, slices: Sequence[Slice], records: RecordTable) -> tuple[np.ndarray, np.ndarray]:
-    """Margins of n records under each of S slices, float64 [S, n], and whether the answers were right, bool [S, n]."""
+    """Margins of n records under each of S slices, float64 [S, n], and whether the answers were right, bool [S, n].
+
+    The margin of a text is that of the geometric mean of its response's token probabilities, p = exp(-mean loss); right
+    is the share of these tokens that are the likeliest, float32.
+    """
+    if run.tuning_spec.is_text:
+        losses, right = text_scores(run, slices, run.images[records.rows])
+        return -np.log(np.maximum(np.expm1(losses.astype(np.float64)), 1e-12)), right
     values = logits(run, slices, records.rows)
     return statistics.margins(values, records.labels), values.argmax(axis=-1) == records.labels
 

@@ -1,0 +1,224 @@
+"""Tokens per second of adapter tuning: our tuning program beside peft in PyTorch, eager and compiled.
+
+  python benchmarks/bench_language.py [--model=tinystories-656k|smollm2-135m] [--batch=16] [--tokens=128] [--json=FILE]
+
+A step is forward, backward to the adapters (rank 8, all dense layers) and Adam. Same weights (random, of the published
+size), adapters, rows and rates. Of SmolLM2 the last four of thirty blocks have adapters, and both sides begin with the
+states before them. PyTorch computes logits of response tokens alone; ours, whose rows differ in a cluster, of all. The
+losses of the first steps must agree before anything is timed; rounds are interleaved, medians are compared. Needs
+PyTorch, transformers and peft. --quick: short rounds, and no torch.compile.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import peft
+import torch
+import transformers
+from reporting import deliver, new_parser
+
+from lmeraser_jax.config import Tuning
+from lmeraser_jax.data.text_rows import TextSpec, pack
+from lmeraser_jax.models import backbone as backbone_lib
+from lmeraser_jax.models import peft_files
+from lmeraser_jax.models.architectures import DecoderConfig
+from lmeraser_jax.storage.checkpoints import flatten
+from lmeraser_jax.training import train_step
+from lmeraser_jax.training.fingerprint import pinned
+from lmeraser_jax.training.tasks import TextRows, TuningSpec
+
+SMALL = DecoderConfig(
+    vocabulary=2048, context=512, width=128, depth=2, heads=8, kv_heads=4, head_size=16, mlp=384,
+    theta=1e4, epsilon=1e-6, tied=True,
+)  # fmt: skip
+LARGE = DecoderConfig(  # one frozen block in place of 26: their states are given
+    vocabulary=49152, context=8192, width=576, depth=5, heads=9, kv_heads=3, head_size=64, mlp=1536,
+    theta=1e5, epsilon=1e-5, tied=True,
+)  # fmt: skip
+MODELS = {"tinystories-656k": (SMALL, 0), "smollm2-135m": (LARGE, 4)}  # architecture, blocks with adapters; 0: all
+CHECKED, TOLERANCE = 5, 1e-3  # steps whose losses must agree, and how far apart they may be, relative
+SEED_WORDS = np.array([1, 2], np.uint32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Problem:
+    """Rows of one length, their states before the first block with adapters, and the frozen weights."""
+
+    spec: TuningSpec
+    params: backbone_lib.Params
+    rows: np.ndarray  # int32 [steps * B, 2 + T]
+    states: np.ndarray | None  # float32 [steps * B, T, D]
+    query: int  # tokens of each query
+    steps: int
+
+
+def problem_of(arguments: argparse.Namespace) -> Problem:
+    architecture, layers = MODELS[arguments.model]
+    tuning = Tuning(method="lora", lora_layers=layers, batch=arguments.batch, lanes=1, scan_steps=arguments.steps)
+    tuning = dataclasses.replace(tuning, prompt_width=0, dtype="float32")
+    spec = TuningSpec(architecture, TextSpec(arguments.tokens), tuning, 0, seed=0, state_batch=arguments.batch)
+    rng, count = np.random.default_rng(0), arguments.steps * arguments.batch
+    params = jax.tree.map(lambda leaf: _random(rng, leaf.shape), backbone_lib.graph(architecture)[1])
+    query = arguments.tokens // 3
+    tokens = rng.integers(0, architecture.vocabulary, (count, arguments.tokens))
+    rows = np.stack([pack(row[:query].tolist(), row[query:].tolist(), arguments.tokens) for row in tokens])
+    shape = (count, arguments.tokens, architecture.width)
+    states = rng.standard_normal(shape).astype(np.float32) if layers else None
+    return Problem(spec, params, rows, states, query, arguments.steps)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Weights whose layers keep the size of their inputs; ones for norms."""
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    return (rng.standard_normal(shape) * min(shape) ** -0.5 * 0.5).astype(np.float32)
+
+
+class Ours:
+    """The tuning program on one device with one lane."""
+
+    def __init__(self, problem: Problem):
+        spec, steps, batch = problem.spec, problem.steps, problem.spec.tuning.batch
+        mesh = train_step.mesh_of(jax.devices()[:1])
+        self.program, self.state = train_step.compiled(spec, mesh), lambda: train_step.initial_state(spec, mesh)
+        inputs, labels = TextRows(problem.rows, problem.states), np.full(len(problem.rows), -1, np.int32)
+        self.data = jax.device_put((problem.params, inputs, labels))
+        numbers = np.arange(steps, dtype=np.int32)[:, None]
+        self.work = train_step.Batch(
+            rows=np.arange(steps * batch, dtype=np.int32).reshape(steps, 1, batch),
+            valid=np.ones((steps, 1, batch), bool),
+            words=np.broadcast_to(SEED_WORDS, (steps, 1, 2)),
+            step=numbers,
+            total=np.full_like(numbers, steps),
+            slot=np.full_like(numbers, spec.slots),
+        )
+
+    def __call__(self) -> np.ndarray:
+        """The loss of each step, from fresh adapters on."""
+        params, inputs, labels = self.data
+        steps = np.int32(len(self.work.step))
+        return np.asarray(self.program(params, inputs, labels, steps, self.state(), self.work)[2])[:, 0]
+
+
+class Theirs:
+    """The same with peft's adapters in transformers' model."""
+
+    def __init__(self, problem: Problem, compiled: bool):
+        self.problem, spec = problem, problem.spec
+        self.model = _llama(spec.architecture, problem.params)
+        key = jax.random.key(spec.seed)
+        for word in SEED_WORDS:
+            key = jax.random.fold_in(key, word)
+        adapters = train_step.fresh_slice(spec, jax.random.split(key)[0], problem.params).backbone
+        config = peft_files.settings(spec.lora, adapters, "") | {"inference_mode": False}
+        adapted = peft.get_peft_model(self.model, peft.LoraConfig(**config))
+        arrays = {name.replace(".weight", ".default.weight"): a for name, a in peft_files.arrays(adapters).items()}
+        self.first = [torch.tensor(arrays[n]) for n, p in adapted.named_parameters() if p.requires_grad]
+        self.own = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        self.rows = torch.tensor(problem.rows[:, 2:], dtype=torch.long)
+        self.states = None if problem.states is None else torch.tensor(problem.states)
+        t, total = spec.tuning, np.int32(problem.steps)
+        factors = [train_step.learning_rate(t, np.int32(step), total) for step in range(problem.steps)]
+        self.rates = [t.lora_rate * float(factor) for factor in factors]
+        places = torch.arange(self.rows.shape[1])[None]
+        with torch.no_grad():
+            self.rotary = self.model.model.rotary_emb(torch.zeros(1, places.shape[1], spec.architecture.width), places)
+        self.loss = torch.compile(self._loss, dynamic=False) if compiled else self._loss
+
+    def _loss(self, tokens: torch.Tensor, states: torch.Tensor | None) -> torch.Tensor:
+        inner, begin = self.model.model, self.problem.query
+        x = inner.embed_tokens(tokens) if states is None else states
+        for layer in inner.layers[self.problem.spec.prefix :]:
+            x = layer(x, attention_mask=None, position_embeddings=self.rotary)
+        logits = self.model.lm_head(inner.norm(x[:, begin - 1 : -1]))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, begin:].flatten())
+
+    def __call__(self) -> np.ndarray:
+        """As that of `Ours`."""
+        with torch.no_grad():
+            for parameter, value in zip(self.own, self.first, strict=True):
+                parameter.copy_(value)
+        optimizer, batch, losses = torch.optim.Adam(self.own, fused=True), self.problem.spec.tuning.batch, []
+        for step, rate in enumerate(self.rates):
+            rows = slice(step * batch, (step + 1) * batch)
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+            loss = self.loss(self.rows[rows], None if self.states is None else self.states[rows])
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).numpy()
+
+
+def _llama(config: DecoderConfig, params: backbone_lib.Params) -> transformers.LlamaForCausalLM:
+    """The model of transformers with our weights."""
+    sizes = {"vocab_size": config.vocabulary, "hidden_size": config.width, "intermediate_size": config.mlp}
+    sizes |= {"num_hidden_layers": config.depth, "num_attention_heads": config.heads, "head_dim": config.head_size}
+    sizes |= {"num_key_value_heads": config.kv_heads, "max_position_embeddings": config.context}
+    numerics = {"rms_norm_eps": config.epsilon, "rope_parameters": {"rope_theta": config.theta, "rope_type": "default"}}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **numerics, tie_word_embeddings=True))
+    arrays = {}
+    for name, leaf in flatten(params).items():
+        for old, new in {"blocks/": "layers/", "attention/": "self_attn/", "/kernel": "_proj/weight"}.items():
+            name = name.replace(old, new)
+        name = name.replace("norm1/scale", "input_layernorm/weight").replace("scale", "weight")
+        name = name.replace("norm2", "post_attention_layernorm").replace("embedding", "embed_tokens/weight")
+        arrays[f"model.{name.replace('/', '.')}"] = torch.tensor(leaf.T.copy() if "_proj" in name else leaf)
+    model.load_state_dict(arrays | {"lm_head.weight": arrays["model.embed_tokens.weight"]})
+    return model.eval()
+
+
+def interleaved(methods: dict[str, Callable[[], np.ndarray]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each method in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for _ in range(rounds):
+        for name, run in methods.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    parser = new_parser(__doc__, quick="short rounds, no torch.compile")
+    parser.add_argument("--model", default="tinystories-656k", choices=MODELS)
+    parser.add_argument("--batch", type=int, default=16, help="rows of a step")
+    parser.add_argument("--tokens", type=int, default=128, help="T, tokens of a row")
+    parser.add_argument("--steps", type=int, default=8, help="steps of a round, at least 5")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.steps, arguments.rounds = CHECKED, 2
+    warnings.simplefilter("ignore")  # of transformers and torch about themselves
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    problem = problem_of(arguments)
+    with pinned():
+        methods: dict = {"ours": Ours(problem), "peft": Theirs(problem, compiled=False)}
+        if not arguments.quick:
+            methods["peft_compiled"] = Theirs(problem, compiled=True)
+        losses = {name: run() for name, run in methods.items()}
+        worst = max(float(np.abs(each / losses["ours"] - 1)[:CHECKED].max()) for each in losses.values())
+        assert worst < TOLERANCE, f"losses differ by {worst:.1e}: {losses}"
+        seconds = interleaved(methods, arguments.rounds)
+    tokens = arguments.steps * arguments.batch * arguments.tokens
+    rates = {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()}
+    ratios = {  # seconds of ours over those of the other, of the same round: below 1, ours is faster
+        name: round(statistics.median(a / b for a, b in zip(seconds["ours"], times, strict=True)), 3)
+        for name, times in seconds.items()
+        if name != "ours"
+    }
+    result: dict = {name: getattr(arguments, name) for name in ("model", "batch", "tokens", "steps", "rounds")}
+    result |= {"torch": torch.__version__, "peft": peft.__version__, "losses_differ_by": worst}
+    result |= {"tokens_per_s": rates, "ratio": ratios, "seconds": seconds}
+    deliver("bench_language.py", result, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
