@@ -318,14 +318,14 @@ def imported_text(imported: Imported, again: str) -> str:
     """What an import did, in a line. Warns of unreadable images; the command `again` adds them once they are mended."""
     if imported.unreadable:
         warn(
-            f"{len(imported.unreadable)} images could not be read and were left out"
+            f"{len(imported.unreadable)} records could not be read and were left out"
             f" ({list_names(imported.unreadable, NAMES_IN_WARNING)}); once they are mended, {again} adds them"
         )
     counts = {
         "known before": imported.known,
         "refused because they or their owner were erased": imported.erased,
-        "with the pixels of another": imported.duplicates,
-        "converted from another colour mode": imported.converted,
+        "with the content of another": imported.duplicates,
+        "converted from another colour mode, or cut to the context": imported.converted,
         "damaged in the workdir and read from the source again": imported.mended,
         "test, hold-out or public images left out": imported.left_out,
     }

@@ -1,4 +1,4 @@
-"""Bringing a source's images into a workdir: ids, owners, content hashes and the image file."""
+"""Bringing a source's records into a workdir: ids, owners, content hashes, and the file of their contents."""
 
 import dataclasses
 from typing import Any
@@ -145,9 +145,9 @@ def import_source(
             intake.problems.append(f"{causes} and {len(intake.unreadable)} records that cannot be read {rest}")
         if moved and not join and intake.items:
             new = join_limited(item.id for item in intake.items)
-            intake.problems.append(f"{len(intake.items)} images are not in the workdir: {new}; --reimport adds them")
+            intake.problems.append(f"{len(intake.items)} records are not in the workdir: {new}; --reimport adds them")
         if intake.unreadable and not data.skip_unreadable:
-            heading = f"{heading[:-1]}; images that cannot be read are left out with --config.data.skip_unreadable:"
+            heading = f"{heading[:-1]}; records that cannot be read are left out with --config.data.skip_unreadable:"
         raise_all(intake.problems, heading)
     except UserError:
         file.truncate(start)
@@ -191,7 +191,7 @@ class _Intake:
                 shown.advance(len(piece))
         if changed:
             names = list_names(changed, LISTED)
-            reason = "have other pixels or another label than in the workdir; an id may stand for one image only"
+            reason = "have another content or label than in the workdir; an id may stand for one record only"
             self.problems.append(f"these records {reason}: {names}")
 
     def _take(self, items: list[Item], contents: Contents, changed: list[str]) -> np.ndarray:

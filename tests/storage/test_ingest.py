@@ -60,7 +60,7 @@ def test_records_that_have_changed_are_refused(new_workdir, monkeypatch):
         return Contents(images)
 
     message = refusal(new_workdir, numbered_source(40, read=read))
-    assert "have other pixels or another label" in message and message.endswith(": id-00003, id-00007")
+    assert "have another content or label" in message and message.endswith(": id-00003, id-00007")
     relabelled = with_items([item._replace(label=(item.label + 1) % 3) for item in numbered_source().items])
     assert refusal(new_workdir, relabelled).endswith("id-00000, id-00001, id-00002, ... (30 in all)")
 

@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(built, tmp_path):
     with copied(built[0][MIXED], tmp_path / "run") as run:
         before, rows = state(run), run.layout.images.read_bytes()
         for source, message in (
-            (changed(known, {known.items[0].id}, lambda label: label), "have other pixels or another label"),
+            (changed(known, {known.items[0].id}, lambda label: label), "have another content or label"),
             (without(known, {item.id for item in known.items}), "there is no training record"),
         ):
             with pytest.raises(UserError, match=message):

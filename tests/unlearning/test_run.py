@@ -75,11 +75,11 @@ def test_data_bind_wherever_they_lie(tmp_path, rng, monkeypatch):
     more = {"train_ids": np.array([f"r{i}" for i in range(1, 9)]), "train_owners": np.array([*"abbccddx"])}
     more |= {key: np.roll((images | labels)[key], -1, 0) for key in ("train_images", "train_labels")}
     for changes, message in (
-        ({"train_images": 255 - images["train_images"]}, "have other pixels or another label"),
-        ({"train_labels": 1 - labels["train_labels"]}, "have other pixels or another label"),
+        ({"train_images": 255 - images["train_images"]}, "have another content or label"),
+        ({"train_labels": 1 - labels["train_labels"]}, "have another content or label"),
         ({"train_ids": np.array([f"x{i}" for i in range(8)])}, "holds no training record of the workdir"),
         ({"train_owners": np.array([*"aabbccdx"])}, "another owner than in the workdir: r7"),
-        (more, "1 images are not in the workdir: r8; --reimport adds them"),
+        (more, "1 records are not in the workdir: r8; --reimport adds them"),
     ):
         write("c.npz", **changes)
         with pytest.raises(UserError, match=message):
