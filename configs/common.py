@@ -108,3 +108,65 @@ def vit_tiny_config(data: str, arg: str, file: str) -> Any:
     elif arg:
         raise ValueError(f"{file}:{arg}: the argument must be single, frugal or left out")
     return config
+
+
+MODELS = {  # weights, and the templates of query and response: no token between them is a space alone
+    "stories260k": ("stories260k", "Question: {query}\nAnswer:", " {response}"),
+    "tinystories-656k": ("tinystories-656k", "Question: {query}\nAnswer: ", "{response}"),  # spaces end its words
+    "smollm2": ("SmolLM2-135M-Instruct.Q4_1.gguf", "Question: {query}\nAnswer:", " {response}"),
+}
+
+
+def language_config(model: str, data: str) -> Any:
+    """A ConfigDict for queries and responses on a small language model; clusters, context and epochs are left to set.
+
+    Neither is part of the project: put them, or links to them, into `data/` and `weights/` of the current folder, or
+    name them with `--config.data.path` and `--config.backbone.weights`.
+
+    Args:
+        model: one of `MODELS`.
+        data: name of a file of JSON lines in `data/`.
+    """
+    config = default_config()
+    weights, config.text.query, config.text.response = MODELS[model]
+    config.data.source = "text"
+    config.data.path = f"data/{data}"
+    config.backbone.weights = f"weights/{weights}"
+    config.text.long = "cut"
+    config.clustering.feature_batch = 16
+    config.tuning.method = "lora"
+    config.tuning.rank = 8
+    config.tuning.alpha = 16.0
+    config.tuning.lora_rate = 1e-2
+    config.tuning.lora_l2 = 1e-2
+    config.tuning.min_steps = 0
+    return config
+
+
+def recommender_config(arg: str, data: str, file: str) -> Any:
+    """A ConfigDict for recommendations as text: `language_config` with clusters of some 100 records.
+
+    Args:
+        arg: "" for TinyStories-656k, "smollm2" for SmolLM2-135M with adapters on its last four blocks.
+        data: as of `language_config`.
+        file: the experiment file, for the message.
+
+    Raises:
+        ValueError: another argument.
+    """
+    if arg not in ("", "smollm2"):
+        raise ValueError(f"{file}:{arg}: the argument must be smollm2 or left out")
+    config = language_config(arg or "tinystories-656k", data)
+    config.text.query = config.text.query.removeprefix("Question: ")
+    config.text.context = 320 if arg else 512
+    config.data.skip_unreadable = True  # the few whose query alone is longer
+    config.clustering.sample_size = 200
+    config.clustering.cut = "auto:20"
+    config.clustering.max_members = 20
+    config.clustering.min_members = 5
+    config.tuning.lora_layers = 4 if arg else 0
+    config.tuning.lora_rate = 1e-3
+    config.tuning.lora_l2 = 1e-3
+    config.tuning.epochs = 5
+    config.tuning.batch = 16
+    return config

@@ -13,6 +13,11 @@ from lmeraser_jax.models import zoo
 
 SMALL = ["digits", "digits:smoke", "npz", "cifar10_vit_tiny:single", "adapt_vit_tiny", "tofu_656k"]
 SMALL += [f"{data}_vit_tiny{argument}" for data in ("cifar10", "ham10000", "mnist") for argument in ("", ":frugal")]
+SMALL += [
+    "tofu_260k",
+    "tofu_smollm2",
+    *(f"{d}{arg}" for d in ("tallrec_book", "movielens") for arg in ("", ":smollm2")),
+]
 PAPER = [f"{data}:{b}" for data in ("cifar10", "cifar100", "svhn", "gtsrb", "ham10000") for b in common.BACKBONES]
 
 

@@ -1,37 +1,53 @@
-"""lmeraser prepare: download a data set of TensorFlow Datasets and write it as array_record files.
+"""lmeraser prepare: download a data set of TensorFlow Datasets, or convert a published set of texts.
 
   lmeraser prepare --dataset=cifar10 [--data_dir=DIR]
   lmeraser prepare --config.public.source=tfds
+  lmeraser prepare --pack=tallrec --path=book_valid.jsonl.gz --path=book_test.jsonl.gz --out=FILE.jsonl
+  lmeraser prepare --pack=movielens --path=FOLDER --out=FILE.jsonl
 
-Only this command needs TensorFlow: python -m pip install 'lmeraser_jax[prepare]'. The other commands read the files
-without it.
+A set of TensorFlow Datasets is written as array_record files. Only this needs TensorFlow: python -m pip install
+'lmeraser_jax[prepare]'. The other commands read the files without it.
+
+With --pack the command reads TALLRec's examples, or MovieLens's movies.csv and ratings.csv, and writes queries and
+responses as JSON lines for --config.data.source=text. Files may be gzips. TALLRec's files with "test" in their name
+become test records. Of MovieLens a query has the ten films that a user rated before and 20 candidates, the response is
+the film that followed, and the user is the owner; the last film of each user is a test record, the four before it are
+private ones.
 """
 
 import contextlib
 import importlib.util
+import json
 import logging
 import os
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
-from lmeraser_jax.data import tfds_paths
+from lmeraser_jax.data import text_packs, tfds_paths
 from lmeraser_jax.data.source import WITHOUT_LABELS
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import UserError, join_limited, raise_all
+from lmeraser_jax.storage import atomic_files
 
 NEEDED = ("tensorflow", "importlib_resources")
 FLAG = "--dataset"
 FLAGS = (
     Flag("dataset", "", "TFDS's name: NAME, NAME/CONFIG or NAME/CONFIG:VERSION; else data.dataset or public.dataset"),
     Flag("data_dir", absolute, "TFDS's data folder; else the set's path, $TFDS_DATA_DIR or ~/tensorflow_datasets"),
+    Flag("pack", "", "convert this set of texts instead", choices=("", *text_packs.PACKS)),
+    Flag("path", (absolute,), "with --pack: a file of TALLRec's, may be repeated; or MovieLens's folder"),
+    Flag("out", absolute, "with --pack: the new file of JSON lines"),
 )
 
 
 def run(arguments: common.Arguments) -> int:
+    if arguments["pack"]:
+        return _convert(arguments)
     config = common.config_of(arguments)
     public = config.public.source == "tfds" and not (arguments["dataset"] or config.data.dataset)
     data = config.public if public else config.data
@@ -55,6 +71,31 @@ def run(arguments: common.Arguments) -> int:
     ]
     values = {"dataset": prepared.name, "folder": str(folder), "new": before is None, "splits": prepared.sizes}
     common.show(arguments, "\n".join(lines), values | {"classes": classes, "next": next_command})
+    return 0
+
+
+def _convert(arguments: common.Arguments) -> int:
+    """Writes a set of texts as JSON lines. Raises `UserError`: a flag is missing or of no use, the file exists."""
+    pack, out = arguments["pack"], Path(arguments["out"])
+    problems = [
+        f"--{name}={arguments[name]} does not go with --pack" for name in ("dataset", "data_dir") if arguments[name]
+    ]
+    problems += [f"--{name} is missing for --pack={pack}" for name in ("path", "out") if not arguments[name]]
+    if arguments["out"] and out.exists():
+        problems.append(f"--out={out} exists already; name a new file")
+    raise_all(problems)
+    lines = text_packs.PACKS[pack]([Path(path) for path in arguments["path"]])
+    common.check_target("out", str(out))
+    text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+    atomic_files.write_bytes(out, text.encode())
+    splits = Counter(line["split"] for line in lines)
+    settings = f"--config.data.source=text --config.data.path={shlex.quote(str(out))} --config.text.context=512"
+    command = (
+        f"lmeraser train --workdir=runs/{pack} {settings} --config.tuning.method=lora --config.backbone.weights=FILE"
+    )
+    shown = [f"{out}: {len(lines)} records", *(f"  {split:<12}{count:>9}" for split, count in splits.items())]
+    values = {"pack": pack, "file": str(out), "splits": dict(splits), "next": command}
+    common.show(arguments, "\n".join([*shown, f"next: {command}"]), values)
     return 0
 
 

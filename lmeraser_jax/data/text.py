@@ -143,7 +143,7 @@ def _text(value: Any) -> Any:
 
 
 def lines_of(path: Path, flag: str = "--config.data.path") -> list[str]:
-    """The lines of a text file, or of a gzip of one. Raises `UserError` where it cannot be read."""
+    """The lines of a text file, or of a gzip of one. Raises `UserError`, naming `flag`, where it cannot be read."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig").split("\n")
