@@ -112,7 +112,7 @@ def test_predict_takes_what_an_import_takes_and_answers_for_what_can_be_read(wor
         assert all(0 < row["probability"] <= 1 and len(row["cluster"]) == 64 for row in values["predictions"])
     assert "not used: 3 files (2 hidden, 1 .jp2)" in err
     code, out, err = call(capsys, "predict", f"--workdir={workdir}", root / "b" / "torn.png", "--format=csv")
-    assert (code, out) == (1, "file,label,probability,cluster\n") and "torn.png: " in err
+    assert (code, out) == (1, "file,label,probability,cluster,approximate\n") and "torn.png: " in err
     (root / "none").mkdir()
     assert "none: holds no images" in refused(capsys, "predict", f"--workdir={workdir}", root / "none")
 

@@ -23,7 +23,7 @@ from lmeraser_jax.experiments import methods
 from lmeraser_jax.experiments.measure import forward_passes
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.storage.checkpoints import flatten
-from lmeraser_jax.training import closed_form, clustering, train_step, tune
+from lmeraser_jax.training import closed_form, clustering, tasks, tune
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import noise_activation, place_prompt
 from lmeraser_jax.unlearning import binding, erase
@@ -122,7 +122,7 @@ def test_a_head_on_features_is_the_head_on_images(built, tmp_path, monkeypatch):
         on_images = dataclasses.replace(run.tuning_spec, input_spec=dataclasses.replace(run.image_spec, augment="flip"))
         labels = np.zeros(run.catalog.rows_used(), np.int32)
         labels[records.rows] = records.labels
-        monkeypatch.setattr(train_step, "augmented", lambda images, spec, key: centred(images, spec))
+        monkeypatch.setattr(tasks, "augmented", lambda images, spec, key: centred(images, spec))
         jobs = [make_job(key, records.rows, run.config.tuning)]
         (tuned,) = tune.make_slices(on_images, run.backbone, jobs, run.images, labels, run.mesh)
     np.testing.assert_allclose(slice_.kernel, tuned.slice.kernel, atol=2e-5)
