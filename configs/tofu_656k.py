@@ -5,7 +5,8 @@ them with `--config.data.path` and `--config.backbone.weights`. Of TOFU a file o
 question, answer; paraphrased_answer and perturbed_answer serve comparisons.
 
 Command:
-  lmeraser train --config=configs/tofu_656k.py --workdir=runs/tofu    (a slice for each author)
+  lmeraser train --config=configs/tofu_656k.py --config.text.context=192 --config.text.long=cut \\
+    --workdir=runs/tofu    (a slice for each author; most rows have more than 64 tokens)
   lmeraser compare --config=configs/tofu_656k.py --seeds=3 --workdir=runs/forgetting
 
 Result: docs/language.md.
