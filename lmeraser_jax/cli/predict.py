@@ -15,6 +15,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from lmeraser_jax.data import folder, queries
 from lmeraser_jax.errors import UserError, raise_all
 
 TAKES_FILES = True
+OF_IMAGES = ("file", "label", "probability", "cluster", "approximate")  # columns of CSV; the first names a row
+OF_QUERIES = ("id", "query", "answer", "cluster", "approximate")
 FLAGS = (
     Flag("format", "table", "how to print", choices=("table", "csv", "json")),
     Flag("query", (), "a query to a language model; may be repeated"),
@@ -61,7 +64,7 @@ def run(arguments: common.Arguments) -> int:
             if label >= 0
         ]
     failures |= {_printable(files[position]): reason for position, reason in answers.unreadable.items()}
-    return _show(arguments, rows, failures, _table(rows), "file")
+    return _show(arguments, OF_IMAGES, rows, failures, _table(rows))
 
 
 def _answer_queries(arguments: common.Arguments, keys: str) -> int:
@@ -88,15 +91,19 @@ def _answer_queries(arguments: common.Arguments, keys: str) -> int:
         f"{row['query']}\n  {row['answer']}\n  cluster {row['cluster'][:12]}" + "  approximate" * row["approximate"]
         for row in rows
     ]
-    return _show(arguments, rows, failures | problems, "\n".join(lines), "id")
+    return _show(arguments, OF_QUERIES, rows, failures | problems, "\n".join(lines))
 
 
 def _show(
-    arguments: common.Arguments, rows: list[dict[str, Any]], failures: dict[str, str], table: str, key: str
+    arguments: common.Arguments,
+    columns: Sequence[str],
+    rows: list[dict[str, Any]],
+    failures: dict[str, str],
+    table: str,
 ) -> int:
-    """Prints the answers, and under a key of the JSON the names of what has none; returns the exit code."""
-    unreadable = [{key: name, "reason": reason} for name, reason in failures.items()]
-    formats = {"json": lambda: json.dumps(rows, indent=2), "csv": lambda: _csv(rows), "table": lambda: table}
+    """Prints the answers, as CSV with these columns; names in the JSON what has none; returns the exit code."""
+    unreadable = [{columns[0]: name, "reason": reason} for name, reason in failures.items()]
+    formats = {"json": lambda: json.dumps(rows, indent=2), "csv": lambda: _csv(rows, columns), "table": lambda: table}
     common.show(arguments, formats[arguments["format"]](), {"predictions": rows, "unreadable": unreadable})
     for name, reason in failures.items():
         print(f"error: {name}: {reason}", file=sys.stderr)
@@ -130,9 +137,8 @@ def _printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def _csv(rows: list[dict[str, Any]]) -> str:
+def _csv(rows: list[dict[str, Any]], columns: Sequence[str]) -> str:
     buffer = io.StringIO()
-    columns = [name for name in (rows or [{}])[0] if name != queries.CANDIDATES]
     writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
