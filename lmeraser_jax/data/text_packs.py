@@ -31,11 +31,11 @@ def tallrec(paths: Sequence[Path]) -> list[Line]:
     for path in paths:
         stem, split = path.name.partition(".")[0], "test" if "test" in path.name else "train"
         for number, example in enumerate(_examples(path), 1):
-            values = example.get("input"), example.get("output")
-            if not all(isinstance(value, str) for value in values):
+            query, response = example.get("input"), example.get("output")
+            if not isinstance(query, str) or not isinstance(response, str):
                 keys = shorten(", ".join(map(str, example)))
                 raise UserError(f"{FLAG}={path}: example {number} needs input and output as text; its keys: {keys}")
-            lines.append(_line(f"{stem}/{number}", "", *values, split))
+            lines.append(_line(f"{stem}/{number}", "", query, response, split))
     return lines
 
 
