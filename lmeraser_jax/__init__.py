@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.unlearning.erase import Erasure
 
 __version__ = "0.1.0"
-__all__ = ["Config", "UserError", "answer", "audit", "evaluate", "predict", "train", "unlearn"]
+__all__ = ["Config", "UserError", "answer", "audit", "evaluate", "predict", "rectify", "train", "unlearn"]
 
 
 def train(workdir: str | Path, config: Config | Mapping[str, Any] | None = None) -> "BuildReport":
@@ -85,6 +85,36 @@ def unlearn(
         for line in requests.still_live(run.catalog, records, owners):
             warnings.warn(line, stacklevel=2)
         return erasure
+
+
+def rectify(
+    workdir: str | Path,
+    edits: str | Path | Iterable[Mapping[str, str]],
+    *,
+    request: str = "",
+    requester: str = "",
+    reason: str = "",
+) -> "Erasure | None":
+    """Replaces records and brings the workdir to the state of having had the corrected ones from the start.
+
+    Args:
+        workdir: a trained workdir.
+        edits: a file of JSON lines, or such values: `{"id": "digit-0017", "label": "3", "image": "new.png"}`, of texts
+            `{"id": "q1", "query": "...", "response": "..."}`. What an edit does not name stays as it is.
+        request, requester, reason: see `unlearn`.
+
+    Returns:
+        What was done; None where no edit changes anything.
+    """
+    from lmeraser_jax.unlearning import rectify, request_files
+    from lmeraser_jax.unlearning.run import open_run
+
+    is_file = isinstance(edits, str | Path)
+    path = Path(expand(str(edits))) if is_file else Path("edits")
+    lines = request_files.read_edits(str(path)) if is_file else [(f"edit {n}", e) for n, e in enumerate(edits, 1)]
+    with open_run(workdir, write=True) as run:
+        changes = rectify.changes_of(run.catalog, lines, path.parent, run.config.data.max_pixels)
+        return rectify.request_rectification(run, changes, request, requester, reason)
 
 
 def predict(workdir: str | Path, images: "np.ndarray | Sequence[str | Path]") -> "Predictions":

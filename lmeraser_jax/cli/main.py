@@ -40,9 +40,10 @@ COMMANDS = {
     "export": "write the adapters of a language model as folders that peft loads",
     "add": "add private records and tune only the clusters that they touch",
     "unlearn": "erase records, or all records of an owner, and re-tune what they touched",
-    "process": "serve all waiting erasure requests in one build",
+    "rectify": "replace the content or label of records, and re-tune what they touched",
+    "process": "serve all waiting requests in one build",
     "forecast": "estimate what serving erasures at once, daily or weekly costs",
-    "requests": "list erasure requests with their states and receipts",
+    "requests": "list requests with their states and receipts",
     "verify": "check receipts against the workdir",
     "rollback": "list the earlier slices of a cluster, or pin the cluster to one",
     "audit": "rebuild the workdir from its live records and compare every bit",
@@ -53,7 +54,9 @@ COMMANDS = {
     "inspect": "show clusters, slices, versions and disk use; list record ids",
 }
 CHECKS = frozenset({"audit", "attack", "doctor", "verify"})  # exit code 1 is their verdict
-RESUMABLE = frozenset({"adapt", "train", "add", "unlearn", "process", "rollback", "pretrain", "choose", "compare"})
+RESUMABLE = frozenset(
+    {"adapt", "train", "add", "unlearn", "rectify", "process", "rollback", "pretrain", "choose", "compare"}
+)
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
 MENDABLE = frozenset(  # errors of disks, folders and limits

@@ -21,7 +21,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.cli import common
@@ -41,11 +41,7 @@ if TYPE_CHECKING:
 
 NOTHING_TO_ERASE = "nothing to erase: all that the request names was erased before or is being erased already"
 STRAY = "ids are given as --records=ID, once for each"
-FLAGS = (
-    common.Flag("records", (), "id of a record to erase (lmeraser inspect --records lists them); may be repeated"),
-    common.Flag("records_file", (absolute,), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
-    common.Flag("owner", (), "erase all private records of this owner; may be repeated"),
-    common.Flag("like", (absolute,), "erase the records with the pixels of this image file; may be repeated"),
+REQUEST = (  # flags of every request
     common.Flag("request", "", "id of the request: a second call with the same id repeats nothing"),
     common.Flag("requester", "", "who asks; kept in the receipt for good"),
     common.Flag("reason", "", "why; kept in the receipt for good"),
@@ -53,6 +49,16 @@ FLAGS = (
         "quarantine", False, "from now until they are tuned again, keep the touched clusters out of predictions"
     ),
     common.Flag("defer", False, "only accept the request; lmeraser process serves it later"),
+    common.Flag("dry_run", False, "only say what the request would cost"),
+    *common.WRITING,
+    *common.SHARED,
+)
+VERBS = {"erase": "erased", "rectify": "rectified"}  # of the kinds of requests
+FLAGS = (
+    common.Flag("records", (), "id of a record to erase (lmeraser inspect --records lists them); may be repeated"),
+    common.Flag("records_file", (absolute,), "file with ids or owners: text, .csv or .jsonl; may be repeated"),
+    common.Flag("owner", (), "erase all private records of this owner; may be repeated"),
+    common.Flag("like", (absolute,), "erase the records with the pixels of this image file; may be repeated"),
     common.Flag(
         "mode",
         "exact",
@@ -64,16 +70,12 @@ FLAGS = (
     common.Flag(
         "force", False, "with --mode: publish even if the solver ended at a residual above 1 (above 0.3 warns)"
     ),
-    common.Flag("dry_run", False, "only say what the request would cost"),
-    *common.WRITING,
-    *common.SHARED,
+    *REQUEST,
 )
 
 
 def run(arguments: common.Arguments) -> int:
-    common.config_of(arguments)  # refuses illegal settings before anything is accepted
-    if arguments["dry_run"] and arguments["defer"]:
-        raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
+    refuse_settings(arguments)
     _check_mode(arguments)
     with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
         targets = ids, owners, contents = _targets(arguments, catalog)
@@ -88,10 +90,26 @@ def run(arguments: common.Arguments) -> int:
 
             tuning = common.config_of(arguments).tuning
             approximate.refuse_unless_applicable(catalog, tuning, arguments["calibrate"])
-        details = {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
-        request = requests.accept(catalog, ids, owners, contents=contents, **details)
+        request = requests.accept(catalog, ids, owners, contents=contents, **details(arguments))
         common.warn(*requests.still_live(catalog, ids, owners))
-        quarantined = requests.quarantine_size(catalog, request.id)
+        return serve_or_show(arguments, layout, catalog, request)
+
+
+def refuse_settings(arguments: common.Arguments) -> None:
+    """Raises `UserError` for illegal settings, before anything is accepted, and for flags that exclude each other."""
+    common.config_of(arguments)
+    if arguments["dry_run"] and arguments["defer"]:
+        raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
+
+
+def details(arguments: common.Arguments) -> dict[str, Any]:
+    """What the flags say of a request of either kind."""
+    return {name: arguments[name] for name in ("request", "requester", "reason", "quarantine")}
+
+
+def serve_or_show(arguments: common.Arguments, layout: Layout, catalog: Catalog, request: Request) -> int:
+    """Serves an accepted request unless it is deferred, or says what was accepted."""
+    quarantined = requests.quarantine_size(catalog, request.id)
     if request.open and not arguments["defer"]:
         return _serve(arguments, request)
     values = {"request": dataclasses.asdict(request), "outcome": None, "receipt": layout.receipt(request.id)}
@@ -151,7 +169,7 @@ def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
         from lmeraser_jax.unlearning import erase
 
         estimate = erase.estimate(run_, requests.resolve(run_.catalog, *targets))
-    common.show(arguments, _estimate_text(estimate), dataclasses.asdict(estimate))
+    common.show(arguments, estimate_text(estimate, "erase"), dataclasses.asdict(estimate))
     return 0
 
 
@@ -165,7 +183,7 @@ def _serve(arguments: common.Arguments, request: Request) -> int:
         with common.opened(arguments, write=True) as run_:
             from lmeraser_jax.unlearning import erase
 
-            if arguments["mode"] != "exact":
+            if "mode" in arguments.flags and arguments["mode"] != "exact":
                 _approximate(arguments, run_, request)
                 return 0
             others = len(requests.listed(run_.catalog, only_open=True)) - 1
@@ -203,11 +221,12 @@ def _known_before(request: Request) -> list[str]:
     return lines if request.body["records"] else [*lines, NOTHING_TO_ERASE]
 
 
-def _estimate_text(estimate: "Estimate") -> str:
+def estimate_text(estimate: "Estimate", verb: str) -> str:
+    """What a request would cost."""
     share = estimate.images / max(1, estimate.images_full)
     lines = [
-        *(() if estimate.records else (NOTHING_TO_ERASE,)),
-        f"would erase {estimate.records} records; nothing has been changed",
+        *(() if estimate.records or verb != "erase" else (NOTHING_TO_ERASE,)),
+        f"would {verb} {estimate.records} records; nothing has been changed",
         f"clusters to tune: {len(estimate.clusters)}, images to process: {estimate.images}"
         f" ({share:.1%} of a full re-tune), about {estimate.seconds:.1f} s",
         *(f"  {key}" for key in estimate.clusters),
@@ -220,6 +239,7 @@ def _estimate_text(estimate: "Estimate") -> str:
 def _erasure_text(erasure: "Erasure") -> str:
     lines = _known_before(erasure.request)
     if erasure.records:
-        lines.append(f"erased {erasure.records} records (request {erasure.request.id})")
+        verb = VERBS[erasure.request.body["kind"]]
+        lines.append(f"{verb} {erasure.records} records (request {erasure.request.id})")
     served = common.build_text(erasure.outcome) if erasure.outcome else "another process has served it meanwhile"
     return "\n".join([*lines, served, f"receipt: {shlex.quote(str(erasure.receipt))}"])

@@ -18,7 +18,7 @@ import numpy as np
 
 from lmeraser_jax.config import Data, Text
 from lmeraser_jax.data.source import Contents, Item, Source
-from lmeraser_jax.data.text_rows import HEADER, pack
+from lmeraser_jax.data.text_rows import HEADER, pack, unpack
 from lmeraser_jax.errors import UserError, raise_all, shorten
 
 LISTED = 100  # problems of a file in a message
@@ -72,6 +72,24 @@ class Encoder:
         if self.text.long == "refuse" or len(before) >= context:
             return None, reason if len(before) >= context else f"{reason}; --config.text.long=cut cuts responses"
         return pack(before, after[: context - len(before)], context), reason
+
+    def texts(self, row: np.ndarray) -> tuple[str, str] | None:
+        """The query and the response of a row, int32 [2 + T]; None where they would not give the same row again."""
+        if self.text.chat:
+            return None
+        before, after = unpack(row)
+        whole = self.tokenizer.decode([*before, *after], skip_special_tokens=True)
+        query = self.tokenizer.decode(before, skip_special_tokens=True)
+        response = _between(self.text.response, "{response}", whole.removeprefix(query))
+        query = _between(self.text.query, "{query}", query)
+        same, _ = self.row(query, response)
+        return (query, response) if same is not None and np.array_equal(same, row) else None
+
+
+def _between(template: str, name: str, text: str) -> str:
+    """What stands in a text in the place of a name in its template."""
+    head, _, tail = template.partition(name)
+    return text.removeprefix(head).removesuffix(tail)
 
 
 def load(data: Data, encoder: Encoder) -> Source:

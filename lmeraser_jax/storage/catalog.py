@@ -19,7 +19,10 @@ from lmeraser_jax.data.source import Item
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import schema
-from lmeraser_jax.storage.rows import Manifest, ReceiptLink, SliceRow
+from lmeraser_jax.storage.rows import Edit, Manifest, ReceiptLink, SliceRow
+
+COLUMNS = "id,row,label,owner,content,cluster"  # of a `RecordTable`
+ERASE = "UPDATE records SET erased=? WHERE id=? AND erased=''"
 
 
 class Catalog:
@@ -67,13 +70,24 @@ class Catalog:
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[None]:
         """Everything read inside is of one moment, whatever other processes commit meanwhile. No writes."""
-        assert not self.db.in_transaction
+        if self.db.in_transaction:
+            yield
+            return
         self.db.execute("BEGIN")
         self.reading = True
         try:
             yield
         finally:
             self.reading = False
+            self.db.execute("ROLLBACK")
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """A transaction that is undone at its end, to read what a change would lead to."""
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        finally:
             self.db.execute("ROLLBACK")
 
     def stamp(self) -> tuple[int, int]:
@@ -139,16 +153,17 @@ class Catalog:
         """The ids of all live records but public ones."""
         return self._values("SELECT id FROM records WHERE erased='' AND split!='public'")
 
-    def at(self, rows: Iterable[int]) -> RecordTable:
-        """The live private records in the given image rows, sorted by id."""
-        return _table(sorted(record for row in rows for record in self._live("row=? AND split='train'", int(row))))
+    def at(self, rows: Iterable[int], erased: bool = False) -> RecordTable:
+        """The live private records in the given image rows, or the erased ones, sorted by id."""
+        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND split='train' AND (erased!='')=?"
+        return _table(sorted(record for row in rows for record in self.db.execute(query, (int(row), erased))))
 
     def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
         """The live private records of a published cluster, of "" those in none yet, sorted by id; without `leaving`."""
         return _table(self._live("split='train' AND cluster=? ORDER BY id", cluster, leaving=leaving))
 
     def _live(self, condition: str, *values: object, leaving: Collection[str] = ()) -> list[tuple[Any, ...]]:
-        query = f"SELECT id,row,label,owner,content,cluster FROM records WHERE erased='' AND {condition}"
+        query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND {condition}"
         return [row for row in self.db.execute(query, values) if row[0] not in leaving]
 
     def touched(self) -> frozenset[str]:
@@ -179,7 +194,7 @@ class Catalog:
         return np.setdiff1d(np.arange(self.rows_used()), used)
 
     def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
-        """{id: (split, content, label, erased)} of those ids that the catalog holds."""
+        """{id: (split, content, label, erased)} of those ids that the catalog holds; of the live version, if any."""
         return {name: (*row[:3], bool(row[3])) for name, row in self._by_id("split,content,label,erased!=''", ids)}
 
     def rows(self, ids: Iterable[str]) -> dict[str, int]:
@@ -187,19 +202,21 @@ class Catalog:
         return {name: row[0] for name, row in self._by_id("row", ids)}
 
     def _by_id(self, columns: str, ids: Iterable[str], condition: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-        """(id, values of the columns) of those ids that the catalog holds."""
-        query = f"SELECT {columns} FROM records WHERE id=? {condition}"
+        """(id, values of the columns) of those ids that the catalog holds; of the live version, if there is one."""
+        query = f"SELECT {columns} FROM records WHERE id=? {condition} ORDER BY erased LIMIT 1"
         for name in ids:
             if row := self.db.execute(query, (name,)).fetchone():
                 yield name, row
 
     def owned(self, owner: str) -> list[str]:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
-        return self._values("SELECT id FROM records WHERE owner=? AND split!='public' ORDER BY id", owner)
+        return self._values("SELECT DISTINCT id FROM records WHERE owner=? AND split!='public' ORDER BY id", owner)
 
     def same_pixels(self, content: str) -> list[str]:
-        """Ids of private records with this content hash, sorted; also erased ones that are not purged yet."""
-        return self._values("SELECT id FROM records WHERE content=? AND split!='public' ORDER BY id", content)
+        """Ids of private records with this content hash, sorted; also erased ones that have no new version."""
+        newer = "SELECT id FROM edits UNION SELECT id FROM records WHERE erased=''"
+        query = f"SELECT id FROM records WHERE content=? AND split!='public' AND (erased='' OR id NOT IN ({newer}))"
+        return self._values(f"{query} UNION SELECT id FROM edits WHERE content=? ORDER BY id", content, content)
 
     def contents(self) -> list[str]:
         """The content hashes of all records."""
@@ -221,15 +238,35 @@ class Catalog:
     def erase(self, ids: Iterable[str], request: str) -> None:
         """Marks records erased by a request and leaves tombstones: from here on no build may see them."""
         for name in ids:
-            self.db.execute("UPDATE records SET erased=? WHERE id=?", (request, name))
+            self.db.execute(ERASE, (request, name))
+            self.db.execute("DELETE FROM edits WHERE id=?", (name,))
             self.add_tombstone("tombstone", name)
 
-    def erased(self, requests: Iterable[str] | None = None) -> dict[str, int]:
-        """{id: row} of records that are erased but not yet purged; of the given requests only."""
+    def replace(self, edits: Iterable[Edit], request: str) -> None:
+        """Marks records erased by a request that has new versions of them, and keeps these until `take_edits`."""
+        for name, label, content, row in edits:
+            self.db.execute(ERASE, (request, name))
+            self.db.execute("INSERT INTO edits VALUES(?,?,?,?,?)", (name, request, label, content, row.tobytes()))
+            self.add_tombstone("rectified", name)
+
+    def take_edits(self, start: int, dtype: np.dtype) -> np.ndarray:
+        """Makes the new versions of records live, in the image rows from `start` on; returns their bytes [n, b]."""
+        versions = "edits e JOIN records r ON r.id=e.id AND r.erased=e.request ORDER BY e.id"
+        edits = self.db.execute(f"SELECT e.id,split,e.label,owner,e.content,e.bytes FROM {versions}").fetchall()
+        self.add_records((Item(*edit[:4]) for edit in edits), range(start, start + len(edits)), [e[4] for e in edits])
+        self.db.execute("DELETE FROM edits")
+        return np.array([np.frombuffer(edit[5], dtype) for edit in edits], dtype)
+
+    def edited(self) -> dict[str, str]:
+        """{id: request} of records whose new versions are not live yet."""
+        return dict(self.db.execute("SELECT id,request FROM edits"))
+
+    def erased(self, requests: Iterable[str] | None = None) -> dict[int, str]:
+        """{image row: id} of records that are erased but not yet purged; of the given requests only."""
         if requests is None:
-            return dict(self.db.execute("SELECT id,row FROM records WHERE erased!=''"))
-        query = "SELECT id,row FROM records WHERE erased=? AND erased!=''"
-        return {name: row for request in requests for name, row in self.db.execute(query, (request,))}
+            return dict(self.db.execute("SELECT row,id FROM records WHERE erased!=''"))
+        query = "SELECT row,id FROM records WHERE erased=? AND erased!=''"
+        return {row: name for request in requests for row, name in self.db.execute(query, (request,))}
 
     def forget(self, requests: Iterable[str]) -> None:
         """Removes the rows of the records that these requests erased; their tombstones stay."""
@@ -254,8 +291,7 @@ class Catalog:
         self._slices = None
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
-        steps = [(row.digest, *epoch) for epoch in sorted(epochs.items())]
-        self.db.executemany("INSERT OR REPLACE INTO epochs VALUES(?,?,?)", steps)
+        self.db.executemany("INSERT OR REPLACE INTO epochs VALUES(?,?,?)", [(row.digest, *e) for e in epochs.items()])
 
     def epochs(self, digest: str) -> dict[int, str]:
         """{step: digest of the parameters' bytes} of a slice's earlier epochs."""
@@ -306,19 +342,18 @@ class Catalog:
         return [Manifest(*head, entries=dict(self.db.execute(query, head[:1]))) for head in heads]
 
     def publish(
-        self, clustering: str, program: str, constants: str, entries: dict[str, str], moved: Iterable[tuple[str, str]]
+        self, clustering: str, program: str, constants: str, entries: dict[str, str], moved: Iterable[tuple[int, str]]
     ) -> int:
-        """Makes a state the current one; `moved` has the (id, key) of each record that changed its cluster."""
+        """Makes a state the current one; `moved` has the (image row, key) of each record that changed its cluster."""
         head = (None, time.time(), clustering, program, constants)
         version = int(self.db.execute("INSERT INTO manifests VALUES(?,?,?,?,?)", head).lastrowid or 0)
-        rows = [(version, *entry) for entry in sorted(entries.items())]
-        self.db.executemany("INSERT INTO entries VALUES(?,?,?)", rows)
-        self.db.executemany("UPDATE records SET cluster=? WHERE id=?", ((key, name) for name, key in moved))
+        self.db.executemany("INSERT INTO entries VALUES(?,?,?)", [(version, *e) for e in sorted(entries.items())])
+        self.db.executemany("UPDATE records SET cluster=? WHERE row=?", ((key, int(row)) for row, key in moved))
         return version
 
     def drop_manifest(self, version: int) -> None:
-        self.db.execute("DELETE FROM entries WHERE version=?", (version,))
-        self.db.execute("DELETE FROM manifests WHERE version=?", (version,))
+        for table in ("entries", "manifests"):
+            self.db.execute(f"DELETE FROM {table} WHERE version=?", (version,))
 
     # pins, receipts and quarantine
     def pin(self, cluster: str, ref: str) -> None:

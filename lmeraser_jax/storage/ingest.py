@@ -70,6 +70,22 @@ def image_file(layout: Layout, catalog: Catalog) -> RowFile:
     return RowFile(layout.images, shape, dtype_of(shape))
 
 
+def store_edits(file: RowFile, catalog: Catalog) -> None:
+    """Makes the corrected versions of records live, in new rows of the image file; needs the writer lock.
+
+    First it drops the rows without a record that an interrupted import, or a call of this, left.
+    """
+    file.truncate(catalog.rows_used())
+    if not catalog.edited():
+        return
+    with catalog.transaction():
+        start = catalog.rows_used()
+        rows = catalog.take_edits(start, file.dtype).reshape(-1, *file.shape)
+        file.append(rows)
+        file.sync()
+        catalog.set("rows", start + len(rows))
+
+
 def check_images(layout: Layout, catalog: Catalog) -> None:
     """Refuses a workdir whose image file is shorter than its catalog says."""
     rows = catalog.rows_used()
@@ -131,7 +147,7 @@ def import_source(
     facts = {"classes": list(source.class_names), "shape": list(source.shape), "name": source.name}
     dataset = before or {"settings": import_settings(config), **facts}
     file = RowFile(layout.images, source.shape, dtype_of(source.shape))
-    file.truncate(catalog.rows_used())
+    store_edits(file, catalog)
     start = len(file)
     check_images(layout, catalog)
     intake = _Intake(catalog, file, config)
@@ -213,7 +229,7 @@ class _Intake:
                 _, content, label, _ = known[item.id]
                 if (content, label) == (content_hash(image), item.label):
                     self._mend(item.id, image, content)
-                else:
+                elif self.catalog.salted("rectified", item.id) not in self.tombstones:
                     changed.append(item.id)
             else:
                 content = content_hash(image)

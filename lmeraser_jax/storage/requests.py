@@ -1,4 +1,4 @@
-"""Erasure requests in the catalog: accepted in one transaction, and their states until the purge.
+"""Requests to erase or to rectify records: accepted in one transaction, and their states until the purge.
 
 Accepting needs no writer lock: a request is durable, and its quarantine in force, even while another process trains.
 Nothing here loads JAX.
@@ -10,18 +10,24 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from lmeraser_jax.data.names import list_lookalikes, list_names
 from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.rows import Edit
 
 STATES = ("accepted", "approximated", "planned", "re-tuning", "published", "purged")
 LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
-EMPTY: dict[str, Any] = {  # what a publication fills in
+EMPTY: dict[str, Any] = {  # what an acceptance may leave out, and what a publication fills in
+    "kind": "erase",
+    "erased_before": [],
+    "shared": [],
+    "owners": [],
     "states": [],
     "clusters": [],
     "work": {
@@ -61,7 +67,7 @@ class Due:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One erasure request."""
+    """One request to erase records, or to replace them under the same ids."""
 
     id: str  # given by the user, or made up; the name of its receipt
     created: float  # seconds since the epoch
@@ -126,40 +132,95 @@ def accept(
     """
     ids, owners, contents = map(name_list, (ids, owners, contents))
     raise_all(_check_names(ids, owners, contents) + _check_request(request, requester, reason))
-    name = request or f"r-{uuid.uuid4().hex[:20]}"
     given = catalog.salted("targets", digest([sorted(set(names)) for names in (ids, owners, contents)]))
+    details: dict[str, Any] = {"targets": given, "requester": requester, "reason": reason, "quarantine": quarantine}
 
     with catalog.transaction():
-        earlier = get(catalog, name)
+        earlier = _repeated(catalog, request, details)
         if earlier is not None:
-            _refuse_another(earlier, given, requester, reason)
-            return _with_quarantine(catalog, earlier) if quarantine else earlier
+            return earlier
         targets = resolve(catalog, ids, owners, contents)
         clusters = catalog.clusters_of(targets.live)
-        body = EMPTY | {
-            "targets": given,  # tells another erasure from the same one
-            "requester": requester,
-            "reason": reason,
-            "quarantine": quarantine,
+        details |= {
             "records": [catalog.salted("tombstone", record) for record in targets.live],
             "erased_before": [catalog.salted("tombstone", record) for record in targets.erased],
             "shared": [catalog.salted("tombstone", record) for record in targets.pending],
             "owners": [catalog.salted("owner", owner) for owner in dict.fromkeys(owners)],
-            "members": dict(sorted(Counter(clusters.values()).items())),
         }
-        catalog.erase(targets.live, name)
+        accepted = _enter(catalog, request, details, clusters, catalog.clusters_of(targets.pending))
+        catalog.erase((*targets.live, *targets.pending), accepted.id)  # of the pending ones, their new versions
         for owner in owners:
             catalog.add_tombstone("owner", owner)
-        if quarantine:
-            _quarantine(catalog, name, {*clusters.values(), *catalog.clusters_of(targets.pending).values()})
-        return _write(catalog, Request(name, time.time(), "accepted", body))
+        return accepted
+
+
+def accept_edits(
+    catalog: Catalog,
+    given: str,
+    make_edits: Callable[[], Sequence[Edit]],
+    request: str = "",
+    requester: str = "",
+    reason: str = "",
+    quarantine: bool = False,
+) -> Request | None:
+    """Accepts a rectification in one transaction: its records are replaced for every later build, and for good.
+
+    The old versions count as erased from then on; the new ones lie in the catalog until the next build.
+
+    Args:
+        catalog, request, requester, reason, quarantine: as of `accept`.
+        given: a digest of what the request says, which tells another one from the same one.
+        make_edits: called in the transaction unless the request was accepted before; raises where it cannot be.
+
+    Returns:
+        The request; None where there is no edit, so that nothing is to be done.
+    """
+    raise_all(_check_request(request, requester, reason))
+    given = catalog.salted("targets", given)
+    details: dict[str, Any] = {"targets": given, "requester": requester, "reason": reason, "quarantine": quarantine}
+
+    with catalog.transaction():
+        earlier = _repeated(catalog, request, details)
+        edits = () if earlier is not None else make_edits()
+        if not edits:
+            return earlier
+        clusters = catalog.clusters_of(edit.id for edit in edits)
+        details["kind"] = "rectify"
+        details["records"] = [catalog.salted("rectified", edit.id) for edit in edits]
+        accepted = _enter(catalog, request, details, clusters)
+        catalog.replace(edits, accepted.id)
+        return accepted
+
+
+def _repeated(catalog: Catalog, request: str, details: Mapping[str, Any]) -> Request | None:
+    """The request that was accepted before under an id, if any; with quarantine where that is wanted now."""
+    earlier = get(catalog, request)
+    if earlier is None:
+        return None
+    _refuse_another(earlier, details["targets"], details["requester"], details["reason"])
+    return _with_quarantine(catalog, earlier) if details["quarantine"] else earlier
+
+
+def _enter(
+    catalog: Catalog,
+    request: str,
+    details: dict[str, Any],
+    clusters: Mapping[str, str],
+    shared: Mapping[str, str] = MappingProxyType({}),
+) -> Request:
+    """Notes a new request, and quarantines what it hits: {id: cluster} of its own records, and of others' it shares."""
+    body = EMPTY | details | {"members": dict(sorted(Counter(clusters.values()).items()))}
+    entered = _write(catalog, Request(request or f"r-{uuid.uuid4().hex[:20]}", time.time(), "accepted", body))
+    if body["quarantine"]:
+        _quarantine(catalog, entered.id, {*clusters.values(), *shared.values()})
+    return entered
 
 
 def _refuse_another(earlier: Request, given: str, requester: str, reason: str) -> None:
     """Refuses an id that an earlier, different request has."""
     body, remedy = earlier.body, "give this one another id, or none"
     if body["targets"] != given:
-        raise UserError(f"--request={earlier.id}: was used for another erasure; {remedy}")
+        raise UserError(f"--request={earlier.id}: was used for another request; {remedy}")
     if (requester or body["requester"], reason or body["reason"]) != (body["requester"], body["reason"]):
         raise UserError(f"--request={earlier.id}: was used by another requester or for another reason; {remedy}")
 

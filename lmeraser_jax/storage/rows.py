@@ -4,11 +4,22 @@ import enum
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import numpy as np
+
 
 class SliceKind(enum.StrEnum):
     """What stands in the place of a cluster's key for a slice that belongs to no single cluster."""
 
     COMMON = "common"  # the head of all private records
+
+
+class Edit(NamedTuple):
+    """The corrected version of a record, which takes its place."""
+
+    id: str
+    label: int
+    content: str  # content hash
+    row: np.ndarray  # uint8 [h, w, c], an image, or int32 [2 + T], text
 
 
 class SliceRow(NamedTuple):

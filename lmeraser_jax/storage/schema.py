@@ -11,17 +11,18 @@ from pathlib import Path
 
 from lmeraser_jax.errors import UserError
 
-VERSION = 3
+VERSION = 4
 SMALLEST = 512  # bytes of an SQLite file; shorter ones SQLite takes for a new, empty one
 SHOWN = 5  # lines of SQLite's own check in a message
 LONGEST_WAIT = 30.0  # seconds to wait for another process's transaction
 TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE records(
-  id TEXT PRIMARY KEY, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
+  id TEXT NOT NULL, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
   owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '',
-  erased TEXT NOT NULL DEFAULT '', -- the request that erased it; empty: live
-  rank BLOB NOT NULL DEFAULT x'' -- keyed hash that decides who is sampled
+  erased TEXT NOT NULL DEFAULT '', -- the request that erased it, or replaced it under the same id; empty: live
+  rank BLOB NOT NULL DEFAULT x'', -- keyed hash that decides who is sampled
+  PRIMARY KEY(id, erased)
 ) WITHOUT ROWID;
 CREATE INDEX records_owner ON records(owner);
 CREATE INDEX records_content ON records(content);
@@ -30,6 +31,9 @@ CREATE INDEX records_cluster ON records( -- covers what a plan reads of a cluste
 );
 CREATE INDEX records_rank ON records(split, rank);
 CREATE INDEX records_erased ON records(erased) WHERE erased!='';
+CREATE TABLE edits( -- what takes the place of records that requests replaced; the next build makes it live
+  id TEXT PRIMARY KEY, request TEXT NOT NULL, label INTEGER NOT NULL, content TEXT NOT NULL, bytes BLOB NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE tombstones(hash TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE slices(
   digest TEXT PRIMARY KEY, cluster TEXT NOT NULL, params_digest TEXT NOT NULL, size INTEGER NOT NULL,

@@ -73,9 +73,9 @@ def publish_approximate(run: Run, settings: Settings, calibrate: bool, force: bo
         UserError: CG did not converge and `force` was not given, or an update is not finite. Nothing is published then.
     """
     remove_leftovers(run)
-    before, erased = run.catalog.manifest(), run.catalog.erased()
+    before = run.catalog.manifest()
     assert before is not None
-    touched = set(run.catalog.clusters_of(erased).values()) & before.clusters.keys()
+    touched = run.catalog.touched() & before.clusters.keys()
     entries = dict(before.entries)
     updates = {}
     for key in sorted(touched):
@@ -145,8 +145,8 @@ def _parent(run: Run, key: str) -> str:
 def _update(run: Run, key: str, settings: Settings, calibrate: bool) -> _Update | None:
     """Computes the approximate slice of a cluster; None where it has no member left."""
     parent = _parent(run, key)
-    rows, erased = run.catalog.rows_of(slice_of(parent)), run.catalog.erased()
-    live, gone = run.catalog.at(rows), _erased_records(run.catalog, set(rows.tolist()), erased)
+    rows = run.catalog.rows_of(slice_of(parent))
+    live, gone = run.catalog.at(rows), run.catalog.at(rows, erased=True)
     if not len(live):
         return None
     recipe = {"version": VERSION, "parent": parent, "settings": dataclasses.asdict(settings), "calibrate": calibrate}
@@ -165,15 +165,6 @@ def _update(run: Run, key: str, settings: Settings, calibrate: bool) -> _Update 
     before, after, held = (influence.chunked(row, size, chunks) for row in weights)
     new, report = influence.update(problem, jax.device_put(start), before, after, settings, held if calibrate else None)
     return _Update(name, recipe, checkpoints.flatten(jax.device_get(new)), report)
-
-
-def _erased_records(catalog: Catalog, rows: set[int], erased: Mapping[str, int]) -> RecordTable:
-    """The erased records in some image rows, sorted by id; their owners and clusters do not matter."""
-    ids = tuple(sorted(name for name, row in erased.items() if row in rows))
-    known, none = catalog.known(ids), ("",) * len(ids)
-    places = np.array([erased[name] for name in ids], np.int64)
-    labels = np.array([known[name][2] for name in ids], np.int32)
-    return RecordTable(ids, places, labels, none, tuple(known[name][1] for name in ids), none)
 
 
 def strengths(slice_: Slice, tuning: Tuning) -> Slice:

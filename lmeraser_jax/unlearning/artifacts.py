@@ -144,13 +144,13 @@ class Tainted(NamedTuple):
         return self.by_member | self.by_sample
 
 
-def tainted(run: "Run", erased: Mapping[str, int]) -> Tainted:
-    """The slices in the catalog that some erased records, {id: image row}, had a part in."""
+def tainted(run: "Run", erased: Mapping[int, str]) -> Tainted:
+    """The slices in the catalog that some erased records, {image row: id}, had a part in."""
     rows = run.catalog.slices()
     clusterings = {row.clustering for row in rows.values()} if erased else ()
-    sampled = {name for name in clusterings if was_sampled(run.layout, name, erased)}
+    sampled = {name for name in clusterings if was_sampled(run.layout, name, erased.values())}
     by_sample = frozenset(name for name, row in rows.items() if row.clustering in sampled)
-    return Tainted(run.catalog.slices_of(erased.values()), by_sample)
+    return Tainted(run.catalog.slices_of(erased), by_sample)
 
 
 def was_sampled(layout: Layout, clustering: str, ids: Collection[str]) -> bool:

@@ -16,7 +16,7 @@ from lmeraser_jax.errors import Damaged, raise_all
 from lmeraser_jax.hashing import arrays_digest, canonical_json
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import remove_others
-from lmeraser_jax.storage.ingest import image_file
+from lmeraser_jax.storage.ingest import image_file, store_edits
 from lmeraser_jax.storage.rows import Manifest, SliceKind, images_of
 from lmeraser_jax.training import waves
 from lmeraser_jax.training.closed_form import has_sums, load_sums, solve
@@ -121,7 +121,7 @@ def _report(
 
 def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
     """Images of the published clusters that no erased record was in, and of those that change all the same."""
-    hit = set(run.catalog.clusters_of(run.catalog.erased(wanted.requests)).values())
+    hit = run.catalog.touched() - {""}
     if before is None or not hit:
         return 0, 0
     images = {key: images_of(wanted.slices, ref) for key, ref in before.clusters.items() if key not in hit}
@@ -130,9 +130,12 @@ def _spared(run: Run, wanted: Plan, before: Manifest | None) -> tuple[int, int]:
 
 
 def remove_leftovers(run: Run) -> None:
-    """Removes what a killed writer left: scratch, image rows without a record. `register_orphans` looks at slices."""
+    """Removes what a killed writer left: scratch, image rows without a record. `register_orphans` looks at slices.
+
+    Then the corrected versions of records become live.
+    """
     remove_others(run.layout.scratch, set())
-    image_file(run.layout, run.catalog).truncate(run.catalog.rows_used())
+    store_edits(image_file(run.layout, run.catalog), run.catalog)
 
 
 def register_orphans(run: Run, wanted: Plan) -> tuple[Plan, int]:

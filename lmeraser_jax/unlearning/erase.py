@@ -1,4 +1,4 @@
-"""Erasure requests: what one would cost, and serving those that wait (paper 4.3 and 5.3).
+"""Requests to erase or rectify: what one would cost, and serving those that wait (paper 4.3 and 5.3).
 
 `storage.requests.accept` marks records erased in one transaction; this needs neither JAX nor the writer lock. Then a
 build brings the workdir to the state that the remaining records call for; it serves every request that waits.
@@ -15,6 +15,7 @@ from lmeraser_jax.storage.rows import SliceKind
 
 if TYPE_CHECKING:  # both load JAX, which accepting a request does without
     from lmeraser_jax.unlearning.build import BuildReport
+    from lmeraser_jax.unlearning.plan import Plan
     from lmeraser_jax.unlearning.run import Run
 
 
@@ -41,7 +42,7 @@ class Erasure:
 
     @property
     def records(self) -> int:
-        """Records that this request erased."""
+        """Records that this request erased or replaced."""
         return len(self.request.body["records"])
 
 
@@ -49,12 +50,16 @@ def estimate(run: "Run", targets: Targets) -> Estimate:
     """What erasing the targets would cost. Changes nothing but the feature cache."""
     from lmeraser_jax.unlearning.plan import current_plan
 
-    wanted = current_plan(run, targets.live)
+    return estimate_of(run, current_plan(run, targets.live), len(targets.live))
+
+
+def estimate_of(run: "Run", wanted: "Plan", records: int) -> Estimate:
+    """What it would cost to bring the published state to a plan for so many changed records."""
     rows = run.catalog.slices().values()
     images, seconds = sum(row.images for row in rows), sum(row.seconds for row in rows)
     before, devices = run.catalog.manifest(), run.processes.count * run.mesh.size
     return Estimate(
-        records=len(targets.live),
+        records=records,
         clusters=tuple(sorted(set(wanted.missing) - {SliceKind.COMMON})),
         vanishing=tuple(sorted(set(before.clusters) - set(wanted.entries))) if before else (),
         images=wanted.images_missing,

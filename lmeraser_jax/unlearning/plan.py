@@ -41,7 +41,7 @@ class LiveState:
     untouched: Mapping[str, int] = dataclasses.field(
         default_factory=dict
     )  # {cluster key: number of members} of the others
-    moved: Sequence[tuple[str, str]] = ()  # (record id, cluster key) of records in another cluster than published
+    moved: Sequence[tuple[int, str]] = ()  # (image row, cluster key) of records in another cluster than published
     private: RecordTable | None  # all live private records where there is a common head
     constants: RecipeConstants  # what every recipe depends on beside its members
     common_constants: RecipeConstants  # the same of the common head
@@ -61,7 +61,7 @@ class Plan:
     missing: Mapping[str, Target]  # those of the targets that do not exist yet
     members: Mapping[str, RecordTable]  # {cluster key: its records} of what is missing
     slices: Mapping[str, SliceRow]  # {digest: row} of the slices in the catalog
-    moved: Sequence[tuple[str, str]]
+    moved: Sequence[tuple[int, str]]
     pinned: frozenset[str]  # clusters that stay at the slice they are pinned to
     unpinned: tuple[str, ...]  # clusters whose pin ends
     requests: tuple[str, ...]
@@ -91,19 +91,20 @@ def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
     with run.catalog.snapshot():
         catalog, manifest, slices = run.catalog, run.catalog.manifest(), run.catalog.slices()
         clustering, unchanged = _clustering(run, manifest, ids)
+        edited = set(catalog.edited().values())  # accepted since this build began: the next one serves them
         state = LiveState(
             manifest=manifest,
             slices=slices,
             on_disk=frozenset(name for name in slices if is_there(run.layout.slice(name))),
             pins=catalog.pins(),
-            tainted=tainted(run, catalog.erased() | catalog.rows(ids)),
+            tainted=tainted(run, catalog.erased() | {row: name for name, row in catalog.rows(ids).items()}),
             clustering=clustering,
             clustering_unchanged=unchanged,
             private=catalog.live("train").without(ids) if run.config.common.method != "none" else None,
             constants=run.recipe_constants,
             common_constants=run.common_constants,
             checkpoints=run.config.checkpoints,
-            requests=tuple(request.id for request in requests.listed(catalog, only_open=True)),
+            requests=tuple(r.id for r in requests.listed(catalog, only_open=True) if r.id not in edited),
         )
         same_recipes = manifest is not None and manifest.recipe_constants_digest == constants_digest(state.constants)
         if manifest is not None and unchanged and same_recipes:
@@ -157,8 +158,8 @@ def _with_all_clusters(run: Run, state: LiveState, leaving: frozenset[str]) -> L
     bounds = np.searchsorted(assignment[order], np.arange(len(keys) + 1))
     rows = {key: order[bounds[k] : bounds[k + 1]] for k, key in enumerate(keys)}
     members = {key: records.take(rows[key]) for key in keys if len(rows[key])}
-    assigned = zip(records.ids, (keys[k] for k in assignment), records.clusters, strict=True)
-    moved = [(name, key) for name, key, published in assigned if key != published]
+    assigned = zip(records.rows.tolist(), (keys[k] for k in assignment), records.clusters, strict=True)
+    moved = [(row, key) for row, key, published in assigned if key != published]
     return dataclasses.replace(state, members=members, moved=moved)
 
 
@@ -177,7 +178,7 @@ def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leavi
         if len(records):
             members[key] = records
     untouched = {key: size for key, size in catalog.sizes().items() if key not in touched | {""}}
-    moved = list(zip(new.ids, clusters_hit, strict=True))
+    moved = list(zip(new.rows.tolist(), clusters_hit, strict=True))
     return dataclasses.replace(state, members=members, untouched=untouched, moved=moved)
 
 

@@ -1,6 +1,7 @@
 """Publication: one transaction makes a planned state the current one and says what it did for each request."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -78,11 +79,13 @@ def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) 
     """
     salted, members = run.catalog.salted, request.body["members"]
     old = before.entries if before else {}
-    sampled = before is not None and was_sampled(run.layout, before.clustering, run.catalog.erased([request.id]))
+    names = run.catalog.erased([request.id]).values()
+    sampled = before is not None and was_sampled(run.layout, before.clustering, names)
+    arrived = Counter(run.catalog.clusters_of(names).values())  # with their new versions, if they have any
     changes = []
     for key in sorted(set(old) | set(wanted.entries)):
         new = wanted.entries.get(key, "")
-        reached = len(request.body["records"]) if key == SliceKind.COMMON else members.get(key, 0)
+        reached = len(request.body["records"]) if key == SliceKind.COMMON else members.get(key, 0) or arrived[key]
         if old.get(key, "") == new or not (sampled or reached):
             continue
         changes.append(

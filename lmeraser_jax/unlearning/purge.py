@@ -36,7 +36,7 @@ def surviving(run: Run, served: Collection[str]) -> Survivors:
     newest_first = catalog.manifests()
     manifests = newest_first[:1]
     for manifest in newest_first[1:]:
-        if _slices(manifest) <= sound_slices and not was_sampled(run.layout, manifest.clustering, erased):
+        if _slices(manifest) <= sound_slices and not was_sampled(run.layout, manifest.clustering, erased.values()):
             manifests.append(manifest)
     return referenced(catalog, manifests)
 
@@ -67,7 +67,7 @@ def purge(run: Run) -> None:
     remove_others(run.layout.clusterings, survivors.clusterings)
     if erased:
         for file in _row_files(run):
-            file.overwrite(np.array(sorted(erased.values()), np.int64))
+            file.overwrite(np.array(sorted(erased), np.int64))
         run.layout.picture.unlink(missing_ok=True)
     with catalog.transaction():
         for version in dropped_versions(catalog, survivors):

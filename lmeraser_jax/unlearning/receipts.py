@@ -1,4 +1,4 @@
-"""Receipts: one JSON file for each erasure request, chained by their digests.
+"""Receipts: one JSON file for each request to erase or rectify, chained by their digests.
 
 A receipt names erased ids, and removed slices and clusterings, by salted hashes only; the salt stays in the catalog.
 receipt.schema.json describes every field; verify.py checks receipts against the workdir.
@@ -70,7 +70,7 @@ def receipt_body(request: Request) -> dict[str, Any]:
     return {
         "request": {
             "id": request.id,
-            **{name: body[name] for name in ("requester", "reason", "owners", "quarantine")},
+            **{name: body[name] for name in ("kind", "requester", "reason", "owners", "quarantine")},
             "states": [{"state": state, "at": iso_time(seconds)} for state, seconds in body["states"]],
         },
         "records": {name: body[name] for name in ("records", "erased_before", "shared")},

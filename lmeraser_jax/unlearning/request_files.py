@@ -1,4 +1,4 @@
-"""Files that name the records to erase: a list of ids, a CSV, JSON lines, or an image that a record was made from.
+"""Files of requests: the records to erase as a list of ids, a CSV, JSON lines or an image file; edits as JSON lines.
 
     ids.txt      one id a line, as it stands: there are no quotes and no comments
     ids.csv      a header with a column id, a column owner or both; comma, semicolon or tab; other columns are ignored;
@@ -14,7 +14,9 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.label_csv import as_text, read_header
@@ -58,8 +60,25 @@ def read(path: str) -> Named:
     return Named(ids, owners)
 
 
+def read_edits(path: str) -> list[tuple[str, dict[str, Any] | str]]:
+    """Where each line of a file of JSON lines stands, and its values or what is wrong with it. Raises as `read`."""
+    flag = f"--edits={path}"
+    lines = [(f"line {number}", values) for number, values in _parse_jsonl(_text(Path(path), flag))]
+    if not lines:
+        raise UserError(f"{flag} has no edit; nothing is rectified")
+    return lines
+
+
 def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> str:
     """The content hash that a record of a workdir has, or would have, whose source is an image file.
+
+    Raises as `pixels_of`.
+    """
+    return content_hash(pixels_of(catalog, path, f"--like={path}", most))
+
+
+def pixels_of(catalog: Catalog, path: str, name: str, most: int = Data().max_pixels) -> np.ndarray:
+    """The pixels uint8 [h, w, c] of a record of a workdir whose source is an image file; `name` is for messages.
 
     Where the records came from image files, it is brought to the stored size as they were; where they came as arrays,
     it must have their size. `most` is the number of pixels that a file may have (`data.max_pixels`).
@@ -69,21 +88,21 @@ def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> st
     """
     from lmeraser_jax.data.decode import decode, upright_size  # needs Pillow
 
-    flag, dataset = f"--like={path}", catalog.get("dataset")
-    _require_file(Path(path), flag)
+    dataset = catalog.get("dataset")
+    _require_file(Path(path), name)
     if dataset is None:
-        raise UserError(f"{flag}: the workdir has no records yet")
+        raise UserError(f"{name}: the workdir has no records yet")
     if is_text(dataset["shape"]):
-        raise UserError(f"{flag}: the workdir holds text; name records with --records, or an owner with --owner")
+        raise UserError(f"{name}: the workdir holds text; name records with --records, or an owner with --owner")
     height, width, channels = dataset["shape"]
     pixels = decode([Path(path)], height, width, channels, most)
     if pixels.unreadable:
-        raise UserError(f"{flag} cannot be read: {pixels.unreadable[0]}")
+        raise UserError(f"{name} cannot be read: {pixels.unreadable[0]}")
     size, source = upright_size(Path(path)), dataset["settings"]["source"]
     if source not in DECODED and size != (height, width):
         legal = f"{height} x {width} pixels, as the images of {source} are stored"
-        raise UserError(f"{flag} has {size[0]} x {size[1]} pixels; must have {legal}")
-    return content_hash(pixels.rows[0])
+        raise UserError(f"{name} has {size[0]} x {size[1]} pixels; must have {legal}")
+    return pixels.rows[0]
 
 
 def read_bytes(path: Path, name: str) -> bytes:

@@ -38,10 +38,11 @@ def make_workdir(folder, **overrides):
         items = [Item(name, "train", 0, f"owner-{name[:2]}") for name, _ in names] + [Item("t", "test", 0)]
         catalog.add_records(items, range(len(items)), [item.id for item in items])
         catalog.rank(config.seed)
+        moved = [(row, key) for row, (_, key) in enumerate(names)]
         for key in SIZES:
             catalog.add_slice(slice_row(key * 64, key), [])
         catalog.add_slice(slice_row("e" * 64, "a")._replace(fingerprint="another", seconds=1e6), [])
-        catalog.publish("tree", "cpu", "inputs", {key: key * 64 for key in SIZES}, names)
+        catalog.publish("tree", "cpu", "inputs", {key: key * 64 for key in SIZES}, moved)
     return layout
 
 

@@ -118,7 +118,7 @@ def test_each_way_of_asking_erases_the_named_record_alone(new_workdir, tmp_path,
         way = list(ways)[(i + i // len(ways)) % len(ways)]
         flags = ["--workdir", layout.root, "--defer", f"--request=r{i}", *ways[way](name)]
         assert call(capsys, "unlearn", *flags)[0] == 0, (way, name)
-        assert list(catalog.erased([f"r{i}"])) == [name], way
+        assert list(catalog.erased([f"r{i}"]).values()) == [name], way
     assert len(catalog.live("train")) == 0
     files = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")]
     assert not [path for path in files for name in names if len(name) > 4 and name in path], files

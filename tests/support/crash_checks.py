@@ -71,7 +71,7 @@ class Trial:
         with open_run(folder) as run:
             lines = purge.leftovers(run)
             lines += [f"open request {request.id}" for request in requests.listed(run.catalog, only_open=True)]
-            lines += [f"erased, not purged: {name}" for name in run.catalog.erased()]
+            lines += [f"erased, not purged: {name}" for name in run.catalog.erased().values()]
             lines += [f"quarantined: {key}" for key in run.catalog.quarantined()]
             lines += [line for verdict in verify_all(run.layout, run.catalog) for line in verdict.findings]
             if len(run.catalog.receipts()) != self.scenario.receipts:

@@ -12,6 +12,7 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.data import digits
 from lmeraser_jax.data.source import Contents, Item, Source
+from lmeraser_jax.unlearning.rectify import Change
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
 SMALL = {
@@ -65,6 +66,17 @@ def changed(source: Source, ids: set[str], label: Callable[[int], int]) -> Sourc
             images[i] = 255 - images[i]
             item = item._replace(label=label(item.label))
         items.append(item)
+    return with_items(source, items, images)
+
+
+def rectified(source: Source, changes: Sequence[Change]) -> Source:
+    """The source as if the records had been correct from the start."""
+    images, items = source.read(range(len(source.items))).rows.copy(), list(source.items)
+    place = {item.id: i for i, item in enumerate(items)}
+    for change in changes:
+        i = place[change.id]
+        images[i] = images[i] if change.image is None else change.image
+        items[i] = items[i] if change.label is None else items[i]._replace(label=change.label)
     return with_items(source, items, images)
 
 

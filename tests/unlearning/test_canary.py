@@ -88,7 +88,7 @@ def test_no_byte_remembers_an_erased_record(tmp_path, kind):
             rollback.rollback(run, key, snapshots[0])
         rows = run.catalog.rows([name])
         feature = run.features(run.catalog.at(rows.values())).tobytes()
-        slices = tainted(run, rows).by_member
+        slices = tainted(run, {row: name for row in rows.values()}).by_member
         assert split_reference(run.catalog.manifest().entries[key])[0] in slices
         parameters = stretches(run, slices)
         needles = [*spellings(name), *spellings(OWNER), pixels, feature, *parameters]

@@ -1,0 +1,76 @@
+"""lmeraser rectify: replace the content or the label of records, and re-tune only the clusters that they touch.
+
+  lmeraser rectify --workdir=DIR --edits=FILE.jsonl
+                   [--dry_run] [--defer] [--quarantine] [--request=ID] [--requester=WHO] [--reason=WHY]
+
+A line of FILE is {"id": "...", "image": "FILE", "label": "CLASS"}, or, of texts, {"id": "...", "query": "...",
+"response": "..."}; what a line does not name stays as it is. Image files lie relative to the folder of FILE.
+
+The record keeps its id and its owner. The state is then the one that training with the corrected record gives, bit for
+bit, and the old version is purged as after an erasure. The command accepts the request at once and for good, even while
+another process writes; then it serves the request, or with --defer the next lmeraser process does. If an edit cannot
+be used, because its id is unknown, erased or part of a request that waits, nothing is rectified. An edit that changes
+nothing is left out; if no edit changes anything, no request is made. Later imports do not bring the old version back.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lmeraser_jax.cli import common
+from lmeraser_jax.cli.unlearn import REQUEST, details, estimate_text, refuse_settings, serve_or_show
+from lmeraser_jax.config.paths import absolute
+from lmeraser_jax.errors import UserError
+from lmeraser_jax.progress import warn
+from lmeraser_jax.unlearning import rectify, request_files
+from lmeraser_jax.unlearning.rectify import Change
+
+if TYPE_CHECKING:
+    from lmeraser_jax.data.text import Encoder
+
+STRAY = "edits are given as --edits=FILE.jsonl"
+UNCHANGED = "nothing to rectify: the records are as the edits say; no request was made"
+FLAGS = (
+    common.Flag("edits", absolute, "file of JSON lines: an id in each, and what is new of its record"),
+    *REQUEST,
+)
+
+
+def run(arguments: common.Arguments) -> int:
+    refuse_settings(arguments)
+    workdir, path = common.workdir_of(arguments), arguments["edits"]
+    if not path:
+        raise UserError("--edits=FILE.jsonl is missing: the ids, and what is new of their records")
+    with common.catalog_of(workdir) as (layout, catalog), _encoder(arguments) as encoder:
+        lines = request_files.read_edits(path)
+        changes = rectify.changes_of(catalog, lines, Path(path).parent, common.config_of(arguments).data.max_pixels)
+        if not arguments["defer"]:
+            common.require_device()
+        if arguments["dry_run"]:
+            return _estimate(arguments, changes)
+        request = rectify.accept(layout, catalog, changes, encoder, **details(arguments))
+        if count := rectify.unchanged(changes, request):
+            warn(f"{count} edits change nothing and are left out")
+        if request is not None:
+            return serve_or_show(arguments, layout, catalog, request)
+    common.show(arguments, UNCHANGED, {"request": None, "outcome": None, "receipt": ""})
+    return 0
+
+
+@contextlib.contextmanager
+def _encoder(arguments: common.Arguments) -> Iterator["Encoder | None"]:
+    """What makes rows of texts; None where the records are images."""
+    if not common.config_of(arguments).is_text:
+        yield None
+        return
+    with common.opened(arguments) as run_:
+        yield run_.encoder
+
+
+def _estimate(arguments: common.Arguments, changes: Sequence[Change]) -> int:
+    with common.opened(arguments, write=True) as run_:
+        estimate = rectify.estimate(run_, changes, run_.encoder if run_.config.is_text else None)
+    common.show(arguments, estimate_text(estimate, "rectify"), dataclasses.asdict(estimate))
+    return 0
