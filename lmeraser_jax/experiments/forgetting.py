@@ -99,7 +99,7 @@ class Forgetting:
     forget_quality: float | None = None  # TOFU's
     preference: float | None = None  # share of corrected records whose right response is likelier than the wrong one
     seconds: float = 0.0  # of the computation, without compilation
-    processor: float = 0.0  # seconds of all threads together, likewise
+    processor: float | None = None  # seconds of all threads together, likewise; None: measured in another row
     passes: float = 0.0
     share: float = 0.0  # of the passes of a full tuning
     share_record: float | None = None  # exact: expected share for one record, drawn uniformly

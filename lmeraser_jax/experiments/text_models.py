@@ -47,7 +47,7 @@ class Cost(NamedTuple):
     """What a model took."""
 
     seconds: float
-    processor: float
+    processor: float | None
     passes: float
     residual: float | None = None
 
@@ -123,10 +123,10 @@ def tuned(lab: Laboratory, edit: str, role: str) -> Tuned:
         return Tuned(load_slice(run, ref).backbone, Cost(row.seconds, processor, row.images / lab.n))
 
 
-def build_timed(run: Run) -> float:
-    """Tunes what is missing; returns processor seconds, 0 if nothing was. A job of one step compiles the program."""
+def build_timed(run: Run) -> float | None:
+    """Tunes what is missing; returns processor seconds, None if nothing was. A job of one step compiles the program."""
     if run.catalog.manifest() is not None:
-        return 0.0
+        return None
     labels, job = np.zeros(len(run.images), np.int32), Job("compile", np.zeros(1, np.int32), 1, run.config.tuning.batch)
     collections.deque(tune.make_slices(run.tuning_spec, run.backbone, [job], run.images, labels, run.mesh), 0)
     start = time.process_time()

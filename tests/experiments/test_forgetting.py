@@ -28,7 +28,8 @@ def config(tmp_path_factory):
         line["paraphrased_answer"] = " ".join(reversed(words))
         line["perturbed_answer"] = [" ".join([WORDS[i], *words[1:]]) for i in (30, 31)]
     (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return text_config(folder, tuning__epochs=12, tuning__min_steps=0, tuning__lora_rate=0.05)
+    changes = {"tuning__epochs": 12, "tuning__min_steps": 0, "tuning__lora_rate": 0.05, "clustering__sample_size": 6}
+    return text_config(folder, **changes)
 
 
 @pytest.fixture(scope="module")
