@@ -107,5 +107,5 @@ def test_a_comparison_measures_every_method_once(config, tmp_path, monkeypatch):
     assert by_task["query", "retrain"].loss_edited == removal["before"].loss_edited, "one model"
     monkeypatch.setattr(forgetting, "_compare_seed", None)  # must not be called again
     assert forgetting.compare(comparison, SOURCE)[0] == rows
-    with pytest.raises(UserError, match="compares with other settings.*owners: 3 -> 2"):
+    with pytest.raises(UserError, match=r"compares with other settings[\s\S]*--owners: 3 -> 2"):
         forgetting.compare(dataclasses.replace(comparison, options=DrawOptions(2, 3, 1)), SOURCE)
