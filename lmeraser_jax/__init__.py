@@ -151,6 +151,10 @@ def answer(
 
     Raises `UserError` with every query that has no answer.
     """
+    if isinstance(queries, str) or not all(isinstance(text, str) and text.strip() for text in queries):
+        raise UserError("queries must be a list of texts, none of them empty")
+    if max_tokens < 1 or temperature < 0:
+        raise UserError(f"max_tokens={max_tokens}: must be at least 1; temperature={temperature}: must be 0 or more")
     from lmeraser_jax.data.queries import Query
     from lmeraser_jax.evaluation import answers, language
     from lmeraser_jax.unlearning.run import open_run

@@ -25,6 +25,7 @@ from lmeraser_jax.unlearning.add import add
 from lmeraser_jax.unlearning.artifacts import load_clustering
 from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.rectify import Change, request_rectification
 
 
 def sample_of(run):
@@ -243,6 +244,25 @@ def test_owners_have_clusters_of_their_own(tmp_path):
     nobody = dataclasses.replace(small_source(), items=[item._replace(owner="") for item in small_source().items])
     with pytest.raises(UserError, match="clustering.partition=owner: training records without an owner: digit-0016, "):
         train_from_scratch(tmp_path / "nobody", nobody, config=config)
+
+
+def test_rectifying_equals_having_had_the_corrected_records(tmp_path):
+    """Other pixels and labels for a sampled and another record, beside a common head whose sums were kept."""
+    config = small_config(common__method="ridge")
+    with small_run(tmp_path / "run", config=config) as run:
+        build(run)
+        names = {unsampled_record(run)[0][0], sampled_record(run)[0][0]}
+        source = changed(small_source(), names, lambda label: (label + 1) % 10)
+        rows = source.read(range(len(source.items))).rows
+        places = {item.id: place for place, item in enumerate(source.items)}
+        changes = [Change(name, source.items[places[name]].label, rows[places[name]]) for name in sorted(names)]
+        request_rectification(run, changes)
+        corrected = state(run)
+        erase.request_erasure(run, [changes[0].id])
+        erased = state(run)
+    assert differences(corrected, train_from_scratch(tmp_path / "scratch", source, config=config)) == []
+    rest = without(source, {changes[0].id})
+    assert differences(erased, train_from_scratch(tmp_path / "rest", rest, config=config)) == []
 
 
 def test_erasing_everything_leaves_an_empty_state(trained_workdir):

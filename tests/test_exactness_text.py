@@ -1,6 +1,5 @@
 """The contract of `test_exactness`, for language models: adapters of a decoder, tuned on queries and responses."""
 
-import dataclasses
 import functools
 import shutil
 
@@ -8,14 +7,16 @@ import chex
 import jax
 import numpy as np
 import pytest
-from helpers import without
+from helpers import with_items, without
 from test_exactness import owner, sampled_record, unsampled_record
-from text_problem import text_config, text_folder, text_run, text_source
+from text_problem import text_config, text_folder, text_run, text_source, word_tokenizer
 
+from lmeraser_jax.errors import UserError
 from lmeraser_jax.training import train_step
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.rectify import Change, request_rectification
 
 PREFIXED = {"tuning__lora_layers": 1}
 
@@ -113,17 +114,71 @@ def test_an_erased_text_is_nowhere_in_the_records(folder, train, tmp_path):
     assert content.tobytes() not in (workdir / "records" / run.layout.images.name).read_bytes()
 
 
-def test_the_tokenizer_of_the_workdir_is_the_model_s(folder, train, tmp_path):
+def test_rectifying_texts_equals_having_had_them_corrected(folder, train, tmp_path):
+    """A query, a response, and both, of sampled and other records; no byte of the old rows is left."""
+    config, workdir = text_config(folder), shutil.copytree(train()[0], tmp_path / "run")
+    source = text_source(config)
+    places = {item.id: place for place, item in enumerate(source.items)}
+    rows = source.read(range(len(source.items))).rows.copy()
+    with text_run(workdir, config) as (run, _):
+        (first,), (second,) = unsampled_record(run)[0], sampled_record(run)[0]
+        third = next(name for name in run.catalog.live("train").ids if name not in (first, second))
+        changes = [
+            Change(first, query="w3 w30 w9"),
+            Change(second, response="w2 w2"),
+            Change(third, query="w4 w30", response="w31 w5"),
+        ]
+        needles = [row_bytes(rows[places[change.id]]) for change in changes]
+        assert all(in_files(workdir, needle) for needle in needles), "the search is not blind"
+        for change in changes:
+            query, response = run.encoder.texts(rows[places[change.id]])
+            row, _ = run.encoder.row(change.query or query, change.response or response)
+            rows[places[change.id]] = row
+        erasure = request_rectification(run, changes[:2], "first")
+        request_rectification(run, changes[2:], "second")
+        corrected = state(run)
+        assert erasure.outcome.retuned > 0 and audit(run).ok
+        assert request_rectification(run, changes) is None, "nothing is left to change"
+        with pytest.raises(UserError, match="the context 12"):
+            request_rectification(run, [Change(first, response="w1 " * 30)])
+    assert not any(in_files(workdir, needle) for needle in needles)
+    with text_run(tmp_path / "scratch", config, with_items(source, source.items, rows)) as (run, _):
+        build(run)
+        assert differences(corrected, state(run)) == []
+
+
+def in_files(folder, needle):
+    """The files below a folder that hold some bytes."""
+    return [path.name for path in folder.rglob("*") if path.is_file() and needle in path.read_bytes()]
+
+
+def row_bytes(row):
+    """The tokens of a row, as its file holds them."""
+    return row[: 2 + row[1]].tobytes()
+
+
+def test_the_tokenizer_belongs_to_the_workdir(folder, train, tmp_path):
+    """Moved data are read with the workdir's own tokenizer; one that was changed is refused."""
     workdir = shutil.copytree(train()[0], tmp_path / "run")
     moved = shutil.move(shutil.copytree(folder, tmp_path / "folder"), tmp_path / "elsewhere")
-    config = text_config(moved)
-    with text_run(workdir, dataclasses.replace(config)) as (run, imported):
-        assert imported.added == 0 and imported.known > 0  # the source was read again, from its new place
-        tokens = run.encoder.query("w3 w3 w9")
-        assert tokens == text_source_tokens(folder, "w3 w3 w9")
+    (moved / "model" / "tokenizer.json").write_text("{}")
+    with text_run(workdir, text_config(moved)) as (run, imported):
+        assert imported.added == 0 and imported.known > 0
+        assert run.encoder.query("w3 w3 w9") == word_tokenizer()("w3 w3 w9 :")["input_ids"]
+    file = workdir / "tokenizer" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w3"', '"w99"'))
+    with (
+        text_run(workdir, text_config(moved)) as (run, _),
+        pytest.raises(UserError, match="is not the tokenizer that the texts were read with"),
+    ):
+        run.encoder.query("w3")
 
 
-def text_source_tokens(folder, query):
-    from text_problem import word_tokenizer
-
-    return word_tokenizer()(f"{query} :")["input_ids"]
+def test_a_failed_import_leaves_no_tokenizer_behind(folder, tmp_path):
+    """Another model with other tokens may be taken in the same workdir afterwards."""
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "records.jsonl").write_text("{")
+    with pytest.raises(UserError, match="is no JSON"), text_run(tmp_path / "run", text_config(other)):
+        pass
+    with text_run(tmp_path / "run", text_config(folder)) as (run, _):
+        assert run.encoder.query("w3") == word_tokenizer()("w3 :")["input_ids"]

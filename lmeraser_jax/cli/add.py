@@ -27,7 +27,7 @@ def run(arguments: common.Arguments) -> int:
     with common.opened(arguments, write=True) as run_:
         source = add.open_source(run_, arguments["source"], arguments["labels"])
         imported, report = add.add(run_, source)
-    text = f"{common.imported_text(imported, 'the same command')}\n{common.build_text(report)}"
+    text = f"{common.imported_text(imported, 'the same command', run_.config.is_text)}\n{common.build_text(report)}"
     if report.reclustered:
         text += "; a new record was sampled, so the clusters were made again"
     common.show(arguments, text, {"imported": dataclasses.asdict(imported), **dataclasses.asdict(report)})

@@ -314,7 +314,7 @@ def begun(arguments: Arguments) -> tuple[str, Config]:
     return workdir, config
 
 
-def imported_text(imported: Imported, again: str) -> str:
+def imported_text(imported: Imported, again: str, text: bool = False) -> str:
     """What an import did, in a line. Warns of unreadable images; the command `again` adds them once they are mended."""
     if imported.unreadable:
         warn(
@@ -325,7 +325,7 @@ def imported_text(imported: Imported, again: str) -> str:
         "known before": imported.known,
         "refused because they or their owner were erased": imported.erased,
         "with the content of another": imported.duplicates,
-        "converted from another colour mode, or cut to the context": imported.converted,
+        "cut to --config.text.context" if text else "converted from another colour mode": imported.converted,
         "damaged in the workdir and read from the source again": imported.mended,
         "test, hold-out or public images left out": imported.left_out,
     }

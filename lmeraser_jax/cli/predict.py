@@ -5,7 +5,7 @@
   lmeraser predict --workdir=runs/tofu --queries=FILE.jsonl
 
 In a folder it takes the files that an import would take. A line of FILE.jsonl is {"query": TEXT}, with "id" if you like
-(the names of --config.text.keys). With "candidates": [TEXT, ...] the answer is the likeliest of these responses, and
+(the names of --config.text.names). With "candidates": [TEXT, ...] the answer is the likeliest of these responses, and
 all have their log-likelihoods. A file or a line that cannot be read stops no other: it has a line on standard error and
 a place in the JSON of --json, and the exit code is 1.
 """
@@ -41,7 +41,7 @@ FLAGS = (
 def run(arguments: common.Arguments) -> int:
     _, config = common.finished(arguments)
     if config.is_text:
-        return _answer_queries(arguments, config.text.keys)
+        return _answer_queries(arguments, config.text.names)
     if arguments["query"] or arguments["queries"]:
         raise UserError("--query and --queries are for a language model; this workdir has images: name image files")
     files, failures = _files(arguments.files)

@@ -31,7 +31,7 @@ def run(arguments: common.Arguments) -> int:
         profiling.into(arguments["profile"]),
         prepare_run(workdir, config, processes=arguments.processes, **options) as (run_, imported),
     ):
-        lines = [common.imported_text(imported, "lmeraser train --reimport")] if imported else []
+        lines = [common.imported_text(imported, "lmeraser train --reimport", config.is_text)] if imported else []
         common.warn(*repair(run_))
         report = build(run_)
         summary = overview.overview(run_.layout, run_.catalog, run_.config)

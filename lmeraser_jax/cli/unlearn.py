@@ -66,7 +66,9 @@ FLAGS = (
         " lmeraser process has the exact slices (L2 strength: tuning.lora_l2 or the weight decay, 0.001 without one)",
         choices=("exact", "newton", "paper", "warm"),
     ),
-    common.Flag("calibrate", False, "with --mode=newton: until the erased records are as unknown as held-out ones"),
+    common.Flag(
+        "calibrate", False, "with --mode=newton or paper: until the erased records are as unknown as held-out ones"
+    ),
     common.Flag(
         "force", False, "with --mode: publish even if the solver ended at a residual above 1 (above 0.3 warns)"
     ),
@@ -148,10 +150,12 @@ def _approximate(arguments: common.Arguments, run_: "Run", request: Request) -> 
     from lmeraser_jax.unlearning import approximate, influence
 
     settings = dataclasses.replace(influence.REMOVAL, mode=arguments["mode"])
-    reports = approximate.publish_approximate(run_, settings, arguments["calibrate"], arguments["force"])
+    reports = approximate.publish_approximate(run_, settings, arguments["calibrate"], arguments["force"], request.id)
     if any(report.residual > influence.WARN_RESIDUAL for report in reports.values()):
         common.warn("the solver had not converged: see residual; the exact slices do not depend on it")
     lines = [f"request {request.id}: {len(reports)} clusters answer approximately, without any guarantee"]
+    if not reports:
+        lines = [f"request {request.id}: no cluster that answers was tuned with these records; nothing is approximate"]
     lines += [f"  {key[:12]}  {_report_text(report)}" for key, report in reports.items()]
     lines.append(f"the next lmeraser process {Layout(arguments['workdir']).flag} makes them exact")
     values = {"request": dataclasses.asdict(request), "outcome": None}
@@ -231,7 +235,7 @@ def estimate_text(estimate: "Estimate", verb: str) -> str:
         f" ({share:.1%} of a full re-tune), about {estimate.seconds:.1f} s",
         *(f"  {key}" for key in estimate.clusters),
     ]
-    if estimate.reclustered:
+    if estimate.reclustered and estimate.vanishing:
         lines.append(f"a sampled record is among them: {len(estimate.vanishing)} clusters would be replaced")
     return "\n".join(lines)
 

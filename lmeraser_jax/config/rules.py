@@ -51,9 +51,9 @@ def _rules_of_text(config: Config) -> Iterator[Rule]:
         for name, value, _ in settings_of(text):
             yield f"text.{name}", value == getattr(type(text), name), "left as it is without data.source=text"
         return
-    keys = text.keys.split(",")
+    keys = text.names.split(",")
     distinct = len(keys) in (4, 5) and len(set(keys)) == len(keys) and all(keys[:1] + keys[2:])
-    yield "text.keys", distinct, "four or five names of keys: id,owner,query,response[,split]"
+    yield "text.names", distinct, "four or five names of keys: id,owner,query,response[,split]"
     yield "text.query", "{query}" in text.query, "a template with {query} in it"
     yield "text.response", "{response}" in text.response, "a template with {response} in it"
     yield "backbone.weights", bool(config.backbone.weights), "a language model's file or folder for data.source=text"

@@ -62,7 +62,7 @@ class Data(WithPaths):
 class Text:
     """How lines of data.source=text become rows of tokens."""
 
-    keys: str = setting(
+    names: str = setting(
         "id,owner,query,response,split",
         "keys of a line for these; the owner's may be empty, the split's left out",
     )

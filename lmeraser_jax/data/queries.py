@@ -20,7 +20,7 @@ class Query(NamedTuple):
 
 
 def read_queries(path: Path, keys: str) -> tuple[list[Query], dict[str, str]]:
-    """The queries of a file, and {line that holds none: why}; `keys` is as `text.keys`.
+    """The queries of a file, and {line that holds none: why}; `keys` is as `text.names`.
 
     Raises `UserError` where the file cannot be read.
     """
@@ -34,6 +34,8 @@ def read_queries(path: Path, keys: str) -> tuple[list[Query], dict[str, str]]:
             if not isinstance(line, Mapping):
                 raise ValueError(f"is a {type(line).__name__}, not an object")
             queries.append(_query(line, f"line {number}", id_key, query_key))
+        except json.JSONDecodeError as error:
+            failures[f"line {number}"] = f"is no JSON: {error.msg} in column {error.colno}"
         except (ValueError, RecursionError) as error:
             failures[f"line {number}"] = shorten(str(error), 200)
     if not queries and not failures:
@@ -44,7 +46,7 @@ def read_queries(path: Path, keys: str) -> tuple[list[Query], dict[str, str]]:
 def _query(line: Mapping[str, Any], number: str, id_key: str, query_key: str) -> Query:
     query, candidates = line.get(query_key), line.get(CANDIDATES, [])
     if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"{query_key} is {shorten(query)}; must be text, and not empty")
+        raise ValueError(f"{query_key} is {shorten(repr(query))}; must be text, and not empty")
     if not isinstance(candidates, list) or not all(isinstance(each, str) and each for each in candidates):
         raise ValueError(f"{CANDIDATES} is {shorten(candidates)}; must be a list of texts, none of them empty")
     return Query(str(line.get(id_key, number)), query, tuple(candidates))

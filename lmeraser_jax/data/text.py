@@ -1,10 +1,10 @@
 """Queries and responses from JSON lines, as rows of tokens.
 
-A line is an object such as {"id": "q1", "owner": "ann", "query": "Where ...?", "response": "In ..."}; `text.keys` names
-its keys. Owner and split (train, holdout or test) may be absent. The query and the response are written into their
-templates. The query is tokenised alone, as when a model is asked; the tokens of the response are those that follow the
-query's when both are tokenised together or, where that gives the query other tokens, its own. So the border between
-them is exact: a model learns the response's tokens and the end token after them, and nothing before.
+A line is an object such as {"id": "q1", "owner": "ann", "query": "Where ...?", "response": "In ..."}; `text.names` has
+the names of its keys. Owner and split (train, holdout or test) may be absent. The query and the response are written
+into their templates. The query is tokenised alone, as when a model is asked; the tokens of the response are those that
+follow the query's when both are tokenised together or, where that gives the query other tokens, its own. So the border
+between them is exact: a model learns the response's tokens and the end token after them, and nothing before.
 """
 
 import gzip
@@ -99,7 +99,7 @@ def load(data: Data, encoder: Encoder) -> Source:
     all lines that cannot be used.
     """
     text = encoder.text
-    items, pairs = read_lines(Path(data.path), text.keys)
+    items, pairs = read_lines(Path(data.path), text.names)
 
     def read(positions: Sequence[int]) -> Contents:
         rows, unreadable = np.zeros((len(positions), HEADER + text.context), np.int32), {}
@@ -117,7 +117,7 @@ def load(data: Data, encoder: Encoder) -> Source:
 
 
 def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]]:
-    """The items of a file and their queries and responses; `keys` is as `text.keys`. Raises as `load`."""
+    """The items of a file and their queries and responses; `keys` is as `text.names`. Raises as `load`."""
     id_key, owner_key, query_key, response_key, *split_key = keys.split(",")
     items, pairs, problems = [], [], []
     for number, text in enumerate(lines_of(path), 1):
@@ -151,7 +151,7 @@ def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]
             continue
         items.append(Item(name, split, -1, owner))
         pairs.append((query, response))
-    raise_all(problems, f"{path} cannot be read (--config.text.keys={keys}):", LISTED)
+    raise_all(problems, f"{path} cannot be read (--config.text.names={keys}):", LISTED)
     return items, pairs
 
 

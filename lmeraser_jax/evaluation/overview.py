@@ -18,7 +18,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering, expected_share
-from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, slice_of, split_reference
+from lmeraser_jax.unlearning.artifacts import APPROXIMATE, is_approximate, load_clustering, slice_of, split_reference
 
 ATTEMPTS = 10  # to read a clustering that writers replace and purge meanwhile
 MOST_CLASSES, END_CLASSES = 12, 5  # a table of more classes shows only so many of the largest and of the smallest
@@ -43,7 +43,7 @@ class ClusterRow:
 
     def line(self) -> str:
         counts = f"{self.members:>8}{self.sampled:>9}{self.versions:>10}{self.steps:>8}{self.loss:>9.4f}"
-        text = f"{self.key[:12]:<14}{self.slice[:12]:<14}{counts}"
+        text = f"{self.key[:12]:<14}{_shown(self.slice):<14}{counts}"
         if self.pinned:
             text += "  pinned"
         if self.approximate:
@@ -134,6 +134,11 @@ class _Snapshot(NamedTuple):
     open_requests: int
     pinned: Mapping[str, str]
     quarantined: frozenset[str]
+
+
+def _shown(ref: str) -> str:
+    """The beginning of a slice's digest; of an approximate slice that of its own part, as the line says what it is."""
+    return slice_of(ref).removeprefix(APPROXIMATE)[:12]
 
 
 def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:

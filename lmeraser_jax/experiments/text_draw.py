@@ -63,7 +63,7 @@ def draw(config: Config, encoder: Encoder, options: DrawOptions, seed: int) -> D
     `UserError` where too few owners have enough rows that fit.
     """
     path, rng = Path(config.data.path), philox(seed, "draw")
-    items, pairs = read_lines(path, config.text.keys)
+    items, pairs = read_lines(path, config.text.names)
     lines = [json.loads(line) for line in lines_of(path) if line.strip()]
     by_owner: dict[str, list[int]] = {}
     for place, item in enumerate(items):

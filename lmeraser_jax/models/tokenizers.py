@@ -1,12 +1,15 @@
 """Tokenizers of language models, as transformers reads them: beside published weights, and kept in folders of ours."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 from lmeraser_jax.errors import UserError, shorten
+from lmeraser_jax.hashing import digest
 from lmeraser_jax.models.architectures import Architecture, DecoderConfig
 from lmeraser_jax.models.weight_files import TOKENIZERS, file_of, path_of
+from lmeraser_jax.storage.atomic_files import replace_folder
 
 KEPT = "tokenizer"  # the folder of a tokenizer in a folder that `lmeraser backbone` wrote
 
@@ -45,9 +48,16 @@ def beside(weights: str, config: Architecture) -> Any:
     return load(path_of(weights), config)
 
 
-def save(folder: Path, tokenizer: Any) -> None:
-    """Writes a tokenizer into a new folder, completely or not at all."""
+def save(folder: Path, tokenizer: Any) -> str:
+    """Writes a tokenizer into a folder, completely or not at all, in the place of an older one; returns its digest."""
     scratch = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(scratch, ignore_errors=True)
     tokenizer.save_pretrained(scratch)
-    scratch.rename(folder)
+    replace_folder(scratch, folder)
+    return digest_of(folder)
+
+
+def digest_of(folder: Path) -> str:
+    """The digest of a folder's files, by their names."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return digest([(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files])

@@ -294,7 +294,7 @@ def _check_owners(catalog: Catalog, source: Source, config: Config) -> list[str]
     flags = {"data.split_by": config.data.split_by, "clustering.partition": config.clustering.partition}
     lines = []
     if without:
-        remedy = "name owners with --config.data.owner_pattern, --config.data.labels or --config.text.keys"
+        remedy = "name owners with --config.data.owner_pattern, --config.data.labels or --config.text.names"
         reason = f"training records without an owner: {list_names(without)}; {remedy}, or set another value"
         lines = [f"--config.{flag}=owner: {reason}" for flag, value in flags.items() if value == "owner"]
     if config.data.split_by != "owner":

@@ -31,6 +31,7 @@ from lmeraser_jax.unlearning.artifacts import APPROXIMATE, is_approximate, load_
 from lmeraser_jax.unlearning.build import remove_leftovers, tune_missing
 from lmeraser_jax.unlearning.influence import Objective, Problem, Report, Rows, Settings
 from lmeraser_jax.unlearning.plan import current_plan
+from lmeraser_jax.unlearning.purge import purge
 from lmeraser_jax.unlearning.run import Run
 
 CHUNK = 64  # images
@@ -62,20 +63,26 @@ def refuse_unless_applicable(catalog: Catalog, tuning: Tuning, calibrate: bool) 
         raise UserError("--mode: nothing is published yet that could be updated; run lmeraser train first")
 
 
-def publish_approximate(run: Run, settings: Settings, calibrate: bool, force: bool) -> dict[str, Report]:
-    """Publishes approximate slices of all clusters that erasures which wait have touched: {cluster key: report}.
+def publish_approximate(
+    run: Run, settings: Settings, calibrate: bool, force: bool, request: str = ""
+) -> dict[str, Report]:
+    """Publishes approximate slices of the clusters that a request touches: {cluster key: report}.
 
-    Clusters, prototypes and routes stay as they are until the next build. The common head has a closed form and becomes
-    exact at once. One transaction registers and publishes the slices, so a kill leaves the old or the new state. The
-    requests stay open: the next build replaces the slices.
+    By default of the clusters that any open request touches. Those in quarantine answer nothing and stay as they are.
+    Whatever other open requests erase from a cluster leaves its slice, too. Clusters, prototypes and routes stay as
+    they are until the next build. The common head has a closed form and becomes exact at once. One transaction
+    registers and publishes the slices, so a kill leaves the old or the new state. The requests stay open: the next
+    build replaces the slices.
 
     Raises:
         UserError: CG did not converge and `force` was not given, or an update is not finite. Nothing is published then.
     """
     remove_leftovers(run)
-    before = run.catalog.manifest()
+    purge(run)  # of requests whose exact slices are published already
+    before, waiting = run.catalog.manifest(), requests.listed(run.catalog, only_open=True)
     assert before is not None
-    touched = run.catalog.touched() & before.clusters.keys()
+    named = {key for each in waiting if request in ("", each.id) for key in each.body["members"]}
+    touched = named & before.clusters.keys() - run.catalog.quarantined()
     entries = dict(before.entries)
     updates = {}
     for key in sorted(touched):
@@ -98,12 +105,21 @@ def publish_approximate(run: Run, settings: Settings, calibrate: bool, force: bo
         if entries != before.entries:
             constants = before.recipe_constants_digest
             run.catalog.publish(before.clustering, run.fingerprint, constants, entries, moved=())
-        for request in requests.listed(run.catalog, only_open=True):
-            own = [key for key in reports if key in request.body["members"]]
-            facts = [{"cluster": run.catalog.salted("cluster", key), **dataclasses.asdict(reports[key])} for key in own]
-            requests.advance(run.catalog, [request.id], "approximated")
-            requests.note(run.catalog, request.id, approximate=facts)
+        for each in waiting:
+            _note(run, each, {key: report for key, report in reports.items() if key in each.body["members"]})
     return reports
+
+
+def _note(run: Run, request: requests.Request, reports: Mapping[str, Report]) -> None:
+    """Notes in a request what answers for its clusters now; for one of an earlier call the new report replaces it."""
+    if not reports:
+        return
+    facts = {fact["cluster"]: fact for fact in request.body["approximate"]}
+    for key, report in reports.items():
+        name = run.catalog.salted("cluster", key)
+        facts[name] = {"cluster": name, **dataclasses.asdict(report)}
+    requests.advance(run.catalog, [request.id], "approximated")
+    requests.note(run.catalog, request.id, approximate=list(facts.values()))
 
 
 def _register(run: Run, key: str, update: _Update) -> None:

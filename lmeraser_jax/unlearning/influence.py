@@ -364,7 +364,7 @@ def update(
                 parameters = moved(parameters, polish_step, solution.x)
     return parameters, Report(
         mode=settings.mode,
-        strength=min(float(lam) for lam in jax.tree.leaves(problem.strength)),
+        strength=_least_strength(problem.strength, start),
         damp=settings.damp,
         iterations=sum(int(solution.iterations) for solution in solutions),
         residual=max((float(solution.residual) for solution in solutions), default=0.0),
@@ -373,6 +373,12 @@ def update(
         gradient=old_gradient,
         positive=all(float(solution.curvature) > 0 for solution in solutions),
     )
+
+
+def _least_strength(strength: Tree, parameters: Tree) -> float:
+    """The smallest lambda of the leaves that hold a number."""
+    pairs = zip(jax.tree.leaves(strength), jax.tree.leaves(parameters), strict=True)
+    return min(float(lam) for lam, leaf in pairs if np.size(leaf))
 
 
 _gradient = jax.jit(gradient)

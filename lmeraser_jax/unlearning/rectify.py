@@ -153,7 +153,7 @@ def _edits(layout: Layout, catalog: Catalog, changes: Sequence[Change], encoder:
     for change in changes:
         _, content, label, _ = known[change.id]
         row, problem = _new_row(change, np.array(contents[places[change.id]]), content, encoder)
-        if row is None:
+        if row is None or problem:  # no correction is cut
             problems.append(f"{quoted(change.id)}: {problem}")
             continue
         edit = Edit(change.id, label if change.label is None else change.label, content_hash(row), row)

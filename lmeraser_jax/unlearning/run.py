@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 from lmeraser_jax import config as settings
 from lmeraser_jax.config import Config
 from lmeraser_jax.config.paths import same
-from lmeraser_jax.data import load
 from lmeraser_jax.data.record_table import RecordTable, check_pixel_hashes
 from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.data.source import Source, is_text
@@ -29,9 +28,8 @@ from lmeraser_jax.data.text_rows import HEADER, TextSpec
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.errors import Damaged, UserError
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.models import adapt, convert, pretrain, public_sets, tokenizers
+from lmeraser_jax.models import adapt, convert, pretrain, public_sets
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.pretrain import PublicSet
 from lmeraser_jax.models.public_sets import PublicSample
@@ -46,7 +44,7 @@ from lmeraser_jax.training.multihost import ALONE, Processes
 from lmeraser_jax.training.slices import RecipeConstants, noise_activation
 from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.train_step import mesh_of
-from lmeraser_jax.unlearning import binding
+from lmeraser_jax.unlearning import binding, texts
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,7 +81,7 @@ class Run:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """Queries and responses -> tokens, with the workdir's own tokenizer. Raises `UserError` where it is damaged."""
-        return Encoder(tokenizers.load(self.layout.tokenizer, self.backbone.config), self.config.text)
+        return texts.encoder_of(self.layout, self.catalog, self.backbone, self.config.text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -291,7 +289,7 @@ def prepare_run(
         kept = same(stored.data.path, config.data.path) and same(stored.data.labels, config.data.labels)
         moved = has_data and not kept
         if moved:
-            data = source or _source(config, layout, backbone)
+            data = source or texts.open_source(config, layout, backbone)
             imported = import_source(layout, catalog, data, config, moved=True, join=reimport)
         # Before anything can fail: the same command without --config must not mean another run.
         if stored != config or not is_there(layout.config):
@@ -300,7 +298,7 @@ def prepare_run(
             converted = convert.load(config.backbone, 0 if config.is_text else config.data.image_size)
             backbone = converted[0]
         if not has_data or (reimport and not moved):
-            imported = import_source(layout, catalog, source or _source(config, layout, backbone), config)
+            imported = import_source(layout, catalog, source or texts.open_source(config, layout, backbone), config)
         binding.check_sample(catalog, config)
         if config.samples_public_set:
             _draw_public_sample(config, layout, catalog)
@@ -313,22 +311,6 @@ def prepare_run(
         yield run, imported
 
 
-def _source(config: Config, layout: Layout, backbone: Backbone | None) -> Source:
-    """The data that the config names; text with the workdir's tokenizer, which is taken from the weights at first."""
-    if not config.is_text:
-        return load.load(config.data)
-    architecture = (backbone or convert.load(config.backbone)[0]).config
-    if not isinstance(architecture, DecoderConfig):
-        weights = f"--config.backbone.weights={config.backbone.weights}"
-        raise UserError(f"{weights} are not of a language model, which data.source=text needs")
-    if config.text.context > architecture.context:
-        flag = f"--config.text.context={config.text.context}"
-        raise UserError(f"{flag}: must be at most {architecture.context}, the model's own context")
-    if not is_there(layout.tokenizer):
-        tokenizers.save(layout.tokenizer, tokenizers.beside(config.backbone.weights, architecture))
-    return load.load(config.data, encoder=Encoder(tokenizers.load(layout.tokenizer, architecture), config.text))
-
-
 def _make_backbone(
     layout: Layout, config: Config, catalog: Catalog, mesh: Mesh, converted: tuple[Backbone, convert.Provenance] | None
 ) -> None:
@@ -338,6 +320,8 @@ def _make_backbone(
         image_spec(config, catalog.get("dataset")["shape"], converted[0])
     if converted is not None and config.pretraining.start == "scratch":
         backbone, provenance = converted
+        if config.is_text:  # before the backbone, so that a workdir with a backbone has its tokenizer
+            texts.keep_tokenizer(layout, catalog, config.backbone.weights, backbone)
         backbone_lib.save(layout.backbone, backbone, inputs, dataclasses.asdict(provenance))
         return
 

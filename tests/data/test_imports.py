@@ -122,7 +122,7 @@ def test_the_command_names_what_it_left_out(tmp_path, rng, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert "imported 36 records, 9 converted from another colour mode\n" in out
     warning = next(line for line in err.splitlines() if "could not be read and were left out" in line)
-    assert warning.startswith("warning: 12 images") and warning.count(".png") == 12
+    assert warning.startswith("warning: 12 records") and warning.count(".png") == 12
     imported = json.loads((tmp_path / "out.json").read_text())["imported"]
     assert (len(imported["unreadable"]), imported["added"], imported["converted"]) == (12, 36, 9)
     # neither flag binds a workdir: both only say what to do with files that cannot be read

@@ -83,7 +83,7 @@ def test_every_line_that_cannot_be_used_is_named(tmp_path):
         "line 9: 'utf-8' codec can't encode",
     ):
         assert expected in message
-    assert "line 1:" not in message and "line 10" not in message and f"--config.text.keys={KEYS}" in message
+    assert "line 1:" not in message and "line 10" not in message and f"--config.text.names={KEYS}" in message
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b"{}" * 99)[:20])
     assert "cannot be read" in refusal(tmp_path / "cut.gz") and "cannot be read" in refusal(tmp_path / "none")
 

@@ -68,6 +68,7 @@ def test_an_approximate_slice_answers_at_once_and_leaves_no_trace(accepted, tmp_
     assert publish_approximate(run, REMOVAL, calibrate=False, force=True) == {key: report}, "twice is once"
     other = [r for r in run.catalog.live("train").ids if run.catalog.clusters_of([r])[r] != key][0]
     requests.accept(run.catalog, [other], request="second")
+    assert set(publish_approximate(run, REMOVAL, calibrate=False, force=True, request="second")) != {key}
     (report,) = (r for k, r in publish_approximate(run, WARM, calibrate=False, force=True).items() if k == key)
     approximations = after.entries[key]
     after = run.catalog.manifest()
