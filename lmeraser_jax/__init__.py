@@ -1,4 +1,4 @@
-"""Exact machine unlearning for large vision models: LMEraser (AISTATS 2025) on JAX.
+"""Exact machine unlearning for vision and language models: LMEraser (AISTATS 2025) on JAX.
 
     import lmeraser_jax as lm
 
