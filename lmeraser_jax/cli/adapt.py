@@ -22,7 +22,6 @@ FLAGS = (common.Flag("out", absolute, "new folder for the adapted backbone"),)
 
 def run(arguments: common.Arguments) -> int:
     out = output_folder(arguments["out"])
-    common.refuse_text(common.config_of(arguments), "language models are not adapted")
     tree = arguments["config"].to_dict()
     config = settings.from_dict(tree | {"pretraining": tree["pretraining"] | {"start": "weights"}})
     if config.public.source == "data":
