@@ -13,7 +13,10 @@ from text_problem import text_config, text_folder, text_run, text_source, word_t
 
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.training import train_step
+from lmeraser_jax.training.features import network_inputs
+from lmeraser_jax.training.tasks import TextRows, outputs_of
 from lmeraser_jax.unlearning import erase
+from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.rectify import Change, request_rectification
@@ -101,6 +104,20 @@ def test_bits_do_not_depend_on_what_fits_into_memory(folder, train, tmp_path):
     with text_run(tmp_path / "run", config) as (run, _):
         build(run)
         assert differences(state(run), train(**PREFIXED)[1]) == []
+
+
+def test_states_of_frozen_blocks_give_the_outputs_of_the_whole_network(folder, train):
+    """A slice of the last block alone: with the states below it, and from the tokens."""
+    workdir, _ = train(**PREFIXED)
+    with text_run(workdir, text_config(folder, **PREFIXED)) as (run, _):
+        spec, rows = run.tuning_spec, np.array(run.images[:7])
+        slice_ = load_slice(run, next(iter(run.catalog.manifest().entries.values())))
+        inputs = network_inputs(spec, run.backbone.params, rows, np.arange(7), run.mesh)
+        assert spec.prefix == 1 and inputs.states.shape == (7, 12, 16) and np.abs(inputs.states).max() > 0.1
+        short, whole = (outputs_of(slice_, spec, run.backbone.params, each) for each in (inputs, TextRows(rows)))
+        bare = outputs_of(slice_._replace(backbone=None), spec, run.backbone.params, TextRows(rows))
+    np.testing.assert_allclose(short, whole, atol=1e-4)
+    assert np.abs(np.asarray(whole - bare)).max() > 1e-3, "the adapters do something"
 
 
 def test_an_erased_text_is_nowhere_in_the_records(folder, train, tmp_path):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from scipy import special, stats
 
 from lmeraser_jax.evaluation.attacks.statistics import COVERED, Estimate, separation
+from lmeraser_jax.training.tasks import row_losses
 
 
 class RowScores(NamedTuple):
@@ -26,9 +26,8 @@ class RowScores(NamedTuple):
 
 def row_scores(logits: jax.Array, labels: jax.Array) -> RowScores:
     """Scores of rows from logits float32 [B, T, V]; 0 for a row without a response token."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
     right = jnp.argmax(logits, axis=-1) == labels
-    return RowScores(_mean(losses, labels), _mean(right.astype(logits.dtype), labels))
+    return RowScores(row_losses(logits, labels), _mean(right.astype(logits.dtype), labels))
 
 
 def divergences(reference: jax.Array, logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -188,16 +188,6 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def log_likelihood(logits: jax.Array, tokens: jax.Array, response: jax.Array) -> jax.Array:
-    """log p(response | what stands before it) of each row, float32 [B].
-
-    `logits` [B, T, V] are those of `tokens` [B, T]; `response` bool [B, T] marks its tokens, none of them the first.
-    """
-    chosen = jnp.take_along_axis(logits[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-    values = chosen - jax.nn.logsumexp(logits[:, :-1], axis=-1)  # [B, T - 1]
-    return jnp.sum(jnp.where(response[:, 1:], values, 0), axis=1)
-
-
 @functools.partial(jax.jit, static_argnames=("graph", "new"))
 def generate(
     graph: Any,

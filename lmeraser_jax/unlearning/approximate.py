@@ -78,7 +78,8 @@ def publish_approximate(
         UserError: CG did not converge and `force` was not given, or an update is not finite. Nothing is published then.
     """
     remove_leftovers(run)
-    purge(run)  # of requests whose exact slices are published already
+    if any(each.state == "published" for each in requests.listed(run.catalog, only_open=True)):
+        purge(run)  # their exact slices are there; a purge for nothing would drop what a killed build has tuned
     before, waiting = run.catalog.manifest(), requests.listed(run.catalog, only_open=True)
     assert before is not None
     named = {key for each in waiting if request in ("", each.id) for key in each.body["members"]}

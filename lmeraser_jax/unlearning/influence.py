@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from lmeraser_jax.training.tasks import row_losses
+
 Tree = Any  # of arrays
 WARN_RESIDUAL, LARGEST_RESIDUAL = 0.3, 1.0  # of a solve: CG had not converged; the result is worth nothing
 POLISH_DAMP = 0.1
@@ -37,14 +39,8 @@ class Rows(NamedTuple):
     labels: Any  # int32 [C, B], or [C, B, T] with -1 for a token that does not count
 
 
-def softmax_losses(outputs: jax.Array, labels: jax.Array) -> jax.Array:
-    """Cross-entropy of each row, the mean over its tokens: logits [B, Y] or [B, T, Y] -> [B]."""
-    losses = optax.softmax_cross_entropy_with_integer_labels(outputs, jnp.maximum(labels, 0))
-    return jnp.sum(losses * _token_weights(labels, outputs.dtype), axis=tuple(range(1, labels.ndim)))
-
-
 def softmax_curvature(outputs: jax.Array, labels: jax.Array, tangent: jax.Array) -> jax.Array:
-    """The Hessian of `softmax_losses` in the logits, diag(p) - p p' for each token, times a tangent of their shape."""
+    """The Hessian of `tasks.row_losses` in the logits, diag(p) - p p' for each token, times a tangent."""
     p = jax.nn.softmax(outputs, axis=-1)
     product = p * (tangent - jnp.sum(p * tangent, axis=-1, keepdims=True))
     return product * _token_weights(labels, outputs.dtype)[..., None]
@@ -61,7 +57,7 @@ class Objective:
     """A loss, static under `jit`: one object for each compiled program."""
 
     outputs: Callable[[Tree, Tree, jax.Array], jax.Array]  # (parameters, frozen, inputs [B, ...]) -> [B, ..., Y]
-    losses: Callable[[jax.Array, jax.Array], jax.Array] = softmax_losses  # (outputs, labels) -> [B]
+    losses: Callable[[jax.Array, jax.Array], jax.Array] = row_losses  # (outputs, labels) -> [B]
     curvature: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = softmax_curvature
     gauss_newton: bool = True  # False: the true Hessian, which may be indefinite
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lmeraser_jax.experiments import ascent
+from lmeraser_jax.training.tasks import row_losses
 from lmeraser_jax.unlearning import influence
 from lmeraser_jax.unlearning.influence import Objective, Problem, Rows
 
@@ -52,7 +53,7 @@ def test_the_gradient_of_npo_is_that_of_its_loss(case):
     def objective(tree):
         def log_p(parameters):
             outputs = HEAD.outputs(parameters, 0.0, problem.rows.inputs[0])
-            return -2 * influence.softmax_losses(outputs, problem.rows.labels[0])
+            return -2 * row_losses(outputs, problem.rows.labels[0])
 
         forgotten = jnp.mean(jnp.logaddexp(0.0, ascent.BETA * (log_p(tree) - log_p(kernel))))
         return 2 / ascent.BETA * forgotten + influence.mean_loss(problem, tree, kept)

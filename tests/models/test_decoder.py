@@ -18,6 +18,7 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, decoder
 from lmeraser_jax.models.lora import LoraSpec, init_adapters
 from lmeraser_jax.models.weight_files import Weights
+from lmeraser_jax.training.tasks import row_losses
 
 OTHER = dataclasses.replace(LLAMA, theta=9.0)
 WIDE = dataclasses.replace(LLAMA, head_size=6, kv_heads=1, tied=True)
@@ -110,7 +111,8 @@ def test_the_likelihood_of_a_response():
     response = np.zeros(TOKENS.shape, bool)
     response[0, 6:9], response[1, 1:] = True, True  # none in the third
     logits = call(LLAMA, frozen().params, TOKENS)
-    ours = decoder.log_likelihood(logits, TOKENS, response)
+    targets = np.where(response, TOKENS, -1)[:, 1:]
+    ours = -row_losses(logits[:, :-1], targets) * (targets >= 0).sum(axis=1).astype(np.float32)
     probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
     for row in range(3):
         places = np.flatnonzero(response[row])

@@ -15,7 +15,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import overview
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.storage import requests
-from lmeraser_jax.training.tasks import TextRows
+from lmeraser_jax.training.tasks import TextRows, row_losses
 from lmeraser_jax.unlearning import approximate, erase, influence
 from lmeraser_jax.unlearning.approximate import publish_approximate
 from lmeraser_jax.unlearning.artifacts import is_approximate, load_slice
@@ -36,7 +36,7 @@ def losses(run, ref, rows):
     labels = np.array([known[row] for row in rows.tolist()], np.int32)
     outputs = approximate.objective_of(spec).outputs(load_slice(run, ref), run.backbone.params, values)
     targets = approximate.targets_of(spec, values, labels)
-    return np.asarray(influence.softmax_losses(outputs, targets))
+    return np.asarray(row_losses(outputs, targets))
 
 
 @pytest.fixture
