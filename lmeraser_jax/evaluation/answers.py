@@ -1,22 +1,26 @@
 """Answers to queries in words: a generated response, or the likeliest of the candidates of a query."""
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from lmeraser_jax.data.queries import CANDIDATES, Query
 from lmeraser_jax.data.text_rows import pack
-from lmeraser_jax.evaluation.language import Sampling, Scores, Texts, longest_query, respond, score
+from lmeraser_jax.evaluation.language import Respond, Sampling, Scores, Texts, longest_query, score
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.unlearning.run import Run
 
+Ask = Callable[[np.ndarray, Callable[..., Any]], Any]  # as `Predictor.answer`
 
-def answer(run: Run, queries: Sequence[Query], sampling: Sampling) -> tuple[list[dict[str, Any]], dict[str, str]]:
+
+def answer(
+    run: Run, queries: Sequence[Query], sampling: Sampling, ask: Ask | None = None
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Of each query its name, text, answer and cluster, and its candidates if it has some; and {name: why none}.
 
-    Raises `UserError` as `load_model` does, and where the model has no room for so many new tokens.
+    `ask` is by default that of a predictor of the run. Raises `UserError` as `load_model` does, and where the model has
+    no room for so many new tokens.
     """
     encoder, context, longest = run.encoder, run.config.text.context, longest_query(run, sampling.new)
     generated, ranked, failures = {}, {}, {}
@@ -29,18 +33,18 @@ def answer(run: Run, queries: Sequence[Query], sampling: Sampling) -> tuple[list
             ranked[query] = [pack(before, response, context) for response in after]
         else:
             generated[query] = pack(before, [], context)
-    predictor = Predictor(run)
-    answers = _respond(predictor, generated, sampling) | _choose(predictor, ranked)
+    ask = ask or Predictor(run).answer
+    answers = _respond(run, ask, generated, sampling) | _choose(ask, ranked)
     shown = [query for query in queries if query in answers]
     return [{"id": query.name, "query": query.text, **answers[query]} for query in shown], failures
 
 
-def _respond(predictor: Predictor, rows: Mapping[Query, np.ndarray], sampling: Sampling) -> dict[Query, dict[str, Any]]:
+def _respond(run: Run, ask: Ask, rows: Mapping[Query, np.ndarray], sampling: Sampling) -> dict[Query, dict[str, Any]]:
     """A generated response to each query, which has a row int32 [2 + T]."""
     if not rows:
         return {}
-    texts = predictor.answer(np.stack(list(rows.values())), partial(respond, sampling))
-    decoded = predictor.run.encoder.tokenizer.batch_decode(texts.tokens, skip_special_tokens=True)
+    texts = ask(np.stack(list(rows.values())), Respond(sampling))
+    decoded = run.encoder.tokenizer.batch_decode(texts.tokens, skip_special_tokens=True)
     return {
         query: {"answer": text.strip(), **_source(texts, place)}
         for place, (query, text) in enumerate(zip(rows, decoded, strict=True))
@@ -53,11 +57,11 @@ def _source(answers: Scores | Texts, place: int) -> dict[str, Any]:
     return {"cluster": key, "approximate": key in answers.approximate}
 
 
-def _choose(predictor: Predictor, rows: Mapping[Query, list[np.ndarray]]) -> dict[Query, dict[str, Any]]:
+def _choose(ask: Ask, rows: Mapping[Query, list[np.ndarray]]) -> dict[Query, dict[str, Any]]:
     """The likeliest candidate of each query, which has a row int32 [2 + T] for each of them."""
     if not rows:
         return {}
-    scores, answers, start = predictor.answer(np.stack([row for each in rows.values() for row in each]), score), {}, 0
+    scores, answers, start = ask(np.stack([row for each in rows.values() for row in each]), score), {}, 0
     for query in rows:
         own = scores.log_likelihoods[start : start + len(query.candidates)]
         listed = [

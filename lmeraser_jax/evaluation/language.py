@@ -1,6 +1,6 @@
 """Answers of language models: each query goes to the nearest cluster, whose adapters answer it.
 
-Adapters are gathered row by row, so a batch mixes clusters. `score` and `respond` are programs of
+Adapters are gathered row by row, so a batch mixes clusters. `score` and `Respond` are programs of
 `serving.Predictor.answer`.
 
 Shapes: N rows, B rows of a call, T tokens of a row, V vocabulary, K clusters.
@@ -135,21 +135,26 @@ def route(model: Model, queries: np.ndarray) -> np.ndarray:
     return np.concatenate(clusters)[: len(queries)]
 
 
-def respond(sampling: Sampling, model: Model, queries: np.ndarray) -> Texts:
+@dataclasses.dataclass(frozen=True)
+class Respond:
     """Continues queries, rows int32 [N, 2 + T] without responses and of at most `longest_query` tokens."""
-    run, spec = model.run, model.run.tuning_spec
-    clusters, tokens = route(model, queries), np.zeros((len(queries), sampling.new), np.int32)
-    graph, key = backbone_lib.graph(spec.architecture, spec.lora)[0], jax.random.key(sampling.seed)
-    width, temperature = longest_query(run, sampling.new), np.float32(sampling.temperature)
-    for start in range(0, len(queries), AT_A_TIME):
-        prompts, lengths, _ = tokens_of(_trimmed(padded(queries[start : start + AT_A_TIME])))
-        slices = _slices(model.arrays, padded(clusters[start : start + AT_A_TIME]))
-        arguments = prompts[:, :width], np.maximum(lengths, 1), jax.random.fold_in(key, start), temperature
-        with pinned():
-            params = backbone_lib.with_own(model.arrays.params, slices.backbone)
-            new = generate(graph, params, *arguments, np.int32(run.encoder.end), sampling.new)
-        tokens[start : start + AT_A_TIME] = np.asarray(new)[: len(queries) - start]
-    return Texts(tokens, clusters[:, None], model.keys, model.approximate)
+
+    sampling: Sampling
+
+    def __call__(self, model: Model, queries: np.ndarray) -> Texts:
+        run, spec, sampling = model.run, model.run.tuning_spec, self.sampling
+        clusters, tokens = route(model, queries), np.zeros((len(queries), sampling.new), np.int32)
+        graph, key = backbone_lib.graph(spec.architecture, spec.lora)[0], jax.random.key(sampling.seed)
+        width, temperature = longest_query(run, sampling.new), np.float32(sampling.temperature)
+        for start in range(0, len(queries), AT_A_TIME):
+            prompts, lengths, _ = tokens_of(_trimmed(padded(queries[start : start + AT_A_TIME])))
+            slices = _slices(model.arrays, padded(clusters[start : start + AT_A_TIME]))
+            arguments = prompts[:, :width], np.maximum(lengths, 1), jax.random.fold_in(key, start), temperature
+            with pinned():
+                params = backbone_lib.with_own(model.arrays.params, slices.backbone)
+                new = generate(graph, params, *arguments, np.int32(run.encoder.end), sampling.new)
+            tokens[start : start + AT_A_TIME] = np.asarray(new)[: len(queries) - start]
+        return Texts(tokens, clusters[:, None], model.keys, model.approximate)
 
 
 def _slices(arrays: ModelArrays, clusters: np.ndarray) -> Slice:

@@ -58,6 +58,7 @@ class Model:
     """
 
     run: Run  # the workdir it came from
+    version: int  # of the manifest
     clustering: str  # digest
     keys: tuple[str, ...]  # the cluster keys, those of the clustering
     refs: tuple[str, ...]  # slice reference of each cluster
@@ -123,9 +124,9 @@ def load_model(run: Run, before: Model | None = None) -> Model:
             before = _empty(run, clustering, like=next(slices[ref] for ref in refs if ref))
         elif before.clustering != clustering.digest:
             before = _rearranged(before, clustering)
-        elif (refs, common_ref) == (before.refs, before.common_ref):
+        elif (refs, common_ref, manifest.version) == (before.refs, before.common_ref, before.version):
             return before
-        return _with_slices(before, refs, common_ref, slices)
+        return dataclasses.replace(_with_slices(before, refs, common_ref, slices), version=manifest.version)
     raise UserError(
         f"{run.layout.root}: the published state was replaced {ATTEMPTS} times while it was read; try again when"
         " fewer erasures are being served"
@@ -163,7 +164,7 @@ def _empty(run: Run, clustering: Clustering, like: Slice) -> Model:
     state = jax.device_put((stack, prototypes, np.zeros(len(prototypes), bool)), _on_all(run.mesh))
     params = on_device(run.backbone, compute_dtype(run.config.tuning.dtype, run.mesh), run.mesh)
     arrays = ModelArrays(params, *state, common=None)
-    return Model(run, clustering.digest, clustering.keys, ("",) * len(clustering.keys), "", arrays)
+    return Model(run, 0, clustering.digest, clustering.keys, ("",) * len(clustering.keys), "", arrays)
 
 
 def _rearranged(before: Model, clustering: Clustering) -> Model:

@@ -82,7 +82,7 @@ def test_a_batch_that_mixes_clusters_scores_each_row_with_its_own_adapters(run):
 
 def test_generation_continues_each_query_with_its_own_adapters(run):
     model, rows = load_model(run), language.query_rows(rows_of(run, "test"))
-    texts = language.respond(GREEDY, model, rows)
+    texts = language.Respond(GREEDY)(model, rows)
     end = run.encoder.end
     for place in range(3):
         tokens = unpack(pack(rows[place, 2 : 2 + rows[place, 0]], [], 12))[0]
@@ -91,7 +91,7 @@ def test_generation_continues_each_query_with_its_own_adapters(run):
             tokens.append(int(new))
             if new == end:
                 break
-    warm = [language.respond(Sampling(6, 2.0, seed), model, rows).tokens for seed in (0, 0, 1)]
+    warm = [language.Respond(Sampling(6, 2.0, seed))(model, rows).tokens for seed in (0, 0, 1)]
     assert (warm[0] == warm[1]).all() and (warm[0] != warm[2]).any()
 
 
