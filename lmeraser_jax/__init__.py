@@ -164,7 +164,7 @@ def answer(
             raise UserError(f"{workdir} has no language model; its images are predicted by lm.predict")
         named = [Query(f"query {number}", text) for number, text in enumerate(queries, 1)]
         rows, failures = answers.answer(run, named, language.Sampling(max_tokens, temperature, seed))
-    raise_all([f"{name}: {reason}" for name, reason in failures.items()])
+    raise_all([f"{name}: {reason}" for name, reason in failures])
     return rows
 
 

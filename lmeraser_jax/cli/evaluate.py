@@ -7,6 +7,7 @@ the frozen model.
 """
 
 from lmeraser_jax.cli import common
+from lmeraser_jax.errors import UserError
 
 FLAGS = (
     common.Flag("split", "test", "records to evaluate on", choices=("test", "holdout", "train")),
@@ -18,6 +19,8 @@ def run(arguments: common.Arguments) -> int:
     with common.opened(arguments) as run_:
         common.warn_if_unfinished(run_)
         if run_.config.is_text:
+            if arguments["linear"] and arguments.flags["linear"].present:
+                raise UserError("--linear fits a head to images; this workdir has a language model: leave it out")
             from lmeraser_jax.evaluation import language
 
             result = language.evaluate(run_, arguments["split"])

@@ -4,10 +4,10 @@
   lmeraser predict --workdir=runs/tofu --query="Where was Lily born?" [--max_tokens=64] [--temperature=0.7]
   lmeraser predict --workdir=runs/tofu --queries=FILE.jsonl
 
-In a folder it takes the files that an import would take. A line of FILE.jsonl is {"query": TEXT}, with "id" if you like
-(the names of --config.text.names). With "candidates": [TEXT, ...] the answer is the likeliest of these responses, and
-all have their log-likelihoods. A file or a line that cannot be read stops no other: it has a line on standard error and
-a place in the JSON of --json, and the exit code is 1.
+In a folder it takes the files that an import would take. A line of FILE.jsonl is {"query": TEXT}, with an "id" if you
+like, text or a whole number (the names are those of --config.text.names). With "candidates": [TEXT, ...] the answer is
+the likeliest of these responses, and all have their log-likelihoods. A file or a line that cannot be read stops no
+other: it has a line on standard error and a place in the JSON of --json, and the exit code is 1.
 """
 
 import csv
@@ -32,7 +32,9 @@ FLAGS = (
     Flag("format", "table", "how to print", choices=("table", "csv", "json")),
     Flag("query", (), "a query to a language model; may be repeated"),
     Flag("queries", absolute, "JSON lines of queries, plain or gzip"),
-    Flag("max_tokens", 64, "most tokens of a generated response", low=1),
+    Flag(
+        "max_tokens", 64, "most tokens of a generated response; of no account where every query has candidates", low=1
+    ),
     Flag("temperature", 0.0, "draw tokens from softmax(logits / temperature); 0: the likeliest", low=0),
     Flag("sampling_seed", 0, "another number draws other responses", low=0),
 )
@@ -63,7 +65,7 @@ def run(arguments: common.Arguments) -> int:
             for file, label, probability, clusters in columns
             if label >= 0
         ]
-    failures |= {_printable(files[position]): reason for position, reason in answers.unreadable.items()}
+    failures += [(_printable(files[position]), reason) for position, reason in answers.unreadable.items()]
     return _show(arguments, OF_IMAGES, rows, failures, _table(rows))
 
 
@@ -72,13 +74,13 @@ def _answer_queries(arguments: common.Arguments, keys: str) -> int:
     if arguments.files:
         raise UserError(f"unexpected argument {arguments.files[0]!r}; this workdir has a language model: use --query")
     chosen = [queries.Query(f"--query {number}", text) for number, text in enumerate(arguments["query"], 1)]
-    failures = {query.name: "is empty" for query in chosen if not query.text.strip()}
-    chosen = [query for query in chosen if query.name not in failures]
+    failures = [(query.name, "is empty") for query in chosen if not query.text.strip()]
+    chosen = [query for query in chosen if query.text.strip()]
     if arguments["queries"]:
         more, problems = queries.read_queries(Path(arguments["queries"]), keys)
-        chosen, failures = chosen + more, failures | problems
+        chosen, failures = chosen + more, failures + problems
     if not chosen:
-        raise_all([f"{name}: {reason}" for name, reason in failures.items()])
+        raise_all([f"{name}: {reason}" for name, reason in failures])
         raise UserError("name a query: lmeraser predict --workdir=DIR --query=TEXT, or --queries=FILE.jsonl")
     with common.opened(arguments) as run_:
         from lmeraser_jax.evaluation.answers import answer
@@ -91,44 +93,44 @@ def _answer_queries(arguments: common.Arguments, keys: str) -> int:
         f"{row['query']}\n  {row['answer']}\n  cluster {row['cluster'][:12]}" + "  approximate" * row["approximate"]
         for row in rows
     ]
-    return _show(arguments, OF_QUERIES, rows, failures | problems, "\n".join(lines))
+    return _show(arguments, OF_QUERIES, rows, failures + problems, "\n".join(lines))
 
 
 def _show(
     arguments: common.Arguments,
     columns: Sequence[str],
     rows: list[dict[str, Any]],
-    failures: dict[str, str],
+    failures: list[tuple[str, str]],
     table: str,
 ) -> int:
     """Prints the answers, as CSV with these columns; names in the JSON what has none; returns the exit code."""
-    unreadable = [{columns[0]: name, "reason": reason} for name, reason in failures.items()]
+    unreadable = [{columns[0]: name, "reason": reason} for name, reason in failures]
     formats = {"json": lambda: json.dumps(rows, indent=2), "csv": lambda: _csv(rows, columns), "table": lambda: table}
     common.show(arguments, formats[arguments["format"]](), {"predictions": rows, "unreadable": unreadable})
-    for name, reason in failures.items():
+    for name, reason in failures:
         print(f"error: {name}: {reason}", file=sys.stderr)
     return 1 if failures else 0
 
 
-def _files(arguments: list[str]) -> tuple[list[Path], dict[str, str]]:
-    """The image files that the arguments name, and {argument that names none: why}."""
+def _files(arguments: list[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+    """The image files that the arguments name, and each argument that names none, with why."""
     if not arguments:
         raise UserError("name image files or a folder: lmeraser predict --workdir=DIR FILE ...")
-    files, failures = [], {}
+    files, failures = [], []
     for path in map(Path, arguments):
         if path.is_dir():
             images, others = folder.list_images(path)
             files += [path / name for name in images]
             if not images:
-                failures[_printable(path)] = f"holds no images ({', '.join(folder.SUFFIXES)})"
+                failures.append((_printable(path), f"holds no images ({', '.join(folder.SUFFIXES)})"))
             if others:
                 common.warn(f"{path}: not used: {folder.count_files(others)}")
         elif path.exists():
             files.append(path)
         else:
-            failures[_printable(path)] = "no such file or folder"
+            failures.append((_printable(path), "no such file or folder"))
     if not files:
-        raise_all([f"{name}: {reason}" for name, reason in failures.items()])
+        raise_all([f"{name}: {reason}" for name, reason in failures])
     return files, failures
 
 

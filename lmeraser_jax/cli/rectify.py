@@ -13,9 +13,8 @@ be used, because its id is unknown, erased or part of a request that waits, noth
 nothing is left out; if no edit changes anything, no request is made. Later imports do not bring the old version back.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,14 +42,14 @@ def run(arguments: common.Arguments) -> int:
     workdir, path = common.workdir_of(arguments), arguments["edits"]
     if not path:
         raise UserError("--edits=FILE.jsonl is missing: the ids, and what is new of their records")
-    with common.catalog_of(workdir) as (layout, catalog), _encoder(arguments) as encoder:
+    with common.catalog_of(workdir) as (layout, catalog):
         lines = request_files.read_edits(path)
         changes = rectify.changes_of(catalog, lines, Path(path).parent, common.config_of(arguments).data.max_pixels)
         if not arguments["defer"]:
             common.require_device()
         if arguments["dry_run"]:
             return _estimate(arguments, changes)
-        request = rectify.accept(layout, catalog, changes, encoder, **details(arguments))
+        request = rectify.accept(layout, catalog, changes, _encoder(arguments), **details(arguments))
         if count := rectify.unchanged(changes, request):
             warn(f"{count} edits change nothing and are left out")
         if request is not None:
@@ -59,14 +58,15 @@ def run(arguments: common.Arguments) -> int:
     return 0
 
 
-@contextlib.contextmanager
-def _encoder(arguments: common.Arguments) -> Iterator["Encoder | None"]:
+def _encoder(arguments: common.Arguments) -> "Encoder | None":
     """What makes rows of texts; None where the records are images."""
-    if not common.config_of(arguments).is_text:
-        yield None
-        return
-    with common.opened(arguments) as run_:
-        yield run_.encoder
+    config = common.config_of(arguments)
+    if not config.is_text:
+        return None
+    from lmeraser_jax.unlearning.run import open_run
+
+    with open_run(arguments["workdir"], config) as run_:  # says no devices: serving the request does
+        return run_.encoder
 
 
 def _estimate(arguments: common.Arguments, changes: Sequence[Change]) -> int:

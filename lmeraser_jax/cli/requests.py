@@ -1,6 +1,9 @@
-"""lmeraser requests: list the erasure requests of a workdir with their states and receipts, oldest first.
+"""lmeraser requests: list the requests of a workdir with their states and receipts, oldest first.
 
 lmeraser requests --workdir=DIR [--open]
+
+A request is of the kind erase or rectify. While its state is approximated, the clusters that it touched answer with
+approximate slices (lmeraser unlearn --mode).
 """
 
 import shlex
@@ -14,7 +17,7 @@ from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.workdir import Layout
 
 FLAGS = (common.Flag("open", False, "only requests that are not finished"),)
-COLUMNS = ("id", "state", "age", "records", "tuned", "requester", "reason", "receipt")
+COLUMNS = ("id", "kind", "state", "age", "records", "tuned", "requester", "reason", "receipt")
 TEXT_WIDTH = 32  # characters of requester and reason in the table
 
 
@@ -31,6 +34,7 @@ def _row(layout: Layout, request: Request) -> dict[str, Any]:
     body, receipt = request.body, layout.receipt(request.id)
     return {
         "id": request.id,
+        "kind": body["kind"],
         "state": request.state,
         "age": max(0.0, round(time.time() - request.created, 3)),
         "records": len(body["records"]),

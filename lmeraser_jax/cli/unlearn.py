@@ -6,7 +6,7 @@
 Each of the first four flags may be repeated. A name counts as it stands: commas, quotes and spaces are part of it.
 FILE is text with one id a line, as it stands; or a .csv with a column id or owner, in which a name that has the
 delimiter or a double quote in it stands in double quotes, with each of its own doubled; or a .jsonl with lines
-{"id": ...} or {"owner": ...}, in which a name is a JSON string.
+{"id": ...} or {"owner": ...}, in which a name is a JSON string or a whole number.
 --like takes the image file that records were imported from, and erases all records with exactly its pixels.
 
 The command first accepts the request, at once and for good, even while another process writes. Then it serves the

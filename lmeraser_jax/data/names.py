@@ -10,6 +10,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 from unicodedata import category, normalize
 
 from lmeraser_jax.errors import join_limited, shorten
@@ -31,6 +32,11 @@ HINTS = 5  # look-alikes in a message
 def as_name(value: object) -> str:
     """A name that a file holds as text, bytes or a number; bytes that are no UTF-8 become illegal characters."""
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+
+
+def whole_as_text(value: Any) -> Any:
+    """A whole number of a JSON file as text, as ids often are; anything else as it is."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def fault(name: str) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmeraser_jax.data.names import whole_as_text
 from lmeraser_jax.data.text import lines_of
 from lmeraser_jax.errors import UserError, shorten
 
@@ -19,13 +20,13 @@ class Query(NamedTuple):
     candidates: tuple[str, ...] = ()  # responses to rank; empty: generate one
 
 
-def read_queries(path: Path, keys: str) -> tuple[list[Query], dict[str, str]]:
-    """The queries of a file, and {line that holds none: why}; `keys` is as `text.names`.
+def read_queries(path: Path, keys: str) -> tuple[list[Query], list[tuple[str, str]]]:
+    """The queries of a file, and each line that holds none, with what is wrong; `keys` is as `text.names`.
 
     Raises `UserError` where the file cannot be read.
     """
     id_key, _, query_key = keys.split(",")[:3]
-    queries, failures = [], {}
+    queries, failures = [], []
     for number, text in enumerate(lines_of(path, "--queries"), 1):
         if not text.strip():
             continue
@@ -35,18 +36,20 @@ def read_queries(path: Path, keys: str) -> tuple[list[Query], dict[str, str]]:
                 raise ValueError(f"is a {type(line).__name__}, not an object")
             queries.append(_query(line, f"line {number}", id_key, query_key))
         except json.JSONDecodeError as error:
-            failures[f"line {number}"] = f"is no JSON: {error.msg} in column {error.colno}"
+            failures.append((f"line {number}", f"is no JSON: {error.msg} in column {error.colno}"))
         except (ValueError, RecursionError) as error:
-            failures[f"line {number}"] = shorten(str(error), 200)
+            failures.append((f"line {number}", shorten(str(error), 200)))
     if not queries and not failures:
         raise UserError(f"--queries={path} holds no query")
     return queries, failures
 
 
 def _query(line: Mapping[str, Any], number: str, id_key: str, query_key: str) -> Query:
-    query, candidates = line.get(query_key), line.get(CANDIDATES, [])
+    name, query, candidates = whole_as_text(line.get(id_key, number)), line.get(query_key), line.get(CANDIDATES, [])
+    if not isinstance(name, str):
+        raise ValueError(f"{id_key} is {shorten(repr(name))}; must be text or a whole number")
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"{query_key} is {shorten(repr(query))}; must be text, and not empty")
     if not isinstance(candidates, list) or not all(isinstance(each, str) and each for each in candidates):
         raise ValueError(f"{CANDIDATES} is {shorten(candidates)}; must be a list of texts, none of them empty")
-    return Query(str(line.get(id_key, number)), query, tuple(candidates))
+    return Query(name, query, tuple(candidates))

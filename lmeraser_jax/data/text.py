@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from lmeraser_jax.config import Data, Text
+from lmeraser_jax.data.names import whole_as_text
 from lmeraser_jax.data.source import Contents, Item, Source
 from lmeraser_jax.data.text_rows import HEADER, pack, unpack
 from lmeraser_jax.errors import UserError, raise_all, shorten
@@ -128,7 +129,7 @@ def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]
             if not isinstance(line, dict):
                 raise ValueError(f"is a {type(line).__name__}, not an object")
             name, owner, query, response = (
-                _text(line.get(key, "")) for key in (id_key, owner_key, query_key, response_key)
+                whole_as_text(line.get(key, "")) for key in (id_key, owner_key, query_key, response_key)
             )
             named = {id_key: name, query_key: query, response_key: response}
             wrong = [
@@ -153,11 +154,6 @@ def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]
         pairs.append((query, response))
     raise_all(problems, f"{path} cannot be read (--config.text.names={keys}):", LISTED)
     return items, pairs
-
-
-def _text(value: Any) -> Any:
-    """A whole number as text, as ids often are; anything else as it is."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def lines_of(path: Path, flag: str = "--config.data.path") -> list[str]:

@@ -16,19 +16,19 @@ Ask = Callable[[np.ndarray, Callable[..., Any]], Any]  # as `Predictor.answer`
 
 def answer(
     run: Run, queries: Sequence[Query], sampling: Sampling, ask: Ask | None = None
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Of each query its name, text, answer and cluster, and its candidates if it has some; and {name: why none}.
+) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """Of each query its name, text, answer and cluster, and its candidates if it has some; or its name and why none.
 
     `ask` is by default that of a predictor of the run. Raises `UserError` as `load_model` does, and where the model has
-    no room for so many new tokens.
+    no room for so many new tokens of a response that is generated.
     """
-    encoder, context, longest = run.encoder, run.config.text.context, longest_query(run, sampling.new)
-    generated, ranked, failures = {}, {}, {}
+    encoder, context, generated, ranked, failures = run.encoder, run.config.text.context, {}, {}, []
+    longest = context if all(query.candidates for query in queries) else longest_query(run, sampling.new)
     for query in queries:
         before, after = encoder.query(query.text), [encoder.response(query.text, each) for each in query.candidates]
         limit, longer = (context if after else longest), len(before) + max(map(len, after), default=0)
         if longer > limit:
-            failures[query.name] = f"it has {longer} tokens; at most {limit} are possible"
+            failures.append((query.name, f"it has {longer} tokens; at most {limit} are possible"))
         elif after:
             ranked[query] = [pack(before, response, context) for response in after]
         else:

@@ -3,7 +3,8 @@
     ids.txt      one id a line, as it stands: there are no quotes and no comments
     ids.csv      a header with a column id, a column owner or both; comma, semicolon or tab; other columns are ignored;
                  a name with the delimiter or a double quote stands in double quotes, its own doubled
-    ids.jsonl    {"id": "..."} or {"owner": "..."} in each line, names as JSON strings; other keys are ignored
+    ids.jsonl    {"id": "..."} or {"owner": "..."} in each line, names as JSON strings or whole numbers; other keys are
+                 ignored
 
 A line names a record or an owner. One with both is refused: an owner means all of their records, and a table of
 records with their owners would erase far more than its lines.
@@ -20,7 +21,7 @@ import numpy as np
 
 from lmeraser_jax.config import Data
 from lmeraser_jax.data.label_csv import as_text, read_header
-from lmeraser_jax.data.names import fault, quoted
+from lmeraser_jax.data.names import fault, quoted, whole_as_text
 from lmeraser_jax.data.source import content_hash, is_text
 from lmeraser_jax.errors import UserError, raise_all, shorten
 from lmeraser_jax.hashing import parse_strict_json
@@ -177,7 +178,7 @@ def _parse_jsonl(text: str) -> Iterator[_Line]:
 
 
 def _parse_object(line: str) -> dict[str, str] | str:
-    """A JSON line. Names are texts: 17 and "17", or 1e3 and 1000, must not be taken for each other."""
+    """A JSON line. A whole number is a name as text, as in a file of records; 1e3 and 1000 are not the same."""
     try:
         values = parse_strict_json(line)
     except json.JSONDecodeError as error:
@@ -186,5 +187,6 @@ def _parse_object(line: str) -> dict[str, str] | str:
         return f"not JSON: {error}"
     if not isinstance(values, dict):
         return 'must be an object such as {"id": "..."}'
+    values |= {kind: whole_as_text(values[kind]) for kind in KINDS if kind in values}
     untexted = [kind for kind in KINDS if not isinstance(values.get(kind, ""), str)]
-    return f"{' and '.join(untexted)} must be text in quotes" if untexted else values
+    return f"{' and '.join(untexted)} must be text in quotes, or a whole number" if untexted else values

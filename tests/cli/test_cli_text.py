@@ -29,6 +29,12 @@ def test_the_commands_serve_texts_as_they_serve_images(tmp_path, capsys):
     assert "the workdir holds text" in refused(capsys, "unlearn", at, f"--like={more}")
     code, shown, _ = call(capsys, "unlearn", at, "--records=late", "--owner=person-2")
     assert code == 0 and "erased 7 records" in shown
+    (tmp_path / "edits.jsonl").write_text(json.dumps({"id": "text-00", "response": "w9 w9"}))
+    for flags in (["--dry_run"], []):
+        code, _, err = call(capsys, "rectify", at, f"--edits={tmp_path / 'edits.jsonl'}", *flags)
+        assert code == 0 and err.count("devices: ") == 1
+    table = call(capsys, "requests", at)[1].splitlines()
+    assert [row.split()[1:3] for row in table] == [["kind", "state"], ["erase", "purged"], ["rectify", "purged"]]
     assert call(capsys, "verify", at, "--all")[0] == call(capsys, "doctor", at)[0] == 0
     code, shown, _ = call(capsys, "inspect", at, "--records")
     assert code == 0 and "text-00\t\tperson-0\t" in shown and "late" not in shown and "person-2" not in shown

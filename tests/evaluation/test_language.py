@@ -104,15 +104,19 @@ def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):
         {"query": " "},
         ["no object"],
         {"id": "long", "query": "w1 " * 40},
+        {"id": "long", "query": "w2 " * 50},
+        {"id": None, "query": "w1"},
+        {"id": 7, "query": "w1"},
     ]
     file.write_text("\n".join(map(json.dumps, lines)) + "\n{broken\n")
     code, shown, err = call(
         capsys, "predict", at, f"--queries={file}", "--query=w1 w1 w9", "--max_tokens=4", f"--json={out}"
     )
     values = json.loads(out.read_text())
-    assert code == 1 and [row["id"] for row in values["predictions"]] == ["--query 1", "a", "line 2"]
-    assert {row["id"] for row in values["unreadable"]} == {"line 3", "line 4", "line 6", "long"}
+    assert code == 1 and [row["id"] for row in values["predictions"]] == ["--query 1", "a", "line 2", "7"]
+    assert [row["id"] for row in values["unreadable"]] == ["line 3", "line 4", "line 7", "line 9", "long", "long"]
     assert "long: it has 42 tokens; at most 12 are possible" in err and "must be text, and not empty" in err
+    assert "long: it has 52 tokens" in err and "line 7: id is None; must be text or a whole number" in err
     ranked = values["predictions"][2]
     likelihoods = {each["answer"]: each["log_likelihood"] for each in ranked["candidates"]}
     assert ranked["answer"] == max(likelihoods, key=likelihoods.__getitem__) and len(likelihoods) == 3
@@ -124,6 +128,9 @@ def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):
     assert "use --query" in refused(capsys, "predict", at, "scan.png")
     assert "must be below 32" in refused(capsys, "predict", at, "--query=w1", "--max_tokens=32")
     assert "cannot be read" in refused(capsys, "predict", at, "--queries=none.jsonl")
+    file.write_text(json.dumps(lines[1]))
+    assert call(capsys, "predict", at, f"--queries={file}", "--max_tokens=32")[0] == 0, "it generates nothing"
+    assert "--linear fits a head to images" in refused(capsys, "evaluate", at, "--linear")
     code, shown, _ = call(capsys, "evaluate", at, f"--json={out}")
     values = json.loads(out.read_text())
     assert code == 0 and "frozen model" in shown and values["rows"] == sum(c["rows"] for c in values["clusters"]) == 8

@@ -40,8 +40,15 @@ def test_formats(tmp_path):
         ("a.csv", 'note,id\n"two\nlines",x\n', ("x",), ()),
         ("a.jsonl", '{"id": "x", "n": [1]}\n\n{"owner": "ann"}\n{"id": "x"}\n', ("x",), ("ann",)),
         ("a.JSONL", '\ufeff{"id": "\\u00e9"}', ("é",), ()),
+        ("a.jsonl", '{"id": 17}\n{"id": "17"}\n{"owner": 3}\n', ("17",), ("3",)),
     ):
         assert read(written(tmp_path, name, content)) == Named(ids, owners), (name, content)
+
+
+def test_edits_name_records_as_a_file_of_records_does(tmp_path):
+    path = written(tmp_path, "edits.jsonl", '{"id": 17, "response": "x"}\n{"id": true}')
+    refusal = "id must be text in quotes, or a whole number"
+    assert request_files.read_edits(path) == [("line 1", {"id": "17", "response": "x"}), ("line 2", refusal)]
 
 
 def test_problems_are_listed_at_once_with_their_lines(tmp_path):
@@ -62,7 +69,7 @@ def test_problems_are_listed_at_once_with_their_lines(tmp_path):
         ("a.csv", 'id,n\nx,1\n"y,2\nz,3\n', "line 3: not CSV"),
         ("a.csv", "id,n\nx," + "1" * 200_000, "line 2: not CSV: field larger"),
         ("a.csv", "id\na\0b\n", "line 2: 'a\\x00b' has"),
-        ("a.jsonl", '{"id": 17}\n[]\n{\n', "line 1: id must be text", "line 2: must be an object", "line 3: not JSON"),
+        ("a.jsonl", '{"id": 1e3}\n[]\n{\n', "line 1: id must be text", "line 2: must be an object", "line 3: not JSON"),
         ("a.jsonl", '{"id": ""}\n{"id": "x"}\n', "line 1: names neither"),
         ("a.jsonl", '{"id": "x", "id": "y"}', "line 1: not JSON: a key occurs twice"),
         ("a.jsonl", '{"id": "x", "owner": "ann"}', "line 1: names an id and an owner"),
