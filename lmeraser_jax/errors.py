@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Input that a user can mend. The command line prints the message alone and exits with code 2."""
 
 
+class Conflict(UserError):
+    """The name of a request was used for another one."""
+
+
 class Damaged(UserError):
     """A file is missing, or was read and holds something else than was written there.
 

@@ -29,6 +29,11 @@ def request_stop() -> None:
     _requested.set()
 
 
+def wait(seconds: float) -> None:
+    """Sleeps, but not longer than until this process is told to stop."""
+    _requested.wait(seconds)
+
+
 def raise_if_stopped() -> None:
     """Raises `Stopped` if this process was told to stop."""
     if _requested.is_set():

@@ -16,7 +16,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import weight_files
 
 PATH_FLAGS = {"workdir", "json", "profile", "out", "source", "labels", "records_file", "like", "weights", "data_dir"}
-PATH_FLAGS |= {"merge", "path", "queries", "edits"}
+PATH_FLAGS |= {"merge", "path", "queries", "edits", "tokens", "tls_certificate", "tls_key"}
 PATH_SETTINGS = {"data.path", "data.labels", "public.path", "backbone.weights"}
 
 

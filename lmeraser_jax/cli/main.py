@@ -42,6 +42,8 @@ COMMANDS = {
     "unlearn": "erase records, or all records of an owner, and re-tune what they touched",
     "rectify": "replace the content or label of records, and re-tune what they touched",
     "process": "serve all waiting requests in one build",
+    "serve": "predictions, requests and receipts over HTTP, with a console",
+    "tokens": "make a token for the HTTP service",
     "forecast": "estimate what serving erasures at once, daily or weekly costs",
     "requests": "list requests with their states and receipts",
     "verify": "check receipts against the workdir",

@@ -125,8 +125,9 @@ def _targets(arguments: common.Arguments, catalog: Catalog) -> tuple[list[str], 
     for path in arguments["records_file"]:
         named = request_files.read(path)
         ids, owners = [*ids, *named.ids], [*owners, *named.owners]
+    most = common.config_of(arguments).data.max_pixels
     for path in arguments["like"]:
-        contents.append(request_files.content_of(catalog, path, common.config_of(arguments).data.max_pixels))
+        contents.append(request_files.content_of(catalog, Path(path), f"--like={path}", most))
         same = list_names(catalog.same_pixels(contents[-1])) or "no live record"
         print(f"{path} has the pixels of: {same}", file=sys.stderr, flush=True)
     return ids, owners, contents

@@ -5,6 +5,7 @@ import io
 import os
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ THREADS = min(16, os.cpu_count() or 1)
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")  # whatever a file's name says; others run programs
 MAX_PIXELS = Data().max_pixels
 PNG = b"\x89PNG\r\n\x1a\n"  # what such a file begins with
+_users: list[contextlib.ExitStack | None] = []  # what to restore, and a None for each thread that decodes
+_users_lock = threading.Lock()
 TURNS = dict(zip(range(2, 9), (Image.Transpose(method) for method in (0, 3, 1, 5, 4, 6, 2)), strict=True))  # by EXIF
 
 
@@ -56,23 +59,40 @@ def decode(
     return Contents(images, unreadable, sum(converted for _, converted in results))
 
 
-def upright_size(path: Path) -> tuple[int, int]:
-    """Height and width in pixels of an image file that `decode` has read, with the side up that its camera noted."""
+def upright_size(file: Path | bytes) -> tuple[int, int]:
+    """Height and width in pixels of an image file, or its bytes, that `decode` has read.
+
+    The side is up that the camera noted.
+    """
     with _quiet():
-        image = _upright(path, sys.maxsize)
+        image = _upright(file, sys.maxsize)
     return image.height, image.width
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Pillow's limit of pixels, in whose place `data.max_pixels` stands, and its warnings of metadata."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        with warnings.catch_warnings():
+    """Without Pillow's limit of pixels, in whose place `data.max_pixels` stands, and its warnings of metadata.
+
+    Both are settings of the process: the first thread that decodes saves them, the last one restores them.
+    """
+    with _users_lock:
+        if not _users:
+            saved = contextlib.ExitStack()
+            saved.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            yield
+            saved.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = None
+            _users.append(saved)
+        _users.append(None)
+    try:
+        yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        with _users_lock:
+            _users.pop()
+            if len(_users) == 1:
+                saved = _users.pop()
+                assert saved is not None
+                saved.close()
 
 
 def _upright(file: Path | bytes, max_pixels: int) -> Image.Image:

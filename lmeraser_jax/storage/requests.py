@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any
 
 from lmeraser_jax.data.names import list_lookalikes, list_names
-from lmeraser_jax.errors import UserError, join_limited, raise_all, shorten
+from lmeraser_jax.errors import Conflict, UserError, join_limited, raise_all, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.rows import Edit
@@ -25,6 +25,7 @@ LEGAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 LONGEST_TEXT = 500  # characters of a requester or a reason
 EMPTY: dict[str, Any] = {  # what an acceptance may leave out, and what a publication fills in
     "kind": "erase",
+    "mode": "exact",
     "erased_before": [],
     "shared": [],
     "owners": [],
@@ -220,9 +221,9 @@ def _refuse_another(earlier: Request, given: str, requester: str, reason: str) -
     """Refuses an id that an earlier, different request has."""
     body, remedy = earlier.body, "give this one another id, or none"
     if body["targets"] != given:
-        raise UserError(f"--request={earlier.id}: was used for another request; {remedy}")
+        raise Conflict(f"--request={earlier.id}: was used for another request; {remedy}")
     if (requester or body["requester"], reason or body["reason"]) != (body["requester"], body["reason"]):
-        raise UserError(f"--request={earlier.id}: was used by another requester or for another reason; {remedy}")
+        raise Conflict(f"--request={earlier.id}: was used by another requester or for another reason; {remedy}")
 
 
 def _with_quarantine(catalog: Catalog, request: Request) -> Request:
@@ -318,9 +319,24 @@ def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
     return _select(catalog, "WHERE state!='purged'" if only_open else "")
 
 
-def _select(catalog: Catalog, condition: str, *values: str) -> list[Request]:
-    query = f"SELECT id,created,state,body FROM requests {condition} ORDER BY created,id"
-    rows = catalog.db.execute(query, values)
+def page(catalog: Catalog, kind: str, states: Collection[str], after: str, count: int) -> list[Request]:
+    """At most `count` requests of a kind in some states, newest first, that came before the one with the id `after`."""
+    marks = ",".join("?" * len(states))
+    condition = f"WHERE json_extract(body,'$.kind')=? AND state IN ({marks})"
+    last = get(catalog, after)
+    if last is not None:
+        condition += " AND (created,id)<(?,?)"
+    bound = [] if last is None else [last.created, last.id]
+    return _select(catalog, condition, kind, *states, *bound, order=f"created DESC,id DESC LIMIT {count}")
+
+
+def count_by_state(catalog: Catalog) -> dict[str, int]:
+    """{state: how many requests are in it}."""
+    return dict(catalog.db.execute("SELECT state,count(*) FROM requests GROUP BY state").fetchall())
+
+
+def _select(catalog: Catalog, condition: str, *values: str | float, order: str = "created,id") -> list[Request]:
+    rows = catalog.db.execute(f"SELECT id,created,state,body FROM requests {condition} ORDER BY {order}", values)
     return [Request(name, created, state, json.loads(body)) for name, created, state, body in rows]
 
 

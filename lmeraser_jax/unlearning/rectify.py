@@ -87,9 +87,11 @@ def changes_of(
             continue
         values = dict(values)
         try:
-            if "image" in values:
-                path = str(Path(folder) / expand(values["image"]))
+            if isinstance(values.get("image"), str):
+                path = Path(folder) / expand(values["image"])
                 values["image"] = request_files.pixels_of(catalog, path, f"{place}: {path}", most)
+            elif "image" in values:  # bytes of a file
+                values["image"] = request_files.pixels_of(catalog, values["image"], f"{place}: image", most)
             if "label" in values:
                 values["label"] = dataset["classes"].index(values["label"])
             changes.append(Change(**values))
@@ -108,7 +110,8 @@ def _problem(values: Mapping[str, Any] | str, keys: Sequence[str], classes: Sequ
         return values
     if strange := [str(name) for name in values if name not in keys]:
         return f"has {join_limited(strange)}; legal: {', '.join(keys)}"
-    if wrong := [name for name, value in values.items() if not isinstance(value, str) or not value.strip()]:
+    texts = {name: value for name, value in values.items() if name != "image" or not isinstance(value, bytes)}
+    if wrong := [name for name, value in texts.items() if not isinstance(value, str) or not value.strip()]:
         return f"{' and '.join(wrong)} must be text in quotes, and not empty"
     if "id" not in values or len(values) == 1:
         return f"must have id, and {' or '.join(keys[1:])} or both"

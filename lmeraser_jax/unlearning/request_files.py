@@ -70,16 +70,18 @@ def read_edits(path: str) -> list[tuple[str, dict[str, Any] | str]]:
     return lines
 
 
-def content_of(catalog: Catalog, path: str, most: int = Data().max_pixels) -> str:
+def content_of(catalog: Catalog, file: Path | bytes, name: str, most: int = Data().max_pixels) -> str:
     """The content hash that a record of a workdir has, or would have, whose source is an image file.
 
-    Raises as `pixels_of`.
+    Arguments and errors are as of `pixels_of`.
     """
-    return content_hash(pixels_of(catalog, path, f"--like={path}", most))
+    return content_hash(pixels_of(catalog, file, name, most))
 
 
-def pixels_of(catalog: Catalog, path: str, name: str, most: int = Data().max_pixels) -> np.ndarray:
-    """The pixels uint8 [h, w, c] of a record of a workdir whose source is an image file; `name` is for messages.
+def pixels_of(catalog: Catalog, file: Path | bytes, name: str, most: int = Data().max_pixels) -> np.ndarray:
+    """The pixels uint8 [h, w, c] of a record of a workdir whose source is an image file, or the bytes of one.
+
+    `name` is for messages.
 
     Where the records came from image files, it is brought to the stored size as they were; where they came as arrays,
     it must have their size. `most` is the number of pixels that a file may have (`data.max_pixels`).
@@ -90,16 +92,17 @@ def pixels_of(catalog: Catalog, path: str, name: str, most: int = Data().max_pix
     from lmeraser_jax.data.decode import decode, upright_size  # needs Pillow
 
     dataset = catalog.get("dataset")
-    _require_file(Path(path), name)
+    if isinstance(file, Path):
+        _require_file(file, name)
     if dataset is None:
         raise UserError(f"{name}: the workdir has no records yet")
     if is_text(dataset["shape"]):
         raise UserError(f"{name}: the workdir holds text; name records with --records, or an owner with --owner")
     height, width, channels = dataset["shape"]
-    pixels = decode([Path(path)], height, width, channels, most)
+    pixels = decode([file], height, width, channels, most)
     if pixels.unreadable:
         raise UserError(f"{name} cannot be read: {pixels.unreadable[0]}")
-    size, source = upright_size(Path(path)), dataset["settings"]["source"]
+    size, source = upright_size(file), dataset["settings"]["source"]
     if source not in DECODED and size != (height, width):
         legal = f"{height} x {width} pixels, as the images of {source} are stored"
         raise UserError(f"{name} has {size[0]} x {size[1]} pixels; must have {legal}")

@@ -1,0 +1,70 @@
+"""lmeraser serve: a workdir as an HTTP service: predictions, requests to erase and rectify, receipts, a console.
+
+  lmeraser serve --workdir=DIR [--port=8080] [--max_wait=SECONDS] [--max_batch=N]
+  lmeraser serve --workdir=DIR --host=0.0.0.0 --tokens=FILE [--tls_certificate=FILE --tls_key=FILE]
+
+Without --tokens everyone on this machine may do everything, and nobody else reaches the service; lmeraser tokens makes
+a file of tokens. A worker, a process beside the service, serves the requests: at once, or by --max_wait and --max_batch
+as lmeraser process does. The description of the interface is at /openapi.json, the console at /.
+"""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from lmeraser_jax import config as settings
+from lmeraser_jax.cli import common
+from lmeraser_jax.cli.common import Flag
+from lmeraser_jax.config.paths import absolute
+from lmeraser_jax.errors import UserError, raise_all
+from lmeraser_jax.storage.workdir import Layout, read_config
+
+TAKES_CONFIG = False
+INSTALL = "the service needs more packages: pip install 'lmeraser_jax[serve]'"
+FLAGS = (
+    Flag("host", "127.0.0.1", "address to listen at; another one than this machine's own needs --tokens"),
+    Flag("port", 8080, "port to listen at; 0: any free one", low=0),
+    Flag("tokens", absolute, "file of tokens, made by lmeraser tokens"),
+    Flag("max_wait", float, "serve requests once the oldest has waited for this many seconds", low=0),
+    Flag("max_batch", int, "serve requests once this many wait", low=1),
+    Flag("max_body", 32, "most megabytes of a call", low=1),
+    Flag("max_inputs", 64, "most images, queries or candidates of a call", low=1),
+    Flag("max_queue", 512, "most images or queries that wait for the devices; beyond it calls get 503", low=1),
+    Flag("max_tokens", 256, "most tokens of a generated response", low=1),
+    Flag("max_seconds", 60.0, "for a call to arrive, and again for its answer", low=0.1),
+    Flag("max_connections", 256, "most connections at the same time; beyond it they get 503", low=2),
+    Flag("tls_certificate", absolute, "PEM file, for HTTPS without a proxy"),
+    Flag("tls_key", absolute, "PEM file of its key"),
+)
+
+
+def run(arguments: common.Arguments) -> int:
+    layout = Layout(common.workdir_of(arguments))
+    stored = read_config(layout)
+    if stored is None:
+        raise UserError(f"{layout.root} is not complete yet; run: lmeraser train {layout.flag}")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the worker shares the accelerator
+    common.log_devices()
+    try:
+        from lmeraser_jax.service.app import serve
+        from lmeraser_jax.service.auth import read_tokens
+        from lmeraser_jax.service.limits import is_local
+        from lmeraser_jax.service.settings import Limits, Policy, Settings
+    except ModuleNotFoundError as error:
+        raise UserError(f"{INSTALL} ({error.name} is missing)") from error
+    tokens, problems = arguments["tokens"], []
+    if not tokens and not is_local(arguments["host"]):
+        problems.append(f"--host={arguments['host']}: other machines reach it, so --tokens=FILE must say who may what")
+    if bool(arguments["tls_certificate"]) != bool(arguments["tls_key"]):
+        problems.append("--tls_certificate and --tls_key go together")
+    raise_all(problems)
+    if tokens:
+        read_tokens(Path(tokens))
+    values = {
+        field.name: arguments[f"max_{field.name}"] for field in dataclasses.fields(Limits) if field.name != "body"
+    }
+    limits = Limits(body=arguments["max_body"] << 20, **values)
+    policy = Policy(arguments["max_wait"], arguments["max_batch"])
+    service = Settings(layout, settings.from_dict(stored), limits, policy, Path(tokens) if tokens else None)
+    serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
+    return 0
