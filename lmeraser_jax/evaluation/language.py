@@ -8,6 +8,7 @@ Shapes: N rows, B rows of a call, T tokens of a row, V vocabulary, K clusters.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lmeraser_jax.data.source import content_hash
 from lmeraser_jax.data.text_rows import HEADER, tokens_of
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.accuracy import split_records
 from lmeraser_jax.evaluation.forgetting import RowScores, row_scores
 from lmeraser_jax.evaluation.predict import Model, ModelArrays, draws, load_model
+from lmeraser_jax.hashing import seed_words
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import peft_files
 from lmeraser_jax.models.decoder import generate
@@ -110,14 +113,13 @@ def _scorer(spec: TuningSpec):
 
 def score(model: Model, rows: np.ndarray, adapted: bool = True) -> Scores:
     """Scores of stored rows, int32 [N, 2 + T], by the adapters of their clusters or by the frozen model."""
-    clusters, scored = route(model, query_rows(rows)), [np.zeros((2, 0), np.float32)]
-    for start in range(0, len(rows), AT_A_TIME):
-        slices = _slices(model.arrays, padded(clusters[start : start + AT_A_TIME]))
-        batch = _trimmed(padded(rows[start : start + AT_A_TIME]))
+    clusters, scored = route(model, query_rows(rows)), np.zeros((2, len(rows)), np.float32)
+    for places, batch in _batches(rows):
+        slices = _slices(model.arrays, padded(clusters[places]))
         with pinned():
             own = slices if adapted else slices._replace(backbone=None)
-            scored.append(np.stack(_scorer(model.run.tuning_spec)(model.arrays, own, batch)))
-    losses, accuracies = np.concatenate(scored, axis=1)[:, : len(rows)]
+            scored[:, places] = np.stack(_scorer(model.run.tuning_spec)(model.arrays, own, batch))[:, : len(places)]
+    losses, accuracies = scored
     _, query, count = tokens_of(rows)
     return Scores(
         losses, accuracies, (count - query).astype(np.int32), clusters[:, None], model.keys, model.approximate
@@ -126,34 +128,37 @@ def score(model: Model, rows: np.ndarray, adapted: bool = True) -> Scores:
 
 def route(model: Model, queries: np.ndarray) -> np.ndarray:
     """The nearest cluster of each query: rows int32 [N, 2 + T] without responses -> int32 [N]."""
-    clusters = [np.zeros(0, np.int32)]
-    for start in range(0, len(queries), AT_A_TIME):
-        rows = padded(queries[start : start + AT_A_TIME])
+    clusters = np.zeros(len(queries), np.int32)
+    for places, rows in _batches(queries):
         with pinned():
-            drawn = draws(model, rows)
-            clusters.append(np.asarray(_router(model.run.tuning_spec)(model.arrays, _trimmed(rows), drawn)))
-    return np.concatenate(clusters)[: len(queries)]
+            drawn = draws(model, padded(queries[places]))
+            clusters[places] = _router(model.run.tuning_spec)(model.arrays, rows, drawn)[: len(places)]
+    return clusters
 
 
 @dataclasses.dataclass(frozen=True)
 class Respond:
-    """Continues queries, rows int32 [N, 2 + T] without responses and of at most `longest_query` tokens."""
+    """Continues queries, rows int32 [N, 2 + T] without responses and of at most `longest_query` tokens.
+
+    What is drawn depends on the seed and the query alone, not on the queries beside it.
+    """
 
     sampling: Sampling
 
     def __call__(self, model: Model, queries: np.ndarray) -> Texts:
         run, spec, sampling = model.run, model.run.tuning_spec, self.sampling
         clusters, tokens = route(model, queries), np.zeros((len(queries), sampling.new), np.int32)
-        graph, key = backbone_lib.graph(spec.architecture, spec.lora)[0], jax.random.key(sampling.seed)
-        width, temperature = longest_query(run, sampling.new), np.float32(sampling.temperature)
-        for start in range(0, len(queries), AT_A_TIME):
-            prompts, lengths, _ = tokens_of(_trimmed(padded(queries[start : start + AT_A_TIME])))
-            slices = _slices(model.arrays, padded(clusters[start : start + AT_A_TIME]))
-            arguments = prompts[:, :width], np.maximum(lengths, 1), jax.random.fold_in(key, start), temperature
+        graph, width = backbone_lib.graph(spec.architecture, spec.lora)[0], longest_query(run, sampling.new)
+        for places, rows in _batches(queries):
+            prompts, lengths, _ = tokens_of(rows)
+            slices = _slices(model.arrays, padded(clusters[places]))
+            words = [seed_words(f"answer {sampling.seed} {content_hash(query)}") for query in queries[places]]
             with pinned():
+                keys = jax.random.wrap_key_data(jnp.asarray(padded(np.stack(words))))  # [B]
+                arguments = prompts[:, :width], np.maximum(lengths, 1), keys, np.float32(sampling.temperature)
                 params = backbone_lib.with_own(model.arrays.params, slices.backbone)
                 new = generate(graph, params, *arguments, np.int32(run.encoder.end), sampling.new)
-            tokens[start : start + AT_A_TIME] = np.asarray(new)[: len(queries) - start]
+            tokens[places] = new[: len(places)]
         return Texts(tokens, clusters[:, None], model.keys, model.approximate)
 
 
@@ -167,10 +172,18 @@ def padded(values: np.ndarray) -> np.ndarray:
     return np.concatenate([values, np.zeros((AT_A_TIME - len(values), *values.shape[1:]), values.dtype)])
 
 
-def _trimmed(rows: np.ndarray) -> np.ndarray:
-    """Rows without padding that all of them have: their tokens are a power of two, for few programs, or T."""
-    longest = max(16, int(rows[:, 1].max()))
-    return rows[:, : HEADER + (1 << (longest - 1).bit_length())]
+def _batches(rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places among rows int32 [N, 2 + T], and the rows there with less padding, int32 [AT_A_TIME, 2 + t].
+
+    The number t is a power of two, for few programs, or T. It depends on a row's own length, so that the bits that a
+    row gives do not depend on the rows beside it.
+    """
+    lengths = np.array([1 << (max(16, int(count)) - 1).bit_length() for count in rows[:, 1]], np.int32)
+    for length in np.unique(lengths):
+        alike = np.flatnonzero(lengths == length)
+        for start in range(0, len(alike), AT_A_TIME):
+            places = alike[start : start + AT_A_TIME]
+            yield places, padded(rows[places])[:, : HEADER + length]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -142,8 +142,8 @@ def scorer_of(run: Run, seed: int, stop: int) -> Scorer:
     start = int(run.images[0, HEADER])  # the start token, where there is one
     graph = backbone_lib.graph(config)[0]
     prompts, lengths = jnp.full((STORIES, 1), start), jnp.ones(STORIES, jnp.int32)
-    key, temperature = jax.random.key(seed), jnp.ones(())
-    texts = np.asarray(generate(graph, params, prompts, lengths, key, temperature, jnp.int32(stop), context - 1))
+    keys, temperature = jax.random.split(jax.random.key(seed), STORIES), jnp.ones(())
+    texts = np.asarray(generate(graph, params, prompts, lengths, keys, temperature, jnp.int32(stop), context - 1))
     ends = [text.tolist().index(stop) + 1 if stop in text else len(text) for text in texts]
     return Scorer(spec, params, np.stack([pack([start], text[:end], context) for text, end in zip(texts, ends)]))
 

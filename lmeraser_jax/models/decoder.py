@@ -194,7 +194,7 @@ def generate(
     params: Any,
     prompts: jax.Array,
     lengths: jax.Array,
-    key: jax.Array,
+    keys: jax.Array,
     temperature: jax.Array,
     stop: jax.Array,
     new: int,
@@ -202,8 +202,8 @@ def generate(
     """Continues each prompt, the first `lengths` [B] tokens of a row [B, T], until its token `stop`: int32 [B, new].
 
     `graph` and `params` are as `backbone.graph` has them. Temperature 0 takes the likeliest token, any other draws from
-    softmax(logits / temperature). After `stop` follow more of it. Raises `UserError` where T + new is more than the
-    context.
+    softmax(logits / temperature), each row by its own one of the `keys` [B]. After `stop` follow more of it. Raises
+    `UserError` where T + new is more than the context.
     """
     model: Decoder = nnx.merge(graph, params)
     config, (b, t) = model.config, prompts.shape
@@ -219,7 +219,8 @@ def generate(
 
     def advance(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         step, tokens, done, logits, caches = carry
-        drawn = jax.random.categorical(jax.random.fold_in(key, step), logits / jnp.maximum(temperature, 1e-6))
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+        drawn = jax.vmap(jax.random.categorical)(step_keys, logits / jnp.maximum(temperature, 1e-6))
         token = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
         token = jnp.where(done, stop, token)
         states, caches = model.extend(token[:, None], (lengths + step)[:, None], caches)

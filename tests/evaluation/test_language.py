@@ -91,8 +91,29 @@ def test_generation_continues_each_query_with_its_own_adapters(run):
             tokens.append(int(new))
             if new == end:
                 break
-    warm = [language.Respond(Sampling(6, 2.0, seed))(model, rows).tokens for seed in (0, 0, 1)]
-    assert (warm[0] == warm[1]).all() and (warm[0] != warm[2]).any()
+
+
+def test_what_is_drawn_depends_on_the_seed_and_the_query_alone(run):
+    model, rows = load_model(run), language.query_rows(rows_of(run, "test", "train"))
+    drawn = [language.Respond(Sampling(6, 2.0, seed))(model, rows).tokens for seed in (0, 0, 1)]
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
+    for places in ([11, 3, 3, 40, 7], [3], range(47, -1, -1)):
+        again = language.Respond(Sampling(6, 2.0))(model, rows[list(places)]).tokens
+        np.testing.assert_array_equal(again, drawn[0][list(places)])
+
+
+def test_the_padding_of_a_row_depends_on_its_own_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 50)
+    rows = np.zeros((50, 102), np.int32)
+    rows[:, 0], rows[:, 1] = np.arange(50), lengths
+    widths = {}
+    for places, batch in language._batches(rows):
+        assert batch.shape[0] == language.AT_A_TIME and not batch[len(places) :].any()
+        np.testing.assert_array_equal(batch[: len(places), 0], places)
+        widths |= dict.fromkeys(places.tolist(), batch.shape[1] - 2)
+    assert [widths[i] for i in range(50)] == [
+        16 if n <= 16 else 32 if n <= 32 else 64 if n <= 64 else 100 for n in lengths
+    ]
 
 
 def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):

@@ -38,10 +38,9 @@ def call(config, params, *arguments, method="__call__", **options):
 def generated(backbone, prompts, lengths, new, temperature=0.0, stop=-1, key=0) -> np.ndarray:
     graph, temperature = backbone_lib.graph(backbone.config)[0], jnp.float32(temperature)
     prompts, lengths = jnp.asarray(prompts), jnp.asarray(lengths, jnp.int32)
+    keys = jax.random.split(jax.random.key(key), len(prompts))
     return np.asarray(
-        decoder.generate(
-            graph, backbone.params, prompts, lengths, jax.random.key(key), temperature, jnp.int32(stop), new
-        )
+        decoder.generate(graph, backbone.params, prompts, lengths, keys, temperature, jnp.int32(stop), new)
     )
 
 
@@ -84,7 +83,8 @@ def test_generation_with_a_cache_is_recomputation_token_by_token(temperature):
     for step in range(new):
         ends = np.array(lengths) + step
         scores = call(QWEN2, backbone.params, rows)[np.arange(3), ends - 1]
-        drawn = jax.random.categorical(jax.random.fold_in(jax.random.key(0), step), scores / 1.5)
+        keys = jax.random.split(jax.random.key(0), 3)
+        drawn = [jax.random.categorical(jax.random.fold_in(k, step), s / 1.5) for k, s in zip(keys, scores)]
         rows[np.arange(3), ends] = drawn if temperature else jnp.argmax(scores, axis=-1)
     expected = np.stack([rows[row, length : length + new] for row, length in enumerate(lengths)])
     np.testing.assert_array_equal(ours, expected)

@@ -57,7 +57,8 @@ def pytorch_logits(model, tokens) -> np.ndarray:
 
 def generated(backbone, prompt, new: int) -> np.ndarray:
     graph, prompt = backbone_lib.graph(backbone.config)[0], np.asarray(prompt, np.int32)[None]
-    arguments = (np.array([prompt.size], np.int32), jax.random.key(0), jnp.float32(0), jnp.int32(2))
+    keys = jax.random.split(jax.random.key(0), 1)
+    arguments = (np.array([prompt.size], np.int32), keys, jnp.float32(0), jnp.int32(2))
     return np.asarray(decoder.generate(graph, backbone.params, prompt, *arguments, new))[0]
 
 
