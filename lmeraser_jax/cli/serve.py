@@ -12,14 +12,12 @@ import dataclasses
 import os
 from pathlib import Path
 
-from lmeraser_jax import config as settings
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, raise_all
-from lmeraser_jax.storage.workdir import Layout, read_config
+from lmeraser_jax.storage.workdir import Layout
 
-TAKES_CONFIG = False
 INSTALL = "the service needs more packages: pip install 'lmeraser_jax[serve]'"
 FLAGS = (
     Flag("host", "127.0.0.1", "address to listen at; another one than this machine's own needs --tokens"),
@@ -39,10 +37,7 @@ FLAGS = (
 
 
 def run(arguments: common.Arguments) -> int:
-    layout = Layout(common.workdir_of(arguments))
-    stored = read_config(layout)
-    if stored is None:
-        raise UserError(f"{layout.root} is not complete yet; run: lmeraser train {layout.flag}")
+    workdir, config = common.finished(arguments)
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the worker shares the accelerator
     common.log_devices()
     try:
@@ -65,6 +60,6 @@ def run(arguments: common.Arguments) -> int:
     }
     limits = Limits(body=arguments["max_body"] << 20, **values)
     policy = Policy(arguments["max_wait"], arguments["max_batch"])
-    service = Settings(layout, settings.from_dict(stored), limits, policy, Path(tokens) if tokens else None)
+    service = Settings(Layout(workdir), config, limits, policy, Path(tokens) if tokens else None)
     serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
     return 0

@@ -53,10 +53,15 @@ def decode(
         except Exception as error:  # Pillow's decoders raise nearly every kind over damaged files
             return str(error) or type(error).__name__, False
 
+    def fill_share(thread: int) -> dict[int, tuple[str, bool]]:  # a task an image would cost more than a small image
+        return {position: fill(position) for position in range(thread, len(files), THREADS)}
+
     with _quiet(), ThreadPoolExecutor(THREADS) as pool:
-        results = list(pool.map(fill, range(len(files))))
-    unreadable = {position: reason for position, (reason, _) in enumerate(results) if reason}
-    return Contents(images, unreadable, sum(converted for _, converted in results))
+        results = {
+            position: result for share in pool.map(fill_share, range(THREADS)) for position, result in share.items()
+        }
+    unreadable = {position: reason for position, (reason, _) in sorted(results.items()) if reason}
+    return Contents(images, unreadable, sum(converted for _, converted in results.values()))
 
 
 def upright_size(file: Path | bytes) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lmeraser_jax.config import Config, Inference
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.service.metrics import Metrics
@@ -51,11 +52,11 @@ class Answering:
     is published, or every cluster is in quarantine.
     """
 
-    def __init__(self, layout: Layout, most: int, metrics: Metrics):
+    def __init__(self, layout: Layout, inference: Inference, most: int, metrics: Metrics):
         """At most `most` rows wait, but a caller who finds the queue empty is always admitted."""
         self.run: Run | None = None
         self.problem = "the model is being loaded"  # why there is no answer now; "" where there is
-        self._layout, self._most, self._metrics = layout, most, metrics
+        self._layout, self._inference, self._most, self._metrics = layout, inference, most, metrics
         self._version = 0  # of the state that answered last
         self._questions: collections.deque[_Question] = collections.deque()
         self._changed, self._stopping = threading.Condition(), threading.Event()
@@ -101,7 +102,7 @@ class Answering:
         """Opens the workdir, and opens it again after any failure."""
         while not self._stopping.is_set():
             try:
-                with open_run(self._layout.root) as run:
+                with open_run(self._layout.root, self._config()) as run:
                     self._read_ahead(run)
                     self.run = run
                     self._answer(run)
@@ -109,6 +110,11 @@ class Answering:
                 self._fail(error)
                 self._stopping.wait(PAUSE)
         self._refuse("the service is ending")
+
+    def _config(self) -> Config | None:
+        """The workdir's config of this moment, with the inference of this service."""
+        stored = binding.stored_config(self._layout)
+        return stored and dataclasses.replace(stored, inference=self._inference)
 
     @staticmethod
     def _read_ahead(run: Run) -> None:
@@ -130,7 +136,7 @@ class Answering:
                 for question in batch:
                     question.future.set_exception(self._unavailable(error))
                 self._fail(error)
-                if not isinstance(error, UserError) or binding.stored_config(self._layout) != run.config:
+                if not isinstance(error, UserError) or self._config() != run.config:
                     return
                 self._stopping.wait(PAUSE)
 

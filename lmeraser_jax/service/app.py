@@ -26,7 +26,7 @@ def create_app(settings: Settings) -> FastAPI:
     """The app of a workdir; its threads and its worker run while it does."""
     metrics = Metrics()
     worker = Supervisor(settings, metrics) if settings.serves_requests else None
-    answering = Answering(settings.layout, settings.limits.queue, metrics)
+    answering = Answering(settings.layout, settings.config.inference, settings.limits.queue, metrics)
     service = Service(settings, answering, Guard(settings.tokens), metrics, worker)
 
     @contextlib.asynccontextmanager

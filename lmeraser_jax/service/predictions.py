@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -76,14 +77,14 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["predictions"])
 
     @routes.post("/v1/predict", openapi_extra=BODY)
-    async def _(request: Request, _: Annotated[Caller, Depends(service.guard.require("predict"))]) -> dict[str, Any]:
+    async def _(request: Request, _: Annotated[Caller, Depends(service.guard.require("predict"))]) -> JSONResponse:
         """Label, probabilities, cluster and manifest of each image, or the answer to each query.
 
         Images come as files of a form, fields `image`, or in JSON as base64; queries in JSON.
         """
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind == "multipart/form-data":
-            return await _predict(service, await _uploads(service, request))
+            return JSONResponse(await _predict(service, await _uploads(service, request)))
         if kind != "application/json":
             raise Problem(415, "send application/json, or multipart/form-data with fields `image`")
         body = _parsed(await request.body())
@@ -94,8 +95,9 @@ def router(service: Service) -> APIRouter:
         if len({bool(each.candidates) for each in body.queries}) > 1:
             raise Problem(422, "give every query of a call candidates, or none: a call is answered by one state")
         if body.images:
-            return await _predict(service, from_base64({f"/images/{n}": text for n, text in enumerate(body.images)}))
-        return await run_in_threadpool(_answer, service, body)
+            files = from_base64({f"/images/{n}": text for n, text in enumerate(body.images)})
+            return JSONResponse(await _predict(service, files))
+        return JSONResponse(await run_in_threadpool(_answer, service, body))
 
     return routes
 
@@ -203,7 +205,7 @@ def _answer(service: Service, body: PredictBody) -> dict[str, Any]:
     sampling = Sampling(body.max_tokens, body.temperature, body.seed)
     rows, failures = answers.answer(service.answering.ready_run(), queries, sampling, ask)
     if failures:
-        errors = [{"pointer": f"/queries/{place}", "detail": text} for place, text in failures.items()]
+        errors = [{"pointer": f"/queries/{place}", "detail": text} for place, text in failures]
         raise Problem(422, "a query cannot be answered", errors)
     wanted = ("answer", "cluster", "approximate", "candidates")
     return {
