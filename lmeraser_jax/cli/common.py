@@ -208,7 +208,7 @@ def config_of(arguments: Arguments) -> Config:
 def refuse_text(config: Config, instead: str) -> None:
     """Raises `UserError` where a command for images is given texts; `instead` says what serves."""
     if config.is_text:
-        raise UserError(f"this command is for images, not for --config.data.source=text; {instead}")
+        raise UserError(f"this command is for images, not for texts; {instead}")
 
 
 def workdir_of(arguments: Arguments, must_exist: bool = True) -> str:
@@ -327,7 +327,7 @@ def imported_text(imported: Imported, again: str, text: bool = False) -> str:
         "with the content of another": imported.duplicates,
         "cut to --config.text.context" if text else "converted from another colour mode": imported.converted,
         "damaged in the workdir and read from the source again": imported.mended,
-        "test, hold-out or public images left out": imported.left_out,
+        "test, hold-out or public records left out": imported.left_out,
     }
     others = [f"{count} {text}" for text, count in counts.items() if count]
     return ", ".join([f"imported {imported.added} records", *others])
@@ -338,7 +338,7 @@ def build_text(report: "BuildReport") -> str:
     if not (report.retuned or report.published):
         return f"nothing to do: all {report.clusters} clusters are tuned and published"
     return (
-        f"tuned {report.retuned} clusters, reused {report.reused}: {report.images} images"
+        f"tuned {report.retuned} clusters, reused {report.reused}: {report.images} passes of a record"
         f" ({report.ratio:.1%} of a full tuning) in {report.seconds:.1f} s"
     )
 

@@ -67,7 +67,10 @@ MENDABLE = frozenset(  # errors of disks, folders and limits
 )
 JAX_SETTINGS = ("jax/_src/config.py", "jaxlib/_config.py")  # what refuses a value of a variable JAX_...
 MEND = "the workdir holds the old or the new state, nothing between; mend this and run the same command again"
-SMALLER = "lower --config.data.image_size, or the batch and lanes of --config.tuning, .pretraining or .clustering"
+SMALLER = (
+    "lower --config.data.image_size or .text.context, or the batch and lanes of --config.tuning, .pretraining or"
+    " .clustering"
+)
 DAMAGED = "it may be damaged: lmeraser doctor says what is wrong, and what can be done"
 
 

@@ -232,7 +232,7 @@ def estimate_text(estimate: "Estimate", verb: str) -> str:
     lines = [
         *(() if estimate.records or verb != "erase" else (NOTHING_TO_ERASE,)),
         f"would {verb} {estimate.records} records; nothing has been changed",
-        f"clusters to tune: {len(estimate.clusters)}, images to process: {estimate.images}"
+        f"clusters to tune: {len(estimate.clusters)}, passes of a record: {estimate.images}"
         f" ({share:.1%} of a full re-tune), about {estimate.seconds:.1f} s",
         *(f"  {key}" for key in estimate.clusters),
     ]

@@ -61,7 +61,7 @@ def check_pixel_hashes(images: np.ndarray, records: RecordTable) -> None:
     changed = [name for name, row, content in pairs if content_hash(images[row]) != content]
     if changed:
         raise UserError(
-            f"the stored pixels of {len(changed)} records are not those that were imported:"
+            f"the stored contents of {len(changed)} records are not those that were imported:"
             f" {list_names(changed)}; read them from the source again with lmeraser train --reimport, or erase"
             " these records with lmeraser unlearn"
         )

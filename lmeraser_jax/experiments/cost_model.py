@@ -143,7 +143,9 @@ def read_workload(layout: Layout, catalog: Catalog, devices: int = 1) -> Workloa
     if not keys:
         raise UserError(f"{layout.root} has no live private record in a published cluster: nobody can ask for one")
     if not sum(images):
-        raise UserError(f"{layout.root} makes its slices by a formula: an erasure tunes no image, nothing to forecast")
+        raise UserError(
+            f"{layout.root} makes its slices by a formula: an erasure tunes nothing, so there is nothing to forecast"
+        )
     timed = [row for row in slices.values() if row.fingerprint == manifest.fingerprint and row.seconds > 0]
     if not timed:
         raise UserError(f"{layout.root} has no slice of this program that was timed: nothing to forecast from")
@@ -197,7 +199,7 @@ class Policy:
     requests: float = _row("a batch: requests")
     clusters: float = _row("  clusters tuned again")
     paper_clusters: float = _row("    by the paper (Eq. 9)")
-    images: float = _row("  images", "{:.0f}".format)
+    images: float = _row("  passes of a record", "{:.0f}".format)
     share: float = _row("    of a full tuning", "{:.1%}".format)
     reclustering: float = _row("    due to re-clustering", "{:.0%}".format)  # share of the images
     seconds: float = _row("  time", _duration)
@@ -244,7 +246,7 @@ def forecast(workload: Workload, rate: float, batch: Batch) -> Forecast:
     policies = [_policy(name, each, rate, workload) for name, each in ordered]
     notes = [
         "requests come independently, each for one training record drawn uniformly; owners are not considered",
-        f"{workload.speed:.1f} images a second (lanes: {workload.lanes}), as on this workdir's slices; tuning alone,"
+        f"{workload.speed:.1f} passes a second (lanes: {workload.lanes}), as on this workdir's slices; tuning alone,"
         " lanes packed without a gap; start, planning and purge come on top",
     ]
     if workload.clusters.sample:

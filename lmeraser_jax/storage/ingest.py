@@ -92,7 +92,7 @@ def check_images(layout: Layout, catalog: Catalog) -> None:
     count = len(image_file(layout, catalog)) if rows else 0
     if count < rows:
         raise UserError(
-            f"{layout.images} holds {count} images, the catalog {rows}: the workdir is damaged; restore the file, or"
+            f"{layout.images} holds {count} rows, the catalog {rows}: the workdir is damaged; restore the file, or"
             " start again in a new workdir"
         )
 
@@ -137,7 +137,7 @@ def import_source(
     present, left = ({(item.split, item.label) for item in each.items} for each in (source, picked))
     if not adding and (dropped := sorted((split, label) for split, label in present - left if label >= 0)):
         names = join_limited(f"{source.class_names[label]} ({split})" for split, label in dropped)
-        notes += (f"the limits leave no image of these classes: {names}",)
+        notes += (f"the limits leave no record of these classes: {names}",)
     if moved:
         lines += _check_moved(catalog, picked)
         absent = sorted({*catalog.live("train").ids} - {item.id for item in source.items})
@@ -283,8 +283,8 @@ def _check_shares(source: Source, data: Data) -> list[str]:
         folder = getattr(data, f"{split}_split") or split
         where = f" (--config.data.{split}_split={folder})" if data.source in ("folder", "tfds") else ""
         if count and share:
-            images = f"the {count} {split} images that the source has{where}"
-            lines.append(f"--config.data.{name}={share} would mix drawn images with {images}; use one of them")
+            records = f"the {count} {split} records that the source has{where}"
+            lines.append(f"--config.data.{name}={share} would mix drawn records with {records}; use one of them")
     return lines
 
 
@@ -317,7 +317,7 @@ def _check_moved(catalog: Catalog, source: Source) -> list[str]:
     live = catalog.live(*SPLITS)
     owners = dict(zip(live.ids, live.owners, strict=True))
     if not any(item.split == "train" and item.id in owners for item in source.items):
-        return ["it holds no training record of the workdir, so it is not its data; lmeraser add adds other images"]
+        return ["it holds no training record of the workdir, so it is not its data; lmeraser add adds other records"]
     other = [item.id for item in source.items if owners.get(item.id, item.owner) != item.owner]  # whom an erasure names
     return [f"these records have another owner than in the workdir: {join_limited(other)}"] if other else []
 
@@ -330,7 +330,7 @@ def _check_dataset(source: Source, dataset: dict[str, Any] | None) -> list[str]:
     if dataset is None:
         return lines
     if list(source.shape) != dataset["shape"]:
-        lines.append(f"images are {list(source.shape)}, those of the workdir {dataset['shape']}")
+        lines.append(f"contents are {list(source.shape)}, those of the workdir {dataset['shape']}")
     used = sorted({item.label for item in source.items if 0 <= item.label < len(names)})
     unknown = [names[label] for label in used if names[label] not in dataset["classes"]]
     if unknown:

@@ -96,7 +96,7 @@ def resolve(catalog: Catalog, ids: Iterable[str], owners: Iterable[str] = (), co
     if unknown:
         problems.append(f"unknown records: {list_names(unknown)}{_hint(unknown, catalog.private_ids())}")
     if strangers:
-        reason = "owns no live private record (unknown, erased record by record, or the owner of public images only)"
+        reason = "owns no live private record (unknown, erased record by record, or the owner of public records only)"
         problems.append(f"--owner={list_names(strangers)}: {reason}{_hint(strangers, catalog.owner_splits())}")
     if not all(alike.values()):
         problems.append("--like: no live record has exactly these pixels")

@@ -55,7 +55,7 @@ def check_training(layout: Layout, catalog: Catalog, config: Config, retune: boo
     refuse_misfits(catalog, config.tuning, catalog.pins().values())
     dataset = catalog.get("dataset")
     if dataset is not None:
-        _check_unchanged(layout, "images", dataset["settings"], import_settings(config), "data.")
+        _check_unchanged(layout, "import", dataset["settings"], import_settings(config), "data.")
 
 
 def check_backbone(layout: Layout, inputs: Settings, config: Config) -> None:

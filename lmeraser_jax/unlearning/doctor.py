@@ -223,14 +223,14 @@ def _images(workdir: _Workdir) -> Findings:
         return
     size = layout.images.stat().st_size if is_there(layout.images) else 0
     pixels, changed = file.view() if len(file) else np.zeros((0, *file.shape), np.uint8), []
-    with progress("images", len(records)) as shown:
+    with progress("records", len(records)) as shown:
         for name, row, content in zip(records.ids, records.rows, records.contents, strict=True):
             if row >= len(pixels) or content_hash(pixels[row]) != content:
                 changed.append(name)
             shown.advance(1)
     if changed:
         remedy = "lmeraser train --reimport reads them from the source again; or erase them with lmeraser unlearn"
-        yield Problem(f"pixels that are not those of the import: {list_names(changed, LISTED)}", remedy)
+        yield Problem(f"contents that are not those of the import: {list_names(changed, LISTED)}", remedy)
     if size != rows * file.row_bytes:
         resize = functools.partial(resize_file, layout.images, rows * file.row_bytes)
         message = f"images.u8 has {size} bytes, not {rows} rows of {file.row_bytes}"
@@ -239,7 +239,7 @@ def _images(workdir: _Workdir) -> Findings:
     unused = file.filled(catalog.free_rows())
     if len(unused):
         overwrite = functools.partial(file.overwrite, unused)
-        yield Problem(f"rows of no record hold pixels: {join_limited(unused)}", "--fix overwrites them", overwrite)
+        yield Problem(f"rows of no record hold contents: {join_limited(unused)}", "--fix overwrites them", overwrite)
 
 
 def _backbone(workdir: _Workdir) -> Findings:
@@ -297,7 +297,7 @@ def _features(workdir: _Workdir) -> Findings:
     for path in run.layout.feature_files():
         file, size, rows, reason = files.get(path), path.stat().st_size, run.catalog.rows_used(), ""
         if file is None:
-            message = f"{path.name} belongs to another backbone, image size or program"
+            message = f"{path.name} belongs to another backbone, input size or program"
             yield Problem(message, REMOVE, path.unlink, State.LEFTOVER)
         elif size % file.row_bytes or len(file) > rows:
             reason = f"has {size} bytes, not at most {rows} rows of {file.row_bytes}"
@@ -379,11 +379,11 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {  # component: its check, wh
     "config": (_config, ("folder",)),
     "catalog": (_catalog, ("folder",)),
     "requests": (_requests, ("catalog",)),
-    "images": (_images, ("catalog",)),
+    "records": (_images, ("catalog",)),
     "backbone": (_backbone, ("config", "catalog")),
     "public": (_public, ("backbone",)),
     "state": (_state, ("public",)),
-    "features": (_features, ("images", "state")),
+    "features": (_features, ("records", "state")),
     "slices": (_slices, ("state",)),
     "clusterings": (_clusterings, ("state",)),
 }

@@ -223,12 +223,14 @@ def contradictions(run: Run) -> list[str]:
         members = catalog.members(key)
         required = recipe_digest(key, members, run.recipe_constants) if len(members) else None
         if required != manifest.entries.get(key):
-            lines.append(f"cluster {key[:12]}: its slice was tuned with other ids, pixels or labels than its members'")
+            lines.append(
+                f"cluster {key[:12]}: its slice was tuned with other ids, contents or labels than its members'"
+            )
     if run.config.common.method != "none":
         private = catalog.live("train")
         required = recipe_digest(SliceKind.COMMON, private, run.common_constants) if len(private) else None
         if required != manifest.entries.get(SliceKind.COMMON):
-            lines.append("the common head was made with other ids, pixels or labels than the records'")
+            lines.append("the common head was made with other ids, contents or labels than the records'")
     return lines
 
 

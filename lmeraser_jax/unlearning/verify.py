@@ -231,7 +231,7 @@ def _check_purged(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     if snapshot.orphaned_slices:
         findings.append(f"{snapshot.orphaned_slices} published slices were made with records that are erased")
     if purged["rows"] and snapshot.filled_rows:
-        findings.append(f"{snapshot.filled_rows} image rows that belong to no record are not empty")
+        findings.append(f"{snapshot.filled_rows} stored rows that belong to no record are not empty")
     return findings
 
 

@@ -61,7 +61,7 @@ def test_the_job_as_separate_commands(workdir, capsys, tmp_path):
     assert before["sampled_share"] == pytest.approx(30 / sum(sizes))
     name = call(capsys, "inspect", at, "--records")[1].split()[0]
     code, out, _ = call(capsys, "unlearn", at, f"--records={name}", "--dry_run")
-    assert code == 0 and re.search(r"images to process: [1-9]\d* \(", out)
+    assert code == 0 and re.search(r"passes of a record: [1-9]\d* \(", out)
     estimate = json.loads(call(capsys, "unlearn", at, f"--records={name}", "--dry_run", "--json=-")[1])
     rates = ["--rate=5", "--window=2", f"--devices={jax.device_count()}"]
     planned = json.loads(call(capsys, "forecast", at, *rates, "--json=-")[1])

@@ -137,11 +137,11 @@ def test_the_table_says_that_it_is_an_estimate(capsys, layout, tmp_path):
     assert code == 0 and "100 records (12 of them sampled) in 4 clusters; 3 requests a day" in out
     lines = {line[:28].strip(): line[28:].split() for line in out.splitlines()[1:]}
     assert lines["requests served"] == "at once an hour a day 2 days a week".split()
-    assert lines["images"] == [f"{policy['images']:.0f}" for policy in values["policies"]]
+    assert lines["passes of a record"] == [f"{policy['images']:.0f}" for policy in values["policies"]]
     assert "12 h" in out and "by the paper (Eq. 19)" in lines
     estimates = out.split("all of this is an estimate:\n")[1]
     assert [f"- {line}" for line in values["estimates"]] == estimates.splitlines()
-    for text in ("drawn uniformly", "40.0 images a second (lanes: 1), as on this", "no request hit: the bound"):
+    for text in ("drawn uniformly", "40.0 passes a second (lanes: 1), as on this", "no request hit: the bound"):
         assert text in estimates
 
 
@@ -150,7 +150,7 @@ def test_only_slices_of_the_published_program_measure_the_speed(capsys, tmp_path
     layout = make_workdir(tmp_path / "run", tuning__lanes=2, clustering__sample_from="public")
     forecast = forecast_of(capsys, layout, "--devices=4")
     assert forecast["workload"]["speed"] == pytest.approx(4 * SPEED) and forecast["workload"]["lanes"] == 8
-    assert "160.0 images a second (lanes: 8), as on this workdir's slices" in forecast["estimates"][1]
+    assert "160.0 passes a second (lanes: 8), as on this workdir's slices" in forecast["estimates"][1]
     own = np.mean([IMAGES[key] for key, size in SIZES.items() for _ in range(size)])
     assert forecast["policies"][0]["seconds"] == pytest.approx(own / (SPEED / 2))
     assert forecast["policies"][0]["paper_seconds"] == pytest.approx(75 / (SPEED / 2))

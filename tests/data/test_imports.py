@@ -178,5 +178,5 @@ def test_shares_do_not_mix_with_the_sources_own(new_workdir, split, share):
     for source, named in (("folder", f" (--config.data.{split}_split=there)"), ("npz", "")):
         data = Data(source=source, **{share: 0.2, f"{split}_split": "there"})
         message = refusal(new_workdir, with_items(items), Config(data=data))
-        assert f"--config.data.{share}=0.2 would mix drawn images with the 7 {split} images" in message
+        assert f"--config.data.{share}=0.2 would mix drawn records with the 7 {split} records" in message
         assert f"that the source has{named}; use one of them" in message

@@ -292,7 +292,7 @@ def test_the_command_writes_a_table_and_json(workdir, capsys, tmp_path):
     assert contents(workdir) == before
     assert values["ok"] and values["targets"] == 8 and set(values["findings"]) == {"loss", "lira", "routing"}
     assert f"{values['findings']['lira']['columns'][0]['auc']['value']:.3f} [" in out and "kept = control" in out
-    assert "too few images for some false positive rates: 1.0% needs 100, 0.1% needs 1000" in out
+    assert "too few records for some false positive rates: 1.0% needs 100, 0.1% needs 1000" in out
     assert not any(name in out + text for name in ("digit-", "hand-")), "no record is named"
 
 
@@ -348,7 +348,7 @@ def test_a_workdir_without_test_images_has_nothing_to_compare_with(tmp_path, mon
     fast_fakes(monkeypatch)
     with small_run(tmp_path / "run", small_source(test=0)) as run:
         build(run)
-        with pytest.raises(UserError, match="has no test or hold-out images to compare with"):
+        with pytest.raises(UserError, match="has no test or hold-out records to compare with"):
             attacks.attack(run, Options(targets=2, attacks=("loss",)))
         assert attacks.attack(run, Options(attacks=("routing",))).findings[0].name == "routing"
         erase.request_erasure(run, run.catalog.live("train").ids[:1], defer=True)

@@ -145,6 +145,8 @@ def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):
     code, shown, _ = call(capsys, "predict", at, "--query=w1 w1 w9", "--max_tokens=4", "--format=csv")
     assert code == 0 and shown.startswith("id,query,answer,cluster,approximate\n")
     answer = shown.splitlines()[1].split(",")[2]
+    code, shown, err = call(capsys, "unlearn", at, "--owner=person-2", "--dry_run")
+    assert code == 0 and "passes of a record: " in shown and "image" not in shown + err
     assert "name a query" in refused(capsys, "predict", at)
     assert "use --query" in refused(capsys, "predict", at, "scan.png")
     assert "must be below 32" in refused(capsys, "predict", at, "--query=w1", "--max_tokens=32")

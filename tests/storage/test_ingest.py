@@ -41,12 +41,12 @@ def test_a_source_that_does_not_fit_is_refused_with_all_reasons(new_workdir, mon
     assert message.startswith("made cannot be imported") and "these occur more than once: id-00007" in message
     import_source(*new_workdir, numbered_source(), Config())
     message = refusal(new_workdir, numbered_source(shape=(4, 3, 1), class_names=("a", "b", "d")))
-    assert "images are [4, 3, 1], those of the workdir [3, 4, 1]" in message
+    assert "contents are [4, 3, 1], those of the workdir [3, 4, 1]" in message
     assert "classes that the workdir does not have: d; it has a, b, c" in message
     layout, _ = new_workdir
     content = layout.images.read_bytes()
     layout.images.write_bytes(content[: 20 * 12])
-    assert "holds 20 images, the catalog 30: the workdir is damaged" in refusal(new_workdir, numbered_source(40))
+    assert "holds 20 rows, the catalog 30: the workdir is damaged" in refusal(new_workdir, numbered_source(40))
     layout.images.write_bytes(content)
 
 
@@ -105,7 +105,7 @@ def test_classes_that_limits_leave_out_are_named(new_workdir):
     left = {source.class_names[label] for label in new_workdir[1].live("train").labels}
     lost = sorted({source.class_names[item.label] for item in source.items if item.split == "train"} - left)
     names = ", ".join(f"{name} (train)" for name in lost)
-    assert lost and imported.notes[0] == f"the limits leave no image of these classes: {names}"
+    assert lost and imported.notes[0] == f"the limits leave no record of these classes: {names}"
 
 
 def test_duplicates_counted(new_workdir):

@@ -149,13 +149,13 @@ REPAIRABLE = {
     "features of another program": Damage(
         lambda layout: (layout.records / "features-0123456789abcdef.f32").write_bytes(b"x" * 640),
         "features",
-        "another backbone, image size or program",
+        "another backbone, input size or program",
         leftover=True,
     ),
     "feature of no record": Damage(feature_of_no_record, "features", "rows of no record"),
-    "image of no record": Damage(lambda layout: flip(layout.images, free_row(layout) * 64 + 3), "images", "no record"),
+    "image of no record": Damage(lambda layout: flip(layout.images, free_row(layout) * 64 + 3), "records", "no record"),
     "images too long": Damage(
-        lambda layout: os.truncate(layout.images, 10**5), "images", "images.u8 has 100000 bytes", leftover=True
+        lambda layout: os.truncate(layout.images, 10**5), "records", "images.u8 has 100000 bytes", leftover=True
     ),
     "temporary files": Damage(temporary_files, "folder", "left by an interrupted command", leftover=True),
     "backbone flipped": Damage(lambda layout: flip_data(layout.backbone), "backbone", "cannot be read"),
@@ -168,11 +168,11 @@ IRREPARABLE = {
     "no JSON": Damage(sql("UPDATE meta SET value='{' WHERE key='salt'"), "catalog", "1 rows of meta hold no JSON"),
     "no text": Damage(sql("UPDATE records SET owner=CAST(x'ff' AS TEXT)"), "catalog", "UTF-8"),
     "tombstones lost": Damage(sql("DELETE FROM tombstones"), "requests", "its erased ids are not remembered"),
-    "rows lost": Damage(sql("UPDATE meta SET value='100' WHERE key='rows'"), "images", "records behind row 100"),
+    "rows lost": Damage(sql("UPDATE meta SET value='100' WHERE key='rows'"), "records", "records behind row 100"),
     "label changed": Damage(
         sql("UPDATE records SET label=(label+1)%10 WHERE id=(SELECT max(id) FROM records WHERE split='train')"),
         "state",
-        "its slice was tuned with other ids, pixels or labels",
+        "its slice was tuned with other ids, contents or labels",
     ),
     "config torn": Damage(lambda layout: layout.config.write_text('{"seed": '), "config", "config.json cannot be used"),
     "config illegal": Damage(setting("tuning", "epochs", -1), "config", "--config.tuning.epochs=-1"),

@@ -227,7 +227,7 @@ def test_what_was_purged_and_is_there_again_shows(workdir, erased):
         ("1 of the slices that", lambda c: workdir.slice("f00d").mkdir()),
         ("1 of the clusterings that", lambda c: workdir.clustering("f00d").mkdir()),
         ("manifests that were removed are there: 77", lambda c: c.db.execute("UPDATE manifests SET version=77")),
-        ("1 image rows that belong to no record", lambda c: images.view("r+").__setitem__(c.free_rows()[0], 1)),
+        ("1 stored rows that belong to no record", lambda c: images.view("r+").__setitem__(c.free_rows()[0], 1)),
         ("1 of its records are still", lambda c: c.erase(c.live("test").ids[:1], "four")),
         ("1 of its records left no tomb", lambda c: c.db.execute("DELETE FROM tombstones WHERE hash=?", tombstones)),
     )

@@ -37,7 +37,7 @@ def test_every_setting_that_makes_the_records_binds(tmp_path, rng):
         return dataclasses.replace(config, data=dataclasses.replace(config.data, **settings))
 
     for name, value in CHANGES.items():
-        message = rf"(?s)the images in .* was made with another config.*data\.{name}: "
+        message = rf"(?s)the import in .* was made with another config.*data\.{name}: "
         with pytest.raises(UserError, match=message), prepare_run(tmp_path / "run", with_data(**{name: value})):
             pass
     weights = dataclasses.replace(config, backbone=dataclasses.replace(config.backbone, weights="x.safetensors"))

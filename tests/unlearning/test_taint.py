@@ -136,9 +136,9 @@ def test_rotten_pixels_are_never_tuned_on_nor_are_their_features_cached(run):
     view = image_file(run.layout, run.catalog).view("r+")
     view[row] = 255 - view[row]
     view.flush()
-    with pytest.raises(UserError, match=f"pixels of 1 records.*{other}"):
+    with pytest.raises(UserError, match=f"contents of 1 records.*{other}"):
         run.features(run.catalog.at([row]))
-    with pytest.raises(UserError, match=rf"pixels of 1 records.*{other}.*--reimport"):
+    with pytest.raises(UserError, match=rf"contents of 1 records.*{other}.*--reimport"):
         erase.request_erasure(run, [name], request="r")
     assert requests.get(run.catalog, "r").open
     view[row] = 255 - view[row]

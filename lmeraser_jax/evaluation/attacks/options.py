@@ -64,7 +64,7 @@ def _workdir_problems(layout: Layout, catalog: Catalog, options: Options) -> lis
     problems = []
     if not len(unseen_images(catalog)):
         hint = "set --config.data.test_share when the workdir is made"
-        problems.append(f"--workdir={root} has no test or hold-out images to compare with; {hint}")
+        problems.append(f"--workdir={root} has no test or hold-out records to compare with; {hint}")
     allowed, refused = eligible(layout, catalog, ids or catalog.live("train").ids)
     if ids:
         problems += [f"--records={list_names(names)}: {reason}" for reason, names in refused.items()]
@@ -93,7 +93,7 @@ def eligible(layout: Layout, catalog: Catalog, ids: Iterable[str]) -> tuple[list
         if clusters[name] in pinned or clusters[name] not in manifest.entries:
             return "in a cluster that is pinned or not published"
         if copies[contents[name]] > 1:
-            return "another record has the same pixels"
+            return "another record has the same content"
         if members[clusters[name]] <= FEWEST_MEMBERS:
             return f"its cluster would keep fewer than {FEWEST_MEMBERS} members"
         return ""

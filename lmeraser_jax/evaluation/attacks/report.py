@@ -43,7 +43,7 @@ class Finding:
         kept, unlearned, reference = self.detected
         shift = "DOUBTFUL REFERENCE: slices that never saw the records differ from each other; try another --seed"
         if self.name in MEMBERSHIP:
-            shift = "SHIFTED REFERENCE: differs from test images already without having seen the records"
+            shift = "SHIFTED REFERENCE: differs from test records already without having seen the records"
         if unlearned:
             return f"FINDS ERASED RECORDS; {shift}" if reference else "FINDS ERASED RECORDS"
         if self.powerless:
@@ -103,12 +103,12 @@ class Attack:
         if not self.clusters:
             return
         yield (
-            f"{self.targets} records of {self.clusters} clusters erased in memory, told from {self.outside} images that"
-            f" no model saw; {self.seconds:.0f} s"
+            f"{self.targets} records of {self.clusters} clusters erased in memory, told from {self.outside} records"
+            f" that no model saw; {self.seconds:.0f} s"
         )
         short = [f"{rate:.1%} needs {math.ceil(1 / rate)}" for rate in RATES if self.outside * rate < 1]
         if short:
-            yield f"too few images for some false positive rates: {', '.join(short)}"
+            yield f"too few records for some false positive rates: {', '.join(short)}"
 
     def _table(self) -> Iterator[str]:
         if self.accuracies:

@@ -53,8 +53,8 @@ def draw(run: Run, ids: Sequence[str], targets: int, seed: int) -> list[Pool]:
             pools.append(Pool(key, manifest.entries[key], table, kinds))
     if sum(len(pool.of(OUTSIDE)) for pool in pools) < 2:
         raise UserError(
-            f"fewer than two test or hold-out images are routed to the {len(pools)} clusters of the targets and as hard"
-            " as these; raise --targets"
+            f"fewer than two test or hold-out records are routed to the {len(pools)} clusters of the targets and as"
+            " hard as these; raise --targets"
         )
     return pools
 
