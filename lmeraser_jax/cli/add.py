@@ -16,6 +16,7 @@ STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
 FLAGS = (
     common.Flag("source", absolute, ".npz file or folder with the images to add, or JSON lines"),
     common.Flag("labels", absolute, "CSV that names files, labels and owners of a folder"),
+    common.SIGNING_KEY,
     *common.WRITING,
     *common.SHARED,
 )

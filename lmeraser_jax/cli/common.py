@@ -23,9 +23,11 @@ from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported
 from lmeraser_jax.storage.workdir import Layout, read_config, refuse_other_writer
-from lmeraser_jax.unlearning import binding
+from lmeraser_jax.unlearning import binding, signatures
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from lmeraser_jax.training.multihost import Processes
     from lmeraser_jax.unlearning.build import BuildReport
     from lmeraser_jax.unlearning.run import Run
@@ -90,6 +92,11 @@ COMMON = (  # of all commands
 WRITING = (  # of commands that write and tune
     Flag("wait", 0.0, "seconds to wait while another process writes the workdir", low=0),
     Flag("profile", absolute, "write a jax.profiler trace of two calls of the tuning program to this folder"),
+)
+SIGNING_KEY = Flag(  # of commands that finish requests
+    "signing_key",
+    absolute,
+    "private key (lmeraser keys): signs the receipts that are not signed yet, and their number",
 )
 PLACE = (  # where a process stands among several
     Flag("coordinator_address", str, "HOST:PORT of process 0, if no scheduler gives it"),
@@ -287,12 +294,18 @@ def opened(arguments: Arguments, write: bool = False) -> Iterator["Run"]:
     from lmeraser_jax.unlearning.run import open_run
 
     log_devices()
-    options = {"wait": arguments["wait"], "processes": arguments.processes} if write else {}
+    options: dict[str, Any] = {"wait": arguments["wait"], "processes": arguments.processes} if write else {}
+    options["signing_key"] = signing_key_of(arguments)
     with (
         profiling.into(arguments["profile"] if write else ""),
         open_run(workdir, config, write=write, **options) as run,
     ):
         yield run
+
+
+def signing_key_of(arguments: Arguments) -> "Ed25519PrivateKey | None":
+    """The key that signs receipts, if the command has one. Raises `UserError` where it cannot be used."""
+    return signatures.load_signing_key(arguments["signing_key"]) if "signing_key" in arguments.flags else None
 
 
 def begun(arguments: Arguments) -> tuple[str, Config]:

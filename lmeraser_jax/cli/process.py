@@ -19,6 +19,7 @@ from lmeraser_jax.storage.requests import Due
 FLAGS = (
     common.Flag("max_wait", float, "serve if the oldest request has waited for this many seconds", low=0),
     common.Flag("max_batch", int, "serve if this many requests wait", low=1),
+    common.SIGNING_KEY,
     *common.WRITING,
     *common.SHARED,
 )
@@ -26,7 +27,8 @@ FLAGS = (
 
 def run(arguments: common.Arguments) -> int:
     workdir = common.workdir_of(arguments)
-    common.config_of(arguments)  # refuses illegal settings although nothing may be due
+    common.config_of(arguments)  # refuses illegal settings, and a key that cannot be used, although nothing may be due
+    common.signing_key_of(arguments)
     with common.catalog_of(workdir) as (layout, catalog):
         due = requests.due(catalog, arguments["max_wait"], arguments["max_batch"])
     if not due.now:

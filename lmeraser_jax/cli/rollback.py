@@ -22,6 +22,7 @@ FLAGS = (
     common.Flag("to", "", "number of a published state, epoch:E, or a slice; empty: the version before"),
     common.Flag("list", False, "only list the versions of the cluster"),
     common.Flag("unpin", False, "remove the pin: give the cluster the slice of its current records again"),
+    common.SIGNING_KEY,
     *common.WRITING,
     *common.SHARED,
 )

@@ -13,6 +13,7 @@ from lmeraser_jax.cli import common
 FLAGS = (
     common.Flag("reimport", False, "read the source again: add its new records, leave erased ones out"),
     common.Flag("retune", False, "tune every cluster with other --config.tuning settings; rollback can go back"),
+    common.SIGNING_KEY,
     *common.WRITING,
     *common.SHARED,
 )
@@ -27,6 +28,7 @@ def run(arguments: common.Arguments) -> int:
 
     common.log_devices()
     options = {name: arguments[name] for name in ("reimport", "retune", "wait")}
+    options["signing_key"] = common.signing_key_of(arguments)
     with (
         profiling.into(arguments["profile"]),
         prepare_run(workdir, config, processes=arguments.processes, **options) as (run_, imported),

@@ -50,6 +50,7 @@ REQUEST = (  # flags of every request
     ),
     common.Flag("defer", False, "only accept the request; lmeraser process serves it later"),
     common.Flag("dry_run", False, "only say what the request would cost"),
+    common.SIGNING_KEY,
     *common.WRITING,
     *common.SHARED,
 )
@@ -98,8 +99,9 @@ def run(arguments: common.Arguments) -> int:
 
 
 def refuse_settings(arguments: common.Arguments) -> None:
-    """Raises `UserError` for illegal settings, before anything is accepted, and for flags that exclude each other."""
+    """Raises `UserError`, before anything is accepted, for illegal settings, an unusable key or flags that clash."""
     common.config_of(arguments)
+    common.signing_key_of(arguments)
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
 
@@ -181,6 +183,8 @@ def _estimate(arguments: common.Arguments, *targets: list[str]) -> int:
 def _serve(arguments: common.Arguments, request: Request) -> int:
     """Serves an accepted request as soon as the workdir is free."""
     flag = Layout(arguments["workdir"]).flag
+    if arguments["signing_key"]:
+        flag += f" {shlex.quote('--signing_key=' + arguments['signing_key'])}"
     print(f"accepted: request {request.id}", file=sys.stderr, flush=True)
     waits = f"request {request.id} is accepted all the same: it will be served by the writer's next command"
     waits += f" or by lmeraser process {flag}"

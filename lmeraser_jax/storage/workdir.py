@@ -46,6 +46,7 @@ class Layout:
         self.metrics = self.root / "metrics.jsonl"
         self.picture = self.root / "clusters.png"
         self.receipts = self.root / "receipts"
+        self.receipts_head = self.root / "receipts_head.json"  # signed
         self.lock = self.root / "lock"
 
     def features(self, digest: str) -> Path:

@@ -81,6 +81,7 @@ def purge(run: Run) -> None:
         with catalog.transaction():
             requests.advance(catalog, names, "purged")
             catalog.add_receipts(links)
+    receipts.sign(run)
 
 
 def dropped_versions(catalog: Catalog, survivors: Survivors) -> list[int]:

@@ -1,24 +1,29 @@
-"""Receipts: one JSON file for each request to erase or rectify, chained by their digests.
+"""Receipts: one JSON file for each request to erase or rectify, chained by their digests, signed where there is a key.
 
 A receipt names erased ids, and removed slices and clusterings, by salted hashes only; the salt stays in the catalog.
 receipt.schema.json describes every field; verify.py checks receipts against the workdir.
 """
 
+import contextlib
 import dataclasses
 import datetime
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
-from lmeraser_jax.hashing import digest
+from lmeraser_jax.hashing import digest, parse_strict_json
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.requests import Request, with_state
 from lmeraser_jax.storage.rows import ReceiptLink
+from lmeraser_jax.unlearning import signatures
 
 if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run  # loads JAX, which commands that list or check receipts do without
 
 SCHEMA = 1
+FIRST = ReceiptLink(0, "", "")  # before the first receipt
 PRIVATE = 0o600  # only the workdir's operator may read a receipt
 OUT_OF_REACH = (
     "the source files that the records were imported from",
@@ -37,20 +42,56 @@ def write(run: "Run", requests: Sequence[Request]) -> list[ReceiptLink]:
         Their links, to be entered in the catalog.
     """
     links = run.catalog.receipts()
-    last, new = (links[-1] if links else ReceiptLink(0, "", "")), []
+    last, new = (links[-1] if links else FIRST), []
     for request in requests:
         values = _receipt(run, request, last)
-        values["digest"] = digest(values)
-        path = run.layout.receipt(request.id)
-        write_json(path, values)
-        path.chmod(PRIVATE)
-        last = ReceiptLink(last.sequence + 1, request.id, values["digest"])
+        last = ReceiptLink(last.sequence + 1, request.id, digest(values))
+        _write(run.layout.receipt(request.id), {**values, "digest": last.digest, "signature": None})
         new.append(last)
     return new
 
 
+def sign(run: "Run") -> None:
+    """Signs the receipts of the chain that are not signed yet, then its head, which says how long it is now.
+
+    Does nothing without a key. Only receipts that the catalog knows are signed: one that a killed process wrote and
+    did not enter there is written again. Up to a head with this key's signature all are signed.
+    """
+    key, links, head = run.signing_key, run.catalog.receipts(), _stored(run.layout.receipts_head)
+    if key is None:
+        return
+    places = {link.digest: link.sequence for link in links}
+    signed = places.get(head.get("digest", ""), 0) if head == signatures.sign(head, key) else 0
+    for link in links[signed:]:
+        values = _stored(run.layout.receipt(link.request))
+        unsigned = values == {**values, "digest": link.digest, "signature": None}
+        if unsigned and content_digest(values) == link.digest:
+            _write(run.layout.receipt(link.request), signatures.sign(values, key))
+    last = links[-1] if links else FIRST
+    values = {"schema": SCHEMA, "sequence": last.sequence, "digest": last.digest, "at": iso_time(time.time())}
+    _write(run.layout.receipts_head, signatures.sign(values, key))
+
+
+def content_digest(values: Mapping[str, Any]) -> str:
+    """What the digest of a receipt must be."""
+    return digest({name: value for name, value in values.items() if name not in ("digest", "signature")})
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    write_json(path, values)
+    path.chmod(PRIVATE)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a file says that should hold a JSON object; empty where it is missing or damaged, which `verify` reports."""
+    values = None
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        values = parse_strict_json(path.read_text("utf-8"))
+    return values if isinstance(values, dict) else {}
+
+
 def _receipt(run: "Run", request: Request, last: ReceiptLink) -> dict[str, Any]:
-    """The fields of a receipt, without its digest."""
+    """The fields of a receipt, without its digest and signature."""
     body = request.body | {"states": with_state(request.body["states"], "purged")}
     return {
         "schema": SCHEMA,

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -46,6 +46,9 @@ from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.train_step import mesh_of
 from lmeraser_jax.unlearning import binding, texts
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
@@ -61,6 +64,7 @@ class Run:
     mesh: Mesh
     writable: bool
     processes: Processes = ALONE
+    signing_key: "Ed25519PrivateKey | None" = None  # of receipts
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -222,6 +226,7 @@ def open_run(
     write: bool = False,
     wait: float = 0,
     processes: Processes | None = None,
+    signing_key: "Ed25519PrivateKey | None" = None,
 ) -> Iterator[Run]:
     """Opens a finished workdir.
 
@@ -230,6 +235,7 @@ def open_run(
         devices: all of this process by default.
         write: take the writer lock.
         wait: seconds to wait for another writer.
+        signing_key: signs the receipts (`signatures.load_signing_key`).
 
     Raises:
         UserError: no workdir, not finished yet, another config, no device, or (with `write`) another writer.
@@ -240,7 +246,7 @@ def open_run(
     with pinned(), lock, contextlib.closing(Catalog(layout.catalog)) as catalog:
         check_images(layout, catalog)
         backbone, _ = backbone_lib.load(layout.backbone)
-        yield Run(layout, config or stored, catalog, backbone, mesh, write, processes or ALONE)
+        yield Run(layout, config or stored, catalog, backbone, mesh, write, processes or ALONE, signing_key)
 
 
 @contextlib.contextmanager
@@ -253,6 +259,7 @@ def prepare_run(
     retune: bool = False,
     wait: float = 0,
     processes: Processes | None = None,
+    signing_key: "Ed25519PrivateKey | None" = None,
 ) -> Iterator[tuple[Run, Imported | None]]:
     """Opens a workdir for writing and makes what it lacks: data, then backbone.
 
@@ -265,7 +272,7 @@ def prepare_run(
         reimport: read the source again although the workdir has data; new records join, erased ones do not. Without it
             the source is read again where `data.path` or `labels` name another place, which must hold the same records.
         retune: let `tuning` differ from the published state's; the old slices stay for rollback.
-        devices, wait: as in `open_run`.
+        devices, wait, signing_key: as in `open_run`.
 
     Yields:
         The run, and what an import did (None when nothing was imported).
@@ -305,7 +312,7 @@ def prepare_run(
         if not has_backbone:
             _make_backbone(layout, config, catalog, mesh, converted)
         backbone, _ = backbone_lib.load(layout.backbone)
-        run = Run(layout, config, catalog, backbone, mesh, True, processes or ALONE)
+        run = Run(layout, config, catalog, backbone, mesh, True, processes or ALONE, signing_key)
         if config.tuning.starts_public:
             _tune_public_prompt(run)
         yield run, imported

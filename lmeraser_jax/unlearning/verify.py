@@ -1,7 +1,7 @@
 """Checks receipts against a workdir: is each unchanged and in its place, and does what it says still hold?
 
-Reads the catalog and the files; loads neither JAX nor Orbax. A receipt may come from anywhere and hold anything:
-nothing in it is ever taken for a path or for SQL.
+Reads the catalog and the files, of copies the files alone; loads neither JAX nor Orbax. A receipt may come from
+anywhere and hold anything: nothing in it is ever taken for a path or for SQL.
 """
 
 import functools
@@ -17,17 +17,19 @@ import jsonschema
 
 from lmeraser_jax.data.source import SPLITS
 from lmeraser_jax.errors import Damaged, join_limited, shorten
-from lmeraser_jax.hashing import arrays_digest, digest, parse_strict_json
+from lmeraser_jax.hashing import arrays_digest, parse_strict_json
 from lmeraser_jax.storage import checkpoints, requests
-from lmeraser_jax.storage.atomic_files import entries
+from lmeraser_jax.storage.atomic_files import entries, is_there
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.slice_arrays import array_problems
+from lmeraser_jax.unlearning import signatures
 from lmeraser_jax.unlearning.artifacts import is_approximate, split_reference
-from lmeraser_jax.unlearning.receipts import iso_time, receipt_body
+from lmeraser_jax.unlearning.receipts import FIRST, content_digest, iso_time, receipt_body
 from lmeraser_jax.unlearning.request_files import LARGEST, read_bytes
+from lmeraser_jax.unlearning.signatures import NO_KEYS, PublicKeys
 
 MOST = 20  # findings about the structure of one receipt
 SHOWN = 200  # characters of a text that a receipt or a library gives
@@ -35,12 +37,13 @@ SHOWN = 200  # characters of a text that a receipt or a library gives
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result of checking one receipt, or the folder of all receipts."""
+    """The result of checking one receipt, the folder of all receipts, or the head of their chain."""
 
     name: str  # of the file or folder
-    request: str  # its id, "" where it is not known
+    request: str  # its id, "" where it is not known or there is none
     findings: tuple[str, ...]  # why the receipt does not hold; empty when it does
     notes: tuple[str, ...] = ()  # legal changes since the receipt was written
+    signature: str = ""  # whose it is, and whether it was checked; "" where none can be
 
     @property
     def ok(self) -> bool:
@@ -50,8 +53,10 @@ class Verdict:
 class _Snapshot:
     """A workdir at one moment; names are salted as receipts salt them."""
 
-    def __init__(self, layout: Layout, catalog: Catalog):
-        self.layout, self.salted, salted = layout, catalog.salted, catalog.salted
+    def __init__(self, layout: Layout, catalog: Catalog, keys: PublicKeys = NO_KEYS):
+        self.layout, self.keys, self.salted, salted = layout, keys, catalog.salted, catalog.salted
+        # Read first, so that it is not newer than the catalog's chain.
+        self.head = _read(layout.receipts_head, "head") if is_there(layout.receipts_head) else None
         with catalog.snapshot():
             manifests, free_rows = catalog.manifests(), catalog.free_rows()
             slices = dict.fromkeys(_names(layout.slices), 0.0)  # 0: on disk, and unknown to the catalog
@@ -78,16 +83,24 @@ class _Snapshot:
             self.orphaned_slices = len(catalog.orphaned_slices())
 
 
-def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path]) -> list[Verdict]:
-    """Checks receipts, wherever they lie. Raises `UserError` where a file is not there or cannot be opened."""
-    snapshot = _Snapshot(layout, catalog)
+def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path], keys: PublicKeys = NO_KEYS) -> list[Verdict]:
+    """Checks receipts, wherever they lie. With public keys each must be signed with one of them.
+
+    Raises `UserError` where a file is not there or cannot be opened.
+    """
+    snapshot = _Snapshot(layout, catalog, keys)
     return [_verdict(path, snapshot) for path in paths]
 
 
-def verify_all(layout: Layout, catalog: Catalog) -> list[Verdict]:
-    """Checks that the folder and the catalog hold the same receipts, then each receipt in the order of the chain."""
-    snapshot = _Snapshot(layout, catalog)
+def verify_all(layout: Layout, catalog: Catalog, keys: PublicKeys = NO_KEYS) -> list[Verdict]:
+    """Checks that the folder and the catalog hold the same receipts, then each receipt in the order of the chain.
+
+    With public keys each receipt must be signed with one of them, and so must the head of the chain.
+    """
+    snapshot = _Snapshot(layout, catalog, keys)
     verdicts = [_folder_verdict(layout, snapshot)]
+    if snapshot.head is not None or keys:
+        verdicts.append(_head_verdict(snapshot))
     for link in snapshot.links.values():
         path = layout.receipt(link.request)
         if not requests.LEGAL_NAME.fullmatch(link.request):
@@ -99,11 +112,22 @@ def verify_all(layout: Layout, catalog: Catalog) -> list[Verdict]:
     return verdicts
 
 
+def verify_copies(paths: Sequence[Path], keys: PublicKeys) -> list[Verdict]:
+    """Checks copies of receipts, and of heads of their chain, by the signatures alone, without the workdir.
+
+    They must also agree that one receipt is at each place of the chain. Raises as `verify`.
+    """
+    chain: dict[int, str] = {}  # {place: digest of the receipt there} as the files so far say
+    return [_copy_verdict(path, keys, chain) for path in paths]
+
+
 @functools.cache
-def validator() -> jsonschema.Draft202012Validator:
-    """Checks values against receipt.schema.json."""
+def validator(kind: str = "receipt") -> jsonschema.Draft202012Validator:
+    """Checks values against receipt.schema.json, or against its definition of a "head"."""
     text = importlib.resources.files("lmeraser_jax.unlearning").joinpath("receipt.schema.json").read_text("utf-8")
-    return jsonschema.Draft202012Validator(json.loads(text))
+    schema = json.loads(text)
+    head = {"$ref": "#/$defs/head", "$defs": schema["$defs"]}
+    return jsonschema.Draft202012Validator(head if kind == "head" else schema)
 
 
 def _names(folder: Path) -> list[str]:
@@ -137,6 +161,41 @@ def _folder_verdict(layout: Layout, snapshot: _Snapshot) -> Verdict:
     return Verdict(str(layout.receipts), "", tuple(findings), tuple(notes))
 
 
+def _head_verdict(snapshot: _Snapshot) -> Verdict:
+    """Compares the signed head with the chain that the catalog has."""
+    name = str(snapshot.layout.receipts_head)
+    if snapshot.head is None:
+        return Verdict(name, "", ("is missing: the next command with --signing_key writes it",))
+    values, findings = snapshot.head
+    if findings:
+        return Verdict(name, "", tuple(findings))
+    place, findings = values["sequence"], signatures.problems(values, snapshot.keys)
+    link = snapshot.links.get(place) if place else FIRST
+    if link is None or link.digest != values["digest"]:
+        findings.append(
+            f"names another receipt at place {place} than the catalog, at {values['at']}: the chain was changed"
+        )
+    notes = [f"covers {place} of {len(snapshot.links)} receipts"] if place < len(snapshot.links) else []
+    return Verdict(name, "", tuple(findings), tuple(notes), signatures.description(values, snapshot.keys))
+
+
+def _copy_verdict(path: Path, keys: PublicKeys, chain: dict[int, str]) -> Verdict:
+    """Checks the copy of a receipt or a head, and enters what it says into the chain."""
+    (values, findings), (head, not_a_head) = _read(path), _read(path, "head")
+    if not not_a_head:
+        values, findings, request, places = head, [], "", {head["sequence"]: head["digest"]}
+    elif findings:
+        return Verdict(str(path), "", tuple(findings))
+    else:
+        findings, request = _check_digest(values), values["request"]["id"]
+        places = {values["sequence"] - 1: values["previous"], values["sequence"]: values["digest"]}
+    findings += signatures.problems(values, keys)
+    for place, name in places.items():
+        if chain.setdefault(place, name) != name:
+            findings.append(f"contradicts a file before: it knows another receipt at place {place} of the chain")
+    return Verdict(str(path), request, tuple(findings), signature=signatures.description(values, keys))
+
+
 def _verdict(path: Path, snapshot: _Snapshot, expected: ReceiptLink | None = None) -> Verdict:
     """Checks one file; `expected` is the receipt that it must be, None for any receipt of the workdir."""
     values, findings = _read(path)
@@ -147,17 +206,19 @@ def _verdict(path: Path, snapshot: _Snapshot, expected: ReceiptLink | None = Non
         findings.append(f"holds the receipt of {ascii(request)} at place {sequence}, not that of its own request")
     changes, notes = _check_published(values, snapshot)
     findings += _check_chain(values, snapshot) + _check_request(values, snapshot) + _check_erased(values, snapshot)
-    return Verdict(str(path), request, (*findings, *changes, *_check_purged(values, snapshot)), tuple(notes))
+    findings += (*changes, *_check_purged(values, snapshot), *signatures.problems(values, snapshot.keys))
+    description = signatures.description(values, snapshot.keys)
+    return Verdict(str(path), request, tuple(findings), tuple(notes), description)
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
+def _read(path: Path, kind: str = "receipt") -> tuple[dict[str, Any], list[str]]:
     """The values of a file that fits the schema, or why it is no receipt. Raises `UserError` if it cannot be opened."""
     raw = read_bytes(path, str(path))
     if len(raw) > LARGEST:
         return {}, [f"is larger than {LARGEST} bytes"]
     try:
         values = parse_strict_json(raw.decode())
-        errors = list(itertools.islice(validator().iter_errors(values), MOST))
+        errors = list(itertools.islice(validator(kind).iter_errors(values), MOST))
     except ValueError as error:
         return {}, [f"is not JSON: {shorten(str(error), SHOWN)}"]
     except RecursionError:
@@ -167,9 +228,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _check_chain(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     """Is the receipt unchanged and in its place?"""
-    sequence, findings = values["sequence"], []
-    if digest({key: value for key, value in values.items() if key != "digest"}) != values["digest"]:
-        findings.append("was edited: its content has another digest than it says")
+    sequence, findings = values["sequence"], _check_digest(values)
     link, previous = snapshot.links.get(sequence), snapshot.links.get(sequence - 1)
     if link is None or link.request != values["request"]["id"]:
         holder = f"the receipt of {link.request}" if link else "none"
@@ -179,6 +238,11 @@ def _check_chain(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:
     if values["previous"] != (previous.digest if previous else ""):
         findings.append("does not follow the receipt that the catalog has before it")
     return findings
+
+
+def _check_digest(values: Mapping[str, Any]) -> list[str]:
+    edited = content_digest(values) != values["digest"]
+    return ["was edited: its content has another digest than it says"] if edited else []
 
 
 def _check_request(values: Mapping[str, Any], snapshot: _Snapshot) -> list[str]:

@@ -90,7 +90,7 @@ def test_one_command_from_request_to_receipt(at, trained_workdir, capsys):
         nothing = call(capsys, "unlearn", at, f"--records={first}", f"--records={second}", *flags)
         assert nothing[0] == 0 and all(line in nothing[1] for line in lines), nothing
     receipt = Path(out.strip().rpartition("receipt: ")[2])
-    assert call(capsys, "verify", at, receipt) == (0, f"holds: {receipt} (request a)\n", "")
+    assert call(capsys, "verify", at, receipt) == (0, f"holds: {receipt} (request a, not signed)\n", "")
     receipt.write_text(json.dumps(json.loads(receipt.read_text()) | {"config": "0" * 64}))
     code, out, _ = call(capsys, "verify", at, receipt)
     assert code == 1 and "DOES NOT HOLD" in out and "was edited" in out
