@@ -93,11 +93,8 @@ WRITING = (  # of commands that write and tune
     Flag("wait", 0.0, "seconds to wait while another process writes the workdir", low=0),
     Flag("profile", absolute, "write a jax.profiler trace of two calls of the tuning program to this folder"),
 )
-SIGNING_KEY = Flag(  # of commands that finish requests
-    "signing_key",
-    absolute,
-    "private key (lmeraser keys): signs the receipts that are not signed yet, and their number",
-)
+# of commands that finish requests
+SIGNING_KEY = Flag("signing_key", absolute, "private key (lmeraser keys) that signs all receipts not signed yet")
 PLACE = (  # where a process stands among several
     Flag("coordinator_address", str, "HOST:PORT of process 0, if no scheduler gives it"),
     Flag("num_processes", int, "number of processes", low=1),

@@ -21,7 +21,7 @@ FLAGS = (common.Flag("out", absolute, "new file for the private key"),)
 def run(arguments: common.Arguments) -> int:
     if not arguments["out"]:
         raise UserError("--out=FILE is missing: a new file for the private key")
-    public, fingerprint = signatures.make_keys(Path(arguments["out"]))
-    values = {"private_key": arguments["out"], "public_key": str(public), "fingerprint": fingerprint}
-    common.show(arguments, "\n".join(f"{name.replace('_', ' ')}: {value}" for name, value in values.items()), values)
+    public, name = signatures.make_keys(Path(arguments["out"]))
+    text = f"private key: {arguments['out']}\npublic key: {public}\nfingerprint: {name}"
+    common.show(arguments, text, {"private_key": arguments["out"], "public_key": str(public), "fingerprint": name})
     return 0

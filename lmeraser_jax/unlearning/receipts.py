@@ -20,11 +20,12 @@ from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.unlearning import signatures
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from lmeraser_jax.unlearning.run import Run  # loads JAX, which commands that list or check receipts do without
 
 SCHEMA = 1
 FIRST = ReceiptLink(0, "", "")  # before the first receipt
-PRIVATE = 0o600  # only the workdir's operator may read a receipt
 OUT_OF_REACH = (
     "the source files that the records were imported from",
     "models, predictions and pictures exported from the workdir before",
@@ -46,40 +47,33 @@ def write(run: "Run", requests: Sequence[Request]) -> list[ReceiptLink]:
     for request in requests:
         values = _receipt(run, request, last)
         last = ReceiptLink(last.sequence + 1, request.id, digest(values))
-        _write(run.layout.receipt(request.id), {**values, "digest": last.digest, "signature": None})
+        write_json(run.layout.receipt(request.id), {**values, "digest": last.digest, "signature": None})
         new.append(last)
     return new
 
 
-def sign(run: "Run") -> None:
+def sign(run: "Run", key: "Ed25519PrivateKey") -> None:
     """Signs the receipts of the chain that are not signed yet, then its head, which says how long it is now.
 
-    Does nothing without a key. Only receipts that the catalog knows are signed: one that a killed process wrote and
-    did not enter there is written again. Up to a head with this key's signature all are signed.
+    Only receipts that the catalog knows are signed: one that a killed process wrote and did not enter there is written
+    again. Up to a head with this key's signature all were signed.
     """
-    key, links, head = run.signing_key, run.catalog.receipts(), _stored(run.layout.receipts_head)
-    if key is None:
-        return
+    links, head = run.catalog.receipts(), _stored(run.layout.receipts_head)
     places = {link.digest: link.sequence for link in links}
     signed = places.get(head.get("digest", ""), 0) if head == signatures.sign(head, key) else 0
     for link in links[signed:]:
         values = _stored(run.layout.receipt(link.request))
         unsigned = values == {**values, "digest": link.digest, "signature": None}
         if unsigned and content_digest(values) == link.digest:
-            _write(run.layout.receipt(link.request), signatures.sign(values, key))
+            write_json(run.layout.receipt(link.request), signatures.sign(values, key))
     last = links[-1] if links else FIRST
     values = {"schema": SCHEMA, "sequence": last.sequence, "digest": last.digest, "at": iso_time(time.time())}
-    _write(run.layout.receipts_head, signatures.sign(values, key))
+    write_json(run.layout.receipts_head, signatures.sign(values, key))
 
 
 def content_digest(values: Mapping[str, Any]) -> str:
     """What the digest of a receipt must be."""
     return digest({name: value for name, value in values.items() if name not in ("digest", "signature")})
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    write_json(path, values)
-    path.chmod(PRIVATE)
 
 
 def _stored(path: Path) -> dict[str, Any]:

@@ -38,12 +38,12 @@ def problems(values: Mapping[str, Any], keys: PublicKeys) -> list[str]:
         return []
     if signature is None:
         return ["is not signed"]
-    name = signature["key"][:SHOWN]
+    (_, _, exceptions), name = _cryptography(), signature["key"][:SHOWN]
     if signature["key"] not in keys:
         return [f"is signed with the key {name}, not with one of those given: {', '.join(key[:SHOWN] for key in keys)}"]
     try:
         keys[signature["key"]].verify(bytes.fromhex(signature["value"]), _signed_bytes(values))
-    except _cryptography()[2].InvalidSignature:
+    except exceptions.InvalidSignature:
         return [f"was edited after it was signed, or was not signed with the key {name} that it names"]
     return []
 
@@ -57,7 +57,7 @@ def description(values: Mapping[str, Any], keys: PublicKeys) -> str:
 
 def fingerprint(key: "Ed25519PublicKey") -> str:
     """SHA-256 of a public key in DER (SubjectPublicKeyInfo), as 64 hex digits."""
-    serialization = _cryptography()[0]
+    serialization, _, _ = _cryptography()
     form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
     return hashlib.sha256(key.public_bytes(*form)).hexdigest()
 
@@ -89,7 +89,7 @@ def make_keys(path: Path) -> tuple[Path, str]:
     return public_path, fingerprint(key.public_key())
 
 
-def load_signing_key(path: str) -> "Ed25519PrivateKey | None":
+def load_signing_key(path: str | Path) -> "Ed25519PrivateKey | None":
     """Reads the private key of --signing_key; None where the path is "".
 
     Raises:
@@ -98,13 +98,13 @@ def load_signing_key(path: str) -> "Ed25519PrivateKey | None":
     return _load(f"--signing_key={path}", path, "private") if path else None
 
 
-def load_public_keys(paths: Iterable[str]) -> PublicKeys:
+def load_public_keys(paths: Iterable[str | Path]) -> PublicKeys:
     """Reads the public keys of --public_key. Raises `UserError` for a file that is no public Ed25519 key in PEM."""
     keys = [_load(f"--public_key={path}", path, "public") for path in paths]
     return {fingerprint(key): key for key in keys}
 
 
-def _load(flag: str, path: str, half: str) -> Any:
+def _load(flag: str, path: str | Path, half: str) -> Any:
     """Reads the private or the public half of a key; `flag` is for messages."""
     serialization, ed25519, exceptions = _cryptography()
     try:

@@ -172,9 +172,7 @@ def _head_verdict(snapshot: _Snapshot) -> Verdict:
     place, findings = values["sequence"], signatures.problems(values, snapshot.keys)
     link = snapshot.links.get(place) if place else FIRST
     if link is None or link.digest != values["digest"]:
-        findings.append(
-            f"names another receipt at place {place} than the catalog, at {values['at']}: the chain was changed"
-        )
+        findings.append(f"names another receipt at place {place} than the catalog: the chain was changed or cut")
     notes = [f"covers {place} of {len(snapshot.links)} receipts"] if place < len(snapshot.links) else []
     return Verdict(name, "", tuple(findings), tuple(notes), signatures.description(values, snapshot.keys))
 
@@ -190,7 +188,7 @@ def _copy_verdict(path: Path, keys: PublicKeys, chain: dict[int, str]) -> Verdic
         findings, request = _check_digest(values), values["request"]["id"]
         places = {values["sequence"] - 1: values["previous"], values["sequence"]: values["digest"]}
     findings += signatures.problems(values, keys)
-    for place, name in places.items():
+    for place, name in () if findings else places.items():
         if chain.setdefault(place, name) != name:
             findings.append(f"contradicts a file before: it knows another receipt at place {place} of the chain")
     return Verdict(str(path), request, tuple(findings), signature=signatures.description(values, keys))
