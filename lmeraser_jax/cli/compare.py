@@ -14,6 +14,7 @@ Of text (data.source=text) it compares how records are unlearned, exactly and ap
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 from lmeraser_jax.cli import common
 from lmeraser_jax.config import Config
 from lmeraser_jax.config.paths import absolute
-from lmeraser_jax.errors import raise_all
+from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.experiments import figures, methods, results, sequences
 from lmeraser_jax.experiments.comparison import Comparison, Options, check
 from lmeraser_jax.experiments.results import Measurement
@@ -44,7 +45,7 @@ FLAGS = (
     common.Flag("edits", ["removal"], "text: some of removal, query, response (to correct either)"),
     common.Flag("owners", 12, "text: number of owners to tune on; as many others are held out, where there are", low=2),
     common.Flag("owner_records", 4, "text: records of each owner", low=1),
-    common.Flag("forget", 2, "text: number of owners whose records are edited", low=1),
+    common.Flag("forget", ["2"], "text: owners whose records are edited, numbers or shares such as 1%,5%,10%"),
     common.Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
 )
 
@@ -95,10 +96,11 @@ def _compare_text(arguments: common.Arguments) -> int:
             if name not in legal
         ]
     )
-    options = DrawOptions(*(arguments[name] for name in ("owners", "owner_records", "forget")))
+    options = DrawOptions(arguments["owners"], arguments["owner_records"])
+    forget = tuple(dict.fromkeys(owners_of(text, options.owners) for text in arguments["forget"]))
     chosen = tuple(dict.fromkeys(methods_)) or forgetting.METHODS
     config, seeds = common.config_of(arguments), arguments["seeds"]
-    comparison = forgetting.Comparison(folder, config, options, chosen, tuple(dict.fromkeys(edits)), seeds)
+    comparison = forgetting.Comparison(folder, config, options, forget, chosen, tuple(dict.fromkeys(edits)), seeds)
     common.log_devices()
     rows, sources = forgetting.compare(comparison, runner.source_of(_command()))
     if missing := figures.missing():
@@ -107,6 +109,14 @@ def _compare_text(arguments: common.Arguments) -> int:
     lines = [(folder / "report.md").read_text("utf-8"), *(f"wrote {os.path.relpath(path)}" for path in written)]
     common.show(arguments, "\n".join(lines), {"rows": [dataclasses.asdict(row) for row in rows]})
     return 0
+
+
+def owners_of(text: str, owners: int) -> int:
+    """A number of owners, or a share of them, which is at least one. Raises `UserError` at anything else."""
+    number, share = text.removesuffix("%"), text.endswith("%")
+    if not re.fullmatch(r"\d+(\.\d+)?" if share else r"\d+", number, re.ASCII):
+        raise UserError(f"--forget={text}: must be a number of owners, or a share such as 5%")
+    return max(1, round(float(number) / 100 * owners)) if share else int(number)
 
 
 def _command() -> str:

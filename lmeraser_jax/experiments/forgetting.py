@@ -10,9 +10,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,12 @@ from lmeraser_jax.data.text import Encoder
 from lmeraser_jax.data.text_rows import HEADER, TextSpec, pack
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.evaluation import forgetting as metrics
+from lmeraser_jax.evaluation.language import query_rows
 from lmeraser_jax.experiments import results, text_draw
 from lmeraser_jax.experiments.measure import planned_costs
 from lmeraser_jax.experiments.text_draw import Draw, DrawOptions
 from lmeraser_jax.experiments.text_models import (
+    BEFORE,
     INFLUENCE,
     Laboratory,
     Tuned,
@@ -39,6 +41,7 @@ from lmeraser_jax.experiments.text_models import (
     one_adapter,
     tuned,
 )
+from lmeraser_jax.experiments.text_questions import Questions, questions
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert, tokenizers
 from lmeraser_jax.models.decoder import generate
@@ -56,6 +59,7 @@ STORIES = 16  # texts that the frozen model writes: what tuning does to its own 
 PROBES = 1000  # requests of one record that are planned, at most
 EXACT = {"exact-clusters": "adaptive", "exact-owners": "owner"}  # {method: partition}
 TITLES = {
+    "base": "the frozen model",
     "before": "before the edit",
     "retrain": "tuned again",
     "floor": "tuned again, another seed",
@@ -97,6 +101,11 @@ class Forgetting:
     recognition: float | None = None  # AUC of edited against held-out records by their loss
     truth_ratio: float | None = None  # TOFU's, the mean
     forget_quality: float | None = None  # TOFU's
+    hit_ratio: float | None = None  # at 1, of test records with candidates (`text_questions`)
+    answer_auc: float | None = None  # of test records whose response is yes or no
+    answer_low: float | None = None  # interval of either
+    answer_high: float | None = None
+    questions: int | None = None  # these test records
     preference: float | None = None  # share of corrected records whose right response is likelier than the wrong one
     seconds: float = 0.0  # of the computation, without compilation
     processor: float | None = None  # seconds of all threads together, likewise; None: measured in another row
@@ -113,11 +122,11 @@ class Scorer:
     spec: TuningSpec
     params: Any  # the frozen model on the device
     base: np.ndarray  # rows of texts that the frozen model wrote
+    questions: Questions | None
 
     def scores(self, adapters: Any, rows: np.ndarray, reference: Any = None) -> np.ndarray:
         """Losses, accuracies and divergences from a reference's adapters (0 without): float64 [3, N]."""
         batches = influence.chunked(rows, SCORED, -(-len(rows) // SCORED))
-        reference = adapters if reference is None else reference
         parts = [
             np.asarray(_scores(self.spec, self.params, adapters, reference, jnp.asarray(batch))) for batch in batches
         ]
@@ -129,12 +138,13 @@ def _scores(spec: TuningSpec, params: Any, adapters: Any, reference: Any, rows: 
     """As `Scorer.scores`: float32 [3, B]."""
     outputs, labels = objective_of(spec).outputs, targets_of(spec, TextRows(rows), jnp.zeros(0))
     logits = outputs(adapters, params, rows)
-    far = metrics.divergences(outputs(reference, params, rows), logits, labels)
+    compared = logits if reference is None else outputs(reference, params, rows)
+    far = metrics.divergences(compared, logits, labels)
     return jnp.stack([*metrics.row_scores(logits, labels), far])
 
 
-def scorer_of(run: Run, seed: int, stop: int) -> Scorer:
-    """A scorer with the backbone of a run; the seed draws the base texts, which the token `stop` ends."""
+def scorer_of(run: Run, seed: int, encoder: Encoder) -> Scorer:
+    """A scorer with the backbone of a run; the seed draws the base texts."""
     spec, config = common_spec(run.tuning_spec), run.backbone.config
     params = on_device(run.backbone, compute_dtype(run.config.tuning.dtype, run.mesh), run.mesh)
     assert isinstance(spec.input_spec, TextSpec)
@@ -143,9 +153,12 @@ def scorer_of(run: Run, seed: int, stop: int) -> Scorer:
     graph = backbone_lib.graph(config)[0]
     prompts, lengths = jnp.full((STORIES, 1), start), jnp.ones(STORIES, jnp.int32)
     keys, temperature = jax.random.split(jax.random.key(seed), STORIES), jnp.ones(())
-    texts = np.asarray(generate(graph, params, prompts, lengths, keys, temperature, jnp.int32(stop), context - 1))
-    ends = [text.tolist().index(stop) + 1 if stop in text else len(text) for text in texts]
-    return Scorer(spec, params, np.stack([pack([start], text[:end], context) for text, end in zip(texts, ends)]))
+    texts = np.asarray(
+        generate(graph, params, prompts, lengths, keys, temperature, jnp.int32(encoder.end), context - 1)
+    )
+    ends = [text.tolist().index(encoder.end) + 1 if encoder.end in text else len(text) for text in texts]
+    base = np.stack([pack([start], text[:end], context) for text, end in zip(texts, ends)])
+    return Scorer(spec, params, base, questions(run.config, encoder))
 
 
 def measure(lab: Laboratory, scorer: Scorer, edit: str, method: str, model: Tuned) -> Forgetting:
@@ -155,6 +168,8 @@ def measure(lab: Laboratory, scorer: Scorer, edit: str, method: str, model: Tune
     loss, accuracy, far = scorer.scores(model.adapters, draw.rows, retrained)
     heldout = scorer.scores(model.adapters, evaluating)
     numbers: dict[str, Any] = {}
+    if scorer.questions is not None:
+        numbers |= scorer.questions.measured(lambda rows: scorer.scores(model.adapters, rows)[0])
     if edit == "response":
         numbers["preference"] = metrics.preference(loss[:edited], scorer.scores(model.adapters, draw.wrong[edit])[0])
     if edit == "removal":
@@ -203,48 +218,65 @@ def _truth_ratios(scorer: Scorer, adapters: Any, draw: Draw) -> np.ndarray:
 
 
 def measure_exact(lab: Laboratory, scorer: Scorer, method: str) -> Forgetting:
-    """The row of a workdir with several slices, after the edited records were erased there, owner by owner."""
+    """The row of a workdir with several slices, after one request erased the edited records there."""
     clustering = dataclasses.replace(lab.config.clustering, partition=EXACT[method])
     config, draw = dataclasses.replace(lab.config, clustering=clustering), lab.draw
-    owners = list(dict.fromkeys(record.item.owner for record in draw.records[: draw.edited]))
     with lab.workdir(method, config, draw.rows) as run:
         build_timed(run)
         full = sum(row.images for row in run.catalog.slices().values())
         expected = planned_costs(run, PROBES)[:, 0].mean() / full
-        processor, reports = (
-            time.process_time(),
-            [erase.request_erasure(run, owners=[owner]).outcome for owner in owners],
-        )
-        processor, images = time.process_time() - processor, sum(report.images for report in reports if report)
-        losses, accuracies, _ = _routed_scores(run, scorer, draw.rows)
-        heldout = _routed_scores(run, scorer, draw.heldout[1::2])
+    copy = f"{method}_erased"  # the workdir before serves other numbers of records too
+    shutil.rmtree(lab.folder / copy, ignore_errors=True)
+    shutil.copytree(lab.folder / method, lab.folder / copy)
+    with lab.workdir(copy, config, draw.rows) as run:
+        processor = time.process_time()
+        report = erase.request_erasure(run, [record.item.id for record in draw.records[: draw.edited]]).outcome
+        processor = time.process_time() - processor
+        assert report is not None
+        scores = _routed(run, scorer)
+        (losses, accuracies, _), heldout = scores(draw.rows), scores(draw.heldout[1::2])
+        numbers = scorer.questions.measured(lambda rows: scores(rows)[0]) if scorer.questions else {}
     return Forgetting(
         edit="removal",
         method=method,
         seed=lab.config.seed,
         **_means(losses, accuracies, heldout, draw.edited),
         recognition=metrics.recognition(losses[: draw.edited], heldout[0]).value,
-        seconds=sum(report.seconds for report in reports if report),
+        seconds=report.seconds,
         processor=processor,
-        passes=images / lab.n,
-        share=images / full,
+        passes=report.images / lab.n,
+        share=report.images / full,
         share_record=float(expected),
+        **numbers,
     )
 
 
-def _routed_scores(run: Run, scorer: Scorer, rows: np.ndarray) -> np.ndarray:
-    """Scores [3, N] of rows, each with the slice of the cluster that its query is nearest to."""
+def _routed(run: Run, scorer: Scorer) -> Callable[[np.ndarray], np.ndarray]:
+    """Scores rows as `Scorer.scores`, each with the slice of the cluster that its query is nearest to."""
     manifest = run.catalog.manifest()
     assert manifest is not None
     clustering = load_clustering(run.layout, manifest.clustering)
     present = np.array([key in manifest.clusters for key in clustering.keys])
-    distances = squared_distances(*map(jnp.asarray, (run.extractor(rows), clustering.prototypes, present)))
-    nearest, scores = np.asarray(distances).argmin(axis=1), np.zeros((3, len(rows)))
-    for index in np.unique(nearest):
-        here = nearest == index
-        adapters = load_slice(run, manifest.clusters[clustering.keys[index]]).backbone
-        scores[:, here] = scorer.scores(adapters, rows[here])
+    adapters = functools.cache(lambda index: load_slice(run, manifest.clusters[clustering.keys[index]]).backbone)
+
+    def scores(rows: np.ndarray) -> np.ndarray:
+        queries, places = np.unique(query_rows(rows), axis=0, return_inverse=True)
+        distances = squared_distances(*map(jnp.asarray, (run.extractor(queries), clustering.prototypes, present)))
+        nearest, result = np.asarray(distances).argmin(axis=1)[places], np.zeros((3, len(rows)))
+        for index in np.unique(nearest):
+            result[:, nearest == index] = scorer.scores(adapters(index), rows[nearest == index])
+        return result
+
     return scores
+
+
+class Task(NamedTuple):
+    """What a row is of."""
+
+    seed: int
+    forget: int
+    edit: str
+    method: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,19 +286,20 @@ class Comparison:
     folder: Path  # everything goes here
     config: Config
     options: DrawOptions
+    forget: tuple[int, ...]  # numbers of owners whose records are edited
     methods: tuple[str, ...]
     edits: tuple[str, ...]
     seeds: int
 
     @property
-    def tasks(self) -> list[tuple[int, str, str]]:
-        """(seed, edit, method) of every row; references first, and only methods that serve an edit."""
+    def tasks(self) -> list[Task]:
+        """The task of every row; references first, and only methods that serve an edit."""
         chosen = (*REFERENCES, *(name for name in self.methods if name not in REFERENCES))
         pairs = [(edit, name) for edit in self.edits for name in chosen if serves(name, edit)]
-        return [(seed, edit, name) for seed in range(self.seeds) for edit, name in pairs]
+        return [Task(seed, count, *pair) for seed in range(self.seeds) for count in self.forget for pair in pairs]
 
-    def rows_file(self, seed: int, edit: str, method: str) -> Path:
-        return self.folder / "rows" / f"{edit}_{method}_{seed}.json"
+    def rows_file(self, task: Task) -> Path:
+        return self.folder / "rows" / f"{task.edit}_{task.forget}_{task.method}_{task.seed}.json"
 
 
 def serves(method: str, edit: str) -> bool:
@@ -281,10 +314,9 @@ def compare(comparison: Comparison, source: Mapping[str, str]) -> tuple[list[For
     """
     _bind(comparison)
     for seed in range(comparison.seeds):
-        tasks = [task for task in comparison.tasks if task[0] == seed]
-        if not all(comparison.rows_file(*task).is_file() for task in tasks):
-            _compare_seed(comparison, seed, tasks, source)
-    loaded = [load_row(comparison.rows_file(*task)) for task in comparison.tasks]
+        if missing := [t for t in comparison.tasks if t.seed == seed and not comparison.rows_file(t).is_file()]:
+            _compare_seed(comparison, seed, missing, source)
+    loaded = [load_row(comparison.rows_file(task)) for task in comparison.tasks]
     return [row for row, _ in loaded], [origin for _, origin in loaded]
 
 
@@ -302,32 +334,34 @@ def _bind(comparison: Comparison) -> None:
     write_json(folder / results.BINDING, binding)
 
 
-def _compare_seed(
-    comparison: Comparison, seed: int, tasks: list[tuple[int, str, str]], source: Mapping[str, str]
-) -> None:
-    config = dataclasses.replace(comparison.config, seed=seed)
+def _compare_seed(comparison: Comparison, seed: int, tasks: list[Task], source: Mapping[str, str]) -> None:
+    config, folder = dataclasses.replace(comparison.config, seed=seed), comparison.folder / f"seed_{seed}"
     architecture = convert.load(config.backbone)[0].config
     encoder = Encoder(tokenizers.beside(config.backbone.weights, architecture), config.text)
-    draw = text_draw.draw(config, encoder, comparison.options, seed)
-    lab = Laboratory(comparison.folder / f"seed_{seed}", config, draw)
-    with lab.workdir("removal_before", one_adapter(config), draw.rows) as run:
-        scorer = scorer_of(run, seed, encoder.end)
-    for _, edit, method in tasks:
-        path = comparison.rows_file(seed, edit, method)
-        if path.is_file():
-            continue
-        if method in EXACT:
-            row = measure_exact(lab, scorer, method)
-        else:
-            if method in REFERENCES:
-                model = tuned(lab, edit, method)
-            else:
-                model = approximate(case_of(lab, edit, scorer.spec, scorer.params), edit, method)
-            row = measure(lab, scorer, edit, method, model)
-        write_json(path, {"row": dataclasses.asdict(row), "source": dict(source)})
+    counts = dict.fromkeys(task.forget for task in tasks)
+    draws = {count: text_draw.draw(config, encoder, comparison.options, count, seed) for count in counts}
+    labs = {count: Laboratory(folder, config, draw) for count, draw in draws.items()}
+    first = labs[tasks[0].forget]
+    if "exact-owners" in comparison.methods and not all(record.item.owner for record in first.draw.records):
+        raise UserError(f"--methods: exact-owners needs an owner of every record of {config.data.path}; leave it out")
+    with first.workdir(BEFORE, one_adapter(config), first.draw.rows) as run:
+        scorer = scorer_of(run, seed, encoder)
+    for task in tasks:
+        row = _measured(labs[task.forget], scorer, task)
+        write_json(comparison.rows_file(task), {"row": dataclasses.asdict(row), "source": dict(source)})
         shown = f"edited {row.accuracy_edited:.3f}, kept {row.accuracy_kept:.3f}, {row.seconds:.1f} s"
-        print(f"seed {seed}, {edit}, {method}: {shown}", file=sys.stderr, flush=True)
-    shutil.rmtree(lab.folder, ignore_errors=True)
+        print(f"seed {seed}, {task.edit} of {task.forget}, {task.method}: {shown}", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _measured(lab: Laboratory, scorer: Scorer, task: Task) -> Forgetting:
+    edit, method = task.edit, task.method
+    if method in EXACT:
+        return measure_exact(lab, scorer, method)
+    if method in (*REFERENCES, "base"):
+        return measure(lab, scorer, edit, method, tuned(lab, edit, method))
+    case = case_of(lab, edit, scorer.spec, scorer.params)
+    return measure(lab, scorer, edit, method, approximate(case, edit, method))
 
 
 def load_row(path: Path) -> tuple[Forgetting, dict[str, str]]:

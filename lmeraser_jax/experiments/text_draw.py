@@ -25,9 +25,8 @@ PARAPHRASE, PERTURBED = "paraphrased_answer", "perturbed_answer"  # keys of a li
 class DrawOptions:
     """How many records are drawn."""
 
-    owners: int = 12  # whose records are tuned on
+    owners: int = 12  # whose records are tuned on; a record without an owner is its own
     records: int = 4  # of each of them
-    forget: int = 2  # owners whose records are edited
 
 
 class Record(NamedTuple):
@@ -56,40 +55,44 @@ class Draw:
         return np.stack([record.row for record in self.records])
 
 
-def draw(config: Config, encoder: Encoder, options: DrawOptions, seed: int) -> Draw:
-    """Draws owners whose rows fit into the context: tuned on, and as many others, held out.
-
-    A wrong query is another record's; a wrong response is the first perturbed answer, or another record's. Raises
-    `UserError` where too few owners have enough rows that fit.
-    """
-    path, rng = Path(config.data.path), philox(seed, "draw")
-    items, pairs = read_lines(path, config.text.names)
+def read(config: Config) -> tuple[list[Item], list[tuple[str, str]], list[dict[str, Any]]]:
+    """The items of `data.path`, their queries and responses, and the lines that they come from."""
+    path = Path(config.data.path)
     lines = [json.loads(line) for line in lines_of(path) if line.strip()]
-    by_owner: dict[str, list[int]] = {}
+    return *read_lines(path, config.text.names), lines
+
+
+def draw(config: Config, encoder: Encoder, options: DrawOptions, forget: int, seed: int) -> Draw:
+    """Draws owners whose rows fit into the context, or are cut: tuned on, and at most as many others, held out.
+
+    The records of the first `forget` owners are edited, so all draws of a seed have the same records. A wrong query is
+    another record's; a wrong response is the first perturbed answer, or another record's. Raises `UserError` where too
+    few owners have enough rows that fit.
+    """
+    rng, (items, pairs, lines) = philox(seed, "draw"), read(config)
+    by_owner: dict[tuple[str, str], list[int]] = {}
     for place, item in enumerate(items):
-        if item.owner and item.split == "train":
-            by_owner.setdefault(item.owner, []).append(place)
+        if item.split == "train":
+            by_owner.setdefault((item.owner, "" if item.owner else item.id), []).append(place)
     groups: list[list[Record]] = []
     for index in rng.permutation(len(by_owner)):
         group = [(place, encoder.row(*pairs[place])) for place in list(by_owner.values())[index]]
         fitting = [
-            Record(items[i], pairs[i][0], pairs[i][1], row, lines[i])
-            for i, (row, cut) in group
-            if row is not None and not cut
+            Record(items[i], pairs[i][0], pairs[i][1], row, lines[i]) for i, (row, _) in group if row is not None
         ]
         if len(fitting) >= options.records:
             groups.append(fitting[: options.records])
         if len(groups) == 2 * options.owners:
             break
-    if not 0 < options.forget < options.owners <= len(groups) - 2:
+    if not 0 < forget < options.owners <= len(groups) - 2:
         raise UserError(
-            f"--owners={options.owners} --owner_records={options.records} --forget={options.forget}: {len(groups)}"
+            f"--owners={options.owners} --owner_records={options.records} --forget={forget}: {len(groups)}"
             f" owners have so many rows that fit --config.text.context={config.text.context}; at least two must be left"
             " to hold out, and at least one is forgotten and one kept"
         )
     records = tuple(record for group in groups[: options.owners] for record in group)
     heldout = np.stack([record.row for group in groups[options.owners :] for record in group])
-    edited = options.forget * options.records
+    edited = forget * options.records
     others = records[edited:]
     chosen = [others[i] for i in rng.integers(len(others), size=edited)]
     cutting = Encoder(encoder.tokenizer, dataclasses.replace(encoder.text, long="cut"))

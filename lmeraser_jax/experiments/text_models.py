@@ -33,6 +33,7 @@ from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.influence import Objective, Problem, Rows, Settings
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
+BEFORE = "removal_before"  # the workdir of a seed's records before any edit
 CHUNK = 8  # rows of a chunk of an influence problem
 INFLUENCE: dict[str, dict[str, Settings]] = {  # {method: {edit: settings}}
     "newton": {"removal": influence.REMOVAL, "query": influence.EDIT, "response": influence.EDIT},
@@ -106,8 +107,13 @@ def one_adapter(config: Config) -> Config:
 
 @functools.lru_cache(maxsize=8)
 def tuned(lab: Laboratory, edit: str, role: str) -> Tuned:
-    """One adapter for all records: before an edit, after it (`retrain`), or after it with another seed (`floor`)."""
+    """One adapter for all records: before an edit, after it (`retrain`), or after it with another seed (`floor`).
+
+    `base` is the frozen model: adapters of zeros.
+    """
     draw, config, removal = lab.draw, one_adapter(lab.config), edit == "removal"
+    if role == "base":
+        return Tuned(jax.tree.map(np.zeros_like, tuned(lab, edit, "before").adapters), Cost(0.0, None, 0.0))
     if role == "retrain" and not removal:
         return tuned(lab, "removal", "before")  # corrected records are what a removal starts from
     rows = draw.rows
@@ -117,7 +123,8 @@ def tuned(lab: Laboratory, edit: str, role: str) -> Tuned:
         rows = np.concatenate([draw.wrong[edit], rows[draw.edited :]])
     if role == "floor":
         config = dataclasses.replace(config, seed=config.seed + 1000)
-    with lab.workdir(f"{edit if removal or role == 'before' else 'edit'}_{role}", config, rows) as run:
+    name = f"{edit if removal or role == 'before' else 'edit'}_{role}"
+    with lab.workdir(name if name == BEFORE else f"{name}_{draw.edited}", config, rows) as run:
         processor = build_timed(run)
         ((ref, row),) = run.catalog.slices().items()
         return Tuned(load_slice(run, ref).backbone, Cost(row.seconds, processor, row.images / lab.n))

@@ -1,20 +1,24 @@
 """Comparisons of unlearning on text: who is drawn, what the rows say, what is written; no work is done twice."""
 
+import contextlib
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from commands import refused
+from sklearn.metrics import roc_auc_score
 from text_problem import WORDS, text_config, text_folder, word_tokenizer
 
+from lmeraser_jax.cli import compare as compare_command
 from lmeraser_jax.data.text import Encoder
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.experiments import forgetting, forgetting_report, text_draw
+from lmeraser_jax.experiments import forgetting, forgetting_report, text_draw, text_questions
 from lmeraser_jax.experiments.forgetting import Comparison, Forgetting
 from lmeraser_jax.experiments.text_draw import DrawOptions
 
-OPTIONS = DrawOptions(owners=3, records=3, forget=1)
+OPTIONS = DrawOptions(owners=3, records=3)
 SOURCE = {"command": "lmeraser compare", "machine": "one"}
 
 
@@ -34,7 +38,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(config):
-    return text_draw.draw(config, Encoder(word_tokenizer(), config.text), OPTIONS, seed=0)
+    return text_draw.draw(config, Encoder(word_tokenizer(), config.text), OPTIONS, forget=1, seed=0)
 
 
 def test_owners_are_edited_kept_or_held_out(config, drawn):
@@ -43,8 +47,20 @@ def test_owners_are_edited_kept_or_held_out(config, drawn):
     assert drawn.edited == 3 and drawn.heldout.shape == (9, 14) and (drawn.rows[:, 0] < drawn.rows[:, 1]).all()
     assert not {row.tobytes() for row in drawn.heldout} & {row.tobytes() for row in drawn.rows}
     for seed in (0, 1):
-        again = text_draw.draw(config, Encoder(word_tokenizer(), config.text), OPTIONS, seed)
-        assert (again.records[0].item == drawn.records[0].item) == (seed == 0)
+        again = text_draw.draw(config, Encoder(word_tokenizer(), config.text), OPTIONS, 2, seed)
+        same = [record.item for record in again.records] == [record.item for record in drawn.records]
+        assert again.edited == 6 and same == (seed == 0), "all draws of a seed have the same records"
+
+
+def test_records_without_owner_are_their_own_and_rows_are_cut_where_the_config_says_so(config, tmp_path):
+    lines = [json.loads(line) | {"owner": ""} for line in Path(config.data.path).read_text().splitlines()]
+    lines = [line | {"response": line["response"] + " w1" * 20} for line in lines]
+    data = write_lines(tmp_path, config, lines).data
+    for long, count in (("refuse", 0), ("cut", 5)):
+        changed = dataclasses.replace(config, data=data, text=dataclasses.replace(config.text, long=long))
+        with contextlib.nullcontext() if count else pytest.raises(UserError, match="0 owners have so many rows"):
+            drawn = text_draw.draw(changed, Encoder(word_tokenizer(), changed.text), DrawOptions(5, 1), 1, seed=0)
+            assert len({record.item.id for record in drawn.records}) == count and drawn.edited == 1
 
 
 def test_wrong_rows_differ_from_the_right_ones_in_one_half(drawn):
@@ -56,11 +72,61 @@ def test_wrong_rows_differ_from_the_right_ones_in_one_half(drawn):
     np.testing.assert_array_equal(drawn.perturbed[:, 0], drawn.wrong["response"])
 
 
-@pytest.mark.parametrize("changes", [{"owners": 7}, {"records": 7}, {"forget": 3}])
-def test_too_few_records_are_refused(config, changes):
+@pytest.mark.parametrize("options", [(7, 3, 1), (3, 7, 1), (3, 3, 3), (3, 3, 0)])
+def test_too_few_records_are_refused(config, options):
     with pytest.raises(UserError, match="--owners=.*owners have so many rows that fit"):
-        options = dataclasses.replace(OPTIONS, **changes)
-        text_draw.draw(config, Encoder(word_tokenizer(), config.text), options, seed=0)
+        text_draw.draw(config, Encoder(word_tokenizer(), config.text), DrawOptions(*options[:2]), options[2], seed=0)
+
+
+def write_lines(folder, config, lines):
+    """The config with other lines."""
+    (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(folder / "lines.jsonl")))
+
+
+def with_answers(config, answers_of):
+    """Lines of the config; `answers_of` gives what changes in test record number i."""
+    lines = [json.loads(line) for line in Path(config.data.path).read_text().splitlines()]
+    return [line | (answers_of(i) if line["split"] == "test" else {}) for i, line in enumerate(lines)]
+
+
+def candidates(i):
+    return {"candidates": ["w1 w2 w3", f"w{i}", "w4 w5"], "response": f"w{i}"}
+
+
+def test_the_data_decide_what_test_records_measure(config, tmp_path, rng):
+    encoder = Encoder(word_tokenizer(), config.text)
+    assert text_questions.questions(config, encoder) is None
+    yes_no = with_answers(config, lambda i: {"response": "No." if i % 4 == 1 else "Yes."})
+    for lines, choices in ((with_answers(config, candidates), 3), (yes_no, 2)):
+        asked = text_questions.questions(write_lines(tmp_path, config, lines), encoder)
+        assert asked.rows.shape == (8, choices, 14) and asked.yes_no == (choices == 2)
+        rows = asked.rows.reshape(-1, 14)
+        losses, tokens = rng.random(len(rows)), rows[:, 1] - rows[:, 0]
+        total = (losses * tokens).reshape(8, choices)  # minus the log-likelihoods
+        row = asked.measured(lambda given, losses=losses, rows=rows: losses if (given == rows).all() else None)
+        right = [line["response"] == "Yes." for line in lines if line["split"] == "test"]
+        if choices == 2:
+            assert row["answer_auc"] == pytest.approx(roc_auc_score(right, total[:, 1] - total[:, 0]))
+        else:
+            assert row["hit_ratio"] == np.mean(total.argmin(axis=1) == 1) and len(set(tokens)) == 3
+        assert row["answer_low"] <= row.get("hit_ratio", row.get("answer_auc")) <= row["answer_high"]
+        assert row["questions"] == 8
+
+
+def test_questions_that_cannot_be_asked_are_refused_or_counted(config, tmp_path, capsys):
+    encoder = Encoder(word_tokenizer(), config.text)
+    bad = {11: "w11", 17: ["w17", "w1"], 23: ["w23", "w2", ""], 29: ["w1", "w2", "w3"]}
+    lines = with_answers(config, lambda i: candidates(i) | ({"candidates": bad[i]} if i in bad else {}))
+    with pytest.raises(UserError) as error:
+        text_questions.questions(write_lines(tmp_path, config, lines), encoder)
+    assert [i for i in range(48) if f"text-{i:02d}:" in str(error.value)] == [*bad]
+    longer = with_answers(config, lambda i: candidates(i) | ({"query": "w1 " * 9} if i < 20 else {}))
+    assert len(text_questions.questions(write_lines(tmp_path, config, longer), encoder).right) == 5
+    assert "5 of 8 test records fit --config.text.context=12" in capsys.readouterr().err
+    none = with_answers(config, lambda i: candidates(i) | {"query": "w1 " * 9})
+    with pytest.raises(UserError, match="too few test records fit"):
+        text_questions.questions(write_lines(tmp_path, config, none), encoder)
 
 
 def row(method, **values):
@@ -81,6 +147,26 @@ def test_the_report_has_a_line_for_each_method_and_says_what_is_missing(tmp_path
     assert [Forgetting(**line) for line in json.loads((tmp_path / "results.json").read_text())["rows"]] == rows
 
 
+def test_questions_stand_in_table_and_figure_and_each_number_of_records_apart(tmp_path):
+    answers = {"hit_ratio": 0.25, "answer_low": 0.2, "answer_high": 0.3125, "questions": 90}
+    rows = [row(name, edited=edited, **answers) for edited in (3, 6) for name in ("base", "before")]
+    tables = forgetting_report.tables(rows)
+    assert ["(3 of 9" in tables[0].caption, "(6 of 9" in tables[1].caption] == [True, True]
+    place = tables[0].heads.index("hit ratio at 1")
+    assert [line[place].text for line in tables[0].rows] == ["0.250 [0.20, 0.31]"] * 2
+    axes = forgetting_report.tradeoff(rows).axes
+    assert len(axes) == 6 and axes[2].get_xlabel() == "hit ratio at 1" and "6 forgotten" in axes[3].get_ylabel()
+    (table,) = forgetting_report.tables([row("base", **answers), row("base", seed=1, **answers | {"hit_ratio": 0.75})])
+    assert table.rows[0][place].text == "0.500 ± 0.354"
+
+
+def test_shares_of_owners_are_numbers_of_them():
+    assert [compare_command.owners_of(text, 198) for text in ("2", "1%", "5%", "0.1%")] == [2, 2, 10, 1]
+    for text in ("0.05", "-1", "x", "%", "5 %"):
+        with pytest.raises(UserError, match=f"--forget={text}: must be a number of owners, or a share such as 5%"):
+            compare_command.owners_of(text, 198)
+
+
 def test_unknown_methods_and_edits_are_all_named(config, tmp_path, capsys):
     flags = ["--methods=newton,lmeraser", "--edits=removal,oblivion", f"--workdir={tmp_path / 'x'}"]
     flags += ["--config.data.source=text", f"--config.data.path={config.data.path}", "--config.tuning.method=lora"]
@@ -91,11 +177,11 @@ def test_unknown_methods_and_edits_are_all_named(config, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_comparison_measures_every_method_once(config, tmp_path, monkeypatch):
-    edits = ("removal", "query", "response")
-    comparison = Comparison(tmp_path / "compared", config, OPTIONS, forgetting.METHODS, edits, seeds=1)
+    edits, config = ("removal", "query", "response"), write_lines(tmp_path, config, with_answers(config, candidates))
+    comparison = Comparison(tmp_path / "compared", config, OPTIONS, (1,), forgetting.METHODS, edits, seeds=1)
     rows, _ = forgetting.compare(comparison, SOURCE)
     by_task = {(row.edit, row.method): row for row in rows}
-    assert len(by_task) == len(rows) == 12 + 2 * 6
+    assert len(by_task) == len(rows) == 13 + 2 * 6 and {row.questions for row in rows} == {8}
     for edit in edits:
         retrained, before, floor = (by_task[edit, name] for name in ("retrain", "before", "floor"))
         assert retrained.kl_edited == retrained.kl_kept == 0 and min(before.kl_edited, floor.kl_edited) > 0
@@ -104,8 +190,9 @@ def test_a_comparison_measures_every_method_once(config, tmp_path, monkeypatch):
     assert removal["newton"].loss_edited > removal["before"].loss_edited
     assert removal["exact-owners"].share == 0 and removal["exact-owners"].share_record == pytest.approx(2 / 9)
     assert removal["exact-clusters"].share > 0 and removal["retrain"].forget_quality == 1
+    assert removal["base"].loss_edited > removal["before"].loss_edited and removal["base"].passes == 0
     assert by_task["query", "retrain"].loss_edited == removal["before"].loss_edited, "one model"
     monkeypatch.setattr(forgetting, "_compare_seed", None)  # must not be called again
     assert forgetting.compare(comparison, SOURCE)[0] == rows
     with pytest.raises(UserError, match=r"compares with other settings[\s\S]*--owners: 3 -> 2"):
-        forgetting.compare(dataclasses.replace(comparison, options=DrawOptions(2, 3, 1)), SOURCE)
+        forgetting.compare(dataclasses.replace(comparison, options=DrawOptions(2, 3)), SOURCE)
