@@ -20,7 +20,7 @@ from lmeraser_jax.cli.main import main
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import erase, receipts, signatures
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.signatures import NO_KEYS
@@ -117,8 +117,10 @@ def test_rotated_keys_and_two_receipts_for_one_place(signed, tmp_path):
     copies = [layout.receipts_head, *layout.receipts.iterdir(), signed / "old_head.json"]
     assert all(verdict.ok for verdict in verify_copies(copies, keys))
     forged = sealed(replaced(stored(layout, "two"), ("request", "reason"), "another"))  # by the operator
+    write_json(tmp_path / "two.json", forged)
+    assert [verdict.ok for verdict in verify_copies([tmp_path / "two.json", *copies], keys)] == [False] + [True] * 5
     write_json(tmp_path / "two.json", signatures.sign(forged, key_of(signed, OLD)))
-    *_, alone = verify_copies([tmp_path / "two.json"], keys)
+    (alone,) = verify_copies([tmp_path / "two.json"], keys)
     *_, beside = verify_copies([*copies, tmp_path / "two.json"], keys)
     assert alone.ok and "another receipt at place 2" in beside.findings[0]
 
@@ -184,6 +186,8 @@ def test_a_chain_that_was_cut_shows_by_its_head_and_goes_on_signed(copied, signe
     with opened(copied, NEW) as run:
         erase.request_erasure(run, run.catalog.live("train").ids[1:2], request="five")
     assert findings(copied, keys) == []
+    layout.receipts_head.write_bytes(head)
+    assert ["names another receipt at place 4" in line for line in findings(copied)] == [True]
 
 
 def test_commands_make_keys_sign_and_check(copied, capsys, monkeypatch):
@@ -195,9 +199,16 @@ def test_commands_make_keys_sign_and_check(copied, capsys, monkeypatch):
     for name in (copied / "key", key):  # of the second only the public key is there
         assert main(["keys", f"--out={name}"]) == 2 and "no key is overwritten" in capsys.readouterr().err
     assert not key.exists()
-    request = ["--records=digit-0031", "--request=four", f"--signing_key={copied / 'key'}"]
-    assert main(["unlearn", at, *request]) == 0
-    copy = shutil.move(layout.receipt("four"), copied)
+    signing = f"--signing_key={copied / 'key'}"
+    request = ["unlearn", at, "--records=digit-0031", "--request=four", signing]
+    with writer_lock(layout):
+        assert main(request) == 2 and f"lmeraser process {at} {signing}\n" in capsys.readouterr().err
+    assert main(request) == 0 and stored(layout, "four")["signature"] is not None
+    unsign(copied, "four")
+    layout.receipts_head.unlink()
+    assert main(["process", at, f"{signing}.pub"]) == 2  # although no request waits
+    assert main(["train", at, signing]) == 0
+    copy = shutil.copy(layout.receipt("four"), copied)
     capsys.readouterr()
     check = ["verify", f"--receipt={copy}"]
     assert main([*check, f"--public_key={key}.pub"]) == 0
