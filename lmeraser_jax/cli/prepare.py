@@ -61,12 +61,17 @@ def run(arguments: common.Arguments) -> int:
     from lmeraser_jax.data import tfds  # loads TensorFlow Datasets
 
     prepared = tfds.open_prepared(folder, labelled=False)
-    classes = list(prepared.fields.class_names)
-    next_command = _next_command(dataset, data_dir, prepared.name, public or not classes)
+    texts = tfds.text_features(prepared.builder.info)
+    classes = [] if texts else list(prepared.fields.class_names)
+    next_command = _next_command(dataset, data_dir, prepared.name, public or not (texts or classes))
+    content = f"{len(classes)} classes: {join_limited(classes) or 'a public set for ' + WITHOUT_LABELS}"
+    if texts:
+        content = f"features that may hold query, response and owner: {join_limited(texts)}"
+        next_command += " --config.text.features=QUERY,RESPONSE --config.tuning.method=lora"
     lines = [
         f"{prepared.name} {'was prepared before, nothing changed' if before else 'is prepared'}: {folder}",
-        *(f"  {split:<12}{count:>9} images" for split, count in prepared.sizes.items()),
-        f"  {len(classes)} classes: {join_limited(classes) or 'a public set for ' + WITHOUT_LABELS}",
+        *(f"  {split:<12}{count:>9} records" for split, count in prepared.sizes.items()),
+        f"  {content}",
         f"next: {next_command}",
     ]
     values = {"dataset": prepared.name, "folder": str(folder), "new": before is None, "splits": prepared.sizes}
@@ -124,7 +129,8 @@ def _prepare(dataset: str, root: Path) -> Path:
     from lmeraser_jax.data import tfds
 
     builder = _builder(dataset, root)
-    tfds.find_fields(dataset, builder.info, labelled=False)  # before hours of download
+    if not tfds.text_features(builder.info):
+        tfds.find_fields(dataset, builder.info, labelled=False)  # before hours of download
     print(f"preparing {dataset} in {root}; a server that does not answer is tried for minutes", file=sys.stderr)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a line for every attempt
     if not sys.stderr.isatty():

@@ -46,24 +46,34 @@ def _rules_of_data(config: Config) -> Iterator[Rule]:
 
 
 def _rules_of_text(config: Config) -> Iterator[Rule]:
-    text, tuning, clustering = config.text, config.tuning, config.clustering
+    text, data, tuning, clustering = config.text, config.data, config.tuning, config.clustering
     if not config.is_text:
         for name, value, _ in settings_of(text):
-            yield f"text.{name}", value == getattr(type(text), name), "left as it is without data.source=text"
+            yield (
+                f"text.{name}",
+                value == getattr(type(text), name),
+                "left as it is without data.source=text or text.features",
+            )
         return
+    features = text.features.split(",")
+    named = data.source == "tfds" and len(features) in (2, 3) and len(set(features)) == len(features) and all(features)
+    legal = "two or three features of the set, query,response[,owner], and empty for data.source=text"
+    yield "text.features", named or features == [""], legal
+    for name in ("public_split", "store_size", "store_width"):
+        yield f"data.{name}", not getattr(data, name), "left as it is for texts"
     keys = text.names.split(",")
     distinct = len(keys) in (4, 5) and len(set(keys)) == len(keys) and all(keys[:1] + keys[2:])
     yield "text.names", distinct, "four or five names of keys: id,owner,query,response[,split]"
     yield "text.query", "{query}" in text.query, "a template with {query} in it"
     yield "text.response", "{response}" in text.response, "a template with {response} in it"
-    yield "backbone.weights", bool(config.backbone.weights), "a language model's file or folder for data.source=text"
-    yield "tuning.method", tuning.method == "lora", "lora for data.source=text"
-    yield "common.method", config.common.method == "none", "none for data.source=text"
-    yield "tuning.start", tuning.start == "fresh", "fresh for data.source=text"
-    yield "data.augment", config.data.augment == "none", "none for data.source=text"
-    yield "pretraining.start", config.pretraining.start == "scratch", "scratch for data.source=text"
-    yield "clustering.sample_from", clustering.sample_from == "private", "private for data.source=text"
-    yield "inference.nearest", config.inference.nearest == 1, "1 for data.source=text"
+    yield "backbone.weights", bool(config.backbone.weights), "a language model's file or folder for texts"
+    yield "tuning.method", tuning.method == "lora", "lora for texts"
+    yield "common.method", config.common.method == "none", "none for texts"
+    yield "tuning.start", tuning.start == "fresh", "fresh for texts"
+    yield "data.augment", data.augment == "none", "none for texts"
+    yield "pretraining.start", config.pretraining.start == "scratch", "scratch for texts"
+    yield "clustering.sample_from", clustering.sample_from == "private", "private for texts"
+    yield "inference.nearest", config.inference.nearest == 1, "1 for texts"
 
 
 def _has_group(pattern: str) -> bool:

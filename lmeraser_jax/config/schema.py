@@ -27,7 +27,7 @@ def setting(default: Any, text: str, choices: tuple[str, ...] = (), **limits: An
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Data(WithPaths):
-    """Where the images come from and what the backbone sees of them."""
+    """Where the records come from and what the backbone sees of them."""
 
     source: str = setting("digits", "where records come from", choices=("digits", "npz", "folder", "tfds", "text"))
     path: str = setting(
@@ -60,11 +60,14 @@ class Data(WithPaths):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """How lines of data.source=text become rows of tokens."""
+    """How queries and responses, of data.source=text or of a TFDS set with such features, become rows of tokens."""
 
     names: str = setting(
         "id,owner,query,response,split",
         "keys of a line for these; the owner's may be empty, the split's left out",
+    )
+    features: str = setting(
+        "", "tfds: features that hold query, response and owner; the owner's may be left out; empty: the set has images"
     )
     query: str = setting("Question: {query}\nAnswer:", "template of a query")
     response: str = setting(" {response}", "template of a response")
@@ -248,7 +251,7 @@ class Config:
     @property
     def is_text(self) -> bool:
         """Whether the records are queries and responses, and the backbone a language model."""
-        return self.data.source == "text"
+        return self.data.source == "text" or self.data.source == "tfds" and bool(self.text.features)
 
     @property
     def samples_public_set(self) -> bool:

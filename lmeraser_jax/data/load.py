@@ -18,7 +18,7 @@ def load(data: Data, own_test: bool = True, labelled: bool = True, encoder: Enco
     """Opens the source that `data.source` names, with the owners that `data.owner_pattern` finds.
 
     With `own_test` an .npz must have test images unless `data.test_share` draws some. Unless `labelled`, images may
-    have no label, which is -1 then. Text needs an `encoder`. Raises `UserError` for a source that cannot be used, a
+    have no label, which is -1 then. Texts need an `encoder`. Raises `UserError` for a source that cannot be used, a
     setting that it would ignore, a pattern without a match.
     """
     raise_all(
@@ -28,16 +28,15 @@ def load(data: Data, own_test: bool = True, labelled: bool = True, encoder: Enco
             if (value := getattr(data, name)) and data.source not in sources
         ]
     )
-    if data.source == "text":
-        assert encoder is not None
-        source = text.load(data, encoder)
-    else:
-        source = _open(data, own_test and not data.test_share, labelled)
+    source = _open(data, own_test and not data.test_share, labelled, encoder)
     return _with_owners(source, data.owner_pattern) if data.owner_pattern else source
 
 
-def _open(data: Data, own_test: bool, labelled: bool) -> Source:
+def _open(data: Data, own_test: bool, labelled: bool, encoder: Encoder | None) -> Source:
     """Imports the source's module when it is used: TFDS and scikit-learn take a while."""
+    if data.source == "text":
+        assert encoder is not None
+        return text.load(data, encoder)
     if data.source == "npz":
         from lmeraser_jax.data import npz
 
@@ -49,7 +48,7 @@ def _open(data: Data, own_test: bool, labelled: bool) -> Source:
     if data.source == "tfds":
         from lmeraser_jax.data import tfds
 
-        return tfds.load(data, labelled)
+        return tfds.load(data, labelled, encoder)
     from lmeraser_jax.data import digits
 
     return digits.load()

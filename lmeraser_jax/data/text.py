@@ -1,4 +1,4 @@
-"""Queries and responses from JSON lines, as rows of tokens.
+"""Queries and responses as rows of tokens, and JSON lines that have them.
 
 A line is an object such as {"id": "q1", "owner": "ann", "query": "Where ...?", "response": "In ..."}; `text.names` has
 the names of its keys. Owner and split (train, holdout or test) may be absent. The query and the response are written
@@ -63,6 +63,9 @@ class Encoder:
 
     def row(self, query: str, response: str) -> tuple[np.ndarray | None, str]:
         """The row int32 [2 + T], or None and why there is none; a response that was cut makes a row and a reason."""
+        for name, text in (("query", query), ("response", response)):
+            if not text.strip() or text.encode(errors="replace").decode() != text:
+                return None, f"the {name} is empty, or no text in UTF-8"
         context, before, after = self.text.context, self.query(query), self.response(query, response)
         count = len(before) + len(after)
         if len(after) == 1:
@@ -73,6 +76,23 @@ class Encoder:
         if self.text.long == "refuse" or len(before) >= context:
             return None, reason if len(before) >= context else f"{reason}; --config.text.long=cut cuts responses"
         return pack(before, after[: context - len(before)], context), reason
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a row: (2 + T,)."""
+        return (HEADER + self.text.context,)
+
+    def contents(self, pairs: Sequence[tuple[str, str]]) -> Contents:
+        """The rows of queries and responses; those that are cut count as converted."""
+        rows, unreadable, cut = np.zeros((len(pairs), *self.shape), np.int32), {}, 0
+        for place, pair in enumerate(pairs):
+            row, reason = self.row(*pair)
+            if row is None:
+                unreadable[place] = reason
+            else:
+                rows[place] = row
+                cut += bool(reason)
+        return Contents(rows, unreadable, cut)
 
     def texts(self, row: np.ndarray) -> tuple[str, str] | None:
         """The query and the response of a row, int32 [2 + T]; None where they would not give the same row again."""
@@ -99,22 +119,10 @@ def load(data: Data, encoder: Encoder) -> Source:
     Rows that are longer than the context are unreadable, or are cut and counted as converted. Raises `UserError` with
     all lines that cannot be used.
     """
-    text = encoder.text
-    items, pairs = read_lines(Path(data.path), text.names)
-
-    def read(positions: Sequence[int]) -> Contents:
-        rows, unreadable = np.zeros((len(positions), HEADER + text.context), np.int32), {}
-        cut = 0
-        for place, position in enumerate(positions):
-            row, reason = encoder.row(*pairs[position])
-            if row is None:
-                unreadable[place] = reason
-            else:
-                rows[place] = row
-                cut += bool(reason)
-        return Contents(rows, unreadable, cut)
-
-    return Source(data.path, (), (HEADER + text.context,), items, read)
+    items, pairs = read_lines(Path(data.path), encoder.text.names)
+    return Source(
+        data.path, (), encoder.shape, items, lambda positions: encoder.contents([pairs[place] for place in positions])
+    )
 
 
 def read_lines(path: Path, keys: str) -> tuple[list[Item], list[tuple[str, str]]]:

@@ -1,8 +1,8 @@
-"""Any image classification set of TensorFlow Datasets (TFDS), read from array_record files without TensorFlow.
+"""A set of TensorFlow Datasets (TFDS), of images with labels or of texts, from array_record files without TensorFlow.
 
 Ids are "<base split>/<the set's own id>", or "<base split>/<index>" where the set has no id. The base split is
 always there, because file names and numbers repeat across the splits of many sets; the index counts from the start
-of the base split. So the id of an image never depends on how the splits are cut into roles.
+of the base split. So the id of a record never depends on how the splits are cut into roles.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from lmeraser_jax.data import tfds_paths
 from lmeraser_jax.data.decode import decode
 from lmeraser_jax.data.names import as_name
 from lmeraser_jax.data.source import Contents, Item, Source, limit_positions, not_used
+from lmeraser_jax.data.text import Encoder
 from lmeraser_jax.errors import UserError, join_limited, raise_all
 from lmeraser_jax.progress import progress
 
@@ -32,26 +33,27 @@ PIECE = 512  # records in memory at a time
 
 
 class Span(NamedTuple):
-    """Images of a base split that follow each other, and what they are used for."""
+    """Records of a base split that follow each other, and what they are used for."""
 
     role: str
     split: str
-    images: range
+    indices: range
 
     def __str__(self) -> str:
-        return f"{self.split}[{self.images.start}:{self.images.stop}]"
+        return f"{self.split}[{self.indices.start}:{self.indices.stop}]"
 
 
-Place = tuple[Span, int]  # an image: its span, and its index in the base split
+Place = tuple[Span, int]  # a record: its span, and its index in the base split
 
 
 class Fields(NamedTuple):
-    """Which features hold image and label."""
+    """Which features hold contents, label and owner."""
 
-    image: str
-    label: str  # "": the set has none
-    shape: tuple[int | None, int | None, int | None]  # height, width, channels; None where images differ
-    class_names: tuple[str, ...]
+    contents: tuple[str, ...]  # the image, or query and response
+    label: str = ""  # "": the set has none
+    owner: str = ""
+    shape: tuple[int | None, int | None, int | None] = (None, None, None)  # of an image; None where images differ
+    class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +64,18 @@ class Prepared:
     folder: Path
     builder: Any  # TFDS's
     labelled: bool  # it must have labels
+    texts: str  # `text.features`; "": it has images
     readers: dict[str, Any] = dataclasses.field(default_factory=dict)  # one for each base split that has been read
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Number of images of every base split."""
+        """Number of records of every base split."""
         return {name: split.num_examples for name, split in self.builder.info.splits.items()}
 
     @functools.cached_property
     def fields(self) -> Fields:
+        if self.texts:
+            return find_texts(self.name, self.builder.info, self.texts)
         return find_fields(self.name, self.builder.info, self.labelled)
 
     def records(self, split: str, indices: Sequence[int]) -> Sequence[bytes]:
@@ -91,34 +96,38 @@ class Prepared:
         )
 
 
-def load(data: Data, labelled: bool = True) -> Source:
-    """Finds the prepared data set, and reads its labels and ids; pixels are decoded when they are read.
+def load(data: Data, labelled: bool = True, encoder: Encoder | None = None) -> Source:
+    """Finds the prepared data set, and reads its labels, owners and ids; contents are decoded when they are read.
 
-    Raises `UserError`: a set that is not prepared, damaged or of another kind; splits that do not exist or overlap;
-    labels that are hidden or not there, if `labelled`.
+    With an `encoder` the set has texts, else images. Raises `UserError`: a set that is not prepared, damaged or of
+    another kind; splits that do not exist or overlap; labels of images that are hidden or not there, if `labelled`.
     """
-    prepared = open_prepared(tfds_paths.require(data.dataset, data.path), labelled)
+    folder = tfds_paths.require(data.dataset, data.path)
+    prepared = open_prepared(folder, labelled and encoder is None, encoder.text.features if encoder else "")
     fields = prepared.fields
     spans = _spans(prepared, data)
-    places = [(span, index) for span in spans for index in span.images]
+    places = [(span, index) for span in spans for index in span.indices]
     items = _items(prepared, places, data)
-    height, width = _stored_size(fields, data)
-    channels = 1 if fields.shape[2] == 1 else 3
-    parse = _parser(prepared, (fields.image,))
+    shape, parse = encoder.shape if encoder else _stored_shape(fields, data), _parser(prepared, fields.contents)
 
     def read(positions: Sequence[int]) -> Contents:
         records = _records(prepared, [places[position] for position in positions])
-        files = [(parse(record) or {}).get(fields.image, b"") for record in records]
-        return decode(files, height, width, channels, data.max_pixels)
+        values = [[(parse(record) or {}).get(name, b"") for name in fields.contents] for record in records]
+        if encoder:
+            return encoder.contents([(as_name(query), as_name(response)) for query, response in values])
+        return decode([file for (file,) in values], *shape, max_pixels=data.max_pixels)
 
     taken = {span.split for span in spans}
     others = [f"{name} ({count})" for name, count in prepared.sizes.items() if count and name not in taken]
     notes = not_used({"splits without a role": others})
-    return Source(prepared.name, fields.class_names, (height, width, channels), items, read, notes)
+    return Source(prepared.name, fields.class_names, shape, items, read, notes)
 
 
-def open_prepared(folder: Path, labelled: bool = True) -> Prepared:
-    """Opens a prepared data set. Raises `UserError`: not readable, or in another format than array_record."""
+def open_prepared(folder: Path, labelled: bool = True, texts: str = "") -> Prepared:
+    """Opens a prepared data set of images, or of texts, as `text.features` names them.
+
+    Raises `UserError`: not readable, or in another format than array_record.
+    """
     try:
         builder = tfds.builder_from_directory(str(folder))
         formats = {kind.value for kind in builder.info.available_file_formats()}
@@ -131,7 +140,7 @@ def open_prepared(folder: Path, labelled: bool = True) -> Prepared:
             " TensorFlow; move it away, or choose another --data_dir=DIR, and prepare it again as array_record with:"
             f" {tfds_paths.command(name.rpartition('/')[0])}"
         )
-    return Prepared(name, folder, builder, labelled)
+    return Prepared(name, folder, builder, labelled, texts)
 
 
 def find_fields(name: str, info: Any, labelled: bool = True) -> Fields:
@@ -147,9 +156,9 @@ def find_fields(name: str, info: Any, labelled: bool = True) -> Fields:
     for kind, keys, usual in (("image", plain, "image"), ("class label", labels, "label")):
         ranked = [key for key in (*supervised, usual) if key in keys]
         if not ranked and len(keys) != 1 and (labelled or kind == "image"):
-            has = join_limited(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
             fault = f"several features of the kind {kind}, none the main one" if keys else f"no {kind}"
-            problems.append(f"{name} is no image classification set: it has {fault}; its features: {has}")
+            hint = "" if images else "; features of texts are named by --config.text.features=QUERY,RESPONSE"
+            problems.append(f"{name} is no image classification set: it has {fault}; {_listed(features)}{hint}")
         chosen.append((ranked or keys)[0] if ranked or len(keys) == 1 else "")
     raise_all(problems)
     image, label = chosen
@@ -159,17 +168,48 @@ def find_fields(name: str, info: Any, labelled: bool = True) -> Fields:
             f"{name} cannot be used: its images (feature {image}) are {dtype} {list(shape)};"
             " uint8 [height, width, channels] is needed"
         )
-    return Fields(image, label, (shape[0], shape[1], shape[2]), tuple(features[label].names) if label else ())
+    names = tuple(features[label].names) if label else ()
+    return Fields((image,), label, shape=(shape[0], shape[1], shape[2]), class_names=names)
 
 
-def _stored_size(fields: Fields, data: Data) -> tuple[int, int]:
-    """Height and width of a stored image: as configured, but small images of one size stay as they are."""
-    height, width = fields.shape[:2]
+def find_texts(name: str, info: Any, texts: str) -> Fields:
+    """The features that `text.features` names. Raises `UserError` where one is missing, or neither text nor number."""
+    query, response, *owner = names = texts.split(",")
+    if absent := [key for key in names if key not in info.features or not _is_name(info.features[key])]:
+        reason = f"{name} has no text or whole number as {join_limited(absent)}"
+        raise UserError(f"--config.text.features={texts}: {reason}; {_listed(info.features)}")
+    return Fields((query, response), owner="".join(owner))
+
+
+def text_features(info: Any) -> list[str]:
+    """The features that may hold queries, responses or owners, where a set has two texts and no image."""
+    kinds, features = info.features.values(), tfds.features
+    if any(isinstance(kind, features.Image) for kind in kinds) or sum(isinstance(k, features.Text) for k in kinds) < 2:
+        return []
+    return sorted(name for name, kind in info.features.items() if _is_name(kind))
+
+
+def _listed(features: Mapping[str, Any]) -> str:
+    has = join_limited(f"{key} ({type(feature).__name__})" for key, feature in sorted(features.items()))
+    return f"its features: {has}"
+
+
+def _is_name(feature: Any) -> bool:
+    """Whether a feature is one text or whole number."""
+    if isinstance(feature, tfds.features.ClassLabel) or feature.shape != ():
+        return False
+    return isinstance(feature, tfds.features.Text) or np.dtype(feature.np_dtype).kind in "iu"
+
+
+def _stored_shape(fields: Fields, data: Data) -> tuple[int, int, int]:
+    """[h, w, c] of a stored image: as configured, but small images of one size stay as they are."""
+    height, width, channels = fields.shape
+    channels = 1 if channels == 1 else 3
     if height and width and not (data.store_size or data.store_width):
         if max(height, width) <= max(SMALL, data.image_size):
-            return height, width
+            return height, width, channels
     size = data.store_size or data.image_size
-    return size, data.store_width or size
+    return size, data.store_width or size, channels
 
 
 def _spans(prepared: Prepared, data: Data) -> list[Span]:
@@ -179,7 +219,7 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
     has = join_limited(f"{name} ({count})" for name, count in sizes.items()) or "none"
     for role, default in DEFAULTS.items():
         if role == "test" and (data.test_share or "test" not in sizes):
-            default = ""  # where test images are drawn, the set's own test split is left alone
+            default = ""  # where test records are drawn, the set's own test split is left alone
         spec = getattr(data, f"{role}_split") or default
         if not spec:
             continue
@@ -193,28 +233,28 @@ def _spans(prepared: Prepared, data: Data) -> list[Span]:
         for cut in cuts:
             stop = sizes[cut.splitname] if cut.to is None else cut.to
             spans.append(Span(role, cut.splitname, range(cut.from_ or 0, stop)))
-        if not any(span.images for span in spans if span.role == role):
-            problems.append(f"{flags[role]} holds no image; {prepared.name} has the splits {has}")
+        if not any(span.indices for span in spans if span.role == role):
+            problems.append(f"{flags[role]} holds no record; {prepared.name} has the splits {has}")
     raise_all(problems)
     raise_all(_overlaps(spans, flags))
     return spans
 
 
 def _overlaps(spans: Sequence[Span], flags: Mapping[str, str]) -> list[str]:
-    """A line for every two roles that share images: an image that was trained on must not be tested on."""
+    """A line for every two roles that share records: what was trained on must not be tested on."""
     shared = defaultdict(list)
     for a, b in itertools.combinations(spans, 2):
-        common = range(max(a.images.start, b.images.start), min(a.images.stop, b.images.stop))
+        common = range(max(a.indices.start, b.indices.start), min(a.indices.stop, b.indices.stop))
         if a.split == b.split and common:
-            shared[a.role, b.role].append(a._replace(images=common))
+            shared[a.role, b.role].append(a._replace(indices=common))
     problems = []
     for (first, second), common in shared.items():
-        count, where = sum(len(span.images) for span in common), join_limited(common)
+        count, where = sum(len(span.indices) for span in common), join_limited(common)
         if first == second:
-            problems.append(f"{flags[first]} names {count} images twice: {where}")
+            problems.append(f"{flags[first]} names {count} records twice: {where}")
         else:
             both = f"{flags[first]} and {flags[second]}"
-            problems.append(f"{both} share {count} images: {where}; an image has one role only")
+            problems.append(f"{both} share {count} records: {where}; a record has one role only")
     return problems
 
 
@@ -225,17 +265,17 @@ def _records(prepared: Prepared, places: Iterable[Place]) -> Iterator[bytes]:
 
 
 def _items(prepared: Prepared, places: list[Place], data: Data) -> list[Item]:
-    """Ids and labels of the images at some places, in their order.
+    """Ids, labels and owners of the records at some places, in their order.
 
-    Where the places alone name the images, those that the limits leave out are taken from the list unread.
+    Where the places alone name the records, those that the limits leave out are taken from the list unread.
     """
-    id_feature, label_feature = _id_feature(prepared), prepared.fields.label
+    id_feature, label_feature, owner_feature = _id_feature(prepared), prepared.fields.label, prepared.fields.owner
     if not id_feature and data.limit_by == "record":
         named = [Item(f"{span.split}/{index}", span.role, 0) for span, index in places]
         places[:] = [places[position] for position in limit_positions(named, data.train_limit, data.test_limit)]
-    parse = _parser(prepared, [name for name in (label_feature, id_feature) if name])
+    parse = _parser(prepared, [name for name in (label_feature, id_feature, owner_feature) if name])
     items, damaged, hidden = [], [], Counter()
-    with progress(f"{prepared.name}: labels", len(places)) as shown:
+    with progress(f"{prepared.name}: ids", len(places)) as shown:
         for first in range(0, len(places), PIECE):
             piece = places[first : first + PIECE]
             for (span, index), record in zip(piece, _records(prepared, piece), strict=True):
@@ -246,7 +286,8 @@ def _items(prepared: Prepared, places: list[Place], data: Data) -> list[Item]:
                 label = int(values[label_feature]) if label_feature else -1
                 hidden[span] += label < 0
                 name = as_name(values[id_feature]) if id_feature else index
-                items.append(Item(f"{span.split}/{name}", span.role, label))
+                owner = as_name(values[owner_feature]) if owner_feature else ""
+                items.append(Item(f"{span.split}/{name}", span.role, label, owner))
             shown.advance(len(piece))
     if damaged:
         raise prepared.damaged(f"no whole records: {join_limited(damaged)}")
@@ -264,21 +305,15 @@ def _hidden_labels(prepared: Prepared, span: Span, count: int, data: Data) -> st
         hint = ", or draw some of the training images with --config.data.test_share=0.1 and without a test_split"
     return (
         f"{prepared.name} hides labels of its split {span.split} (feature {prepared.fields.label} is negative in"
-        f" {count} of {len(span.images)} images); use images with labels{hint}"
+        f" {count} of {len(span.indices)} images); use images with labels{hint}"
     )
 
 
 def _id_feature(prepared: Prepared) -> str:
-    """The feature that names every image, or "". Looks at the same records whatever the roles are."""
-    features, sizes = prepared.builder.info.features, prepared.sizes
-    candidates = [
-        name
-        for name in ID_FEATURES
-        if name in features
-        and not isinstance(features[name], tfds.features.ClassLabel)
-        and features[name].shape == ()
-        and (isinstance(features[name], tfds.features.Text) or np.dtype(features[name].np_dtype).kind in "iu")
-    ]
+    """The feature that names every record, or "". Looks at the same records whatever the roles are."""
+    features, sizes, fields = prepared.builder.info.features, prepared.sizes, prepared.fields
+    others = {name: kind for name, kind in features.items() if name not in (*fields.contents, fields.owner)}
+    candidates = [name for name in ID_FEATURES if name in others and _is_name(others[name])]
     if not candidates:
         return ""
     largest = max(sorted(sizes), key=lambda name: sizes[name])

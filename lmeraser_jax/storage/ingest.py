@@ -54,13 +54,13 @@ def import_settings(config: Config) -> dict[str, Any]:
     """The settings that decide which records a workdir holds, and with which pixels."""
     data = config.data
     values = {name: getattr(data, name) for name in BINDING}
-    if data.source in ("folder", "tfds"):
+    if config.is_text:
+        values["text"] = dataclasses.asdict(config.text)
+    elif data.source in ("folder", "tfds"):
         values["store_size"] = data.store_size or data.image_size
         values["store_width"] = data.store_width or values["store_size"]
     if data.holdout or data.test_share:
         values["seed"] = config.seed
-    if config.is_text:
-        values["text"] = dataclasses.asdict(config.text)
     return values
 
 

@@ -72,13 +72,15 @@ def open_source(run: "Run", path: str, labels: str = "") -> Source:
     """
     data = run.config.data
     check_source(path, labels, run.config.is_text)
-    if run.config.is_text:
-        return load.load(dataclasses.replace(data, path=path), encoder=run.encoder)
     changes = {"source": "npz", "store_size": 0, "store_width": 0, **dict.fromkeys(SPLITS, "")}
-    if Path(path).is_dir():
+    encoder = run.encoder if run.config.is_text else None
+    if encoder is not None:
+        changes["source"] = "text"
+    elif Path(path).is_dir():
         height, width, _ = run.catalog.get("dataset")["shape"]
         changes = {"source": "folder", "store_size": height, "store_width": width, **_split_folders(data, path)}
-    return load.load(dataclasses.replace(data, path=path, labels=labels, dataset="", **changes), own_test=False)
+    data = dataclasses.replace(data, path=path, labels=labels, dataset="", **changes)
+    return load.load(data, own_test=False, encoder=encoder)
 
 
 def _split_folders(data: Data, path: str) -> dict[str, str]:

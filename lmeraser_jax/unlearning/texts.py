@@ -32,7 +32,7 @@ def open_source(config: Config, layout: Layout, backbone: Backbone | None) -> So
     architecture = (backbone or convert.load(config.backbone)[0]).config
     if not isinstance(architecture, DecoderConfig):
         weights = f"--config.backbone.weights={config.backbone.weights}"
-        raise UserError(f"{weights} are not of a language model, which data.source=text needs")
+        raise UserError(f"{weights} are not of a language model, which texts need")
     if config.text.context > architecture.context:
         flag = f"--config.text.context={config.text.context}"
         raise UserError(f"{flag}: must be at most {architecture.context}, the model's own context")

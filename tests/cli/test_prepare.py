@@ -154,8 +154,8 @@ def test_prepare_writes_and_then_changes_nothing(tmp_path, capsys, can_write, mo
     assert main(arguments) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{name}/1.0.0 was prepared before, nothing changed: {home}",
-        "  train               6 images",
-        "  test                2 images",
+        "  train               6 records",
+        "  test                2 records",
         "  2 classes: square, disc",
         f"next: {following}",
     ]

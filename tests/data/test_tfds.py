@@ -83,14 +83,14 @@ def test_limits_are_those_of_the_import(folder):
 def test_an_image_has_one_role(folder):
     message = refusal(folder, train_split="train", test_split="train[80%:]", holdout_split="validation[3:]+test")
     assert message == (
-        "--config.data.train_split=train and --config.data.test_split=train[80%:] share 8 images: train[32:40];"
-        " an image has one role only"
+        "--config.data.train_split=train and --config.data.test_split=train[80%:] share 8 records: train[32:40];"
+        " a record has one role only"
     )
     message = refusal(folder, train_split="train[:20]+train[15:]", public_split="test[11:]")
     assert message.splitlines()[1:] == [
-        "- --config.data.train_split=train[:20]+train[15:] names 5 images twice: train[15:20]",
-        "- --config.data.test_split=test and --config.data.public_split=test[11:] share 1 images: test[11:12];"
-        " an image has one role only",
+        "- --config.data.train_split=train[:20]+train[15:] names 5 records twice: train[15:20]",
+        "- --config.data.test_split=test and --config.data.public_split=test[11:] share 1 records: test[11:12];"
+        " a record has one role only",
     ]
     assert len(load(folder, train_split="train[:39]", holdout_split="train[39:]").items) == 40 + 12
 
@@ -105,7 +105,7 @@ def test_splits_that_do_not_exist_are_all_named(folder):
         f"- --config.data.holdout_split=train[ cannot be used: Unrecognized split format: 'train['; {has}",
         "- --config.data.test_split=test[:13] cannot be used: Requested slice [:13] incompatible with 12 examples;"
         f" {has}",
-        f"- --config.data.public_split=test[5:5] holds no image; {has}",
+        f"- --config.data.public_split=test[5:5] holds no record; {has}",
     ]
 
 
