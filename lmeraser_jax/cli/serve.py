@@ -38,28 +38,39 @@ FLAGS = (
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.finished(arguments)
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the worker shares the accelerator
-    common.log_devices()
     try:
-        from lmeraser_jax.service.app import serve
-        from lmeraser_jax.service.auth import read_tokens
-        from lmeraser_jax.service.limits import is_local
         from lmeraser_jax.service.settings import Limits, Policy, Settings
+
+        _check(arguments)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the worker shares the accelerator
+        common.log_devices()
+        from lmeraser_jax.service.app import serve
     except ModuleNotFoundError as error:
         raise UserError(f"{INSTALL} ({error.name} is missing)") from error
+    names = [field.name for field in dataclasses.fields(Limits) if field.name != "body"]
+    limits = Limits(body=arguments["max_body"] << 20, **{name: arguments[f"max_{name}"] for name in names})
+    policy = Policy(arguments["max_wait"], arguments["max_batch"])
+    tokens = Path(arguments["tokens"]) if arguments["tokens"] else None
+    service = Settings(Layout(workdir), config, limits, policy, tokens)
+    serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
+    return 0
+
+
+def _check(arguments: common.Arguments) -> None:
+    """Raises `UserError` for flags that do not go together and files that cannot be used, before anything is loaded."""
+    from lmeraser_jax.service.auth import read_tokens
+    from lmeraser_jax.service.limits import is_local
+
     tokens, problems = arguments["tokens"], []
     if not tokens and not is_local(arguments["host"]):
         problems.append(f"--host={arguments['host']}: other machines reach it, so --tokens=FILE must say who may what")
     if bool(arguments["tls_certificate"]) != bool(arguments["tls_key"]):
         problems.append("--tls_certificate and --tls_key go together")
+    problems += [
+        f"--{flag}={arguments[flag]}: no such file"
+        for flag in ("tls_certificate", "tls_key")
+        if arguments[flag] and not Path(arguments[flag]).is_file()
+    ]
     raise_all(problems)
     if tokens:
         read_tokens(Path(tokens))
-    values = {
-        field.name: arguments[f"max_{field.name}"] for field in dataclasses.fields(Limits) if field.name != "body"
-    }
-    limits = Limits(body=arguments["max_body"] << 20, **values)
-    policy = Policy(arguments["max_wait"], arguments["max_batch"])
-    service = Settings(Layout(workdir), config, limits, policy, Path(tokens) if tokens else None)
-    serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
-    return 0

@@ -28,7 +28,7 @@ from lmeraser_jax.service.problems import BUSY, Problem
 
 LONGEST_TEXT = 100_000  # characters of a query or a candidate
 MOST_CANDIDATES = 100
-Text = Annotated[StrictStr, Field(min_length=1, max_length=LONGEST_TEXT)]
+Text = Annotated[StrictStr, Field(max_length=LONGEST_TEXT, pattern=r"\S")]
 
 
 class Question(BaseModel):

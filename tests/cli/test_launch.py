@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from lmeraser_jax.cli import common, main
+from lmeraser_jax.cli import common, main, serve
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 SAY = 'echo "$(basename "$0") $* [${CUDA_VISIBLE_DEVICES:-}]"; exit ${CODE:-0}'
@@ -123,6 +123,31 @@ def test_the_jobset_is_valid_and_its_names_agree():
     (container,) = pod["containers"]
     assert container["args"][0] == "train" and "--distributed" in container["args"]
     assert container["volumeMounts"][0]["name"] == pod["volumes"][0]["name"]
+
+
+def test_the_deployment_of_the_service_fits_its_flags_and_routes():
+    deployment, service = yaml.safe_load_all((LAUNCH / "k8s_service.yaml").read_text())
+    spec = deployment["spec"]
+    labels = spec["template"]["metadata"]["labels"]
+    assert spec["selector"]["matchLabels"] == labels == service["spec"]["selector"]
+    assert spec["replicas"] == 1 and spec["strategy"]["type"] == "Recreate"
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    (port,) = container["ports"]
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    arguments = common.parse(serve, ["lmeraser", *container["args"][1:]])
+    assert arguments is not None and arguments["port"] == port["containerPort"] and arguments["tokens"]
+    probes = {probe["httpGet"]["path"] for name, probe in container.items() if name.endswith("Probe")}
+    assert probes == {"/healthz", "/readyz"}
+
+
+def test_the_container_starts_the_service():
+    lines = dict(line.split(" ", 1) for line in (LAUNCH / "Containerfile").read_text().splitlines() if " " in line)
+    assert json.loads(lines["ENTRYPOINT"]) == ["lmeraser"]
+    command, *flags = json.loads(lines["CMD"])
+    arguments = common.parse(serve, ["lmeraser", *flags])
+    assert command == "serve" and arguments is not None and str(arguments["port"]) == lines["EXPOSE"]
 
 
 def test_the_flags_of_a_place_go_together(capsys):
