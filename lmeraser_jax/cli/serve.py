@@ -2,6 +2,7 @@
 
   lmeraser serve --workdir=DIR [--port=8080] [--max_wait=SECONDS] [--max_batch=N]
   lmeraser serve --workdir=DIR --host=0.0.0.0 --tokens=FILE [--tls_certificate=FILE --tls_key=FILE]
+  lmeraser serve --workdir=DIR --signing_key=FILE [--public_key=FILE]
 
 Without --tokens everyone on this machine may do everything, and nobody else reaches the service; lmeraser tokens makes
 a file of tokens. A worker, a process beside the service, serves the requests: at once, or by --max_wait and --max_batch
@@ -17,6 +18,8 @@ from lmeraser_jax.cli.common import Flag
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, raise_all
 from lmeraser_jax.storage.workdir import Layout
+from lmeraser_jax.unlearning import signatures
+from lmeraser_jax.unlearning.signatures import PublicKeys
 
 INSTALL = "the service needs more packages: pip install 'lmeraser_jax[serve]'"
 FLAGS = (
@@ -31,6 +34,12 @@ FLAGS = (
     Flag("max_tokens", 256, "most tokens of a generated response", low=1),
     Flag("max_seconds", 60.0, "for a call to arrive, and again for its answer", low=0.1),
     Flag("max_connections", 256, "most connections at the same time; beyond it they get 503", low=2),
+    common.SIGNING_KEY,
+    Flag(
+        "public_key",
+        (absolute,),
+        "receipts must be signed with this key, or with that of --signing_key; may be repeated",
+    ),
     Flag("tls_certificate", absolute, "PEM file, for HTTPS without a proxy"),
     Flag("tls_key", absolute, "PEM file of its key"),
 )
@@ -41,7 +50,7 @@ def run(arguments: common.Arguments) -> int:
     try:
         from lmeraser_jax.service.settings import Limits, Policy, Settings
 
-        _check(arguments)
+        keys = _check(arguments)
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the worker shares the accelerator
         common.log_devices()
         from lmeraser_jax.service.app import serve
@@ -51,13 +60,17 @@ def run(arguments: common.Arguments) -> int:
     limits = Limits(body=arguments["max_body"] << 20, **{name: arguments[f"max_{name}"] for name in names})
     policy = Policy(arguments["max_wait"], arguments["max_batch"])
     tokens = Path(arguments["tokens"]) if arguments["tokens"] else None
-    service = Settings(Layout(workdir), config, limits, policy, tokens)
+    signing_key = Path(arguments["signing_key"]) if arguments["signing_key"] else None
+    service = Settings(Layout(workdir), config, limits, policy, tokens, signing_key, keys)
     serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
     return 0
 
 
-def _check(arguments: common.Arguments) -> None:
-    """Raises `UserError` for flags that do not go together and files that cannot be used, before anything is loaded."""
+def _check(arguments: common.Arguments) -> PublicKeys:
+    """The keys that receipts are checked with: those that were given, and that of the signing key.
+
+    Raises `UserError` for flags that do not go together and files that cannot be used, before anything is loaded.
+    """
     from lmeraser_jax.service.auth import read_tokens
     from lmeraser_jax.service.limits import is_local
 
@@ -71,6 +84,10 @@ def _check(arguments: common.Arguments) -> None:
         for flag in ("tls_certificate", "tls_key")
         if arguments[flag] and not Path(arguments[flag]).is_file()
     ]
+    if arguments["port"] > 65535:
+        problems.append(f"--port={arguments['port']}: must be at most 65535")
     raise_all(problems)
     if tokens:
         read_tokens(Path(tokens))
+    own, keys = common.signing_key_of(arguments), signatures.load_public_keys(arguments["public_key"])
+    return keys if own is None else {**keys, signatures.fingerprint(own.public_key()): own.public_key()}

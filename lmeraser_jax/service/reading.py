@@ -33,7 +33,10 @@ def router(service: Service) -> APIRouter:
         """Whether all receipts are unchanged and in their place, and what they say still holds."""
         with service.catalog() as catalog:
             verdicts = check_receipts(service, catalog)
-        rows = [{"ok": each.ok, "request": each.request, **_findings(service, each)} for each in verdicts]
+        rows = [
+            {"ok": each.ok, "request": each.request, "signature": each.signature, **_findings(service, each)}
+            for each in verdicts
+        ]
         return {"ok": all(each.ok for each in verdicts), "verdicts": rows}
 
     @routes.get("/healthz", tags=["probes"], response_class=PlainTextResponse)
@@ -94,7 +97,7 @@ def describe_worker(service: Service) -> dict[str, Any]:
 
 def check_receipts(service: Service, catalog: Catalog) -> list[verify.Verdict]:
     """A verdict on the folder of receipts and on each of them, in the order of the chain."""
-    return verify.verify_all(service.settings.layout, catalog)
+    return verify.verify_all(service.settings.layout, catalog, service.settings.public_keys)
 
 
 def _findings(service: Service, verdict: verify.Verdict) -> dict[str, list[str]]:

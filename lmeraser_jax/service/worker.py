@@ -39,7 +39,7 @@ def approximations_due(catalog: Catalog) -> list[Request]:
     return [each for each in waiting if each.body["mode"] != "exact" and each.state == "accepted"]
 
 
-def serve_once(layout: Layout, policy: Policy) -> bool:
+def serve_once(layout: Layout, policy: Policy, signing_key: str = "") -> bool:
     """Serves what is due now, if anything is and no other process writes; returns whether something was.
 
     Raises `UserError` as `erase.process`: the requests stay open.
@@ -48,10 +48,11 @@ def serve_once(layout: Layout, policy: Policy) -> bool:
         due, approximations = requests.due(catalog, policy.max_wait, policy.max_batch), approximations_due(catalog)
     if not (due.now or approximations) or current_writer(layout):
         return False
-    from lmeraser_jax.unlearning import erase
+    from lmeraser_jax.unlearning import erase, signatures
     from lmeraser_jax.unlearning.run import open_run
 
-    with open_run(layout.root, write=True) as run:
+    key = signatures.load_signing_key(signing_key)
+    with open_run(layout.root, write=True, signing_key=key) as run:
         for request in approximations_due(run.catalog):
             _approximate(run, request)
         if requests.due(run.catalog, policy.max_wait, policy.max_batch).now:
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--workdir", required=True)
     parser.add_argument("--max_wait", type=float)
     parser.add_argument("--max_batch", type=int)
+    parser.add_argument("--signing_key", default="")
     arguments = parser.parse_args()
     layout, policy = Layout(Path(arguments.workdir)), Policy(arguments.max_wait, arguments.max_batch)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -88,7 +90,7 @@ def main() -> int:
     with interrupt.handle_sigterm():
         while not interrupt.stop_requested():
             try:
-                if serve_once(layout, policy):
+                if serve_once(layout, policy, arguments.signing_key):
                     _say("")
                 pause = POLL
             except interrupt.Stopped:

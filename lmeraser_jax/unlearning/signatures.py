@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PublicKeys = Mapping[str, "Ed25519PublicKey"]  # {fingerprint: key}
 NO_KEYS: PublicKeys = MappingProxyType({})
 LARGEST = 100_000  # bytes of a key file
-OTHERS = 0o077  # permission bits that a private key may not have
+OTHERS = 0o037  # permission bits that a private key may not have; a group may read it, as secrets of Kubernetes are
 SHOWN = 16  # digits of a fingerprint in a message
 
 
@@ -93,7 +93,7 @@ def load_signing_key(path: str | Path) -> "Ed25519PrivateKey | None":
     """Reads the private key of --signing_key; None where the path is "".
 
     Raises:
-        UserError: no private Ed25519 key in PEM, one with a password, or a file that group or others may open.
+        UserError: no private Ed25519 key in PEM, one with a password, or a file that others may open.
     """
     return _load(f"--signing_key={path}", path, "private") if path else None
 

@@ -233,8 +233,8 @@ def test_key_files_that_are_refused_before_anything_is_accepted(copied, capsys):
     }
     for name, content in contents.items():
         (copied / name).write_bytes(content)
-        (copied / name).chmod(0o640 if name == "loose" else 0o600)
-    signing = {"none": "No such file", "run": "Is a directory", "loose": "(mode 0640)", f"{OLD}.pub": "is a public key"}
+        (copied / name).chmod(0o644 if name == "loose" else 0o600)
+    signing = {"none": "No such file", "run": "Is a directory", "loose": "(mode 0644)", f"{OLD}.pub": "is a public key"}
     signing |= {"junk": "is no private key", "elliptic": "must be Ed25519", "password": "is no private key"}
     checking = {"none": "No such file", "junk": "is no public key", "elliptic.pub": "must be", OLD: "is a private key"}
     request = ["unlearn", f"--workdir={copied / 'run'}", "--records=digit-0031", "--defer"]
