@@ -17,6 +17,7 @@ from lmeraser_jax.models import weight_files
 
 PATH_FLAGS = {"workdir", "json", "profile", "out", "source", "labels", "records_file", "like", "weights", "data_dir"}
 PATH_FLAGS |= {"merge", "path", "queries", "edits", "tokens", "tls_certificate", "tls_key"}
+PATH_FLAGS |= {"signing_key", "public_key", "receipt"}
 PATH_SETTINGS = {"data.path", "data.labels", "public.path", "backbone.weights"}
 
 
