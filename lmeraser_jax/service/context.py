@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 
 from lmeraser_jax.service.answering import Answering
@@ -21,6 +22,7 @@ class Service:
     guard: Guard
     metrics: Metrics
     worker: Supervisor | None  # None where the workdir cannot be written, so that nothing can be served
+    estimating: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
     def catalog(self) -> Iterator[Catalog]:

@@ -4,7 +4,6 @@ A request is durable, and its quarantine in force, when the answer 202 is sent. 
 """
 
 import dataclasses
-import threading
 import time
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
@@ -84,7 +83,7 @@ def router(service: Service) -> APIRouter:
     """The routes of requests."""
     routes = APIRouter(tags=["requests"])
     erases, sees = service.guard.require("erase"), service.guard.require("erase", "read")
-    layout, one_at_a_time = service.settings.layout, threading.Lock()
+    layout = service.settings.layout
 
     @routes.post("/v1/erasures", status_code=202)
     def _(body: ErasureBody, response: Response, _: Annotated[Caller, Depends(erases)]) -> dict[str, Any]:
@@ -106,8 +105,7 @@ def router(service: Service) -> APIRouter:
     @routes.post("/v1/erasures/estimate")
     def _(body: Named, _: Annotated[Caller, Depends(erases)]) -> dict[str, Any]:
         """What erasing these records would cost; nothing is changed."""
-        with one_at_a_time:
-            return dataclasses.asdict(estimate(service, body))
+        return dataclasses.asdict(estimate(service, body))
 
     def add_reading(group: str, kind: str) -> None:
         @routes.get(f"/v1/{group}")
@@ -122,7 +120,7 @@ def router(service: Service) -> APIRouter:
             if strange:
                 raise Problem(422, f"state is {join_limited(sorted(strange))}; legal: {', '.join(requests.STATES)}")
             with service.catalog() as catalog:
-                rows = requests.page(catalog, kind, state or requests.STATES, after, count)
+                rows = requests.page(catalog, [kind], state or requests.STATES, after, count)
             more = [("state", each) for each in state or ()] + [("after", each.id) for each in rows[-1:]]
             link = f"/v1/{group}?{urlencode([*more, ('count', count)])}" if len(rows) == count else None
             return {group: [describe(each) for each in rows], "next": link}
@@ -156,6 +154,11 @@ def find(catalog: Catalog, name: str, kind: str = "") -> Request:
     return entered
 
 
+def group_of(request: Request) -> str:
+    """The part of the request's address that says its kind."""
+    return next(group for group, kind in KINDS.items() if kind == request.body["kind"])
+
+
 def describe(request: Request) -> dict[str, Any]:
     """A request as JSON: its state and age, and what its receipt will say, as far as that is known."""
     body = receipt_body(request)
@@ -177,8 +180,7 @@ def describe(request: Request) -> dict[str, Any]:
 
 def _entered(request: Request, response: Response) -> dict[str, Any]:
     """The answer to whoever asked for it: 202 and where to look, or 200 where it was finished before."""
-    group = next(group for group, kind in KINDS.items() if kind == request.body["kind"])
-    response.headers["Location"] = f"/v1/{group}/{request.id}"
+    response.headers["Location"] = f"/v1/{group_of(request)}/{request.id}"
     response.status_code = 202 if request.open else 200
     return describe(request)
 
@@ -250,10 +252,10 @@ def _targets(service: Service, catalog: Catalog, body: Named) -> Targets:
 
 
 def estimate(service: Service, body: Named) -> erase.Estimate:
-    """What erasing these records would cost, computed beside predictions on a run of its own."""
+    """What erasing these records would cost, computed beside predictions on a run of its own, one at a time."""
     from lmeraser_jax.unlearning.run import open_run
 
     with service.catalog() as catalog:
         targets = _targets(service, catalog, body)
-    with open_run(service.settings.layout.root) as run:
+    with service.estimating, open_run(service.settings.layout.root) as run:
         return erase.estimate(run, targets)

@@ -15,11 +15,12 @@ from lmeraser_jax.service.problems import Problem, log
 from lmeraser_jax.service.settings import Limits
 
 SAFE = ("GET", "HEAD", "OPTIONS")
+CLOSE = {"Connection": "close"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self';"
     " frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
+    "Referrer-Policy": "same-origin",  # with no-referrer, browsers post the console's forms from the origin "null"
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
@@ -52,13 +53,16 @@ class Gate:
 
         refusal = self._refusal(scope)
         if refusal is not None:
-            answer = problems.response(refusal.status_code, refusal.detail, headers={"Connection": "close"})
-            await answer(scope, receive, send_on)
+            await problems.response(refusal)(scope, receive, send_on)
         else:
             try:
                 await self.app(scope, self._limited(receive), send_on)
-            except Exception as error:  # was answered; uvicorn would log its message, which may quote what was sent
+            except Exception as error:  # uvicorn would log its message, which may quote what was sent
                 log.error("%s", problems.place_of(error))
+                if not status:
+                    await problems.response(Problem(500, "the service failed; its log says where"))(
+                        scope, receive, send_on
+                    )
         route = getattr(scope.get("route"), "path", "none")  # the template: a path may hold a request's id
         seconds = time.perf_counter() - started
         self.metrics.seconds.labels(scope["method"], route, str(status)).observe(seconds)
@@ -69,14 +73,15 @@ class Gate:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self.local_only and not is_local(urlsplit(f"//{host}").hostname or ""):
-            return Problem(403, "without tokens the service answers to names of this machine only, such as 127.0.0.1")
+            reason = "without tokens the service answers to names of this machine only, such as 127.0.0.1"
+            return Problem(403, reason, headers=CLOSE)
         site, origin = headers.get("sec-fetch-site", ""), headers.get("origin", "")
         foreign = site in ("cross-site", "same-site") or origin and urlsplit(origin).netloc != host
         if foreign and scope["method"] not in SAFE:
-            return Problem(403, "another site sent this request")
+            return Problem(403, "another site sent this request", headers=CLOSE)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.limits.body:
-            return Problem(413, f"a request has at most {self.limits.body} bytes")
+            return Problem(413, f"a request has at most {self.limits.body} bytes", headers=CLOSE)
         return None
 
     def _limited(self, receive: Receive) -> Receive:
@@ -90,12 +95,12 @@ class Gate:
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, end - time.monotonic()))
             except TimeoutError:
-                raise Problem(408, "the request did not arrive in time", headers={"Connection": "close"}) from None
+                raise Problem(408, "the request did not arrive in time", headers=CLOSE) from None
             if message["type"] == "http.request":
                 size += len(message.get("body", b""))
                 whole = not message.get("more_body", False)
             if size > self.limits.body:
-                raise Problem(413, f"a request has at most {self.limits.body} bytes", headers={"Connection": "close"})
+                raise Problem(413, f"a request has at most {self.limits.body} bytes", headers=CLOSE)
             return message
 
         return receive_on

@@ -17,6 +17,7 @@ from lmeraser_jax.storage.workdir import Layout
 
 MEDIA_TYPE = "application/problem+json"
 BUSY = {"Retry-After": "1"}
+EXPECTED = (HTTPException, RequestValidationError, UserError, sqlite3.DatabaseError)  # any other is a fault of ours
 log = logging.getLogger("lmeraser_jax.service")
 
 
@@ -34,13 +35,29 @@ class Unavailable(UserError):
     """The state of the workdir allows no answer now; a later call may succeed."""
 
 
-def response(
-    status: int, detail: str, errors: Sequence[Mapping[str, str]] = (), headers: Mapping[str, str] | None = None
-) -> JSONResponse:
+def response(problem: Problem) -> JSONResponse:
     """A problem document."""
+    status = problem.status_code
     content: dict[str, Any] = {"type": "about:blank", "title": http.HTTPStatus(status).phrase, "status": status}
-    content |= {"detail": detail, **({"errors": list(errors)} if errors else {})}
-    return JSONResponse(content, status, dict(headers or {}), MEDIA_TYPE)
+    content |= {"detail": problem.detail, **({"errors": list(problem.errors)} if problem.errors else {})}
+    return JSONResponse(content, status, problem.headers, MEDIA_TYPE)
+
+
+def problem_of(layout: Layout, error: Exception) -> Problem:
+    """What a caller is told about an error, one of `EXPECTED`."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, HTTPException):
+        return Problem(error.status_code, error.detail, headers=dict(error.headers or {}))
+    if isinstance(error, RequestValidationError):
+        places = [(each["loc"], each["msg"]) for each in error.errors()]  # never the value: it may be personal
+        errors = [{"pointer": "/" + "/".join(map(str, place)), "detail": text} for place, text in places]
+        return Problem(422, "the request does not fit what this address takes", errors)
+    if isinstance(error, UserError):
+        status = status_of(error)
+        return Problem(status, public_text(layout, error), headers=BUSY if status == 503 else None)
+    assert isinstance(error, sqlite3.DatabaseError)
+    return Problem(503, f"the catalog cannot be written or read now: {error}", headers=BUSY)
 
 
 def status_of(error: UserError) -> int:
@@ -64,32 +81,10 @@ def place_of(error: Exception) -> str:
 
 
 def install(app: FastAPI, layout: Layout) -> None:
-    """Makes every error of an app a problem document."""
+    """Makes every expected error of an app a problem document; `limits.Gate` answers for the others."""
 
-    async def on_http(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        errors = error.errors if isinstance(error, Problem) else ()
-        return response(error.status_code, error.detail, errors, error.headers)
+    async def answer(_: Request, error: Exception) -> JSONResponse:
+        return response(problem_of(layout, error))
 
-    async def on_validation(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        places = [(each["loc"], each["msg"]) for each in error.errors()]  # never the value: it may be personal
-        errors = [{"pointer": "/" + "/".join(map(str, place)), "detail": text} for place, text in places]
-        return response(422, "the request does not fit what this address takes", errors)
-
-    async def on_user(_: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, UserError)
-        status = status_of(error)
-        return response(status, public_text(layout, error), headers=BUSY if status == 503 else None)
-
-    async def on_database(_: Request, error: Exception) -> JSONResponse:
-        return response(503, f"the catalog cannot be written or read now: {error}", headers=BUSY)
-
-    async def on_any(_: Request, __: Exception) -> JSONResponse:
-        return response(500, "the service failed; its log says where")
-
-    app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(RequestValidationError, on_validation)
-    app.add_exception_handler(UserError, on_user)
-    app.add_exception_handler(sqlite3.DatabaseError, on_database)
-    app.add_exception_handler(Exception, on_any)
+    for kind in EXPECTED:
+        app.add_exception_handler(kind, answer)

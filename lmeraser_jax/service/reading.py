@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Response
@@ -14,6 +15,7 @@ from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
 from lmeraser_jax.service.problems import Problem
 from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import verify
 from lmeraser_jax.unlearning.receipts import iso_time
 
@@ -33,10 +35,8 @@ def router(service: Service) -> APIRouter:
         """Whether all receipts are unchanged and in their place, and what they say still holds."""
         with service.catalog() as catalog:
             verdicts = check_receipts(service, catalog)
-        rows = [
-            {"ok": each.ok, "request": each.request, "signature": each.signature, **_findings(service, each)}
-            for each in verdicts
-        ]
+        fields = ("ok", "request", "signature", "findings", "notes")
+        rows = [{name: getattr(each, name) for name in fields} for each in verdicts]
         return {"ok": all(each.ok for each in verdicts), "verdicts": rows}
 
     @routes.get("/healthz", tags=["probes"], response_class=PlainTextResponse)
@@ -83,6 +83,7 @@ def describe_model(service: Service, catalog: Catalog) -> dict[str, Any]:
         "records": {"live": state.records, "erased": len(catalog.tombstones())},
         "clusters": [{name: getattr(row, name) for name in fields} for row in state.clusters],
         "expected_share": state.expected_share,
+        "sampled_share": state.sampled_share,
         "open_requests": state.open_requests,
         "worker": describe_worker(service),
     }
@@ -95,14 +96,17 @@ def describe_worker(service: Service) -> dict[str, Any]:
     return {"alive": alive, "problem": problem, **dataclasses.asdict(service.settings.policy)}
 
 
-def check_receipts(service: Service, catalog: Catalog) -> list[verify.Verdict]:
-    """A verdict on the folder of receipts and on each of them, in the order of the chain."""
-    return verify.verify_all(service.settings.layout, catalog, service.settings.public_keys)
+def check_receipts(service: Service, catalog: Catalog, request: str = "") -> list[verify.Verdict]:
+    """Verdicts without the workdir's path, on everything in the folder of receipts, or on the receipt of a request."""
+    layout, keys = service.settings.layout, service.settings.public_keys
+    if request:
+        verdicts = verify.verify_request(layout, catalog, request, keys)
+    else:
+        verdicts = verify.verify_all(layout, catalog, keys)
+    return [_without_path(layout, verdict) for verdict in verdicts]
 
 
-def _findings(service: Service, verdict: verify.Verdict) -> dict[str, list[str]]:
-    """What was found, without the workdir's path."""
-    root = str(service.settings.layout.root)
-    return {
-        name: [text.replace(root, "the workdir") for text in getattr(verdict, name)] for name in ("findings", "notes")
-    }
+def _without_path(layout: Layout, verdict: verify.Verdict) -> verify.Verdict:
+    root, fields = str(layout.root), ("findings", "notes")
+    texts = {name: tuple(text.replace(root, "the workdir") for text in getattr(verdict, name)) for name in fields}
+    return dataclasses.replace(verdict, name=Path(verdict.name).name, **texts)

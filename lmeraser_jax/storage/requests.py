@@ -211,10 +211,15 @@ def _enter(
 ) -> Request:
     """Notes a new request, and quarantines what it hits: {id: cluster} of its own records, and of others' it shares."""
     body = EMPTY | details | {"members": dict(sorted(Counter(clusters.values()).items()))}
-    entered = _write(catalog, Request(request or f"r-{uuid.uuid4().hex[:20]}", time.time(), "accepted", body))
+    entered = _write(catalog, Request(request or new_id(), time.time(), "accepted", body))
     if body["quarantine"]:
         _quarantine(catalog, entered.id, {*clusters.values(), *shared.values()})
     return entered
+
+
+def new_id() -> str:
+    """An id for a request that its sender gave none."""
+    return f"r-{uuid.uuid4().hex[:20]}"
 
 
 def _refuse_another(earlier: Request, given: str, requester: str, reason: str) -> None:
@@ -319,15 +324,15 @@ def listed(catalog: Catalog, only_open: bool = False) -> list[Request]:
     return _select(catalog, "WHERE state!='purged'" if only_open else "")
 
 
-def page(catalog: Catalog, kind: str, states: Collection[str], after: str, count: int) -> list[Request]:
-    """At most `count` requests of a kind in some states, newest first, that came before the one with the id `after`."""
-    marks = ",".join("?" * len(states))
-    condition = f"WHERE json_extract(body,'$.kind')=? AND state IN ({marks})"
+def page(catalog: Catalog, kinds: Collection[str], states: Collection[str], after: str, count: int) -> list[Request]:
+    """At most `count` requests of some kinds and states, newest first, that came before the one with the id `after`."""
+    marks, kind_marks = (",".join("?" * len(values)) for values in (states, kinds))
+    condition = f"WHERE json_extract(body,'$.kind') IN ({kind_marks}) AND state IN ({marks})"
     last = get(catalog, after)
     if last is not None:
         condition += " AND (created,id)<(?,?)"
     bound = [] if last is None else [last.created, last.id]
-    return _select(catalog, condition, kind, *states, *bound, order=f"created DESC,id DESC LIMIT {count}")
+    return _select(catalog, condition, *kinds, *states, *bound, order=f"created DESC,id DESC LIMIT {count}")
 
 
 def count_by_state(catalog: Catalog) -> dict[str, int]:

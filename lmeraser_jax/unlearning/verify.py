@@ -101,15 +101,13 @@ def verify_all(layout: Layout, catalog: Catalog, keys: PublicKeys = NO_KEYS) -> 
     verdicts = [_folder_verdict(layout, snapshot)]
     if snapshot.head is not None or keys:
         verdicts.append(_head_verdict(snapshot))
-    for link in snapshot.links.values():
-        path = layout.receipt(link.request)
-        if not requests.LEGAL_NAME.fullmatch(link.request):
-            verdicts.append(Verdict(ascii(link.request), "", ("the catalog names a request that cannot exist",)))
-        elif not path.is_file():
-            verdicts.append(Verdict(str(path), link.request, (f"the receipt at place {link.sequence} is missing",)))
-        else:
-            verdicts.append(_verdict(path, snapshot, link))
-    return verdicts
+    return [*verdicts, *(_placed_verdict(link, snapshot) for link in snapshot.links.values())]
+
+
+def verify_request(layout: Layout, catalog: Catalog, request: str, keys: PublicKeys = NO_KEYS) -> list[Verdict]:
+    """Checks the receipt of a request of the workdir as `verify_all` does; nothing where it has none yet."""
+    snapshot = _Snapshot(layout, catalog, keys)
+    return [_placed_verdict(link, snapshot) for link in snapshot.links.values() if link.request == request]
 
 
 def verify_copies(paths: Sequence[Path], keys: PublicKeys) -> list[Verdict]:
@@ -159,6 +157,16 @@ def _folder_verdict(layout: Layout, snapshot: _Snapshot) -> Verdict:
             f"{approximate} published slices are approximate, without any guarantee, until an erasure is served"
         )
     return Verdict(str(layout.receipts), "", tuple(findings), tuple(notes))
+
+
+def _placed_verdict(link: ReceiptLink, snapshot: _Snapshot) -> Verdict:
+    """Checks the receipt that the catalog has at a place of the chain."""
+    path = snapshot.layout.receipt(link.request)
+    if not requests.LEGAL_NAME.fullmatch(link.request):
+        return Verdict(ascii(link.request), "", ("the catalog names a request that cannot exist",))
+    if not path.is_file():
+        return Verdict(str(path), link.request, (f"the receipt at place {link.sequence} is missing",))
+    return _verdict(path, snapshot, link)
 
 
 def _head_verdict(snapshot: _Snapshot) -> Verdict:
