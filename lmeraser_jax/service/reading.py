@@ -14,6 +14,7 @@ from lmeraser_jax.evaluation.overview import Overview, overview
 from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
 from lmeraser_jax.service.problems import Problem
+from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import verify
@@ -80,7 +81,7 @@ def describe_model(service: Service, catalog: Catalog) -> dict[str, Any]:
         "fingerprint": json.loads(manifest.fingerprint),
         "backbone": state.backbone,
         "classes": [row.name for row in state.classes],
-        "records": {"live": state.records, "erased": len(catalog.tombstones())},
+        "records": {"live": state.records, "erased": requests.count_erased(catalog)},
         "clusters": [{name: getattr(row, name) for name in fields} for row in state.clusters],
         "expected_share": state.expected_share,
         "sampled_share": state.sampled_share,

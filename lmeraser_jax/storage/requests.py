@@ -340,6 +340,14 @@ def count_by_state(catalog: Catalog) -> dict[str, int]:
     return dict(catalog.db.execute("SELECT state,count(*) FROM requests GROUP BY state").fetchall())
 
 
+def count_erased(catalog: Catalog) -> int:
+    """How many records were erased: tombstones but those of owners and of the old versions of rectified records."""
+    owners = "SELECT value FROM requests,json_each(body,'$.owners')"
+    edited = "SELECT value FROM requests,json_each(body,'$.records') WHERE json_extract(body,'$.kind')='rectify'"
+    query = f"SELECT count(*) FROM tombstones WHERE hash NOT IN ({owners} UNION {edited})"
+    return catalog.db.execute(query).fetchone()[0]
+
+
 def _select(catalog: Catalog, condition: str, *values: str | float, order: str = "created,id") -> list[Request]:
     rows = catalog.db.execute(f"SELECT id,created,state,body FROM requests {condition} ORDER BY {order}", values)
     return [Request(name, created, state, json.loads(body)) for name, created, state, body in rows]
