@@ -26,22 +26,9 @@ LONGEST_TEXT = 500  # characters of a requester or a reason
 EMPTY: dict[str, Any] = {  # what an acceptance may leave out, and what a publication fills in
     "kind": "erase",
     "mode": "exact",
-    "erased_before": [],
-    "shared": [],
-    "owners": [],
-    "states": [],
-    "clusters": [],
-    "work": {
-        "images": 0,
-        "images_full": 0,
-        "steps": 0,
-        "clusters_tuned": 0,
-        "seconds": 0.0,
-        "program": "",
-        "batch": [],
-    },
+    **{name: [] for name in ("erased_before", "shared", "owners", "states", "clusters", "approximate")},
+    "work": dict(images=0, images_full=0, steps=0, clusters_tuned=0, seconds=0.0, program="", batch=[]),
     "manifest": {"before": 0, "after": 0},
-    "approximate": [],
     "purged": {"slices": [], "clusterings": [], "manifests": [], "rows": 0},
 }
 
