@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lmeraser_jax.config import Config
 from lmeraser_jax.storage.workdir import Layout
-from lmeraser_jax.unlearning.signatures import NO_KEYS, PublicKeys
+from lmeraser_jax.unlearning.signatures import PublicKeys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Settings:
     policy: Policy = Policy()
     tokens: Path | None = None  # file of tokens; None: everyone who reaches the service may do everything
     signing_key: Path | None = None  # signs the receipts of the requests that the worker serves
-    public_keys: PublicKeys = NO_KEYS  # that receipts must be signed with, if any
+    public_keys: PublicKeys = dataclasses.field(default_factory=dict)  # that receipts must be signed with, if any
 
     @property
     def serves_requests(self) -> bool:
