@@ -17,6 +17,7 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.experiments import forgetting, forgetting_report, text_draw, text_questions
 from lmeraser_jax.experiments.forgetting import Comparison, Forgetting
 from lmeraser_jax.experiments.text_draw import DrawOptions
+from lmeraser_jax.experiments.text_models import Laboratory
 
 OPTIONS = DrawOptions(owners=3, records=3)
 SOURCE = {"command": "lmeraser compare", "machine": "one"}
@@ -115,7 +116,7 @@ def test_the_data_decide_what_test_records_measure(config, tmp_path, rng):
 
 
 def test_questions_that_cannot_be_asked_are_refused_or_counted(config, tmp_path, capsys):
-    encoder = Encoder(word_tokenizer(), config.text)
+    encoder = Encoder(word_tokenizer(), dataclasses.replace(config.text, long="cut"))  # no answer may be
     bad = {11: "w11", 17: ["w17", "w1"], 23: ["w23", "w2", ""], 29: ["w1", "w2", "w3"]}
     lines = with_answers(config, lambda i: candidates(i) | ({"candidates": bad[i]} if i in bad else {}))
     with pytest.raises(UserError) as error:
@@ -196,3 +197,20 @@ def test_a_comparison_measures_every_method_once(config, tmp_path, monkeypatch):
     assert forgetting.compare(comparison, SOURCE)[0] == rows
     with pytest.raises(UserError, match=r"compares with other settings[\s\S]*--owners: 3 -> 2"):
         forgetting.compare(dataclasses.replace(comparison, options=DrawOptions(2, 3)), SOURCE)
+
+
+@pytest.mark.slow
+def test_an_exact_method_starts_each_request_from_the_state_before(config, tmp_path):
+    encoder = Encoder(word_tokenizer(), config.text)
+
+    def measured(folder, *counts):
+        for count in counts:
+            lab = Laboratory(tmp_path / folder, config, text_draw.draw(config, encoder, OPTIONS, count, seed=0))
+            with lab.workdir("scorer", config, lab.draw.rows) as run:
+                scorer = forgetting.scorer_of(run, 0, encoder)
+            row = forgetting.measure_exact(lab, scorer, "exact-clusters")
+        return dataclasses.replace(row, seconds=0.0, processor=0.0)
+
+    alone = measured("alone", 2)
+    assert alone.edited == 6 and alone.passes > 0
+    assert alone == measured("alone", 2) == measured("both", 1, 2), "an interrupted try, and a smaller request before"
