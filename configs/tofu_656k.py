@@ -8,6 +8,9 @@ Command:
   lmeraser train --config=configs/tofu_656k.py --config.text.context=192 --config.text.long=cut \\
     --workdir=runs/tofu    (a slice for each author; most rows have more than 64 tokens)
   lmeraser compare --config=configs/tofu_656k.py --seeds=3 --workdir=runs/forgetting
+  lmeraser compare --config=configs/tofu_656k.py --owners=196 --owner_records=20 --forget=1%,5%,10% \\
+    --methods=base,retrain,exact-owners,exact-clusters --config.text.context=96 --config.text.long=cut \\
+    --config.clustering.sample_size=200 --config.tuning.epochs=3 --workdir=runs/tofu-full    (nearly all rows)
 
 Result: docs/language.md.
 """

@@ -10,6 +10,8 @@ to the report. The workdir gets results.csv, results.json, report.html, report.m
 Of text (data.source=text) it compares how records are unlearned, exactly and approximately (docs/language.md):
 
   lmeraser compare --config=configs/tofu_656k.py --methods=retrain,exact-owners,newton,warm,npo --workdir=runs/tofu
+
+Test records that have candidates, or a response that is yes or no, give a hit ratio or an AUC as well.
 """
 
 import dataclasses

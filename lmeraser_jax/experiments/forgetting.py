@@ -56,7 +56,7 @@ from lmeraser_jax.unlearning.run import Run
 
 SCORED = 16  # rows that are scored at a time
 STORIES = 16  # texts that the frozen model writes: what tuning does to its own language
-PROBES = 1000  # requests of one record that are planned, at most
+PROBES = 200  # requests of one record that are planned, at most
 EXACT = {"exact-clusters": "adaptive", "exact-owners": "owner"}  # {method: partition}
 TITLES = {
     "base": "the frozen model",
