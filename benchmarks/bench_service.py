@@ -42,6 +42,7 @@ from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.unlearning.run import open_run
 
 BATCH, CALLERS = 64, 4
+ROUND = 4.0  # seconds of a round of throughput, about
 JSON = {"Content-Type": "application/json"}
 
 
@@ -159,12 +160,13 @@ def in_parallel(callers: int, work: Callable[[int], None]) -> None:
 
 def throughput(workdir: Path, server: Server, rounds: int) -> dict[str, Any]:
     """Images per second over HTTP and in a plain loop, in turns."""
-    calls = 8  # of each caller in a round
     with open_run(workdir) as run:
         inference = dataclasses.replace(run.config.inference, batch=BATCH)
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, inference=inference))
         model, images = load_model(run), images_of(workdir, BATCH)
         body, headers = form(images)
+        predict(model, images)
+        calls = int(np.clip(ROUND / (CALLERS * timed(predict, model, images)), 2, 100))  # of each caller
 
         def over_http(_: int) -> None:
             connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
@@ -193,6 +195,8 @@ def half_load(workdir: Path, server: Server, calls: int) -> dict[str, Any]:
         for _ in range(calls // 10):
             server.call(body, headers=headers, connection=connection)
 
+    one = statistics.median(timed(server.call, body, "/v1/predict", headers) for _ in range(5))
+    calls = int(np.clip(calls, 50, 20 * ROUND / one))
     full = 8 * (calls // 10) / timed(in_parallel, 8, loop)
     rng, seconds = np.random.default_rng(1), []
     due = time.perf_counter() + np.cumsum(rng.exponential(2 / full, calls))
