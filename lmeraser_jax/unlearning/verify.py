@@ -187,14 +187,14 @@ def _head_verdict(snapshot: _Snapshot) -> Verdict:
 
 def _copy_verdict(path: Path, keys: PublicKeys, chain: dict[int, str]) -> Verdict:
     """Checks the copy of a receipt or a head, and enters what it says into the chain."""
-    (values, findings), (head, not_a_head) = _read(path), _read(path, "head")
-    if not not_a_head:
-        values, findings, request, places = head, [], "", {head["sequence"]: head["digest"]}
-    elif findings:
+    is_head = not _read(path, "head")[1]
+    values, findings = _read(path, "head" if is_head else "receipt")
+    if findings:
         return Verdict(str(path), "", tuple(findings))
-    else:
-        findings, request = _check_digest(values), values["request"]["id"]
-        places = {values["sequence"] - 1: values["previous"], values["sequence"]: values["digest"]}
+    request, places = "", {values["sequence"]: values["digest"]}
+    if not is_head:
+        request, findings = values["request"]["id"], _check_digest(values)
+        places[values["sequence"] - 1] = values["previous"]
     findings += signatures.problems(values, keys)
     for place, name in () if findings else places.items():
         if chain.setdefault(place, name) != name:
