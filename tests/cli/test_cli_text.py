@@ -4,10 +4,9 @@ import json
 
 import pytest
 from commands import call, refused
-from text_problem import line, text_config, text_folder
+from text_problem import experiment, line, text_config, text_folder
 
 import lmeraser_jax as lm
-from lmeraser_jax.config import to_dict
 
 
 def spoken(capsys, *arguments):
@@ -21,10 +20,7 @@ def spoken(capsys, *arguments):
 def test_the_commands_serve_texts_as_they_serve_images(tmp_path, capsys):
     folder, workdir = text_folder(tmp_path / "text"), tmp_path / "run"
     config = text_config(folder, checkpoints__every_epochs=1)
-    (tmp_path / "file.py").write_text(
-        "from lmeraser_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
-        f"    config.update({to_dict(config)!r})\n    return config\n"
-    )
+    (tmp_path / "file.py").write_text(experiment(config))
     at = f"--workdir={workdir}"
     code, shown, _ = spoken(capsys, "train", f"--config={tmp_path / 'file.py'}", at)
     assert code == 0 and "imported 48 records" in shown and "classes" not in shown

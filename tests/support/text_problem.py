@@ -8,7 +8,7 @@ import jax
 from helpers import small_config
 from published import LLAMA, hub_folder, hugging_face_decoder, settings_of
 
-from lmeraser_jax.config import Config
+from lmeraser_jax.config import Config, to_dict
 from lmeraser_jax.data import load
 from lmeraser_jax.data.source import Source
 from lmeraser_jax.data.text import Encoder
@@ -79,6 +79,12 @@ def text_config(folder: Path, **overrides: Any) -> Config:
         "tuning__prompt_width": 2,
     }
     return small_config(**(changes | overrides))
+
+
+def experiment(config: Config) -> str:
+    """The text of an experiment file with these settings."""
+    lines = ["config = default_config()", f"config.update({to_dict(config)!r})", "return config"]
+    return "\n    ".join(["from lmeraser_jax.config import default_config\ndef get_config():", *lines])
 
 
 def text_source(config: Config) -> Source:

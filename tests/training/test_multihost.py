@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from text_problem import experiment, text_config, text_folder, text_run
 from tuning_problem import GROUPS, same_bits, small_backbone, small_data, small_spec
 
 from lmeraser_jax.interrupt import Stopped
@@ -23,6 +24,8 @@ from lmeraser_jax.training import multihost, tune, waves
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.multihost import Processes
 from lmeraser_jax.training.train_step import mesh_of
+from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.erase import request_erasure
 
 CONFIG = """
 from lmeraser_jax.config import default_config
@@ -144,10 +147,12 @@ def test_jobs_are_rebuilt_as_they_were_sent(monkeypatch):
 # ---- with processes
 
 
-def start(folder: Path, name: str, *arguments: str, count: int = 1, epochs: int = 3) -> list[subprocess.Popen]:
+def start(
+    folder: Path, name: str, *arguments: str, count: int = 1, epochs: int = 3, experiment: str = CONFIG
+) -> list[subprocess.Popen]:
     """Starts a command of `lmeraser` on the workdir `folder/run` in so many processes, each with one CPU device."""
     config = folder / "experiment.py"
-    config.write_text(CONFIG.replace("EPOCHS", str(epochs)))
+    config.write_text(experiment.replace("EPOCHS", str(epochs)))
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -226,6 +231,21 @@ def test_several_processes_give_the_bits_of_one(tmp_path, alone, count):
     ends = finish(start(tmp_path, "unlearn", f"--records={record}", count=count))
     assert [code for code, _, _ in ends] == [0] * count, ends
     assert published(tmp_path) == erased
+
+
+@pytest.mark.slow
+def test_two_processes_tune_adapters_of_a_language_model_with_the_bits_of_one(tmp_path):
+    """Each computes the states below the adapted block anew for the rows that it tunes on."""
+    config, states = text_config(text_folder(tmp_path), tuning__lora_layers=1), []
+    for command in (["train"], ["unlearn", "--owner=person-2"]):
+        ends = finish(start(tmp_path, *command, count=2, experiment=experiment(config)))
+        assert [code for code, _, _ in ends] == [0, 0], ends
+        states.append(published(tmp_path))
+    (tmp_path / "alone").mkdir()
+    with text_run(tmp_path / "alone" / "run", config) as (run, _):
+        for change in (build, lambda run: request_erasure(run, owners=["person-2"])):
+            change(run)
+            assert published(tmp_path / "alone") == states.pop(0) and len(run.catalog.manifest().entries) > 3
 
 
 @pytest.mark.slow
