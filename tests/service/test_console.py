@@ -1,0 +1,88 @@
+"""The console in a real browser: ask, watch it finish, verify."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import Browser
+
+from lmeraser_jax.service.auth import make_token
+from lmeraser_jax.storage.catalog import Catalog
+from lmeraser_jax.storage.workdir import Layout
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+SCREENS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_ask_watch_it_finish_and_verify(trained_workdir, tmp_path):
+    tokens, layout = tmp_path / "tokens.json", Layout(trained_workdir)
+    secret = make_token(tokens, "officer", ["read", "erase"])
+    with contextlib.closing(Catalog(layout.catalog)) as catalog:
+        record = catalog.live("train").ids[0]
+    flags = [f"--workdir={trained_workdir}", f"--tokens={tokens}", "--port=0"]
+    command = [sys.executable, "-m", "lmeraser_jax.cli.main", "serve", *flags]
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(tmp_path / "log", "w+"))
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}  # as in this process, so that slices are tuned alike
+        server = stack.enter_context(subprocess.Popen(command, stderr=log, env=environment))
+        stack.callback(server.terminate)
+        address = wait_until(lambda: re.search(r"running on http://(\S+)", (tmp_path / "log").read_text()))[1]
+        browser = stack.enter_context(contextlib.closing(Browser(str(CHROMIUM), tmp_path / "profile")))
+        browser.open(f"http://officer:{secret}@{address}/erase")
+        browser.type("records", f"{record}\nnobody")
+        browser.press("button.main")
+        assert "unknown records: nobody" in browser.text("[role=alert]")
+        check_screens(browser)
+        browser.type("records", record)
+        browser.type("request", "ticket-1")
+        browser.press("button.main")
+        assert browser.text(".figures dd") == "1" and browser.text("button.danger") == "Erase 1 record for good"
+        check_screens(browser)
+        browser.press("button.danger")
+        assert browser.evaluate("location.pathname") == "/requests/ticket-1"
+        wait_until(lambda: is_finished(browser))  # the page loads itself again
+        check_screens(browser)
+        browser.press("a.button")
+        assert browser.text("[role=status]").startswith("Verified:")
+        for path in ("/", "/receipts?verify=true"):
+            browser.open(f"http://{address}{path}")
+            check_screens(browser)
+            assert "ticket-1" in browser.text("main")
+            assert record not in browser.evaluate("document.documentElement.outerHTML")
+        assert browser.text("[role=status]").startswith("Verified:")
+    assert layout.receipt("ticket-1").is_file()
+
+
+def wait_until(holds: Callable[[], Any]) -> Any:
+    """The first true answer."""
+    end = time.monotonic() + 120
+    while not (answer := holds()):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    return answer
+
+
+def is_finished(browser: Browser) -> bool:
+    try:
+        return browser.evaluate("document.readyState == 'complete' && !!document.getElementById('receipt')")
+    except AssertionError:  # the page went away meanwhile
+        return False
+
+
+def check_screens(browser: Browser) -> None:
+    """There is something on the page, light or dark as asked for, and it is no wider than the screen."""
+    for width, scheme in SCREENS:
+        pixels = browser.screenshot(width, scheme)
+        assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+        assert pixels.shape[1] == width and len(np.unique(pixels[..., 0])) > 20  # not blank
+        assert (pixels.mean() > 128) == (scheme == "light")
