@@ -12,7 +12,7 @@ from lmeraser_jax.cli import common
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.unlearning import add
 
-STRAY = "the images are given as --source=FILE.npz or --source=FOLDER"
+STRAY = "records are given as --source=FILE.npz, --source=FOLDER or --source=FILE.jsonl"
 FLAGS = (
     common.Flag("source", absolute, ".npz file or folder with the images to add, or JSON lines"),
     common.Flag("labels", absolute, "CSV that names files, labels and owners of a folder"),

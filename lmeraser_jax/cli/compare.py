@@ -48,7 +48,7 @@ FLAGS = (
     common.Flag("owners", 12, "text: number of owners to tune on; as many others are held out, where there are", low=2),
     common.Flag("owner_records", 4, "text: records of each owner", low=1),
     common.Flag("forget", ["2"], "text: owners whose records are edited, numbers or shares such as 1%,5%,10%"),
-    common.Flag("split", "test", "images to evaluate on; choose settings with holdout", choices=("test", "holdout")),
+    common.Flag("split", "test", "records to evaluate on; choose settings with holdout", choices=("test", "holdout")),
 )
 
 

@@ -34,7 +34,7 @@ COMMANDS = {
     "adapt": "train published weights on, on public records",
     "prepare": "download a TFDS data set into files that the other commands read without TensorFlow",
     "pretrain": "import the data and train the backbone on public images",
-    "train": "import images, make the backbone, cluster the records, tune every cluster",
+    "train": "import records, make the backbone, cluster the records, tune every cluster",
     "evaluate": "measure accuracy, or the loss of texts, beside a plain model",
     "predict": "predict image files: label, probability and cluster; or answer queries",
     "export": "write the adapters of a language model as folders that peft loads",

@@ -38,15 +38,15 @@ class Data(WithPaths):
     dataset: str = setting("", "tfds: name such as cifar10 or visual_domain_decathlon/gtsrb")
     train_split: str = setting("", "folder: subfolder, tfds: split such as train[:40000]; empty: train")
     holdout_split: str = setting("", "as train_split, for the hold-out; empty: none")
-    test_split: str = setting("", "as train_split, for the test images; empty: test, if the source has it")
+    test_split: str = setting("", "as train_split, for the test records; empty: test, if the source has it")
     public_split: str = setting("", "as train_split, for public images; empty: none; folder: public, if it exists")
-    test_share: float = setting(0.0, "share of the training images that become test images", below=1)
-    holdout: float = setting(0.0, "share of the training images kept out of tuning, to choose settings with", below=1)
+    test_share: float = setting(0.0, "share of the training records that become test records", below=1)
+    holdout: float = setting(0.0, "share of the training records kept out of tuning, to choose settings with", below=1)
     split_by: str = setting("record", "draw the two shares by record or by owner", ("record", "owner"))
     owner_pattern: str = setting("", "regular expression; its groups in an id, joined by /, are the owner")
     labels: str = setting("", "folder: CSV that names files, labels and owners", path=absolute)
     csv_columns: str = setting("file,label,owner", "names of the CSV's three columns; the owner's may be left out")
-    skip_unreadable: bool = setting(False, "leave out and name images that cannot be read, instead of refusing all")
+    skip_unreadable: bool = setting(False, "leave out and name records that cannot be read, instead of refusing all")
     max_pixels: int = setting(50_000_000, "an image file of more pixels counts as unreadable", low=1)
     store_size: int = setting(0, "folder, tfds: height in pixels at which images are kept; 0: image_size")
     store_width: int = setting(0, "folder, tfds: width in pixels; 0: store_size")
@@ -54,7 +54,7 @@ class Data(WithPaths):
     resize_size: int = setting(0, "shorter side in pixels before the crop; 0: image_size, nothing is cropped")
     augment: str = setting("none", "random crops and flips while tuning; paper: both", AUGMENTS)
     train_limit: int = setting(0, "use only so many private records, drawn by a hash of the id; 0: all")
-    test_limit: int = setting(0, "use only so many test images, drawn as train_limit draws; 0: all")
+    test_limit: int = setting(0, "use only so many test records, drawn as train_limit draws; 0: all")
     limit_by: str = setting("record", "draw them from all, or of every class its share", ("record", "class"))
 
 
@@ -137,7 +137,7 @@ class Clustering:
     cut: str = setting("auto:10", "where to cut the tree: distance t such as 10.0, or auto:K for K clusters")
     max_members: int = setting(30, "most sampled members of a cluster; 0: no limit (paper)")
     min_members: int = setting(8, "fewest sampled members of a cluster; 0: no limit (paper)")
-    feature_batch: int = setting(128, "images per device and call when features are computed", low=1)
+    feature_batch: int = setting(128, "records per device and call when features are computed", low=1)
 
     @property
     def has_prototypes(self) -> bool:
@@ -177,11 +177,11 @@ class Tuning:
     warmup: float = setting(0.1, "share of the cluster's steps during which the rates rise", below=1)
     epochs: int = setting(30, "passes over the members of a cluster", low=1)
     min_steps: int = setting(60, "fewest steps of a cluster: a small one passes over its members more often")
-    batch: int = setting(16, "B, images per lane", low=1)
+    batch: int = setting(16, "B, records per lane", low=1)
     lanes: int = setting(1, "L, clusters tuned at the same time per device", low=1)
     scan_steps: int = setting(64, "steps per call of the device program", low=1)
     dtype: str = setting("auto", "auto: float32 on CPU, bfloat16 on GPU", ("auto", "float32", "bfloat16"))
-    device_bytes: int = setting(4_000_000_000, "keep images on the device up to this size, else stream them")
+    device_bytes: int = setting(4_000_000_000, "keep records on the device up to this size, else stream them")
 
     @property
     def active_prompt_width(self) -> int:
@@ -229,7 +229,7 @@ class Inference:
     nearest: int = setting(1, "m, number of nearest clusters that answer (paper: 1); 0: all")
     aggregate: str = setting("mean", "mean of their probabilities, or shares of votes", ("mean", "vote"))
     common_weight: float = setting(0.3, "weight of the common head's probabilities, if there is one")
-    batch: int = setting(128, "images per device and call", low=1)
+    batch: int = setting(128, "inputs per device and call", low=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,8 @@ class Draw:
 
 def read(config: Config) -> tuple[list[Item], list[tuple[str, str]], list[dict[str, Any]]]:
     """The items of `data.path`, their queries and responses, and the lines that they come from."""
+    if config.data.source != "text":
+        raise UserError(f"--config.data.source={config.data.source}: texts are compared from JSON lines, source=text")
     path = Path(config.data.path)
     lines = [json.loads(line) for line in lines_of(path) if line.strip()]
     return *read_lines(path, config.text.names), lines

@@ -79,6 +79,11 @@ def test_too_few_records_are_refused(config, options):
         text_draw.draw(config, Encoder(word_tokenizer(), config.text), DrawOptions(*options[:2]), options[2], seed=0)
 
 
+def test_only_json_lines_are_compared(config):
+    with pytest.raises(UserError, match="config.data.source=tfds: texts are compared from JSON lines"):
+        text_draw.read(dataclasses.replace(config, data=dataclasses.replace(config.data, source="tfds")))
+
+
 def write_lines(folder, config, lines):
     """The config with other lines."""
     (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
