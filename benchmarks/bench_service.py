@@ -1,6 +1,6 @@
 """The HTTP service under load: throughput beside plain predictions, latency, erasures meanwhile, memory.
 
-  python benchmarks/bench_service.py [--workdir=DIR] [--quick] [--minutes=30] [--clusters=2000] [--json=FILE]
+  python benchmarks/bench_service.py [--workdir=DIR] [--parts=ready,memory] [--quick] [--minutes=30] [--json=FILE]
 
 One `lmeraser serve` with a worker of its own, and clients in this process, over the loopback interface:
 
@@ -41,6 +41,7 @@ from workloads import train_digits
 from lmeraser_jax.evaluation.predict import load_model, predict
 from lmeraser_jax.unlearning.run import open_run
 
+PARTS = ("throughput", "half_load", "erasures", "ready", "memory")
 BATCH, CALLERS = 64, 4
 ROUND = 4.0  # seconds of a round of throughput, about
 JSON = {"Content-Type": "application/json"}
@@ -49,28 +50,30 @@ JSON = {"Content-Type": "application/json"}
 def main() -> None:
     parser = new_parser(__doc__, quick="a tenth of everything")
     parser.add_argument("--workdir", default="", help="a trained workdir of images; 20 records are erased")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which of them")
     parser.add_argument("--minutes", type=float, default=30.0, help="of load, whose memory is watched")
     parser.add_argument("--clusters", type=int, default=2000, help="of the workdir whose start is timed")
     arguments = parser.parse_args()
-    part = 0.1 if arguments.quick else 1.0
-    result: dict[str, Any] = {}
+    share, result = 0.1 if arguments.quick else 1.0, {}
+    clusters = int(arguments.clusters * share)
+    measures: dict[str, Callable[[Path, Server], dict[str, Any]]] = {
+        "throughput": lambda workdir, server: throughput(workdir, server, rounds=max(2, int(10 * share))),
+        "half_load": lambda workdir, server: half_load(workdir, server, calls=int(2000 * share)),
+        "erasures": lambda workdir, server: erasures(workdir, server, int(20 * share), least=int(10_000 * share)),
+        "memory": lambda workdir, server: memory(workdir, server, 60 * share * arguments.minutes),
+    }
+    chosen = arguments.parts.split(",")
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(arguments.workdir or folder + "/trained")
-        if not arguments.workdir:
+        if not arguments.workdir and set(chosen) & set(measures):
             train_digits(workdir, arguments.quick)
-        with serving(workdir) as server:
-            for name, measure in {
-                "throughput": lambda: throughput(workdir, server, rounds=max(2, int(10 * part))),
-                "half_load": lambda: half_load(workdir, server, calls=int(2000 * part)),
-                "erasures": lambda: erasures(workdir, server, count=int(20 * part), least=int(10_000 * part)),
-                "memory": lambda: memory(workdir, server, 60 * part * arguments.minutes),
-            }.items():
-                result[name] = measure()
-                log({name: result[name]})
-        many = Path(folder) / "many"
-        clusters = int(arguments.clusters * part)
-        synthetic.make(many, records=10 * clusters, clusters=clusters, sample=2 * clusters, sample_from="private")
-        result["ready"] = {"clusters": clusters, "seconds": spread([started(many) for _ in range(3)])}
+        for name in chosen:
+            if name == "ready":
+                result[name] = ready(Path(folder) / "many", clusters)
+            else:
+                with serving(workdir) as server:
+                    result[name] = measures[name](workdir, server)
+            log({name: result[name]})
     deliver("bench_service.py", result, arguments.json)
 
 
@@ -130,6 +133,12 @@ def started(workdir: Path) -> float:
     start = time.perf_counter()
     with serving(workdir):
         return time.perf_counter() - start
+
+
+def ready(workdir: Path, clusters: int) -> dict[str, Any]:
+    """Starts of a service with made-up slices."""
+    synthetic.make(workdir, records=10 * clusters, clusters=clusters, sample=2 * clusters, sample_from="private")
+    return {"clusters": clusters, "start": spread([started(workdir) for _ in range(3)])}
 
 
 def form(images: np.ndarray) -> tuple[bytes, dict[str, str]]:
