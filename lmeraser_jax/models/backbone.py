@@ -48,9 +48,13 @@ def build(config: Architecture, rngs: nnx.Rngs) -> ViT | Swin | Decoder:
     return ViT(config, rngs) if isinstance(config, ViTConfig) else Swin(config, rngs)
 
 
-@functools.lru_cache(maxsize=16)
 def graph(config: Architecture, lora: LoraSpec | None = None) -> tuple[Any, Params, Params]:
     """Static graph of an architecture, abstract parameters (shapes only), and those of its adapters, if it has any."""
+    return _graph(config, lora)
+
+
+@functools.lru_cache(maxsize=16)  # not of `graph`: a default that is left out would be another key
+def _graph(config: Architecture, lora: LoraSpec | None) -> tuple[Any, Params, Params]:
 
     def model() -> ViT | Swin | Decoder:
         plain = build(config, nnx.Rngs(0))
