@@ -18,7 +18,7 @@ from lmeraser_jax.service.auth import make_token
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SCREENS = [(width, scheme) for width in (1280, 390) for scheme in ("light", "dark")]
 
 
