@@ -66,16 +66,18 @@ class Typed(BaseModel):
 
 
 class Page(APIRoute):
-    """A route whose errors are pages, too."""
+    """A route whose errors are pages, too, and whose form may fill the body that the service takes."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
 
         async def handle_errors(request: Request) -> Response:
+            settings = request.app.state.service.settings
             try:
+                await request.form(max_part_size=settings.limits.body)  # kept for the handler, which would take 1 MB
                 return await handle(request)
             except EXPECTED as error:
-                problem = problem_of(request.app.state.service.settings.layout, error)
+                problem = problem_of(settings.layout, error)
                 return _page("problem", problem.status_code, dict(problem.headers or {}), problem=problem)
 
         return handle_errors

@@ -165,7 +165,10 @@ def test_errors_stand_on_the_form_with_what_was_typed(workdir, step):
         assert not requests.any_open(catalog)
 
 
-def test_names_are_lines_as_they_stand():
+def test_names_are_lines_as_they_stand_however_many(workdir):
+    text = "\n".join(f"{number} {'x' * 1000}" for number in range(1200))  # more than starlette's default
+    many = client_of(workdir).post("/erase", data={"records": text})
+    assert many.status_code == 422 and "(1200 in all)" in many.text
     assert pages._names(" a\r\n\r\n b,\u2028c \n\t\nd\x0be") == [" a", " b,\u2028c ", "d\x0be"]
 
 
