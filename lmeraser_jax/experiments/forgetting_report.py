@@ -74,7 +74,9 @@ def _table(rows: Sequence[Forgetting]) -> Table:
         own = [row for row in rows if row.method == method]
         lines.append((Cell(TITLES[method]), *(Cell(_shown(name, own)) for name in columns)))
     seeds, row = len({row.seed for row in rows}), rows[0]
-    caption = f"{HEADINGS[row.edit]} ({row.edited} of {row.records} records, {seeds} seed{'s' if seeds > 1 else ''})"
+    counts = [f"{row.edited} of {row.records} records", f"{seeds} seed{'s' if seeds > 1 else ''}"]
+    counts += [f"{row.questions} questions"] if row.questions else []
+    caption = f"{HEADINGS[row.edit]} ({', '.join(counts)})"
     return Table(caption, ("method", *(COLUMNS[name][0] for name in columns)), tuple(lines))
 
 
