@@ -142,7 +142,7 @@ def _publish(
             )
             run.catalog.add_slice(row, members)
         constants = constants_digest(run.recipe_constants)
-        moved = [(name, keys[k]) for name, k in zip(names, cluster_of)]
+        moved = [(row, keys[k]) for row, k in zip(rows, cluster_of)]
         run.catalog.publish(name, run.fingerprint, constants, slices, moved)
 
 

@@ -4,6 +4,7 @@ Nothing here threads a random state: every order, draw and seed is a function of
 name of what it is for, so that one cluster can be made again without any other.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -49,9 +50,14 @@ def arrays_digest(arrays: Mapping[str, np.ndarray]) -> str:
     sha = hashlib.sha256()
     for name in sorted(arrays):
         array = np.asarray(arrays[name])
-        sha.update(canonical_json([name, str(array.dtype), array.shape]).encode())
+        sha.update(_form(name, array.dtype, array.shape))
         sha.update(array.tobytes())
     return sha.hexdigest()
+
+
+@functools.lru_cache(maxsize=1024)  # thousands of slices have the same arrays
+def _form(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    return canonical_json([name, str(dtype), shape]).encode()
 
 
 def keyed_hash(seed: int | str, *names: str) -> bytes:

@@ -8,6 +8,7 @@ Shapes: N images, B batch, K clusters (padded), m nearest clusters, D feature, Y
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TuningSpec, features_of
-from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, load_slice
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, load_slice, load_slices
 from lmeraser_jax.unlearning.binding import refuse_misfits
 from lmeraser_jax.unlearning.run import Run
 
@@ -113,15 +114,14 @@ def load_model(run: Run, before: Model | None = None) -> Model:
             if run.config.inference.common_weight and not quarantined:
                 common_ref = manifest.entries.get(SliceKind.COMMON, "")
             refuse_misfits(run.catalog, run.config.tuning, refs)
-            for ref in (*refs, common_ref):
-                if ref and ref not in held and ref not in slices:
-                    slices[ref] = load_slice(run, ref)
+            for ref, slice_ in load_slices(run, manifest, {*refs, common_ref} - {"", *held, *slices}):
+                slices[ref] = slice_
         except UserError:
             if _published(run) == (manifest, quarantined):
                 raise  # damaged, not replaced
             continue
         if before is None:
-            before = _empty(run, clustering, like=next(slices[ref] for ref in refs if ref))
+            before = _loaded(run, clustering, refs, slices)
         elif before.clustering != clustering.digest:
             before = _rearranged(before, clustering)
         elif (refs, common_ref, manifest.version) == (before.refs, before.common_ref, before.version):
@@ -157,14 +157,18 @@ def _published(run: Run) -> tuple[Manifest, frozenset[str]]:
     return manifest, quarantined
 
 
-def _empty(run: Run, clustering: Clustering, like: Slice) -> Model:
-    """A model without slices, its stack in the shape of a given one."""
+def _loaded(run: Run, clustering: Clustering, refs: tuple[str, ...], slices: Mapping[str, Slice]) -> Model:
+    """A first model with these slices, stacked on the host: to place them one by one takes longer. No common head."""
     prototypes, _ = padded(clustering.prototypes)
+    like = next(slices[ref] for ref in refs if ref)
     stack = jax.tree.map(lambda leaf: np.zeros((len(prototypes), *leaf.shape), leaf.dtype), like)
+    for k, ref in enumerate(refs):
+        if ref:
+            jax.tree.map(lambda leaf, new, k=k: operator.setitem(leaf, k, new), stack, slices[ref])
     state = jax.device_put((stack, prototypes, np.zeros(len(prototypes), bool)), _on_all(run.mesh))
     params = on_device(run.backbone, compute_dtype(run.config.tuning.dtype, run.mesh), run.mesh)
     arrays = ModelArrays(params, *state, common=None)
-    return Model(run, 0, clustering.digest, clustering.keys, ("",) * len(clustering.keys), "", arrays)
+    return Model(run, 0, clustering.digest, clustering.keys, refs, "", arrays)
 
 
 def _rearranged(before: Model, clustering: Clustering) -> Model:
@@ -195,7 +199,8 @@ def _with_slices(model: Model, refs: tuple[str, ...], common_ref: str, slices: M
     present[: len(refs)] = [bool(ref) for ref in refs]
     common = arrays.common
     if common_ref != model.common_ref:
-        common = jax.device_put(slices[common_ref], _on_all(mesh)) if common_ref else None
+        # Copied: on a CPU the device would use a memory-mapped file as it is, and hold it beyond an erasure.
+        common = jax.device_put(jax.tree.map(np.array, slices[common_ref]), _on_all(mesh)) if common_ref else None
     arrays = arrays._replace(stack=stack, present=jax.device_put(present, _on_all(mesh)), common=common)
     return dataclasses.replace(model, refs=refs, common_ref=common_ref, arrays=arrays)
 

@@ -8,13 +8,14 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.hashing import digest as digest_of
 from lmeraser_jax.storage.atomic_files import entries, is_there
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
@@ -42,6 +43,7 @@ class Layout:
         self.images = self.records / "images.u8"
         self.clusterings = self.root / "clusterings"
         self.slices = self.root / "slices"
+        self.packed = self.root / "packed"
         self.scratch = self.root / "scratch"
         self.metrics = self.root / "metrics.jsonl"
         self.picture = self.root / "clusters.png"
@@ -61,6 +63,10 @@ class Layout:
 
     def slice(self, digest: str) -> Path:
         return self.slices / digest
+
+    def packed_slices(self, entries: Mapping[str, str]) -> Path:
+        """The file of all slices that a manifest with these entries refers to."""
+        return self.packed / digest_of(entries)
 
     def clustering(self, digest: str) -> Path:
         return self.clusterings / digest

@@ -27,11 +27,11 @@ from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TuningSpec, outputs_of, targets_of
 from lmeraser_jax.training.tune import bucket
 from lmeraser_jax.unlearning import influence
-from lmeraser_jax.unlearning.artifacts import APPROXIMATE, is_approximate, load_slice, slice_of
+from lmeraser_jax.unlearning.artifacts import APPROXIMATE, is_approximate, load_slice, pack, slice_of
 from lmeraser_jax.unlearning.build import remove_leftovers, tune_missing
 from lmeraser_jax.unlearning.influence import Objective, Problem, Report, Rows, Settings
 from lmeraser_jax.unlearning.plan import current_plan
-from lmeraser_jax.unlearning.purge import purge
+from lmeraser_jax.unlearning.purge import drop_packed, purge
 from lmeraser_jax.unlearning.run import Run
 
 CHUNK = 64  # images
@@ -108,6 +108,8 @@ def publish_approximate(
             run.catalog.publish(before.clustering, run.fingerprint, constants, entries, moved=())
         for each in waiting:
             _note(run, each, {key: report for key, report in reports.items() if key in each.body["members"]})
+    pack(run, entries)  # not before, as in a build: the transaction registers the slices
+    drop_packed(run)
     return reports
 
 

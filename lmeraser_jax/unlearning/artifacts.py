@@ -4,8 +4,10 @@ A slice is tainted by an erased record in two ways: as a member, or as one of th
 are. The second way matters only for slices that are kept whatever the live records call for: pinned and older ones.
 """
 
+import contextlib
 import io
-from collections.abc import Collection, Mapping
+import operator
+from collections.abc import Collection, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,10 +16,11 @@ import numpy as np
 from lmeraser_jax.data.npz import read_arrays
 from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import arrays_digest
-from lmeraser_jax.storage import checkpoints
+from lmeraser_jax.storage import atomic_files, checkpoints, packed
 from lmeraser_jax.storage.atomic_files import publish_folder, why_unreadable, write_bytes
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.rows import SliceKind
+from lmeraser_jax.storage.packed import Stack
+from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.clustering import Clustering, key_of
 
@@ -71,8 +74,11 @@ def load_slice(run: "Run", ref: str) -> "Slice":
         Damaged: the checkpoint is missing or damaged.
         OSError: it cannot be read now.
     """
-    from lmeraser_jax.training.slices import as_slice  # loads JAX, which readers of clusterings do without
+    return _as_slice(run, ref, _load_arrays(run, ref))
 
+
+def _load_arrays(run: "Run", ref: str) -> dict[str, np.ndarray]:
+    """The arrays of `load_slice`."""
     name, step = split_reference(ref)
     params = expected_params(run.catalog, ref)
     if params is None:
@@ -83,9 +89,76 @@ def load_slice(run: "Run", ref: str) -> "Slice":
         raise Damaged(f"{error}{AGAIN}") from error
     if arrays_digest(arrays) != params:
         raise Damaged(f"slice {short(name)} is damaged: its bytes have another digest than the catalog says{AGAIN}")
-    row = run.catalog.slices().get(name)
+    return arrays
+
+
+def _as_slice(run: "Run", ref: str, arrays: Mapping[str, np.ndarray]) -> "Slice":
+    from lmeraser_jax.training.slices import as_slice  # loads JAX, which readers of clusterings do without
+
+    row = run.catalog.slices().get(slice_of(ref))
     common = row is not None and row.cluster == SliceKind.COMMON
-    return as_slice(arrays, short(name), None if common else run.tuning_spec.own_parameters)
+    return as_slice(arrays, short(ref), None if common else run.tuning_spec.own_parameters)
+
+
+def load_slices(run: "Run", manifest: Manifest, refs: Collection[str]) -> Iterator[tuple[str, "Slice"]]:
+    """(reference, slice) of slices of a manifest: memory-mapped from its packed file, others from their checkpoints.
+
+    Each is checked against its digest in the catalog. Raises as `load_slice` does.
+    """
+    import jax
+
+    others = set(refs)
+    with contextlib.suppress(Damaged, OSError):  # then the checkpoints tell
+        for stack, intact in intact_slices(run, run.layout.packed_slices(manifest.entries), others):
+            form = _as_slice(run, intact[0], stack.slice(intact[0]))
+            mapped = checkpoints.unflatten(stack.arrays, form)
+            for ref in intact:
+                yield ref, jax.tree.map(operator.itemgetter(stack.places[ref]), mapped)
+                others.remove(ref)
+    for ref in sorted(others):
+        yield ref, load_slice(run, ref)
+
+
+def intact_slices(run: "Run", path: Path, refs: Set[str]) -> Iterator[tuple[Stack, list[str]]]:
+    """What a packed file has of some slices with the bytes that the catalog says; stacks without any are left out.
+
+    Raises as `packed.read` does.
+    """
+    for stack in packed.read(path):
+        digests = {ref: arrays_digest(stack.slice(ref)) for ref in refs & stack.places.keys()}
+        intact = [ref for ref in sorted(digests) if digests[ref] == expected_params(run.catalog, ref)]
+        if intact:
+            yield stack, intact
+
+
+def packed_fault(run: "Run", entries: Mapping[str, str]) -> str:
+    """What is wrong with the packed file of a state with these entries; "" where nothing is. Raises no `Damaged`."""
+    path, refs = run.layout.packed_slices(entries), frozenset(entries.values())
+    try:
+        intact = {ref for _, names in intact_slices(run, path, refs) for ref in names}
+    except Damaged as error:
+        return str(error)
+    return f"{path} lacks {len(refs - intact)} of {len(refs)} slices, or has other bytes" if refs - intact else ""
+
+
+def pack(run: "Run", entries: Mapping[str, str]) -> None:
+    """Writes the packed file of a state with these entries, unless it is there and whole.
+
+    What other packed files have is copied; the rest comes from the checkpoints. A slice that cannot be read is left
+    out: that is told to whoever needs the slice, and must not keep an erasure from being served.
+    """
+    path, refs = run.layout.packed_slices(entries), frozenset(entries.values())
+    slices: dict[str, Mapping[str, np.ndarray]] = {}
+    for source in (path, *atomic_files.entries(run.layout.packed)):
+        with contextlib.suppress(Damaged, OSError):
+            for stack, intact in intact_slices(run, source, refs - slices.keys()):
+                slices |= {ref: stack.slice(ref) for ref in intact}
+        if source == path and len(slices) == len(refs):
+            return
+    for ref in sorted(refs - slices.keys()):
+        with contextlib.suppress(Damaged, OSError):
+            slices[ref] = _load_arrays(run, ref)
+    packed.write(path, slices)
 
 
 def save_clustering(layout: Layout, clustering: Clustering) -> None:

@@ -25,7 +25,7 @@ from lmeraser_jax.training.lanes import efficiency
 from lmeraser_jax.training.slice_files import WrittenSlice, load_orphan, write_slice, write_slices
 from lmeraser_jax.training.tasks import TuningSpec
 from lmeraser_jax.training.tune import solved
-from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, reference, save_clustering, slice_of
+from lmeraser_jax.unlearning.artifacts import AGAIN, load_slice, pack, reference, save_clustering, slice_of
 from lmeraser_jax.unlearning.plan import Plan, current_plan
 from lmeraser_jax.unlearning.publish import publish
 from lmeraser_jax.unlearning.purge import purge
@@ -59,9 +59,9 @@ class BuildReport:
 def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     """Brings the workdir to the state that its live records call for.
 
-    Order: tune what is missing, each slice on disk before it is registered; publish in one transaction; purge. A kill
-    at any point leaves the old or the new state, and the next build finishes. It serves the requests that were accepted
-    when it planned; later ones wait for the next.
+    Order: tune what is missing, each slice on disk before it is registered; pack; publish in one transaction; purge. A
+    kill at any point leaves the old or the new state, and the next build finishes. It serves the requests that were
+    accepted when it planned; later ones wait for the next.
 
     Args:
         run: opened for writing.
@@ -85,6 +85,8 @@ def build(run: Run, only: Collection[str] | None = None) -> BuildReport:
     tune_missing(run, wanted, missing)
     if not wanted.clustering_unchanged:
         save_clustering(run.layout, wanted.clustering)
+    if only is None:
+        pack(run, wanted.entries)
     report = _report(run, wanted, missing, before, registered, time.perf_counter() - start)
     version = publish(run, wanted, before, report.published, report.seconds)
     purge(run)

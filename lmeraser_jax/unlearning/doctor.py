@@ -30,7 +30,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.storage.workdir import Layout, current_writer, refuse_links, writer_lock
-from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, short, slice_of
+from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, pack, packed_fault, short, slice_of
 from lmeraser_jax.unlearning.binding import stored_config
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ FEATURES = 256  # cached features, at most, that are computed again and compared
 AGAIN = "lmeraser train makes it again"
 DROP, REMOVE = f"--fix drops it; {AGAIN}", "--fix removes it"
 RETRY = "nothing was changed for it, and what builds on it was not checked either; mend this and run the doctor again"
+REPACK = "--fix packs the slices again, as the next command that publishes does; readers use the checkpoints till then"
 ADOPT = "the next command that tunes uses what it needs and removes the rest"
 
 
@@ -331,6 +332,15 @@ def _slices(workdir: _Workdir) -> Findings:
     return _artifacts(workdir.catalog, folder, refs, set(), functools.partial(load_slice, workdir.run))
 
 
+def _packed(workdir: _Workdir) -> Findings:
+    """The packed slices of the published state."""
+    manifest = workdir.catalog.manifest()
+    fault = manifest and packed_fault(workdir.run, manifest.entries)
+    if manifest and fault:
+        state = State.DAMAGED if is_there(workdir.layout.packed_slices(manifest.entries)) else State.NOTE
+        yield Problem(fault, REPACK, functools.partial(pack, workdir.run, manifest.entries), state)
+
+
 def _clusterings(workdir: _Workdir) -> Findings:
     names = {manifest.clustering for manifest in _states(workdir.catalog)}
     known, load = {row.clustering for row in workdir.catalog.slices().values()}, load_clustering
@@ -385,5 +395,6 @@ CHECKS: dict[str, tuple[Check, tuple[str, ...]]] = {  # component: its check, wh
     "state": (_state, ("public",)),
     "features": (_features, ("records", "state")),
     "slices": (_slices, ("state",)),
+    "packed": (_packed, ("slices",)),
     "clusterings": (_clusterings, ("state",)),
 }

@@ -65,6 +65,7 @@ def purge(run: Run) -> None:
     survivors, erased = surviving(run, names), catalog.erased(names)
     remove_others(run.layout.slices, survivors.slices)
     remove_others(run.layout.clusterings, survivors.clusterings)
+    drop_packed(run)
     if erased:
         for file in _row_files(run):
             file.overwrite(np.array(sorted(erased), np.int64))
@@ -83,6 +84,16 @@ def purge(run: Run) -> None:
             catalog.add_receipts(links)
     if run.signing_key is not None:
         receipts.sign(run, run.signing_key)
+
+
+def drop_packed(run: Run) -> None:
+    """Removes the packed slices of all states but the published one: nobody reads them, and a rollback packs anew."""
+    remove_others(run.layout.packed, _packed_names(run))
+
+
+def _packed_names(run: Run) -> set[str]:
+    manifest = run.catalog.manifest()
+    return {run.layout.packed_slices(manifest.entries).name} if manifest else set()
 
 
 def dropped_versions(catalog: Catalog, survivors: Survivors) -> list[int]:
@@ -105,6 +116,8 @@ def leftovers(run: Run) -> list[str]:
         on_disk = {path.name for path in entries(folder)}
         lines += [f"leftover {folder.name}/{name}" for name in sorted(on_disk - names)]
         lines += [f"missing {folder.name}/{name}" for name in sorted(names - on_disk)]
+    on_disk = {path.name for path in entries(run.layout.packed)}
+    lines += [f"leftover packed/{name}" for name in sorted(on_disk - _packed_names(run))]
     unregistered = sorted(set(run.catalog.slices()) - survivors.slices)
     lines += [f"leftover slice in the catalog {name}" for name in unregistered]
     free_rows = run.catalog.free_rows()

@@ -18,7 +18,7 @@ import jsonschema
 from lmeraser_jax.data.source import SPLITS
 from lmeraser_jax.errors import Damaged, join_limited, shorten
 from lmeraser_jax.hashing import arrays_digest, parse_strict_json
-from lmeraser_jax.storage import checkpoints, requests
+from lmeraser_jax.storage import checkpoints, packed, requests
 from lmeraser_jax.storage.atomic_files import entries, is_there
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
@@ -26,7 +26,7 @@ from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.training.slice_arrays import array_problems
 from lmeraser_jax.unlearning import signatures
-from lmeraser_jax.unlearning.artifacts import is_approximate, split_reference
+from lmeraser_jax.unlearning.artifacts import is_approximate, slice_of, split_reference
 from lmeraser_jax.unlearning.receipts import FIRST, content_digest, iso_time, receipt_body
 from lmeraser_jax.unlearning.request_files import LARGEST, read_bytes
 from lmeraser_jax.unlearning.signatures import NO_KEYS, PublicKeys
@@ -59,7 +59,8 @@ class _Snapshot:
         self.head = _read(layout.receipts_head, "head") if is_there(layout.receipts_head) else None
         with catalog.snapshot():
             manifests, free_rows = catalog.manifests(), catalog.free_rows()
-            slices = dict.fromkeys(_names(layout.slices), 0.0)  # 0: on disk, and unknown to the catalog
+            on_disk = {*_names(layout.slices), *map(slice_of, packed.references(layout.packed))}
+            slices = dict.fromkeys(on_disk, 0.0)  # 0: unknown to the catalog
             slices |= {name: row.created for name, row in catalog.slices().items()}
             clusterings = dict.fromkeys(_names(layout.clusterings), 0.0)
             clusterings |= {manifest.clustering: manifest.created for manifest in reversed(manifests)}

@@ -17,7 +17,7 @@ from lmeraser_jax.unlearning.verify import verify_all
 
 SERVED = ("clustering", "sample", "prototypes", "slices", "parameters")
 ALLOWED = {"config.json", "catalog.db", "catalog.db-wal", "catalog.db-shm", "backbone", "records", "clusterings"}
-ALLOWED |= {"slices", "receipts", "metrics.jsonl", "lock", "scratch"}
+ALLOWED |= {"slices", "packed", "receipts", "metrics.jsonl", "lock", "scratch"}
 
 
 class Trial:

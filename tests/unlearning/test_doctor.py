@@ -288,6 +288,7 @@ def test_commands_name_damage_and_train_mends_it_to_the_last_bit(copy, template,
         (lambda layout: shutil.rmtree(layout.clusterings), str(layout.root), 0),
     ):
         damage(layout)
+        shutil.rmtree(layout.packed)  # from which predictions would go on
         capsys.readouterr()
         assert main(["predict", str(image), flag]) == (2 if message else 0)
         assert not message or message in error_line(capsys)
