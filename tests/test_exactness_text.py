@@ -7,11 +7,13 @@ import chex
 import jax
 import numpy as np
 import pytest
+from commands import call, refused
 from helpers import with_items, without
 from test_exactness import owner, sampled_record, unsampled_record
 from text_problem import text_config, text_folder, text_run, text_source, word_tokenizer
 
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import train_step
 from lmeraser_jax.training.features import network_inputs
 from lmeraser_jax.training.tasks import TextRows, outputs_of
@@ -162,6 +164,16 @@ def test_rectifying_texts_equals_having_had_them_corrected(folder, train, tmp_pa
     with text_run(tmp_path / "scratch", config, with_items(source, source.items, rows)) as (run, _):
         build(run)
         assert differences(corrected, state(run)) == []
+
+
+def test_a_rectification_is_accepted_with_the_tokenizer_alone(train, tmp_path, monkeypatch, capsys):
+    """The model, which takes seconds to load, is not needed."""
+    workdir = shutil.copytree(train()[0], tmp_path / "run")
+    (tmp_path / "edits.jsonl").write_text('{"id": "text-01", "response": "w2 w2"}')
+    monkeypatch.setattr(checkpoints, "load", lambda *_: pytest.fail("the model is loaded"))
+    command = ["rectify", f"--workdir={workdir}", f"--edits={tmp_path / 'edits.jsonl'}", "--defer"]
+    assert "made with another config" in refused(capsys, *command, "--config.text.query={query}")
+    assert "1 records, 1 clusters to tune" in call(capsys, *command)[1]
 
 
 def in_files(folder, needle):

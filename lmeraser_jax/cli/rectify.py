@@ -16,18 +16,14 @@ nothing is left out; if no edit changes anything, no request is made. Later impo
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lmeraser_jax.cli import common
 from lmeraser_jax.cli.unlearn import REQUEST, details, estimate_text, refuse_settings, serve_or_show
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import warn
-from lmeraser_jax.unlearning import rectify, request_files
+from lmeraser_jax.unlearning import rectify, request_files, texts
 from lmeraser_jax.unlearning.rectify import Change
-
-if TYPE_CHECKING:
-    from lmeraser_jax.data.text import Encoder
 
 STRAY = "edits are given as --edits=FILE.jsonl"
 UNCHANGED = "nothing to rectify: the records are as the edits say; no request was made"
@@ -42,31 +38,25 @@ def run(arguments: common.Arguments) -> int:
     workdir, path = common.workdir_of(arguments), arguments["edits"]
     if not path:
         raise UserError("--edits=FILE.jsonl is missing: the ids, and what is new of their records")
+    config = common.config_of(arguments)
     with common.catalog_of(workdir) as (layout, catalog):
         lines = request_files.read_edits(path)
-        changes = rectify.changes_of(catalog, lines, Path(path).parent, common.config_of(arguments).data.max_pixels)
+        changes = rectify.changes_of(catalog, lines, Path(path).parent, config.data.max_pixels)
         if not arguments["defer"]:
             common.require_device()
         if arguments["dry_run"]:
             return _estimate(arguments, changes)
-        request = rectify.accept(layout, catalog, changes, _encoder(arguments), **details(arguments))
+        encoder = None
+        if config.is_text:
+            common.finished(arguments)  # with other settings, an edit would get other tokens
+            encoder = texts.encoder_of(layout, catalog, config.text)
+        request = rectify.accept(layout, catalog, changes, encoder, **details(arguments))
         if count := rectify.unchanged(changes, request):
             warn(f"{count} edits change nothing and are left out")
         if request is not None:
             return serve_or_show(arguments, layout, catalog, request)
     common.show(arguments, UNCHANGED, {"request": None, "outcome": None, "receipt": ""})
     return 0
-
-
-def _encoder(arguments: common.Arguments) -> "Encoder | None":
-    """What makes rows of texts; None where the records are images."""
-    config = common.config_of(arguments)
-    if not config.is_text:
-        return None
-    from lmeraser_jax.unlearning.run import open_run
-
-    with open_run(arguments["workdir"], config) as run_:  # says no devices: serving the request does
-        return run_.encoder
 
 
 def _estimate(arguments: common.Arguments, changes: Sequence[Change]) -> int:

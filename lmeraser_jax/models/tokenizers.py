@@ -8,7 +8,6 @@ from typing import Any
 from lmeraser_jax.errors import UserError, shorten
 from lmeraser_jax.hashing import digest
 from lmeraser_jax.models.architectures import Architecture, DecoderConfig
-from lmeraser_jax.models.weight_files import TOKENIZERS, file_of, path_of
 from lmeraser_jax.storage.atomic_files import replace_folder
 
 KEPT = "tokenizer"  # the folder of a tokenizer in a folder that `lmeraser backbone` wrote
@@ -19,21 +18,13 @@ def load(path: Path, config: Architecture) -> Any:
 
     Raises `UserError` where there is none, or its vocabulary is larger than the model's.
     """
+    from lmeraser_jax.models.weight_files import TOKENIZERS, file_of  # loads JAX, which `read` does without
+
     assert isinstance(config, DecoderConfig)
     folder = path / KEPT if (path / KEPT).is_dir() else path
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZERS):
         folder = file_of(folder)
-    options = {"gguf_file": folder.name} if folder.suffix == ".gguf" else {}
-    from transformers import AutoTokenizer
-
-    try:
-        place = folder if folder.is_dir() else folder.parent
-        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
-    except Exception as error:  # it raises nearly every kind over missing and damaged files
-        first = shorten("".join(str(error).splitlines()[:1]), 300)
-        raise UserError(
-            f"{path}: transformers can read no tokenizer there ({type(error).__name__}: {first})"
-        ) from error
+    tokenizer = read(folder)
     largest = max(tokenizer.get_vocab().values())
     if largest >= config.vocabulary:
         raise UserError(
@@ -43,8 +34,25 @@ def load(path: Path, config: Architecture) -> Any:
     return tokenizer
 
 
+def read(path: Path) -> Any:
+    """The tokenizer of a folder that has one, or of a GGUF file. Raises `UserError` where it cannot be read."""
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
+    try:
+        place = path if path.is_dir() else path.parent
+        return AutoTokenizer.from_pretrained(place, local_files_only=True, **options)
+    except Exception as error:  # it raises nearly every kind over missing and damaged files
+        first = shorten("".join(str(error).splitlines()[:1]), 300)
+        raise UserError(
+            f"{path}: transformers can read no tokenizer there ({type(error).__name__}: {first})"
+        ) from error
+
+
 def beside(weights: str, config: Architecture) -> Any:
     """The tokenizer that lies beside what `backbone.weights` names. Raises as `load` and `weight_files.path_of` do."""
+    from lmeraser_jax.models.weight_files import path_of
+
     return load(path_of(weights), config)
 
 

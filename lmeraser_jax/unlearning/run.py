@@ -85,7 +85,7 @@ class Run:
     @functools.cached_property
     def encoder(self) -> Encoder:
         """Queries and responses -> tokens, with the workdir's own tokenizer. Raises `UserError` where it is damaged."""
-        return texts.encoder_of(self.layout, self.catalog, self.backbone, self.config.text)
+        return texts.encoder_of(self.layout, self.catalog, self.config.text)
 
     @functools.cached_property
     def fingerprint(self) -> str:
