@@ -57,6 +57,11 @@ def serve(settings: Settings, host: str, port: int, certificate: str = "", key: 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     problems.log.setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.INFO)
+    make_server(settings, host, port, certificate, key).run()
+
+
+def make_server(settings: Settings, host: str, port: int, certificate: str = "", key: str = "") -> uvicorn.Server:
+    """The server of a service, which its `run` runs."""
     config = uvicorn.Config(
         create_app(settings),
         host=host,
@@ -71,4 +76,4 @@ def serve(settings: Settings, host: str, port: int, certificate: str = "", key: 
         ssl_certfile=certificate or None,
         ssl_keyfile=key or None,
     )
-    uvicorn.Server(config).run()
+    return uvicorn.Server(config)

@@ -15,6 +15,7 @@ from lmeraser_jax.service.problems import Problem, log
 from lmeraser_jax.service.settings import Limits
 
 SAFE = ("GET", "HEAD", "OPTIONS")
+METHODS = (*SAFE, "POST", "PUT", "PATCH", "DELETE")  # what else a caller makes up is "other" in figures and in the log
 CLOSE = {"Connection": "close"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self';"
@@ -64,19 +65,20 @@ class Gate:
                         scope, receive, send_on
                     )
         route = getattr(scope.get("route"), "path", "none")  # the template: a path may hold a request's id
+        method = scope["method"] if scope["method"] in METHODS else "other"
         seconds = time.perf_counter() - started
-        self.metrics.seconds.labels(scope["method"], route, str(status)).observe(seconds)
-        log.info("%s %s %d %.0f ms", scope["method"], route, status, 1000 * seconds)
+        self.metrics.seconds.labels(method, route, str(status)).observe(seconds)
+        log.info("%s %s %d %.0f ms", method, route, status, 1000 * seconds)
 
     def _refusal(self, scope: Scope) -> Problem | None:
         """Why a call is refused by its headers alone."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.local_only and not is_local(urlsplit(f"//{host}").hostname or ""):
+        if self.local_only and not is_local(_name_of(host)):
             reason = "without tokens the service answers to names of this machine only, such as 127.0.0.1"
             return Problem(403, reason, headers=CLOSE)
         site, origin = headers.get("sec-fetch-site", ""), headers.get("origin", "")
-        foreign = site in ("cross-site", "same-site") or origin and urlsplit(origin).netloc != host
+        foreign = site in ("cross-site", "same-site") or origin and origin.partition("://")[2] != host
         if foreign and scope["method"] not in SAFE:
             return Problem(403, "another site sent this request", headers=CLOSE)
         length = headers.get("content-length", "0")
@@ -104,6 +106,14 @@ class Gate:
             return message
 
         return receive_on
+
+
+def _name_of(host: str) -> str:
+    """The name or address in a Host header; "" where there is none."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
 
 
 def is_local(host: str) -> bool:

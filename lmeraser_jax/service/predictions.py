@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import binascii
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as WaitedTooLong
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from lmeraser_jax.data.decode import decode
@@ -54,6 +54,20 @@ class _Parser(MultiPartParser):
     """Keeps uploads in memory, however large the limit on a request lets them be: they are personal."""
 
     spool_max_size = 1 << 62
+    ended = False  # whether the form's end was read
+
+    def on_end(self) -> None:
+        self.ended = True
+
+    async def parse(self) -> FormData:
+        self.stream = self._whole(self.stream)
+        return await super().parse()
+
+    async def _whole(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for chunk in stream:
+            yield chunk
+        if not self.ended:  # what came would be answered as if it were all
+            raise MultiPartException("it is cut short")
 
 
 BODY: dict[str, Any] = {
@@ -127,11 +141,14 @@ async def _uploads(service: Service, request: Request) -> list[bytes]:
         raise Problem(400, f"the form cannot be read: {error.message}") from None
     except KeyError:
         raise Problem(400, "the form cannot be read: its content type names no boundary") from None
-    files = [value for name, value in form.multi_items() if name == "image" and isinstance(value, UploadFile)]
-    if len(files) != len(form.multi_items()):
-        raise Problem(422, "a form holds files in fields named `image`, and nothing else")
-    _check_count(service, len(files))
-    return [await file.read() for file in files]
+    try:
+        files = [value for name, value in form.multi_items() if name == "image" and isinstance(value, UploadFile)]
+        if len(files) != len(form.multi_items()):
+            raise Problem(422, "a form holds files in fields named `image`, and nothing else")
+        _check_count(service, len(files))
+        return [await file.read() for file in files]
+    finally:
+        await form.close()
 
 
 def from_base64(texts: Mapping[str, str]) -> list[bytes]:
