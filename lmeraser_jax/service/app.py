@@ -48,7 +48,8 @@ def create_app(settings: Settings) -> FastAPI:
     problems.install(app, settings.layout)
     for module in (predictions, erasures, reading, pages):
         app.include_router(module.router(service))
-    app.add_middleware(Gate, limits=settings.limits, metrics=metrics, local_only=settings.tokens is None)
+    local_only = settings.tokens is None
+    app.add_middleware(Gate, limits=settings.limits, guard=service.guard, metrics=metrics, local_only=local_only)
     return app
 
 

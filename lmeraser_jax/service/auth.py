@@ -17,7 +17,7 @@ from pathlib import Path
 from fastapi import Request
 
 from lmeraser_jax.errors import UserError, join_limited, raise_all
-from lmeraser_jax.service.problems import Problem, Unavailable, log
+from lmeraser_jax.service.problems import BUSY, Problem, log
 from lmeraser_jax.storage.atomic_files import write_json
 
 ROLES = ("predict", "erase", "read")
@@ -103,28 +103,31 @@ class Guard:
         """A dependency that gives the caller, who must have one of these roles."""
 
         async def caller(request: Request) -> Caller:
-            try:
-                who = self.caller_of(request.headers.get("authorization", ""))
-            except UserError as error:
-                log.error("%s", error)
-                raise Unavailable("the tokens cannot be read now; the service's log says why") from None
-            if who is None:
-                raise Problem(401, "a token is needed: Authorization: Bearer TOKEN", headers=CHALLENGE)
+            who = self.caller_of(request.headers.get("authorization", ""))
             if not who.roles.intersection(roles):
                 raise Problem(403, f"this token may not do that: it needs the role {' or '.join(roles)}")
             return who
 
         return caller
 
-    def caller_of(self, authorization: str) -> Caller | None:
-        """Whose token a header holds; None for nobody's. All are compared, in constant time."""
+    def caller_of(self, authorization: str) -> Caller:
+        """Whose token a header holds. All are compared, in constant time.
+
+        Raises `Problem`: 401 where it is nobody's, 503 where the tokens cannot be read.
+        """
         if self._path is None:
             return ANYONE
-        self._refresh(self._path)
+        try:
+            self._refresh(self._path)
+        except UserError as error:
+            log.error("%s", error)
+            raise Problem(503, "the tokens cannot be read now; the service's log says why", headers=BUSY) from None
         given, who = _hash(_secret(authorization)), None
         for token in self._tokens:
             if hmac.compare_digest(token.hash, given):
                 who = token.caller
+        if who is None:
+            raise Problem(401, "a token is needed: Authorization: Bearer TOKEN", headers=CHALLENGE)
         return who
 
     def _refresh(self, path: Path) -> None:

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lmeraser_jax.service import problems
+from lmeraser_jax.service.auth import Guard
 from lmeraser_jax.service.metrics import Metrics
 from lmeraser_jax.service.problems import Problem, log
 from lmeraser_jax.service.settings import Limits
@@ -36,8 +37,8 @@ class Gate:
     address (DNS rebinding).
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, local_only: bool):
-        self.app, self.limits, self.metrics, self.local_only = app, limits, metrics, local_only
+    def __init__(self, app: ASGIApp, limits: Limits, guard: Guard, metrics: Metrics, local_only: bool):
+        self.app, self.limits, self.guard, self.metrics, self.local_only = app, limits, guard, metrics, local_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,6 +85,11 @@ class Gate:
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.limits.body:
             return Problem(413, f"a request has at most {self.limits.body} bytes", headers=CLOSE)
+        if scope["method"] not in SAFE:
+            try:  # before a byte of the body is read: the routes look at it later
+                self.guard.caller_of(headers.get("authorization", ""))
+            except Problem as problem:
+                return problem
         return None
 
     def _limited(self, receive: Receive) -> Receive:

@@ -117,6 +117,12 @@ def test_each_page_needs_its_role(workdir, tmp_path):
             assert answer.status_code == 401 and answer.headers["www-authenticate"].startswith("Basic ")
             assert "a token is needed" in Reader(answer.text).visible
     assert client.post("/erase", data={"step": "erase"}, auth=("", secrets["read"])).status_code == 403
+
+    def body():
+        raise AssertionError("the body of a caller without a token is not read")
+        yield b""
+
+    assert client.post("/erase", content=body()).status_code == 401
     assert client.get("/console.css").status_code == 200
 
 
