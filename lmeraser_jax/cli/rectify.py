@@ -2,6 +2,7 @@
 
   lmeraser rectify --workdir=DIR --edits=FILE.jsonl
                    [--dry_run] [--defer] [--quarantine] [--request=ID] [--requester=WHO] [--reason=WHY]
+                   [--mode=newton|paper|warm [--force]]
 
 A line of FILE is {"id": "...", "image": "FILE", "label": "CLASS"}, or, of texts, {"id": "...", "query": "...",
 "response": "..."}; what a line does not name stays as it is. Image files lie relative to the folder of FILE.
@@ -11,6 +12,10 @@ bit, and the old version is purged as after an erasure. The command accepts the 
 another process writes; then it serves the request, or with --defer the next lmeraser process does. If an edit cannot
 be used, because its id is unknown, erased or part of a request that waits, nothing is rectified. An edit that changes
 nothing is left out; if no edit changes anything, no request is made. Later imports do not bring the old version back.
+
+With --mode=newton, paper or warm the command publishes an approximate update of the touched clusters and leaves the
+request open. Such an update gives no guarantee; the next lmeraser process replaces it by the exact slices. For a
+corrected response or label warm is the best; for a corrected query or image newton and warm are as good.
 """
 
 import dataclasses
@@ -18,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lmeraser_jax.cli import common
-from lmeraser_jax.cli.unlearn import REQUEST, details, estimate_text, refuse_settings, serve_or_show
+from lmeraser_jax.cli.unlearn import REQUEST, details, estimate_text, refuse_mode, refuse_settings, serve_or_show
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.progress import warn
@@ -46,6 +51,7 @@ def run(arguments: common.Arguments) -> int:
             common.require_device()
         if arguments["dry_run"]:
             return _estimate(arguments, changes)
+        refuse_mode(arguments, catalog)
         encoder = None
         if config.is_text:
             common.finished(arguments)  # with other settings, an edit would get other tokens

@@ -50,6 +50,16 @@ REQUEST = (  # flags of every request
     ),
     common.Flag("defer", False, "only accept the request; lmeraser process serves it later"),
     common.Flag("dry_run", False, "only say what the request would cost"),
+    common.Flag(
+        "mode",
+        "exact",
+        "newton, paper and warm answer at once with an approximate update, without any guarantee, until"
+        " lmeraser process has the exact slices (L2 strength: tuning.lora_l2 or the weight decay, 0.001 without one)",
+        choices=("exact", "newton", "paper", "warm"),
+    ),
+    common.Flag(
+        "force", False, "with --mode: publish even if the solver ended at a residual above 1 (above 0.3 warns)"
+    ),
     common.SIGNING_KEY,
     *common.WRITING,
     *common.SHARED,
@@ -61,17 +71,7 @@ FLAGS = (
     common.Flag("owner", (), "erase all private records of this owner; may be repeated"),
     common.Flag("like", (absolute,), "erase the records with the pixels of this image file; may be repeated"),
     common.Flag(
-        "mode",
-        "exact",
-        "newton, paper and warm answer at once with an approximate update, without any guarantee, until"
-        " lmeraser process has the exact slices (L2 strength: tuning.lora_l2 or the weight decay, 0.001 without one)",
-        choices=("exact", "newton", "paper", "warm"),
-    ),
-    common.Flag(
         "calibrate", False, "with --mode=newton or paper: until the erased records are as unknown as held-out ones"
-    ),
-    common.Flag(
-        "force", False, "with --mode: publish even if the solver ended at a residual above 1 (above 0.3 warns)"
     ),
     *REQUEST,
 )
@@ -79,7 +79,6 @@ FLAGS = (
 
 def run(arguments: common.Arguments) -> int:
     refuse_settings(arguments)
-    _check_mode(arguments)
     with common.catalog_of(common.workdir_of(arguments)) as (layout, catalog):
         targets = ids, owners, contents = _targets(arguments, catalog)
         if not arguments["defer"]:
@@ -88,11 +87,7 @@ def run(arguments: common.Arguments) -> int:
         if arguments["dry_run"]:
             common.warn(*requests.still_live(catalog, ids, owners))
             return _estimate(arguments, *targets)
-        if arguments["mode"] != "exact":
-            from lmeraser_jax.unlearning import approximate
-
-            tuning = common.config_of(arguments).tuning
-            approximate.refuse_unless_applicable(catalog, tuning, arguments["calibrate"])
+        refuse_mode(arguments, catalog)
         request = requests.accept(catalog, ids, owners, contents=contents, **details(arguments))
         common.warn(*requests.still_live(catalog, ids, owners))
         return serve_or_show(arguments, layout, catalog, request)
@@ -104,6 +99,16 @@ def refuse_settings(arguments: common.Arguments) -> None:
     common.signing_key_of(arguments)
     if arguments["dry_run"] and arguments["defer"]:
         raise UserError("--dry_run changes nothing and --defer accepts; use one of them")
+    _check_mode(arguments)
+
+
+def refuse_mode(arguments: common.Arguments, catalog: Catalog) -> None:
+    """Raises `UserError` where an approximate update is wanted and cannot be, before anything is accepted."""
+    if arguments["mode"] != "exact":
+        from lmeraser_jax.unlearning import approximate
+
+        tuning = common.config_of(arguments).tuning
+        approximate.refuse_unless_applicable(catalog, tuning, _calibrates(arguments))
 
 
 def details(arguments: common.Arguments) -> dict[str, Any]:
@@ -141,19 +146,24 @@ def _check_mode(arguments: common.Arguments) -> None:
     if not exact:
         reasons = {"defer": "accepts only", "dry_run": "changes nothing", "quarantine": "keeps these clusters out"}
         problems = [f"--{flag} {reason}, and --mode answers" for flag, reason in reasons.items() if arguments[flag]]
-    if arguments["calibrate"] and arguments["mode"] not in ("newton", "paper"):
+    if _calibrates(arguments) and arguments["mode"] not in ("newton", "paper"):
         problems.append("--calibrate scales the step of --mode=newton or paper")
     if exact and arguments["force"]:
         problems.append("--force publishes an approximate slice: give --mode, too")
     raise_all(problems)
 
 
+def _calibrates(arguments: common.Arguments) -> bool:
+    """Whether a step is to be calibrated, which corrections do not offer."""
+    return "calibrate" in arguments.flags and arguments["calibrate"]
+
+
 def _approximate(arguments: common.Arguments, run_: "Run", request: Request) -> None:
     """Publishes approximate slices for an accepted request and says how good they are."""
     from lmeraser_jax.unlearning import approximate, influence
 
-    settings = dataclasses.replace(influence.REMOVAL, mode=arguments["mode"])
-    reports = approximate.publish_approximate(run_, settings, arguments["calibrate"], arguments["force"], request.id)
+    mode, force = arguments["mode"], arguments["force"]
+    reports = approximate.publish_approximate(run_, mode, _calibrates(arguments), force, request.id)
     if any(report.residual > influence.WARN_RESIDUAL for report in reports.values()):
         common.warn("the solver had not converged: see residual; the exact slices do not depend on it")
     lines = [f"request {request.id}: {len(reports)} clusters answer approximately, without any guarantee"]
@@ -192,7 +202,7 @@ def _serve(arguments: common.Arguments, request: Request) -> int:
         with common.opened(arguments, write=True) as run_:
             from lmeraser_jax.unlearning import erase
 
-            if "mode" in arguments.flags and arguments["mode"] != "exact":
+            if arguments["mode"] != "exact":
                 _approximate(arguments, run_, request)
                 return 0
             others = len(requests.listed(run_.catalog, only_open=True)) - 1

@@ -37,7 +37,6 @@ from lmeraser_jax.experiments.text_models import (
     build_timed,
     case_of,
     common_spec,
-    objective_of,
     one_adapter,
     tuned,
 )
@@ -48,8 +47,10 @@ from lmeraser_jax.models.decoder import generate
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.training.clustering import squared_distances
 from lmeraser_jax.training.features import compute_dtype, on_device
+from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TextRows, TuningSpec, targets_of
 from lmeraser_jax.unlearning import erase, influence
+from lmeraser_jax.unlearning.approximate import objective_of
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice
 from lmeraser_jax.unlearning.binding import differences
 from lmeraser_jax.unlearning.run import Run
@@ -124,21 +125,21 @@ class Scorer:
     base: np.ndarray  # rows of texts that the frozen model wrote
     questions: Questions | None
 
-    def scores(self, adapters: Any, rows: np.ndarray, reference: Any = None) -> np.ndarray:
-        """Losses, accuracies and divergences from a reference's adapters (0 without): float64 [3, N]."""
+    def scores(self, slice_: Slice, rows: np.ndarray, reference: Slice | None = None) -> np.ndarray:
+        """Losses, accuracies and divergences from a reference (0 without): float64 [3, N]."""
         batches = influence.chunked(rows, SCORED, -(-len(rows) // SCORED))
         parts = [
-            np.asarray(_scores(self.spec, self.params, adapters, reference, jnp.asarray(batch))) for batch in batches
+            np.asarray(_scores(self.spec, self.params, slice_, reference, jnp.asarray(batch))) for batch in batches
         ]
         return np.concatenate(parts, axis=1)[:, : len(rows)].astype(np.float64)
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _scores(spec: TuningSpec, params: Any, adapters: Any, reference: Any, rows: jax.Array) -> jax.Array:
+def _scores(spec: TuningSpec, params: Any, slice_: Slice, reference: Slice | None, rows: jax.Array) -> jax.Array:
     """As `Scorer.scores`: float32 [3, B]."""
-    outputs, labels = objective_of(spec).outputs, targets_of(spec, TextRows(rows), jnp.zeros(0))
-    logits = outputs(adapters, params, rows)
-    compared = logits if reference is None else outputs(reference, params, rows)
+    inputs, outputs = TextRows(rows), objective_of(spec).outputs
+    labels, logits = targets_of(spec, inputs, jnp.zeros(0)), outputs(slice_, params, inputs)
+    compared = logits if reference is None else outputs(reference, params, inputs)
     far = metrics.divergences(compared, logits, labels)
     return jnp.stack([*metrics.row_scores(logits, labels), far])
 
@@ -162,20 +163,20 @@ def scorer_of(run: Run, seed: int, encoder: Encoder) -> Scorer:
 
 
 def measure(lab: Laboratory, scorer: Scorer, edit: str, method: str, model: Tuned) -> Forgetting:
-    """The row of one adapter for all records."""
+    """The row of one slice for all records."""
     draw, edited = lab.draw, lab.draw.edited
-    retrained, evaluating = tuned(lab, edit, "retrain").adapters, draw.heldout[1::2]
-    loss, accuracy, far = scorer.scores(model.adapters, draw.rows, retrained)
-    heldout = scorer.scores(model.adapters, evaluating)
+    retrained, evaluating = tuned(lab, edit, "retrain").slice, draw.heldout[1::2]
+    loss, accuracy, far = scorer.scores(model.slice, draw.rows, retrained)
+    heldout = scorer.scores(model.slice, evaluating)
     numbers: dict[str, Any] = {}
     if scorer.questions is not None:
-        numbers |= scorer.questions.measured(lambda rows: scorer.scores(model.adapters, rows)[0])
+        numbers |= scorer.questions.measured(lambda rows: scorer.scores(model.slice, rows)[0])
     if edit == "response":
-        numbers["preference"] = metrics.preference(loss[:edited], scorer.scores(model.adapters, draw.wrong[edit])[0])
+        numbers["preference"] = metrics.preference(loss[:edited], scorer.scores(model.slice, draw.wrong[edit])[0])
     if edit == "removal":
         numbers["recognition"] = metrics.recognition(loss[:edited], heldout[0]).value
         if len(draw.paraphrased):
-            ratios, reference = (_truth_ratios(scorer, tree, draw) for tree in (model.adapters, retrained))
+            ratios, reference = (_truth_ratios(scorer, tree, draw) for tree in (model.slice, retrained))
             numbers |= {
                 "truth_ratio": float(ratios.mean()),
                 "forget_quality": metrics.forget_quality(ratios, reference),
@@ -185,7 +186,7 @@ def measure(lab: Laboratory, scorer: Scorer, edit: str, method: str, model: Tune
         method=method,
         seed=lab.config.seed,
         **_means(loss, accuracy, heldout, edited),
-        loss_base=float(scorer.scores(model.adapters, scorer.base)[0].mean()),
+        loss_base=float(scorer.scores(model.slice, scorer.base)[0].mean()),
         kl_edited=float(far[:edited].mean()),
         kl_kept=float(far[edited:].mean()),
         seconds=model.cost.seconds,
@@ -211,10 +212,10 @@ def _means(loss: np.ndarray, accuracy: np.ndarray, heldout: np.ndarray, edited: 
     }
 
 
-def _truth_ratios(scorer: Scorer, adapters: Any, draw: Draw) -> np.ndarray:
+def _truth_ratios(scorer: Scorer, slice_: Slice, draw: Draw) -> np.ndarray:
     """TOFU's truth ratios of the edited records: float64 [S]."""
-    wrong = scorer.scores(adapters, draw.perturbed.reshape(-1, draw.perturbed.shape[-1]))[0]
-    return metrics.truth_ratios(scorer.scores(adapters, draw.paraphrased)[0], wrong.reshape(len(draw.perturbed), -1))
+    wrong = scorer.scores(slice_, draw.perturbed.reshape(-1, draw.perturbed.shape[-1]))[0]
+    return metrics.truth_ratios(scorer.scores(slice_, draw.paraphrased)[0], wrong.reshape(len(draw.perturbed), -1))
 
 
 def measure_exact(lab: Laboratory, scorer: Scorer, method: str) -> Forgetting:
@@ -257,14 +258,14 @@ def _routed(run: Run, scorer: Scorer) -> Callable[[np.ndarray], np.ndarray]:
     assert manifest is not None
     clustering = load_clustering(run.layout, manifest.clustering)
     present = np.array([key in manifest.clusters for key in clustering.keys])
-    adapters = functools.cache(lambda index: load_slice(run, manifest.clusters[clustering.keys[index]]).backbone)
+    slice_of = functools.cache(lambda index: load_slice(run, manifest.clusters[clustering.keys[index]]))
 
     def scores(rows: np.ndarray) -> np.ndarray:
         queries, places = np.unique(query_rows(rows), axis=0, return_inverse=True)
         distances = squared_distances(*map(jnp.asarray, (run.extractor(queries), clustering.prototypes, present)))
         nearest, result = np.asarray(distances).argmin(axis=1)[places], np.zeros((3, len(rows)))
         for index in np.unique(nearest):
-            result[:, nearest == index] = scorer.scores(adapters(index), rows[nearest == index])
+            result[:, nearest == index] = scorer.scores(slice_of(index), rows[nearest == index])
         return result
 
     return scores

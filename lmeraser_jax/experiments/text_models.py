@@ -1,6 +1,6 @@
 """The models of a comparison of unlearning on text: tuned, tuned again, and what approximate methods make of them.
 
-One adapter is tuned for all records, and one again for the records after the edit, in workdirs as `lmeraser train`
+One slice is tuned for all records, and one again for the records after the edit, in workdirs as `lmeraser train`
 makes them. Influence functions and the losses that are raised start from the former.
 
 A pass is the gradient of all n records' loss, or a product with the curvature of all n; losses alone are not counted.
@@ -26,21 +26,18 @@ from lmeraser_jax.experiments.text_draw import Draw
 from lmeraser_jax.training import tune
 from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.slices import Slice
-from lmeraser_jax.training.tasks import TextRows, TuningSpec, outputs_of, targets_of
+from lmeraser_jax.training.tasks import TextRows, TuningSpec, targets_of
 from lmeraser_jax.unlearning import influence
+from lmeraser_jax.unlearning.approximate import objective_of, strengths
 from lmeraser_jax.unlearning.artifacts import load_slice
 from lmeraser_jax.unlearning.build import build
-from lmeraser_jax.unlearning.influence import Objective, Problem, Rows, Settings
+from lmeraser_jax.unlearning.influence import Problem, Rows
 from lmeraser_jax.unlearning.run import Run, prepare_run
 
 BEFORE = "removal_before"  # the workdir of a seed's records before any edit
 CHUNK = 8  # rows of a chunk of an influence problem
-INFLUENCE: dict[str, dict[str, Settings]] = {  # {method: {edit: settings}}
-    "newton": {"removal": influence.REMOVAL, "query": influence.EDIT, "response": influence.EDIT},
-    "newton-calibrated": {"removal": influence.REMOVAL},
-    "paper": dict.fromkeys(("removal", "query", "response"), Settings(mode="paper")),
-    "warm": dict.fromkeys(("removal", "query", "response"), Settings(mode="warm")),
-}
+EDITS = ("removal", "query", "response")
+INFLUENCE = {"newton": EDITS, "newton-calibrated": EDITS[:1], "paper": EDITS, "warm": EDITS}  # {method: edits}
 Weights = Mapping[str, np.ndarray]  # {before, after, erased, kept, heldout: [C, B]}
 
 
@@ -54,9 +51,9 @@ class Cost(NamedTuple):
 
 
 class Tuned(NamedTuple):
-    """One adapter for all records, as a workdir has it."""
+    """One slice for all records, as a workdir has it."""
 
-    adapters: Any
+    slice: Slice
     cost: Cost
 
 
@@ -64,16 +61,6 @@ def common_spec(spec: TuningSpec) -> TuningSpec:
     """The part of a spec that outputs depend on: seeds and schedules share a compiled program."""
     lora = {name: getattr(spec.tuning, name) for name in ("method", "rank", "alpha", "lora_layers")}
     return dataclasses.replace(spec, tuning=Tuning(**lora), seed=0)
-
-
-@functools.lru_cache(maxsize=4)
-def objective_of(spec: TuningSpec) -> Objective:
-    """The loss of a slice's adapters on rows of text."""
-
-    def outputs(adapters: Any, params: Any, rows: jax.Array) -> jax.Array:
-        return outputs_of(Slice(None, None, None, adapters), spec, params, TextRows(rows))
-
-    return Objective(outputs)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,7 +100,7 @@ def tuned(lab: Laboratory, edit: str, role: str) -> Tuned:
     """
     draw, config, removal = lab.draw, one_adapter(lab.config), edit == "removal"
     if role == "base":
-        return Tuned(jax.tree.map(np.zeros_like, tuned(lab, edit, "before").adapters), Cost(0.0, None, 0.0))
+        return Tuned(jax.tree.map(np.zeros_like, tuned(lab, edit, "before").slice), Cost(0.0, None, 0.0))
     if role == "retrain" and not removal:
         return tuned(lab, "removal", "before")  # corrected records are what a removal starts from
     rows = draw.rows
@@ -127,7 +114,7 @@ def tuned(lab: Laboratory, edit: str, role: str) -> Tuned:
     with lab.workdir(name if name == BEFORE else f"{name}_{draw.edited}", config, rows) as run:
         processor = build_timed(run)
         ((ref, row),) = run.catalog.slices().items()
-        return Tuned(load_slice(run, ref).backbone, Cost(row.seconds, processor, row.images / lab.n))
+        return Tuned(load_slice(run, ref), Cost(row.seconds, processor, row.images / lab.n))
 
 
 def build_timed(run: Run) -> float | None:
@@ -171,11 +158,12 @@ def case_of(lab: Laboratory, edit: str, spec: TuningSpec, params: Any) -> Case:
         return flat.reshape(start, CHUNK)
 
     kept, removal = len(places["kept"]), edit == "removal"
-    strength = jax.tree.map(lambda _: np.float32(lab.config.tuning.lora_l2), spec.own_parameters)
-    rows = Rows(jnp.asarray(inputs), labels.reshape(start, CHUNK, -1))
+    before = tuned(lab, edit, "before")
+    strength = strengths(before.slice, lab.config.tuning)
+    rows = Rows(TextRows(jnp.asarray(inputs)), labels.reshape(start, CHUNK, -1))
     return Case(
         Problem(objective_of(spec), params, rows, strength),
-        tuned(lab, edit, "before"),
+        before,
         {
             "before": weights(lab.n, "kept", "edited" if removal else "wrong"),
             "after": weights(lab.n, "kept") if removal else weights(lab.n, "kept", "edited"),
@@ -188,32 +176,33 @@ def case_of(lab: Laboratory, edit: str, spec: TuningSpec, params: Any) -> Case:
 
 
 def approximate(case: Case, edit: str, method: str) -> Tuned:
-    """The adapters that a method gives, and what it took. A call without any weight compiles the programs before."""
+    """The slice that a method gives, and what it took. A call without any weight compiles the programs before."""
     nothing = {name: np.zeros_like(array) for name, array in case.weights.items()}
     unlearn = _by_influence if method in INFLUENCE else _by_ascent
     jax.block_until_ready(unlearn(case, nothing, edit, method)[0])
     seconds, processor = time.perf_counter(), time.process_time()
-    adapters, passes, residual = unlearn(case, case.weights, edit, method)
-    jax.block_until_ready(adapters)
+    slice_, passes, residual = unlearn(case, case.weights, edit, method)
+    jax.block_until_ready(slice_)
     cost = Cost(time.perf_counter() - seconds, time.process_time() - processor, passes, residual)
-    return Tuned(adapters, cost)
+    return Tuned(slice_, cost)
 
 
-def _by_influence(case: Case, weights: Weights, edit: str, method: str) -> tuple[Any, float, float | None]:
-    """Adapters, passes, residual. Passes: the report's gradient, then right-hand sides, products or warm steps."""
-    settings, heldout = INFLUENCE[method][edit], weights["heldout"] if method == "newton-calibrated" else None
+def _by_influence(case: Case, weights: Weights, edit: str, method: str) -> tuple[Slice, float, float | None]:
+    """Slice, passes, residual. Passes: the report's gradient, then right-hand sides, products or warm steps."""
+    mode, _, calibrated = method.partition("-")
+    settings, heldout = influence.settings_of(mode, edit != "removal"), weights["heldout"] if calibrated else None
     ends = weights["before"], weights["after"]
-    adapters, report = influence.update(case.problem, case.tuned.adapters, *ends, settings, heldout)
+    slice_, report = influence.update(case.problem, case.tuned.slice, *ends, settings, heldout)
     after, edited = (np.count_nonzero(case.weights[name]) / case.n for name in ("after", "erased"))
     if method == "warm":
-        return adapters, 1 + after * settings.warm_passes, None
+        return slice_, 1 + after * settings.warm_passes, None
     sides = after * settings.rounds if settings.rounds else edited + after * (heldout is not None)
     products = report.iterations * (1.0 if method == "paper" else after)
-    return adapters, 1 + sides + products, report.residual
+    return slice_, 1 + sides + products, report.residual
 
 
-def _by_ascent(case: Case, weights: Weights, edit: str, method: str) -> tuple[Any, float, None]:
+def _by_ascent(case: Case, weights: Weights, edit: str, method: str) -> tuple[Slice, float, None]:
     used = (weights[name] for name in ("erased", "kept", "heldout"))
-    adapters, steps = ascent.unlearn(case.problem, case.tuned.adapters, *used, method)
+    slice_, steps = ascent.unlearn(case.problem, case.tuned.slice, *used, method)
     edited = np.count_nonzero(case.weights["erased"]) / case.n
-    return adapters, int(steps) * (edited if method == "ascent" else 1.0), None
+    return slice_, int(steps) * (edited if method == "ascent" else 1.0), None

@@ -1,8 +1,8 @@
-"""Approximate slices: they answer for the clusters that an erasure touched until the next build has the exact ones.
+"""Approximate slices: they answer for the clusters that a request touched until the next build has the exact ones.
 
 An approximate slice is its exact parent plus one update by influence functions. Its name says what it is, and hashes
-the parent, the settings and the records that left, so it is content-addressed and the same in any order of requests. It
-has its parent's members, so every erased record among them taints it: the purge after the exact build removes it.
+the parent, the settings and the records that left or joined, so it is content-addressed and the same in any order of
+requests. The purge after the exact build removes it.
 """
 
 import dataclasses
@@ -21,16 +21,23 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import arrays_digest, digest
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.storage.rows import SliceKind
+from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.training.features import network_inputs, on_device
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TuningSpec, outputs_of, targets_of
 from lmeraser_jax.training.tune import bucket
 from lmeraser_jax.unlearning import influence
-from lmeraser_jax.unlearning.artifacts import APPROXIMATE, is_approximate, load_slice, pack, slice_of
+from lmeraser_jax.unlearning.artifacts import (
+    APPROXIMATE,
+    is_approximate,
+    load_clustering,
+    load_slice,
+    pack,
+    slice_of,
+)
 from lmeraser_jax.unlearning.build import remove_leftovers, tune_missing
-from lmeraser_jax.unlearning.influence import Objective, Problem, Report, Rows, Settings
-from lmeraser_jax.unlearning.plan import current_plan
+from lmeraser_jax.unlearning.influence import Objective, Problem, Report, Rows
+from lmeraser_jax.unlearning.plan import assign_members, current_plan
 from lmeraser_jax.unlearning.purge import drop_packed, purge
 from lmeraser_jax.unlearning.run import Run
 
@@ -47,6 +54,7 @@ class _Update:
 
     name: str
     recipe: Mapping[str, Any]  # what the name hashes
+    rows: np.ndarray  # int64 [m], image rows of the records that it was made with
     arrays: Mapping[str, np.ndarray]
     report: Report
 
@@ -64,15 +72,22 @@ def refuse_unless_applicable(catalog: Catalog, tuning: Tuning, calibrate: bool) 
 
 
 def publish_approximate(
-    run: Run, settings: Settings, calibrate: bool, force: bool, request: str = ""
+    run: Run, mode: str, calibrate: bool = False, force: bool = False, request: str = ""
 ) -> dict[str, Report]:
     """Publishes approximate slices of the clusters that a request touches: {cluster key: report}.
 
     By default of the clusters that any open request touches. Those in quarantine answer nothing and stay as they are.
-    Whatever other open requests erase from a cluster leaves its slice, too. Clusters, prototypes and routes stay as
-    they are until the next build. The common head has a closed form and becomes exact at once. One transaction
-    registers and publishes the slices, so a kill leaves the old or the new state. The requests stay open: the next
-    build replaces the slices.
+    Whatever other open requests erase from a cluster leaves its slice, too. A corrected record joins the cluster that
+    it gets under the published clustering. Clusters, prototypes and routes stay as they are until the next build. The
+    common head has a closed form and becomes exact at once. One transaction registers and publishes the slices, so a
+    kill leaves the old or the new state. The requests stay open: the next build replaces the slices.
+
+    Args:
+        run: opened for writing.
+        mode: one of `influence.MODES`.
+        calibrate: scale the step, in clusters that records only leave (`influence.update`).
+        force: publish although CG did not converge.
+        request: its id; empty: all open ones.
 
     Raises:
         UserError: CG did not converge and `force` was not given, or an update is not finite. Nothing is published then.
@@ -82,18 +97,20 @@ def publish_approximate(
         purge(run)  # their exact slices are there; a purge for nothing would drop what a killed build has tuned
     before, waiting = run.catalog.manifest(), requests.listed(run.catalog, only_open=True)
     assert before is not None
-    named = {key for each in waiting if request in ("", each.id) for key in each.body["members"]}
+    joining = _joining(run, before)
+    reached = {each.id: _reached(run, each, joining) for each in waiting}
+    named = {key for each in waiting if request in ("", each.id) for key in reached[each.id]}
     touched = named & before.clusters.keys() - run.catalog.quarantined()
     entries = dict(before.entries)
     updates = {}
     for key in sorted(touched):
-        update = _update(run, key, settings, calibrate)
+        update = _update(run, key, joining.get(key, RecordTable.empty()), mode, calibrate)
         if update is None:
             del entries[key]  # no member is left
         else:
             updates[key] = update
     reports = {key: update.report for key, update in updates.items()}
-    _refuse_bad(reports, settings, force)
+    _refuse_bad(reports, mode, force)
     for update in updates.values():
         facts = {"digest": update.name, "recipe": update.recipe}
         checkpoints.save(run.layout.slice(update.name), update.arrays, facts)
@@ -107,10 +124,27 @@ def publish_approximate(
             constants = before.recipe_constants_digest
             run.catalog.publish(before.clustering, run.fingerprint, constants, entries, moved=())
         for each in waiting:
-            _note(run, each, {key: report for key, report in reports.items() if key in each.body["members"]})
+            _note(run, each, {key: report for key, report in reports.items() if key in reached[each.id]})
     pack(run, entries)  # not before, as in a build: the transaction registers the slices
     drop_packed(run)
     return reports
+
+
+def _joining(run: Run, before: Manifest) -> dict[str, RecordTable]:
+    """{cluster key: corrected versions of records that join it}, those that no build has served yet."""
+    replaced, new = set(run.catalog.erased().values()), run.catalog.members("")
+    new = new.take(np.flatnonzero(np.array([name in replaced for name in new.ids], bool)))
+    if not len(new):
+        return {}
+    clustering = load_clustering(run.layout, before.clustering)
+    assigned = assign_members(run, new, clustering, unchanged=True)
+    return {clustering.keys[k]: new.take(np.flatnonzero(assigned == k)) for k in np.unique(assigned)}
+
+
+def _reached(run: Run, request: requests.Request, joining: Mapping[str, RecordTable]) -> set[str]:
+    """Keys of the clusters that a request's records leave or join."""
+    names = set(run.catalog.erased([request.id]).values())
+    return {*request.body["members"], *(key for key, new in joining.items() if not names.isdisjoint(new.ids))}
 
 
 def _note(run: Run, request: requests.Request, reports: Mapping[str, Report]) -> None:
@@ -126,24 +160,24 @@ def _note(run: Run, request: requests.Request, reports: Mapping[str, Report]) ->
 
 
 def _register(run: Run, key: str, update: _Update) -> None:
-    """Registers an approximate slice on disk with its parent's members, once it was read back."""
+    """Registers an approximate slice on disk with all that it was made with, once it was read back."""
     parent, known = run.catalog.slices()[slice_of(_parent(run, key))], run.catalog.slices()
     if update.name not in known:
         digests = {"digest": update.name, "params_digest": arrays_digest(update.arrays)}
         row = parent._replace(created=time.time(), images=0, **digests)
-        run.catalog.add_slice(row, run.catalog.rows_of(parent.digest))
+        run.catalog.add_slice(row, update.rows)
     load_slice(run, update.name)
 
 
-def _refuse_bad(reports: Mapping[str, Report], settings: Settings, force: bool) -> None:
+def _refuse_bad(reports: Mapping[str, Report], mode: str, force: bool) -> None:
     """Refuses updates that are not finite, and those of a solver that did not converge."""
     later = "nothing is published; the request is accepted, and lmeraser process serves it exactly"
     if not all(np.isfinite([report.change, report.residual]).all() for report in reports.values()):
-        raise UserError(f"--mode={settings.mode}: an update is not finite; {later}")
+        raise UserError(f"--mode={mode}: an update is not finite; {later}")
     worst = max((report.residual for report in reports.values()), default=0.0)
     if worst > influence.LARGEST_RESIDUAL and not force:
         again = "the same command with --request=ID of the request and --force publishes it anyway"
-        raise UserError(f"--mode={settings.mode}: the solver ended at residual {worst:.2g}; {later}; {again}")
+        raise UserError(f"--mode={mode}: the solver ended at residual {worst:.2g}; {later}; {again}")
 
 
 def _replace_common(run: Run, entries: dict[str, str]) -> None:
@@ -161,29 +195,34 @@ def _parent(run: Run, key: str) -> str:
     return next(ref for ref in refs if ref and not is_approximate(ref))
 
 
-def _update(run: Run, key: str, settings: Settings, calibrate: bool) -> _Update | None:
-    """Computes the approximate slice of a cluster; None where it has no member left."""
+def _update(run: Run, key: str, joining: RecordTable, mode: str, calibrate: bool) -> _Update | None:
+    """Computes the approximate slice of a cluster that some records join; None where it has no member left."""
     parent = _parent(run, key)
     rows = run.catalog.rows_of(slice_of(parent))
-    live, gone = run.catalog.at(rows), run.catalog.at(rows, erased=True)
-    if not len(live):
+    staying, gone = run.catalog.at(rows), run.catalog.at(rows, erased=True)
+    if not len(staying) and not len(joining):
         return None
+    settings, calibrate = influence.settings_of(mode, edited=bool(len(joining))), calibrate and not len(joining)
     recipe = {"version": VERSION, "parent": parent, "settings": dataclasses.asdict(settings), "calibrate": calibrate}
-    recipe |= {"removed": digest(list(zip(gone.ids, gone.contents, gone.labels.tolist(), strict=True)))}
+    for role, table in (("removed", gone), ("joining", joining)):
+        recipe[role] = digest(list(zip(table.ids, table.contents, table.labels.tolist(), strict=True)))
     recipe |= {"program": run.fingerprint, "strength": LEAST_STRENGTH}
     name = APPROXIMATE + digest(recipe)[: 64 - len(APPROXIMATE)]
     heldout = run.catalog.live("holdout") if calibrate else RecordTable.empty()
-    tables = (live, gone, heldout)
+    tables = staying, joining, gone, heldout
     problem, start = _problem(run, tables), load_slice(run, parent)
     problem = dataclasses.replace(problem, strength=strengths(start, run.config.tuning))
-    weights = np.zeros((3, sum(map(len, tables))), np.float32)  # before, after, held out
-    count = len(live) + len(gone)
-    weights[0, :count], weights[1, : len(live)] = 1 / count, 1 / len(live)
-    weights[2, count:] = 1 / max(len(heldout), 1)
-    chunks, size = problem.rows.labels.shape[:2]
-    before, after, held = (influence.chunked(row, size, chunks) for row in weights)
-    new, report = influence.update(problem, jax.device_put(start), before, after, settings, held if calibrate else None)
-    return _Update(name, recipe, checkpoints.flatten(jax.device_get(new)), report)
+    place, (chunks, size) = np.repeat(range(len(tables)), list(map(len, tables))), problem.rows.labels.shape[:2]
+
+    def weights(*used: int) -> np.ndarray:
+        """[C, B]: 1 / the number of records in some of the tables."""
+        chosen = np.isin(place, used)
+        return influence.chunked((chosen / max(chosen.sum(), 1)).astype(np.float32), size, chunks)
+
+    before, after, held = weights(0, 2), weights(0, 1), weights(3) if calibrate else None
+    new, report = influence.update(problem, jax.device_put(start), before, after, settings, held)
+    rows = np.concatenate([rows, joining.rows])
+    return _Update(name, recipe, rows, checkpoints.flatten(jax.device_get(new)), report)
 
 
 def strengths(slice_: Slice, tuning: Tuning) -> Slice:

@@ -56,7 +56,7 @@ def _token_weights(labels: jax.Array, dtype: Any) -> jax.Array:
 class Objective:
     """A loss, static under `jit`: one object for each compiled program."""
 
-    outputs: Callable[[Tree, Tree, jax.Array], jax.Array]  # (parameters, frozen, inputs [B, ...]) -> [B, ..., Y]
+    outputs: Callable[[Tree, Tree, Tree], jax.Array]  # (parameters, frozen, inputs [B, ...]) -> [B, ..., Y]
     losses: Callable[[jax.Array, jax.Array], jax.Array] = row_losses  # (outputs, labels) -> [B]
     curvature: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] = softmax_curvature
     gauss_newton: bool = True  # False: the true Hessian, which may be indefinite
@@ -100,6 +100,11 @@ class Settings:
 REMOVAL = Settings()
 EDIT = Settings(damp=1e-2, rounds=4, iterations=12)  # with more iterations each a round goes too far
 MODES = ("newton", "paper", "warm")
+
+
+def settings_of(mode: str, edited: bool) -> Settings:
+    """The settings of a mode where records only leave, or where edited ones take the place of others."""
+    return EDIT if edited and mode == "newton" else Settings(mode)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _clustering(run: Run, manifest: Manifest | None, leaving: frozenset[str]) ->
 def _with_all_clusters(run: Run, state: LiveState, leaving: frozenset[str]) -> LiveState:
     """The state with the members of every cluster."""
     records, keys = run.catalog.live("train").without(leaving), state.clustering.keys
-    assignment = _assignment(run, records, state.clustering, state.clustering_unchanged)
+    assignment = assign_members(run, records, state.clustering, state.clustering_unchanged)
     order = np.argsort(assignment, kind="stable")
     bounds = np.searchsorted(assignment[order], np.arange(len(keys) + 1))
     rows = {key: order[bounds[k] : bounds[k + 1]] for k, key in enumerate(keys)}
@@ -167,7 +167,7 @@ def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leavi
     """The state with the members of clusters with an erased or a new record, a lost slice, or a pin that may end."""
     catalog, keys = run.catalog, state.clustering.keys
     new = catalog.members("", leaving)
-    clusters_hit = [keys[k] for k in _assignment(run, new, state.clustering, True)]
+    clusters_hit = [keys[k] for k in assign_members(run, new, state.clustering, True)]
     touched = catalog.touched() | set(clusters_hit) | set(catalog.clusters_of(leaving).values())
     touched |= {key for key, ref in manifest.clusters.items() if slice_of(ref) not in state.on_disk}
     touched |= {key for key, ref in state.pins.items() if slice_of(ref) in state.tainted.all}
@@ -182,7 +182,7 @@ def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leavi
     return dataclasses.replace(state, members=members, untouched=untouched, moved=moved)
 
 
-def _assignment(run: Run, records: RecordTable, clustering: Clustering, unchanged: bool) -> np.ndarray:
+def assign_members(run: Run, records: RecordTable, clustering: Clustering, unchanged: bool) -> np.ndarray:
     """Cluster index int32 [N] of each record: sampled ones by the tree, the others by the nearest prototype.
 
     Under the published clustering a record keeps its published cluster, which is what it would get again.

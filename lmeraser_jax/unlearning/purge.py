@@ -1,7 +1,7 @@
 """The purge: removes everything that was made with an erased record, then the record itself.
 
-What the surviving manifests refer to is kept: the current manifest, and older ones that no erased record was a member
-or a sampled record of.
+What the surviving manifests refer to is kept: the current manifest, and older ones that hold no approximate slice and
+that no erased record was a member or a sampled record of.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.unlearning import receipts
-from lmeraser_jax.unlearning.artifacts import slice_of, tainted, was_sampled
+from lmeraser_jax.unlearning.artifacts import is_approximate, slice_of, tainted, was_sampled
 from lmeraser_jax.unlearning.run import Run
 
 
@@ -32,7 +32,7 @@ class Survivors:
 def surviving(run: Run, served: Collection[str]) -> Survivors:
     """What survives the purge of the given requests. Reads only."""
     catalog, erased = run.catalog, run.catalog.erased(served)
-    sound_slices = set(catalog.slices()) - tainted(run, erased).all
+    sound_slices = {name for name in catalog.slices() if not is_approximate(name)} - tainted(run, erased).all
     newest_first = catalog.manifests()
     manifests = newest_first[:1]
     for manifest in newest_first[1:]:
