@@ -10,7 +10,6 @@ output says what could not be done.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import sys
 import threading
@@ -62,11 +61,10 @@ def serve_once(layout: Layout, policy: Policy, signing_key: str = "") -> bool:
 
 def _approximate(run: "Run", request: Request) -> None:
     """Publishes approximate slices for a request, or notes why there are none: it is served exactly all the same."""
-    from lmeraser_jax.unlearning import approximate, influence
+    from lmeraser_jax.unlearning import approximate
 
-    settings = dataclasses.replace(influence.REMOVAL, mode=request.body["mode"])
     try:
-        approximate.publish_approximate(run, settings, calibrate=False, force=False, request=request.id)
+        approximate.publish_approximate(run, request.body["mode"], request=request.id)
     except UserError as error:
         requests.note(run.catalog, request.id, mode="exact", problem=public_text(run.layout, error))
 

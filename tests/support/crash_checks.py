@@ -62,8 +62,10 @@ class Trial:
         assert matching, "the published state is neither the old nor the new one"
         for name, record in state["records"].items():
             assert record in [known["records"].get(name) for known in sides.values()], name
+        there = sides[matching[0]]
         for name, cluster in state["assignment"].items():
-            assert cluster == sides[matching[0]]["assignment"].get(name, ""), name
+            replaced = state["records"][name] != there["records"].get(name)  # the new version of a record, or a new one
+            assert cluster == ("" if replaced else there["assignment"][name]), name
         return matching[0]
 
     def unfinished(self, folder: Path) -> list[str]:

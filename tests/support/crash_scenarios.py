@@ -21,6 +21,7 @@ from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import build, erase, rollback
 from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.rectify import Change, request_rectification
 from lmeraser_jax.unlearning.run import open_run, prepare_run
 
 CONFIG = small_config()
@@ -118,6 +119,19 @@ def process(folder: Path, ids: Sequence[str]) -> None:
         erase.process(run)
 
 
+def make_to_rectify(folder: Path) -> Prepared:
+    """The records keep their ids and owners."""
+    ids, wanted = make_trained(folder)
+    return ids, {name: needle for name, needle in wanted.items() if not name.startswith(("id ", "owner ", "key "))}
+
+
+def rectify(folder: Path, ids: Sequence[str]) -> None:
+    pictures = np.random.default_rng(3).integers(1, 255, (len(ids), *SOURCE.shape), np.uint8)
+    changes = [Change(name, image=picture) for name, picture in zip(ids, pictures, strict=True)]
+    with open_run(folder, write=True) as run:
+        request_rectification(run, changes, request="r-1", quarantine=True)
+
+
 def roll_back(folder: Path, ids: Sequence[str]) -> None:
     with open_run(folder, write=True) as run:
         rollback.rollback(run, min(run.catalog.manifest().entries), to="1")
@@ -126,6 +140,7 @@ def roll_back(folder: Path, ids: Sequence[str]) -> None:
 SCENARIOS = {
     "train": Scenario(lambda _: ((), {}), train),
     "unlearn": Scenario(make_trained, unlearn, 1),
+    "rectify": Scenario(make_to_rectify, rectify, 1),
     "process": Scenario(make_with_waiting_requests, process, 2),
     "add": Scenario(make_before_more_records, functools.partial(train, reimport=True), 1),
     "rollback": Scenario(make_tuned_twice, roll_back),

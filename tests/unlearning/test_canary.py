@@ -18,10 +18,12 @@ from lmeraser_jax.data.row_file import RowFile
 from lmeraser_jax.evaluation import montage
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
-from lmeraser_jax.unlearning import erase, purge, rollback
-from lmeraser_jax.unlearning.artifacts import load_clustering, split_reference, tainted
+from lmeraser_jax.unlearning import erase, influence, purge, rollback
+from lmeraser_jax.unlearning.approximate import publish_approximate
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, split_reference, tainted
 from lmeraser_jax.unlearning.audit import audit
 from lmeraser_jax.unlearning.build import build
+from lmeraser_jax.unlearning.rectify import Change, request_rectification
 from lmeraser_jax.unlearning.run import prepare_run
 
 ID, OWNER = "canary-5f1d/Ünverwechselbar", "Grace Canary-Hopper"
@@ -109,6 +111,36 @@ def test_no_byte_remembers_an_erased_record(tmp_path, kind):
         assert purge.leftovers(run) == [] and audit(run).ok
     with contextlib.closing(sqlite3.connect(tmp_path / "run" / "catalog.db")) as db:
         assert name not in "\n".join(db.iterdump())
+    assert search(tmp_path / "run", needles) == {}
+
+
+def test_no_byte_remembers_what_was_rectified(tmp_path, monkeypatch):
+    """Neither the old image and what an approximate update made with it, nor corrections that were erased with it."""
+    report = influence.Report("newton", 0.0, 0.0, 1, 0.0, 1.0, 1.0, 0.0, True)
+    monkeypatch.setattr(influence, "update", lambda _, start, *__: (jax.tree.map(lambda x: x * 1.5, start), report))
+    source, name, pixels = source_with_canary(False)
+    first, second = np.random.default_rng(6).integers(1, 255, (2, *source.shape), np.uint8)
+    with small_run(tmp_path / "run", source) as run:
+        build(run)
+        rows = run.catalog.rows([name])
+        feature = run.features(run.catalog.at(rows.values())).tobytes()
+        slices = tainted(run, {row: name for row in rows.values()}).by_member
+        needles = [pixels, feature, *stretches(run, slices), *(digest.encode() for digest in slices)]
+        request_rectification(run, [Change(name, image=first)], "r1", defer=True)
+        assert search(run.layout.root, [first.tobytes()]), "it waits in the catalog"
+        publish_approximate(run, "newton")
+        approximate = {ref for ref in run.catalog.manifest().entries.values() if is_approximate(ref)}
+        needles += [*stretches(run, approximate), *(ref.encode() for ref in approximate)]
+        assert approximate and search(run.layout.root, needles).keys() == set(needles)
+        erase.process(run)
+        assert search(run.layout.root, needles) == {} and audit(run).ok
+        (place,) = search(run.layout.root, [first.tobytes()]).values()
+        assert place == [run.layout.images.name], "the new version is live, and waits nowhere any more"
+        request_rectification(run, [Change(name, image=second)], "r2", defer=True)
+        assert search(run.layout.root, [second.tobytes()])
+        erase.request_erasure(run, [name])
+        needles += [first.tobytes(), second.tobytes(), *spellings(name), *spellings(OWNER)]
+        assert search(run.layout.root, needles) == {} and purge.leftovers(run) == []
     assert search(tmp_path / "run", needles) == {}
 
 
