@@ -18,7 +18,8 @@ from lmeraser_jax.training import train_step
 from lmeraser_jax.training.features import network_inputs
 from lmeraser_jax.training.tasks import TextRows, outputs_of
 from lmeraser_jax.unlearning import erase
-from lmeraser_jax.unlearning.artifacts import load_slice
+from lmeraser_jax.unlearning.approximate import publish_approximate
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_slice
 from lmeraser_jax.unlearning.audit import audit, differences, state
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.rectify import Change, request_rectification
@@ -153,10 +154,16 @@ def test_rectifying_texts_equals_having_had_them_corrected(folder, train, tmp_pa
             query, response = run.encoder.texts(rows[places[change.id]])
             row, _ = run.encoder.row(change.query or query, change.response or response)
             rows[places[change.id]] = row
-        erasure = request_rectification(run, changes[:2], "first")
-        request_rectification(run, changes[2:], "second")
+        waiting = row_bytes(rows[places[third]])
+        request_rectification(run, changes, "first", defer=True)
+        assert in_files(workdir, waiting), "it waits in the catalog"
+        publish_approximate(run, "newton", force=True)
+        approximate = [ref.encode() for ref in run.catalog.manifest().entries.values() if is_approximate(ref)]
+        assert approximate and all(in_files(workdir, needle) for needle in approximate)
+        assert erase.process(run)[0].retuned > 0 and audit(run).ok
         corrected = state(run)
-        assert erasure.outcome.retuned > 0 and audit(run).ok
+        assert in_files(workdir, waiting) == [run.layout.images.name], "it is live, and waits nowhere any more"
+        needles += approximate
         assert request_rectification(run, changes) is None, "nothing is left to change"
         with pytest.raises(UserError, match="the context 12"):
             request_rectification(run, [Change(first, response="w1 " * 30)])
