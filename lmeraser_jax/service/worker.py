@@ -5,7 +5,7 @@
 It keeps its compiled programs, so that a request costs its tuning and little else, and takes the writer lock for as
 long as it builds only. It ends when its standard input ends, that is with the service that started it, however that
 ended, and on SIGTERM; a request that is not finished then is finished by the next one. A line of JSON on standard
-output says what could not be done.
+output says what cannot be done now, "" where nothing stands in the way; the next one follows when that changes.
 """
 
 import argparse
@@ -84,25 +84,21 @@ def main() -> int:
     arguments = parser.parse_args()
     layout, policy = Layout(Path(arguments.workdir)), Policy(arguments.max_wait, arguments.max_batch)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    pause = POLL
+    pause, said = POLL, None
     with interrupt.handle_sigterm():
         while not interrupt.stop_requested():
             try:
-                if serve_once(layout, policy, arguments.signing_key):
-                    _say("")
-                pause = POLL
+                serve_once(layout, policy, arguments.signing_key)
+                pause, problem = POLL, ""  # also where another process served what could not be done here
             except interrupt.Stopped:
                 break
             except UserError as error:
-                _say(public_text(layout, error))
-                pause = min(LONGEST_PAUSE, max(1.0, 2 * pause))
+                pause, problem = min(LONGEST_PAUSE, max(1.0, 2 * pause)), public_text(layout, error)
+            if problem != said:
+                print(json.dumps({"problem": problem}), flush=True)
+                said = problem
             interrupt.wait(pause)
     return 0
-
-
-def _say(problem: str) -> None:
-    """Tells the service what could not be done; "" after something was."""
-    print(json.dumps({"problem": problem}), flush=True)
 
 
 if __name__ == "__main__":

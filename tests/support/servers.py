@@ -26,6 +26,7 @@ from lmeraser_jax.service.settings import Policy, Settings
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import binding
+from lmeraser_jax.unlearning.run import open_run
 
 NEVER = Policy(max_wait=1e9)  # the worker serves nothing: a test does it, with `worker.serve_once`
 
@@ -41,6 +42,10 @@ class Server:
     def settle(self) -> None:
         """Serves what waits, as the worker would."""
         assert worker.serve_once(Layout(self.root), Policy())
+        self.follow()
+
+    def follow(self) -> None:
+        """Waits until the published state answers."""
         version = int(self.client.get("/v1/model").json()["manifest"])
         wait_until(lambda: self.service.metrics.manifest._value.get() == version)
 
@@ -74,8 +79,17 @@ def serving(root: Path, **settings: Any) -> Iterator[Server]:
 class Process:
     """`lmeraser serve` in a process of its own."""
 
-    def __init__(self, root: Path, flags: tuple[str, ...], log: Path):
-        command = [sys.executable, "-m", "lmeraser_jax.cli.main", "serve", f"--workdir={root}", "--port=0", *flags]
+    def __init__(self, root: Path, flags: tuple[str, ...], log: Path, prefix: tuple[str, ...]):
+        command = [
+            *prefix,
+            sys.executable,
+            "-m",
+            "lmeraser_jax.cli.main",
+            "serve",
+            f"--workdir={root}",
+            "--port=0",
+            *flags,
+        ]
         # 8 devices, as the tests have: a slice is tuned on them alike, and predictions have the same batches
         environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
         self.log, start = log, log.stat().st_size if log.exists() else 0
@@ -99,12 +113,13 @@ class Process:
 
 
 @contextlib.contextmanager
-def process(root: Path, *flags: str, log: Path) -> Iterator[Process]:
+def process(root: Path, *flags: str, log: Path, prefix: tuple[str, ...] = ()) -> Iterator[Process]:
     """A server in a process, ready to answer, and killed at the end if it runs."""
-    server = Process(root, flags, log)
+    server = Process(root, flags, log, prefix)
     try:
         yield server
     finally:
+        server.client.close()
         if server.process.poll() is None:
             server.end()
 
@@ -136,6 +151,12 @@ def wait_until(holds: Callable[[], Any], seconds: float = 30) -> Any:
             return answer
         time.sleep(0.02)
     raise AssertionError(f"not within {seconds} s")
+
+
+def images_of(root: Path, count: int) -> np.ndarray:
+    """The first images of a workdir, uint8 [count, h, w, c]."""
+    with open_run(root) as run:
+        return np.array(run.images[:count])
 
 
 def png(pixels: np.ndarray) -> bytes:
