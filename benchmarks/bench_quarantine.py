@@ -58,13 +58,13 @@ def main() -> None:
 def measured(workdir: Path, count: int) -> tuple[list[tuple[str, float, float]], dict[str, Any]]:
     """(cluster, start and end of `accept`) of each request, and what the answering process saw."""
     from lmeraser_jax.storage import requests
-    from lmeraser_jax.storage.catalog import Catalog
+    from lmeraser_jax.storage.catalog import KEY, Catalog
 
     command = [sys.executable, __file__, f"--answer={workdir}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin and process.stdout and process.stdout.readline() == "ready\n"
     catalog, rng, accepted = Catalog(workdir / "catalog.db"), np.random.default_rng(3), []
-    record_of = dict(catalog.db.execute("SELECT cluster,min(id) FROM records WHERE split='train' GROUP BY cluster"))
+    record_of = dict(catalog.db.execute(f"SELECT {KEY},min(id) FROM records WHERE split='train' GROUP BY cluster"))
     for key in rng.permutation(sorted(record_of))[:count].tolist():
         time.sleep(rng.uniform(0.02, 0.15))
         start = time.monotonic()

@@ -3,12 +3,9 @@
 It is the only source of truth. Files are written first; a change becomes true in one transaction here.
 """
 
-import contextlib
-import json
 import operator
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -16,108 +13,18 @@ import numpy as np
 
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.data.source import Item
-from lmeraser_jax.errors import UserError
 from lmeraser_jax.hashing import keyed_hash
-from lmeraser_jax.storage import schema
+from lmeraser_jax.storage.database import Database
 from lmeraser_jax.storage.rows import Edit, Manifest, ReceiptLink, SliceRow
 
-COLUMNS = "id,row,label,owner,content,cluster"  # of a `RecordTable`
+COLUMNS = "id,row,label,owner,content,cluster"  # of a `RecordTable`; a content as bytes, a cluster as its number
+CONTENT = "lower(hex(content))"
+KEY = "(SELECT key FROM clusters WHERE number=cluster)"
 ERASE = "UPDATE records SET erased=? WHERE id=? AND erased=''"
 
 
-class Catalog:
-    """A connection to the catalog of one workdir. Readers are never blocked by the writer (WAL)."""
-
-    def __init__(self, path: Path):
-        if path.is_dir() or (path.is_file() and 0 < path.stat().st_size < schema.SMALLEST):
-            raise UserError(f"{path} is not a readable catalog: it is a folder or too short")
-        self.path = path
-        with contextlib.ExitStack() as undo, schema.readable(path):
-            self.db, self._frozen = schema.connect(path)
-            undo.callback(self.db.close)
-            self.db.execute("PRAGMA secure_delete=ON")
-            self.db.execute("PRAGMA synchronous=FULL")
-            if not self.db.execute("SELECT 1 FROM sqlite_master").fetchone():  # new, or killed while it was made
-                schema.create(self.db)
-            schema.refuse_other_version(self.db, path)
-            self.salt: str = self.get("salt")
-            self.reading = False
-            self._slices: dict[str, SliceRow] | None = None  # as of `_slices_version`
-            self._slices_version = 0
-            undo.pop_all()
-
-    def close(self) -> None:
-        self.db.close()
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """All or nothing; nests into an outer transaction."""
-        assert not self.reading, "a snapshot is undone at its end, and what is written in it with it"
-        if self.db.in_transaction:
-            yield
-            return
-        with schema.readable(self.path):
-            self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self.db.execute("COMMIT")
-        except BaseException:
-            self._slices = None
-            if self.db.in_transaction:  # SQLite has rolled back by itself when the disk is full
-                self.db.execute("ROLLBACK")
-            raise
-
-    @contextlib.contextmanager
-    def snapshot(self) -> Iterator[None]:
-        """Everything read inside is of one moment, whatever other processes commit meanwhile. No writes."""
-        if self.db.in_transaction:
-            yield
-            return
-        self.db.execute("BEGIN")
-        self.reading = True
-        try:
-            yield
-        finally:
-            self.reading = False
-            self.db.execute("ROLLBACK")
-
-    @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """A transaction that is undone at its end, to read what a change would lead to."""
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        finally:
-            self.db.execute("ROLLBACK")
-
-    def stamp(self) -> tuple[int, int]:
-        """Changes with every commit of any connection; raises `UserError` where none can be seen (`schema.connect`)."""
-        schema.refuse_change(self.path, self._frozen)
-        return self.db.execute("PRAGMA data_version").fetchone()[0], self.db.total_changes
-
-    def flush(self) -> None:
-        """Empties the log, where old pages would linger. Raises `UserError` while another process keeps reading."""
-        if self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-            raise UserError(
-                "another process has been reading the catalog for too long, so that old pages could not be removed yet;"
-                " the erasure is published but not purged: run lmeraser process on the workdir again"
-            )
-
-    # meta and events
-    def get(self, key: str) -> Any:
-        """A value of the meta table, or None."""
-        row = self.db.execute("SELECT value FROM meta WHERE key=?", (key,)).fetchone()
-        return json.loads(row[0]) if row else None
-
-    def set(self, key: str, value: object) -> None:
-        self.db.execute("INSERT OR REPLACE INTO meta VALUES(?,?)", (key, json.dumps(value)))
-
-    def event(self, kind: str, **body: object) -> None:
-        self.db.execute("INSERT INTO events VALUES(?,?,?)", (time.time(), kind, json.dumps(body, sort_keys=True)))
-
-    def salted(self, purpose: str, name: str) -> str:
-        """A keyed hash that recognises a name without saying it: the salt never leaves the catalog."""
-        return keyed_hash(self.salt, purpose, name).hex()
+class Catalog(Database):
+    """What the file says of records, slices, published states and receipts."""
 
     # records
     def add_records(self, items: Iterable[Item], rows: Iterable[int], contents: Iterable[str]) -> None:
@@ -126,7 +33,7 @@ class Catalog:
         query = "INSERT INTO records(id,split,label,owner,row,content,rank) VALUES(?,?,?,?,?,?,?)"
         for item, row, content in zip(items, rows, contents, strict=True):
             rank = b"" if seed is None else sample_rank(seed, item.id)
-            self.db.execute(query, (*item, row, content, rank))
+            self.db.execute(query, (*item, row, bytes.fromhex(content), rank))
 
     def rank(self, seed: int) -> None:
         """Makes sure that every record has the rank in sampling that the seed gives it."""
@@ -143,24 +50,25 @@ class Catalog:
         Removing a record that is not among them changes nothing; removing one that is admits the next.
         """
         condition = "split=? ORDER BY rank,id LIMIT ?"
-        return _table(sorted(self._live(condition, split, count + len(leaving), leaving=leaving)[:count]))
+        return self._table(sorted(self._live(condition, split, count + len(leaving), leaving=leaving)[:count]))
 
     def live(self, *splits: str) -> RecordTable:
         """The live records of the given splits, sorted by id."""
-        return _table(self._live(f"split IN ({','.join('?' * len(splits))}) ORDER BY id", *splits))
+        return self._table(self._live(f"split IN ({','.join('?' * len(splits))}) ORDER BY id", *splits))
 
     def private_ids(self) -> list[str]:
         """The ids of all live records but public ones."""
         return self._values("SELECT id FROM records WHERE erased='' AND split!='public'")
 
     def at(self, rows: Iterable[int], erased: bool = False) -> RecordTable:
-        """The live private records in the given image rows, or the erased ones, sorted by id."""
-        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND split='train' AND (erased!='')=?"
-        return _table(sorted(record for row in rows for record in self.db.execute(query, (int(row), erased))))
+        """The live records in the given image rows, or the erased ones, sorted by id."""
+        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND (erased!='')=?"
+        return self._table(sorted(record for row in rows for record in self.db.execute(query, (int(row), erased))))
 
     def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
         """The live private records of a published cluster, of "" those in none yet, sorted by id; without `leaving`."""
-        return _table(self._live("split='train' AND cluster=? ORDER BY id", cluster, leaving=leaving))
+        condition = "split='train' AND cluster=(SELECT number FROM clusters WHERE key=?) ORDER BY id"
+        return self._table(self._live(condition, cluster, leaving=leaving))
 
     def _live(self, condition: str, *values: object, leaving: Collection[str] = ()) -> list[tuple[Any, ...]]:
         query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND {condition}"
@@ -168,13 +76,13 @@ class Catalog:
 
     def touched(self) -> frozenset[str]:
         """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
-        query = "SELECT DISTINCT cluster FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"
+        query = f"SELECT DISTINCT {KEY} FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"
         return frozenset(self._values(query))
 
     def sizes(self) -> dict[str, int]:
         """{published cluster: live members}; "" counts records that are in none yet."""
-        query = "SELECT cluster,count(*) FROM records WHERE split='train' AND erased='' GROUP BY cluster"
-        return dict(self.db.execute(query))
+        counts = "SELECT cluster,count(*) AS size FROM records WHERE split='train' AND erased='' GROUP BY cluster"
+        return dict(self.db.execute(f"SELECT {KEY},size FROM ({counts})"))
 
     def counts(self) -> dict[str, int]:
         """{split: live records}."""
@@ -182,7 +90,7 @@ class Catalog:
 
     def clusters_of(self, ids: Iterable[str]) -> dict[str, str]:
         """{id: published cluster} of those ids that are in one, erased or not."""
-        return {name: row[0] for name, row in self._by_id("cluster", ids, "AND split='train' AND cluster!=''")}
+        return {name: row[0] for name, row in self._by_id(KEY, ids, "AND split='train' AND cluster!=0")}
 
     def rows_used(self) -> int:
         """Rows of the image file that belong to a record or to an erased one's place."""
@@ -195,7 +103,8 @@ class Catalog:
 
     def known(self, ids: Iterable[str]) -> dict[str, tuple[str, str, int, bool]]:
         """{id: (split, content, label, erased)} of those ids that the catalog holds; of the live version, if any."""
-        return {name: (*row[:3], bool(row[3])) for name, row in self._by_id("split,content,label,erased!=''", ids)}
+        records = self._by_id(f"split,{CONTENT},label,erased!=''", ids)
+        return {name: (*row[:3], bool(row[3])) for name, row in records}
 
     def rows(self, ids: Iterable[str]) -> dict[str, int]:
         """{id: image row} of those ids that the catalog holds."""
@@ -210,17 +119,19 @@ class Catalog:
 
     def owned(self, owner: str) -> list[str]:
         """Ids of one owner's records, sorted: all but public ones; also erased ones that are not purged yet."""
-        return self._values("SELECT DISTINCT id FROM records WHERE owner=? AND split!='public' ORDER BY id", owner)
+        query = "SELECT DISTINCT id FROM records WHERE owner=? AND owner!='' AND split!='public' ORDER BY id"
+        return self._values(query, owner)
 
     def same_pixels(self, content: str) -> list[str]:
         """Ids of private records with this content hash, sorted; also erased ones that have no new version."""
         newer = "SELECT id FROM edits UNION SELECT id FROM records WHERE erased=''"
         query = f"SELECT id FROM records WHERE content=? AND split!='public' AND (erased='' OR id NOT IN ({newer}))"
-        return self._values(f"{query} UNION SELECT id FROM edits WHERE content=? ORDER BY id", content, content)
+        value = bytes.fromhex(content)
+        return self._values(f"{query} UNION SELECT id FROM edits WHERE content=? ORDER BY id", value, content)
 
     def contents(self) -> list[str]:
         """The content hashes of all records."""
-        return self._values("SELECT content FROM records")
+        return self._values(f"SELECT {CONTENT} FROM records")
 
     def copies(self) -> tuple[int, int]:
         """How many pictures are live training and test images at once, pixel for pixel; and have several labels."""
@@ -269,8 +180,14 @@ class Catalog:
         return {row: name for request in requests for row, name in self.db.execute(query, (request,))}
 
     def forget(self, requests: Iterable[str]) -> None:
-        """Removes the rows of the records that these requests erased; their tombstones stay."""
+        """Removes the rows of the records that these requests erased, and keys of clusters that no record is in.
+
+        The records' tombstones stay.
+        """
         self.db.executemany("DELETE FROM records WHERE erased=? AND erased!=''", [(name,) for name in requests])
+        live = "EXISTS(SELECT 1 FROM records WHERE cluster=number AND split='train' AND erased='')"
+        erased = "SELECT cluster FROM records INDEXED BY records_erased WHERE erased!=''"
+        self.db.execute(f"DELETE FROM clusters WHERE number!=0 AND NOT {live} AND number NOT IN ({erased})")
 
     def add_tombstone(self, purpose: str, name: str) -> None:
         """Leaves a salted hash that says "erased before" of an id (tombstone) or an owner without saying which."""
@@ -290,7 +207,8 @@ class Catalog:
         """Registers a slice on disk, the image rows of its members, {step: digest of parameters} of earlier epochs."""
         self._slices = None
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
-        self.db.executemany("INSERT OR REPLACE INTO members VALUES(?,?)", [(row.digest, int(r)) for r in rows])
+        members = np.unique(np.fromiter(rows, "<i4")).tobytes()
+        self.db.execute("INSERT OR REPLACE INTO members VALUES(?,?)", (row.digest, members))
         self.db.executemany("INSERT OR REPLACE INTO epochs VALUES(?,?,?)", [(row.digest, *e) for e in epochs.items()])
 
     def epochs(self, digest: str) -> dict[int, str]:
@@ -312,12 +230,19 @@ class Catalog:
 
     def rows_of(self, digest: str) -> np.ndarray:
         """int64 [m]: image rows of a slice's members, ascending."""
-        return np.array(self._values("SELECT row FROM members WHERE slice=? ORDER BY row", digest), np.int64)
+        blobs = self._values("SELECT rows FROM members WHERE slice=?", digest)
+        return np.frombuffer(b"".join(blobs), "<i4").astype(np.int64)
 
     def slices_of(self, rows: Iterable[int]) -> frozenset[str]:
         """Digests of slices that have a member in one of the image rows."""
-        query = "SELECT slice FROM members WHERE row=?"
-        return frozenset(name for row in rows for (name,) in self.db.execute(query, (int(row),)))
+        wanted = np.fromiter(rows, np.int64)
+        if not len(wanted):
+            return frozenset()
+        slices = self.db.execute("SELECT slice,rows FROM members").fetchall()
+        members = np.frombuffer(b"".join(blob for _, blob in slices), "<i4")
+        ends = np.cumsum([len(blob) // members.itemsize for _, blob in slices])
+        hit = np.searchsorted(ends, np.flatnonzero(np.isin(members, wanted)), side="right")
+        return frozenset(slices[place][0] for place in np.unique(hit))
 
     def set_clustering(self, clustering: str, digests: Iterable[str]) -> None:
         """Notes that the members of these slices follow from a clustering."""
@@ -327,9 +252,9 @@ class Catalog:
 
     def orphaned_slices(self) -> frozenset[str]:
         """Published slices that have seen an image row which belongs to no record any more. There should be none."""
-        published = "SELECT substr(slice,1,64) FROM entries WHERE version=(SELECT max(version) FROM manifests)"
-        condition = f"slice IN ({published}) AND row NOT IN (SELECT row FROM records)"
-        return frozenset(self._values(f"SELECT DISTINCT slice FROM members WHERE {condition}"))
+        manifest = self.manifest()
+        published = {ref.partition("@")[0] for ref in manifest.entries.values()} if manifest else set()
+        return self.slices_of(self.free_rows()) & published
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""
@@ -348,7 +273,12 @@ class Catalog:
         head = (None, time.time(), clustering, program, constants)
         version = int(self.db.execute("INSERT INTO manifests VALUES(?,?,?,?,?)", head).lastrowid or 0)
         self.db.executemany("INSERT INTO entries VALUES(?,?,?)", [(version, *e) for e in sorted(entries.items())])
-        self.db.executemany("UPDATE records SET cluster=? WHERE row=?", ((key, int(row)) for row, key in moved))
+        moved = list(moved)
+        keys = [(key,) for key in {key for _, key in moved}]
+        self.db.executemany("INSERT OR IGNORE INTO clusters(key) VALUES(?)", keys)
+        numbers = dict(self.db.execute("SELECT key,number FROM clusters"))
+        changes = ((numbers[key], int(row)) for row, key in moved)
+        self.db.executemany("UPDATE records SET cluster=? WHERE row=?", changes)
         return version
 
     def drop_manifest(self, version: int) -> None:
@@ -383,6 +313,15 @@ class Catalog:
         """Clusters that no prediction may use until the requests that touch them are published."""
         return frozenset(self._values("SELECT DISTINCT cluster FROM quarantine"))
 
+    def _table(self, records: Sequence[tuple[Any, ...]]) -> RecordTable:
+        """Records, each the values of `COLUMNS`, as columns."""
+        # zip(*records) is slow for long tables
+        columns = (tuple(map(operator.itemgetter(i), records)) for i in range(6))
+        ids, rows, labels, owners, contents, clusters = columns
+        keys = dict(self.db.execute("SELECT number,key FROM clusters"))
+        hexadecimal, published = tuple(map(bytes.hex, contents)), tuple(map(keys.__getitem__, clusters))
+        return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, hexadecimal, published)
+
     def _values(self, query: str, *values: object) -> list[Any]:
         """The first column of a query's rows."""
         return [row[0] for row in self.db.execute(query, values)]
@@ -391,10 +330,3 @@ class Catalog:
 def sample_rank(seed: int, name: str) -> bytes:
     """Where an id stands in the order of sampling (paper Algorithm 1, line 3): a keyed hash, smallest first."""
     return keyed_hash(seed, "sample", name)
-
-
-def _table(rows: Sequence[tuple[Any, ...]]) -> RecordTable:
-    """Rows of `Catalog._live` as columns."""
-    # zip(*rows) is slow for long tables
-    ids, image_rows, labels, owners, contents, clusters = (tuple(map(operator.itemgetter(i), rows)) for i in range(6))
-    return RecordTable(ids, np.array(image_rows, np.int64), np.array(labels, np.int32), owners, contents, clusters)

@@ -11,24 +11,27 @@ from pathlib import Path
 
 from lmeraser_jax.errors import UserError
 
-VERSION = 4
+VERSION = 5
 SMALLEST = 512  # bytes of an SQLite file; shorter ones SQLite takes for a new, empty one
 SHOWN = 5  # lines of SQLite's own check in a message
 LONGEST_WAIT = 30.0  # seconds to wait for another process's transaction
 TABLES = """
 CREATE TABLE meta(key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE records(
-  id TEXT NOT NULL, row INTEGER NOT NULL UNIQUE, split TEXT NOT NULL, label INTEGER NOT NULL,
-  owner TEXT NOT NULL, content TEXT NOT NULL, cluster TEXT NOT NULL DEFAULT '',
+  row INTEGER PRIMARY KEY, -- of the image file
+  id TEXT NOT NULL, split TEXT NOT NULL, label INTEGER NOT NULL,
+  owner TEXT NOT NULL, content BLOB NOT NULL, cluster INTEGER NOT NULL DEFAULT 0,
   erased TEXT NOT NULL DEFAULT '', -- the request that erased it, or replaced it under the same id; empty: live
   rank BLOB NOT NULL DEFAULT x'', -- keyed hash that decides who is sampled
-  PRIMARY KEY(id, erased)
-) WITHOUT ROWID;
-CREATE INDEX records_owner ON records(owner);
+  UNIQUE(id, erased)
+);
+CREATE TABLE clusters(number INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE); -- the published keys of records
+INSERT INTO clusters VALUES(0,''); -- of records in no cluster yet
+CREATE INDEX records_owner ON records(owner) WHERE owner!='';
 CREATE INDEX records_content ON records(content);
 CREATE INDEX records_cluster ON records( -- covers what a plan reads of a cluster's members
-  split, cluster, erased, id, row, label, owner, content
-);
+  cluster, id, label, owner, content
+) WHERE split='train' AND erased='';
 CREATE INDEX records_rank ON records(split, rank);
 CREATE INDEX records_erased ON records(erased) WHERE erased!='';
 CREATE TABLE edits( -- what takes the place of records that requests replaced; the next build makes it live
@@ -44,8 +47,7 @@ CREATE TABLE slices(
 CREATE TABLE epochs(
   slice TEXT NOT NULL, step INTEGER NOT NULL, params_digest TEXT NOT NULL, PRIMARY KEY(slice, step)
 ) WITHOUT ROWID;
-CREATE TABLE members(slice TEXT NOT NULL, row INTEGER NOT NULL, PRIMARY KEY(slice, row)) WITHOUT ROWID;
-CREATE INDEX members_row ON members(row);
+CREATE TABLE members(slice TEXT PRIMARY KEY, rows BLOB NOT NULL); -- int32 [m], image rows, ascending
 CREATE TABLE manifests(
   version INTEGER PRIMARY KEY AUTOINCREMENT, created REAL NOT NULL, clustering TEXT NOT NULL, fingerprint TEXT NOT NULL,
   recipe_constants_digest TEXT NOT NULL DEFAULT ''

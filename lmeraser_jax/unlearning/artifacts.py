@@ -7,7 +7,7 @@ are. The second way matters only for slices that are kept whatever the live reco
 import contextlib
 import io
 import operator
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -221,14 +221,19 @@ def tainted(run: "Run", erased: Mapping[int, str]) -> Tainted:
     """The slices in the catalog that some erased records, {image row: id}, had a part in."""
     rows = run.catalog.slices()
     clusterings = {row.clustering for row in rows.values()} if erased else ()
-    sampled = {name for name in clusterings if was_sampled(run.layout, name, erased.values())}
+    sampled = {name for name in clusterings if was_sampled(sample_of(run.layout, name), erased.values())}
     by_sample = frozenset(name for name, row in rows.items() if row.clustering in sampled)
     return Tainted(run.catalog.slices_of(erased), by_sample)
 
 
-def was_sampled(layout: Layout, clustering: str, ids: Collection[str]) -> bool:
-    """Whether one of the ids was sampled for a clustering; for a clustering that is damaged the answer is yes."""
+def sample_of(layout: Layout, clustering: str) -> frozenset[str] | None:
+    """The ids that were sampled for a clustering; None for one that is damaged."""
     try:
-        return not set(load_clustering(layout, clustering).sample).isdisjoint(ids)
+        return frozenset(load_clustering(layout, clustering).sample)
     except Damaged:
-        return True
+        return None
+
+
+def was_sampled(sample: Set[str] | None, ids: Iterable[str]) -> bool:
+    """Whether one of the ids is in the sample of a clustering; for a clustering that is damaged the answer is yes."""
+    return sample is None or not sample.isdisjoint(ids)

@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from typing import Any
 
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.rows import Manifest, SliceKind
-from lmeraser_jax.unlearning.artifacts import expected_params, slice_of, tainted, was_sampled
+from lmeraser_jax.unlearning.artifacts import expected_params, sample_of, slice_of, tainted, was_sampled
 from lmeraser_jax.unlearning.plan import Plan
 from lmeraser_jax.unlearning.purge import dropped_versions, surviving
 from lmeraser_jax.unlearning.run import Run
@@ -33,8 +33,12 @@ def publish(run: Run, wanted: Plan, before: Manifest | None, changed: bool, seco
         waiting = [request for request in opened if request.id in served and request.state != "published"]
         work = _work(run, wanted, waiting) | {"seconds": round(seconds, 3)}
         removed = removal_summary(run, [request.id for request in waiting])
+        old, new = before.entries if before else {}, wanted.entries
+        pairs = {key: (old.get(key, ""), new.get(key, "")) for key in sorted({*old, *new})}
+        changed_slices = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
+        sample = sample_of(run.layout, before.clustering) if before and waiting else frozenset()
         for request in waiting:
-            facts = {"work": work, "clusters": _changes(run, request, wanted, before), "purged": removed}
+            facts = {"work": work, "clusters": _changes(run, request, changed_slices, sample), "purged": removed}
             facts["manifest"] = {"before": before.version if before else 0, "after": version}
             facts["members"] = {}  # names clusters, and a cluster's name is a digest of its sampled ids
             requests.advance(catalog, [request.id], "published", **facts)
@@ -72,28 +76,29 @@ def removal_summary(run: Run, served: Collection[str]) -> dict[str, Any]:
     }
 
 
-def _changes(run: Run, request: Request, wanted: Plan, before: Manifest | None) -> list[dict[str, Any]]:
+def _changes(
+    run: Run, request: Request, changed: Mapping[str, tuple[str, str]], sample: Set[str] | None
+) -> list[dict[str, Any]]:
     """The clusters that a request's records reached, why, and their slices before and after.
 
-    All salted: digests of ids and of members must not outlive a later erasure of one of them.
+    All salted: digests of ids and of members must not outlive a later erasure of one of them. `changed` has all
+    clusters with another slice than before, {key: (before, after)}, sorted; `sample` is that of the clustering before.
     """
     salted, members = run.catalog.salted, request.body["members"]
-    old = before.entries if before else {}
     names = run.catalog.erased([request.id]).values()
-    sampled = before is not None and was_sampled(run.layout, before.clustering, names)
+    sampled = was_sampled(sample, names)
     arrived = Counter(run.catalog.clusters_of(names).values())  # with their new versions, if they have any
     changes = []
-    for key in sorted(set(old) | set(wanted.entries)):
-        new = wanted.entries.get(key, "")
+    for key, (old, new) in changed.items():
         reached = len(request.body["records"]) if key == SliceKind.COMMON else members.get(key, 0) or arrived[key]
-        if old.get(key, "") == new or not (sampled or reached):
+        if not (sampled or reached):
             continue
         changes.append(
             {
                 "cluster": salted("cluster", key),
                 "why": "member" if reached else "re-cluster",
                 "records": reached,
-                "before": salted("slice", old[key]) if key in old else "",
+                "before": salted("slice", old) if old else "",
                 "after": salted("slice", new) if new else "",
                 "params": salted("params", expected_params(run.catalog, new) or "") if new else "",
             }

@@ -16,7 +16,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.unlearning import receipts
-from lmeraser_jax.unlearning.artifacts import is_approximate, slice_of, tainted, was_sampled
+from lmeraser_jax.unlearning.artifacts import is_approximate, sample_of, slice_of, tainted, was_sampled
 from lmeraser_jax.unlearning.run import Run
 
 
@@ -36,7 +36,9 @@ def surviving(run: Run, served: Collection[str]) -> Survivors:
     newest_first = catalog.manifests()
     manifests = newest_first[:1]
     for manifest in newest_first[1:]:
-        if _slices(manifest) <= sound_slices and not was_sampled(run.layout, manifest.clustering, erased.values()):
+        if not _slices(manifest) <= sound_slices:
+            continue
+        if not was_sampled(sample_of(run.layout, manifest.clustering), erased.values()):
             manifests.append(manifest)
     return referenced(catalog, manifests)
 

@@ -15,6 +15,7 @@ from helpers import small_config
 from lmeraser_jax import config as settings
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.experiments import cost_model
+from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.storage.catalog import Catalog
@@ -36,7 +37,7 @@ def make_workdir(folder, **overrides):
     names = [(f"{key}{i:02d}", key) for key, size in SIZES.items() for i in range(size)]
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         items = [Item(name, "train", 0, f"owner-{name[:2]}") for name, _ in names] + [Item("t", "test", 0)]
-        catalog.add_records(items, range(len(items)), [item.id for item in items])
+        catalog.add_records(items, range(len(items)), [digest(item.id) for item in items])
         catalog.rank(config.seed)
         moved = [(row, key) for row, (_, key) in enumerate(names)]
         for key in SIZES:

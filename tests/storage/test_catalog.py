@@ -10,6 +10,7 @@ import pytest
 
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import schema
 from lmeraser_jax.storage.catalog import Catalog, sample_rank
 from lmeraser_jax.storage.rows import SliceRow
@@ -22,7 +23,7 @@ ITEMS += [Item("Z", "holdout", 1, "ann"), Item("t", "test", 1, "ann"), Item("p",
 def catalog(tmp_path):
     """A catalog with six records in rows 10, 11, ..."""
     with contextlib.closing(Catalog(tmp_path / "catalog.db")) as new:
-        new.add_records(ITEMS, range(10, 16), [f"hash-{item.id}" for item in ITEMS])
+        new.add_records(ITEMS, range(10, 16), [digest(item.id) for item in ITEMS])
         yield new
 
 
@@ -57,14 +58,14 @@ def test_a_transaction_is_all_or_nothing_and_readers_see_whole_states(catalog, t
 def test_live_records_are_sorted_by_id(catalog):
     table = catalog.live("train")
     assert table.ids == ("a", "b", "é") and table.rows.tolist() == [11, 10, 12] and table.labels.tolist() == [0, 1, 0]
-    assert table.owners == ("ann", "ann", "") and table.contents == ("hash-a", "hash-b", "hash-é")
+    assert table.owners == ("ann", "ann", "") and table.contents == tuple(map(digest, table.ids))
     assert table.clusters == ("", "", "") and (table.rows.dtype, table.labels.dtype) == (np.int64, np.int32)
     assert catalog.live("train", "holdout").ids == ("Z", "a", "b", "é") and catalog.live("public").ids == ("p",)
     empty = catalog.live("nothing")
     assert len(empty) == len(catalog.live()) == 0 and empty.rows.shape == (0,) and empty.labels.dtype == np.int32
     for item in (Item("a", "train", 0), Item("new", "train", 0)):  # ids and rows are unique
         with pytest.raises(sqlite3.IntegrityError):
-            catalog.add_records([item], [10], ["x"])
+            catalog.add_records([item], [10], ["0f"])
 
 
 def test_erased_records_are_kept_until_they_are_purged_and_their_tombstones_for_good(catalog, tmp_path):
@@ -74,7 +75,7 @@ def test_erased_records_are_kept_until_they_are_purged_and_their_tombstones_for_
     assert catalog.erased() == {11: "a", 12: "é"} and catalog.live("train").ids == ("b",)
     assert catalog.erased(["second", "other"]) == {12: "é"} and catalog.erased([]) == {}
     assert catalog.owned("ann") == ["Z", "a", "b", "t"], "an erasure that is not purged can be asked for again"
-    known = {"a": ("train", "hash-a", 0, True), "p": ("public", "hash-p", 0, False)}
+    known = {"a": ("train", digest("a"), 0, True), "p": ("public", digest("p"), 0, False)}
     assert catalog.known(["a", "p", "unknown"]) == known
     catalog.forget(["first", ""])  # no request is named "": live records stay
     assert catalog.erased() == {12: "é"} and catalog.known(["a", "b"]).keys() == {"b"}
@@ -132,7 +133,7 @@ def test_manifests_are_numbered_and_never_twice_the_same(catalog):
 def test_the_sample_is_the_smallest_keyed_hashes(catalog):
     """As a literal sort has it; the unsampled do not matter, a sampled one admits the next; ranks follow the seed."""
     items = [Item(f"r{i:03d}", "train", 0) for i in range(200)]
-    catalog.add_records(items, range(100, 300), ["x"] * 200)
+    catalog.add_records(items, range(100, 300), ["0f"] * 200)
     for seed in (3, 4):
         catalog.rank(seed)
         live = list(catalog.live("train").ids)
@@ -143,7 +144,7 @@ def test_the_sample_is_the_smallest_keyed_hashes(catalog):
     catalog.erase(order[:2], "r")
     assert catalog.sample("train", 40).ids == tuple(sorted(order[2:42])) and catalog.sample("train", 999).ids[0] == "a"
     late = Item("late", "train", 0)
-    catalog.add_records([late], [999], ["x"])
+    catalog.add_records([late], [999], ["0f"])
     assert catalog.db.execute("SELECT rank FROM records WHERE id='late'").fetchone()[0] == sample_rank(4, "late")
 
 

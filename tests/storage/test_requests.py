@@ -11,6 +11,7 @@ from helpers import small_run
 
 from lmeraser_jax.data.source import Item
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.hashing import digest
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import STATES, accept, due, get, listed, resolve, still_live
@@ -30,7 +31,7 @@ EXACT = tuple(state for state in STATES if state != "approximated")  # of a requ
 def catalog(tmp_path):
     """A catalog of records in two published clusters, without a workdir around it."""
     with contextlib.closing(Catalog(tmp_path / "catalog.db")) as new:
-        new.add_records(ITEMS, range(len(ITEMS)), [f"hash-{item.id}" for item in ITEMS])
+        new.add_records(ITEMS, range(len(ITEMS)), [digest(item.id) for item in ITEMS])
         new.publish("tree", "cpu", "inputs", {}, [(i, f"k{i % 2}") for i in range(9)])
         yield new
 
@@ -82,12 +83,12 @@ def test_a_request_that_is_made_twice_is_accepted_once(catalog):
         with pytest.raises(UserError, match="--request=a: was used for another request"):
             accept(catalog, ids, request="a")
     assert dump(catalog) == before
-    image = accept(catalog, request="like", contents=["hash-r3"])
-    assert len(image.body["records"]) == 1 and accept(catalog, request="like", contents=["hash-r3"]) == image
+    image = accept(catalog, request="like", contents=[digest("r3")])
+    assert len(image.body["records"]) == 1 and accept(catalog, request="like", contents=[digest("r3")]) == image
     catalog.forget(["like"])
-    assert accept(catalog, request="like", contents=["hash-r3"]) == image, "although no record has these pixels now"
+    assert accept(catalog, request="like", contents=[digest("r3")]) == image, "although no record has these pixels now"
     with pytest.raises(UserError, match="no live record has exactly these pixels"):
-        accept(catalog, contents=["hash-r3"])
+        accept(catalog, contents=[digest("r3")])
 
 
 def test_a_second_request_for_a_record_that_waits(catalog):
@@ -123,7 +124,7 @@ def test_what_cannot_be_accepted_changes_nothing(catalog):
 def test_names_that_only_look_alike_are_hints_and_stay_live(catalog):
     names = ["anna", "Anna", "ann a", "ann  a", "é", "e\u0301", "007", "a,b", "a", "b", "'q'", "q", "x" * 1000]
     items = [Item(name, "train", 0, f"o-{name}") for name in names]
-    catalog.add_records(items, range(20, 20 + len(items)), names)
+    catalog.add_records(items, range(20, 20 + len(items)), map(digest, names))
     for unknown, *hints in (
         (["ANNA"], "records: ANNA; did you mean Anna (differs from ANNA in case), anna (differs from ANNA in case)?"),
         (["anna "], "'anna '; did you mean Anna (differs from 'anna ' in case and white space), anna (differs"),
