@@ -157,7 +157,7 @@ def needles(folder: Path, ids: Sequence[str]) -> Needles:
             table = records.take(np.array([records.ids.index(name)]))
             row = int(table.rows[0])
             wanted[f"id {name}"], wanted[f"owner of {name}"] = name.encode(), table.owners[0].encode()
-            wanted[f"content of {name}"] = table.contents[0].encode()
+            wanted[f"content of {name}"] = bytes.fromhex(table.contents[0])
             wanted[f"pixels of {name}"] = bytes(run.images[row])
             wanted[f"feature of {name}"] = run.features(table).tobytes()
             for digest in (digest for digest in catalog.slices() if row in catalog.rows_of(digest)):
