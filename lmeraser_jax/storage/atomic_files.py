@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lmeraser_jax.errors import Damaged, shorten
 
 DIGESTS = "digests.json"  # in a published folder: {path: SHA-256} of its files
 SHOWN = 2000  # characters of an error in a message
+THREADS = 8  # that wait for the disk, which takes milliseconds for a removed folder or a synced file
 
 
 def write_json(path: Path, value: object) -> None:
@@ -93,10 +95,13 @@ def remove_others(folder: Path, names: Collection[str]) -> None:
     """Removes every folder and file in `folder` whose name is not among `names`, and makes that durable."""
     if not folder.exists():
         return
-    for path in folder.iterdir():
-        if path.name not in names:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(_remove, [path for path in folder.iterdir() if path.name not in names]))
     sync_folder(folder)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def resize_file(path: Path, size: int) -> None:

@@ -9,12 +9,13 @@ import dataclasses
 import datetime
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax import config as settings
 from lmeraser_jax.hashing import digest, parse_strict_json
-from lmeraser_jax.storage.atomic_files import write_json
+from lmeraser_jax.storage.atomic_files import THREADS, write_json
 from lmeraser_jax.storage.requests import Request, with_state
 from lmeraser_jax.storage.rows import ReceiptLink
 from lmeraser_jax.unlearning import signatures
@@ -43,12 +44,14 @@ def write(run: "Run", requests: Sequence[Request]) -> list[ReceiptLink]:
         Their links, to be entered in the catalog.
     """
     links = run.catalog.receipts()
-    last, new = (links[-1] if links else FIRST), []
+    last, new, contents = (links[-1] if links else FIRST), [], {}
     for request in requests:
         values = _receipt(run, request, last)
         last = ReceiptLink(last.sequence + 1, request.id, digest(values))
-        write_json(run.layout.receipt(request.id), {**values, "digest": last.digest, "signature": None})
+        contents[run.layout.receipt(request.id)] = {**values, "digest": last.digest, "signature": None}
         new.append(last)
+    with ThreadPoolExecutor(THREADS) as threads:
+        list(threads.map(write_json, contents.keys(), contents.values()))
     return new
 
 
