@@ -10,6 +10,7 @@ from scipy.spatial import distance
 from sklearn.cluster import AgglomerativeClustering
 
 from lmeraser_jax import config as settings
+from lmeraser_jax.training import clustering
 from lmeraser_jax.training.clustering import (
     BATCH,
     Clustering,
@@ -19,6 +20,7 @@ from lmeraser_jax.training.clustering import (
     expected_share,
     merge_small,
     padded,
+    route,
     tree,
 )
 
@@ -253,3 +255,19 @@ def test_the_expected_share_is_the_mean_over_records():
         share = np.mean([np.mean(owner == owner[i]) for i in range(len(owner))])
         assert expected_share(sizes) == pytest.approx(share)
     assert expected_share([]) == 0.0
+
+
+def test_a_matrix_product_assigns_as_the_routing_program_does():
+    rng = np.random.default_rng(7)
+    prototypes = rng.normal(size=(40, 24)).astype(np.float32) + np.float32(30)
+    pairs = prototypes[rng.integers(40, size=(600, 2))]
+    far = rng.normal(size=(600, 24)).astype(np.float32) + np.float32(30)
+    halfway = pairs.mean(axis=1) + rng.choice(np.float32([0, 1e-6, 1e-5]), (600, 1))  # nearly, or exactly, a tie
+    features = np.concatenate([far, halfway, prototypes, np.full((1, 24), np.nan, np.float32)])
+    np.testing.assert_array_equal(assign(features, prototypes), route(features, prototypes))
+    assert len(np.unique(assign(far, prototypes))) > 10
+    with pytest.MonkeyPatch.context() as patch:  # and asks the program about few of them
+        routed = []
+        patch.setattr(clustering, "route", lambda rows, _: routed.append(len(rows)) or np.zeros(len(rows), np.int32))
+        assign(far, prototypes)
+    assert sum(routed) < 20
