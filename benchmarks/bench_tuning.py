@@ -13,26 +13,27 @@ import dataclasses
 import functools
 import os
 import statistics
-import time
 
 import jax
 import numpy as np
 import torch
 import torch_tuning
 from flax import nnx
-from reporting import deliver, new_parser
+from reporting import deliver, interleaved, new_parser
 from torch import nn
 from torch_swin import swin_pair
 from torch_vit import frozen_vit
+from workloads import Program
 
+from lmeraser_jax import config as settings
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.models import backbone as backbone_lib
-from lmeraser_jax.models import zoo
+from lmeraser_jax.models import convert, zoo
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.training import train_step, tune
-from lmeraser_jax.training.features import Extractor, compute_dtype, on_device
+from lmeraser_jax.training.features import Extractor, compute_dtype
 from lmeraser_jax.training.jobs import Job, batches, make_job
 from lmeraser_jax.training.lanes import step_batches
 
@@ -62,24 +63,30 @@ class Workload:
         for _ in tune.make_slices(self.problem, self.backbone, self.jobs, self.images, self.labels, self.mesh):
             pass
 
+    @functools.cached_property
+    def program(self) -> Program:
+        """The tuning program alone: as many steps as a round has, backbone and images on the device."""
+        return Program(self.problem, self.backbone.params, self.images, self.labels, self.jobs[0].steps)
+
     def losses(self) -> np.ndarray:
         """Mean over the clusters of each of the first steps' losses."""
-        program, t = train_step.compiled(self.problem, self.mesh), self.problem.tuning
-        params = on_device(self.backbone, compute_dtype(t.dtype, self.mesh), self.mesh)
-        call = next(step_batches(self.jobs, 1, t, self.problem.slots, self.problem.seed))
-        batch = train_step.Batch(call.rows, call.valid, call.seed_words, call.step, call.total, call.slot)
-        data = (self.images, self.labels, np.int32(CHECKED), train_step.initial_state(self.problem, self.mesh))
-        return np.asarray(program(params, *data, batch)[2])[:CHECKED].mean(axis=1)
+        call = next(step_batches(self.jobs, 1, self.problem.tuning, self.problem.slots, self.problem.seed))
+        work = train_step.Batch(call.rows, call.valid, call.seed_words, call.step, call.total, call.slot)
+        return self.program.run(work, np.int32(CHECKED))[1][:CHECKED].mean(axis=1)
 
 
 def networks(arguments: argparse.Namespace) -> tuple[Backbone, nn.Module]:
-    """A random backbone of a published size, four blocks of it with --quick, and the same in PyTorch."""
+    """A backbone of a published size and the same in PyTorch: of a file, or random, with --quick of four blocks."""
     config = dataclasses.replace(zoo.entry(arguments.backbone).architecture, image_size=arguments.size)
     if isinstance(config, SwinConfig):
         if arguments.quick:
-            config = dataclasses.replace(config, depths=(1,) * len(config.depths))
-        network, backbone = swin_pair(config)
+            config = dataclasses.replace(config, depths=(1,) * len(config.depths), window=arguments.size // 32)
+        network, backbone = swin_pair(config, arguments.weights)
         return backbone, network
+    if arguments.weights:
+        chosen = settings.Backbone(weights=arguments.weights, feature="cls", mean="0.5", std="0.5")
+        backbone, _ = convert.load(chosen, arguments.size)
+        return backbone, frozen_vit(backbone)
     config = dataclasses.replace(config, feature="cls", depth=4 if arguments.quick else config.depth)
     model = backbone_lib.build(config, nnx.Rngs(0))
     params = jax.device_get(nnx.to_pure_dict(nnx.split(model, nnx.Param)[1]))
@@ -93,7 +100,7 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     config = backbone.config
     size = arguments.size
     spec = ImageSpec(size, size, 3, size=size, resize=size, out_channels=3)
-    settings = Tuning(
+    tuning = Tuning(
         prompt_width=max(1, round(arguments.size * 30 / 224)),  # the paper's share of the image
         optimizer="sgd",
         prompt_rate=0.01,
@@ -102,8 +109,9 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
         min_steps=1,
         batch=arguments.batch,
         lanes=arguments.lanes,
+        scan_steps=arguments.steps,  # a round is one call
     )
-    problem = train_step.TuningSpec(config, spec, settings, CLASSES, seed=0)
+    problem = train_step.TuningSpec(config, spec, tuning, CLASSES, seed=0)
     members = arguments.steps * arguments.batch
     rng = np.random.default_rng(0)
     tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3))
@@ -116,7 +124,7 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     prototypes = features.mean(axis=1)
     nearest = ((features[:, :, None] - prototypes) ** 2).sum(axis=-1).argmin(axis=-1)
     assert (nearest == np.arange(arguments.lanes)[:, None]).all(), "the clusters overlap"
-    jobs = [make_job(f"c{k}", np.arange(k * members, (k + 1) * members), settings) for k in range(arguments.lanes)]
+    jobs = [make_job(f"c{k}", np.arange(k * members, (k + 1) * members), tuning) for k in range(arguments.lanes)]
     return dataclasses.replace(workload, jobs=jobs, prototypes=prototypes)
 
 
@@ -157,21 +165,10 @@ def disagreement(workload: Workload, task: torch_tuning.Task, best: torch_tuning
     return worst
 
 
-def interleaved(methods: dict, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each method in each round, after one that warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for number in range(rounds + 1):
-        for name, run in methods.items():
-            start = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     parser = new_parser(__doc__, quick="four blocks, short rounds")
     parser.add_argument("--backbone", default="vit-ti", help="of lmeraser backbone --list, with random weights")
+    parser.add_argument("--weights", default="", help="file or folder of such a backbone")
     parser.add_argument("--size", type=int, default=96, help="side of the images")
     parser.add_argument("--lanes", type=int, default=4, help="clusters tuned at the same time")
     parser.add_argument("--batch", type=int, default=16, help="images of a cluster per step")
@@ -182,28 +179,31 @@ def main() -> None:
         arguments.steps = CHECKED
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     workload = workload_of(arguments)
+    result: dict = {
+        name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")
+    }
+    architecture = workload.problem.architecture
+    blocks = architecture.depths if isinstance(architecture, SwinConfig) else architecture.depth
+    result |= {"torch": torch.__version__, "depth": blocks} | compared(workload, arguments.rounds)
+    deliver("bench_tuning.py", result, arguments.json)
+
+
+def compared(workload: Workload, rounds: int, compiled: bool = True) -> dict:
+    """Images per second of each side, and the seconds of each PyTorch over ours in the same round."""
     task = task_of(workload)
-    best = torch_tuning.Best(task)
+    best = torch_tuning.Best(task, compiled)
     worst = disagreement(workload, task, best)
-    last = {"ours": workload.tune, "reference": lambda: list(torch_tuning.reference(task))}
-    last["best_torch"] = lambda: float(list(best.run())[-1])  # waits for the device
-    seconds = interleaved(last, arguments.rounds)
-    images = workload.problem.tuning.lanes * arguments.batch * arguments.steps
+    sides = {"ours": workload.tune, "reference": lambda: list(torch_tuning.reference(task))}
+    sides["best_torch"] = lambda: float(list(best.run())[-1])  # waits for the device
+    seconds = interleaved(sides, rounds)
+    images = sum(job.images for job in workload.jobs)
     rates = {name: round(images / statistics.median(times), 2) for name, times in seconds.items()}
     ratios = {
         name: round(statistics.median(b / a for a, b in zip(seconds["ours"], times, strict=True)), 3)
         for name, times in seconds.items()
         if name != "ours"
     }
-    result: dict = {
-        name: getattr(arguments, name) for name in ("backbone", "size", "lanes", "batch", "steps", "rounds")
-    }
-    result["torch"] = torch.__version__
-    architecture = workload.problem.architecture
-    blocks = architecture.depths if isinstance(architecture, SwinConfig) else architecture.depth
-    result |= {"depth": blocks, "losses_differ_by": worst}
-    result |= {"images_per_s": rates, "ratio": ratios, "seconds": seconds}
-    deliver("bench_tuning.py", result, arguments.json)
+    return {"losses_differ_by": worst, "images_per_s": rates, "ratio": ratios, "seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -99,6 +99,17 @@ def timed(function: Callable[..., Any], *args: Any) -> float:
     return time.perf_counter() - start
 
 
+def interleaved(methods: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each method in each round, after one that warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for number in range(rounds + 1):
+        for name, run in methods.items():
+            took = timed(run)
+            if number:
+                seconds[name].append(took)
+    return seconds
+
+
 class Clock:
     """Seconds spent in functions, each replaced where it is looked up: {name: (owner, attribute)}."""
 
