@@ -58,6 +58,8 @@ def main() -> None:
 def run_all(names: list[str], settings: Settings, folder: Path, again: bool) -> dict[str, dict[str, Any]]:
     """The result of each part, those of earlier runs with the same settings included."""
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # PyTorch needs memory, too
+    if settings.quick:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # PyTorch's threads wait for each other on a busy machine
     processes = multiprocessing.get_context("forkserver")  # its processes have everything imported and no device yet
     processes.set_forkserver_preload(["gpu_parts", "bench_tuning", "bench_language"])
     results, deadline = {}, time.monotonic()

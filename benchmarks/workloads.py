@@ -1,6 +1,5 @@
 """What several benchmarks work on: cluster sizes, jobs, the tuning program alone, a trained workdir of the digits."""
 
-import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from lmeraser_jax.config import Tuning
 from lmeraser_jax.training import train_step
 from lmeraser_jax.training.features import compute_dtype
 from lmeraser_jax.training.jobs import Job, make_job
-from lmeraser_jax.training.tasks import TuningSpec
+from lmeraser_jax.training.tasks import TuningSpec, step_inputs
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.run import prepare_run
 
@@ -84,11 +83,17 @@ class Program:
         return self.work.rows.size
 
     def flops_per_row(self) -> float:
-        """FLOPs of the matrix products of a step for each row: forward, and backward to the slice."""
-        lane = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._state())
-        batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[2:], leaf.dtype), self.work)
-        step = functools.partial(train_step.cluster_step, self.spec)
-        return product_flops(jax.make_jaxpr(step)(*self.data, lane, batch).jaxpr) / self.spec.tuning.batch
+        """FLOPs of the matrix products of a step for each row: forward, and backward to the slice.
+
+        Resizing is left out: it is a product here, but need not be.
+        """
+        batch, (params, inputs, labels) = self.spec.tuning.batch, self.data
+        slice_ = jax.tree.map(lambda leaf: leaf[0], self._state().slice)
+        rows, labels, valid = jax.tree.map(lambda leaf: leaf[:batch], (inputs, labels, self.work.valid[0, 0]))
+        fed = jax.eval_shape(lambda rows: step_inputs(self.spec, rows, jax.random.key(0)), rows)
+        gradient = jax.value_and_grad(train_step.cluster_loss)
+        traced = jax.make_jaxpr(gradient, static_argnums=1)(slice_, self.spec, params, fed, labels, valid)
+        return product_flops(traced.jaxpr) / batch
 
 
 def product_flops(jaxpr: Any) -> float:
