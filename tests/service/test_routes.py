@@ -154,7 +154,7 @@ def test_the_model_its_figures_and_its_description(server):
     assert model["worker"]["alive"]
     assert client.get("/healthz").text == "ok" and client.get("/readyz").text == "ready"
     figures = client.get("/metrics").text
-    counts = {state: 0 for state in requests.STATES} | {"purged": len(list((server.root / "receipts").iterdir()))}
+    counts = {state: 0 for state in requests.STATES} | {"purged": len(list((server.root / "receipts").glob("*")))}
     assert all(f'lmeraser_requests{{state="{state}"}} {count}.0' in figures for state, count in counts.items())
     assert f"lmeraser_manifest {model['manifest']}.0" in figures and "lmeraser_batch_fill_bucket" in figures
     described = client.get("/openapi.json").json()
