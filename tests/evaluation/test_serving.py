@@ -70,8 +70,10 @@ def fresh(run, images):
 
 def count_loads(monkeypatch):
     """The references that `load_model` reads from now on."""
-    loaded, real = [], predict.load_slice
-    monkeypatch.setattr(predict, "load_slice", lambda run, ref: loaded.append(ref) or real(run, ref))
+    loaded, real = [], predict.load_slices
+    monkeypatch.setattr(
+        predict, "load_slices", lambda run, manifest, refs: loaded.extend(refs) or real(run, manifest, refs)
+    )
     return loaded
 
 
@@ -241,15 +243,15 @@ def test_nothing_is_compiled_anew_for_a_mask_or_another_slice(run, monkeypatch):
 
 
 def during_load(monkeypatch, change):
-    """Runs `change` before the next slice that `load_model` reads, once."""
-    real, pending = predict.load_slice, [change]
+    """Runs `change` before the next slices that `load_model` reads, once."""
+    real, pending = predict.load_slices, [change]
 
-    def overtaken(run, ref):
-        if pending:
+    def overtaken(run, manifest, refs):
+        if pending and refs:
             pending.pop()()
-        return real(run, ref)
+        return real(run, manifest, refs)
 
-    monkeypatch.setattr(predict, "load_slice", overtaken)
+    monkeypatch.setattr(predict, "load_slices", overtaken)
     return pending
 
 
@@ -281,12 +283,12 @@ def test_an_erasure_accepted_while_a_state_is_loaded_is_noticed(run, monkeypatch
 
 
 def test_a_state_that_is_replaced_again_and_again_is_given_up(run, monkeypatch):
-    def replaced(_, ref):
+    def replaced(*_):
         manifest = run.catalog.manifest()
         run.catalog.publish(manifest.clustering, "", "", manifest.entries, [])
         raise UserError("the slice is not there any more")
 
-    monkeypatch.setattr(predict, "load_slice", replaced)
+    monkeypatch.setattr(predict, "load_slices", replaced)
     with reader(run) as other, pytest.raises(UserError, match=r"replaced 20 times while it was read; try again"):
         predict.load_model(other)
 
