@@ -74,6 +74,19 @@ class Catalog(Database):
         query = f"SELECT {COLUMNS} FROM records WHERE erased='' AND {condition}"
         return [row for row in self.db.execute(query, values) if row[0] not in leaving]
 
+    def places(self, leaving: Collection[str] = ()) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Where the live private records without `leaving` are: image rows int64 [N], ascending; clusters int64 [N].
+
+        The clusters are numbers, and the dictionary has the published key of each; that of no cluster is "".
+        """
+        query = "SELECT cluster,group_concat(row) FROM records WHERE split='train' AND erased='' GROUP BY cluster"
+        lists = {number: np.fromstring(text, np.int64, sep=",") for number, text in self.db.execute(query)}
+        rows = np.concatenate([np.zeros(0, np.int64), *lists.values()])
+        clusters = np.repeat(np.array(list(lists), np.int64), [len(rows) for rows in lists.values()])
+        order = np.argsort(rows)
+        order = order[~np.isin(rows[order], list(self.rows(leaving).values()))]
+        return rows[order], clusters[order], dict(self.db.execute("SELECT number,key FROM clusters"))
+
     def touched(self) -> frozenset[str]:
         """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
         query = f"SELECT DISTINCT {KEY} FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"

@@ -1,8 +1,8 @@
 """The plan: what state the live records call for, and which slices are missing for it.
 
 `live_state` reads the catalog, the clustering and the features, and writes nothing but the feature cache; `plan` is a
-pure function of what it read. Under the published clustering a live state holds touched clusters only, so the cost of
-a plan follows the request and not the number of records.
+pure function of what it read. A live state holds touched clusters only, so under the published clustering the cost of a
+plan follows the request and not the number of records; under another, only numbers are read of every record.
 """
 
 import contextlib
@@ -25,6 +25,8 @@ from lmeraser_jax.training.slices import RecipeConstants, recipe
 from lmeraser_jax.unlearning.artifacts import Tainted, load_clustering, slice_of, tainted
 from lmeraser_jax.unlearning.run import Run
 
+PIECE = 65_536  # records whose features are in memory at a time
+
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LiveState:
@@ -38,9 +40,7 @@ class LiveState:
     clustering: Clustering  # that the live records call for
     clustering_unchanged: bool  # it is the published one and lies on disk
     members: Mapping[str, RecordTable] = dataclasses.field(default_factory=dict)  # of the clusters to look at
-    untouched: Mapping[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # {cluster key: number of members} of the others
+    untouched: frozenset[str] = frozenset()  # keys of the others
     moved: Sequence[tuple[int, str]] = ()  # (image row, cluster key) of records in another cluster than published
     private: RecordTable | None  # all live private records where there is a common head
     constants: RecipeConstants  # what every recipe depends on beside its members
@@ -107,7 +107,7 @@ def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
             requests=tuple(r.id for r in requests.listed(catalog, only_open=True) if r.id not in edited),
         )
         same_recipes = manifest is not None and manifest.recipe_constants_digest == constants_digest(state.constants)
-        if manifest is not None and unchanged and same_recipes:
+        if manifest is not None and same_recipes and (unchanged or run.config.clustering.has_prototypes):
             return _with_touched_clusters(run, state, manifest, ids)
         return _with_all_clusters(run, state, ids)
 
@@ -164,22 +164,59 @@ def _with_all_clusters(run: Run, state: LiveState, leaving: frozenset[str]) -> L
 
 
 def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leaving: frozenset[str]) -> LiveState:
-    """The state with the members of clusters with an erased or a new record, a lost slice, or a pin that may end."""
-    catalog, keys = run.catalog, state.clustering.keys
-    new = catalog.members("", leaving)
-    clusters_hit = [keys[k] for k in assign_members(run, new, state.clustering, True)]
-    touched = catalog.touched() | set(clusters_hit) | set(catalog.clusters_of(leaving).values())
+    """The state with the members of the clusters whose slice may change.
+
+    These have an erased record, one that comes from or goes to another cluster, a lost slice, or a pin.
+    """
+    catalog, (moved, left) = run.catalog, _moved(run, state, leaving)
+    touched = catalog.touched() | left | set(moved.values()) | set(catalog.clusters_of(leaving).values())
     touched |= {key for key, ref in manifest.clusters.items() if slice_of(ref) not in state.on_disk}
-    touched |= {key for key, ref in state.pins.items() if slice_of(ref) in state.tainted.all}
+    touched |= set(state.pins)  # a pin may end, and the slice called for in its place is then missing or not
+    arrivals: dict[str, list[int]] = {key: [] for key in touched}
+    for row, key in moved.items():
+        arrivals[key].append(row)
+    gone = np.zeros(catalog.rows_used(), bool)
+    gone[list(moved)] = True
     members = {}
     for key in sorted(touched - {""}):
-        arrivals = new.take(np.flatnonzero(np.array([hit == key for hit in clusters_hit], bool)))
-        records = catalog.members(key, leaving).plus(arrivals)
+        records = catalog.members(key, leaving)
+        if gone[records.rows].any():
+            records = records.take(np.flatnonzero(~gone[records.rows]))
+        records = records.plus(catalog.at(arrivals[key]))
         if len(records):
             members[key] = records
-    untouched = {key: size for key, size in catalog.sizes().items() if key not in touched | {""}}
-    moved = list(zip(new.rows.tolist(), clusters_hit, strict=True))
-    return dataclasses.replace(state, members=members, untouched=untouched, moved=moved)
+    untouched = frozenset(manifest.clusters) - touched
+    return dataclasses.replace(state, members=members, untouched=untouched, moved=list(moved.items()))
+
+
+def _moved(run: Run, state: LiveState, leaving: frozenset[str]) -> tuple[dict[int, str], set[str]]:
+    """{image row: cluster key} of the live records that are in another cluster than published; the keys they leave.
+
+    Under the published clustering these are the new records. Under another, every record is assigned again, by its
+    image row and cached feature alone.
+    """
+    catalog, clustering, keys = run.catalog, state.clustering, state.clustering.keys
+    if state.clustering_unchanged:
+        new = catalog.members("", leaving)
+        hit = (keys[k] for k in assign_members(run, new, clustering, True))
+        return dict(zip(new.rows.tolist(), hit, strict=True)), set()
+    rows, clusters, published = catalog.places(leaving)
+    label_of_row = np.full(catalog.rows_used(), -1, np.int32)
+    row_of = catalog.rows(clustering.sample)
+    for name, label in zip(clustering.sample, clustering.labels, strict=True):
+        if name in row_of:
+            label_of_row[row_of[name]] = label
+    assignment = label_of_row[rows]
+    unassigned = np.flatnonzero(assignment < 0)
+    for start in range(0, len(unassigned), PIECE):
+        piece = unassigned[start : start + PIECE]
+        assignment[piece] = clustering_lib.assign(run.features_at(rows[piece]), clustering.prototypes)
+    index = {key: k for k, key in enumerate(keys)}
+    label_of_cluster = np.full(max(published) + 1, -1, np.int32)
+    label_of_cluster[list(published)] = [index.get(key, -1) for key in published.values()]
+    changed = np.flatnonzero(assignment != label_of_cluster[clusters])
+    moved = zip(rows[changed].tolist(), (keys[k] for k in assignment[changed]), strict=True)
+    return dict(moved), {published[number] for number in np.unique(clusters[changed]).tolist()}
 
 
 def assign_members(run: Run, records: RecordTable, clustering: Clustering, unchanged: bool) -> np.ndarray:

@@ -10,7 +10,7 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -169,17 +169,23 @@ class Run:
 
     def features(self, records: RecordTable) -> np.ndarray:
         """Un-prompted features of records, from the cache where it has them: float32 [n, D]."""
+        return self._features(records.rows, lambda rows: records.take(np.flatnonzero(np.isin(records.rows, rows))))
+
+    def features_at(self, rows: np.ndarray) -> np.ndarray:
+        """The same of the live records in the given image rows, int64 [n]."""
+        return self._features(rows, self.catalog.at)
+
+    def _features(self, rows: np.ndarray, records_at: Callable[[np.ndarray], RecordTable]) -> np.ndarray:
         images = self.images
-        position = {row: index for index, row in enumerate(records.rows.tolist())}
 
         def compute(rows: np.ndarray) -> np.ndarray:
             # The pixels are checked first: a feature of damaged ones would stay in the cache.
-            check_pixel_hashes(images, records.take(np.array([position[row] for row in rows.tolist()])))
+            check_pixel_hashes(images, records_at(rows))
             context = {"workdir": str(self.layout.root), "fingerprint": self.fingerprint}
             return waves.extract(self.processes, context, rows, lambda own: self.extractor(images[own]))
 
         piece = PIECE * self.processes.count
-        return cached(self.feature_file(), records.rows, len(images), compute, piece, write=self.writable)
+        return cached(self.feature_file(), rows, len(images), compute, piece, write=self.writable)
 
     def training_rows(self, tuning_spec: TuningSpec) -> np.ndarray:
         """What slices are made of: uint8 [N, h, w, c], the image file, or float32 [N, D], the cached features."""
