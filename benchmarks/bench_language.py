@@ -30,6 +30,7 @@ from lmeraser_jax.models import peft_files
 from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training import train_step
+from lmeraser_jax.training.features import compute_dtype
 from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.tasks import TextRows, TuningSpec
 
@@ -82,8 +83,11 @@ def _random(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def program_of(problem: Problem) -> Program:
     """The tuning program on one device with one lane."""
-    inputs, labels = TextRows(problem.rows, problem.states), np.full(len(problem.rows), -1, np.int32)
-    return Program(problem.spec, problem.params, inputs, labels, problem.steps)
+    states, labels = problem.states, np.full(len(problem.rows), -1, np.int32)
+    if states is not None:
+        mesh = train_step.mesh_of(jax.devices()[:1])
+        states = states.astype(compute_dtype(problem.spec.tuning.dtype, mesh))
+    return Program(problem.spec, problem.params, TextRows(problem.rows, states), labels, problem.steps)
 
 
 class Theirs:
