@@ -9,8 +9,10 @@ a file of tokens. A worker, a process beside the service, serves the requests: a
 as lmeraser process does. The description of the interface is at /openapi.json, the console at /.
 """
 
+import contextlib
 import dataclasses
 import os
+import socket
 from pathlib import Path
 
 from lmeraser_jax.cli import common
@@ -47,6 +49,8 @@ FLAGS = (
 
 def run(arguments: common.Arguments) -> int:
     workdir, config = common.finished(arguments)
+    with common.catalog_of(workdir):
+        pass  # refuses a catalog that is damaged, or of another version
     try:
         from lmeraser_jax.service.settings import Limits, Policy, Settings
 
@@ -62,8 +66,21 @@ def run(arguments: common.Arguments) -> int:
     tokens = Path(arguments["tokens"]) if arguments["tokens"] else None
     signing_key = Path(arguments["signing_key"]) if arguments["signing_key"] else None
     service = Settings(Layout(workdir), config, limits, policy, tokens, signing_key, keys)
-    serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
+    with contextlib.suppress(KeyboardInterrupt):  # as SIGTERM: the service has ended in order
+        serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
     return 0
+
+
+def _refuse_taken(host: str, port: int) -> list[str]:
+    """Why nothing can listen there, before anything is started."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        return [f"--host={host} --port={port}: the service cannot listen there: {error.strerror}"]
+    return []
 
 
 def _check(arguments: common.Arguments) -> PublicKeys:
@@ -86,7 +103,7 @@ def _check(arguments: common.Arguments) -> PublicKeys:
     ]
     if arguments["port"] > 65535:
         problems.append(f"--port={arguments['port']}: must be at most 65535")
-    raise_all(problems)
+    raise_all(problems or _refuse_taken(arguments["host"], arguments["port"]))
     if tokens:
         read_tokens(Path(tokens))
     own, keys = common.signing_key_of(arguments), signatures.load_public_keys(arguments["public_key"])

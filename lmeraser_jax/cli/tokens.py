@@ -29,6 +29,6 @@ def run(arguments: common.Arguments) -> int:
     except ModuleNotFoundError as error:
         raise UserError(f"the service needs more packages: pip install 'lmeraser_jax[serve]' ({error.name})") from error
     token = make_token(Path(arguments["tokens"]), arguments["name"], arguments["role"])
-    text = f"{token}\nkeep it: only its hash is in {arguments['file']}"
+    text = f"{token}\nkeep it: only its hash is in {arguments['tokens']}"
     common.show(arguments, text, {"name": arguments["name"], "roles": arguments["role"], "token": token})
     return 0

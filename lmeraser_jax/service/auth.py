@@ -60,8 +60,12 @@ def make_token(path: Path, name: str, roles: Sequence[str]) -> str:
     if any(token.caller.name == name for token in tokens):
         raise UserError(f"--name={name}: has a token in {path}; choose another name, or delete its entry there first")
     secret = secrets.token_urlsafe(32)
-    write_json(path, {"tokens": [*map(_values, tokens), _values(Token(Caller(name, frozenset(roles)), _hash(secret)))]})
-    path.chmod(0o600)
+    rows = [*map(_values, tokens), _values(Token(Caller(name, frozenset(roles)), _hash(secret)))]
+    try:
+        write_json(path, {"tokens": rows})
+        path.chmod(0o600)
+    except OSError as error:
+        raise UserError(f"--tokens={path} cannot be written: {error.strerror}") from error
     return secret
 
 

@@ -10,14 +10,14 @@ from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import FileResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictStr
 
 from lmeraser_jax.data.source import content_hash
-from lmeraser_jax.errors import UserError, join_limited
+from lmeraser_jax.errors import Conflict, UserError, join_limited
 from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
 from lmeraser_jax.service.predictions import from_base64
-from lmeraser_jax.service.problems import Problem
+from lmeraser_jax.service.problems import BUSY, Problem
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.requests import Request, Targets
@@ -26,6 +26,7 @@ from lmeraser_jax.unlearning.receipts import iso_time, receipt_body
 
 PAGE = 50  # requests of a page by default
 KINDS = {"erasures": "erase", "rectifications": "rectify"}
+Names = Annotated[list[StrictStr], FailFast()]  # the first wrong element ends the check: a body may have millions
 Mode = Literal["exact", "newton", "paper", "warm"]
 
 
@@ -52,10 +53,10 @@ class Named(BaseModel):
     """Records: by id, by owner, or by their exact contents."""
 
     model_config = ConfigDict(extra="forbid")
-    records: list[StrictStr] = []
-    owners: list[StrictStr] = Field([], description="all their records; later ones are refused, too")
-    images: list[StrictStr] = Field([], description="image files in base64: all records with exactly these pixels")
-    texts: list[Pair] = Field([], description="all records with exactly these tokens")
+    records: Names = []
+    owners: Names = Field([], description="all their records; later ones are refused, too")
+    images: Names = Field([], description="image files in base64: all records with exactly these pixels")
+    texts: Annotated[list[Pair], FailFast()] = Field([], description="all records with exactly these tokens")
 
 
 class ErasureBody(Named, Details):
@@ -76,7 +77,7 @@ class Edit(BaseModel):
 class RectificationBody(Details):
     """A request to rectify."""
 
-    edits: list[Edit] = Field(min_length=1)
+    edits: Annotated[list[Edit], FailFast()] = Field(min_length=1)
 
 
 def router(service: Service) -> APIRouter:
@@ -215,9 +216,14 @@ def _details(body: Details) -> dict[str, Any]:
 
 def _check_mode(service: Service, catalog: Catalog, body: Details) -> None:
     """Refuses an approximate mode where no slice could stand in, before anything is accepted."""
-    if body.mode == "exact":
+    earlier = requests.get(catalog, body.request) if requests.LEGAL_NAME.fullmatch(body.request) else None
+    before = earlier.body if earlier is not None else {"mode": body.mode, "quarantine": False}
+    mode = before["mode"] if body.mode == "exact" else body.mode  # a repetition may leave it out
+    if mode != before["mode"]:
+        raise Conflict(f"--request={body.request}: was used with the mode {before['mode']}; give this one another id")
+    if mode == "exact":
         return
-    if body.quarantine:
+    if body.quarantine or before["quarantine"]:
         raise UserError("quarantine keeps the clusters out of predictions, and an approximate mode answers with them")
     from lmeraser_jax.unlearning import approximate
 
@@ -257,5 +263,10 @@ def estimate(service: Service, body: Named) -> erase.Estimate:
 
     with service.catalog() as catalog:
         targets = _targets(service, catalog, body)
-    with service.estimating, open_run(service.settings.layout.root) as run:
-        return erase.estimate(run, targets)
+    if not service.estimating.acquire(timeout=service.settings.limits.seconds):
+        raise Problem(503, "other estimates are being made; try again in a moment", headers=BUSY)
+    try:
+        with open_run(service.settings.layout.root) as run:
+            return erase.estimate(run, targets)
+    finally:
+        service.estimating.release()

@@ -8,11 +8,13 @@ from concurrent.futures import CancelledError
 from concurrent.futures import TimeoutError as WaitedTooLong
 from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
 import numpy as np
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, StrictStr, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -24,10 +26,11 @@ from lmeraser_jax.evaluation.predict import Predictions, predict
 from lmeraser_jax.service.answering import Answered, Program
 from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
-from lmeraser_jax.service.problems import BUSY, Problem
+from lmeraser_jax.service.problems import BUSY, UNFIT, Problem, places_of
 
 LONGEST_TEXT = 100_000  # characters of a query or a candidate
 MOST_CANDIDATES = 100
+WAITING = 32  # threads that wait for answers to queries: others are left for requests and reading
 Text = Annotated[StrictStr, Field(max_length=LONGEST_TEXT, pattern=r"\S")]
 
 
@@ -36,15 +39,17 @@ class Question(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     query: Text
-    candidates: list[Text] = Field([], max_length=MOST_CANDIDATES, description="choose the likeliest of these")
+    candidates: Annotated[list[Text], FailFast()] = Field(
+        [], max_length=MOST_CANDIDATES, description="choose the likeliest of these"
+    )
 
 
 class PredictBody(BaseModel):
     """Images in base64, or queries."""
 
     model_config = ConfigDict(extra="forbid")
-    images: list[StrictStr] = Field([], description="image files (PNG, JPEG, ...) in base64")
-    queries: list[Question] = []
+    images: Annotated[list[StrictStr], FailFast()] = Field([], description="image files (PNG, JPEG, ...) in base64")
+    queries: Annotated[list[Question], FailFast()] = []
     max_tokens: int = Field(64, ge=1, description="most tokens of a generated response")
     temperature: float = Field(0.0, ge=0, le=100, description="0: the likeliest token")
     seed: int = Field(0, ge=0, lt=2**31)
@@ -89,6 +94,7 @@ BODY: dict[str, Any] = {
 def router(service: Service) -> APIRouter:
     """The routes that answer."""
     routes = APIRouter(tags=["predictions"])
+    waiting = anyio.CapacityLimiter(WAITING)
 
     @routes.post("/v1/predict", openapi_extra=BODY)
     async def _(request: Request, _: Annotated[Caller, Depends(service.guard.require("predict"))]) -> JSONResponse:
@@ -101,7 +107,7 @@ def router(service: Service) -> APIRouter:
             return JSONResponse(await _predict(service, await _uploads(service, request)))
         if kind != "application/json":
             raise Problem(415, "send application/json, or multipart/form-data with fields `image`")
-        body = _parsed(await request.body())
+        body = await run_in_threadpool(_parsed, await request.body())
         run = service.answering.ready_run()
         if run.config.is_text != bool(body.queries) or bool(body.images) == bool(body.queries):
             raise Problem(422, "this model answers `queries`" if run.config.is_text else "this model takes `images`")
@@ -111,7 +117,7 @@ def router(service: Service) -> APIRouter:
         if body.images:
             files = from_base64({f"/images/{n}": text for n, text in enumerate(body.images)})
             return JSONResponse(await _predict(service, files))
-        return JSONResponse(await run_in_threadpool(_answer, service, body))
+        return JSONResponse(await anyio.to_thread.run_sync(_answer, service, body, limiter=waiting))
 
     return routes
 
@@ -120,9 +126,7 @@ def _parsed(raw: bytes) -> PredictBody:
     try:
         return PredictBody.model_validate_json(raw)
     except ValidationError as error:
-        places = [(each["loc"], each["msg"]) for each in error.errors(include_input=False, include_url=False)]
-        errors = [{"pointer": "/" + "/".join(map(str, place)), "detail": text} for place, text in places]
-        raise Problem(422, "the body does not fit what this address takes", errors) from None
+        raise Problem(422, UNFIT, places_of(error.errors(include_input=False, include_url=False))) from None
 
 
 def _check_count(service: Service, count: int) -> None:

@@ -16,6 +16,15 @@ from lmeraser_jax.errors import Conflict, UserError
 from lmeraser_jax.storage.workdir import Layout
 
 MEDIA_TYPE = "application/problem+json"
+UNFIT = "the request does not fit what this address takes"
+MOST = 20  # places in a body that a problem document names
+TERMS = (  # what messages of the command line call by its flags -> the fields of a body
+    ("--records=ID, --owner=NAME, --records_file=FILE or --like=IMAGE", "records, owners, images or texts"),
+    ("--like: ", "images or texts: "),
+    ("--owner=", "owners: "),
+    ("--request=", "request "),
+    ("; lmeraser inspect --records lists all names", ""),
+)
 BUSY = {"Retry-After": "1"}
 EXPECTED = (HTTPException, RequestValidationError, UserError, sqlite3.DatabaseError)  # any other is a fault of ours
 log = logging.getLogger("lmeraser_jax.service")
@@ -50,14 +59,22 @@ def problem_of(layout: Layout, error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         return Problem(error.status_code, error.detail, headers=dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
-        places = [(each["loc"], each["msg"]) for each in error.errors()]  # never the value: it may be personal
-        errors = [{"pointer": "/" + "/".join(map(str, place)), "detail": text} for place, text in places]
-        return Problem(422, "the request does not fit what this address takes", errors)
+        return Problem(422, UNFIT, places_of(error.errors()))
     if isinstance(error, UserError):
         status = status_of(error)
         return Problem(status, public_text(layout, error), headers=BUSY if status == 503 else None)
     assert isinstance(error, sqlite3.DatabaseError)
     return Problem(503, f"the catalog cannot be written or read now: {error}", headers=BUSY)
+
+
+def places_of(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Where a body is wrong, and why: the first places only, and never the value, which may be personal."""
+    rows = []
+    for each in errors[:MOST]:
+        place = each["loc"][1:] if each["loc"][:1] == ("body",) else each["loc"]
+        steps = [str(step).replace("~", "~0").replace("/", "~1") for step in place]  # RFC 6901
+        rows.append({"pointer": "".join(f"/{step}" for step in steps), "detail": each["msg"]})
+    return rows
 
 
 def status_of(error: UserError) -> int:
@@ -69,7 +86,10 @@ def status_of(error: UserError) -> int:
 
 def public_text(layout: Layout, error: Exception) -> str:
     """The message of an error without the workdir's path, which is nobody's business outside."""
-    text = str(error).replace(layout.flag, "--workdir=DIR").replace(f"--workdir={layout.root}", "--workdir=DIR")
+    text = str(error)
+    for ours, theirs in TERMS:
+        text = text.replace(ours, theirs)
+    text = text.replace(layout.flag, "--workdir=DIR").replace(f"--workdir={layout.root}", "--workdir=DIR")
     return text.replace(str(layout.root), "the workdir")
 
 

@@ -56,7 +56,10 @@ class Supervisor:
         pause = FIRST_PAUSE
         while not self._stopping.is_set():
             started = time.monotonic()
-            code = self._run_once()
+            try:
+                code: int | str = self._run_once()
+            except OSError as error:  # no process or no memory for one, just now
+                code = f"none: it could not be started ({error.strerror})"
             if self._stopping.is_set():
                 return
             pause = FIRST_PAUSE if time.monotonic() - started > STEADY else min(2 * pause, LONGEST_PAUSE)
@@ -74,7 +77,10 @@ class Supervisor:
         if self._stopping.is_set():  # told to stop before the worker was there
             process.stdin.close()
         for line in process.stdout:
-            self.problem = str(json.loads(line)["problem"])
+            try:
+                self.problem = str(json.loads(line)["problem"])
+            except (ValueError, LookupError, TypeError):
+                continue  # whatever a library prints
             if self.problem:
                 log.warning("the worker: %s", self.problem)
         process.stdout.close()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from lmeraser_jax import interrupt
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.service.problems import public_text
+from lmeraser_jax.service.problems import place_of, public_text
 from lmeraser_jax.service.settings import Policy
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.catalog import Catalog
@@ -94,6 +94,9 @@ def main() -> int:
                 break
             except UserError as error:
                 pause, problem = min(LONGEST_PAUSE, max(1.0, 2 * pause)), public_text(layout, error)
+            except Exception as error:  # a disk, a database, a device: the requests stay open
+                print(f"the worker: {place_of(error)}: {error}", file=sys.stderr, flush=True)
+                pause, problem = min(LONGEST_PAUSE, max(1.0, 2 * pause)), f"{type(error).__name__}; the log says where"
             if problem != said:
                 print(json.dumps({"problem": problem}), flush=True)
                 said = problem

@@ -316,9 +316,10 @@ def page(catalog: Catalog, kinds: Collection[str], states: Collection[str], afte
     marks, kind_marks = (",".join("?" * len(values)) for values in (states, kinds))
     condition = f"WHERE json_extract(body,'$.kind') IN ({kind_marks}) AND state IN ({marks})"
     last = get(catalog, after)
-    if last is not None:
-        condition += " AND (created,id)<(?,?)"
+    if after and last is None:
+        raise UserError(f"after={shorten(after)}: there is no such request")
     bound = [] if last is None else [last.created, last.id]
+    condition += " AND (created,id)<(?,?)" if bound else ""
     return _select(catalog, condition, *kinds, *states, *bound, order=f"created DESC,id DESC LIMIT {count}")
 
 

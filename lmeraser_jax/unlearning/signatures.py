@@ -76,7 +76,9 @@ def make_keys(path: Path) -> tuple[Path, str]:
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     public = key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
     if existing := [str(file) for file in (path, public_path) if os.path.lexists(file)]:
-        raise UserError(f"--out={path}: {' and '.join(existing)} exists, and no key is overwritten; name a new file")
+        raise UserError(
+            f"--out={path}: {' and '.join(existing)} must not exist: no key is overwritten; name a new file"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for file, content, mode in ((path, private, 0o600), (public_path, public, 0o644)):

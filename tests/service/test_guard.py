@@ -10,10 +10,11 @@ import zlib
 
 import numpy as np
 import pytest
+from commands import call, refused
 from servers import client_of, form, in_base64, png, serving
 
 from lmeraser_jax.errors import UserError
-from lmeraser_jax.service.auth import ROLES, make_token, read_tokens
+from lmeraser_jax.service.auth import ROLES, Caller, Guard, make_token, read_tokens
 from lmeraser_jax.service.settings import Limits
 from lmeraser_jax.storage import requests
 
@@ -260,3 +261,46 @@ def test_what_was_sent_is_neither_logged_nor_counted_nor_written_to_a_file(serve
     own = [line for line in own if " HTTP/1.1" not in line]  # of uvicorn's access log, which pytest brings back
     assert any("/v1/erasures/{request}" in line for line in own) and any("RuntimeError in" in line for line in own)
     assert CANARY not in str(own).lower()
+
+
+def test_the_command_makes_tokens_that_the_service_takes(tmp_path, capsys):
+    path = tmp_path / "tokens.json"
+    code, out, _ = call(capsys, "tokens", f"--tokens={path}", "--name=crm", "--role=predict", "--role=read")
+    secret = out.splitlines()[0]
+    assert code == 0 and secret not in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    assert Guard(path).caller_of(f"Bearer {secret}") == Caller("crm", frozenset({"predict", "read"}))
+    assert "--name=crm: has a token" in refused(capsys, "tokens", f"--tokens={path}", "--name=crm", "--role=read")
+    message = refused(capsys, "tokens", f"--tokens={path}", "--role=all")
+    assert "--name=: must be" in message and "legal: predict, erase, read" in message
+    assert "cannot be" in refused(capsys, "tokens", f"--tokens={path}/x", "--name=a", "--role=read")
+
+
+def test_millions_of_wrong_elements_have_a_short_answer(server):
+    for address, body in (
+        ("/v1/predict", {"images": [1] * 100_000}),
+        ("/v1/erasures", {"owners": [1] * 100_000}),
+        ("/v1/rectifications", {"edits": [1] * 100_000}),
+    ):
+        answer = server.client.post(address, json=body)
+        assert answer.status_code == 422 and len(answer.content) < 5_000, address
+
+
+def test_a_repeated_request_cannot_change_its_mode(workdir):
+    with serving(workdir) as server:
+        first, second = sorted(server.records())[:2]
+
+        def status(request, **details):
+            record = {"quarantined": first, "moded": second}[request]
+            return server.client.post(
+                "/v1/erasures", json={"records": [record], "request": request, **details}
+            ).status_code
+
+        assert status("quarantined", quarantine=True) == 202 and status("quarantined", mode="newton") in (409, 422)
+        assert status("moded", mode="newton") == 202 and status("moded", mode="newton") == 202
+        assert status("moded", mode="warm") == 409 and status("moded", quarantine=True) == 422
+        assert status("moded") == 202
+        states = {
+            each["id"]: (each["mode"], each["quarantine"])
+            for each in server.client.get("/v1/erasures").json()["erasures"]
+        }
+        assert states == {"quarantined": ("exact", True), "moded": ("newton", False)}
