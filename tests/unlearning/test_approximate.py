@@ -116,7 +116,8 @@ def by_hand(run, ref, before, after, settings):
     return influence.update(problem, start, *weights, settings)[0]
 
 
-@pytest.mark.parametrize("mode", ["newton", pytest.param("warm", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["newton", "warm"])
 def test_corrected_records_take_the_place_of_the_old_ones_and_leave_no_trace(trained_workdir, tmp_path, mode):
     """One has another label; the other looks like a record of another cluster, and joins that."""
     with small_run(trained_workdir) as run:
