@@ -149,7 +149,8 @@ def pack(run: "Run", entries: Mapping[str, str]) -> None:
     """
     path, refs = run.layout.packed_slices(entries), frozenset(entries.values())
     slices: dict[str, Mapping[str, np.ndarray]] = {}
-    for source in (path, *atomic_files.entries(run.layout.packed)):
+    others = [file for file in atomic_files.entries(run.layout.packed) if file.name[0] != "."]
+    for source in (path, *others):  # what a killed writer left is written over, under whoever would have it mapped
         with contextlib.suppress(Damaged, OSError):
             for stack, intact in intact_slices(run, source, refs - slices.keys()):
                 slices |= {ref: stack.slice(ref) for ref in intact}

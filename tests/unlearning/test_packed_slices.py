@@ -101,3 +101,13 @@ def test_packing_reads_only_the_checkpoints_that_are_new(fast_workdir, monkeypat
         erase.request_erasure(run, [run.catalog.live("train").ids[0]])
         after = set(run.catalog.manifest().entries.values())
         assert set(loaded) == after - before and before & after
+
+
+def test_what_a_killed_writer_left_is_written_over_and_never_read(fast_workdir):
+    """A file that is mapped while it is written over would end the process (SIGBUS)."""
+    with small_run(fast_workdir) as run:
+        path = packed_path(run)
+        left, whole = path.with_name(f".{path.name}.tmp"), path.read_bytes()
+        path.rename(left)
+        artifacts.pack(run, run.catalog.manifest().entries)
+        assert path.read_bytes() == whole and not left.exists()
