@@ -6,6 +6,7 @@ user name does not matter. Tokens are made here, of 256 random bits, so that a p
 
 import base64
 import binascii
+import fcntl
 import hashlib
 import hmac
 import json
@@ -47,6 +48,7 @@ class Token:
 def make_token(path: Path, name: str, roles: Sequence[str]) -> str:
     """Adds a token to the file, which is made if need be, and returns it: nobody can read it there.
 
+    A lock file beside it lets one process at a time change it, so that no entry is lost.
     Raises `UserError` for an illegal name or role, a name that has a token, or a file that cannot be used.
     """
     problems = []
@@ -56,14 +58,18 @@ def make_token(path: Path, name: str, roles: Sequence[str]) -> str:
     if strange or not roles:
         problems.append(f"--role={join_limited(strange)}: legal: {', '.join(ROLES)}, repeated for several")
     raise_all(problems)
-    tokens = read_tokens(path) if path.exists() else ()
-    if any(token.caller.name == name for token in tokens):
-        raise UserError(f"--name={name}: has a token in {path}; choose another name, or delete its entry there first")
     secret = secrets.token_urlsafe(32)
-    rows = [*map(_values, tokens), _values(Token(Caller(name, frozenset(roles)), _hash(secret)))]
     try:
-        write_json(path, {"tokens": rows})
-        path.chmod(0o600)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path.with_name(f".{path.name}.lock"), "wb") as lock:  # the file itself is replaced
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            tokens = read_tokens(path) if path.exists() else ()
+            if any(token.caller.name == name for token in tokens):
+                remedy = "choose another name, or delete its entry there first"
+                raise UserError(f"--name={name}: has a token in {path}; {remedy}")
+            rows = [*map(_values, tokens), _values(Token(Caller(name, frozenset(roles)), _hash(secret)))]
+            write_json(path, {"tokens": rows})
+            path.chmod(0o600)
     except OSError as error:
         raise UserError(f"--tokens={path} cannot be written: {error.strerror}") from error
     return secret

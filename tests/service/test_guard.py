@@ -7,6 +7,7 @@ import struct
 import tempfile
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from commands import call, refused
 from servers import client_of, form, in_base64, png, serving
 
 from lmeraser_jax.errors import UserError
+from lmeraser_jax.service import auth
 from lmeraser_jax.service.auth import ROLES, Caller, Guard, make_token, read_tokens
 from lmeraser_jax.service.settings import Limits
 from lmeraser_jax.storage import requests
+from lmeraser_jax.storage.atomic_files import write_json
 
 pytestmark = pytest.mark.usefixtures("fast")
 OPEN = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json", "/console.css")}
@@ -273,6 +276,15 @@ def test_the_command_makes_tokens_that_the_service_takes(tmp_path, capsys):
     message = refused(capsys, "tokens", f"--tokens={path}", "--role=all")
     assert "--name=: must be" in message and "legal: predict, erase, read" in message
     assert "cannot be" in refused(capsys, "tokens", f"--tokens={path}/x", "--name=a", "--role=read")
+
+
+def test_commands_at_once_lose_no_token(tmp_path, monkeypatch):
+    """Each would write what it read before the others wrote."""
+    monkeypatch.setattr(auth, "write_json", lambda *arguments: (time.sleep(0.05), write_json(*arguments)))
+    names = [f"desk {number}" for number in range(3)]
+    with ThreadPoolExecutor(len(names)) as threads:
+        list(threads.map(lambda name: make_token(tmp_path / "made" / "tokens.json", name, ["read"]), names))
+    assert sorted(token.caller.name for token in read_tokens(tmp_path / "made" / "tokens.json")) == names
 
 
 def test_millions_of_wrong_elements_have_a_short_answer(server):
