@@ -23,6 +23,7 @@ NO_KEYS: PublicKeys = MappingProxyType({})
 LARGEST = 100_000  # bytes of a key file
 OTHERS = 0o037  # permission bits that a private key may not have; a group may read it, as secrets of Kubernetes are
 SHOWN = 16  # digits of a fingerprint in a message
+UNSIGNED = "is not signed; the next command with --signing_key=FILE signs it, unless the head already covers its place"
 
 
 def sign(values: Mapping[str, Any], key: "Ed25519PrivateKey") -> dict[str, Any]:
@@ -37,7 +38,7 @@ def problems(values: Mapping[str, Any], keys: PublicKeys) -> list[str]:
     if not keys:
         return []
     if signature is None:
-        return ["is not signed"]
+        return [UNSIGNED]
     (_, _, exceptions), name = _cryptography(), signature["key"][:SHOWN]
     if signature["key"] not in keys:
         return [f"is signed with the key {name}, not with one of those given: {', '.join(key[:SHOWN] for key in keys)}"]

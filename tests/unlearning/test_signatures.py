@@ -23,7 +23,7 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.unlearning import erase, receipts, signatures
 from lmeraser_jax.unlearning.build import build
-from lmeraser_jax.unlearning.signatures import NO_KEYS
+from lmeraser_jax.unlearning.signatures import NO_KEYS, UNSIGNED
 from lmeraser_jax.unlearning.verify import verify_all, verify_copies
 
 pytestmark = pytest.mark.usefixtures("fast_files")
@@ -105,7 +105,7 @@ def test_every_edit_of_a_copy_is_refused(signed, tmp_path):
         copy.write_text(json.dumps(replaced(whole, ("signature", "value"), "0" * 128)))
         assert "was edited after it was signed" in verify_copies([copy], keys)[0].findings[0]
     copy.write_text(json.dumps(stored(Layout(signed / "run"), "two") | {"signature": None}))
-    assert verify_copies([copy], keys)[0].findings == ("is not signed",)
+    assert verify_copies([copy], keys)[0].findings == (UNSIGNED,)
 
 
 def test_rotated_keys_and_two_receipts_for_one_place(signed, tmp_path):
@@ -134,7 +134,7 @@ def test_without_a_key_nothing_is_signed_and_the_next_command_with_one_signs_all
     assert findings(copied) == [] and not layout.receipts_head.exists()
     missing, *unsigned = findings(copied, keys)
     assert "receipts_head.json: is missing" in missing
-    assert unsigned == [f"{name}.json: is not signed" for name in names]
+    assert unsigned == [f"{name}.json: {UNSIGNED}" for name in names] and "next command with --signing_key" in UNSIGNED
     before = [stored(layout, name) for name in names]
     with opened(copied, NEW) as run:
         build(run)
@@ -146,7 +146,7 @@ def test_a_signature_that_was_removed_stays_a_finding(copied):
     unsign(copied, "three")
     with opened(copied, NEW) as run:
         build(run)
-    assert findings(copied, public(copied, OLD, NEW)) == ["three.json: is not signed"]
+    assert findings(copied, public(copied, OLD, NEW)) == [f"three.json: {UNSIGNED}"]
 
 
 @pytest.mark.parametrize("owner, name", [(Catalog, "add_receipts"), (receipts, "sign"), (signatures, "sign")])
@@ -168,7 +168,7 @@ def test_a_receipt_is_signed_by_the_process_that_finishes_it(copied, owner, name
     assert [stored(layout, name)["signature"] is None for name in ("four", "five")] == [owner is not signatures, True]
     with opened(copied, "") as run:
         build(run)
-    assert findings(copied) == [] and "five.json: is not signed" in findings(copied, keys)
+    assert findings(copied) == [] and f"five.json: {UNSIGNED}" in findings(copied, keys)
     with opened(copied, NEW) as run:
         build(run)
     assert findings(copied, keys) == []
