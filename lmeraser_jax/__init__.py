@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmeraser_jax.config import Config, from_dict
-from lmeraser_jax.config.paths import expand
+from lmeraser_jax.config.paths import absolute, expand
 from lmeraser_jax.errors import UserError, raise_all
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def unlearn(
     request: str = "",
     requester: str = "",
     reason: str = "",
+    signing_key: str | Path = "",
 ) -> "Erasure":
     """Erases records and brings the workdir to the state of never having had them, bit for bit.
 
@@ -74,13 +75,16 @@ def unlearn(
         owners: owners whose records are all erased. Live ones that only look like these are named in a warning.
         request: an id; a second request with the same id and records changes nothing.
         requester, reason: kept in the receipt for good.
+        signing_key: file of a private key (`lmeraser keys`) that signs all receipts not signed yet; "": none.
     """
     from lmeraser_jax.storage import requests
+    from lmeraser_jax.unlearning import signatures
     from lmeraser_jax.unlearning.erase import request_erasure
     from lmeraser_jax.unlearning.run import open_run
 
     records, owners = requests.name_list(records), requests.name_list(owners)  # an iterator can be read only once
-    with open_run(workdir, write=True) as run:
+    key = signatures.load_signing_key(absolute(signing_key))
+    with open_run(workdir, write=True, signing_key=key) as run:
         erasure = request_erasure(run, records, owners, request, requester, reason)
         for line in requests.still_live(run.catalog, records, owners):
             warnings.warn(line, stacklevel=2)
@@ -94,6 +98,7 @@ def rectify(
     request: str = "",
     requester: str = "",
     reason: str = "",
+    signing_key: str | Path = "",
 ) -> "Erasure | None":
     """Replaces records and brings the workdir to the state of having had the corrected ones from the start.
 
@@ -101,18 +106,19 @@ def rectify(
         workdir: a trained workdir.
         edits: a file of JSON lines, or such values: `{"id": "digit-0017", "label": "3", "image": "new.png"}`, of texts
             `{"id": "q1", "query": "...", "response": "..."}`. What an edit does not name stays as it is.
-        request, requester, reason: see `unlearn`.
+        request, requester, reason, signing_key: see `unlearn`.
 
     Returns:
         What was done; None where no edit changes anything.
     """
-    from lmeraser_jax.unlearning import rectify, request_files
+    from lmeraser_jax.unlearning import rectify, request_files, signatures
     from lmeraser_jax.unlearning.run import open_run
 
     is_file = isinstance(edits, str | Path)
     path = Path(expand(str(edits))) if is_file else Path("edits")
     lines = request_files.read_edits(str(path)) if is_file else [(f"edit {n}", e) for n, e in enumerate(edits, 1)]
-    with open_run(workdir, write=True) as run:
+    key = signatures.load_signing_key(absolute(signing_key))
+    with open_run(workdir, write=True, signing_key=key) as run:
         changes = rectify.changes_of(run.catalog, lines, path.parent, run.config.data.max_pixels)
         return rectify.request_rectification(run, changes, request, requester, reason)
 

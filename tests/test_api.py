@@ -12,6 +12,8 @@ from PIL import Image
 import lmeraser_jax as lm
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.workdir import Layout, read_config
+from lmeraser_jax.unlearning import signatures
+from lmeraser_jax.unlearning.verify import verify_copies
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 FIRST = "digit-0017"  # the first private record of the digits
@@ -37,6 +39,17 @@ def test_one_call_each_from_a_trained_workdir_to_the_proof(trained_workdir, monk
     assert again.outcome is None and again.receipt == erasure.receipt
     assert lm.audit(trained_workdir).ok
     assert 0 < lm.evaluate(trained_workdir).accuracy <= 1
+
+
+def test_a_key_signs_the_receipts_of_both_kinds_of_requests(fast_workdir, tmp_path):
+    public, _ = signatures.make_keys(tmp_path / "key.pem")
+    with pytest.raises(lm.UserError, match="--signing_key=.* is a public key"):
+        lm.unlearn(fast_workdir, records=[FIRST], signing_key=public)
+    erasure = lm.unlearn(fast_workdir, records=[FIRST], signing_key=tmp_path / "key.pem")
+    edit = {"id": "digit-0018", "label": "3"}
+    correction = lm.rectify(fast_workdir, [edit], signing_key=str(tmp_path / "key.pem"))
+    keys = signatures.load_public_keys([public])
+    assert all(each.ok for each in verify_copies([erasure.receipt, correction.receipt], keys))
 
 
 def test_arrays_and_image_files_are_predicted_alike(trained_workdir, tmp_path):
