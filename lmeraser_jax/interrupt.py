@@ -1,10 +1,11 @@
-"""SIGTERM: it is noted, and long work ends at the next point where nothing is lost.
+"""Signals. SIGTERM is noted, and long work ends at the next point where nothing is lost; Ctrl-C raises as ever.
 
 Such points lie between calls of the device programs and between pieces of an import. The publish transaction and the
 purge have none: they take no time and are finished.
 """
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -52,3 +53,21 @@ def handle_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, previous)
         _requested.clear()
+
+
+def end_at_second_ctrl_c(line: str, code: int) -> None:
+    """Lets a Ctrl-C while the first one is being cleaned up after end the process with a line and an exit code.
+
+    Otherwise Python would print a traceback wherever it is by then: in a `finally`, in a thread pool, in `atexit`.
+    """
+
+    def end(*_: object) -> None:
+        os.write(2, f"{line}\n".encode())
+        os._exit(code)
+
+    def raise_once(*_: object) -> None:
+        signal.signal(signal.SIGINT, end)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # shells let background processes ignore it
+        signal.signal(signal.SIGINT, raise_once)

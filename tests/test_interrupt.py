@@ -137,6 +137,19 @@ def test_main_says_how_to_resume_and_exits_with_0(monkeypatch, capsys, tmp_path)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_a_second_ctrl_c_ends_with_a_line_and_130():
+    code = """
+import atexit, os, signal, sys
+from lmeraser_jax.cli import keys, main
+def ctrl_c(*_): os.kill(os.getpid(), signal.SIGINT)
+atexit.register(ctrl_c)
+keys.run, sys.argv = ctrl_c, ["lmeraser", "keys"]
+sys.exit(main.console())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.splitlines() == [command.RESUMES] * 2, done.stderr
+
+
 @pytest.mark.slow
 def test_a_train_killed_by_sigterm_is_resumed_by_the_line_that_it_prints(tmp_path):
     flags = [f"--config.{group}.{name}={value}" for group, values in SMALL.items() for name, value in values.items()]

@@ -62,6 +62,7 @@ RESUMABLE = frozenset(
 )
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
+RESUMES = "interrupted; the same command goes on where it stopped"
 MENDABLE = frozenset(  # errors of disks, folders and limits
     {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
     | {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT}
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 0
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
+        print(RESUMES, file=sys.stderr)
         return INTERRUPTED
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -225,6 +226,7 @@ def ignore_torn_event_loops() -> None:
 
 def console() -> int:
     """The program `lmeraser`."""
+    interrupt.end_at_second_ctrl_c(RESUMES, INTERRUPTED)
     ignore_torn_event_loops()
     keep_compiled_programs()
     if isinstance(sys.stdout, io.TextIOWrapper):
