@@ -16,10 +16,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import BaseModel
 
 from lmeraser_jax import __version__
+from lmeraser_jax.errors import shorten
 from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
 from lmeraser_jax.service.erasures import KINDS, ErasureBody, accept_erasure, estimate, find, group_of
-from lmeraser_jax.service.problems import EXPECTED, problem_of
+from lmeraser_jax.service.problems import EXPECTED, Problem, problem_of
 from lmeraser_jax.service.reading import check_receipts, describe_model
 from lmeraser_jax.service.settings import Policy
 from lmeraser_jax.storage import requests
@@ -92,15 +93,19 @@ def router(service: Service) -> APIRouter:
     @routes.get("/")
     def _(_: Annotated[Caller, Depends(reads)], show: str = "all", kind: str = "all", after: str = "") -> Response:
         """What waits, what the model holds, and the latest requests."""
+        choices = {"show": tuple(CHOICES), "kind": ("all", *KINDS.values())}
+        for name, value in (("show", show), ("kind", kind)):
+            if value not in choices[name]:
+                raise Problem(422, f"{name} is {shorten(value)}; legal: {', '.join(choices[name])}")
         kinds = KINDS.values() if kind == "all" else [kind]
         with service.catalog() as catalog:
-            rows = requests.page(catalog, kinds, CHOICES.get(show, ()), after, ROWS + 1)
+            rows = requests.page(catalog, kinds, CHOICES[show], after, ROWS + 1)
             counts, due = requests.count_by_state(catalog), requests.due(catalog, policy.max_wait, policy.max_batch)
             model = describe_model(service, catalog)
         shown = {"rows": rows[:ROWS], "more": len(rows) > ROWS, "show": show, "kind": kind, "after": after}
         shown |= {"model": model, "due": due, "policy": _policy(policy), "problem": service.answering.problem}
         open_states = [(state.capitalize(), counts[state]) for state in CHOICES["waiting"] if state in counts]
-        return _page("overview", open_states=open_states, choices=CHOICES, count=ROWS, **shown)
+        return _page("overview", open_states=open_states, choices=choices, count=ROWS, **shown)
 
     @routes.get("/requests/{name}")
     def _(name: str, _: Annotated[Caller, Depends(sees)], verify: bool = False) -> Response:

@@ -26,7 +26,7 @@ from lmeraser_jax.evaluation.predict import Predictions, predict
 from lmeraser_jax.service.answering import Answered, Program
 from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
-from lmeraser_jax.service.problems import BUSY, UNFIT, Problem, places_of
+from lmeraser_jax.service.problems import BUSY, Problem, unfit
 
 LONGEST_TEXT = 100_000  # characters of a query or a candidate
 MOST_CANDIDATES = 100
@@ -126,7 +126,7 @@ def _parsed(raw: bytes) -> PredictBody:
     try:
         return PredictBody.model_validate_json(raw)
     except ValidationError as error:
-        raise Problem(422, UNFIT, places_of(error.errors(include_input=False, include_url=False))) from None
+        raise unfit(error.errors(include_input=False, include_url=False)) from None
 
 
 def _check_count(service: Service, count: int) -> None:

@@ -16,7 +16,6 @@ from lmeraser_jax.errors import Conflict, UserError
 from lmeraser_jax.storage.workdir import Layout
 
 MEDIA_TYPE = "application/problem+json"
-UNFIT = "the request does not fit what this address takes"
 MOST = 20  # places in a body that a problem document names
 TERMS = (  # what messages of the command line call by its flags -> the fields of a body
     ("--records=ID, --owner=NAME, --records_file=FILE or --like=IMAGE", "records, owners, images or texts"),
@@ -59,7 +58,7 @@ def problem_of(layout: Layout, error: Exception) -> Problem:
     if isinstance(error, HTTPException):
         return Problem(error.status_code, error.detail, headers=dict(error.headers or {}))
     if isinstance(error, RequestValidationError):
-        return Problem(422, UNFIT, places_of(error.errors()))
+        return unfit(error.errors())
     if isinstance(error, UserError):
         status = status_of(error)
         return Problem(status, public_text(layout, error), headers=BUSY if status == 503 else None)
@@ -67,14 +66,15 @@ def problem_of(layout: Layout, error: Exception) -> Problem:
     return Problem(503, f"the catalog cannot be written or read now: {error}", headers=BUSY)
 
 
-def places_of(errors: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def unfit(errors: Sequence[Mapping[str, Any]]) -> Problem:
     """Where a body is wrong, and why: the first places only, and never the value, which may be personal."""
     rows = []
     for each in errors[:MOST]:
         place = each["loc"][1:] if each["loc"][:1] == ("body",) else each["loc"]
         steps = [str(step).replace("~", "~0").replace("/", "~1") for step in place]  # RFC 6901
         rows.append({"pointer": "".join(f"/{step}" for step in steps), "detail": each["msg"]})
-    return rows
+    status = 400 if any(each["type"] == "json_invalid" for each in errors) else 422
+    return Problem(status, "the request does not fit what this address takes", rows)
 
 
 def status_of(error: UserError) -> int:

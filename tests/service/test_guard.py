@@ -147,8 +147,9 @@ def test_forms_bodies_and_images_that_cannot_be_read(guarded):
         part + b"\r\n" + part,
         part.replace(b'name="image"; ', b"") + b"\r\n--x--",
     ]
-    bodies = ["", "[", "[]", '{"images":', '{"images": 7}', '{"images": ["\\ud800"]}', '{"\\ud800": 1}', "[" * 100_000]
-    bodies += ['{"images": ["AAAA"], "temperature": NaN}', '{"images": ["!"]}', '{"queries": [{"query": "w1"}]}', "{}"]
+    broken = ["", "[", '{"images":', '{"images": ["\\ud800"]}', '{"\\ud800": 1}', "[" * 100_000]
+    bodies = ["[]", '{"images": 7}', '{"images": ["AAAA"], "temperature": NaN}', '{"images": ["!"]}', "{}"]
+    bodies += ['{"queries": [{"query": "w1"}]}']
     with predicts(guarded) as client:
         for content in forms:
             answer = client.post(
@@ -165,9 +166,9 @@ def test_forms_bodies_and_images_that_cannot_be_read(guarded):
             ).status_code
             == 422
         )
-        for content in bodies:
+        for content in (*broken, *bodies):
             answer = client.post("/v1/predict", content=content, headers={"Content-Type": "application/json"})
-            assert answer.status_code == 422, content
+            assert answer.status_code == (400 if content in broken else 422), content
         sound = png(np.zeros((8, 8, 1), "uint8"))
         for raw in (b"", b"GIF89a", sound[:40], bomb(60_000, 60_000), bomb(2**31 - 1, 1)):
             answer = client.post("/v1/predict", json={"images": [in_base64(sound), in_base64(raw)]})
@@ -230,10 +231,9 @@ def test_strange_names_are_refused_and_name_nothing_else(server):
         {"records": [name], "mode": "x"},
     ):
         assert client.post("/v1/erasures", json=body).status_code == 422, body
-    assert client.post("/v1/erasures", content=b"\xff", headers={"Content-Type": "application/json"}).status_code in (
-        400,
-        422,
-    )
+    for raw in (b"\xff", b"{", b"records"):
+        answer = client.post("/v1/erasures", content=raw, headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, raw
     assert name in server.records() and client.get("/v1/erasures").json()["erasures"] == []
 
 

@@ -216,7 +216,10 @@ def test_requests_are_filtered_and_shown_a_page_at_a_time(workdir, monkeypatch):
     second, last = shown(older.replace("&amp;", "&"))
     assert (first, second, last) == (["r2", "r1"], ["r0", "done"], "")
     assert shown("/?show=purged")[0] == ["done"] and shown("/?show=waiting&after=r1")[0] == ["r0"]
-    assert shown("/?kind=rectify")[0] == shown("/?show=strange")[0] == []
+    assert shown("/?kind=rectify")[0] == []
+    for query, legal in (("show=strange", ", ".join(pages.CHOICES)), ("kind=strange", "all, erase, rectify")):
+        answer = client.get(f"/?{query}")
+        assert answer.status_code == 422 and f"is strange; legal: {legal}" in Reader(answer.text).visible
 
 
 def test_erased_records_are_counted_without_owners_and_rectified_ones(workdir):
