@@ -25,7 +25,7 @@ from lmeraser_jax.data.source import SPLITS, content_hash
 from lmeraser_jax.errors import Damaged, UserError, join_limited, shorten
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import entries, is_there, replace_folder, resize_file
+from lmeraser_jax.storage.atomic_files import entries, files_below, is_there, replace_folder, resize_file
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
@@ -152,7 +152,7 @@ def _unchecked(component: str, message: str) -> Problem:
 
 
 def _folder(workdir: _Workdir) -> Findings:
-    """Links, and what an interrupted writer leaves: temporary files, replaced folders, scratch, a pretraining."""
+    """Links, pipes, devices; and what a killed writer leaves: temporary files, old folders, scratch, a pretraining."""
     layout = workdir.layout
     writer = current_writer(layout)
     if writer:
@@ -161,6 +161,11 @@ def _folder(workdir: _Workdir) -> Findings:
         refuse_links(layout)
     except UserError as error:  # what lies behind a link is neither looked at nor changed
         yield Problem(str(error), "")
+        return
+    strange = [path for path in files_below(layout.root) if is_there(path) and not path.is_file()]
+    if strange:  # to open a pipe may take for ever
+        listed = join_limited(sorted(ascii(str(path.relative_to(layout.root))) for path in strange))
+        yield Problem(f"pipes, sockets or devices, which no command makes: {listed}", "remove them")
         return
     if workdir.fix:
         workdir.opened.enter_context(writer_lock(layout))

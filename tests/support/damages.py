@@ -181,5 +181,6 @@ IRREPARABLE = {
     ),
     "tuning changed": Damage(setting("tuning", "epochs", 3), "state", "the slices were tuned with another"),
     "sample changed": Damage(setting("clustering", "sample_size", 31), "state", "made with another sample"),
+    "pipe": Damage(lambda layout: os.mkfifo(published_slice(layout) / "pipe"), "folder", "pipes, sockets or devices"),
     "link": Damage(link, "folder", "holds symbolic links"),
 }
