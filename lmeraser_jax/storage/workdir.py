@@ -16,7 +16,7 @@ from lmeraser_jax import interrupt
 from lmeraser_jax.config.paths import absolute
 from lmeraser_jax.errors import UserError, join_limited
 from lmeraser_jax.hashing import digest as digest_of
-from lmeraser_jax.storage.atomic_files import entries, is_there
+from lmeraser_jax.storage.atomic_files import entries, files_below, is_there
 
 PRIVATE = 0o077  # permission bits that neither group nor others get: a workdir holds private images
 CONFIG_BYTES = 1 << 20  # no config is larger
@@ -126,6 +126,14 @@ def refuse_links(layout: Layout) -> None:
     if links:
         reason = "symbolic links, through which files outside could be overwritten or deleted"
         raise UserError(f"{layout.root} holds {reason}: {join_limited(sorted(links))}; put the files themselves there")
+
+
+def refuse_pipes(layout: Layout) -> None:
+    """Raises `UserError` where a pipe, a socket or a device lies in the workdir: to open one may take for ever."""
+    strange = [path for path in files_below(layout.root) if is_there(path) and not path.is_file()]
+    if strange:
+        listed = join_limited(sorted(ascii(str(path.relative_to(layout.root))) for path in strange))
+        raise UserError(f"{layout.root} holds pipes, sockets or devices, which no command makes: {listed}; remove them")
 
 
 @contextlib.contextmanager

@@ -25,11 +25,11 @@ from lmeraser_jax.data.source import SPLITS, content_hash
 from lmeraser_jax.errors import Damaged, UserError, join_limited, shorten
 from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import requests, schema
-from lmeraser_jax.storage.atomic_files import entries, files_below, is_there, replace_folder, resize_file
+from lmeraser_jax.storage.atomic_files import entries, is_there, replace_folder, resize_file
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
-from lmeraser_jax.storage.workdir import Layout, current_writer, refuse_links, writer_lock
+from lmeraser_jax.storage.workdir import Layout, current_writer, refuse_links, refuse_pipes, writer_lock
 from lmeraser_jax.unlearning.artifacts import load_clustering, load_slice, pack, packed_fault, short, slice_of
 from lmeraser_jax.unlearning.binding import stored_config
 
@@ -159,13 +159,9 @@ def _folder(workdir: _Workdir) -> Findings:
         raise UserError(f"{layout.root} is being written by {writer}")
     try:
         refuse_links(layout)
-    except UserError as error:  # what lies behind a link is neither looked at nor changed
+        refuse_pipes(layout)
+    except UserError as error:  # what lies behind a link or in a pipe is neither looked at nor changed
         yield Problem(str(error), "")
-        return
-    strange = [path for path in files_below(layout.root) if is_there(path) and not path.is_file()]
-    if strange:  # to open a pipe may take for ever
-        listed = join_limited(sorted(ascii(str(path.relative_to(layout.root))) for path in strange))
-        yield Problem(f"pipes, sockets or devices, which no command makes: {listed}", "remove them")
         return
     if workdir.fix:
         workdir.opened.enter_context(writer_lock(layout))
@@ -348,10 +344,9 @@ def _packed(workdir: _Workdir) -> Findings:
 
 def _clusterings(workdir: _Workdir) -> Findings:
     names = {manifest.clustering for manifest in _states(workdir.catalog)}
-    known, load = {row.clustering for row in workdir.catalog.slices().values()}, load_clustering
-    return _artifacts(
-        workdir.catalog, workdir.layout.clusterings, names, known, functools.partial(load, workdir.layout)
-    )
+    known = {row.clustering for row in workdir.catalog.slices().values()}
+    load = functools.partial(load_clustering, workdir.layout)
+    return _artifacts(workdir.catalog, workdir.layout.clusterings, names, known, load)
 
 
 def _states(catalog: Catalog) -> list[Manifest]:
