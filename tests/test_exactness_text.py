@@ -65,8 +65,7 @@ KINDS = (unsampled_record, sampled_record, owner, batch, in_turn, in_other_turn)
 
 @pytest.mark.parametrize(
     ("kind", "devices", "overrides"),
-    [pytest.param(kind, 1, {}, id=kind.__name__) for kind in (sampled_record, in_turn)]
-    + [pytest.param(batch, 1, PREFIXED, id="batch with frozen blocks")]
+    [pytest.param(batch, 1, PREFIXED, id="batch with frozen blocks")]
     + [pytest.param(kind, n, {}, id=f"{kind.__name__}-{n}", marks=pytest.mark.slow) for kind in KINDS for n in (1, 8)],
 )
 def test_unlearning_equals_never_having_had_the_texts(folder, train, tmp_path, kind, devices, overrides):
@@ -134,6 +133,7 @@ def test_an_erased_text_is_nowhere_in_the_records(folder, train, tmp_path):
     assert content.tobytes() not in (workdir / "records" / run.layout.images.name).read_bytes()
 
 
+@pytest.mark.slow
 def test_rectifying_texts_equals_having_had_them_corrected(folder, train, tmp_path):
     """A query, a response, and both, of sampled and other records; no byte of the old rows is left."""
     config, workdir = text_config(folder), shutil.copytree(train()[0], tmp_path / "run")

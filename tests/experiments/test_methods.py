@@ -1,6 +1,7 @@
 """Partition x what is tuned x who answers: every combination keeps the contract, and answers as written."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -15,9 +16,8 @@ from lmeraser_jax import config as settings
 from lmeraser_jax.data.transforms import centred
 from lmeraser_jax.errors import UserError
 from lmeraser_jax.evaluation import accuracy
-from lmeraser_jax.evaluation import predict as predict_module
 from lmeraser_jax.evaluation.overview import overview
-from lmeraser_jax.evaluation.predict import load_model, predict
+from lmeraser_jax.evaluation.predict import load_model, predict, routed_probabilities
 from lmeraser_jax.evaluation.serving import Predictor
 from lmeraser_jax.experiments import methods
 from lmeraser_jax.experiments.measure import forward_passes
@@ -133,6 +133,7 @@ def literal_answers(run, images) -> np.ndarray:
     """Probabilities [K, N, Y] of every published slice, one at a time, without the prediction program."""
     manifest, architecture = run.catalog.manifest(), run.backbone.config
     pixels, answers = centred(jnp.asarray(images), run.image_spec), []
+    features_of = jax.jit(functools.partial(backbone_lib.features, architecture))
     for key in load_model(run).keys:
         slice_, prompt = load_slice(run, manifest.entries[key]), 0.0
         if width := run.config.tuning.active_prompt_width:
@@ -143,7 +144,7 @@ def literal_answers(run, images) -> np.ndarray:
             params = slice_.backbone
         if run.config.tuning.method == "lora":
             params = merged(params, slice_.backbone, run.config.tuning.alpha / run.config.tuning.rank)
-        features = backbone_lib.features(architecture, params, pixels + prompt)
+        features = features_of(params, pixels + prompt)
         features = closed_form.expand(features, run.config.tuning.expand)
         answers.append(np.asarray(jax.nn.softmax(features @ slice_.kernel + slice_.bias[None], axis=-1)))
     return np.stack(answers)
@@ -240,7 +241,8 @@ def test_noise_activation_is_the_literal_rule():
     mapping = noise_activation(backbone, 5)
     size, channels = backbone.config.image_size, backbone.config.channels
     noise = np.random.default_rng(3).standard_normal((8192, size, size, channels), np.float32)
-    spread = np.asarray(backbone_lib.features(backbone.config, backbone.params, jnp.asarray(noise))).std(axis=0)
+    features_of = jax.jit(functools.partial(backbone_lib.features, backbone.config))
+    spread = np.asarray(features_of(backbone.params, noise)).std(axis=0)
     assert spread[list(mapping)].mean() > 0.97 * np.sort(spread)[-5:].mean()
 
 
@@ -308,7 +310,7 @@ SLOW_PASSES = (
 def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
     name, nearest, expected, built, tmp_path, monkeypatch
 ):
-    passed, real, routed = [], backbone_lib.features, predict_module.routed_probabilities
+    passed, real = [], backbone_lib.features
 
     def features(architecture, params, pixels, lora=None):
         values = real(architecture, params, pixels, lora)
@@ -326,6 +328,7 @@ def test_the_forward_passes_of_a_prediction_are_those_of_the_program(
             cases.append((accuracy.with_weight(run, 1.0), 1))
         for asked, passes in cases:
             passed.clear()
-            routed(run.tuning_spec, asked.config, model.nearest, model.arrays, pixels, draws)
+            answer = functools.partial(routed_probabilities, run.tuning_spec, asked.config, model.nearest)
+            jax.jit(answer)(model.arrays, pixels, draws)
             jax.effects_barrier()
             assert sum(passed) / 2 == forward_passes(asked, len(model.keys)) == passes

@@ -297,6 +297,7 @@ def test_millions_of_wrong_elements_have_a_short_answer(server):
         assert answer.status_code == 422 and len(answer.content) < 5_000, address
 
 
+@pytest.mark.slow
 def test_a_repeated_request_cannot_change_its_mode(workdir):
     with serving(workdir) as server:
         first, second = sorted(server.records())[:2]

@@ -218,6 +218,7 @@ def test_adapters_of_a_language_model_forget_at_once_and_exactly_later(tmp_path)
         assert differences(unlearned, state(run)) == []
 
 
+@pytest.mark.slow
 def test_the_command_says_what_answers_and_refuses_what_cannot_be(trained_workdir, capsys, tmp_path):
     at = f"--workdir={trained_workdir}"
     for flags, message in (

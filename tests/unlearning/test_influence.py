@@ -93,10 +93,11 @@ def flat_risk(problem, parameters, weights):
 def test_hessian_products_are_those_of_the_dense_hessian(tokens, rng):
     problem, parameters, weights = tokens
     value, vector, unravel = flat_risk(problem, parameters, weights)
+    value = jax.jit(value)
     direction = rng.normal(size=vector.shape)
     true = dataclasses.replace(problem, objective=Objective(network, gauss_newton=False))
     product = influence.product(true, parameters, weights, unravel(direction), 0.1)
-    expected = jax.hessian(value)(vector) @ direction + 0.1 * direction
+    expected = jax.jit(jax.hessian(value))(vector) @ direction + 0.1 * direction
     np.testing.assert_allclose(ravel_pytree(product)[0], expected, rtol=1e-10, atol=1e-12)
     grad = ravel_pytree(influence.gradient(problem, parameters, weights))[0]
     np.testing.assert_allclose(grad, jax.grad(value)(vector), rtol=1e-10, atol=1e-12)
@@ -106,12 +107,12 @@ def test_hessian_products_are_those_of_the_dense_hessian(tokens, rng):
 def test_gauss_newton_is_the_dense_matrix_and_positive(tokens, rng):
     problem, parameters, weights = tokens
     _, vector, unravel = flat_risk(problem, parameters, weights)
-    columns = [influence.product(problem, parameters, weights, unravel(row)) for row in np.eye(len(vector))]
-    matrix = np.stack([ravel_pytree(column)[0] for column in columns])
+    product = jax.jit(lambda row: ravel_pytree(influence.product(problem, parameters, weights, unravel(row)))[0])
+    matrix = np.stack([product(row) for row in np.eye(len(vector))])
     inputs, labels, flat = (np.concatenate(part) for part in (*problem.rows, weights))
     outputs = lambda vector: network(unravel(vector), problem.frozen, inputs)  # noqa: E731
     jacobian, p = (
-        np.asarray(f(vector)) for f in (jax.jacobian(outputs), lambda v: jax.nn.softmax(outputs(v)))
+        np.asarray(jax.jit(f)(vector)) for f in (jax.jacobian(outputs), lambda v: jax.nn.softmax(outputs(v)))
     )  # [N, T, Y, n], [N, T, Y]
     counts = (labels >= 0) / np.maximum((labels >= 0).sum(axis=1, keepdims=True), 1)
     curvature = (np.eye(3) * p[..., None] - p[..., None] * p[..., None, :]) * (counts * flat[:, None])[..., None, None]
