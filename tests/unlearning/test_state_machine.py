@@ -15,7 +15,7 @@ def backbone_folder(tmp_path_factory, fast_files):
         History.backbone_folder = run.layout.backbone
 
 
-@pytest.mark.parametrize(("examples", "steps"), [(10, 12), pytest.param(40, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("examples", "steps"), [(10, 12), pytest.param(25, 20, marks=pytest.mark.slow)])
 def test_random_histories(examples, steps):
     settings = hypothesis.settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, derandomize=True, database=None
