@@ -119,7 +119,7 @@ def _publish(
     keys = [digest(members) for members in by_cluster]
     order = np.argsort(keys)
     rank = np.argsort(order).astype(np.int32)  # place of cluster k among the sorted keys
-    prototypes = np.stack([features[labels == k].mean(axis=0) for k in order]).astype(np.float32)
+    prototypes = np.stack([features[labels == k].mean(axis=0, dtype=np.float64) for k in order]).astype(np.float32)
     name = sampled(run)[1]
     save_clustering(run.layout, Clustering(name, tuple(sample_ids), rank[labels], tuple(sorted(keys)), prototypes))
     slices = {key: digest(["slice", key]) for key in keys}

@@ -3,6 +3,7 @@
 It is the only source of truth. Files are written first; a change becomes true in one transaction here.
 """
 
+import json
 import operator
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from lmeraser_jax.storage.rows import Edit, Manifest, ReceiptLink, SliceRow
 COLUMNS = "id,row,label,owner,content,cluster"  # of a `RecordTable`; a content as bytes, a cluster as its number
 CONTENT = "lower(hex(content))"
 KEY = "(SELECT key FROM clusters WHERE number=cluster)"
+MEMBERS = "records INDEXED BY records_cluster WHERE split='train' AND erased=''"  # SQLite might choose another index
 ERASE = "UPDATE records SET erased=? WHERE id=? AND erased=''"
 
 
@@ -62,8 +64,8 @@ class Catalog(Database):
 
     def at(self, rows: Iterable[int], erased: bool = False) -> RecordTable:
         """The live records in the given image rows, or the erased ones, sorted by id."""
-        query = f"SELECT {COLUMNS} FROM records WHERE row=? AND (erased!='')=?"
-        return self._table(sorted(record for row in rows for record in self.db.execute(query, (int(row), erased))))
+        query = f"SELECT {COLUMNS} FROM records WHERE row IN (SELECT value FROM json_each(?)) AND (erased!='')=?"
+        return self._table(sorted(self.db.execute(query, (json.dumps([int(row) for row in rows]), erased))))
 
     def members(self, cluster: str, leaving: Collection[str] = ()) -> RecordTable:
         """The live private records of a published cluster, of "" those in none yet, sorted by id; without `leaving`."""
@@ -79,7 +81,7 @@ class Catalog(Database):
 
         The clusters are numbers, and the dictionary has the published key of each; that of no cluster is "".
         """
-        query = "SELECT cluster,group_concat(row) FROM records WHERE split='train' AND erased='' GROUP BY cluster"
+        query = f"SELECT cluster,group_concat(row) FROM {MEMBERS} GROUP BY cluster"
         lists = {number: np.fromstring(text, np.int64, sep=",") for number, text in self.db.execute(query)}
         rows = np.concatenate([np.zeros(0, np.int64), *lists.values()])
         clusters = np.repeat(np.array(list(lists), np.int64), [len(rows) for rows in lists.values()])
@@ -94,7 +96,7 @@ class Catalog(Database):
 
     def sizes(self) -> dict[str, int]:
         """{published cluster: live members}; "" counts records that are in none yet."""
-        counts = "SELECT cluster,count(*) AS size FROM records WHERE split='train' AND erased='' GROUP BY cluster"
+        counts = f"SELECT cluster,count(*) AS size FROM {MEMBERS} GROUP BY cluster"
         return dict(self.db.execute(f"SELECT {KEY},size FROM ({counts})"))
 
     def counts(self) -> dict[str, int]:
@@ -331,7 +333,8 @@ class Catalog(Database):
         # zip(*records) is slow for long tables
         columns = (tuple(map(operator.itemgetter(i), records)) for i in range(6))
         ids, rows, labels, owners, contents, clusters = columns
-        keys = dict(self.db.execute("SELECT number,key FROM clusters"))
+        query = "SELECT number,key FROM clusters WHERE number IN (SELECT value FROM json_each(?))"
+        keys = dict(self.db.execute(query, (json.dumps(list(set(clusters))),)))
         hexadecimal, published = tuple(map(bytes.hex, contents)), tuple(map(keys.__getitem__, clusters))
         return RecordTable(ids, np.array(rows, np.int64), np.array(labels, np.int32), owners, hexadecimal, published)
 

@@ -9,7 +9,7 @@ Shapes: S sampled records, K clusters, D feature width, N records.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -173,20 +173,46 @@ def assign(features: np.ndarray, prototypes: np.ndarray) -> np.ndarray:
     A matrix product decides where its lead over the second nearest is more than all rounding there can be, so that
     the routing program would say the same; that program decides the rest.
     """
+    nearest = np.zeros(len(features), np.int32)
+    for piece, rows, products, bound in _factors(features, prototypes):
+        nearest[piece] = _clear_nearest(rows @ products, bound)
+    unclear = np.flatnonzero(nearest < 0)
+    nearest[unclear] = route(features[unclear], prototypes)
+    return nearest
+
+
+def reassign(features: np.ndarray, prototypes: np.ndarray, nearest: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """What `assign` gives where some prototypes are `new` bool [K], in the place of others: only they can be nearer.
+
+    `nearest` int32 [N] is the place of the prototype that was nearest before, negative where it is gone. `assign`
+    decides for these, for those whose own is new, and where a new prototype may be nearer.
+    """
+    nearest = nearest.copy()
+    known = np.flatnonzero(nearest >= 0)
+    for piece, rows, products, bound in _factors(features[known], prototypes):
+        own = np.einsum("bd,bd->b", rows, products.T[nearest[known[piece]]])
+        gaps = np.concatenate([own[:, None], rows @ products[:, new]], axis=1)  # [B, 1 + new]
+        nearest[known[piece][_clear_nearest(gaps, bound) != 0]] = -1
+    lost = np.flatnonzero(nearest < 0)
+    nearest[lost] = assign(features[lost], prototypes)
+    return nearest
+
+
+def _factors(
+    features: np.ndarray, prototypes: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
+    """Pieces of the features, the factors [B, D + 1], [D + 1, K] of their gaps, the bounds of `_clear_nearest`."""
     centre = prototypes.mean(axis=0, dtype=np.float32)
     columns = prototypes - centre
     squares = np.sum(columns**2, axis=1)  # [K]
     products = np.concatenate([-2 * columns.T, squares[None]])  # [D + 1, K]
     rounding = 8 * (len(products) + 8) * np.finfo(np.float32).eps
-    nearest = np.zeros(len(features), np.int32)
     for start in range(0, len(features), BATCH):
-        rows = np.ones((len(features[start : start + BATCH]), len(products)), np.float32)  # [B, D + 1]
-        rows[:, :-1] = features[start : start + BATCH] - centre
+        piece = slice(start, start + BATCH)
+        rows = np.ones((len(features[piece]), len(products)), np.float32)  # [B, D + 1]
+        rows[:, :-1] = features[piece] - centre
         reach = np.sqrt(np.sum(rows**2, axis=1)) + np.sqrt(squares.max())
-        nearest[start : start + BATCH] = _clear_nearest(rows @ products, rounding * reach**2)
-    unclear = np.flatnonzero(nearest < 0)
-    nearest[unclear] = route(features[unclear], prototypes)
-    return nearest
+        yield piece, rows, products, rounding * reach**2
 
 
 def _clear_nearest(gaps: np.ndarray, bound: np.ndarray) -> np.ndarray:

@@ -168,7 +168,7 @@ def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leavi
 
     These have an erased record, one that comes from or goes to another cluster, a lost slice, or a pin.
     """
-    catalog, (moved, left) = run.catalog, _moved(run, state, leaving)
+    catalog, (moved, left) = run.catalog, _moved(run, state, manifest, leaving)
     touched = catalog.touched() | left | set(moved.values()) | set(catalog.clusters_of(leaving).values())
     touched |= {key for key, ref in manifest.clusters.items() if slice_of(ref) not in state.on_disk}
     touched |= set(state.pins)  # a pin may end, and the slice called for in its place is then missing or not
@@ -178,7 +178,7 @@ def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leavi
     gone = np.zeros(catalog.rows_used(), bool)
     gone[list(moved)] = True
     members = {}
-    for key in sorted(touched - {""}):
+    for key in sorted(touched.intersection(state.clustering.keys)):
         records = catalog.members(key, leaving)
         if gone[records.rows].any():
             records = records.take(np.flatnonzero(~gone[records.rows]))
@@ -189,11 +189,11 @@ def _with_touched_clusters(run: Run, state: LiveState, manifest: Manifest, leavi
     return dataclasses.replace(state, members=members, untouched=untouched, moved=list(moved.items()))
 
 
-def _moved(run: Run, state: LiveState, leaving: frozenset[str]) -> tuple[dict[int, str], set[str]]:
+def _moved(run: Run, state: LiveState, manifest: Manifest, leaving: frozenset[str]) -> tuple[dict[int, str], set[str]]:
     """{image row: cluster key} of the live records that are in another cluster than published; the keys they leave.
 
     Under the published clustering these are the new records. Under another, every record is assigned again, by its
-    image row and cached feature alone.
+    image row and cached feature alone; where its prototype stays, it is compared with new prototypes only.
     """
     catalog, clustering, keys = run.catalog, state.clustering, state.clustering.keys
     if state.clustering_unchanged:
@@ -206,17 +206,29 @@ def _moved(run: Run, state: LiveState, leaving: frozenset[str]) -> tuple[dict[in
     for name, label in zip(clustering.sample, clustering.labels, strict=True):
         if name in row_of:
             label_of_row[row_of[name]] = label
-    assignment = label_of_row[rows]
-    unassigned = np.flatnonzero(assignment < 0)
-    for start in range(0, len(unassigned), PIECE):
-        piece = unassigned[start : start + PIECE]
-        assignment[piece] = clustering_lib.assign(run.features_at(rows[piece]), clustering.prototypes)
     index = {key: k for k, key in enumerate(keys)}
     label_of_cluster = np.full(max(published) + 1, -1, np.int32)
     label_of_cluster[list(published)] = [index.get(key, -1) for key in published.values()]
-    changed = np.flatnonzero(assignment != label_of_cluster[clusters])
+    assignment, before = label_of_row[rows], label_of_cluster[clusters]
+    new = _new_prototypes(run, manifest, clustering)
+    unassigned = np.flatnonzero(assignment < 0)
+    for start in range(0, len(unassigned), PIECE):
+        piece = unassigned[start : start + PIECE]
+        features = run.features_at(rows[piece])
+        assignment[piece] = clustering_lib.reassign(features, clustering.prototypes, before[piece], new)
+    changed = np.flatnonzero(assignment != before)
     moved = zip(rows[changed].tolist(), (keys[k] for k in assignment[changed]), strict=True)
     return dict(moved), {published[number] for number in np.unique(clusters[changed]).tolist()}
+
+
+def _new_prototypes(run: Run, manifest: Manifest, clustering: Clustering) -> np.ndarray:
+    """Which prototypes of a clustering the published one does not have, bit for bit: bool [K]."""
+    before = {}
+    with contextlib.suppress(Damaged):  # then all are new
+        published = load_clustering(run.layout, manifest.clustering)
+        before = dict(zip(published.keys, published.prototypes, strict=True))
+    pairs = zip(clustering.keys, clustering.prototypes, strict=True)
+    return np.array([key not in before or not np.array_equal(before[key], prototype) for key, prototype in pairs])
 
 
 def assign_members(run: Run, records: RecordTable, clustering: Clustering, unchanged: bool) -> np.ndarray:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 from scipy.spatial import distance
@@ -20,7 +21,9 @@ from lmeraser_jax.training.clustering import (
     expected_share,
     merge_small,
     padded,
+    reassign,
     route,
+    squared_distances,
     tree,
 )
 
@@ -271,3 +274,31 @@ def test_a_matrix_product_assigns_as_the_routing_program_does():
         patch.setattr(clustering, "route", lambda rows, _: routed.append(len(rows)) or np.zeros(len(rows), np.int32))
         assign(far, prototypes)
     assert sum(routed) < 20
+
+
+def test_what_was_nearest_is_compared_with_new_prototypes_only():
+    rng = np.random.default_rng(3)
+    old, new = points(30, seed=5), rng.choice([True, False], 30, p=[0.2, 0.8])
+    prototypes = np.where(new[:, None], points(30, seed=6), old)
+    prototypes[new.argmax()] = prototypes[np.flatnonzero(~new)[-1]]  # twins: the first wins
+    near = prototypes[rng.integers(30, size=300)] + rng.choice(np.float32([0, 1e-6]), (300, 5))
+    halfway = prototypes[rng.integers(30, size=(300, 2))].mean(axis=1)
+    features = np.concatenate([points(BATCH + 50, seed=7), near, halfway])
+    before = assign(features, old)
+    nearest = np.where(new[before] | (rng.random(len(features)) < 0.1), -1, before)  # left, or is not known
+    expected = assign(features, prototypes)
+    with pytest.MonkeyPatch.context() as patch:
+        again = []
+        patch.setattr(clustering, "assign", lambda rows, _: again.append(len(rows)) or assign(rows, prototypes))
+        np.testing.assert_array_equal(reassign(features, prototypes, nearest, new), expected)
+    assert (expected != before).any() and sum(again) < (nearest < 0).sum() + len(features) / 2
+
+
+def test_a_distance_has_the_same_bits_wherever_its_prototype_stands():
+    """So that records keep their cluster when other prototypes come and go."""
+    features, prototypes = points(BATCH, seed=1), points(100, seed=2)
+    distances = jax.jit(squared_distances)
+    every = np.asarray(distances(features, *padded(prototypes)))[:, :100]
+    for places in (np.arange(99, -1, -1), np.arange(3, 40), np.arange(7)):
+        some = np.asarray(distances(features, *padded(prototypes[places])))
+        np.testing.assert_array_equal(some[:, : len(places)], every[:, places])

@@ -1,5 +1,6 @@
 """A plan from the touched clusters against a plan from all of them, on random histories; and its purity."""
 
+import dataclasses
 import shutil
 
 import jax
@@ -14,7 +15,7 @@ from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning import plan as plan_module
-from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.artifacts import load_clustering, save_clustering
 from lmeraser_jax.unlearning.build import build
 from lmeraser_jax.unlearning.plan import live_state, plan
 from lmeraser_jax.unlearning.run import Run, open_run
@@ -121,6 +122,21 @@ def test_a_plan_from_the_touched_clusters_is_the_plan_from_all(run):
             assert contents(plan(state)) == contents(plan(state_of_all_clusters(run))) and not plan(state).missing
             assert state.members.keys() <= state.pins.keys(), "nothing happened to any other cluster"
     assert partial > 10 and clustered_anew > 1
+
+
+@pytest.mark.parametrize("offset", [0, 4], ids=["same program", "features of another program"])
+def test_a_record_goes_to_a_new_prototype_that_is_nearer_than_its_own(run, offset):
+    before = load_clustering(run.layout, run.catalog.manifest().clustering)
+    save_clustering(run.layout, dataclasses.replace(before, prototypes=before.prototypes + np.float32(offset)))
+    if offset:  # which put other records into the clusters
+        run.catalog.db.execute("UPDATE records SET cluster=(SELECT max(number) FROM clusters) WHERE row%3=0")
+    came_nearer = 0
+    for name in before.sample:
+        state = live_state(run, {name})
+        assert contents(plan(state)) == contents(plan(state_of_all_clusters(run, {name})))
+        published = dict(zip(run.catalog.live("train").rows.tolist(), run.catalog.live("train").clusters, strict=True))
+        came_nearer += sum(published[row] in state.clustering.keys for row, _ in state.moved)
+    assert came_nearer > 5
 
 
 def test_a_plan_is_pure(run):
