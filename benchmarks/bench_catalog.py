@@ -1,12 +1,17 @@
 """What the catalog costs with a million records: opening, accepting, planning, publishing, purging; and its size.
 
-  python benchmarks/bench_catalog.py [--quick] [--keep=DIR] [--json=FILE]
+  python benchmarks/bench_catalog.py [--quick] [--growth] [--keep=DIR] [--json=FILE]
 
 Records, sizes and features are made up (see synthetic.py); tables, clustering file and slice folders are real.
 Serving is measured without its device work: tuning is replaced by writing the checkpoints that it would write.
 --quick: 100,000 records in 200 clusters.
+--growth: what a request for one unsampled record costs with ten thousand to ten million records (--quick: to a hundred
+thousand), always 500 in a cluster; each number of records in a process of its own, for its peak memory.
 """
 
+import json
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -29,12 +34,21 @@ from lmeraser_jax.unlearning import build, plan, publish, purge, receipts
 from lmeraser_jax.unlearning.run import Run, open_run
 
 TIMES = 5  # of what is measured more than once
+CLUSTER = 500  # records in each cluster where the growth is measured
 
 
 def main() -> None:
     parser = new_parser(__doc__, quick="a tenth of everything")
     parser.add_argument("--keep", default="", help="folder that keeps synthetic workdirs; copies are measured")
+    parser.add_argument("--growth", action="store_true", help="the cost of one request at several numbers of records")
+    parser.add_argument("--records", type=int, default=0, help="used by the script itself: one number of records")
     arguments = parser.parse_args()
+    if arguments.records:
+        return print(json.dumps(one_request(arguments.records)))
+    if arguments.growth:
+        sizes = [10**power for power in range(4, 6 if arguments.quick else 8)]
+        rows = [in_process_of_its_own(size) for size in sizes]
+        return deliver("bench_catalog.py", {"records_in_a_cluster": CLUSTER, "growth": rows}, arguments.json)
     records, clusters, sample = (100_000, 200, 1_000) if arguments.quick else (1_000_000, 2_000, 10_000)
     result: dict[str, Any] = {"records": records, "clusters": clusters, "sample": sample}
     with tempfile.TemporaryDirectory() as folder:
@@ -83,6 +97,38 @@ def public(workdir: Path) -> dict[str, Any]:
         return {"plan_1000_sample_from_public": repeated(lambda: plan.current_plan(run, chosen))}
 
 
+def in_process_of_its_own(records: int) -> dict[str, Any]:
+    command = [sys.executable, __file__, f"--records={records}"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row = json.loads(output.splitlines()[-1])
+    log(row)
+    return row
+
+
+def one_request(records: int) -> dict[str, Any]:
+    """Milliseconds of a request for one unsampled record, without tuning: the median of some, after one to warm up."""
+    clusters = records // CLUSTER
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        synthetic.make(workdir, records, clusters, 2 * clusters, "private", even=True)
+        result = {
+            "records": records,
+            "clusters": clusters,
+            "open": spread([opening(workdir) for _ in range(TIMES)])["median_ms"],
+        }
+        with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
+            clock, rows, names = without_tuning(run), [], synthetic.unsampled(run, TIMES + 1)
+            for name in names:
+                clock.reset()
+                start, busy = time.perf_counter(), time.process_time()
+                requests.accept(run.catalog, [name])
+                clock.seconds["accept"] = time.perf_counter() - start
+                build.build(run)
+                total, busy = time.perf_counter() - start, time.process_time() - busy
+                rows.append({**clock.seconds, "total": total, "processor": busy})
+    return result | {step: round(1e3 * float(np.median([row[step] for row in rows[1:]])), 1) for step in rows[-1]}
+
+
 def opening(workdir: Path) -> float:
     start = time.perf_counter()
     with open_run(workdir, devices=jax.devices()[:1]) as run:
@@ -97,6 +143,15 @@ def accepting(run: Run, names: list[str], quarantine: bool) -> float:
 
 def serving(run: Run) -> dict[str, float]:
     """Seconds of each step of a build that serves what was accepted, without tuning."""
+    clock = without_tuning(run)
+    start = time.perf_counter()
+    report = build.build(run)
+    total = round(time.perf_counter() - start, 2)
+    return {"total": total, "retuned": report.retuned, **{k: round(v, 3) for k, v in clock.seconds.items()}}
+
+
+def without_tuning(run: Run) -> Clock:
+    """Makes builds write the checkpoints that tuning would give, and takes the time of each of their steps."""
     slice_ = jax.device_get(init_slice(jax.random.key(1), run.config.tuning, run.backbone.config, len(run.classes)))
 
     def write_only(spec, backbone, jobs, *_):
@@ -104,14 +159,10 @@ def serving(run: Run) -> dict[str, float]:
 
     build.check_pixel_hashes = lambda *_: None  # the made-up records have no pixels of their own
     tune_module.make_slices = write_only
-    steps = [(build, name) for name in ("current_plan", "register_orphans", "publish", "purge")]
+    steps = [(build, name) for name in ("current_plan", "register_orphans", "tune_missing", "pack", "publish", "purge")]
     steps += [(publish, "removal_summary"), (purge, "surviving"), (checkpoints, "save"), (receipts, "write")]
     steps += [(Catalog, name) for name in ("add_slice", "publish", "drop_slice", "forget", "flush")]
-    clock = Clock({f"{owner.__name__.rsplit('.')[-1]}.{name}": (owner, name) for owner, name in steps})
-    start = time.perf_counter()
-    report = build.build(run)
-    total = round(time.perf_counter() - start, 2)
-    return {"total": total, "retuned": report.retuned, **{k: round(v, 3) for k, v in clock.seconds.items()}}
+    return Clock({f"{owner.__name__.rsplit('.')[-1]}.{name}": (owner, name) for owner, name in steps})
 
 
 def repeated(function: Callable[[], Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Cluster sizes fall as 1 / (rank + 10): with 1,000,000 records in 2,000 clusters from about 19,000 to about 100.
 """
 
+import itertools
 import os
 import shutil
 import time
@@ -30,6 +31,7 @@ from lmeraser_jax.unlearning.artifacts import save_clustering
 from lmeraser_jax.unlearning.plan import constants_digest, sampled
 from lmeraser_jax.unlearning.run import Run, open_run
 
+PIECE = 1_000_000  # features drawn at a time
 SIDE, CLASSES, OWNED = 8, 10, 5  # pixels, classes, records of one owner
 
 
@@ -60,8 +62,8 @@ def copy(folder: Path, keep: str, records: int, clusters: int, sample: int, samp
     shutil.copytree(source, folder)
 
 
-def make(folder: Path, records: int, clusters: int, sample: int, sample_from: str) -> None:
-    """Writes the workdir."""
+def make(folder: Path, records: int, clusters: int, sample: int, sample_from: str, even: bool = False) -> None:
+    """Writes the workdir, with clusters that are `even` or of the sizes above."""
     layout = Layout(folder)
     layout.prepare()
     config, catalog = config_of(sample, clusters, sample_from), Catalog(layout.catalog)
@@ -76,24 +78,33 @@ def make(folder: Path, records: int, clusters: int, sample: int, sample_from: st
     pool = public_names or names
     sample_ids = sorted(sorted(pool, key=lambda name: sample_rank(config.seed, name))[:sample])
     rng = np.random.default_rng(0)
-    weights = 1 / (np.arange(clusters) + 10)
+    weights = np.ones(clusters) if even else 1 / (np.arange(clusters) + 10)
     cluster_of = rng.choice(clusters, records + public, p=weights / weights.sum()).astype(np.int32)
     place = {name: i for i, name in enumerate(names + public_names)}
     where = np.array([place[name] for name in sample_ids])
     cluster_of[where[:clusters]] = np.arange(clusters)  # a cluster has at least one sampled record
     features = rng.normal(size=(clusters, 16)).astype(np.float32)[cluster_of]
-    features += 0.05 * rng.normal(size=features.shape).astype(np.float32)
+    for start in range(0, len(features), PIECE):  # ten million records at once would fill the memory
+        piece = features[start : start + PIECE]
+        piece += 0.05 * rng.normal(size=piece.shape).astype(np.float32)
+    indexes = catalog.db.execute("SELECT name,sql FROM sqlite_master WHERE type='index' AND sql!=''").fetchall()
     with catalog.transaction():
+        for name, _ in indexes:  # they are made anew at the end, which is faster than to insert in random order
+            catalog.db.execute(f"DROP INDEX {name}")
         catalog.set("dataset", _dataset(config))
         catalog.set("rank_seed", config.seed)
         catalog.set("rows", records + public)
-        items = [Item(name, "train", i % CLASSES, f"owner-{i // OWNED:07d}") for i, name in enumerate(names)]
-        items += [Item(name, "public", i % CLASSES) for i, name in enumerate(public_names)]
-        catalog.add_records(items, range(len(items)), [digest(item.id) for item in items])
+        private = (Item(name, "train", i % CLASSES, f"owner-{i // OWNED:07d}") for i, name in enumerate(names))
+        others = (Item(name, "public", i % CLASSES) for i, name in enumerate(public_names))
+        contents = map(digest, itertools.chain(names, public_names))
+        catalog.add_records(itertools.chain(private, others), range(records + public), contents)
     catalog.close()
     with open_run(folder, devices=jax.devices()[:1], write=True) as run:
         run.feature_file().append(features)
         _publish(run, names, cluster_of, sample_ids, cluster_of[where], features[where])
+        with run.catalog.transaction():
+            for _, definition in indexes:
+                run.catalog.db.execute(definition)
 
 
 def _dataset(config: Config) -> dict:
@@ -124,10 +135,10 @@ def _publish(
     save_clustering(run.layout, Clustering(name, tuple(sample_ids), rank[labels], tuple(sorted(keys)), prototypes))
     slices = {key: digest(["slice", key]) for key in keys}
     arrays = _write_slices(run, list(slices.values()))
-    rows = np.arange(len(names))
+    rows = np.argsort(cluster_of[: len(names)], kind="stable")
+    ends = np.cumsum(np.bincount(cluster_of[: len(names)], minlength=clusters))
     with run.catalog.transaction():
-        for k, key in enumerate(keys):
-            members = rows[cluster_of[: len(names)] == k]
+        for key, members in zip(keys, np.split(rows, ends[:-1])):
             row = SliceRow(
                 slices[key],
                 key,
@@ -142,8 +153,9 @@ def _publish(
             )
             run.catalog.add_slice(row, members)
         constants = constants_digest(run.recipe_constants)
-        moved = [(row, keys[k]) for row, k in zip(rows, cluster_of)]
-        run.catalog.publish(name, run.fingerprint, constants, slices, moved)
+        run.catalog.publish(
+            name, run.fingerprint, constants, slices, ((row, keys[k]) for row, k in enumerate(cluster_of))
+        )
 
 
 def _write_slices(run: Run, names: list[str]) -> dict[str, np.ndarray]:

@@ -21,7 +21,9 @@ from lmeraser_jax.storage.rows import Edit, Manifest, ReceiptLink, SliceRow
 COLUMNS = "id,row,label,owner,content,cluster"  # of a `RecordTable`; a content as bytes, a cluster as its number
 CONTENT = "lower(hex(content))"
 KEY = "(SELECT key FROM clusters WHERE number=cluster)"
-MEMBERS = "records INDEXED BY records_cluster WHERE split='train' AND erased=''"  # SQLite might choose another index
+# What these look for is few records; left to itself, SQLite may choose an index of all.
+MEMBERS = "records INDEXED BY records_cluster WHERE split='train' AND erased=''"
+ERASED = "records INDEXED BY records_erased WHERE erased!=''"
 ERASE = "UPDATE records SET erased=? WHERE id=? AND erased=''"
 
 
@@ -91,8 +93,7 @@ class Catalog(Database):
 
     def touched(self) -> frozenset[str]:
         """Published clusters of the private records that are erased but not yet purged; "" among them for none."""
-        query = f"SELECT DISTINCT {KEY} FROM records INDEXED BY records_erased WHERE erased!='' AND split='train'"
-        return frozenset(self._values(query))
+        return frozenset(self._values(f"SELECT DISTINCT {KEY} FROM {ERASED} AND split='train'"))
 
     def sizes(self) -> dict[str, int]:
         """{published cluster: live members}; "" counts records that are in none yet."""
@@ -190,8 +191,8 @@ class Catalog(Database):
     def erased(self, requests: Iterable[str] | None = None) -> dict[int, str]:
         """{image row: id} of records that are erased but not yet purged; of the given requests only."""
         if requests is None:
-            return dict(self.db.execute("SELECT row,id FROM records WHERE erased!=''"))
-        query = "SELECT row,id FROM records WHERE erased=? AND erased!=''"
+            return dict(self.db.execute(f"SELECT row,id FROM {ERASED}"))
+        query = f"SELECT row,id FROM {ERASED} AND erased=?"
         return {row: name for request in requests for row, name in self.db.execute(query, (request,))}
 
     def forget(self, requests: Iterable[str]) -> None:
@@ -200,8 +201,7 @@ class Catalog(Database):
         The records' tombstones stay.
         """
         self.db.executemany("DELETE FROM records WHERE erased=? AND erased!=''", [(name,) for name in requests])
-        live = "EXISTS(SELECT 1 FROM records WHERE cluster=number AND split='train' AND erased='')"
-        erased = "SELECT cluster FROM records INDEXED BY records_erased WHERE erased!=''"
+        live, erased = f"EXISTS(SELECT 1 FROM {MEMBERS} AND cluster=number)", f"SELECT cluster FROM {ERASED}"
         self.db.execute(f"DELETE FROM clusters WHERE number!=0 AND NOT {live} AND number NOT IN ({erased})")
 
     def add_tombstone(self, purpose: str, name: str) -> None:
@@ -220,7 +220,8 @@ class Catalog(Database):
     # slices and manifests
     def add_slice(self, row: SliceRow, rows: Iterable[int], epochs: Mapping[int, str] = MappingProxyType({})) -> None:
         """Registers a slice on disk, the image rows of its members, {step: digest of parameters} of earlier epochs."""
-        self._slices = None
+        if self._slices is not None:
+            self._slices = {**self._slices, row.digest: row}
         self.db.execute(f"INSERT OR REPLACE INTO slices VALUES({','.join('?' * len(row))})", row)
         members = np.unique(np.fromiter(rows, "<i4")).tobytes()
         self.db.execute("INSERT OR REPLACE INTO members VALUES(?,?)", (row.digest, members))
@@ -250,7 +251,7 @@ class Catalog(Database):
 
     def slices_of(self, rows: Iterable[int]) -> frozenset[str]:
         """Digests of slices that have a member in one of the image rows."""
-        wanted = np.fromiter(rows, np.int64)
+        wanted = np.fromiter(rows, "<i4")
         if not len(wanted):
             return frozenset()
         slices = self.db.execute("SELECT slice,rows FROM members").fetchall()
@@ -261,9 +262,9 @@ class Catalog(Database):
 
     def set_clustering(self, clustering: str, digests: Iterable[str]) -> None:
         """Notes that the members of these slices follow from a clustering."""
-        self._slices = None
         query = "UPDATE slices SET clustering=? WHERE digest=? AND clustering!=?"
-        self.db.executemany(query, ((clustering, digest, clustering) for digest in digests))
+        if self.db.executemany(query, ((clustering, digest, clustering) for digest in digests)).rowcount:
+            self._slices = None
 
     def orphaned_slices(self) -> frozenset[str]:
         """Published slices that have seen an image row which belongs to no record any more. There should be none."""

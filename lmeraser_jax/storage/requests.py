@@ -17,7 +17,7 @@ from typing import Any
 from lmeraser_jax.data.names import list_lookalikes, list_names
 from lmeraser_jax.errors import Conflict, UserError, join_limited, raise_all, shorten
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.storage.catalog import KEY, Catalog
+from lmeraser_jax.storage.catalog import ERASED, KEY, Catalog
 from lmeraser_jax.storage.rows import Edit
 
 STATES = ("accepted", "approximated", "planned", "re-tuning", "published", "purged")
@@ -233,8 +233,7 @@ def _quarantine(catalog: Catalog, name: str, clusters: Iterable[str]) -> None:
 
 def _clusters_hit(catalog: Catalog, request: Request) -> dict[str, int]:
     """{published cluster: its members that a request erases}; where it shares records, those of all that wait, too."""
-    condition = "erased!='' AND split='train' AND cluster!=0"
-    query = f"SELECT {KEY},sum(erased=?) FROM records WHERE {condition} GROUP BY cluster"
+    query = f"SELECT {KEY},sum(erased=?) FROM {ERASED} AND split='train' AND cluster!=0 GROUP BY cluster"
     counts = dict(catalog.db.execute(query, (request.id,)))
     return {key: count for key, count in sorted(counts.items()) if count or request.body["shared"]}
 

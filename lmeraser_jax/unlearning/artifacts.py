@@ -5,6 +5,7 @@ are. The second way matters only for slices that are kept whatever the live reco
 """
 
 import contextlib
+import functools
 import io
 import operator
 from collections.abc import Collection, Iterable, Iterator, Mapping, Set
@@ -180,8 +181,20 @@ def _arrays(clustering: Clustering) -> dict[str, np.ndarray]:
 
 
 def load_clustering(layout: Layout, name: str) -> Clustering:
-    """A saved clustering. Raises `Damaged` when it is missing or damaged, `OSError` when it cannot be read now."""
-    return _read(layout.clustering(name), name)
+    """A saved clustering. Raises `Damaged` when it is missing or damaged, `OSError` when it cannot be read now.
+
+    A build looks at it several times; it is read once, and again after a change.
+    """
+    folder = layout.clustering(name)
+    with contextlib.suppress(OSError):  # which reading it explains
+        file = (folder / "clustering.npz").stat()
+        return _read_once(folder, name, (file.st_ino, file.st_mtime_ns, file.st_ctime_ns, file.st_size))
+    return _read(folder, name)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(folder: Path, name: str, _stamp: tuple[int, ...]) -> Clustering:
+    return _read(folder, name)
 
 
 def _read(folder: Path, name: str) -> Clustering:

@@ -15,8 +15,7 @@ from lmeraser_jax.config import Checkpoints
 from lmeraser_jax.data.record_table import RecordTable
 from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import digest
-from lmeraser_jax.storage import requests
-from lmeraser_jax.storage.atomic_files import is_there
+from lmeraser_jax.storage import atomic_files, requests
 from lmeraser_jax.storage.rows import Manifest, SliceKind, SliceRow, images_of
 from lmeraser_jax.training import clustering as clustering_lib
 from lmeraser_jax.training.clustering import Clustering
@@ -95,7 +94,7 @@ def live_state(run: Run, leaving: Collection[str] = ()) -> LiveState:
         state = LiveState(
             manifest=manifest,
             slices=slices,
-            on_disk=frozenset(name for name in slices if is_there(run.layout.slice(name))),
+            on_disk=frozenset(path.name for path in atomic_files.entries(run.layout.slices)) & slices.keys(),
             pins=catalog.pins(),
             tainted=tainted(run, catalog.erased() | {row: name for name, row in catalog.rows(ids).items()}),
             clustering=clustering,
