@@ -4,6 +4,7 @@ Only this file imports Orbax, and only to write. TensorStore reads many times fa
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -58,6 +59,11 @@ def unflatten(arrays: Arrays, like: Any) -> Any:
 
 def _name(key: Any) -> str:
     return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+
+def import_writer() -> None:
+    """Imports Orbax ahead of the first `save`, at a time when a process would only wait for its devices."""
+    importlib.import_module("orbax.checkpoint")
 
 
 def save(

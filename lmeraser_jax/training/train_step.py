@@ -118,7 +118,14 @@ def cluster_step(
     slice_, opt = jax.tree.map(lambda new, old: jnp.where(batch.step == 0, new, old), fresh, state)
     inputs = jax.tree.map(lambda leaf: leaf[batch.rows], images)
     inputs = step_inputs(tuning_spec, inputs, jax.random.fold_in(key_augment, batch.step))
-    loss, grads = jax.value_and_grad(cluster_loss)(slice_, tuning_spec, params, inputs, labels[batch.rows], batch.valid)
+    targets = labels[batch.rows]
+
+    def loss_of(slice_: Slice) -> jax.Array:
+        return cluster_loss(slice_, tuning_spec, params, inputs, targets, batch.valid)
+
+    # Traced to a jaxpr first: the lanes and the gradient then meet plain operations, not hundreds of small jitted ones.
+    traced_loss, hoisted = jax.closure_convert(loss_of, slice_)
+    loss, grads = jax.value_and_grad(traced_loss)(slice_, *hoisted)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
         directions, opt = tx.update(grads, opt, slice_)
     factor = learning_rate(tuning, batch.step, batch.total)

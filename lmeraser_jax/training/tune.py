@@ -19,6 +19,7 @@ from lmeraser_jax import interrupt
 from lmeraser_jax.data.text_rows import HEADER
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.progress import progress
+from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import closed_form, profiling
 from lmeraser_jax.training.closed_form import KeptSums
 from lmeraser_jax.training.features import compute_dtype, network_inputs, on_device
@@ -121,6 +122,7 @@ def make_slices(
             images, targets, rows = data.of(call)
             work = Batch(rows, call.valid, call.seed_words, call.step, call.total, call.slot)
             state, handed, losses = program(params, images, targets, np.int32(call.steps), state, work)
+            checkpoints.import_writer()  # while the devices work
             yield from fetch()
             pending = (call, handed, losses)
         yield from fetch()

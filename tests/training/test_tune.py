@@ -147,6 +147,27 @@ def test_no_backbone_gradient_exists_in_the_program(method):
     assert shapes and not weights & shapes
 
 
+@pytest.mark.parametrize("method", ["prompt+head", pytest.param("lora", marks=pytest.mark.slow)])
+def test_tracing_the_loss_first_leaves_the_program_as_it_is(monkeypatch, method):
+    spec, mesh, programs = small_spec("flip", method=method, rank=2), mesh_of(jax.devices()[:1]), []
+    numbers = np.zeros((8, 2), np.int32)
+    words, valid = np.zeros((8, 2, 2), np.uint32), np.ones((8, 2, 4), bool)
+    work = train_step.Batch(np.zeros((8, 2, 4), np.int32), valid, words, numbers, numbers, numbers)
+    for convert in (jax.closure_convert, lambda function, *_: (function, [])):
+        monkeypatch.setattr(jax, "closure_convert", convert)
+        arguments = small_backbone().params, *small_data(), np.int32(8), train_step.initial_state(spec, mesh), work
+        programs.append(train_step.compiled.__wrapped__(spec, mesh).lower(*arguments).as_text())
+    assert programs[0] == programs[1] and "stablehlo.while" in programs[0]
+
+
+def test_orbax_is_imported_while_the_device_works(monkeypatch):
+    events, collect = [], tune.Tracker.collect
+    monkeypatch.setattr(tune.checkpoints, "import_writer", lambda: events.append("import"))
+    monkeypatch.setattr(tune.Tracker, "collect", lambda *args: (events.append("wait"), collect(*args))[1])
+    tune_groups(small_spec(), {"c1": GROUPS["c1"]})
+    assert events[0] == "import" and "wait" in events
+
+
 def test_a_call_sends_no_image_where_all_fit_on_the_device(monkeypatch):
     """Images go to the device once. A call is given its batches' row numbers, and sends nothing while it runs."""
     compiled = train_step.compiled
