@@ -83,8 +83,7 @@ def unlearn(
     from lmeraser_jax.unlearning.run import open_run
 
     records, owners = requests.name_list(records), requests.name_list(owners)  # an iterator can be read only once
-    key = signatures.load_signing_key(absolute(signing_key))
-    with open_run(workdir, write=True, signing_key=key) as run:
+    with open_run(workdir, write=True, signing_key=signatures.load_signing_key(absolute(signing_key))) as run:
         erasure = request_erasure(run, records, owners, request, requester, reason)
         for line in requests.still_live(run.catalog, records, owners):
             warnings.warn(line, stacklevel=2)
@@ -117,8 +116,7 @@ def rectify(
     is_file = isinstance(edits, str | Path)
     path = Path(expand(str(edits))) if is_file else Path("edits")
     lines = request_files.read_edits(str(path)) if is_file else [(f"edit {n}", e) for n, e in enumerate(edits, 1)]
-    key = signatures.load_signing_key(absolute(signing_key))
-    with open_run(workdir, write=True, signing_key=key) as run:
+    with open_run(workdir, write=True, signing_key=signatures.load_signing_key(absolute(signing_key))) as run:
         changes = rectify.changes_of(run.catalog, lines, path.parent, run.config.data.max_pixels)
         return rectify.request_rectification(run, changes, request, requester, reason)
 

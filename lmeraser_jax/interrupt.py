@@ -56,10 +56,7 @@ def handle_sigterm() -> Iterator[None]:
 
 
 def end_at_second_ctrl_c(line: str, code: int) -> None:
-    """Lets a Ctrl-C while the first one is being cleaned up after end the process with a line and an exit code.
-
-    Otherwise Python would print a traceback wherever it is by then: in a `finally`, in a thread pool, in `atexit`.
-    """
+    """Lets a second Ctrl-C end the process with a line, where Python would print a traceback, as in `atexit`."""
 
     def end(*_: object) -> None:
         os.write(2, f"{line}\n".encode())

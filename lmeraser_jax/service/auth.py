@@ -48,7 +48,6 @@ class Token:
 def make_token(path: Path, name: str, roles: Sequence[str]) -> str:
     """Adds a token to the file, which is made if need be, and returns it: nobody can read it there.
 
-    A lock file beside it lets one process at a time change it, so that no entry is lost.
     Raises `UserError` for an illegal name or role, a name that has a token, or a file that cannot be used.
     """
     problems = []
@@ -62,11 +61,10 @@ def make_token(path: Path, name: str, roles: Sequence[str]) -> str:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path.with_name(f".{path.name}.lock"), "wb") as lock:  # the file itself is replaced
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # so that no entry of another process is lost
             tokens = read_tokens(path) if path.exists() else ()
             if any(token.caller.name == name for token in tokens):
-                remedy = "choose another name, or delete its entry there first"
-                raise UserError(f"--name={name}: has a token in {path}; {remedy}")
+                raise UserError(f"--name={name}: has a token in {path}; choose another name, or delete its entry first")
             rows = [*map(_values, tokens), _values(Token(Caller(name, frozenset(roles)), _hash(secret)))]
             write_json(path, {"tokens": rows})
             path.chmod(0o600)
