@@ -10,6 +10,7 @@ thousand), always 500 in a cluster; each number of records in a process of its o
 """
 
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -42,9 +43,10 @@ def main() -> None:
     parser.add_argument("--keep", default="", help="folder that keeps synthetic workdirs; copies are measured")
     parser.add_argument("--growth", action="store_true", help="the cost of one request at several numbers of records")
     parser.add_argument("--records", type=int, default=0, help="used by the script itself: one number of records")
+    parser.add_argument("--folder", default="", help="used by the script itself: where their workdir is, or goes")
     arguments = parser.parse_args()
     if arguments.records:
-        return print(json.dumps(one_request(arguments.records)))
+        return print(json.dumps(one_request(arguments.records, Path(arguments.folder))))
     if arguments.growth:
         sizes = [10**power for power in range(4, 6 if arguments.quick else 8)]
         rows = [in_process_of_its_own(size) for size in sizes]
@@ -71,9 +73,7 @@ def private(workdir: Path) -> dict[str, Any]:
         result["plan_1000_to_come"] = repeated(lambda: plan.current_plan(run, many))
         sampled = run.catalog.sample("train", run.config.clustering.sample_size).ids[0]
         log(result)
-        result["plan_1000_with_a_sampled_record_s"] = round(
-            timed(lambda: plan.current_plan(run, [*many[1:], sampled])), 1
-        )
+        result["plan_1000_with_a_sampled_record"] = repeated(lambda: plan.current_plan(run, [*many[1:], sampled]))
         log(result)
         result["accept_1"] = spread([accepting(run, [name], False) for name in few[:100]])
         result["accept_1_quarantine"] = spread([accepting(run, [name], True) for name in few[100:]])
@@ -99,34 +99,37 @@ def public(workdir: Path) -> dict[str, Any]:
 
 def in_process_of_its_own(records: int) -> dict[str, Any]:
     command = [sys.executable, __file__, f"--records={records}"]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    row = json.loads(output.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(2):  # the first one makes the workdir, which takes more memory
+            output = subprocess.run([*command, f"--folder={folder}"], check=True, stdout=subprocess.PIPE, text=True)
+    row = json.loads(output.stdout.splitlines()[-1])
     log(row)
     return row
 
 
-def one_request(records: int) -> dict[str, Any]:
+def one_request(records: int, folder: Path) -> dict[str, Any]:
     """Milliseconds of a request for one unsampled record, without tuning: the median of some, after one to warm up."""
-    clusters = records // CLUSTER
-    with tempfile.TemporaryDirectory() as folder:
-        workdir = Path(folder) / "run"
+    clusters, workdir, rows = records // CLUSTER, folder / "run", []
+    if not workdir.exists():
         synthetic.make(workdir, records, clusters, 2 * clusters, "private", even=True)
-        result = {
-            "records": records,
-            "clusters": clusters,
-            "open": spread([opening(workdir) for _ in range(TIMES)])["median_ms"],
-        }
-        with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
-            clock, rows, names = without_tuning(run), [], synthetic.unsampled(run, TIMES + 1)
-            for name in names:
-                clock.reset()
-                start, busy = time.perf_counter(), time.process_time()
-                requests.accept(run.catalog, [name])
-                clock.seconds["accept"] = time.perf_counter() - start
-                build.build(run)
-                total, busy = time.perf_counter() - start, time.process_time() - busy
-                rows.append({**clock.seconds, "total": total, "processor": busy})
-    return result | {step: round(1e3 * float(np.median([row[step] for row in rows[1:]])), 1) for step in rows[-1]}
+        return {}
+    started = spread([opening(workdir) for _ in range(TIMES)])["median_ms"]
+    with open_run(workdir, devices=jax.devices()[:1], write=True) as run:
+        clock = without_tuning(run)
+        last = run.catalog.db.execute(
+            "SELECT id FROM records WHERE split='train' ORDER BY rank DESC LIMIT ?", (TIMES + 1,)
+        )
+        for (name,) in last.fetchall():
+            clock.reset()
+            start, busy = time.perf_counter(), time.process_time()
+            requests.accept(run.catalog, [name])
+            accepted = time.perf_counter() - start
+            build.build(run)
+            total, busy = time.perf_counter() - start, time.process_time() - busy
+            rows.append({"accept": accepted, **clock.seconds, "total": total, "processor": busy})
+    medians = {step: round(1e3 * float(np.median([row[step] for row in rows[1:]])), 1) for step in rows[-1]}
+    peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return {"records": records, "clusters": clusters, "rss_mb": peak, "open": started, **medians}
 
 
 def opening(workdir: Path) -> float:

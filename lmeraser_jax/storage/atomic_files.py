@@ -96,7 +96,7 @@ def remove_others(folder: Path, names: Collection[str]) -> None:
     if not folder.exists():
         return
     with ThreadPoolExecutor(THREADS) as threads:
-        list(threads.map(_remove, [path for path in folder.iterdir() if path.name not in names]))
+        list(threads.map(_remove, [folder / name for name in os.listdir(folder) if name not in names]))
     sync_folder(folder)
 
 
@@ -124,7 +124,7 @@ def sync_folder(folder: Path) -> None:
 def entries(folder: Path) -> list[Path]:
     """What a folder holds, sorted; nothing where there is none. Raises where `Path.glob` hides that it may not look."""
     try:
-        return sorted(folder.iterdir())
+        return [folder / name for name in sorted(os.listdir(folder))]
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -262,9 +262,11 @@ class Catalog(Database):
 
     def set_clustering(self, clustering: str, digests: Iterable[str]) -> None:
         """Notes that the members of these slices follow from a clustering."""
-        query = "UPDATE slices SET clustering=? WHERE digest=? AND clustering!=?"
-        if self.db.executemany(query, ((clustering, digest, clustering) for digest in digests)).rowcount:
+        rows = self.slices()
+        others = [(clustering, name) for name in digests if name in rows and rows[name].clustering != clustering]
+        if others:
             self._slices = None
+        self.db.executemany("UPDATE slices SET clustering=? WHERE digest=?", others)
 
     def orphaned_slices(self) -> frozenset[str]:
         """Published slices that have seen an image row which belongs to no record any more. There should be none."""
