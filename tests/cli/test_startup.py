@@ -98,6 +98,37 @@ def test_a_locked_workdir_and_a_sample_larger_than_the_data_are_refused_without_
         assert "is being written by process" in without_jax(tasks)
 
 
+REQUEST = """
+import gc, sys
+from lmeraser_jax.cli import main
+
+lowered, collections = [], []
+if "--defer" not in sys.argv:
+    main.keep_compiled_programs()
+    import jax
+
+    def listen(event, seconds, **facts):
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            lowered.append(facts["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+gc.callbacks.append(lambda phase, info: collections.append(info))
+assert main.console() == 0
+assert not collections and gc.get_freeze_count() > 10_000, (collections, gc.get_freeze_count())
+assert lowered == ["jit(device_program)"] * ("--defer" not in sys.argv), lowered
+needless = {"PIL", "scipy", "sklearn", "matplotlib", "transformers", "tensorflow_datasets", "jinja2", "starlette"}
+assert not needless & set(sys.modules), needless & set(sys.modules)
+"""
+
+
+@pytest.mark.parametrize("flag", ["--defer", pytest.param("--quarantine", marks=pytest.mark.slow)])
+def test_a_request_lowers_one_program_and_collects_no_garbage(erased_workdir, flag):
+    """Every further program is traced, lowered and read from the cache; the collector takes a fifth of the time."""
+    command = [sys.executable, "-c", REQUEST, "unlearn", f"--workdir={erased_workdir}", "--records=digit-0018", flag]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 WITHOUT_DEVICE = """
 import contextlib, io, json, os, sys
 import lmeraser_jax as lm

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from published import SWIN, VIT, vision_transformer
 from transcriptions import TOLERANCE, outputs, pictures, relative_error
@@ -94,3 +95,14 @@ def test_the_digests_of_older_backbones_stay():
         assert backbone_lib.make(config, ones, (0.5,), (0.5,)).digest == expected
     kinds = [{"registers": 1}, {"registers": 2}, {"pre_norm": True}, {}]
     assert len({str(describe(dataclasses.replace(VIT, **kind))) for kind in kinds}) == 4
+
+
+@pytest.mark.parametrize("config", [VIT, SWIN])
+def test_shapes_of_a_network_are_traced_without_counting_random_keys(monkeypatch, config):
+    """At every key that is counted, Flax looks at all equations before it: with the depth that becomes slow."""
+
+    def refuse(_):
+        raise AssertionError("a key was counted")
+
+    monkeypatch.setattr(nnx.RngStream, "__call__", refuse)
+    assert backbone_lib.graph(dataclasses.replace(config, epsilon=1e-7))[1]
