@@ -1,4 +1,10 @@
-"""What ViT and Swin share: float32 LayerNorm, the two GELUs, the MLP, cutting images into patches."""
+"""What ViT and Swin share: float32 LayerNorm, the GELUs, the MLP, attention, cutting images into patches.
+
+`jax.checkpoint` stands around functions that are cheap beside the products: the backward pass computes them again, in
+one loop with what uses their derivatives, instead of reading what the forward pass would have to write.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +22,7 @@ class LayerNorm(nnx.LayerNorm):
 
     def __call__(self, x: jax.Array, *, mask: jax.Array | None = None) -> jax.Array:  # [..., D] -> [..., D]
         with jax.numpy_dtype_promotion("standard"):  # Flax mixes bfloat16 input with float32 statistics
-            return super().__call__(x, mask=mask)
+            return jax.checkpoint(functools.partial(super().__call__, mask=mask))(x)
 
 
 class MLP(nnx.Module):
@@ -28,10 +34,10 @@ class MLP(nnx.Module):
         self.fc2 = Linear(hidden, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., D] -> [..., D]
-        x = self.fc1(x)
-        return self.fc2(
-            x * jax.nn.sigmoid(1.702 * x) if self.gelu == "sigmoid" else jax.nn.gelu(x, self.gelu == "tanh")
-        )
+        return self.fc2(jax.checkpoint(self._activation)(self.fc1(x)))
+
+    def _activation(self, x: jax.Array) -> jax.Array:
+        return x * jax.nn.sigmoid(1.702 * x) if self.gelu == "sigmoid" else jax.nn.gelu(x, self.gelu == "tanh")
 
 
 def self_attention(qkv: jax.Array, heads: int, bias: jax.Array | None = None) -> jax.Array:
@@ -40,7 +46,8 @@ def self_attention(qkv: jax.Array, heads: int, bias: jax.Array | None = None) ->
     qkv [B, N, 3 * D] -> [B, N, D]; `bias` float32 [A, N, N] or [B, A, N, N] is added to the scores.
     """
     b, n, d = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    q, k, v = jnp.moveaxis(qkv.reshape(b, n, 3, heads, d // heads), 2, 0)
+    stacked = jax.lax.split(qkv.reshape(b, n, 3, heads, d // heads), (1, 1, 1), axis=2)  # its gradient concatenates
+    q, k, v = (jnp.squeeze(x, 2) for x in stacked)
     return attention(q, k, v, bias)
 
 

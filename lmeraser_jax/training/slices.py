@@ -22,7 +22,7 @@ from lmeraser_jax.models.backbone import Architecture, Backbone, Params, array_p
 from lmeraser_jax.training import slice_arrays
 from lmeraser_jax.training.slice_arrays import OWN
 
-RECIPE_VERSION = 3  # raise it when the same recipe starts to give other bits
+RECIPE_VERSION = 4  # raise it when the same recipe starts to give other bits
 NOISE_IMAGES, NOISE_BATCH = 512, 64  # of `noise_activation`
 
 
