@@ -16,6 +16,7 @@ from lmeraser_jax.config import Backbone
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import convert
 from lmeraser_jax.models.architectures import describe
+from lmeraser_jax.models.layers import MLP, LayerNorm
 from lmeraser_jax.models.vit import ViTConfig, interpolate_positions
 from lmeraser_jax.models.weight_files import Weights
 
@@ -41,6 +42,15 @@ def test_features_and_logits_match_the_transcription(config):
     expected = np.stack([transcription(arrays, config, image) for image in images])
     assert relative_error(ours["features"], expected) < TOLERANCE
     assert relative_error(ours["logits"], expected @ arrays["head/kernel"] + arrays["head/bias"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("gelu", ["erf", "tanh", "sigmoid"])
+def test_layer_norm_and_gelu_hold_one_array_for_the_backward_pass(gelu):
+    x, rngs = jnp.ones((2, 3, 4), jnp.float32), nnx.Rngs(0)
+    for layer, width in ((LayerNorm(4, 1e-6, rngs), 4), (MLP(4, 5, gelu, rngs), 5)):
+        _, backward = jax.vjp(layer, x)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(backward)]
+        assert [shape for shape in shapes if shape[:2] == x.shape[:2]] == [(2, 3, width)]
 
 
 @pytest.mark.parametrize("antialias", [True, False], ids=["antialiased", "plain"])
