@@ -17,7 +17,7 @@ from lmeraser_jax.unlearning.verify import verify_all
 
 SERVED = ("clustering", "sample", "prototypes", "slices", "parameters")
 ALLOWED = {"config.json", "catalog.db", "catalog.db-wal", "catalog.db-shm", "backbone", "records", "clusterings"}
-ALLOWED |= {"slices", "packed", "receipts", "metrics.jsonl", "lock", "scratch"}
+ALLOWED |= {"slices", "packed", "receipts", "metrics.jsonl", "lock", "scratch", "tokenizer"}
 
 
 class Trial:
@@ -30,7 +30,7 @@ class Trial:
         end = self.copy("end")
         self.run(end)
         self.new = published(end)
-        assert not self.unfinished(end)
+        assert not self.unfinished(end), self.unfinished(end)
 
     def copy(self, name: str) -> Path:
         """A fresh copy of the workdir; a folder that does not exist where the command makes it."""

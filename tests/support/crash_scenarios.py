@@ -14,13 +14,15 @@ import numpy as np
 import pytest
 from fakes import fast_fakes
 from helpers import small_config, small_source, with_items, without
+from text_problem import text_config, text_folder
 
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import pretrain
 from lmeraser_jax.storage import atomic_files
 from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.unlearning import build, erase, rollback
-from lmeraser_jax.unlearning.artifacts import load_clustering
+from lmeraser_jax.unlearning.approximate import publish_approximate
+from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering
 from lmeraser_jax.unlearning.rectify import Change, request_rectification
 from lmeraser_jax.unlearning.run import open_run, prepare_run
 
@@ -109,6 +111,25 @@ def make_half_purged(folder: Path) -> Prepared:
     return ids, wanted
 
 
+def make_approximated(folder: Path) -> Prepared:
+    """Approximate slices answer for the clusters of the records, and the process was killed before the exact build."""
+    ids, wanted = make_trained(folder)
+    with open_run(folder, write=True) as run:
+        erase.request_erasure(run, ids, request="r-1", defer=True)
+        published = publish_approximate(run, "newton", force=True)
+        names = [ref for ref in run.catalog.manifest().entries.values() if is_approximate(ref)]
+        assert len(names) == len(published) > 1
+    return ids, wanted | {f"slice {name}": name.encode() for name in names}
+
+
+def make_texts(folder: Path) -> Prepared:
+    """Of a language model. Its rows have 16 numbers, as an image of 16 pixels; the owners have other texts, too."""
+    (folder.parent / "texts").mkdir()
+    config = text_config(text_folder(folder.parent / "texts"), text__context=14)
+    ids = train(folder, source=None, config=config)
+    return ids, {name: needle for name, needle in needles(folder, ids).items() if not name.startswith("owner ")}
+
+
 def unlearn(folder: Path, ids: Sequence[str]) -> None:
     with open_run(folder, write=True) as run:
         erase.request_erasure(run, ids, request="r-1", quarantine=True)
@@ -140,6 +161,8 @@ def roll_back(folder: Path, ids: Sequence[str]) -> None:
 SCENARIOS = {
     "train": Scenario(lambda _: ((), {}), train),
     "unlearn": Scenario(make_trained, unlearn, 1),
+    "unlearn texts": Scenario(make_texts, unlearn, 1),
+    "newton": Scenario(make_approximated, process, 1),
     "rectify": Scenario(make_to_rectify, rectify, 1),
     "process": Scenario(make_with_waiting_requests, process, 2),
     "add": Scenario(make_before_more_records, functools.partial(train, reimport=True), 1),

@@ -8,6 +8,7 @@ import json
 import shutil
 from types import MappingProxyType
 
+import jax
 import numpy as np
 
 from lmeraser_jax.errors import Damaged
@@ -22,11 +23,12 @@ from lmeraser_jax.unlearning import run as run_module
 def fake_slice(tuning_spec, backbone, key, images, labels, step) -> Slice:
     """A slice drawn from a hash of everything that may matter to it, for members in the order of their ids."""
     size = backbone.config.image_size
-    shapes = ((4 * (size - 1),), (backbone.config.feature_size, tuning_spec.classes), (tuning_spec.classes,))
+    shapes = ((max(4 * (size - 1), 0),), (backbone.config.feature_size, tuning_spec.classes), (tuning_spec.classes,))
     members = [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
     inputs = (key, members, tuning_spec.tuning, tuning_spec.seed, step)
     rng = np.random.default_rng(list(hashlib.sha256(repr(inputs).encode()).digest()))
-    return Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
+    own = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), tuning_spec.own_parameters)
+    return Slice(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes), own)
 
 
 def fake_tune(tuning_spec, backbone, jobs, images, labels, mesh):

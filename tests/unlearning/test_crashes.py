@@ -17,9 +17,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from crash_checks import Trial
+from crash_checks import SERVED, Trial, published
 from crash_points import Points
-from crash_scenarios import SCENARIOS, install_fakes
+from crash_scenarios import SCENARIOS, SOURCE, install_fakes, train
+from helpers import without
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +74,16 @@ def test_killed_around_save_publish_purge_and_receipt(tmp_path):
 def test_killed_at_every_point(tmp_path, name):
     sides = kill(Trial(name, tmp_path), None)
     assert sides["new"] and (sides["old"] or name == "purge"), "kills on both sides of the publish transaction"
+
+
+@pytest.mark.slow
+def test_the_exact_build_after_a_kill_equals_training_without_the_records(tmp_path):
+    """Between the approximate slices and the exact ones; `test_killed_at_every_point` kills it once more."""
+    trial = Trial("newton", tmp_path)
+    train(tmp_path / "scratch", source=without(SOURCE, set(trial.ids)))
+    scratch = published(tmp_path / "scratch")
+    assert [part for part in SERVED if scratch[part] != trial.new[part]] == []
+    assert trial.old["slices"] != trial.new["slices"]
 
 
 COMMAND = """
