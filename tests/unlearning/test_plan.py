@@ -10,6 +10,7 @@ from fakes import fast_fakes
 from helpers import small_run, small_source
 
 from lmeraser_jax.data.source import Item, content_hash
+from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.ingest import image_file
@@ -137,6 +138,19 @@ def test_a_record_goes_to_a_new_prototype_that_is_nearer_than_its_own(run, offse
         published = dict(zip(run.catalog.live("train").rows.tolist(), run.catalog.live("train").clusters, strict=True))
         came_nearer += sum(published[row] in state.clustering.keys for row, _ in state.moved)
     assert came_nearer > 5
+
+
+def test_a_clustering_is_read_once_and_again_after_a_change(run):
+    name = run.catalog.manifest().clustering
+    file, first = run.layout.clustering(name) / "clustering.npz", load_clustering(run.layout, name)
+    content = file.read_bytes()
+    assert load_clustering(run.layout, name) is first
+    for damage in (lambda: file.write_bytes(bytes(len(content))), file.unlink):
+        damage()
+        with pytest.raises(Damaged):
+            load_clustering(run.layout, name)
+    file.write_bytes(content)
+    assert load_clustering(run.layout, name).keys == first.keys
 
 
 def test_a_plan_is_pure(run):
