@@ -6,10 +6,12 @@ Records, sizes and features are made up (see synthetic.py); tables, clustering f
 Serving is measured without its device work: tuning is replaced by writing the checkpoints that it would write.
 --quick: 100,000 records in 200 clusters.
 --growth: what a request for one unsampled record costs with ten thousand to ten million records (--quick: to a hundred
-thousand), always 500 in a cluster; each number of records in a process of its own, for its peak memory.
+thousand), always 500 in a cluster; each number of records in a process of its own, for its peak memory. Then the peak
+memory of train, unlearn and evaluate on tiny random images.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -25,6 +27,8 @@ import numpy as np
 import synthetic
 from reporting import Clock, deliver, log, new_parser, spread, timed
 
+from lmeraser_jax import config as settings
+from lmeraser_jax.config import Config
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.atomic_files import disk_use
 from lmeraser_jax.storage.catalog import Catalog
@@ -36,6 +40,7 @@ from lmeraser_jax.unlearning.run import Run, open_run
 
 TIMES = 5  # of what is measured more than once
 CLUSTER = 500  # records in each cluster where the growth is measured
+IMAGES = (10_000, 40_000, 160_000)  # of which commands are measured
 
 
 def main() -> None:
@@ -49,8 +54,9 @@ def main() -> None:
         return print(json.dumps(one_request(arguments.records, Path(arguments.folder))))
     if arguments.growth:
         sizes = [10**power for power in range(4, 6 if arguments.quick else 8)]
-        rows = [in_process_of_its_own(size) for size in sizes]
-        return deliver("bench_catalog.py", {"records_in_a_cluster": CLUSTER, "growth": rows}, arguments.json)
+        result = {"records_in_a_cluster": CLUSTER, "growth": [in_process_of_its_own(size) for size in sizes]}
+        result["commands"] = [commands(images) for images in IMAGES[: 1 if arguments.quick else None]]
+        return deliver("bench_catalog.py", result, arguments.json)
     records, clusters, sample = (100_000, 200, 1_000) if arguments.quick else (1_000_000, 2_000, 10_000)
     result: dict[str, Any] = {"records": records, "clusters": clusters, "sample": sample}
     with tempfile.TemporaryDirectory() as folder:
@@ -130,6 +136,34 @@ def one_request(records: int, folder: Path) -> dict[str, Any]:
     medians = {step: round(1e3 * float(np.median([row[step] for row in rows[1:]])), 1) for step in rows[-1]}
     peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     return {"records": records, "clusters": clusters, "rss_mb": peak, "open": started, **medians}
+
+
+def commands(images: int) -> dict[str, int]:
+    """Peak megabytes of commands on so many private images."""
+    rng, side, clusters = np.random.default_rng(0), synthetic.SIDE, images // CLUSTER
+    arrays: dict[str, np.ndarray] = {}
+    for split, count in (("train", images), ("test", 1_000), ("public", 500)):
+        arrays[f"{split}_images"] = rng.integers(0, 256, (count, side, side, 1), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(count) % synthetic.CLASSES
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(f"{folder}/images.npz", **arrays)  # type: ignore[arg-type]
+        config = settings.to_dict(synthetic.config_of(2 * clusters, clusters))
+        config["data"] |= {"source": "npz", "path": f"{folder}/images.npz"}
+        train = []
+        for part, default in settings.to_dict(Config()).items():
+            if isinstance(default, dict):
+                changed = {name: value for name, value in config[part].items() if value != default[name]}
+                train += [f"--config.{part}.{name}={value}" for name, value in changed.items()]
+        row = {"images": images}
+        for name, *flags in (("train", *train), ("unlearn", "--records=train/5"), ("evaluate",)):
+            command = [sys.executable, "-m", "lmeraser_jax.cli.main", name, f"--workdir={folder}/run", *flags]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            assert process.returncode == 0, command
+            row[f"{name}_rss_mb"] = round(usage.ru_maxrss / 1024)
+    log(row)
+    return row
 
 
 def opening(workdir: Path) -> float:
