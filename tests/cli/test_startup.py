@@ -124,7 +124,7 @@ assert not needless & set(sys.modules), needless & set(sys.modules)
 @pytest.mark.parametrize("flag", ["--defer", pytest.param("--quarantine", marks=pytest.mark.slow)])
 def test_a_request_lowers_one_program_and_collects_no_garbage(erased_workdir, flag):
     """Every further program is traced, lowered and read from the cache; the collector takes a fifth of the time."""
-    command = [sys.executable, "-c", REQUEST, "unlearn", f"--workdir={erased_workdir}", "--records=digit-0018", flag]
+    command = [sys.executable, "-c", REQUEST, "unlearn", f"--workdir={erased_workdir}", "--records=digit-0019", flag]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
