@@ -4,8 +4,8 @@
 #   GPUS=0,1,2,3 launch/local.sh train --config=configs/npz.py --workdir=runs/mine --config.data.path=FILE.npz ...
 #
 # One process uses all GPUs, or those of GPUS, and spreads the clusters over them. With PROCESSES=n there are n
-# processes instead; with GPUS, process i takes the i-th GPU. Each runs the program of one GPU, so the bits are those of
-# a machine with one GPU (docs/launch.md). Commands: train, add, unlearn, process, rollback.
+# processes instead; with GPUS, process i takes the i-th GPU. The bits are the same (docs/launch.md). Commands: train,
+# add, unlearn, process, rollback.
 set -euo pipefail
 : "${1:?usage: [GPUS=0,1] [PROCESSES=2] launch/local.sh COMMAND --flags (see: lmeraser --help)}"
 PROCESSES="${PROCESSES:-1}"

@@ -1,4 +1,4 @@
-"""Strict JAX on 8 fake CPU devices; a GPU machine keeps its own devices. Shared, small fixtures."""
+"""Strict JAX on 2 fake CPU devices (more would compile longer); a GPU machine keeps its own. Shared, small fixtures."""
 
 import contextlib
 import os
@@ -27,7 +27,7 @@ from lmeraser_jax.unlearning.build import build
 
 if os.environ.get("JAX_PLATFORMS", "cpu") == "cpu":
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 settings.register_profile(

@@ -82,10 +82,10 @@ KINDS = [
 
 
 def cases():
-    """Every kind of request on one device and on eight; two kinds on eight are enough for every day."""
-    for devices in (1, 8):
+    """Every kind of request on one device and on two; one kind on two is enough for every day."""
+    for devices in (1, 2):
         for kind in KINDS:
-            quick = devices == 1 or kind in (sampled_record, request_by_request)
+            quick = devices == 1 or kind == request_by_request
             marks = [] if quick else [pytest.mark.slow]
             yield pytest.param(kind, devices, marks=marks, id=f"{kind.__name__}-{devices}dev")
 
@@ -116,11 +116,11 @@ def trained(trained_template, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """The state of a training that never had some records, given their ids and a number of devices."""
+    """The state of a training on one device that never had some records, given their ids."""
 
     @functools.cache
-    def state_without(ids, devices=1):
-        return train_from_scratch(tmp_path_factory.mktemp("scratch") / "run", without(small_source(), ids), devices)
+    def state_without(ids):
+        return train_from_scratch(tmp_path_factory.mktemp("scratch") / "run", without(small_source(), ids))
 
     return state_without
 
@@ -140,7 +140,7 @@ def test_unlearning_equals_never_having_had_the_records(trained, scratch, tmp_pa
         files = {name: files_of(run, name) for name in before.entries.values()}
     unlearned, reports = erase_requests(workdir, requests, devices)
     erased = frozenset(name for ids in requests for name in ids)
-    assert differences(unlearned, scratch(erased, devices)) == []
+    assert differences(unlearned, scratch(erased)) == []
     assert sum(report.retuned for report in reports) > 0
     with small_run(workdir, devices=devices) as run:
         for key, name in run.catalog.manifest().entries.items():
@@ -149,7 +149,7 @@ def test_unlearning_equals_never_having_had_the_records(trained, scratch, tmp_pa
         assert run.catalog.erased() == {} and not any_open(run.catalog)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_contract_holds_with_everything_on(trained, scratch, tmp_path, devices):
     """Snapshots, records that joined later, a rollback, and requests that waited in quarantine."""
     trained(devices)  # skips where there are fewer
@@ -169,7 +169,7 @@ def test_the_contract_holds_with_everything_on(trained, scratch, tmp_path, devic
         assert len(served) == 3 and run.catalog.pins() == {} and not run.catalog.quarantined()
         unlearned = state(run)
     rest = without(small_source(), {name for ids in requests for name in ids})
-    assert differences(unlearned, train_from_scratch(tmp_path / "scratch", rest, devices, config)) == []
+    assert differences(unlearned, train_from_scratch(tmp_path / "scratch", rest, config=config)) == []
 
 
 def test_an_unsampled_record_changes_one_slice_and_a_sampled_one_what_the_next_hash_changes(trained_workdir):
@@ -290,12 +290,23 @@ def test_the_audit_agrees_and_sees_a_changed_bit(erased_workdir):
         assert audit(run).differences == (f"parameters {key}",)
 
 
-def test_slices_of_another_program_are_compared_within_a_tolerance(trained, trained_workdir):
-    """Tuned on one device and audited on eight: near, and said so; a real change still fails."""
-    trained(8)  # skips where there are fewer
-    with small_run(trained_workdir, devices=8) as run:
+def test_a_workdir_of_one_device_is_audited_bit_for_bit_on_two_and_the_other_way_round(
+    trained, scratch, trained_workdir
+):
+    for workdir, devices in ((trained_workdir, 2), (trained(2), 1)):
+        with small_run(workdir, devices=devices) as run:
+            verdict = audit(run)
+            assert verdict.ok and verdict.identical == verdict.clusters > 3
+            assert differences(state(run), scratch(frozenset())) == []
+
+
+def test_slices_of_another_program_are_compared_within_a_tolerance(trained_workdir, monkeypatch):
+    """Other bits count as near, and the verdict says so; a real change still fails."""
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # part of the fingerprint, harmless to a CPU
+    with small_run(trained_workdir) as run:
+        change_slice(run, 1, "bias", lambda bias: np.nextafter(bias, 1).astype(np.float32))
         verdict = audit(run)
-        assert verdict.ok and f"bit-identical: {verdict.checked - verdict.near} of" in verdict.text()
+        assert verdict.ok and verdict.near == 1 and "equal within 0.01: 1 slices" in verdict.text()
         key = change_slice(run, 0, "kernel", lambda kernel: kernel * np.float32(1.5))
         assert f"parameters {key}" in audit(run).differences
 

@@ -4,8 +4,7 @@
 
 Prints "bit-identical: K of K slices" and exits with 0, or prints what differs and exits with 1, or exits with 3 where a
 file could not be read now or the build failed, so that nothing can be said. A slice that was made
-under another fingerprint (library versions, kind of device, one device or several) is compared within a tolerance and
-counted apart.
+under another fingerprint (library versions, kind of device, lanes) is compared within a tolerance and counted apart.
 """
 
 import dataclasses

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -21,15 +20,10 @@ from lmeraser_jax.errors import UserError
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.backbone import Architecture, Backbone
 from lmeraser_jax.training import tasks
+from lmeraser_jax.training.each_device import on_each
 from lmeraser_jax.training.tasks import TextRows, TuningSpec
 
 PIECE = 16_384  # images in memory at a time
-
-
-def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
-    """`tuning.dtype` as a dtype; auto is float32 on CPU and bfloat16 elsewhere."""
-    platform = mesh.devices.flat[0].platform
-    return jnp.dtype("float32" if platform == "cpu" else "bfloat16") if name == "auto" else jnp.dtype(name)
 
 
 def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
@@ -41,7 +35,8 @@ def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
 @functools.lru_cache(maxsize=16)
 def feature_function(architecture: Architecture, spec: ImageSpec | TextSpec, mesh: Mesh):
     """Compiled `(params, rows [devices * batch, ...]) -> float32 [devices * batch, D]`."""
-    return _on_each(functools.partial(tasks.bare_features, architecture, spec), mesh)
+    rows = P(mesh.axis_names[0])
+    return on_each(functools.partial(tasks.bare_features, architecture, spec), mesh, (P(), rows), rows)
 
 
 @functools.lru_cache(maxsize=16)
@@ -51,13 +46,8 @@ def state_function(architecture: Architecture, last: int, mesh: Mesh):
     def states(params: Any, rows: jax.Array) -> jax.Array:
         return backbone_lib.token_states(architecture, params, tokens_of(rows)[0], last)
 
-    return _on_each(states, mesh)
-
-
-def _on_each(function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh):
-    """The compiled function of (params, rows), the rows split over the devices."""
-    axis = mesh.axis_names[0]
-    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=(P(), P(axis)), out_specs=P(axis), check_vma=False))
+    split = P(mesh.axis_names[0])
+    return on_each(states, mesh, (P(), split), split)
 
 
 def network_inputs(tuning_spec: TuningSpec, params: Any, rows: np.ndarray, used: np.ndarray, mesh: Mesh) -> Any:

@@ -1,6 +1,6 @@
-"""The tuning program: one compiled SPMD step tunes a cluster in every lane of every device (Eqs. 5, 6).
+"""The tuning program: one compiled step tunes a cluster in every lane of every device (Eqs. 5, 6).
 
-`vmap` over lanes inside `jax.shard_map` over devices, a device-side loop over many steps, buffers donated. A lane
+`vmap` over lanes, the same program on every device, a device-side loop over many steps, buffers donated. A lane
 re-initialises its slice when a new cluster starts and drops the finished slice into an output slot, so neither the
 number of clusters nor of records is part of any shape: training, one request or a thousand run the same executable.
 Gradients are taken with respect to the slice only. Pure functions; `tune` is the loop around them.
@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models.lora import init_adapters
+from lmeraser_jax.training.each_device import on_each
 from lmeraser_jax.training.multihost import local_devices
 from lmeraser_jax.training.slices import Slice, init_slice
 from lmeraser_jax.training.tasks import TuningSpec, outputs_of, row_losses, step_inputs, targets_of
@@ -172,13 +173,8 @@ def device_program(
 def compiled(tuning_spec: TuningSpec, mesh: Mesh):
     """The jitted program over a mesh; cached, so that every request of a process shares one executable."""
     lanes, work = P(mesh.axis_names[0]), P(None, mesh.axis_names[0])
-    inputs, outputs = (P(), P(), P(), P(), lanes, work), (lanes, lanes, work)
     program = functools.partial(device_program, tuning_spec)
-    mapped = jax.shard_map(program, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-    # The shardings are explicit: on one device XLA would return the state under another name for the same
-    # layout, and the second call would compile again.
-    named = functools.partial(jax.tree.map, functools.partial(NamedSharding, mesh))
-    return jax.jit(mapped, donate_argnums=4, in_shardings=named(inputs), out_shardings=named(outputs))
+    return on_each(program, mesh, (P(), P(), P(), P(), lanes, work), (lanes, lanes, work), donated=(4,))
 
 
 def initial_state(tuning_spec: TuningSpec, mesh: Mesh) -> LaneState:

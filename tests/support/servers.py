@@ -90,8 +90,8 @@ class Process:
             "--port=0",
             *flags,
         ]
-        # 8 devices, as the tests have: a slice is tuned on them alike, and predictions have the same batches
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
+        # 2 devices, as the tests have, so that predictions have the same batches
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
         self.log, start = log, log.stat().st_size if log.exists() else 0
         with open(log, "ab") as file:
             self.process = subprocess.Popen(command, stderr=file, env=environment)
