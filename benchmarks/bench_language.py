@@ -30,7 +30,8 @@ from lmeraser_jax.models import peft_files
 from lmeraser_jax.models.architectures import DecoderConfig
 from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training import train_step
-from lmeraser_jax.training.fingerprint import compute_dtype, pinned
+from lmeraser_jax.training.features import compute_dtype
+from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.tasks import TextRows, TuningSpec
 
 SMALL = DecoderConfig(

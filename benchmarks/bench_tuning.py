@@ -33,8 +33,7 @@ from lmeraser_jax.models import convert, zoo
 from lmeraser_jax.models.backbone import Backbone
 from lmeraser_jax.models.swin import SwinConfig
 from lmeraser_jax.training import train_step, tune
-from lmeraser_jax.training.features import Extractor
-from lmeraser_jax.training.fingerprint import compute_dtype
+from lmeraser_jax.training.features import Extractor, compute_dtype
 from lmeraser_jax.training.jobs import Job, batches, make_job
 from lmeraser_jax.training.lanes import step_batches
 

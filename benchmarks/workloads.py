@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from lmeraser_jax import config
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.training import train_step
-from lmeraser_jax.training.fingerprint import compute_dtype
+from lmeraser_jax.training.features import compute_dtype
 from lmeraser_jax.training.jobs import Job, make_job
 from lmeraser_jax.training.tasks import TuningSpec, step_inputs
 from lmeraser_jax.unlearning.build import build

@@ -29,8 +29,8 @@ from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.storage.rows import Manifest, SliceKind
 from lmeraser_jax.training.closed_form import expand
 from lmeraser_jax.training.clustering import Clustering, padded, squared_distances
-from lmeraser_jax.training.features import on_device
-from lmeraser_jax.training.fingerprint import compute_dtype, pinned
+from lmeraser_jax.training.features import compute_dtype, on_device
+from lmeraser_jax.training.fingerprint import pinned
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TuningSpec, features_of
 from lmeraser_jax.unlearning.artifacts import is_approximate, load_clustering, load_slice, load_slices

@@ -46,8 +46,7 @@ from lmeraser_jax.models import convert, tokenizers
 from lmeraser_jax.models.decoder import generate
 from lmeraser_jax.storage.atomic_files import write_json
 from lmeraser_jax.training.clustering import squared_distances
-from lmeraser_jax.training.features import on_device
-from lmeraser_jax.training.fingerprint import compute_dtype
+from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TextRows, TuningSpec, targets_of
 from lmeraser_jax.unlearning import erase, influence

@@ -1,8 +1,6 @@
-"""Programs that every device of a mesh runs on its own, with the bits of a single device.
+"""One program for every device of a mesh, each with its own shards: the bits of one device on any number of them.
 
-XLA compiles a partitioned program, as `jax.shard_map` makes it, with other fusions than the program of one device: its
-partitioner merges equal expressions before the first simplification. So nothing is partitioned here. The devices get
-the same program, each with its own shards, and a slice has the same bits on any number of them.
+XLA compiles a partitioned program, as `jax.shard_map` makes it, with other fusions (`docs/design.md`).
 """
 
 from collections.abc import Callable
@@ -12,16 +10,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from lmeraser_jax.training.fingerprint import pinned
-
 
 def on_each(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any, donated: tuple[int, ...] = ()):
     """The compiled function of a device's own shards, which takes and returns arrays over a 1-D mesh.
 
-    Args:
-        inputs: a `PartitionSpec` for each argument, which holds for all its leaves.
-        outputs: likewise for the result; each names the mesh's axis, because no device knows what the others return.
-        donated: positions of the arguments whose buffers the results may take.
+    `inputs` and `outputs` have a `PartitionSpec` for each argument and result, which holds for all its leaves; those of
+    `outputs` name the mesh's axis. Results may take the buffers of the arguments `donated`.
     """
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (inputs, outputs))
     if mesh.size == 1:
@@ -39,17 +33,17 @@ def on_each(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any,
         # In threads, because on some devices a call ends only when the loop on the device does.
         with ThreadPoolExecutor(mesh.size) as pool:
             results = list(pool.map(_call, executables[kind], own))
-        return jax.tree.map(lambda sharding, *parts: _joined(sharding, parts), shardings[1], *results)
+        return jax.tree.map(_joined, shardings[1], *results)
 
     return run
 
 
 def _call(executable: Any, arguments: Any) -> Any:
-    with pinned():  # settings belong to a thread
+    with jax.debug_nans(False), jax.debug_infs(False):  # all that a call reads; settings belong to a thread
         return executable(*arguments)
 
 
-def _joined(sharding: NamedSharding, parts: Any) -> Any:
+def _joined(sharding: NamedSharding, *parts: Any) -> Any:
     """One tree of arrays over the mesh from the trees of its devices."""
     axis = sharding.spec.index(sharding.mesh.axis_names[0])
 

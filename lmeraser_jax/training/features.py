@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -26,6 +27,12 @@ from lmeraser_jax.training.tasks import TextRows, TuningSpec
 PIECE = 16_384  # images in memory at a time
 
 
+def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
+    """`tuning.dtype` as a dtype; auto is float32 on CPU and bfloat16 elsewhere."""
+    platform = mesh.devices.flat[0].platform
+    return jnp.dtype("float32" if platform == "cpu" else "bfloat16") if name == "auto" else jnp.dtype(name)
+
+
 def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
     """The backbone's parameters in the compute dtype, once on every device of the mesh."""
     cast = jax.tree.map(lambda leaf: leaf.astype(dtype), backbone.params)
@@ -35,8 +42,8 @@ def on_device(backbone: Backbone, dtype: np.dtype, mesh: Mesh) -> Any:
 @functools.lru_cache(maxsize=16)
 def feature_function(architecture: Architecture, spec: ImageSpec | TextSpec, mesh: Mesh):
     """Compiled `(params, rows [devices * batch, ...]) -> float32 [devices * batch, D]`."""
-    rows = P(mesh.axis_names[0])
-    return on_each(functools.partial(tasks.bare_features, architecture, spec), mesh, (P(), rows), rows)
+    split = P(mesh.axis_names[0])
+    return on_each(functools.partial(tasks.bare_features, architecture, spec), mesh, (P(), split), split)
 
 
 @functools.lru_cache(maxsize=16)

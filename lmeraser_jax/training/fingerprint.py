@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from lmeraser_jax.config import Tuning
 from lmeraser_jax.hashing import canonical_json, digest
+from lmeraser_jax.training.features import compute_dtype
 
 PINNED: dict[str, Any] = {  # settings that JAX can set for a while; the last three would refuse what is wanted
     "enable_x64": False,
@@ -63,12 +62,6 @@ def pinned() -> Iterator[None]:
         yield
 
 
-def compute_dtype(name: str, mesh: Mesh) -> np.dtype:
-    """`tuning.dtype` as a dtype; auto is float32 on CPU and bfloat16 elsewhere."""
-    platform = mesh.devices.flat[0].platform
-    return jnp.dtype("float32" if platform == "cpu" else "bfloat16") if name == "auto" else jnp.dtype(name)
-
-
 def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
     """Settings, libraries and hardware as JSON; settings and variables only where they are not JAX's defaults.
 
@@ -87,7 +80,7 @@ def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
             "lanes": tuning.lanes,
             "batch": tuning.batch,
             "dtype": str(compute_dtype(tuning.dtype, mesh)),
-            "partitioned": False,  # True in workdirs that a program for several devices at once has made
+            "partitioned": False,  # True where one program for several devices made the slice
             "settings": changed | {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
             **host,
         }

@@ -22,8 +22,7 @@ from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 from lmeraser_jax.training import closed_form, profiling
 from lmeraser_jax.training.closed_form import KeptSums
-from lmeraser_jax.training.features import network_inputs, on_device
-from lmeraser_jax.training.fingerprint import compute_dtype
+from lmeraser_jax.training.features import compute_dtype, network_inputs, on_device
 from lmeraser_jax.training.jobs import Job
 from lmeraser_jax.training.lanes import StepBatch, step_batches
 from lmeraser_jax.training.slices import Slice

@@ -38,8 +38,8 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import Imported, check_images, image_file, import_source
 from lmeraser_jax.storage.workdir import Layout, writer_lock
 from lmeraser_jax.training import public_prompt, tune, waves
-from lmeraser_jax.training.features import PIECE, Extractor, cached
-from lmeraser_jax.training.fingerprint import compute_dtype, fingerprint, pinned
+from lmeraser_jax.training.features import PIECE, Extractor, cached, compute_dtype
+from lmeraser_jax.training.fingerprint import fingerprint, pinned
 from lmeraser_jax.training.multihost import ALONE, Processes
 from lmeraser_jax.training.slices import RecipeConstants, noise_activation
 from lmeraser_jax.training.tasks import TuningSpec

@@ -24,8 +24,7 @@ from lmeraser_jax.evaluation.attacks.report import Finding
 from lmeraser_jax.evaluation.attacks.shadows import FORGOTTEN, Pool
 from lmeraser_jax.evaluation.attacks.statistics import SIGNIFICANT
 from lmeraser_jax.hashing import seed_words
-from lmeraser_jax.training.features import on_device
-from lmeraser_jax.training.fingerprint import compute_dtype
+from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import Job, batches
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TextRows, TuningSpec

@@ -25,8 +25,7 @@ from lmeraser_jax.evaluation.language import AT_A_TIME, padded
 from lmeraser_jax.hashing import philox
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.training.closed_form import expand
-from lmeraser_jax.training.features import on_device
-from lmeraser_jax.training.fingerprint import compute_dtype
+from lmeraser_jax.training.features import compute_dtype, on_device
 from lmeraser_jax.training.jobs import make_job
 from lmeraser_jax.training.slices import Slice
 from lmeraser_jax.training.tasks import TextRows, TuningSpec, features_of, outputs_of, targets_of
