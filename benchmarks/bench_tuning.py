@@ -114,8 +114,8 @@ def workload_of(arguments: argparse.Namespace) -> Workload:
     problem = train_step.TuningSpec(config, spec, tuning, CLASSES, seed=0)
     members = arguments.steps * arguments.batch
     rng = np.random.default_rng(0)
-    tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3))
-    noise = rng.integers(-40, 40, (arguments.lanes, members, arguments.size, arguments.size, 3))
+    tints = rng.integers(0, 256, (arguments.lanes, 1, 1, 3), np.int16)
+    noise = rng.integers(-40, 40, (arguments.lanes, members, arguments.size, arguments.size, 3), np.int16)
     images = np.clip(tints[:, None] + noise, 0, 255).astype(np.uint8).reshape(-1, *noise.shape[2:])
     labels = (rng.integers(0, 2, len(images)) + np.arange(len(images)) // members) % CLASSES  # two in each cluster
     workload = Workload(problem, backbone, network, [], images, labels.astype(np.int32), np.zeros(0))

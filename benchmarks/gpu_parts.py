@@ -8,8 +8,11 @@ product that is measured at the same time. FLOPs are counted in the traced progr
 import argparse
 import contextlib
 import dataclasses
+import shutil
 import statistics
+import subprocess
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 from unittest import mock
 
@@ -26,16 +29,29 @@ from lmeraser_jax.config import Tuning
 from lmeraser_jax.data.transforms import ImageSpec
 from lmeraser_jax.models import backbone as backbone_lib
 from lmeraser_jax.models import layers, vit, zoo
-from lmeraser_jax.models.architectures import ViTConfig
+from lmeraser_jax.models.architectures import ImageArchitecture, ViTConfig
 from lmeraser_jax.training import train_step
 
 Figures = Iterator[dict[str, Any]]
+PACKAGES = ("jax", "nvidia", "torch", "triton", "transformers", "peft")
 CARD = 16e9  # bytes of memory of a small card
 QUICK = ViTConfig(image_size=32, patch=16, width=32, depth=4, heads=2, mlp=64)
 
 
 def on_gpu() -> bool:
     return jax.devices()[0].platform != "cpu"
+
+
+def versions() -> dict[str, Any]:
+    """The driver, the runtime, and the packages that a GPU's figures depend on."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else ""
+    packages = {package.name: package.version for package in metadata.distributions()}
+    return {
+        "driver": driver,
+        "runtime": jax.devices()[0].client.platform_version,
+        "packages": {name: version for name, version in sorted(packages.items()) if name.startswith(PACKAGES)},
+    }
 
 
 def median_seconds(run: Callable[[], Any], rounds: int) -> float:
@@ -61,14 +77,18 @@ def speed(program: Program, settings: Settings, unit: str, per_row: int = 1) -> 
 
 def tuning(backbone: str, weights: str, settings: Settings) -> Figures:
     """Prompt and head at 224 px: the program alone, then a whole call beside the reference and the best PyTorch."""
-    import bench_tuning
+    size, lanes, batch, steps = (64, 2, 2, 5) if settings.quick else (224, 4, 32, 20)
+    config = dataclasses.replace(zoo.entry(backbone).architecture, image_size=size)
+    if settings.quick:
+        small = {"depth": 4} if isinstance(config, ViTConfig) else {"depths": (1, 1, 1, 1), "window": size // 32}
+        config = dataclasses.replace(config, **small)
+    yield {"program": speed(random_program(config, lanes, batch, steps), settings, "images")}
+    import bench_tuning  # not above: what needs no PyTorch is measured without
 
-    sizes = {"size": 64, "lanes": 2, "batch": 2, "steps": 5} if settings.quick else {"size": 224, "lanes": 4}
     arguments = argparse.Namespace(
-        **{"backbone": backbone, "batch": 32, "steps": 20, "weights": weights, "quick": settings.quick} | sizes
+        backbone=backbone, size=size, lanes=lanes, batch=batch, steps=steps, weights=weights, quick=settings.quick
     )
     workload = bench_tuning.workload_of(arguments)
-    yield {"program": speed(workload.program, settings, "images")}
     yield bench_tuning.compared(workload, 1 if settings.quick else 3, compiled=not settings.quick)
 
 
@@ -94,9 +114,13 @@ def language(settings: Settings) -> Figures:
 
 def vit_program(settings: Settings, lanes: int, batch: int, blocks: int, steps: int = 10) -> Program:
     """Prompt and head on so many blocks of a random ViT-B/16 at 224 px."""
-    config = zoo.entry("vit-b-1k").architecture
-    config = QUICK if settings.quick else dataclasses.replace(config, depth=blocks)
-    size, steps = config.image_size, 2 if settings.quick else steps
+    config = QUICK if settings.quick else dataclasses.replace(zoo.entry("vit-b-1k").architecture, depth=blocks)
+    return random_program(config, lanes, batch, 2 if settings.quick else steps)
+
+
+def random_program(config: ImageArchitecture, lanes: int, batch: int, steps: int) -> Program:
+    """Prompt and head on an architecture with random weights."""
+    size = config.image_size
     width = max(1, round(size * 30 / 224))
     tuned = Tuning(optimizer="sgd", prompt_width=width, lanes=lanes, batch=batch, epochs=1, min_steps=1)
     spec = train_step.TuningSpec(config, ImageSpec(size, size, 3, size, size, 3), tuned, 10, seed=0)

@@ -105,7 +105,8 @@ def run_part(name: str, settings: Settings, path: Path) -> None:
     import gpu_parts
 
     start, figures = time.perf_counter(), {}
-    result = {"settings": settings.described(), **surroundings(f"gpu_suite.py {name}"), "state": "running"}
+    where = surroundings(f"gpu_suite.py {name}") | gpu_parts.versions()
+    result = {"settings": settings.described(), **where, "state": "running"}
 
     def write() -> None:
         seconds = round(time.perf_counter() - start, 1)
@@ -115,6 +116,8 @@ def run_part(name: str, settings: Settings, path: Path) -> None:
 
     try:
         write()
+        if not (settings.quick or gpu_parts.on_gpu()):
+            raise Unavailable("needs a GPU; --quick runs on a CPU")
         for more in gpu_parts.PARTS[name](settings):
             figures.update(more)
             write()

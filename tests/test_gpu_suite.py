@@ -67,10 +67,14 @@ def test_a_part_that_ends_early_keeps_its_figures_and_says_why(module, monkeypat
             raise error
 
         monkeypatch.setitem(parts.PARTS, name, part)
-        suite.run_part(name, shared.Settings(), tmp_path / name)
+        suite.run_part(name, shared.Settings(quick=True), tmp_path / name)
         result = suite.read(tmp_path / name)
         assert (result["state"], result["why"], result["figures"]) == (state, why, {"first": 1})
         assert suite.completed(result, 0) == result
+    suite.run_part("vit", shared.Settings(), tmp_path / "vit")
+    result = suite.read(tmp_path / "vit")
+    assert (result["state"], result["figures"]) == ("unavailable", {}) and "--quick" in result["why"]
+    assert result["packages"]["jaxlib"] and {"device", "driver", "runtime", "commit"} <= result.keys()
     running = {"state": "running", "figures": {"first": 1}}
     assert "time ran out" in suite.completed(running, -signal.SIGKILL)["why"]
     assert suite.completed({}, 3) == {"state": "failed", "why": "its process ended with exit code 3"}
