@@ -61,6 +61,7 @@ CHECKS = frozenset({"audit", "attack", "doctor", "verify"})  # exit code 1 is th
 RESUMABLE = frozenset(
     {"adapt", "train", "add", "unlearn", "rectify", "process", "rollback", "pretrain", "choose", "compare"}
 )
+REQUESTS = frozenset({"unlearn", "rectify", "process"})
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 MISUSED, UNCHECKED, INTERRUPTED = 2, 3, 130  # exit codes
 RESUMES = "interrupted; the same command goes on where it stopped"
@@ -229,9 +230,10 @@ def console() -> int:
     """The program `lmeraser`.
 
     Importing and tracing makes some 300,000 objects that stay. Python's collector would go through them again and
-    again, and once more at the end: together a fifth of a small request. A build leaves no array to collect.
+    again, and once more at the end: together a fifth of a small request, which leaves no array to collect.
     """
-    gc.set_threshold(1_000_000)
+    if sys.argv[1:2] and sys.argv[1] in REQUESTS:
+        gc.set_threshold(1_000_000)
     interrupt.end_at_second_ctrl_c(RESUMES, INTERRUPTED)
     ignore_torn_event_loops()
     keep_compiled_programs()

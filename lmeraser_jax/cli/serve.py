@@ -11,7 +11,6 @@ as lmeraser process does. The description of the interface is at /openapi.json, 
 
 import contextlib
 import dataclasses
-import gc
 import os
 import socket
 from pathlib import Path
@@ -67,8 +66,6 @@ def run(arguments: common.Arguments) -> int:
     tokens = Path(arguments["tokens"]) if arguments["tokens"] else None
     signing_key = Path(arguments["signing_key"]) if arguments["signing_key"] else None
     service = Settings(Layout(workdir), config, limits, policy, tokens, signing_key, keys)
-    gc.freeze()
-    gc.set_threshold(700)  # a service lives long: Python's own default again
     with contextlib.suppress(KeyboardInterrupt):  # as SIGTERM: the service has ended in order
         serve(service, arguments["host"], arguments["port"], arguments["tls_certificate"], arguments["tls_key"])
     return 0

@@ -36,6 +36,7 @@ from lmeraser_jax.progress import progress
 from lmeraser_jax.storage import checkpoints
 
 State = tuple[Any, Any]  # (parameters, optimizer state)
+PROGRAM = 2  # raise it when the same settings start to give other bits: older checkpoints are then not continued
 CHECKPOINT_SECONDS = 300.0  # between checkpoints, at most, whatever pretraining.checkpoint_epochs says
 CALL_STEPS = 64  # steps of one call of the compiled program, at most: between calls a training can stop
 
@@ -149,7 +150,9 @@ def train(folder: Path, start: Start, public: PublicSet, config: Config, mesh: M
     if public.features is not None and public.deviation is not None:
         data |= {"features": public.features, "deviation": public.deviation}
     initial = arrays_digest(checkpoints.flatten(start.params))
-    identity = digest([str(start.config), str(start.spec), str(p), config.seed, batch, initial, arrays_digest(data)])
+    identity = digest(
+        [PROGRAM, str(start.config), str(start.spec), str(p), config.seed, batch, initial, arrays_digest(data)]
+    )
     state, first, right = _resume(folder, (start.params, tx.init(start.params)), identity)
     state, data = jax.device_put((state, data), NamedSharding(mesh, P()))
     saved = time.monotonic()

@@ -56,6 +56,8 @@ def make_token(path: Path, name: str, roles: Sequence[str]) -> str:
     strange = sorted(set(roles) - set(ROLES))
     if strange or not roles:
         problems.append(f"--role={join_limited(strange)}: legal: {', '.join(ROLES)}, repeated for several")
+    if not path.name:
+        problems.append(f"--tokens={path}: is a folder; name a file")
     raise_all(problems)
     secret = secrets.token_urlsafe(32)
     try:

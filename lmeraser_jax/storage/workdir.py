@@ -118,7 +118,7 @@ def refuse_links(layout: Layout) -> None:
     """Raises `UserError` where a file or folder is a symbolic link: what is written or purged must lie inside.
 
     Looks at the entries of the workdir and of its folders; deeper ones are never written in place, and a removal
-    does not follow links. The workdir itself may be reached through a link.
+    does not follow links. The workdir itself may be reached through a link. Pipes are refused there, too.
     """
     entries = list(os.scandir(layout.root))
     entries += [inner for entry in entries if entry.is_dir(follow_symlinks=False) for inner in os.scandir(entry)]
@@ -126,11 +126,15 @@ def refuse_links(layout: Layout) -> None:
     if links:
         reason = "symbolic links, through which files outside could be overwritten or deleted"
         raise UserError(f"{layout.root} holds {reason}: {join_limited(sorted(links))}; put the files themselves there")
+    _refuse(layout, [Path(entry.path) for entry in entries if not (entry.is_file() or entry.is_dir())])
 
 
 def refuse_pipes(layout: Layout) -> None:
     """Raises `UserError` where a pipe, a socket or a device lies in the workdir: to open one may take for ever."""
-    strange = [path for path in files_below(layout.root) if is_there(path) and not path.is_file()]
+    _refuse(layout, [path for path in files_below(layout.root) if is_there(path) and not path.is_file()])
+
+
+def _refuse(layout: Layout, strange: list[Path]) -> None:
     if strange:
         listed = join_limited(sorted(ascii(str(path.relative_to(layout.root))) for path in strange))
         raise UserError(f"{layout.root} holds pipes, sockets or devices, which no command makes: {listed}; remove them")

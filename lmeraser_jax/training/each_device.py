@@ -28,7 +28,7 @@ def on_each(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any,
         placed = jax.device_put(arguments, shardings[0])
         own = [jax.tree.map(lambda leaf, i=i: leaf.addressable_shards[i].data, placed) for i in range(mesh.size)]
         kind = tuple(map(jax.typeof, jax.tree.leaves(placed)))
-        if kind not in executables:  # traced once; JAX's cache on disk gives a GPU's executable to the other GPUs
+        if kind not in executables:  # traced once; of GPUs, JAX's cache on disk does not ask which one it is
             executables[kind] = [program.lower(*shards).compile() for shards in own]
         # In threads, because on some devices a call ends only when the loop on the device does.
         with ThreadPoolExecutor(mesh.size) as pool:

@@ -23,7 +23,7 @@ NO_KEYS: PublicKeys = MappingProxyType({})
 LARGEST = 100_000  # bytes of a key file
 OTHERS = 0o037  # permission bits that a private key may not have; a group may read it, as secrets of Kubernetes are
 SHOWN = 16  # digits of a fingerprint in a message
-UNSIGNED = "is not signed; the next command with --signing_key=FILE signs it, unless the head already covers its place"
+UNSIGNED = "is not signed; the next command on its workdir with --signing_key=FILE signs it there"
 
 
 def sign(values: Mapping[str, Any], key: "Ed25519PrivateKey") -> dict[str, Any]:

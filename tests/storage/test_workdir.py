@@ -189,6 +189,15 @@ def test_links_are_refused(tmp_path):
         assert content(outside) == before and link.is_symlink()
 
 
+@pytest.mark.parametrize("name", ["pipe", "packed/pipe"])
+def test_a_writer_refuses_pipes_and_does_not_wait_for_them(tmp_path, name):
+    pipe = tmp_path / "run" / name
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    with pytest.raises(UserError, match=f"holds pipes.*'{name}'"), writer_lock(Layout(tmp_path / "run")):
+        pytest.fail("it writes")
+
+
 def test_no_command_writes_through_a_link(trained, tmp_path):
     """A whole trained workdir with one entry moved outside and linked back: writing is refused, reading is not."""
     for number, name in enumerate(("catalog.db", "records/images.u8", "slices/*", "backbone", "lock")):

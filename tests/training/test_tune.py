@@ -92,7 +92,9 @@ def several(devices):
     return devices
 
 
-@pytest.mark.parametrize("method", ["prompt+head", pytest.param("lora", marks=pytest.mark.slow), "backbone"])
+@pytest.mark.parametrize(
+    "method", ["prompt+head", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "backbone"))]
+)
 def test_bits_do_not_depend_on_the_number_of_devices_or_on_which_of_them(method):
     spec = small_spec("flip", method=method, rank=2)
     alone, forwards = tune_groups(spec), tune_groups(spec, devices=several(2))

@@ -95,7 +95,7 @@ def add_records(run, rng, prefix):
 def test_a_plan_from_the_touched_clusters_is_the_plan_from_all(run):
     """Erasures, new records, lost slices, pins and builds in random order; also with records that are yet to leave."""
     rng, partial, clustered_anew = np.random.default_rng(0), 0, 0
-    for step in range(48):
+    for step in range(64):
         live = run.catalog.live("train").ids
         sample = load_clustering(run.layout, run.catalog.manifest().clustering).sample
         pool = [name for name in live if name not in sample] if step % 2 else list(live)
