@@ -205,7 +205,10 @@ def test_rows_and_order_of_import_do_not_reach_the_numbers(scratch, tmp_path):
     assert differences(train_from_scratch(tmp_path / "run", shuffled), scratch(frozenset())) == []
 
 
-@pytest.mark.parametrize("own_set", [False, True], ids=["of the data", "a set of its own"])
+@pytest.mark.parametrize(
+    "own_set",
+    [pytest.param(False, id="of the data"), pytest.param(True, id="a set of its own", marks=pytest.mark.slow)],
+)
 def test_public_sampling_never_reclusters(tmp_path, own_set):
     """A set of its own has images of another size, and its own classes and ids; prompts may begin with it, too."""
     overrides = {"clustering__sample_from": "public"}

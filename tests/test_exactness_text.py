@@ -79,6 +79,7 @@ def test_unlearning_equals_never_having_had_the_texts(folder, train, tmp_path, k
     assert sum(report.retuned for report in reports) > 0
 
 
+@pytest.mark.slow
 def test_the_audit_agrees_and_the_texts_mattered(folder, train, tmp_path):
     workdir = shutil.copytree(train()[0], tmp_path / "run")
     with text_run(workdir, text_config(folder)) as (run, _):
@@ -100,6 +101,7 @@ def test_a_request_compiles_nothing_new(folder, tmp_path, monkeypatch):
             assert erase.request_erasure(run, kind(run)[0]).outcome.retuned > 0
 
 
+@pytest.mark.slow
 def test_bits_do_not_depend_on_what_fits_into_memory(folder, train, tmp_path):
     """The states of the frozen blocks are computed once for all rows, or for each call: by one program."""
     config = text_config(folder, tuning__device_bytes=1, **PREFIXED)

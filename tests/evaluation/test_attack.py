@@ -282,6 +282,7 @@ def test_prototypes_of_single_records_are_private_features_and_public_ones_say_n
     assert len(kept) == options.FEWEST_MEMBERS and sorted([*eligible, *kept]) == sorted(members)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_json(workdir, capsys, tmp_path):
     arguments = ["attack", f"--workdir={workdir}", "--targets=8", "--shadows=4", "--attacks=loss,lira,routing"]
     arguments.append(f"--json={tmp_path}/a.json")

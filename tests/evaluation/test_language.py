@@ -116,6 +116,7 @@ def test_the_padding_of_a_row_depends_on_its_own_length():
     ]
 
 
+@pytest.mark.slow
 def test_commands_answer_and_name_what_they_cannot(workdir, tmp_path, capsys):
     at, file, out = f"--workdir={workdir}", tmp_path / "queries.jsonl", tmp_path / "out.json"
     known = line(0)

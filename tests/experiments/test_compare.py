@@ -350,6 +350,7 @@ def test_sequences_erase_live_records_and_each_once(base):
             assert kind != "half" or len(erased) == start // 2
 
 
+@pytest.mark.slow
 def test_the_command_from_end_to_end(tmp_path, capsys, monkeypatch):
     """Files and tables; bad input on purpose; a second run only writes the report again."""
     flags = ["--config=configs/digits.py:smoke", "--config.data.train_limit=80", "--config.data.test_limit=30"]

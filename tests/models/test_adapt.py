@@ -114,6 +114,7 @@ def test_the_first_gradient_is_that_of_a_literal_loss(tmp_path, weights, public,
         np.testing.assert_allclose(leaf, flatten(published.params)[name] - gradient[name], atol=2e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_an_adaptation_that_is_stopped_anywhere_goes_on_bit_for_bit(tmp_path, weights, public, monkeypatch):
     monkeypatch.setattr(pretrain, "CALL_STEPS", 9)  # 17 steps an epoch: two calls
     config = config_with(weights, distill=0.3, epochs=2)

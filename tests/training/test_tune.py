@@ -71,7 +71,7 @@ def test_the_loss_is_the_masked_mean_cross_entropy():
         np.testing.assert_allclose(loss, (losses * valid).sum() / max(sum(valid), 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["prompt+head", "lora"])
+@pytest.mark.parametrize("method", ["prompt+head", pytest.param("lora", marks=pytest.mark.slow)])
 def test_bits_do_not_depend_on_lane_neighbours_or_their_number(method):
     spec = small_spec("flip", method=method, rank=2)
     together, backwards = tune_groups(spec), tune_groups(spec, dict(reversed(GROUPS.items())))

@@ -295,7 +295,7 @@ def test_warm_steps_lower_the_edited_risk():
     assert (report.iterations, report.residual) == (0, 0) and report.change > 0
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [np.float32, pytest.param(np.float64, marks=pytest.mark.slow)])
 def test_calibration_lifts_the_erased_rows_to_the_held_out_ones(dtype):
     """A linear head on 64 digits that it knows by heart; the step is scaled without a look at any refitted head."""
     pixels, labels = load_digits(return_X_y=True)

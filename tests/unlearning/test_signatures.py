@@ -134,7 +134,7 @@ def test_without_a_key_nothing_is_signed_and_the_next_command_with_one_signs_all
     assert findings(copied) == [] and not layout.receipts_head.exists()
     missing, *unsigned = findings(copied, keys)
     assert "receipts_head.json: is missing" in missing
-    assert unsigned == [f"{name}.json: {UNSIGNED}" for name in names] and "next command with --signing_key" in UNSIGNED
+    assert unsigned == [f"{name}.json: {UNSIGNED}" for name in names] and "--signing_key=FILE" in UNSIGNED
     before = [stored(layout, name) for name in names]
     with opened(copied, NEW) as run:
         build(run)
