@@ -7,7 +7,7 @@ Serving is measured without its device work: tuning is replaced by writing the c
 --quick: 100,000 records in 200 clusters.
 --growth: what a request for one unsampled record costs with ten thousand to ten million records (--quick: to a hundred
 thousand), always 500 in a cluster; each number of records in a process of its own, for its peak memory. Then the peak
-memory of train, unlearn and evaluate on tiny random images.
+memory of train, unlearn, evaluate and predict on tiny random images.
 """
 
 import json
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import numpy as np
 import synthetic
+from PIL import Image
 from reporting import Clock, deliver, log, new_parser, spread, timed
 
 from lmeraser_jax import config as settings
@@ -147,6 +148,7 @@ def commands(images: int) -> dict[str, int]:
         arrays[f"{split}_labels"] = np.arange(count) % synthetic.CLASSES
     with tempfile.TemporaryDirectory() as folder:
         np.savez(f"{folder}/images.npz", **arrays)  # type: ignore[arg-type]
+        Image.fromarray(arrays["test_images"][0, ..., 0]).save(f"{folder}/image.png")
         config = settings.to_dict(synthetic.config_of(2 * clusters, clusters))
         config["data"] |= {"source": "npz", "path": f"{folder}/images.npz"}
         train = []
@@ -155,7 +157,8 @@ def commands(images: int) -> dict[str, int]:
                 changed = {name: value for name, value in config[part].items() if value != default[name]}
                 train += [f"--config.{part}.{name}={value}" for name, value in changed.items()]
         row = {"images": images}
-        for name, *flags in (("train", *train), ("unlearn", "--records=train/5"), ("evaluate",)):
+        others = (("unlearn", "--records=train/5"), ("evaluate",), ("predict", f"{folder}/image.png"))
+        for name, *flags in (("train", *train), *others):
             command = [sys.executable, "-m", "lmeraser_jax.cli.main", name, f"--workdir={folder}/run", *flags]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(process.pid, 0)
