@@ -12,7 +12,6 @@ PyTorch, transformers and peft. --quick: short rounds, and no torch.compile.
 import argparse
 import dataclasses
 import os
-import statistics
 import warnings
 
 import jax
@@ -20,7 +19,7 @@ import numpy as np
 import peft
 import torch
 import transformers
-from reporting import deliver, interleaved, new_parser
+from reporting import deliver, interleaved, new_parser, rates_and_ratios
 from workloads import SEED_WORDS, Program
 
 from lmeraser_jax.config import Tuning
@@ -182,7 +181,7 @@ def main() -> None:
 
 
 def compared(problem: Problem, program: Program, rounds: int, compiled: bool) -> dict:
-    """Tokens per second of each side, and the seconds of ours over the other's of the same round: below 1, faster."""
+    """Tokens per second of each side, and how much faster ours is."""
     methods: dict = {"ours": lambda: program()[1][:, 0], "peft": Theirs(problem, compiled=False)}
     if compiled:
         methods["peft_compiled"] = Theirs(problem, compiled=True)
@@ -191,13 +190,7 @@ def compared(problem: Problem, program: Program, rounds: int, compiled: bool) ->
     limit = TOLERANCE[jax.devices()[0].platform]
     assert worst < limit, f"losses differ by {worst:.1e}, more than {limit}: {losses}"
     seconds = interleaved(methods, rounds)
-    tokens = problem.rows.shape[0] * problem.spec.input_spec.context
-    rates = {name: round(tokens / statistics.median(times), 1) for name, times in seconds.items()}
-    ratios = {
-        name: round(statistics.median(a / b for a, b in zip(seconds["ours"], times, strict=True)), 3)
-        for name, times in seconds.items()
-        if name != "ours"
-    }
+    rates, ratios = rates_and_ratios(seconds, problem.rows.shape[0] * problem.spec.input_spec.context)
     return {"losses_differ_by": worst, "tokens_per_s": rates, "ratio": ratios, "seconds": seconds}
 
 

@@ -12,14 +12,13 @@ import argparse
 import dataclasses
 import functools
 import os
-import statistics
 
 import jax
 import numpy as np
 import torch
 import torch_tuning
 from flax import nnx
-from reporting import deliver, interleaved, new_parser
+from reporting import deliver, interleaved, new_parser, rates_and_ratios
 from torch import nn
 from torch_swin import swin_pair
 from torch_vit import frozen_vit
@@ -189,20 +188,14 @@ def main() -> None:
 
 
 def compared(workload: Workload, rounds: int, compiled: bool = True) -> dict:
-    """Images per second of each side, and the seconds of each PyTorch over ours in the same round."""
+    """Images per second of each side, and how much faster ours is."""
     task = task_of(workload)
     best = torch_tuning.Best(task, compiled)
     worst = disagreement(workload, task, best)
     sides = {"ours": workload.tune, "reference": lambda: list(torch_tuning.reference(task))}
     sides["best_torch"] = lambda: float(list(best.run())[-1])  # waits for the device
     seconds = interleaved(sides, rounds)
-    images = sum(job.images for job in workload.jobs)
-    rates = {name: round(images / statistics.median(times), 2) for name, times in seconds.items()}
-    ratios = {
-        name: round(statistics.median(b / a for a, b in zip(seconds["ours"], times, strict=True)), 3)
-        for name, times in seconds.items()
-        if name != "ours"
-    }
+    rates, ratios = rates_and_ratios(seconds, sum(job.images for job in workload.jobs))
     return {"losses_differ_by": worst, "images_per_s": rates, "ratio": ratios, "seconds": seconds}
 
 

@@ -3,7 +3,6 @@
 Each is a generator that yields figures as they come, {name: value}.
 """
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -21,7 +20,9 @@ from reporting import timed
 
 from lmeraser_jax import config
 from lmeraser_jax.data.source import Contents, Item, Source
+from lmeraser_jax.hashing import arrays_digest
 from lmeraser_jax.models import pretrain
+from lmeraser_jax.storage.checkpoints import flatten
 from lmeraser_jax.training.train_step import mesh_of
 from lmeraser_jax.unlearning import erase
 from lmeraser_jax.unlearning.audit import audit, differences, state
@@ -118,8 +119,7 @@ def digest_of_slices(quick: bool) -> str:
     from gpu_parts import vit_program
 
     final, losses = vit_program(Settings(quick), lanes=2, batch=2 if quick else 32, blocks=2)()
-    arrays = [losses, *map(np.asarray, jax.tree.leaves(final.slice))]
-    return hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
+    return arrays_digest({"losses": losses, **flatten(final.slice)})
 
 
 def request(settings: Settings) -> Figures:

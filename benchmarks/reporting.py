@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import time
@@ -108,6 +109,17 @@ def interleaved(methods: Mapping[str, Callable[[], Any]], rounds: int) -> dict[s
             if number:
                 seconds[name].append(took)
     return seconds
+
+
+def rates_and_ratios(seconds: Mapping[str, list[float]], amount: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Amount per second of each side; seconds of the others over ours in the same round: above 1, ours is faster."""
+    rates = {name: round(amount / statistics.median(times), 2) for name, times in seconds.items()}
+    ratios = {
+        name: round(statistics.median(b / a for a, b in zip(seconds["ours"], times, strict=True)), 3)
+        for name, times in seconds.items()
+        if name != "ours"
+    }
+    return rates, ratios
 
 
 class Clock:

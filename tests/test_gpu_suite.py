@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import multiprocessing
+import os
 import signal
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -78,6 +82,28 @@ def test_a_part_that_ends_early_keeps_its_figures_and_says_why(module, monkeypat
     running = {"state": "running", "figures": {"first": 1}}
     assert "time ran out" in suite.completed(running, -signal.SIGKILL)["why"]
     assert suite.completed({}, 3) == {"state": "failed", "why": "its process ended with exit code 3"}
+
+
+def overrun(place):
+    os.setsid()  # as `run_part` does
+    child = subprocess.Popen(["sleep", "600"])
+    place.with_suffix(".tmp").write_text(str(child.pid))
+    place.with_suffix(".tmp").rename(place)
+    child.wait()
+
+
+def test_a_part_that_runs_too_long_is_ended_with_what_it_started(module, tmp_path):
+    suite, place = module("gpu_suite"), tmp_path / "child"
+    assert sum(suite.SECONDS.values()) <= 9 * 60
+    process = multiprocessing.get_context("fork").Process(target=overrun, args=(place,))
+    with warnings.catch_warnings(action="ignore"):  # of JAX's threads, which the child does not use
+        process.start()
+    while not place.exists():
+        time.sleep(0.02)
+    suite.stop(process)
+    assert process.exitcode == -signal.SIGKILL
+    stat = Path("/proc") / place.read_text() / "stat"
+    assert not stat.exists() or stat.read_text().split()[2] == "Z", "its own child lives on"
 
 
 def test_the_first_flags_with_equal_bits_are_named(module, monkeypatch):

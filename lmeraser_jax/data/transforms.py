@@ -51,10 +51,8 @@ def centred(images: jax.Array, spec: ImageSpec) -> jax.Array:
     rows, columns = _matrices(spec)
     top, left = (len(rows) - spec.size) // 2, (len(columns) - spec.size) // 2
     rows, columns = rows[top : top + spec.size], columns[left : left + spec.size]
-    x = images.astype(jnp.float32)
-    if {spec.height, spec.width, spec.resize} != {spec.size}:  # else both matrices are the identity
-        x = jnp.einsum("yh,bhwc->bywc", rows, x, precision="highest")
-        x = jnp.einsum("xw,bywc->byxc", columns, x, precision="highest")
+    x = jnp.einsum("yh,bhwc->bywc", rows, images.astype(jnp.float32), precision="highest")
+    x = jnp.einsum("xw,bywc->byxc", columns, x, precision="highest")
     return _normalise(x, spec)
 
 

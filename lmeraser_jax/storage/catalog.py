@@ -268,11 +268,11 @@ class Catalog(Database):
             self._slices = None
         self.db.executemany("UPDATE slices SET clustering=? WHERE digest=?", others)
 
-    def orphaned_slices(self) -> frozenset[str]:
-        """Published slices that have seen an image row which belongs to no record any more. There should be none."""
+    def orphaned_slices(self, free_rows: np.ndarray) -> frozenset[str]:
+        """Published slices that have seen one of the rows which belong to no record any more. There should be none."""
         manifest = self.manifest()
         published = {ref.partition("@")[0] for ref in manifest.entries.values()} if manifest else set()
-        return self.slices_of(self.free_rows()) & published
+        return self.slices_of(free_rows) & published
 
     def manifest(self) -> Manifest | None:
         """The published state, or None before the first."""

@@ -80,7 +80,6 @@ def fingerprint(tuning: Tuning, mesh: Mesh) -> str:
             "lanes": tuning.lanes,
             "batch": tuning.batch,
             "dtype": str(compute_dtype(tuning.dtype, mesh)),
-            "partitioned": False,  # True where one program for several devices made the slice
             "settings": changed | {name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
             **host,
         }

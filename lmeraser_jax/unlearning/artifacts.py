@@ -183,7 +183,7 @@ def _arrays(clustering: Clustering) -> dict[str, np.ndarray]:
 def load_clustering(layout: Layout, name: str) -> Clustering:
     """A saved clustering. Raises `Damaged` when it is missing or damaged, `OSError` when it cannot be read now.
 
-    A build looks at it several times; it is read once, and again after a change.
+    A build looks at it several times; it is read once, and again after a change or a purge.
     """
     folder = layout.clustering(name)
     with contextlib.suppress(OSError):  # which reading it explains
@@ -192,9 +192,14 @@ def load_clustering(layout: Layout, name: str) -> Clustering:
     return _read(folder, name)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=1)  # a process that follows publications holds no earlier one
 def _read_once(folder: Path, name: str, _stamp: tuple[int, ...]) -> Clustering:
     return _read(folder, name)
+
+
+def forget_clusterings() -> None:
+    """Drops what `load_clustering` holds: after a purge, nobody may find erased ids in this process."""
+    _read_once.cache_clear()
 
 
 def _read(folder: Path, name: str) -> Clustering:

@@ -8,7 +8,7 @@ from typing import Any
 from lmeraser_jax.storage import requests
 from lmeraser_jax.storage.requests import Request
 from lmeraser_jax.storage.rows import Manifest, SliceKind
-from lmeraser_jax.unlearning.artifacts import expected_params, sample_of, slice_of, tainted, was_sampled
+from lmeraser_jax.unlearning.artifacts import expected_params, sample_of, slice_of, was_sampled
 from lmeraser_jax.unlearning.plan import Plan
 from lmeraser_jax.unlearning.purge import dropped_versions, surviving
 from lmeraser_jax.unlearning.run import Run
@@ -24,7 +24,7 @@ def publish(run: Run, wanted: Plan, before: Manifest | None, changed: bool, seco
     version = before.version if before else 0
     with catalog.transaction():
         if changed:
-            assert tainted(run, catalog.erased(served)).by_member.isdisjoint(map(slice_of, wanted.entries.values()))
+            assert catalog.slices_of(catalog.erased(served)).isdisjoint(map(slice_of, wanted.entries.values()))
             constants, entries = wanted.recipe_constants_digest, dict(wanted.entries)
             version = catalog.publish(wanted.clustering.digest, run.fingerprint, constants, entries, wanted.moved)
             catalog.set_clustering(wanted.clustering.digest, wanted.required_slices)

@@ -16,7 +16,14 @@ from lmeraser_jax.storage.catalog import Catalog
 from lmeraser_jax.storage.ingest import image_file
 from lmeraser_jax.storage.rows import Manifest
 from lmeraser_jax.unlearning import receipts
-from lmeraser_jax.unlearning.artifacts import is_approximate, sample_of, slice_of, tainted, was_sampled
+from lmeraser_jax.unlearning.artifacts import (
+    forget_clusterings,
+    is_approximate,
+    sample_of,
+    slice_of,
+    tainted,
+    was_sampled,
+)
 from lmeraser_jax.unlearning.run import Run
 
 
@@ -67,6 +74,7 @@ def purge(run: Run) -> None:
     survivors, erased = surviving(run, names), catalog.erased(names)
     remove_others(run.layout.slices, survivors.slices)
     remove_others(run.layout.clusterings, survivors.clusterings)
+    forget_clusterings()
     drop_packed(run)
     if erased:
         for file in _row_files(run):

@@ -81,7 +81,7 @@ class _Snapshot:
             entries = manifests[0].entries if manifests else {}
             self.published = {salted("cluster", key): reference for key, reference in entries.items()}
             self.filled_rows = len(image_file(layout, catalog).filled(free_rows)) if len(free_rows) else 0
-            self.orphaned_slices = len(catalog.orphaned_slices())
+            self.orphaned_slices = len(catalog.orphaned_slices(free_rows))
 
 
 def verify(layout: Layout, catalog: Catalog, paths: Sequence[Path], keys: PublicKeys = NO_KEYS) -> list[Verdict]:

@@ -13,7 +13,6 @@ from lmeraser_jax.data.transforms import ImageSpec, augmented, centred
 # height, width, channels, size, resize: shrunk and enlarged, wide and high, with and without a border to crop
 SHAPES = [(20, 20, 1, 8, 8), (30, 21, 3, 8, 8), (21, 30, 3, 12, 14), (10, 13, 1, 16, 18), (9, 25, 3, 9, 9)]
 SHAPES += [(32, 32, 3, 224, 256), (256, 341, 3, 224, 256)]  # the paper's
-SHAPES += [(12, 12, 3, 12, 12)]  # stored as it is fed
 
 
 def spec_of(height, width, channels, size, resize, **more) -> ImageSpec:

@@ -1,6 +1,7 @@
 """A plan from the touched clusters against a plan from all of them, on random histories; and its purity."""
 
 import dataclasses
+import gc
 import shutil
 
 import jax
@@ -14,6 +15,7 @@ from lmeraser_jax.errors import Damaged
 from lmeraser_jax.hashing import keyed_hash
 from lmeraser_jax.storage import checkpoints, requests
 from lmeraser_jax.storage.ingest import image_file
+from lmeraser_jax.training.clustering import Clustering
 from lmeraser_jax.unlearning import build as build_module
 from lmeraser_jax.unlearning import plan as plan_module
 from lmeraser_jax.unlearning.artifacts import load_clustering, save_clustering
@@ -151,6 +153,14 @@ def test_a_clustering_is_read_once_and_again_after_a_change(run):
             load_clustering(run.layout, name)
     file.write_bytes(content)
     assert load_clustering(run.layout, name).keys == first.keys
+
+
+def test_a_purge_leaves_no_erased_id_in_the_process(run):
+    sampled = load_clustering(run.layout, run.catalog.manifest().clustering).sample[0]
+    requests.accept(run.catalog, [sampled])
+    build(run)
+    held = [each for each in gc.get_objects() if isinstance(each, Clustering) and sampled in each.sample]
+    assert not run.catalog.erased() and held == []
 
 
 def test_a_plan_is_pure(run):
