@@ -41,13 +41,13 @@ def test_one_call_each_from_a_trained_workdir_to_the_proof(trained_workdir, monk
     assert 0 < lm.evaluate(trained_workdir).accuracy <= 1
 
 
-def test_a_key_signs_the_receipts_of_both_kinds_of_requests(fast_workdir, tmp_path):
+def test_a_key_signs_the_receipts_of_both_kinds_of_requests(trained_workdir, tmp_path):
     public, _ = signatures.make_keys(tmp_path / "key.pem")
     with pytest.raises(lm.UserError, match="--signing_key=.* is a public key"):
-        lm.unlearn(fast_workdir, records=[FIRST], signing_key=public)
-    erasure = lm.unlearn(fast_workdir, records=[FIRST], signing_key=tmp_path / "key.pem")
+        lm.unlearn(trained_workdir, records=[FIRST], signing_key=public)
+    erasure = lm.unlearn(trained_workdir, records=[FIRST], signing_key=tmp_path / "key.pem")
     edit = {"id": "digit-0018", "label": "3"}
-    correction = lm.rectify(fast_workdir, [edit], signing_key=str(tmp_path / "key.pem"))
+    correction = lm.rectify(trained_workdir, [edit], signing_key=str(tmp_path / "key.pem"))
     keys = signatures.load_public_keys([public])
     assert all(each.ok for each in verify_copies([erasure.receipt, correction.receipt], keys))
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lmeraser_jax.unlearning.run import Run
 
 Flags = absl_flags.FlagValues
+INSTALL = "the service needs more packages: pip install 'lmeraser_jax[serve]'"
 NAMES_IN_WARNING = 1000  # --json has all names
 
 

@@ -23,7 +23,6 @@ from lmeraser_jax.storage.workdir import Layout
 from lmeraser_jax.unlearning import signatures
 from lmeraser_jax.unlearning.signatures import PublicKeys
 
-INSTALL = "the service needs more packages: pip install 'lmeraser_jax[serve]'"
 FLAGS = (
     Flag("host", "127.0.0.1", "address to listen at; another one than this machine's own needs --tokens"),
     Flag("port", 8080, "port to listen at; 0: any free one", low=0),
@@ -59,7 +58,7 @@ def run(arguments: common.Arguments) -> int:
         common.log_devices()
         from lmeraser_jax.service.app import serve
     except ModuleNotFoundError as error:
-        raise UserError(f"{INSTALL} ({error.name} is missing)") from error
+        raise UserError(f"{common.INSTALL} ({error.name} is missing)") from error
     names = [field.name for field in dataclasses.fields(Limits) if field.name != "body"]
     limits = Limits(body=arguments["max_body"] << 20, **{name: arguments[f"max_{name}"] for name in names})
     policy = Policy(arguments["max_wait"], arguments["max_batch"])

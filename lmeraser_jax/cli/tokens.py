@@ -27,7 +27,7 @@ def run(arguments: common.Arguments) -> int:
     try:
         from lmeraser_jax.service.auth import make_token
     except ModuleNotFoundError as error:
-        raise UserError(f"the service needs more packages: pip install 'lmeraser_jax[serve]' ({error.name})") from error
+        raise UserError(f"{common.INSTALL} ({error.name} is missing)") from error
     token = make_token(Path(arguments["tokens"]), arguments["name"], arguments["role"])
     text = f"{token}\nkeep it: only its hash is in {arguments['tokens']}"
     common.show(arguments, text, {"name": arguments["name"], "roles": arguments["role"], "token": token})

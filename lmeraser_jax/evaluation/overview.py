@@ -5,6 +5,7 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +69,8 @@ class Overview:
 
     workdir: str
     version: int
+    published: float  # when, in seconds since 1970
+    fingerprint: str
     records: dict[str, int]
     backbone: str
     classes: tuple[ClassRow, ...]  # of the live training records, largest first
@@ -77,11 +80,16 @@ class Overview:
     expected_share: float  # of the data, that a request for an unsampled record re-tunes: sum(m_k^2) / N^2
     sampled_share: float  # of the private records, those whose erasure also re-clusters
     open_requests: int
-    disk: dict[str, int]
     warnings: tuple[str, ...]
 
+    @property
+    def disk(self) -> dict[str, int]:
+        """Bytes of each folder and of the catalog, now: a look at every file."""
+        layout = Layout(Path(self.workdir))
+        return {name: disk_use(layout.root / name) for name in FOLDERS} | {"catalog": disk_use(layout.catalog)}
+
     def values(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"disk": self.disk}
 
     def class_table(self) -> str:
         """Classes with their records and shares; of more than `MOST_CLASSES` only the largest and the smallest."""
@@ -142,7 +150,7 @@ def _shown(ref: str) -> str:
 
 
 def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
-    """Reads a workdir's catalog and clustering, both of one published state, and its disk use.
+    """Reads a workdir's catalog and clustering, both of one published state.
 
     The config says what the warnings and the common head are about. Raises `UserError` where nothing is published yet,
     or the clustering or the backbone's description cannot be read.
@@ -155,6 +163,8 @@ def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
     return Overview(
         workdir=str(layout.root),
         version=snapshot.manifest.version,
+        published=snapshot.manifest.created,
+        fingerprint=snapshot.manifest.fingerprint,
         records={split: snapshot.counts.get(split, 0) for split in SPLITS},
         backbone=_backbone_digest(layout),
         classes=classes,
@@ -164,7 +174,6 @@ def overview(layout: Layout, catalog: Catalog, config: Config) -> Overview:
         expected_share=expected_share([cluster.members for cluster in clusters], tuned_again),
         sampled_share=_sampled_share(config, clustering, snapshot.private.ids),
         open_requests=snapshot.open_requests,
-        disk={name: disk_use(layout.root / name) for name in FOLDERS} | {"catalog": disk_use(layout.catalog)},
         warnings=_warnings(config, len(clustering.keys), len(clustering.sample)),
     )
 

@@ -219,20 +219,22 @@ def _check_mode(service: Service, catalog: Catalog, body: Details) -> None:
     earlier = requests.get(catalog, body.request) if requests.LEGAL_NAME.fullmatch(body.request) else None
     before = earlier.body if earlier is not None else {"mode": body.mode, "quarantine": False}
     mode = before["mode"] if body.mode == "exact" else body.mode  # a repetition may leave it out
-    if mode != before["mode"]:
+    if mode != before["mode"] and "problem" not in before:  # with a problem the worker has given the mode up
         raise Conflict(f"--request={body.request}: was used with the mode {before['mode']}; give this one another id")
     if mode == "exact":
         return
     if body.quarantine or before["quarantine"]:
         raise UserError("quarantine keeps the clusters out of predictions, and an approximate mode answers with them")
-    from lmeraser_jax.unlearning import approximate
+    from lmeraser_jax.unlearning import approximate, binding
 
-    approximate.refuse_unless_applicable(catalog, service.settings.config.tuning, calibrate=False)
+    config = binding.stored_config(service.settings.layout)  # that of the start may be an earlier one
+    assert config is not None
+    approximate.refuse_unless_applicable(catalog, config.tuning, calibrate=False)
 
 
 def _with_mode(catalog: Catalog, request: Request, mode: str) -> Request:
     """A request with the mode that the worker is to answer by; one that is served already stays as it is."""
-    if mode == "exact" or request.state != "accepted" or request.body["mode"] == mode:
+    if mode in ("exact", request.body["mode"]) or request.state != "accepted" or "problem" in request.body:
         return request
     requests.note(catalog, request.id, mode=mode)
     return find(catalog, request.id)

@@ -89,7 +89,7 @@ class Gate:
             try:  # before a byte of the body is read: the routes look at it later
                 self.guard.caller_of(headers.get("authorization", ""))
             except Problem as problem:
-                return problem
+                return Problem(problem.status_code, problem.detail, headers={**(problem.headers or {}), **CLOSE})
         return None
 
     def _limited(self, receive: Receive) -> Receive:

@@ -142,9 +142,9 @@ def router(service: Service) -> APIRouter:
         """The receipts, newest first, and whether all of them hold."""
         with service.catalog() as catalog:
             links = catalog.receipts()
-            groups = {request.id: group_of(request) for request in requests.listed(catalog)}
+            rows = [link for link in reversed(links) if before is None or link.sequence < before]
+            groups = {link.request: group_of(find(catalog, link.request)) for link in rows[:ROWS]}
             verdicts = check_receipts(service, catalog) if verify else []
-        rows = [link for link in reversed(links) if before is None or link.sequence < before]
         shown = {"rows": rows[:ROWS], "more": len(rows) > ROWS, "count": len(links), "before": before}
         return _page("receipts", groups=groups, verdicts=verdicts, **shown)
 

@@ -10,7 +10,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from lmeraser_jax import __version__
-from lmeraser_jax.evaluation.overview import Overview, overview
+from lmeraser_jax.evaluation.overview import overview
 from lmeraser_jax.service.auth import Caller
 from lmeraser_jax.service.context import Service
 from lmeraser_jax.service.problems import Problem
@@ -63,22 +63,16 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-def read_overview(service: Service, catalog: Catalog) -> Overview:
-    """Raises `UserError` where nothing is published."""
-    return overview(service.settings.layout, catalog, service.settings.config)
-
-
 def describe_model(service: Service, catalog: Catalog) -> dict[str, Any]:
-    """The published state as JSON."""
-    state = read_overview(service, catalog)
-    manifest = next(each for each in catalog.manifests() if each.version == state.version)
+    """The published state as JSON. Raises `UserError` where nothing is published."""
+    state = overview(service.settings.layout, catalog, service.settings.config)
     fields = ("key", "members", "sampled", "approximate", "quarantined")
     return {
         "program": f"lmeraser_jax {__version__}",
         "task": "language" if service.settings.config.is_text else "images",
         "manifest": state.version,
-        "published": iso_time(manifest.created),
-        "fingerprint": json.loads(manifest.fingerprint),
+        "published": iso_time(state.published),
+        "fingerprint": json.loads(state.fingerprint),
         "backbone": state.backbone,
         "classes": [row.name for row in state.classes],
         "records": {"live": state.records, "erased": requests.count_erased(catalog)},

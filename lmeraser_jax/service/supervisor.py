@@ -35,11 +35,6 @@ class Supervisor:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
-    @property
-    def pid(self) -> int | None:
-        """Of the worker that runs."""
-        return self._process.pid if self._process is not None and self.alive else None
-
     def stop(self) -> None:
         """Ends the worker where nothing is lost."""
         self._stopping.set()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from servers import Server, serving
 
-PLACE = "it's served"  # a shell would quote it
+PLACE = "it's a secret place"  # a shell quotes the beginning, and the end stays readable
 
 
 @pytest.fixture

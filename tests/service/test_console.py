@@ -1,18 +1,12 @@
 """The console in a real browser: ask, watch it finish, verify."""
 
 import contextlib
-import os
-import re
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 from browser import Browser
+from servers import process, wait_until
 
 from lmeraser_jax.service.auth import make_token
 from lmeraser_jax.storage.catalog import Catalog
@@ -29,15 +23,11 @@ def test_ask_watch_it_finish_and_verify(trained_workdir, tmp_path):
     secret = make_token(tokens, "officer", ["read", "erase"])
     with contextlib.closing(Catalog(layout.catalog)) as catalog:
         record = catalog.live("train").ids[0]
-    flags = [f"--workdir={trained_workdir}", f"--tokens={tokens}", "--port=0"]
-    command = [sys.executable, "-m", "lmeraser_jax.cli.main", "serve", *flags]
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(open(tmp_path / "log", "w+"))
-        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}  # as in this process, so that slices are tuned alike
-        server = stack.enter_context(subprocess.Popen(command, stderr=log, env=environment))
-        stack.callback(server.terminate)
-        address = wait_until(lambda: re.search(r"running on http://(\S+)", (tmp_path / "log").read_text()))[1]
-        browser = stack.enter_context(contextlib.closing(Browser(str(CHROMIUM), tmp_path / "profile")))
+    with (
+        process(trained_workdir, f"--tokens={tokens}", log=tmp_path / "log") as server,
+        contextlib.closing(Browser(str(CHROMIUM), tmp_path / "profile")) as browser,
+    ):
+        address = server.client.base_url.netloc.decode()
         browser.open(f"http://officer:{secret}@{address}/erase")
         browser.type("records", f"{record}\nnobody")
         browser.press("button.main")
@@ -50,7 +40,7 @@ def test_ask_watch_it_finish_and_verify(trained_workdir, tmp_path):
         check_screens(browser)
         browser.press("button.danger")
         assert browser.evaluate("location.pathname") == "/requests/ticket-1"
-        wait_until(lambda: is_finished(browser))  # the page loads itself again
+        wait_until(lambda: is_finished(browser), 120)  # the page loads itself again
         check_screens(browser)
         browser.press("a.button")
         assert browser.text("[role=status]").startswith("Verified:")
@@ -61,15 +51,6 @@ def test_ask_watch_it_finish_and_verify(trained_workdir, tmp_path):
             assert record not in browser.evaluate("document.documentElement.outerHTML")
         assert browser.text("[role=status]").startswith("Verified:")
     assert layout.receipt("ticket-1").is_file()
-
-
-def wait_until(holds: Callable[[], Any]) -> Any:
-    """The first true answer."""
-    end = time.monotonic() + 120
-    while not (answer := holds()):
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    return answer
 
 
 def is_finished(browser: Browser) -> bool:

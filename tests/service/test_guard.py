@@ -33,7 +33,7 @@ def guarded(fast, fast_template, tmp_path_factory):
     """A server with a token of each role, and the tokens: (server, {role: token}, their file)."""
     file = tmp_path_factory.mktemp("tokens") / "tokens.json"
     tokens = {role: make_token(file, f"who {role}s", [role]) for role in ROLES}
-    root = tmp_path_factory.mktemp("it's served") / "run"
+    root = tmp_path_factory.mktemp("it's a secret place") / "run"
     root.symlink_to(fast_template)  # nothing is changed
     with serving(root, tokens=file, limits=Limits(body=100_000, seconds=0.5, inputs=3)) as running:
         yield running, tokens, file
@@ -61,6 +61,7 @@ def test_every_route_asks_for_a_token_and_its_role(guarded):
             headers = {"Authorization": f"Bearer {token}".encode()} if token else {}
             refused = server.client.request(method, place, json={}, headers=headers)
             assert refused.status_code == 401 and "basic" in refused.headers["www-authenticate"].lower(), path
+            assert (refused.headers.get("connection") == "close") == erases, "no byte of a body is waited for"
         for role in ROLES:
             headers = {"Authorization": f"Bearer {tokens[role]}"}
             answer = server.client.request(method, place, json={} if erases else None, headers=headers)
@@ -71,7 +72,7 @@ def test_a_token_is_withdrawn_and_a_damaged_file_lets_nobody_in(guarded):
     server, tokens, file = guarded
     sound, rows = file.read_text(), json.loads(file.read_text())["tokens"]
     assert not any(token in sound for token in tokens.values()) and file.stat().st_mode & 0o077 == 0
-    with client_of(server.root, server.port, tokens["read"]) as client:
+    with client_of(server.port, tokens["read"]) as client:
         assert client.get("/v1/model").status_code == 200
         assert client.get("/v1/model", auth=("anyone", tokens["read"])).status_code == 200, "the basic scheme"
         file.write_text(json.dumps({"tokens": [row for row in rows if row["roles"] != ["read"]]}))
@@ -94,7 +95,7 @@ def test_a_token_is_withdrawn_and_a_damaged_file_lets_nobody_in(guarded):
 
 def predicts(guarded):
     server, tokens, _ = guarded
-    return client_of(server.root, server.port, tokens["predict"])
+    return client_of(server.port, tokens["predict"])
 
 
 def test_bodies_that_are_too_large(guarded):
@@ -294,7 +295,7 @@ def test_millions_of_wrong_elements_have_a_short_answer(server):
         ("/v1/rectifications", {"edits": [1] * 100_000}),
     ):
         answer = server.client.post(address, json=body)
-        assert answer.status_code == 422 and len(answer.content) < 5_000, address
+        assert answer.status_code == 422 and len(answer.json()["errors"]) == 1, address
 
 
 @pytest.mark.slow
@@ -317,3 +318,6 @@ def test_a_repeated_request_cannot_change_its_mode(workdir):
             for each in server.client.get("/v1/erasures").json()["erasures"]
         }
         assert states == {"quarantined": ("exact", True), "moded": ("newton", False)}
+        with server.service.catalog() as catalog:  # as the worker does where no slice can stand in
+            requests.note(catalog, "moded", mode="exact", problem="it did not converge")
+        assert status("moded", mode="newton") == 202 and status("moded") == 202

@@ -45,7 +45,7 @@ def test_an_approximate_answer_is_marked_until_the_exact_one_is_there(real_workd
 
 
 def test_a_language_model_answers_erases_by_text_and_rectifies(tmp_path):
-    root, config = tmp_path / "it's served" / "run", text_config(text_folder(tmp_path))
+    root, config = tmp_path / "it's a secret place" / "run", text_config(text_folder(tmp_path))
     with text_run(root, config) as (run, _):
         build(run)
     lines = [line(i) for i in range(4)]

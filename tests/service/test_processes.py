@@ -80,7 +80,7 @@ def test_a_workdir_that_cannot_be_written(real_workdir, tmp_path):
         subprocess.run(["unshare", "--mount", "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"file systems cannot be mounted here: {error}")
-    seen = tmp_path / "it's read only" / "run"
+    seen = tmp_path / "seen" / "it's a secret place" / "run"
     seen.mkdir(parents=True)
     mount = 'mount --bind "$0" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
     prefix = ("unshare", "--mount", "sh", "-c", mount, str(real_workdir), str(seen))
