@@ -321,3 +321,12 @@ def test_a_repeated_request_cannot_change_its_mode(workdir):
         with server.service.catalog() as catalog:  # as the worker does where no slice can stand in
             requests.note(catalog, "moded", mode="exact", problem="it did not converge")
         assert status("moded", mode="newton") == 202 and status("moded") == 202
+
+
+@pytest.mark.slow
+def test_what_no_slice_of_a_new_method_can_do_is_refused(workdir, capsys):
+    with serving(workdir) as server:
+        assert call(capsys, "train", f"--workdir={workdir}", "--retune", "--config.tuning.method=ridge")[0] == 0
+        body = {"records": [min(server.records())], "mode": "newton"}
+        answer = server.client.post("/v1/erasures", json=body)
+        assert answer.status_code == 422 and "ridge" in answer.json()["detail"], answer.text
